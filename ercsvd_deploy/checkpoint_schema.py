@@ -1,0 +1,196 @@
+"""The names and shapes of a compressed checkpoint on disk: what every reader and writer agrees on.
+
+A compressed checkpoint is an ordinary Hugging Face directory. Its `config.json` carries
+
+    "quantization_config": {
+      "quant_method": "ercsvd", "format_version": 1, "producer": "ercsvd-deploy 0.1.0",
+      "modules": {
+        "model.layers.6.mlp.up_proj": {"layout": "low_rank", "shape": [768, 256], "rank": 96},
+        "model.layers.0.mlp.up_proj": {"layout": "dense", "shape": [768, 256],
+                                       "weight": {"bits": 4, "group_size": 64, "sym": true}}
+      }
+    }
+
+and names every Linear whose tensors differ from the original model's; all other tensors are stored
+as the original model stores them. For a module `m` the tensors are
+
+    layout     tensors (each `<part>` below is `factor_a` [rank, in], `factor_b` [out, rank], or the weight itself)
+    low_rank   m.factor_a.<leaf>, m.factor_b.<leaf>, m.weight (the guard, empty), m.bias unchanged
+    dense      m.<leaf>, m.weight (the guard, empty), m.bias unchanged
+
+where `<leaf>` is `weight` for a plain matrix, and for an int4/int8 one the compressed-tensors
+`pack-quantized` tensors `weight_packed`, `weight_scale`, `weight_shape` and, if asymmetric,
+`weight_zero_point`.
+
+The guard `m.weight` has shape [0]. A loader that does not know this format would otherwise find no
+`m.weight`, warn, and fill it with random numbers; with the guard it stops on a size mismatch.
+
+No torch here: vLLM's front end and editors' tools read this module too.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from ercsvd_deploy import __version__
+
+QUANT_METHOD = "ercsvd"
+FORMAT_VERSION = 1
+GUARD = "weight"
+GUARD_SHAPE = (0,)
+FACTOR_A = "factor_a"
+FACTOR_B = "factor_b"
+
+WEIGHT = "weight"
+WEIGHT_PACKED = "weight_packed"
+WEIGHT_SCALE = "weight_scale"
+WEIGHT_ZERO_POINT = "weight_zero_point"
+WEIGHT_SHAPE = "weight_shape"
+
+
+class CheckpointFormatError(ValueError):
+    """A checkpoint's description cannot be read by this version, or contradicts itself."""
+
+
+class WeightQuantization(BaseModel):
+    """How one matrix is stored as integers; the keys are GPTQ's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Literal[4, 8] = Field(description="Bits of one stored value.")
+    group_size: int = Field(description="Input columns sharing a scale; -1 for one scale per row.")
+    sym: bool = Field(default=True, description="Symmetric: no zero point is stored.")
+
+    @model_validator(mode="after")
+    def _group_size_is_possible(self) -> WeightQuantization:
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size is {self.group_size}; it must be -1 or at least 1")
+        return self
+
+    def num_groups(self, in_features: int) -> int:
+        """Return the number of scale groups in a row of `in_features` columns.
+
+        Raises:
+            CheckpointFormatError: the group size does not divide `in_features`.
+        """
+        if self.group_size == -1:
+            return 1
+        if in_features % self.group_size:
+            raise CheckpointFormatError(
+                f"group_size {self.group_size} does not divide the in-dimension {in_features}"
+            )
+        return in_features // self.group_size
+
+    def leaf_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """Return leaf name -> shape of the tensors that store an [out, in] matrix."""
+        values_per_word = 32 // self.bits
+        groups = self.num_groups(in_features)
+        leaves: dict[str, tuple[int, ...]] = {
+            WEIGHT_PACKED: (out_features, -(-in_features // values_per_word)),
+            WEIGHT_SCALE: (out_features, groups),
+            WEIGHT_SHAPE: (2,),
+        }
+        if not self.sym:
+            leaves[WEIGHT_ZERO_POINT] = (-(-out_features // values_per_word), groups)
+        return leaves
+
+
+class ModuleDescription(BaseModel):
+    """What became of one Linear."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layout: Literal["dense", "low_rank"] = Field(description="One matrix, or two factors.")
+    shape: tuple[PositiveInt, PositiveInt] = Field(description="[out, in] of the original weight.")
+    rank: PositiveInt | None = Field(default=None, description="Rank of the factors (low_rank).")
+    weight: WeightQuantization | None = Field(default=None, description="Quantization (dense).")
+    factor_a: WeightQuantization | None = Field(default=None, description="Quantization of [rank, in].")
+    factor_b: WeightQuantization | None = Field(default=None, description="Quantization of [out, rank].")
+
+    @model_validator(mode="after")
+    def _parts_fit_the_layout(self) -> ModuleDescription:
+        if self.layout == "low_rank":
+            if self.rank is None:
+                raise ValueError("layout low_rank needs a rank")
+            if self.rank > min(self.shape):
+                raise ValueError(f"rank {self.rank} exceeds the smaller side of shape {list(self.shape)}")
+            if self.weight is not None:
+                raise ValueError("layout low_rank has factors, not a weight, to quantize")
+        elif self.rank is not None or self.factor_a is not None or self.factor_b is not None:
+            raise ValueError("layout dense has no rank and no factors")
+        return self
+
+    @property
+    def parts(self) -> dict[str, tuple[tuple[int, int], WeightQuantization | None]]:
+        """Part name ('' for the dense weight) -> ((rows, columns), quantization)."""
+        out_features, in_features = self.shape
+        if self.layout == "dense":
+            return {"": ((out_features, in_features), self.weight)}
+        rank = self.rank or 0
+        return {
+            FACTOR_A: ((rank, in_features), self.factor_a),
+            FACTOR_B: ((out_features, rank), self.factor_b),
+        }
+
+    @property
+    def is_altered(self) -> bool:
+        """Whether the stored tensors differ in name from the original Linear's."""
+        return self.layout != "dense" or self.weight is not None
+
+    @property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name relative to the module -> shape; the bias, which never changes, is left out."""
+        shapes: dict[str, tuple[int, ...]] = {GUARD: GUARD_SHAPE} if self.is_altered else {}
+        for part, ((rows, columns), quantization) in self.parts.items():
+            leaves = quantization.leaf_shapes(rows, columns) if quantization else {WEIGHT: (rows, columns)}
+            shapes |= {f"{part}.{leaf}" if part else leaf: shape for leaf, shape in leaves.items()}
+        return shapes
+
+    @property
+    def num_parameters(self) -> int:
+        """Matrix elements stored, whatever their width; scales are not parameters."""
+        return sum(rows * columns for (rows, columns), _ in self.parts.values())
+
+
+class CheckpointConfig(BaseModel):
+    """The `quantization_config` of a compressed checkpoint's config.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    quant_method: Literal["ercsvd"] = QUANT_METHOD
+    format_version: int = FORMAT_VERSION
+    producer: str = f"ercsvd-deploy {__version__}"
+    modules: Annotated[
+        dict[str, ModuleDescription],
+        Field(description="Checkpoint tensor-name prefix of every altered Linear -> what became of it."),
+    ]
+
+    @classmethod
+    def read(cls, quantization_config: dict[str, Any]) -> CheckpointConfig:
+        """Parse the `quantization_config` of a config.json, refusing what this version cannot read.
+
+        Raises:
+            CheckpointFormatError: another method, another format version, or a broken description.
+        """
+        method = quantization_config.get("quant_method")
+        if method != QUANT_METHOD:
+            raise CheckpointFormatError(f"quant_method is {method!r}, not {QUANT_METHOD!r}")
+        version = quantization_config.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointFormatError(
+                f"checkpoint format_version is {version!r}, ercsvd-deploy {__version__} reads {FORMAT_VERSION}: "
+                f"install the release that wrote it ({quantization_config.get('producer', 'unknown')}) "
+                "or compress the model again"
+            )
+        try:
+            return cls.model_validate(quantization_config)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise CheckpointFormatError(f"quantization_config.{where}: {first['msg']}") from error
+
+    def write(self) -> dict[str, Any]:
+        """Return the JSON object that `read` takes back; the inverse of `read`."""
+        return self.model_dump(mode="json", exclude_none=True)

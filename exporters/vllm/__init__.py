@@ -1,0 +1,1 @@
+"""The servable directory and the plugin with which unmodified vLLM serves it."""

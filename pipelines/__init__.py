@@ -1,0 +1,4 @@
+"""What a recipe does, in order: plan, run, report, and the command line. Imported as `ercsvd_deploy.pipelines`."""
+
+if __name__ != "ercsvd_deploy.pipelines":
+    raise ImportError("import this package as ercsvd_deploy.pipelines (pip install -e . makes it importable)")
