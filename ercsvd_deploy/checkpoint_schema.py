@@ -14,7 +14,7 @@ A compressed checkpoint is an ordinary Hugging Face directory. Its `config.json`
 and names every Linear whose tensors differ from the original model's; all other tensors are stored
 as the original model stores them. For a module `m` the tensors are
 
-    layout     tensors (each `<part>` below is `factor_a` [rank, in], `factor_b` [out, rank], or the weight itself)
+    layout     tensors (factor_a is [rank, in], factor_b is [out, rank]: y = B (A x))
     low_rank   m.factor_a.<leaf>, m.factor_b.<leaf>, m.weight (the guard, empty), m.bias unchanged
     dense      m.<leaf>, m.weight (the guard, empty), m.bias unchanged
 
@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from ercsvd_deploy import __version__
 
-QUANT_METHOD = "ercsvd"
+QUANT_METHOD: Literal["ercsvd"] = "ercsvd"
 FORMAT_VERSION = 1
 GUARD = "weight"
 GUARD_SHAPE = (0,)
@@ -180,8 +180,9 @@ class CheckpointConfig(BaseModel):
         version = quantization_config.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointFormatError(
-                f"checkpoint format_version is {version!r}, ercsvd-deploy {__version__} reads {FORMAT_VERSION}: "
-                f"install the release that wrote it ({quantization_config.get('producer', 'unknown')}) "
+                f"checkpoint format_version is {version!r}, "
+                f"ercsvd-deploy {__version__} reads {FORMAT_VERSION}: install "
+                f"the release that wrote it ({quantization_config.get('producer', 'unknown')}) "
                 "or compress the model again"
             )
         try:

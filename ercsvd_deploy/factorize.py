@@ -1,0 +1,309 @@
+"""ERC-SVD and its baselines: one weight in, two low-rank factors out. Pure tensors, no I/O.
+
+A Linear y = W x becomes y = B (A x) with A = `factor_a` [rank, in] and B = `factor_b` [out, rank]. All
+methods minimise ||(W - B A) S||_F and differ in the metric G = S S^T on the input side alone:
+
+    svd       G = I
+    asvd      G = diag(mean |x|)^(2 * exponent)           ASVD, arXiv 2312.05821
+    svd_llm   G = sum of x x^T over calibration tokens    SVD-LLM, arXiv 2403.07378
+    erc_svd   svd_llm at the intermediate rank r_i, then the residual W - W_i truncated to rank r_r and
+              appended, [U_i | U_r] [V_i ; V_r]            ERC-SVD, arXiv 2505.20112
+
+SVD-LLM truncates W S with S the Cholesky factor (`whitening_factor`) and multiplies by S^-1. Neither is
+needed: truncating W S to U_r U_r^T W S and undoing S leaves **U_r U_r^T W**, where U_r holds the leading
+eigenvectors of W G W^T. So a singular Gram (few tokens, dead inputs) is no special case, and truncating
+at another rank costs one product: `decompose` once, `truncate` at many ranks.
+
+In the paper's symbols: W [m, n] `weight`, U `factor_b`, V `factor_a`, r `rank`, r_i `intermediate_rank`,
+r_r `residual_rank`. If both stages used the same space, the second would continue the first (Eckart-Young)
+and ERC would equal one-shot truncation; the residual stage therefore works on plain weights by default.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Method = Literal["svd", "asvd", "svd_llm", "erc_svd"]
+ResidualSpace = Literal["weight", "whitened"]
+
+# Randomized subspace iteration: extra columns, and passes over the matrix (Halko et al., arXiv 0909.4061).
+_OVERSAMPLING = 32
+_POWER_ITERATIONS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Two factors of a matrix, W ~ factor_b @ factor_a; factor_a: [rank, in], factor_b: [out, rank]."""
+
+    factor_a: Tensor
+    factor_b: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of the pair."""
+        return self.factor_a.shape[0]
+
+    def product(self) -> Tensor:
+        """Return the approximated weight [out, in]."""
+        return self.factor_b @ self.factor_a
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """What every truncation of one weight shares.
+
+    Attributes:
+        method: The method it was made for.
+        basis: [out, max_rank], orthonormal columns, most important first; any prefix is the best basis of
+            its size, so truncations are nested.
+        singular_values: [min(out, in)], descending: the full spectrum of W S, in the method's own metric.
+    """
+
+    method: Method
+    basis: Tensor
+    singular_values: Tensor
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank at which this can be truncated."""
+        return self.basis.shape[1]
+
+
+def decompose(
+    weight: Tensor,
+    *,
+    method: Method,
+    gram: Tensor | None = None,
+    mean_abs_activation: Tensor | None = None,
+    activation_exponent: float = 0.5,
+    max_rank: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Decomposition:
+    """Order the directions of a weight's outputs by how much of the layer's output they carry.
+
+    The expensive step: one eigendecomposition of the smaller side, and if out > in one QR before it.
+
+    Args:
+        weight: [out, in], any floating dtype.
+        method: Sets the metric; inputs that the method does not use are ignored.
+        gram: [in, in], sum of x x^T; needed by svd_llm and erc_svd. Its scale does not matter.
+        mean_abs_activation: [in], mean |x| of every input; needed by asvd.
+        activation_exponent: ASVD's exponent on it.
+        max_rank: Keep this many directions; default min(out, in).
+        dtype: Type of the computation. Eigenvalues are squares: directions that carry less than the square
+            root of its precision (1e-8 in float64, 3e-4 in float32) of the leading one are not resolved.
+
+    Raises:
+        ValueError: a needed input is missing, mis-shaped or not finite, or `max_rank` is out of range.
+    """
+    _check_matrix("weight", weight)
+    out_features, in_features = weight.shape
+    full_rank = min(out_features, in_features)
+    max_rank = full_rank if max_rank is None else max_rank
+    if not 1 <= max_rank <= full_rank:
+        raise ValueError(
+            f"max_rank is {max_rank}; for a weight of shape {list(weight.shape)} use 1..{full_rank}"
+        )
+
+    wide = weight.to(dtype)
+    rows: Tensor | None = None
+    if out_features > in_features:
+        # W = Q R gives W G W^T = Q (R G R^T) Q^T: the same eigenvectors from an [in, in] problem.
+        rows, wide = torch.linalg.qr(wide)
+    metric_product = _apply_metric(wide, method, gram, mean_abs_activation, activation_exponent)
+    eigenvalues, vectors = _descending_eigh(metric_product @ wide.T)
+
+    # Directions without any calibration output are all equally good for the method; take them in the
+    # order in which they carry the weight itself, so that unseen inputs lose least.
+    precision = torch.finfo(dtype).eps * full_rank**0.5
+    resolved = int((eigenvalues > precision * eigenvalues[0]).sum())
+    if resolved < max_rank:
+        rest = vectors[:, resolved:]
+        rest_of_weight = rest.T @ wide
+        _, rotation = _descending_eigh(rest_of_weight @ rest_of_weight.T)
+        vectors = torch.cat([vectors[:, :resolved], rest @ rotation], dim=1)
+
+    basis = vectors[:, :max_rank]
+    return Decomposition(
+        method=method,
+        basis=(basis if rows is None else rows @ basis).contiguous(),
+        singular_values=eigenvalues.clamp(min=0).sqrt(),
+    )
+
+
+def truncate(
+    decomposition: Decomposition,
+    weight: Tensor,
+    rank: int,
+    *,
+    residual_rank: int = 0,
+    residual_space: ResidualSpace = "weight",
+    exact_residual: bool = True,
+) -> Factors:
+    """Factor a weight at one rank.
+
+    Args:
+        decomposition: Of this very weight.
+        weight: [out, in].
+        rank: Rank of the pair, the residual's part included.
+        residual_rank: Part of `rank` that the residual stage of erc_svd gets; 0 for the other methods.
+        residual_space: "weight" truncates the residual by its plain singular values. "whitened" uses the
+            calibration metric, in which its leading directions are the next ones of the basis.
+        exact_residual: False replaces the residual's eigendecomposition, which costs as much as
+            `decompose`, by a randomized one (deterministic; for a search over many ranks).
+
+    Returns:
+        Factors in the weight's dtype and on its device. Row j of factor_a and column j of factor_b have
+        the same norm, so that neither side overflows or starves in 16 bits or when quantized.
+
+    Raises:
+        ValueError: the ranks are out of range, or do not fit the method or the decomposition.
+    """
+    if weight.shape[0] != decomposition.basis.shape[0] or weight.shape[1] < decomposition.max_rank:
+        raise ValueError(
+            f"weight of shape {list(weight.shape)} is not the one decomposed into a basis of shape "
+            f"{list(decomposition.basis.shape)}"
+        )
+    if not 1 <= rank <= decomposition.max_rank:
+        raise ValueError(
+            f"rank is {rank}; this decomposition can be truncated at 1..{decomposition.max_rank}"
+        )
+    if not 0 <= residual_rank < rank:
+        raise ValueError(f"residual_rank is {residual_rank}; at rank {rank} it must lie in 0..{rank - 1}")
+    if residual_rank and decomposition.method != "erc_svd":
+        raise ValueError(
+            f"residual_rank is {residual_rank}; only erc_svd has a residual, not {decomposition.method}"
+        )
+
+    exact_weight = weight.to(decomposition.basis.dtype)
+    intermediate_rank = rank if residual_space == "whitened" else rank - residual_rank
+    factor_b = decomposition.basis[:, :intermediate_rank]
+    factor_a = factor_b.T @ exact_weight
+    if intermediate_rank < rank:
+        residual = exact_weight - factor_b @ factor_a
+        residual_a, residual_b = _truncate_plain(residual, residual_rank, exact=exact_residual)
+        factor_a = torch.cat([factor_a, residual_a])
+        factor_b = torch.cat([factor_b, residual_b], dim=1)
+    factor_a, factor_b = _balance(factor_a, factor_b)
+    return Factors(factor_a.to(weight.dtype), factor_b.to(weight.dtype))
+
+
+def weight_error(weight: Tensor, factors: Factors) -> float:
+    """Return ||W - B A||_F / ||W||_F, in float64; 0 for a zero weight reproduced exactly."""
+    error = weight.double() - factors.factor_b.double() @ factors.factor_a.double()
+    return _relative(error.square().sum(), weight.double().square().sum())
+
+
+def calibration_error(
+    weight: Tensor, factors: Factors, gram: Tensor, *, dtype: torch.dtype = torch.float64
+) -> float:
+    """Return sqrt(tr(E G E^T) / tr(W G W^T)), E = W - B A: the relative output error on calibration data.
+
+    Args:
+        weight: [out, in].
+        factors: A pair of its shape.
+        gram: [in, in], sum of x x^T.
+        dtype: Type of the computation; its precision's square root is the smallest error it can see.
+    """
+    exact_weight, exact_gram = weight.to(dtype), gram.to(dtype)
+    error = exact_weight - factors.factor_b.to(dtype) @ factors.factor_a.to(dtype)
+    return _relative(((error @ exact_gram) * error).sum(), ((exact_weight @ exact_gram) * exact_weight).sum())
+
+
+def _apply_metric(
+    matrix: Tensor,
+    method: Method,
+    gram: Tensor | None,
+    mean_abs_activation: Tensor | None,
+    activation_exponent: float,
+) -> Tensor:
+    """Return `matrix` @ G for the method's metric G; matrix: [rows, in]."""
+    in_features = matrix.shape[1]
+    if method == "svd":
+        return matrix
+    if method == "asvd":
+        if mean_abs_activation is None:
+            raise ValueError("asvd scales columns by the size of their inputs: pass mean_abs_activation")
+        _check_finite("mean_abs_activation", mean_abs_activation, (in_features,))
+        return matrix * mean_abs_activation.to(matrix).abs().pow(2 * activation_exponent)
+    if method in ("svd_llm", "erc_svd"):
+        if gram is None:
+            raise ValueError(f"{method} weighs errors by the calibration inputs: pass gram")
+        _check_finite("gram", gram, (in_features, in_features))
+        return matrix @ gram.to(matrix)
+    raise ValueError(f"method is {method!r}; use svd, asvd, svd_llm or erc_svd")
+
+
+def _truncate_plain(matrix: Tensor, rank: int, *, exact: bool) -> tuple[Tensor, Tensor]:
+    """Return (factor_a, factor_b) of the best rank-`rank` approximation of a matrix [out, in]."""
+    out_features, in_features = matrix.shape
+    if not exact and rank + _OVERSAMPLING < min(out_features, in_features):
+        left = _leading_left_basis(matrix, rank)
+    elif out_features <= in_features:
+        left = _descending_eigh(matrix @ matrix.T)[1][:, :rank]
+    else:
+        right = _descending_eigh(matrix.T @ matrix)[1][:, :rank]
+        return right.T, matrix @ right
+    return left.T @ matrix, left
+
+
+def _leading_left_basis(matrix: Tensor, rank: int) -> Tensor:
+    """Return about the leading left singular vectors [out, rank], by randomized subspace iteration."""
+    # A generator of our own: the result must depend neither on global state nor change it.
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    sketch_shape = (matrix.shape[1], rank + _OVERSAMPLING)
+    sketch = torch.randn(sketch_shape, generator=generator, dtype=matrix.dtype, device=matrix.device)
+    basis = torch.linalg.qr(matrix @ sketch).Q
+    for _ in range(_POWER_ITERATIONS):
+        basis = torch.linalg.qr(matrix.T @ basis).Q
+        basis = torch.linalg.qr(matrix @ basis).Q
+    projected = basis.T @ matrix
+    _, vectors = _descending_eigh(projected @ projected.T)
+    leading: Tensor = basis @ vectors[:, :rank]
+    return leading
+
+
+def _descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, largest first, and eigenvectors in columns, of a nearly symmetric matrix."""
+    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return eigenvalues.flip(0), vectors.flip(1)
+
+
+def _balance(factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Rescale the rank dimension so that both factors carry the root of each term; same product."""
+    norm_a = torch.linalg.vector_norm(factor_a, dim=1)
+    norm_b = torch.linalg.vector_norm(factor_b, dim=0)
+    usable = (norm_a > 0) & (norm_b > 0)
+    scale = torch.where(usable, (norm_b / norm_a).sqrt(), torch.ones_like(norm_a))
+    return factor_a * scale[:, None], factor_b / scale
+
+
+def _relative(error: Tensor, reference: Tensor) -> float:
+    """Return the root of a ratio of energies; 0/0 is 0 (nothing lost), x/0 is infinite."""
+    lost, whole = max(float(error), 0.0), float(reference)
+    if whole <= 0:
+        return 0.0 if lost == 0 else math.inf
+    return math.sqrt(lost / whole)
+
+
+def _check_matrix(name: str, matrix: Tensor) -> None:
+    if matrix.dim() != 2 or min(matrix.shape) < 1:
+        raise ValueError(f"{name} has shape {list(matrix.shape)}; a non-empty matrix [out, in] is needed")
+    _check_finite(name, matrix, tuple(matrix.shape))
+
+
+def _check_finite(name: str, values: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(values.shape) != shape:
+        raise ValueError(f"{name} has shape {list(values.shape)}; it must be {list(shape)}")
+    finite = torch.isfinite(values)
+    if not finite.all():
+        count = values.numel() - int(finite.sum())
+        raise ValueError(
+            f"{name} has {count} NaN or infinite values of {values.numel()}: the checkpoint or "
+            "the calibration pass that made it is broken"
+        )

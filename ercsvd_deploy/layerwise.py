@@ -1,0 +1,347 @@
+"""Run a decoder one layer at a time: weights come from disk, activations wait in memory.
+
+A model of any size passes through in the memory of one layer and the activations. The model is built
+on the meta device. Its own forward, with every decoder layer replaced by a recorder, turns token ids
+into the first layer's input and tells which keyword arguments (masks, rotary embeddings) each layer
+is called with; the same forward, fed with the last layer's output, gives the logits. What lies
+outside the layers is therefore the model's own code, whatever the architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ercsvd_deploy.architecture import (
+    Architecture,
+    build_meta_model,
+    compressed_config,
+    describe,
+    tie_weights,
+)
+from ercsvd_deploy.lowrank_linear import replace_linears
+from ercsvd_deploy.tensor_store import CheckpointError, TensorStore, torch_dtype
+
+_MAX_TOKENS_PER_BATCH = 8192
+_MAX_LOGITS_AT_ONCE = 2**28
+
+_OnCall = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
+
+
+class _EmbeddingDone(Exception):  # noqa: N818 - not an error: it ends a forward pass early
+    """Every layer has been reached; the rest of the forward pass is not needed."""
+
+
+class _RecordingLayer(nn.Module):
+    """Stands in for a decoder layer: notes how it is called and passes its input on."""
+
+    def __init__(self, layer: nn.Module, on_call: _OnCall) -> None:
+        super().__init__()
+        # Models ask their layers for plain attributes (attention_type) to choose a mask.
+        object.__setattr__(self, "_layer", layer)
+        object.__setattr__(self, "_on_call", on_call)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_layer"), name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert not args, "decoder layers are called with keyword arguments"
+        on_call: _OnCall = object.__getattribute__(self, "_on_call")
+        return on_call(hidden_states, kwargs)
+
+
+@dataclass
+class InputStatistics:
+    """What a group of Linears that share an input saw of it, accumulated in float32."""
+
+    gram: torch.Tensor  # sum of x x^T over tokens, [in, in]
+    absolute_sum: torch.Tensor  # sum of |x| over tokens, [in]
+    num_tokens: int = 0
+
+    @classmethod
+    def zeros(cls, in_features: int, device: torch.device) -> InputStatistics:
+        """Start with nothing seen."""
+        return cls(
+            torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device)
+        )
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take in activations [..., in]."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        self.gram.addmm_(rows.T, rows)
+        self.absolute_sum += rows.abs().sum(0)
+        self.num_tokens += len(rows)
+
+    @property
+    def mean_absolute(self) -> torch.Tensor:
+        """Mean |x| per input feature, [in]."""
+        return self.absolute_sum / max(1, self.num_tokens)
+
+
+@dataclass
+class LayerwiseModel:
+    """A decoder whose layers are loaded one at a time.
+
+    Attributes:
+        config: The transformers config; if it describes a compressed checkpoint, so must `store`.
+        store: The weights.
+        device: Where layers run.
+        dtype: In which precision they run, whatever they are stored in.
+    """
+
+    config: Any
+    store: TensorStore
+    device: torch.device
+    dtype: torch.dtype
+    trust_remote_code: bool = False
+    model: nn.Module = field(init=False)
+    architecture: Architecture = field(init=False)
+    _layers: list[nn.Module] = field(init=False)
+    _layer_arguments: dict[torch.Size, list[dict[str, Any]]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Build the meta model.
+
+        Raises:
+            ArchitectureError: unsupported architecture.
+            CheckpointError: the store lacks tensors of the model, or has them in another shape.
+        """
+        config = copy.deepcopy(self.config)
+        compressed = compressed_config(config)
+        if compressed is not None:
+            del config.quantization_config
+        config.use_cache = False
+        self.model = build_meta_model(config, trust_remote_code=self.trust_remote_code)
+        self.architecture = describe(self.model, config)
+        if compressed is not None:
+            replace_linears(self.model, compressed)
+        self._check_store()
+        stack = self.model.get_submodule(self.architecture.style.layers)
+        assert isinstance(stack, nn.ModuleList)
+        self._layers = list(stack)
+
+    def _check_store(self) -> None:
+        """Compare names and shapes of the model with those of the store, before anything is loaded."""
+        stored = self.store.names()
+        output = self.model.get_output_embeddings()  # type: ignore[operator]
+        tied = {
+            name
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if output is not None
+            and parameter is output.weight
+            and getattr(self.model.config, "tie_word_embeddings", False)
+        }
+        problems = []
+        for name, tensor in self.model.state_dict().items():
+            if name not in stored:
+                if name not in tied:
+                    problems.append(f"{name} is missing")
+            elif self.store.info(name).shape != tuple(tensor.shape):
+                problems.append(
+                    f"{name} has shape {list(self.store.info(name).shape)}, "
+                    f"the config asks for {list(tensor.shape)}"
+                )
+        if problems:
+            listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
+            raise CheckpointError(f"weights and config.json disagree: {listed}")
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self._layers)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return the precision a tensor is stored in."""
+        return torch_dtype(self.store.info(name).dtype)
+
+    def batches(self, windows: torch.Tensor) -> list[torch.Tensor]:
+        """Split windows [n, tokens] into batches that fit comfortably through one layer."""
+        size = max(1, _MAX_TOKENS_PER_BATCH // windows.shape[1])
+        return list(windows.split(size)) if len(windows) else []
+
+    @torch.no_grad()
+    def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the first layer's input [batch, tokens, hidden] for every batch of token ids."""
+        hidden: list[torch.Tensor] = []
+        with self._outside_layers(with_head=False):
+            for batch in batches:
+                calls: list[dict[str, Any]] = []
+
+                def record(
+                    states: torch.Tensor, kwargs: dict[str, Any], calls: list[dict[str, Any]] = calls
+                ) -> torch.Tensor:
+                    if not calls:
+                        hidden.append(states)
+                    calls.append(kwargs)
+                    if len(calls) == len(self._layers):
+                        raise _EmbeddingDone
+                    return states
+
+                with self._layers_replaced(record):
+                    with suppress(_EmbeddingDone):
+                        self.model(input_ids=batch.to(self.device), use_cache=False)
+                # Without padding the arguments depend on the batch's shape alone.
+                self._layer_arguments.setdefault(batch.shape, calls)
+        return hidden
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Load decoder layer `index`; it is forgotten when the context ends.
+
+        Raises:
+            CheckpointError: a weight is not finite.
+        """
+        module = copy.deepcopy(self._layers[index])
+        self._load(module, f"{self.architecture.style.layers}.{index}.")
+        yield module
+
+    @torch.no_grad()
+    def run_layer(self, module: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the output [batch, tokens, hidden] of a loaded layer."""
+        arguments = self._layer_arguments[hidden.shape[:2]][index]
+        output = module(hidden, **arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def advance(
+        self,
+        index: int,
+        hidden: list[torch.Tensor],
+        *,
+        observe: Mapping[str, InputStatistics] | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
+        """Replace every batch's activations by the output of layer `index`.
+
+        Args:
+            index: The decoder layer.
+            hidden: Activations of every batch, replaced one by one so that both never exist in full.
+            observe: Linear's name within the layer -> statistics of its input to accumulate.
+            module: The layer, if it is loaded already.
+        """
+        if module is None:
+            with self.layer(index) as loaded:
+                self.advance(index, hidden, observe=observe, module=loaded)
+            return
+        handles = [
+            module.get_submodule(name).register_forward_pre_hook(
+                lambda _module, inputs, statistics=statistics: statistics.add(inputs[0])
+            )
+            for name, statistics in (observe or {}).items()
+        ]
+        try:
+            for position, states in enumerate(hidden):
+                hidden[position] = self.run_layer(module, index, states)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def logits(
+        self, batches: Sequence[torch.Tensor], hidden: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield token ids [rows, tokens] and logits [rows, tokens, vocabulary], from the last layer's output.
+
+        Batches are cut into few enough rows that large vocabularies do not fill the memory.
+        """
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+        rows = max(1, _MAX_LOGITS_AT_ONCE // (vocabulary * batches[0].shape[1]))
+        with self._outside_layers(with_head=True):
+            for batch, states in zip(batches, hidden, strict=True):
+                parts = zip(batch.split(rows), states.split(rows), strict=True)
+                yield from ((tokens, self._head(tokens, last)) for tokens, last in parts)
+
+    def _head(self, batch: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Run the model's forward with the last layer's output [batch, tokens, hidden] put in place."""
+        calls = 0
+
+        def replay(passed: torch.Tensor, _kwargs: dict[str, Any]) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return last if calls == len(self._layers) else passed
+
+        with self._layers_replaced(replay):
+            logits: torch.Tensor = self.model(input_ids=batch.to(self.device), use_cache=False).logits
+        return logits.float()
+
+    @contextmanager
+    def _layers_replaced(self, on_call: _OnCall) -> Iterator[None]:
+        stack = self.model.get_submodule(self.architecture.style.layers)
+        assert isinstance(stack, nn.ModuleList)
+        for index, layer in enumerate(self._layers):
+            stack[index] = _RecordingLayer(layer, on_call)
+        try:
+            yield
+        finally:
+            for index, layer in enumerate(self._layers):
+                stack[index] = layer
+
+    @contextmanager
+    def _outside_layers(self, *, with_head: bool) -> Iterator[None]:
+        """Load everything but the decoder layers (and the output layer, unless wanted) for a while."""
+        prefix = f"{self.architecture.style.layers}."
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        outside = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if not f"{name}.".startswith(prefix) and (with_head or module is not head)
+        ]
+        saved = [(module, dict(module._parameters), dict(module._buffers)) for _, module in outside]
+        try:
+            for name, module in outside:
+                # A tied output layer has no tensor of its own in the store.
+                own = [n for n in module._parameters if f"{name}.{n}".lstrip(".") in self.store.names()]
+                if own or module is not head:
+                    self._load(module, f"{name}." if name else "", recurse=False)
+            if with_head:
+                tie_weights(self.model)
+            yield
+        finally:
+            for module, parameters, buffers in saved:
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
+
+    def _load(self, module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
+        """Give `module` its tensors from the store, in the compute precision, on the device."""
+        wanted = module.state_dict() if recurse else _own_state(module)
+        stored = self.store.read(prefix + name for name in wanted)
+        tensors = {}
+        for name in wanted:
+            tensor = stored.pop(prefix + name)
+            if tensor.is_floating_point():
+                tensor = tensor.to(self.device, self.dtype)
+                if not bool(torch.isfinite(tensor).all()):
+                    raise CheckpointError(f"{prefix}{name} holds NaN or infinite values")
+            tensors[name] = tensor.to(self.device)
+        if recurse:
+            module.load_state_dict(tensors, assign=True)
+        else:
+            for name, tensor in tensors.items():
+                if name in module._parameters:
+                    module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+                else:
+                    module._buffers[name] = tensor
+        for parameter in module.parameters(recurse=recurse):
+            parameter.requires_grad_(False)
+        for name, buffer in module.named_buffers(recurse=recurse):
+            if name not in wanted:
+                module.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.to(
+                    self.device
+                )
+
+
+def _own_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of `module` itself that a checkpoint holds."""
+    parameters = {name: value for name, value in module._parameters.items() if value is not None}
+    buffers = {
+        name: value
+        for name, value in module._buffers.items()
+        if value is not None and name not in module._non_persistent_buffers_set
+    }
+    return parameters | buffers

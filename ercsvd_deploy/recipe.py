@@ -1,0 +1,162 @@
+"""A recipe: the one YAML file that says which model is compressed, how, and where the result goes.
+
+    recipe = load_recipe(Path("recipes/demo.yaml"), ["stages.0.factorize.compression_ratio=0.4"])
+    check_files(recipe)
+
+`recipe_schema` and `recipe_stages` define what a recipe may say, `recipe_source` and
+`recipe_overrides` read it, `recipe_errors` words what is wrong with it; this module is the door to
+them. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ercsvd_deploy.recipe_errors import explain, fields_at
+from ercsvd_deploy.recipe_fields import RecipeError, shown
+from ercsvd_deploy.recipe_overrides import parse_override, with_override
+from ercsvd_deploy.recipe_schema import (
+    Calibration,
+    Evaluation,
+    Export,
+    HubDataset,
+    JsonLines,
+    LmEval,
+    ModelSource,
+    Recipe,
+    Serving,
+    TextDataset,
+    TextFile,
+)
+from ercsvd_deploy.recipe_source import Node, read_yaml_file
+from ercsvd_deploy.recipe_stages import (
+    Factorize,
+    FactorizeStage,
+    Quantize,
+    QuantizeOverride,
+    QuantizeStage,
+    Stage,
+)
+
+__all__ = [
+    "Calibration",
+    "Evaluation",
+    "Export",
+    "Factorize",
+    "FactorizeStage",
+    "HubDataset",
+    "JsonLines",
+    "LmEval",
+    "ModelSource",
+    "Quantize",
+    "QuantizeOverride",
+    "QuantizeStage",
+    "Recipe",
+    "RecipeError",
+    "Serving",
+    "Stage",
+    "TextDataset",
+    "TextFile",
+    "canonical",
+    "check_files",
+    "load_recipe",
+]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), output: Path | None = None) -> Recipe:
+    """Read, override and validate a recipe; the files and models it names are not looked at.
+
+    Args:
+        path: A YAML file.
+        overrides: `a.b.0.c=VALUE` each, applied in order; VALUE is YAML, and null removes the field.
+        output: Takes the place of `export.path`.
+
+    Raises:
+        RecipeError: everything found wrong, one problem a line.
+    """
+    root = read_yaml_file(path)
+    if root.value is None:
+        raise RecipeError([f"{root.origin}: the recipe is empty; it needs at least model and stages"])
+    if not isinstance(root.value, dict):
+        raise RecipeError(
+            [f"{root.origin}: the recipe is {shown(root.plain())}; it must be a mapping (key: value)"]
+        )
+    for text in overrides:
+        root = _override(root, text)
+    if output is not None:
+        root = with_override(root, ("export", "path"), Node(str(output), f"--output {output}"))
+    try:
+        return Recipe.model_validate(root.plain())
+    except ValidationError as error:
+        raise explain(error, root.origin_of) from error
+
+
+def _override(root: Node, text: str) -> Node:
+    """Apply one override; null for a field that could be there but is not changes nothing."""
+    path, value = parse_override(text)
+    if value.value is None and path[-1] in fields_at(path[:-1]) and not _contains(root, path):
+        return root
+    return with_override(root, path, value)
+
+
+def _contains(root: Node, path: tuple[str, ...]) -> bool:
+    node: Node | None = root
+    for part in path:
+        node = (
+            node.child(int(part) if part.isdecimal() and isinstance(node.value, tuple) else part)
+            if node
+            else None
+        )
+    return node is not None
+
+
+def canonical(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe with every default written out, as JSON values in the schema's order.
+
+    Two files that mean the same have the same canonical form, and it is a valid recipe itself.
+    """
+    return recipe.model_dump(mode="json")
+
+
+def check_files(recipe: Recipe) -> None:
+    """Check that the local files and the model directory a recipe names are there.
+
+    A model path that does not exist and does not look like a directory is a name on the Hub, which
+    only loading can check.
+
+    Raises:
+        RecipeError: everything missing, one problem a line.
+    """
+    problems = [*_missing_model(recipe.model), *_missing_texts(recipe)]
+    if problems:
+        where = f"(paths are relative to {Path.cwd()})"
+        raise RecipeError([f"{problem} {where}" for problem in problems])
+
+
+def _missing_model(model: ModelSource) -> Iterator[str]:
+    directory = Path(model.path)
+    field = f"field 'model.path' is {shown(model.path)}"
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            yield f"{field}, which has no config.json; give the directory of a Hugging Face model"
+    elif directory.exists():
+        yield f"{field}, which is a file; give the directory of a Hugging Face model"
+    elif model.path.startswith((".", "/", "~")) or model.path.count("/") > 1:
+        yield f"{field}, which does not exist; give a directory or a name on the Hub such as org/name"
+
+
+def _missing_texts(recipe: Recipe) -> Iterator[str]:
+    datasets = {f"evaluation.perplexity.{name}": text for name, text in recipe.evaluation.perplexity.items()}
+    if recipe.calibration is not None:
+        datasets = {"calibration.dataset": recipe.calibration.dataset, **datasets}
+    for field, dataset in datasets.items():
+        if isinstance(dataset, HubDataset):
+            continue
+        key, path = ("text", dataset.text) if isinstance(dataset, TextFile) else ("jsonl", dataset.jsonl)
+        if not path.is_file():
+            reason = "which is a directory" if path.is_dir() else "which does not exist"
+            yield f"field '{field}.{key}' is {shown(str(path))}, {reason}; give a file"

@@ -1,0 +1,251 @@
+"""The recipe's sections as frozen models: every key a recipe may have, its type, default and meaning.
+
+A key's description here is the one place it is explained: the JSON schema for editors and
+docs/recipes.md are generated from it. `recipe` reads YAML into these models; what can only be judged
+between sections (a stage that needs calibration, the order of the stages) is checked by `Recipe`.
+
+No torch here: `ercsvd validate` and editors' tools read a recipe without loading a numerical library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
+
+from ercsvd_deploy.recipe_fields import (
+    ListOf,
+    ListWithoutRepetition,
+    LocalPath,
+    Location,
+    Section,
+    Text,
+    refusal,
+    refuse_together,
+    shown,
+    told_apart_by,
+)
+from ercsvd_deploy.recipe_stages import Factorize, FactorizeStage, Quantize, QuantizeStage, Stage
+
+BYTES_PER_UNIT = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # decimal, as Hugging Face counts shards
+
+
+class ModelSource(Section):
+    """The model to compress."""
+
+    path: Text = Field(
+        description="Directory of the model, or its name on the Hugging Face Hub. Local paths, here and "
+        "elsewhere in a recipe, are relative to the directory the command is started in."
+    )
+    revision: Text | None = Field(default=None, description="Branch, tag or commit on the Hub.")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto", description="Type of the weights written; `auto` keeps the model's own."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with the model. Only for models you trust."
+    )
+
+
+class TextFile(Section):
+    """A UTF-8 text file."""
+
+    text: LocalPath = Field(description="Path of a UTF-8 text file.")
+
+
+class JsonLines(Section):
+    """A file with one JSON object a line."""
+
+    jsonl: LocalPath = Field(description="Path of a file with one JSON object a line.")
+    field: Text = Field(default="text", description="Key of the text in each object.")
+
+
+class HubDataset(Section):
+    """A dataset on the Hugging Face Hub; needs the `hub` extra."""
+
+    hub: Text = Field(description="Name of a dataset on the Hugging Face Hub.")
+    config: Text | None = Field(default=None, description="Configuration (subset) of the dataset.")
+    split: Text = Field(default="train", description="Split of the dataset.")
+    field: Text = Field(default="text", description="Column of the text.")
+    revision: Text | None = Field(default=None, description="Branch, tag or commit on the Hub.")
+
+
+TextDataset = Annotated[
+    Annotated[TextFile, Tag("TextFile")]
+    | Annotated[JsonLines, Tag("JsonLines")]
+    | Annotated[HubDataset, Tag("HubDataset")],
+    *told_apart_by({"text": "TextFile", "jsonl": "JsonLines", "hub": "HubDataset"}, "a dataset"),
+]
+
+
+def _path_means_text_file(value: Any) -> Any:
+    return {"text": value} if isinstance(value, str) else value
+
+
+HeldOutText = Annotated[
+    TextDataset, BeforeValidator(_path_means_text_file, json_schema_input_type=Text | TextDataset)
+]
+TextName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Calibration(Section):
+    """The text whose activations steer compression."""
+
+    dataset: TextDataset = Field(description="Exactly one of the forms below.")
+    num_samples: PositiveInt = Field(default=256, description="Sequences drawn from the dataset.")
+    sequence_length: PositiveInt = Field(default=2048, description="Tokens in each sequence.")
+    seed: int = Field(default=3, ge=0, lt=2**32, description="Seed of the draw.")
+
+
+class LmEval(Section):
+    """Tasks of the lm-eval harness; needs the `eval` extra."""
+
+    tasks: ListWithoutRepetition[Text] = Field(min_length=1, description="Names of lm-eval tasks.")
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="Examples in the prompt; null: the task's own."
+    )
+    limit: PositiveInt | None = Field(default=None, description="Documents per task; null: all.")
+    batch_size: PositiveInt = Field(default=8, description="Requests in a batch.")
+
+
+class Evaluation(Section):
+    """How the original and the compressed model are compared."""
+
+    perplexity: Mapping[TextName, HeldOutText] = Field(
+        default={},
+        json_schema_extra={"additionalProperties": False},
+        description="Name of a held-out text -> path of a text file, or a dataset in one of the forms below.",
+    )
+    sequence_length: PositiveInt | None = Field(
+        default=None, description="Tokens in each window; null: calibration's `sequence_length`."
+    )
+    max_sequences: PositiveInt | None = Field(default=None, description="Windows per text; null: all.")
+    lm_eval: LmEval | None = Field(default=None, description="lm-eval tasks to run; null: none.")
+
+
+class Serving(Section):
+    """How the model is meant to be served; the plan refuses shapes that no kernel takes."""
+
+    tensor_parallel_sizes: ListWithoutRepetition[PositiveInt] = Field(
+        default=(1,), min_length=1, description="Tensor-parallel sizes the result must work with."
+    )
+
+
+def _refuse_zero_size(value: str) -> str:
+    if float(value[:-2]) == 0:
+        raise refusal(f"is {shown(value)}; a shard needs room, such as 5GB")
+    return value
+
+
+class Export(Section):
+    """The directory to write."""
+
+    format: Literal["vllm"] = Field(default="vllm", description="Kind of directory to write.")
+    path: LocalPath | None = Field(
+        default=None, description="Directory to write; the command line's `--output` comes first."
+    )
+    max_shard_size: Annotated[
+        str,
+        StringConstraints(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?(KB|MB|GB)$"),
+        AfterValidator(_refuse_zero_size),
+    ] = Field(default="5GB", description="Upper size of a safetensors file: a number and KB, MB or GB.")
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes; KB, MB and GB are powers of 1000."""
+        return max(1, int(float(self.max_shard_size[:-2]) * BYTES_PER_UNIT[self.max_shard_size[-2:]]))
+
+
+class Recipe(Section):
+    """A model, what to do to it, how to judge the result, and where to write it."""
+
+    model: ModelSource = Field(description="The model to compress.")
+    calibration: Calibration | None = Field(
+        default=None,
+        description="The text whose activations steer compression. Optional if no stage needs it: `svd` with "
+        "a given number of layers does not.",
+    )
+    stages: ListOf[Stage] = Field(
+        min_length=1,
+        description="What is done to the model, in order: each entry is one stage. Factorization comes "
+        "before quantization; each at most once.",
+    )
+    evaluation: Evaluation = Field(
+        default=Evaluation(), description="How the original and the compressed model are compared."
+    )
+    serving: Serving = Field(default=Serving(), description="How the model is meant to be served.")
+    export: Export = Field(default=Export(), description="The directory to write.")
+
+    @property
+    def factorize(self) -> Factorize | None:
+        """The factorization, if the recipe has one."""
+        return next((stage.factorize for stage in self.stages if isinstance(stage, FactorizeStage)), None)
+
+    @property
+    def quantize(self) -> Quantize | None:
+        """The quantization, if the recipe has one."""
+        return next((stage.quantize for stage in self.stages if isinstance(stage, QuantizeStage)), None)
+
+    @property
+    def evaluation_sequence_length(self) -> int | None:
+        """Tokens in a perplexity window; None only where nothing is to be measured."""
+        if self.evaluation.sequence_length is not None:
+            return self.evaluation.sequence_length
+        return self.calibration.sequence_length if self.calibration else None
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Recipe:
+        refuse_together(_find_contradictions(self))
+        return self
+
+
+def _find_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
+    """Yield the location and the message of everything in which sections contradict each other."""
+    first_of: dict[str, int] = {}
+    for number, stage in enumerate(recipe.stages):
+        kind = "factorize" if isinstance(stage, FactorizeStage) else "quantize"
+        if kind in first_of:
+            yield ("stages", number, kind), f"repeats stages.{first_of[kind]}.{kind}; keep one of the two"
+        elif kind == "factorize" and "quantize" in first_of:
+            yield (
+                ("stages", number, kind),
+                f"comes after stages.{first_of['quantize']}.quantize, and integers cannot be factorized; "
+                "move it before",
+            )
+        first_of.setdefault(kind, number)
+
+    needs = [(number, stage.calibration_need) for number, stage in enumerate(recipe.stages)]
+    reasons = [f"{need} (stages.{number})" for number, need in needs if need]
+    if recipe.calibration is None and reasons:
+        yield (
+            ("calibration",),
+            f"is missing, but {'; '.join(reasons)}: add calibration: {{dataset: {{text: PATH}}}}",
+        )
+    if recipe.evaluation.perplexity and recipe.evaluation_sequence_length is None:
+        yield (
+            ("evaluation", "sequence_length"),
+            "is missing, and without calibration it has no default: set it, such as 2048",
+        )
+    if recipe.calibration is not None:
+        yield from _find_too_few_samples(recipe.stages, recipe.calibration.num_samples)
+
+
+def _find_too_few_samples(stages: tuple[Stage, ...], num_samples: int) -> Iterator[tuple[Location, str]]:
+    """Yield the searches that want more sequences than calibration draws."""
+    for number, stage in enumerate(stages):
+        if isinstance(stage, FactorizeStage) and stage.factorize.searches_layers:
+            wanted = stage.factorize.num_search_samples
+            if wanted > num_samples:
+                yield (
+                    ("stages", number, "factorize", "num_search_samples"),
+                    f"is {wanted}, but calibration.num_samples is {num_samples}; set num_search_samples to "
+                    f"{num_samples} or less, or draw more samples",
+                )

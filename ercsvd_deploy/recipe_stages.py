@@ -1,0 +1,187 @@
+"""The stages a recipe can have: what is done to the model, with which method and options. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
+
+from ercsvd_deploy.recipe_fields import (
+    ListWithoutRepetition,
+    Section,
+    Text,
+    expects,
+    refusal,
+    refuse_together,
+    told_apart_by,
+)
+
+
+class Factorize(Section):
+    """Replace the Linears of decoder layers by two low-rank factors each."""
+
+    method: Literal["svd", "asvd", "svd_llm", "erc_svd"] = Field(
+        description="`svd`: plain truncation. `asvd`: columns scaled by their mean activation first. "
+        "`svd_llm`: truncation whitened by the calibration data. `erc_svd`: whitened truncation with "
+        "residual compensation."
+    )
+    compression_ratio: float = Field(
+        gt=0, lt=1, description="Share of the decoder Linears' parameters to remove over the whole model."
+    )
+    num_compressed_layers: Annotated[
+        Literal["auto", "all"] | PositiveInt, expects("'auto', 'all' or a whole number of at least 1")
+    ] = Field(
+        default="auto",
+        description="How many of the last decoder layers are compressed. `auto` tries every admissible "
+        "number and keeps the one with the smallest error of the final layer's output on calibration data.",
+    )
+    beta: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="Share of the break-even rank that is given to the residual (only `erc_svd`).",
+    )
+    residual_space: Literal["weight", "whitened"] = Field(
+        default="weight",
+        description="Space in which the residual is truncated (only `erc_svd`); `whitened` makes it equal "
+        "to `svd_llm`.",
+    )
+    rank_multiple: PositiveInt = Field(
+        default=32, description="Ranks are rounded down to a multiple of this."
+    )
+    num_search_samples: PositiveInt = Field(
+        default=16,
+        description="Calibration sequences on which the search over `num_compressed_layers: auto` measures "
+        "the final layer's error.",
+    )
+    activation_exponent: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Power of the mean absolute activation that scales each column (only `asvd`).",
+    )
+
+    @property
+    def searches_layers(self) -> bool:
+        """Whether the number of compressed layers is searched for."""
+        return self.num_compressed_layers == "auto"
+
+    @property
+    def calibration_need(self) -> str | None:
+        """Why calibration data is needed; None if it is not."""
+        if self.method != "svd":
+            return f"method {self.method} measures activations"
+        if self.searches_layers:
+            return "num_compressed_layers auto measures the final layer's error (all or a number does not)"
+        return None
+
+    @property
+    def _inapplicable_fields(self) -> dict[str, str]:
+        """Field that another method reads -> that method."""
+        readers = {"beta": "erc_svd", "residual_space": "erc_svd", "activation_exponent": "asvd"}
+        return {name: reader for name, reader in readers.items() if reader != self.method}
+
+    @model_validator(mode="after")
+    def _given_fields_are_read(self) -> Factorize:
+        refuse_together(
+            (
+                (name,),
+                f"is given, but only method {reader} reads it and the method is {self.method}; remove it "
+                f"(on the command line: --set {{field}}=null)",
+            )
+            for name, reader in self._inapplicable_fields.items()
+            if name in self.model_fields_set
+        )
+        if self.method == "erc_svd" and self.compression_ratio >= 1 - self.beta:
+            text = f"is {self.compression_ratio:g}, but beta {self.beta:g} leaves room for less than "
+            refuse_together([(("compression_ratio",), f"{text}{1 - self.beta:g}; lower one of the two")])
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_inapplicable_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write what the validator above would accept again."""
+        return {key: value for key, value in handler(self).items() if key not in self._inapplicable_fields}
+
+
+class QuantizeOverride(Section):
+    """What differs for some modules; a key left out keeps the stage's value."""
+
+    bits: Literal[4, 8] | None = Field(default=None, description="Bits of one stored value.")
+    group_size: Literal[32, 64, 128, -1] | None = Field(
+        default=None, description="Input columns that share a scale; -1 for one scale per row."
+    )
+    sym: bool | None = Field(default=None, description="Symmetric: no zero point is stored.")
+
+    @model_validator(mode="after")
+    def _overrides_something(self) -> QuantizeOverride:
+        if self.bits is None and self.group_size is None and self.sym is None:
+            raise refusal("overrides nothing; give bits, group_size or sym, or remove the pattern")
+        return self
+
+
+class Quantize(Section):
+    """Store factors and remaining dense Linears as integers."""
+
+    method: Literal["gptq"] = Field(default="gptq", description="Quantization method.")
+    bits: Literal[4, 8] = Field(default=4, description="Bits of one stored value.")
+    group_size: Literal[32, 64, 128, -1] = Field(
+        default=128,
+        description="Input columns that share a scale; -1 for one scale per row. It must divide the "
+        "in-dimension of every matrix; for a second factor that is the rank.",
+    )
+    sym: bool = Field(default=True, description="Symmetric: no zero point is stored.")
+    damping: float = Field(
+        default=0.01, gt=0, lt=1, description="Share of the Hessian's mean diagonal added to its diagonal."
+    )
+    mse: bool = Field(default=False, description="Search each scale for the smallest squared error.")
+    desc_act: bool = Field(
+        default=False, description="Quantize columns in the order of their activation, largest first."
+    )
+    refit_second_factor: bool = Field(
+        default=True,
+        description="Re-fit the second factor to the original weight, given the quantized first factor.",
+    )
+    compressed_prefix_inputs: bool = Field(
+        default=True,
+        description="Measure each layer's inputs on the output of the layers already compressed.",
+    )
+    ignore: ListWithoutRepetition[Text] = Field(
+        default=(), description="Patterns (`*`, `?`) of module names that stay as they are."
+    )
+    overrides: Mapping[Text, QuantizeOverride] = Field(
+        default={}, description="Pattern (`*`, `?`) of module names -> what differs for them."
+    )
+
+    @property
+    def calibration_need(self) -> str:
+        """Why calibration data is needed."""
+        return f"method {self.method} measures activations"
+
+
+class FactorizeStage(Section):
+    """The one-key mapping of a factorization in the list of stages."""
+
+    factorize: Factorize = Field(description="Replace Linears by low-rank factors.")
+
+    @property
+    def calibration_need(self) -> str | None:
+        """Why calibration data is needed; None if it is not."""
+        return self.factorize.calibration_need
+
+
+class QuantizeStage(Section):
+    """The one-key mapping of a quantization in the list of stages."""
+
+    quantize: Quantize = Field(description="Store factors and remaining dense Linears as integers.")
+
+    @property
+    def calibration_need(self) -> str | None:
+        """Why calibration data is needed; None if it is not."""
+        return self.quantize.calibration_need
+
+
+Stage = Annotated[
+    Annotated[FactorizeStage, Tag("FactorizeStage")] | Annotated[QuantizeStage, Tag("QuantizeStage")],
+    *told_apart_by({"factorize": "FactorizeStage", "quantize": "QuantizeStage"}, "a stage"),
+]

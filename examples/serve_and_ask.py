@@ -1,0 +1,100 @@
+"""Serve a model directory with vLLM's OpenAI server on this machine, ask for one completion, stop.
+
+What `vllm serve DIRECTORY` does, for a demonstration: the server listens on 127.0.0.1 only, on a free
+port, and ends with this script. Run `python examples/serve_and_ask.py out/tiny-llama-erc20`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+PROMPT = "def read_lines(path):\n    with open(path) as "
+START_UP_SECONDS = 600
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start_server(model: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
+    """Start the server; without a GPU, sized for a small machine."""
+    environment = dict(os.environ)
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    environment.setdefault("HF_HUB_OFFLINE", "1")
+    # The module behind `vllm serve`, because the CPU build's own command line does not start.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", model.name, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--enforce-eager"]  # skips compilation: a demonstration wants a fast start
+    with log.open("wb") as output:
+        return subprocess.Popen(  # noqa: S603 - our own interpreter and arguments
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], port: int) -> bool:
+    deadline = time.monotonic() + START_UP_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    return False
+
+
+def complete(port: int, model: str, prompt: str) -> str:
+    body = {"model": model, "prompt": prompt, "max_tokens": 48, "temperature": 0}
+    request = urllib.request.Request(  # noqa: S310 - a fixed http address on this machine
+        f"http://127.0.0.1:{port}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=300) as response:  # noqa: S310
+        answer: str = json.load(response)["choices"][0]["text"]
+        return answer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--prompt", default=PROMPT)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "server.log"
+        port = free_port()
+        print(f"vllm serve {arguments.model} (127.0.0.1:{port}) ...", flush=True)
+        started = time.monotonic()
+        server = start_server(arguments.model, port, log)
+        try:
+            if not wait_until_ready(server, port):
+                print(log.read_text(errors="replace")[-4000:], file=sys.stderr)
+                print("error: the server did not start; its last words are above", file=sys.stderr)
+                return 1
+            print(f"ready after {time.monotonic() - started:.0f} s; prompt and completion:\n")
+            print(arguments.prompt + complete(port, arguments.model.name, arguments.prompt))
+            return 0
+        finally:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
+                try:
+                    server.wait(timeout=30)
+                except subprocess.TimeoutExpired:
+                    os.killpg(server.pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""How vLLM creates, loads and applies a linear layer of which at least one projection is altered.
+
+One instance serves one layer: fused QKV, fused gate and up, column-parallel, row-parallel or replicated. Each
+projection has its own layout (see `checkpoint_schema`): dense or low-rank, plain or integer, in any mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from vllm import envs
+from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinear
+
+from ercsvd_deploy.checkpoint_schema import CheckpointFormatError, ModuleDescription
+from ercsvd_deploy.exporters.vllm.shard_loading import (
+    Projection,
+    ProjectionLoader,
+    ShardId,
+    add_gates,
+    keep_of_rank,
+    shard_index,
+)
+from ercsvd_deploy.exporters.vllm.stacked_linear import StackedLinear
+
+_STACKED = "ercsvd"  # the child module of the layer that holds its matrices
+
+
+class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's classes are Any to mypy
+    """Creates, loads and applies the weights of one vLLM linear layer.
+
+    Args:
+        projections: checkpoint prefix and description (None: as the original model stores it) of each of the
+            layer's projections, in output order.
+        check_model: called before the first weight is processed, when all tensors have been loaded; raises if
+            any layer of the model lacks one.
+    """
+
+    def __init__(
+        self, projections: Sequence[tuple[str, ModuleDescription | None]], check_model: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self._described = list(projections)
+        self._check_model = check_model
+        self._loaders: list[ProjectionLoader] = []
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **_: Any,
+    ) -> None:
+        """Allocate this rank's matrices as a child of `layer` and gates for the checkpoint's tensors.
+
+        Raises:
+            CheckpointFormatError: config.json describes other projections or shapes than the model has.
+            ValueError: vLLM has no kernel for one of the integer matrices.
+        """
+        full_sizes = _full_output_sizes(layer, output_size)
+        names = [name for name, _ in self._described]
+        if not len(names) == len(full_sizes) == len(output_partition_sizes):
+            raise CheckpointFormatError(
+                f"{', '.join(names)}: vLLM computes {len(full_sizes)} projections in this layer, which the "
+                "checkpoint does not describe apart; ercsvd serves only projections that are stored apart"
+            )
+        columns = keep_of_rank(input_size, input_size_per_partition, layer.tp_rank, layer.tp_size)
+        projections = []
+        for (name, described), full, local in zip(
+            self._described, full_sizes, output_partition_sizes, strict=True
+        ):
+            description = described or ModuleDescription(layout="dense", shape=(full, input_size))
+            if description.shape != (full, input_size):
+                raise CheckpointFormatError(
+                    f"{name}: config.json describes shape {list(description.shape)}, "
+                    f"the model has {[full, input_size]}"
+                )
+            rows = keep_of_rank(full, local, layer.tp_rank, layer.tp_size)
+            projections.append(Projection(name, description, rows, columns))
+        stacked = StackedLinear(projections, params_dtype, allow_op=not envs.VLLM_BATCH_INVARIANT)
+        layer.register_module(_STACKED, stacked)
+        self._loaders = stacked.loaders
+        add_gates(layer, params_dtype, self._load)
+
+    def problems(self) -> list[str]:
+        """Return a line for each tensor of the layer that was missing, surplus or mis-shaped."""
+        return [problem for loader in self._loaders for problem in loader.problems()]
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check the whole model once, then bring this layer's matrices into their kernels' layouts."""
+        self._check_model()
+        getattr(layer, _STACKED).finalize()
+        self._loaders = []
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the layer's output on this rank, [..., sum of local outputs]."""
+        output: torch.Tensor = getattr(layer, _STACKED)(x, bias)
+        return output
+
+    def _load(self, leaf: str, tensor: torch.Tensor, shard_id: ShardId) -> None:
+        names = [name for name, _ in self._described]
+        index = shard_index(shard_id, names)
+        if not self._loaders:
+            raise RuntimeError(
+                f"{names[index]}.{leaf}: weights of an ercsvd model that is being served cannot be replaced; "
+                "restart vLLM"
+            )
+        self._loaders[index].load(leaf, tensor)
+
+
+def _full_output_sizes(layer: Any, output_size: int) -> list[int]:
+    """Return the projections' out-dimensions as the checkpoint has them."""
+    # QKV's own `output_sizes` count a replicated head as often as it is held
+    if isinstance(layer, QKVParallelLinear):
+        value_size = getattr(layer, "v_head_size", layer.head_size)
+        return [
+            layer.total_num_heads * layer.head_size,
+            layer.total_num_kv_heads * layer.head_size,
+            layer.total_num_kv_heads * value_size,
+        ]
+    return list(getattr(layer, "output_sizes", [output_size]))

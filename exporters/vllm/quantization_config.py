@@ -1,0 +1,168 @@
+"""vLLM's view of a compressed model: which layers are ours, and whether the checkpoint was complete.
+
+A layer is found in config.json by its *canonical* name, its path without the parts `model` and
+`language_model`: vLLM and the checkpoint place those differently, and how vLLM maps one to the other has
+changed from release to release. Fused layers are looked up projection by projection.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from ercsvd_deploy.checkpoint_schema import (
+    QUANT_METHOD,
+    CheckpointConfig,
+    CheckpointFormatError,
+    ModuleDescription,
+)
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.exporters.vllm.linear_method import LowRankLinearMethod
+
+_WRAPPER_PARTS = frozenset({"model", "language_model"})
+_LAYER_PATH = re.compile(r"^.*?\blayers\.\d+\b")
+# for models that do not publish how they fuse
+_USUAL_FUSIONS = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+_MOST_PROBLEMS_SHOWN = 40
+
+
+class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes are Any to mypy
+    """The `quantization_config` of a compressed checkpoint, as vLLM asks for it.
+
+    Raises:
+        CheckpointFormatError: two modules of the description would be the same layer of the served model.
+    """
+
+    def __init__(self, checkpoint: CheckpointConfig) -> None:
+        super().__init__()
+        self._modules: dict[str, tuple[str, ModuleDescription]] = {}
+        for name, description in checkpoint.modules.items():
+            if not description.is_altered:
+                continue
+            other, _ = self._modules.setdefault(canonical_name(name), (name, description))
+            if other != name:
+                raise CheckpointFormatError(
+                    f"quantization_config.modules: {other} and {name} are one layer to vLLM"
+                )
+        self._unchecked: list[LowRankLinearMethod] = []
+        self._matched: set[str] = set()
+        self._layers_here: set[str] = set()
+        self._reads_checkpoint = True
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return the method's name in config.json."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Return the activation dtypes; int4 and int8 matrices refuse float32 when they are created."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the oldest CUDA capability; the integer kernels state their own."""
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return no file names: everything is in config.json, which enters vLLM's compilation hash."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ErcSvdConfig:
+        """Read the `quantization_config` of config.json.
+
+        Raises:
+            CheckpointFormatError: this version cannot read it.
+        """
+        return cls(CheckpointConfig.read(config))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Return our method for a Linear with an altered projection, the stock one for any other Linear.
+
+        Attention, embeddings and the LM head get None, vLLM's sign for "not quantized".
+        """
+        # Imported here: they load vLLM's kernels, which the processes that only read the config do not need.
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        if not isinstance(layer, LinearBase):
+            return None
+        layer_path = _LAYER_PATH.match(canonical_name(prefix))
+        if layer_path:
+            self._layers_here.add(layer_path[0])
+        names = self._projection_names(prefix)
+        described = [self._modules.get(canonical_name(name)) for name in names]
+        if not any(described):
+            return UnquantizedLinearMethod()
+        from ercsvd_deploy.exporters.vllm.linear_method import LowRankLinearMethod
+
+        self._reads_checkpoint = _load_format() != "dummy"
+        self._matched.update(found[0] for found in described if found)
+        method = LowRankLinearMethod(
+            [found or (name, None) for name, found in zip(names, described, strict=True)], self.check_loaded
+        )
+        self._unchecked.append(method)
+        return method
+
+    def check_loaded(self) -> None:
+        """Raise one error that names every tensor of the model that did not come as described.
+
+        The linear methods call it when vLLM has loaded all weights; further calls do nothing.
+
+        Raises:
+            CheckpointFormatError: tensors were missing, surplus or mis-shaped, or config.json describes
+                modules that the model does not have.
+        """
+        if not self._unchecked:
+            return
+        problems = [
+            f"unknown: {name} is described in config.json, but the model has no such layer"
+            for canonical, (name, _) in self._modules.items()
+            if name not in self._matched and not self._may_be_elsewhere(canonical)
+        ]
+        if self._reads_checkpoint:
+            problems += [problem for method in self._unchecked for problem in method.problems()]
+        self._unchecked = []
+        if problems:
+            hidden = len(problems) - _MOST_PROBLEMS_SHOWN
+            more = [f"... and {hidden} more"] if hidden > 0 else []
+            raise CheckpointFormatError(
+                f"the checkpoint does not hold what its config.json describes ({len(problems)} problems):\n  "
+                + "\n  ".join(problems[:_MOST_PROBLEMS_SHOWN] + more)
+                + "\nThe directory is incomplete or was edited: export or copy it again."
+            )
+
+    def _projection_names(self, prefix: str) -> list[str]:
+        if canonical_name(prefix) in self._modules:
+            return [prefix]
+        parent, _, leaf = prefix.rpartition(".")
+        leaves = self.packed_modules_mapping.get(leaf) or _USUAL_FUSIONS.get(leaf, [leaf])
+        return [f"{parent}.{projection}" if parent else projection for projection in leaves]
+
+    def _may_be_elsewhere(self, canonical: str) -> bool:
+        """Whether a module may live on another pipeline-parallel rank."""
+        from vllm.distributed import get_pp_group
+
+        layer_path = _LAYER_PATH.match(canonical)
+        is_absent = layer_path is None or layer_path[0] not in self._layers_here
+        return get_pp_group().world_size > 1 and is_absent
+
+
+def canonical_name(name: str) -> str:
+    """Return a module path without the parts that vLLM and checkpoints place differently."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def _load_format() -> str:
+    """Return vLLM's --load-format; `dummy` loads no tensors at all (vLLM's benchmarks use it)."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    return "auto" if config is None else str(config.load_config.load_format)

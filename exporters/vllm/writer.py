@@ -1,0 +1,168 @@
+"""Write a compressed model as the directory that vLLM serves and transformers loads.
+
+Everything is written under a hidden name beside the target and renamed when it is complete, so a
+directory under the target's name is always a finished one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ercsvd_deploy.architecture import Architecture
+from ercsvd_deploy.checkpoint_schema import CheckpointConfig
+from ercsvd_deploy.tensor_store import TensorStore, write_json_atomically, write_sharded
+
+CONFIG_FILE = "config.json"
+# What a tokenizer, a processor or a chat template may be stored in; weights and configs are not copied.
+_CARRIED_OVER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "sentencepiece*",
+    "spiece.model",
+    "generation_config.json",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+class ExportError(ValueError):
+    """The export cannot be written where the recipe says."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished directory."""
+
+    directory: Path
+    num_bytes: int
+
+
+def check_target(target: Path, source: Path) -> None:
+    """Refuse a target that would overwrite something, before any work is done.
+
+    Raises:
+        ExportError: the target exists and is not an earlier export, or lies inside the source model.
+    """
+    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
+        raise ExportError(f"output {target} lies inside the source model {source}: choose another directory")
+    if target.exists() and not _is_export(target):
+        raise ExportError(
+            f"output {target} exists and is not an earlier export of this tool: remove it or choose another"
+        )
+    nearest = next(parent for parent in [target.absolute(), *target.absolute().parents] if parent.exists())
+    if target.absolute() != nearest and not nearest.is_dir():
+        raise ExportError(f"output {target} cannot be created: {nearest} is a file")
+
+
+def _is_export(directory: Path) -> bool:
+    """Whether a directory is an earlier export, which a new one may replace, or empty."""
+    if not directory.is_dir():
+        return False
+    if not any(directory.iterdir()):
+        return True
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        CheckpointConfig.read(config["quantization_config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def write_export(
+    target: Path,
+    *,
+    source: Path,
+    dtype: str | None,
+    store: TensorStore,
+    architecture: Architecture,
+    compressed: CheckpointConfig,
+    max_shard_bytes: int,
+    add_files: Callable[[Path], None] = lambda _directory: None,
+) -> Export:
+    """Write the directory, replacing an earlier export of that name.
+
+    Args:
+        target: The directory to appear.
+        source: The original model's directory, from which tokenizer and chat template are carried over.
+        dtype: Precision of the stored tensors if it is not the original model's, for config.json.
+        store: All tensors of the compressed model.
+        architecture: Tells which tensors belong to one decoder layer, and so into one shard.
+        compressed: Description of every altered module.
+        max_shard_bytes: Upper size of a safetensors file.
+        add_files: Writes further files (report, model card) into the directory before it appears.
+
+    Raises:
+        ExportError: the target exists and is not an earlier export.
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    check_target(target, source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial.mkdir()
+    try:
+        num_bytes = write_sharded(partial, store, _tensor_groups(store, architecture), max_shard_bytes)
+        for pattern in _CARRIED_OVER:
+            for path in sorted(source.glob(pattern)):
+                if path.is_dir():
+                    shutil.copytree(path, partial / path.name)
+                else:
+                    shutil.copyfile(path, partial / path.name)
+        add_files(partial)
+        # Last: without a config no loader takes the directory for a model.
+        write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, compressed))
+        _replace_directory(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Export(target, num_bytes)
+
+
+def _served_config(source: Path, dtype: str | None, compressed: CheckpointConfig) -> dict[str, Any]:
+    """Return the source's own config.json with our description added; nothing else is rewritten."""
+    served: dict[str, Any] = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
+    if dtype is not None:
+        served.pop("torch_dtype", None)
+        served["dtype"] = dtype
+    served["quantization_config"] = compressed.write()
+    return served
+
+
+def _tensor_groups(store: TensorStore, architecture: Architecture) -> list[list[str]]:
+    """Return tensor names grouped as: before the layers and after them, then layer by layer."""
+    remaining = set(store.names())
+    groups = []
+    for layer in architecture.layers:
+        names = {name for name in remaining if name.startswith(f"{layer.prefix}.")}
+        remaining -= names
+        groups.append(sorted(names))
+    return [sorted(remaining), *groups]
+
+
+def _replace_directory(partial: Path, target: Path) -> None:
+    """Put `partial` in the place of `target`; an older export steps aside until the new one is there."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    aside = target.with_name(f".{target.name}.replaced-{uuid.uuid4().hex[:8]}")
+    target.rename(aside)
+    try:
+        partial.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,244 @@
+"""The command line: `ercsvd validate | plan | run | eval | schema | version`.
+
+Exit codes: 0 done; 1 the work failed; 2 the command line or the recipe is wrong. A failure is one
+message on standard error that says what is wrong, where, and what to do; `--debug` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from ercsvd_deploy.recipe import RecipeError, check_files, load_recipe, recipe_json_schema
+from rich.console import Console
+from rich.table import Table
+
+from ercsvd_deploy import __version__
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+app = typer.Typer(
+    name="ercsvd",
+    help="Compress a language model by a recipe, into a directory that stock vLLM serves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, e.g. stages.0.factorize.beta=0.1."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Directory to write, instead of the recipe's export.path."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; default: a GPU if any.")]
+
+
+@contextmanager
+def _failures_explained(*, debug: bool) -> Iterator[None]:
+    """Turn an error into one message and an exit code."""
+    try:
+        yield
+    except RecipeError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        raise typer.Exit(EXIT_USAGE) from error
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if debug:
+            raise
+        _complain(_explain(error))
+        raise typer.Exit(EXIT_FAILED) from error
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was written under the output's name")
+        raise typer.Exit(130) from None
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "out of memory: lower calibration.num_samples or sequence_length"
+    return str(error) or type(error).__name__
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
+        f"error: {message}", style="red"
+    )
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def validate(
+    recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False
+) -> None:
+    """Check a recipe and the files it names, without loading anything."""
+    with _failures_explained(debug=debug):
+        loaded = load_recipe(recipe, overrides or ())
+        check_files(loaded)
+        if as_json:
+            _print_json({"recipe": str(recipe), "valid": True})
+        else:
+            Console().print(f"{recipe}: valid", highlight=False)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False
+) -> None:
+    """Show ranks, parameters and bytes of every layer, from the model's config alone."""
+    with _failures_explained(debug=debug):
+        loaded = load_recipe(recipe, overrides or ())
+        with _quiet_libraries():
+            from ercsvd_deploy.pipelines.plan import make_plan
+
+            made = make_plan(loaded)
+        if as_json:
+            _print_json(made.as_json())
+        else:
+            from ercsvd_deploy.pipelines.plan_tables import render
+
+            Console().print(render(made))
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Output = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compress, evaluate and export; prints what was gained and lost."""
+    with _failures_explained(debug=debug):
+        loaded = load_recipe(recipe, overrides or (), output)
+        with _quiet_libraries():
+            from ercsvd_deploy.pipelines.progress import on_terminal
+            from ercsvd_deploy.pipelines.report import render
+            from ercsvd_deploy.pipelines.run import run_recipe
+
+            report, directory = run_recipe(
+                loaded, device=_device(device), progress=on_terminal(Console(stderr=True))
+            )
+        if as_json:
+            _print_json(report.as_json() | {"directory": str(directory)})
+        else:
+            console = Console()
+            console.print(render(report))
+            console.print(
+                f"\nWritten to {directory}. Serve it with:  vllm serve {directory}", highlight=False
+            )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Directory of a model, original or compressed, or a hub id.")],
+    text: Annotated[
+        list[str] | None, typer.Option("--text", metavar="[NAME=]FILE", help="Held-out text for perplexity.")
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in each window.")] = 2048,
+    max_sequences: Annotated[int | None, typer.Option(min=1, help="Windows per text.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="lm-eval documents per task.")] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity on texts, and lm-eval tasks where lm-eval is installed."""
+    with _failures_explained(debug=debug):
+        from ercsvd_deploy.pipelines.evaluate import evaluate_model
+
+        with _quiet_libraries():
+            from ercsvd_deploy.pipelines.progress import on_terminal
+
+            found = evaluate_model(
+                model,
+                texts=text or [],
+                sequence_length=sequence_length,
+                max_sequences=max_sequences,
+                tasks=[task.strip() for task in tasks.split(",")] if tasks else [],
+                limit=limit,
+                device=_device(device),
+                progress=on_terminal(Console(stderr=True)),
+            )
+        if as_json:
+            _print_json(found)
+            return
+        table = Table(title=str(model), title_justify="left")
+        for column in ("what", "value"):
+            table.add_column(column, justify="right" if column == "value" else "left")
+        for name, value in found["perplexity"].items():
+            table.add_row(f"perplexity, {name}", f"{value:.3f}")
+        for task, metrics in found["tasks"].items():
+            for metric, value in metrics.items():
+                table.add_row(f"{task}, {metric}", f"{value:.4f}")
+        Console().print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    _print_json(recipe_json_schema())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    sys.stdout.write(f"ercsvd-deploy {__version__}\n")
+
+
+def _device(name: str | None) -> Any:
+    """Return a torch device that is there, or None for the default.
+
+    Raises:
+        ValueError: no such device.
+    """
+    if name is None:
+        return None
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' start-up chatter out of the output; their errors still come through."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
+    for name in ("torch", "torchao", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,345 @@
+"""The factorize stage: one pass over the decoder finds every rank's factors and the best number of layers.
+
+With `num_compressed_layers: auto` every admissible k (compress the last k layers, the fewer the harder
+each) is tried at once. The original activations pass through the layers to give the Grams; beside them
+runs one trajectory for each k on a few calibration sequences, through layers compressed at that k's
+ranks. A layer is decomposed once: every k truncates the same decomposition, which waits on disk until
+the search has decided. The k with the smallest error of the last layer's output wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ercsvd_deploy.architecture import DecoderLayer
+from ercsvd_deploy.checkpoint_schema import (
+    FACTOR_A,
+    FACTOR_B,
+    GUARD,
+    GUARD_SHAPE,
+    WEIGHT,
+    ModuleDescription,
+)
+from ercsvd_deploy.factorize import (
+    Decomposition,
+    Factors,
+    calibration_error,
+    decompose,
+    truncate,
+    weight_error,
+)
+from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
+from ercsvd_deploy.rank import LinearShape, RankPlan, split_rank
+from ercsvd_deploy.recipe_schema import Factorize
+from ercsvd_deploy.tensor_store import FileStore, write_atomically
+
+# Beyond this side the residual's exact decomposition is made once, for the chosen k, and the search
+# over k uses a randomized one.
+_EXACT_RESIDUAL_UP_TO = 1024
+
+
+class FactorizationError(ValueError):
+    """A weight or its calibration inputs cannot be factorized; the message names the Linear."""
+
+
+@dataclass(frozen=True)
+class FactorizedLinear:
+    """What became of one Linear of a compressed layer."""
+
+    name: str
+    shape: tuple[int, int]
+    rank: int | None  # None: left dense
+    weight_error: float  # ||W - BA||_F / ||W||_F
+    calibration_error: float | None  # ||(W - BA) X||_F / ||W X||_F
+
+
+@dataclass(frozen=True)
+class SearchPoint:
+    """One tried number of compressed layers."""
+
+    num_compressed_layers: int
+    layer_ratio: float
+    kept_parameters: int
+    final_layer_error: float | None  # relative Frobenius error of the last layer's output
+
+
+@dataclass
+class FactorizeOutcome:
+    """Everything the stage found out; the factors themselves are in its layer files."""
+
+    plan: RankPlan
+    modules: dict[str, ModuleDescription]
+    linears: list[FactorizedLinear]
+    search: list[SearchPoint]
+    files: list[Path] = field(default_factory=list)
+
+
+@dataclass
+class _Candidate:
+    """One k while the pass is under way."""
+
+    plan: RankPlan
+    hidden: list[torch.Tensor] | None = None  # activations of the search sequences, once it has diverged
+    linears: list[FactorizedLinear] = field(default_factory=list)
+
+
+def factorize_decoder(
+    model: LayerwiseModel,
+    windows: torch.Tensor | None,
+    settings: Factorize,
+    plans: Mapping[int, RankPlan],
+    directory: Path,
+    on_layer: Callable[[], None] = lambda: None,
+) -> FactorizeOutcome:
+    """Compress the last k layers and write each compressed layer's factors to `directory` as it is done.
+
+    Args:
+        model: The original model.
+        windows: Calibration token ids [num_samples, sequence_length]; None for a data-free method.
+        settings: The recipe's stage.
+        plans: Ranks for every k that is to be tried; the keys are the candidates.
+        directory: Receives `layer-<index>.safetensors`.
+        on_layer: Called after every decoder layer of every pass (`num_passes` times the layers).
+
+    Returns:
+        The outcome for the best k: its descriptions, errors, files, and the whole search.
+    """
+    stage = _FactorizeStage(model, settings, plans, directory)
+    search = stage.observe_and_try(windows, on_layer)
+    measured = {point.num_compressed_layers: point.final_layer_error for point in search}
+    best = min(plans, key=lambda k: (measured[k] or 0.0, -k))
+    files = stage.emit(best, on_layer)
+    chosen = stage.candidates[best]
+    return FactorizeOutcome(chosen.plan, _descriptions(model, chosen.plan), chosen.linears, search, files)
+
+
+def _descriptions(model: LayerwiseModel, plan: RankPlan) -> dict[str, ModuleDescription]:
+    return {
+        linear.name: ModuleDescription(
+            layout="low_rank", shape=(linear.out_features, linear.in_features), rank=rank
+        )
+        for linear in model.architecture.linears
+        if (rank := plan.ranks.get(linear.name)) is not None
+    }
+
+
+class _FactorizeStage:
+    """The state of one pass: candidates, and where decompositions wait."""
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        settings: Factorize,
+        plans: Mapping[int, RankPlan],
+        directory: Path,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.candidates = {k: _Candidate(plan) for k, plan in plans.items()}
+        self.directory = directory
+        self.first_compressed = model.num_layers - max(plans)
+
+    def observe_and_try(
+        self, windows: torch.Tensor | None, on_layer: Callable[[], None]
+    ) -> list[SearchPoint]:
+        """Pass once through the decoder; afterwards every decomposition is on disk."""
+        hidden: list[torch.Tensor] = []
+        num_search_batches = 0
+        if windows is not None:
+            searched = self.model.batches(windows[: self.settings.num_search_samples])
+            rest = self.model.batches(windows[self.settings.num_search_samples :])
+            num_search_batches = len(searched)
+            hidden = self.model.embed(searched + rest)
+        for layer in self.model.architecture.layers:
+            with self.model.layer(layer.index) as module:
+                self._observe_and_try_layer(layer, module, hidden, num_search_batches)
+            on_layer()
+        return [self._search_point(k, hidden[:num_search_batches]) for k in sorted(self.candidates)]
+
+    def _observe_and_try_layer(
+        self, layer: DecoderLayer, module: nn.Module, hidden: list[torch.Tensor], num_search_batches: int
+    ) -> None:
+        is_compressed = layer.index >= self.first_compressed
+        statistics = self._fresh_statistics(layer) if is_compressed and hidden else {}
+        entering = list(hidden[:num_search_batches])
+        self.model.advance(layer.index, hidden, observe=statistics, module=module)
+        if not is_compressed:
+            return
+        inputs = {
+            linear.name: statistics.get(_local(group[0], layer)) for group in layer.groups for linear in group
+        }
+        decompositions = {
+            linear.name: self._decompose(linear, _weight(module, linear, layer), inputs[linear.name])
+            for linear in layer.linears
+        }
+        originals = {linear.name: _weight(module, linear, layer) for linear in layer.linears}
+        for k, candidate in self.candidates.items():
+            if layer.index < self.model.num_layers - k:
+                continue
+            for linear in layer.linears:
+                rank = candidate.plan.ranks.get(linear.name)
+                if rank is None:
+                    candidate.linears.append(_left_dense(linear))
+                    continue
+                weight, statistic = originals[linear.name], inputs[linear.name]
+                factors = self._truncate(decompositions[linear.name], linear, weight, rank, exact=False)
+                candidate.linears.append(_measure(linear, rank, weight, factors, statistic))
+                _set_weight(module, linear, layer, factors.product().to(weight.dtype))
+            if candidate.hidden is None:
+                candidate.hidden = list(entering)
+            self.model.advance(layer.index, candidate.hidden, module=module)
+            for linear in layer.linears:
+                _set_weight(module, linear, layer, originals[linear.name])
+        waiting = {f"{name}.basis": made.basis for name, made in decompositions.items()}
+        waiting |= {f"{name}.singular_values": made.singular_values for name, made in decompositions.items()}
+        write_atomically(self._waiting(layer.index), waiting)
+
+    def _fresh_statistics(self, layer: DecoderLayer) -> dict[str, InputStatistics]:
+        """Return empty statistics for the first Linear of every group: the others read the same input."""
+        return {
+            _local(group[0], layer): InputStatistics.zeros(group[0].in_features, self.model.device)
+            for group in layer.groups
+        }
+
+    def _decompose(
+        self, linear: LinearShape, weight: torch.Tensor, statistics: InputStatistics | None
+    ) -> Decomposition:
+        ranks = [candidate.plan.ranks.get(linear.name) for candidate in self.candidates.values()]
+        highest = max((rank for rank in ranks if rank is not None), default=None)
+        try:
+            return decompose(
+                weight,
+                method=self.settings.method,
+                gram=None if statistics is None else statistics.gram,
+                mean_abs_activation=None if statistics is None else statistics.mean_absolute,
+                activation_exponent=self.settings.activation_exponent,
+                max_rank=highest or 1,
+            )
+        except ValueError as error:
+            raise FactorizationError(f"{linear.name}: {error}") from error
+
+    def _truncate(
+        self,
+        decomposition: Decomposition,
+        linear: LinearShape,
+        weight: torch.Tensor,
+        rank: int,
+        *,
+        exact: bool,
+    ) -> Factors:
+        """Return factors rounded to the precision they will be stored in."""
+        residual_rank = 0
+        if self.settings.method == "erc_svd":
+            _, residual_rank = split_rank(rank, linear.out_features, linear.in_features, self.settings.beta)
+        factors = truncate(
+            decomposition,
+            weight,
+            rank,
+            residual_rank=residual_rank,
+            residual_space=self.settings.residual_space,
+            exact_residual=exact or min(weight.shape) <= _EXACT_RESIDUAL_UP_TO,
+        )
+        stored = self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
+        return Factors(
+            factors.factor_a.to(stored).to(weight.dtype), factors.factor_b.to(stored).to(weight.dtype)
+        )
+
+    def _search_point(self, k: int, original: list[torch.Tensor]) -> SearchPoint:
+        candidate = self.candidates[k]
+        error = None
+        if original and candidate.hidden is not None:
+            pairs = list(zip(candidate.hidden, original, strict=True))
+            lost = sum((tried - true).double().square().sum().item() for tried, true in pairs)
+            whole = sum(true.double().square().sum().item() for _, true in pairs)
+            error = (lost / whole) ** 0.5 if whole else 0.0
+        candidate.hidden = None
+        return SearchPoint(k, candidate.plan.layer_ratio, candidate.plan.kept_parameters, error)
+
+    def _read_decomposition(self, store: FileStore, name: str) -> Decomposition:
+        tensors = store.read([f"{name}.basis", f"{name}.singular_values"])
+        return Decomposition(
+            self.settings.method,
+            tensors[f"{name}.basis"].to(self.model.device),
+            tensors[f"{name}.singular_values"].to(self.model.device),
+        )
+
+    def _waiting(self, layer: int) -> Path:
+        return self.directory / f"decomposition-{layer:05d}.safetensors"
+
+    def emit(self, k: int, on_layer: Callable[[], None]) -> list[Path]:
+        """Write the factors of the last k layers; remove what was kept for the other candidates."""
+        files = []
+        plan = self.candidates[k].plan
+        for layer in self.model.architecture.layers[self.model.num_layers - k :]:
+            store = FileStore([self._waiting(layer.index)])
+            tensors: dict[str, torch.Tensor] = {}
+            with self.model.layer(layer.index) as module:
+                for linear in layer.linears:
+                    rank = plan.ranks.get(linear.name)
+                    if rank is None:
+                        continue
+                    decomposition = self._read_decomposition(store, linear.name)
+                    weight = _weight(module, linear, layer)
+                    factors = self._truncate(decomposition, linear, weight, rank, exact=True)
+                    stored = self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
+                    tensors |= factor_tensors(linear.name, factors, stored)
+            path = self.directory / f"layer-{layer.index:05d}.safetensors"
+            write_atomically(path, tensors)
+            files.append(path)
+            on_layer()
+        for layer in self.model.architecture.layers[self.first_compressed :]:
+            self._waiting(layer.index).unlink()
+        return files
+
+
+def factor_tensors(name: str, factors: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the tensors that store a factorized Linear: both factors and the guard."""
+    return {
+        f"{name}.{FACTOR_A}.{WEIGHT}": factors.factor_a.to(dtype),
+        f"{name}.{FACTOR_B}.{WEIGHT}": factors.factor_b.to(dtype),
+        f"{name}.{GUARD}": torch.empty(GUARD_SHAPE, dtype=dtype),
+    }
+
+
+def _measure(
+    linear: LinearShape,
+    rank: int,
+    weight: torch.Tensor,
+    factors: Factors,
+    statistics: InputStatistics | None,
+) -> FactorizedLinear:
+    return FactorizedLinear(
+        linear.name,
+        (linear.out_features, linear.in_features),
+        rank,
+        weight_error(weight, factors),
+        None if statistics is None else calibration_error(weight, factors, statistics.gram),
+    )
+
+
+def _left_dense(linear: LinearShape) -> FactorizedLinear:
+    return FactorizedLinear(linear.name, (linear.out_features, linear.in_features), None, 0.0, 0.0)
+
+
+def _local(linear: LinearShape, layer: DecoderLayer) -> str:
+    """Return the Linear's name within its layer."""
+    return linear.name.removeprefix(f"{layer.prefix}.")
+
+
+def _linear_of(module: nn.Module, linear: LinearShape, layer: DecoderLayer) -> nn.Linear:
+    found = module.get_submodule(_local(linear, layer))
+    assert isinstance(found, nn.Linear)
+    return found
+
+
+def _weight(module: nn.Module, linear: LinearShape, layer: DecoderLayer) -> torch.Tensor:
+    return _linear_of(module, linear, layer).weight.data
+
+
+def _set_weight(module: nn.Module, linear: LinearShape, layer: DecoderLayer, weight: torch.Tensor) -> None:
+    _linear_of(module, linear, layer).weight = nn.Parameter(weight, requires_grad=False)

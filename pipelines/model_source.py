@@ -1,0 +1,91 @@
+"""Find the model a recipe names, and open it for streaming."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ercsvd_deploy.architecture import ArchitectureError, load_config
+from ercsvd_deploy.layerwise import LayerwiseModel
+from ercsvd_deploy.recipe_schema import ModelSource
+from ercsvd_deploy.tensor_store import CastingStore, TensorStore, open_directory
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_EVERYTHING_ELSE = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model whose files are on this machine."""
+
+    source: ModelSource
+    directory: Path
+    config: Any
+
+    def store(self) -> TensorStore:
+        """Open its weights, in the precision the recipe asks for."""
+        files = open_directory(self.directory)
+        return (
+            files if self.source.dtype == "auto" else CastingStore(files, getattr(torch, self.source.dtype))
+        )
+
+
+def open_config(source: ModelSource) -> Any:
+    """Return the model's config alone; from a hub id nothing else is fetched."""
+    return load_config(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
+
+
+def open_model(source: ModelSource) -> OpenedModel:
+    """Return the model with its files at hand, fetched from the hub if `path` is not a directory.
+
+    Raises:
+        ArchitectureError: no such directory or hub model, or it cannot be fetched.
+    """
+    directory = Path(source.path)
+    if not directory.is_dir():
+        directory = _fetch(source)
+    config = load_config(str(directory), revision=source.revision, trust_remote_code=source.trust_remote_code)
+    return OpenedModel(source, directory, config)
+
+
+def _fetch(source: ModelSource) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                source.path, revision=source.revision, allow_patterns=[*_WEIGHTS, *_EVERYTHING_ELSE]
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()
+        raise ArchitectureError(
+            f"model.path {source.path!r} is neither a directory here nor a model that can be fetched from "
+            f"the hub: {reason[0] if reason else type(error).__name__}"
+        ) from error
+
+
+def default_device() -> torch.device:
+    """Return the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(config: Any, device: torch.device) -> torch.dtype:
+    """Return the precision to run layers in: the model's own on a GPU, float32 on a CPU."""
+    own = getattr(config, "dtype", None)
+    return own if device.type == "cuda" and isinstance(own, torch.dtype) else torch.float32
+
+
+def stream(opened: OpenedModel, device: torch.device, store: TensorStore | None = None) -> LayerwiseModel:
+    """Return the model ready to run layer by layer; `store` replaces its own weights."""
+    return LayerwiseModel(
+        opened.config,
+        store if store is not None else opened.store(),
+        device,
+        compute_dtype(opened.config, device),
+        trust_remote_code=opened.source.trust_remote_code,
+    )

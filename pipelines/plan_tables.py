@@ -1,0 +1,64 @@
+"""The plan as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ercsvd_deploy.pipelines.plan import CandidatePlan, Plan
+
+
+def render(plan: Plan) -> RenderableType:
+    """Return what `ercsvd plan` prints."""
+    head = Text(
+        f"{plan.model} ({plan.model_type}, {plan.dtype}): {plan.num_layers} layers, "
+        f"{plan.model_parameters:,} parameters, {plan.linear_parameters:,} of them in decoder Linears, "
+        f"{plan.num_bytes:,} bytes\n"
+    )
+    if not plan.candidates:
+        return Group(head, Text("No stage factorizes: every matrix keeps its shape."))
+    parts: list[RenderableType] = [head, _candidate_table(plan)]
+    if len(plan.candidates) > 1:
+        parts.append(
+            Text("\nThe run tries all of these on calibration data. Ranks of the first and the last:")
+        )
+    shown = {id(candidate): candidate for candidate in (plan.candidates[0], plan.candidates[-1])}
+    parts.extend(_rank_table(candidate) for candidate in shown.values())
+    return Group(*parts)
+
+
+def _candidate_table(plan: Plan) -> Table:
+    table = Table(title="Admissible numbers of compressed layers", title_justify="left")
+    for column in (
+        "last k layers",
+        "removed in each",
+        "decoder-Linear parameters",
+        "removed",
+        "bytes",
+        "change",
+    ):
+        table.add_column(column, justify="right")
+    for candidate in plan.candidates:
+        table.add_row(
+            str(candidate.num_compressed_layers),
+            f"{100 * candidate.layer_ratio:.1f} %",
+            f"{candidate.linear_parameters:,}",
+            f"{100 * candidate.achieved_compression_ratio:.2f} %",
+            f"{candidate.num_bytes:,}",
+            f"{100 * (candidate.num_bytes / plan.num_bytes - 1):+.1f} %",
+        )
+    return table
+
+
+def _rank_table(candidate: CandidatePlan) -> Table:
+    table = Table(title=f"Ranks with k = {candidate.num_compressed_layers}", title_justify="left")
+    table.add_column("layer", justify="right")
+    for name in candidate.layers[0].ranks:
+        table.add_column(name.rpartition(".")[2], justify="right")
+    table.add_column("parameters", justify="right")
+    table.add_column("bytes", justify="right")
+    for layer in candidate.layers:
+        ranks = ("dense" if rank is None else str(rank) for rank in layer.ranks.values())
+        table.add_row(str(layer.index), *ranks, f"{layer.parameters:,}", f"{layer.num_bytes:,}")
+    return table

@@ -1,0 +1,148 @@
+"""What a run found out, as data; `report.json` in the export, and the table that ends a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ercsvd_deploy.pipelines.factorize import FactorizedLinear, FactorizeOutcome
+
+REPORT_FILE = "ercsvd_report.json"
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """Size and quality of one model."""
+
+    num_bytes: int  # of its tensors, tied ones once
+    parameters: int
+    linear_parameters: int  # of the decoder Linears
+    perplexity: Mapping[str, float] = field(default_factory=dict)  # held-out text -> perplexity
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # lm-eval task -> metric -> value
+
+
+@dataclass
+class Report:
+    """Everything a run tells."""
+
+    recipe: dict[str, Any]
+    environment: dict[str, str]
+    original: ModelFigures
+    compressed: ModelFigures
+    factorize: FactorizeOutcome | None
+    seconds: dict[str, float]
+    warnings: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        plain: dict[str, Any] = asdict(self)
+        plain["report_version"] = REPORT_VERSION
+        if self.factorize is not None:
+            plain["factorize"] = {
+                "num_compressed_layers": self.factorize.plan.num_compressed_layers,
+                "layer_ratio": self.factorize.plan.layer_ratio,
+                "parameter_budget": self.factorize.plan.parameter_budget,
+                "kept_parameters": self.factorize.plan.kept_parameters,
+                "achieved_compression_ratio": self.factorize.plan.achieved_compression_ratio,
+                "search": [asdict(point) for point in self.factorize.search],
+                "linears": [asdict(linear) for linear in self.factorize.linears],
+            }
+        return plain
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """Return the report of an export as plain JSON values."""
+    report: dict[str, Any] = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
+    return report
+
+
+def render(report: Report) -> RenderableType:
+    """Return what `ercsvd run` prints at its end."""
+    parts: list[RenderableType] = [_summary_table(report)]
+    if report.factorize is not None:
+        if len(report.factorize.search) > 1:
+            parts.append(_search_table(report.factorize))
+        parts.append(_layer_table(report.factorize))
+    parts.extend(Text(f"warning: {warning}", style="yellow") for warning in report.warnings)
+    return Group(*parts)
+
+
+def _summary_table(report: Report) -> Table:
+    table = Table(title="What was gained and lost", title_justify="left")
+    table.add_column("")
+    for column in ("original", "compressed", "change"):
+        table.add_column(column, justify="right")
+    before, after = report.original, report.compressed
+    for name, old, new in (
+        ("bytes", before.num_bytes, after.num_bytes),
+        ("parameters", before.parameters, after.parameters),
+        ("decoder-Linear parameters", before.linear_parameters, after.linear_parameters),
+    ):
+        table.add_row(name, f"{old:,}", f"{new:,}", _percent(new / old - 1))
+    for text, old_value in before.perplexity.items():
+        new_value = after.perplexity[text]
+        table.add_row(
+            f"perplexity, {text}", f"{old_value:.3f}", f"{new_value:.3f}", _percent(new_value / old_value - 1)
+        )
+    for task, metrics in before.tasks.items():
+        for metric, old_value in metrics.items():
+            new_value = after.tasks[task][metric]
+            table.add_row(
+                f"{task}, {metric}", f"{old_value:.4f}", f"{new_value:.4f}", f"{new_value - old_value:+.4f}"
+            )
+    return table
+
+
+def _percent(change: float) -> str:
+    return f"{100 * change:+.1f} %"
+
+
+def _search_table(outcome: FactorizeOutcome) -> Table:
+    table = Table(title="Search over the number of compressed layers", title_justify="left")
+    for column in ("last k layers", "removed in each", "final-layer error", ""):
+        table.add_column(column, justify="right" if column else "left")
+    for point in outcome.search:
+        is_chosen = point.num_compressed_layers == outcome.plan.num_compressed_layers
+        error = "-" if point.final_layer_error is None else f"{point.final_layer_error:.4f}"
+        table.add_row(
+            str(point.num_compressed_layers),
+            f"{100 * point.layer_ratio:.1f} %",
+            error,
+            "chosen" if is_chosen else "",
+            style="bold" if is_chosen else None,
+        )
+    return table
+
+
+def _layer_table(outcome: FactorizeOutcome) -> Table:
+    """One row a compressed layer: rank and relative output error of every Linear."""
+    layers: dict[str, list[FactorizedLinear]] = {}
+    for linear in outcome.linears:
+        layers.setdefault(_layer_of(linear.name), []).append(linear)
+    table = Table(title="Rank and relative output error of every Linear", title_justify="left")
+    table.add_column("layer", justify="right")
+    first = next(iter(layers.values()), [])
+    for linear in first:
+        table.add_column(linear.name.rpartition(".")[2], justify="right")
+    for layer, linears in layers.items():
+        table.add_row(layer, *(_rank_and_error(linear) for linear in linears))
+    return table
+
+
+def _layer_of(name: str) -> str:
+    return next((part for part in name.split(".") if part.isdigit()), name)
+
+
+def _rank_and_error(linear: FactorizedLinear) -> str:
+    if linear.rank is None:
+        return "dense"
+    error = linear.weight_error if linear.calibration_error is None else linear.calibration_error
+    return f"{linear.rank}  {error:.3f}"

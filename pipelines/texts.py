@@ -1,0 +1,66 @@
+"""Read the texts a recipe names and turn them into windows of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ercsvd_deploy.calibration import (
+    CalibrationError,
+    Tokenizer,
+    character_limit,
+    read_hub_dataset,
+    read_jsonl,
+    read_text,
+    sample_windows,
+    token_windows,
+)
+from ercsvd_deploy.recipe_schema import Calibration, HubDataset, JsonLines, Recipe, TextDataset, TextFile
+
+
+def read_dataset(dataset: TextDataset, max_characters: int | None = None) -> str:
+    """Return the text of a dataset section."""
+    if isinstance(dataset, TextFile):
+        return read_text(dataset.text, max_characters)
+    if isinstance(dataset, JsonLines):
+        return read_jsonl(dataset.jsonl, dataset.field, max_characters)
+    assert isinstance(dataset, HubDataset)
+    return read_hub_dataset(
+        dataset.hub,
+        config=dataset.config,
+        split=dataset.split,
+        field=dataset.field,
+        revision=dataset.revision,
+        max_characters=max_characters,
+    )
+
+
+def calibration_windows(calibration: Calibration, tokenizer: Tokenizer, vocab_size: int) -> torch.Tensor:
+    """Return the calibration sequences [num_samples, sequence_length].
+
+    Raises:
+        CalibrationError: the text cannot be read or is too short.
+    """
+    limit = character_limit(calibration.num_samples * calibration.sequence_length)
+    text = read_dataset(calibration.dataset, limit)
+    windows = token_windows(text, tokenizer, calibration.sequence_length, vocab_size)
+    return sample_windows(windows, calibration.num_samples, calibration.seed)
+
+
+def evaluation_windows(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) -> Mapping[str, torch.Tensor]:
+    """Return text name -> windows [n, tokens] of every held-out text.
+
+    Raises:
+        CalibrationError: a text cannot be read or is too short; the message names it.
+    """
+    length, most = recipe.evaluation_sequence_length, recipe.evaluation.max_sequences
+    windows = {}
+    for name, dataset in recipe.evaluation.perplexity.items():
+        assert length is not None, "the schema asks for a length where there are texts"
+        limit = None if most is None else character_limit(length * most)
+        try:
+            windows[name] = token_windows(read_dataset(dataset, limit), tokenizer, length, vocab_size)[:most]
+        except CalibrationError as error:
+            raise CalibrationError(f"evaluation.perplexity.{name}: {error}") from error
+    return windows

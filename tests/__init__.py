@@ -1,0 +1,1 @@
+"""The test suite: CPU, offline, seeded; numbers are compared with naive references."""

@@ -1,0 +1,61 @@
+"""Session fixtures: pico models and compressed checkpoints, written once, shared read-only by all tests."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports transformers, datasets or gptqmodel: these are read at import.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_models import compress_at_random, materialise, save_tiny_model
+
+ModelDirectory = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelDirectory:
+    """Return family -> directory of a random float32 model (see tests.tiny_models.FAMILIES)."""
+    return cache(lambda family: save_tiny_model(tmp_path_factory.mktemp(f"{family}-dense"), family))
+
+
+@pytest.fixture(scope="session")
+def low_rank_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: ModelDirectory) -> ModelDirectory:
+    """Return family -> directory of `tiny_model(family)` with some Linears low-rank, all in float32."""
+    return _compressed(tmp_path_factory, tiny_model, "low-rank", None)
+
+
+@pytest.fixture(scope="session")
+def mixed_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: ModelDirectory) -> ModelDirectory:
+    """Return family -> directory with Linears dense or low-rank, float32 or int4, mixed in fused layers."""
+    return _compressed(tmp_path_factory, tiny_model, "mixed", {"bits": 4, "group_size": 32, "sym": True})
+
+
+@pytest.fixture(scope="session")
+def materialised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Return compressed directory -> directory of the dense model it stands for."""
+    return cache(
+        lambda directory: materialise(directory, tmp_path_factory.mktemp(f"{directory.name}-materialised"))
+    )
+
+
+def _compressed(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: ModelDirectory,
+    kind: str,
+    quantization: Mapping[str, Any] | None,
+) -> ModelDirectory:
+    @cache
+    def write(family: str) -> Path:
+        directory = tmp_path_factory.mktemp(f"{family}-{kind}")
+        compress_at_random(tiny_model(family), directory, quantization=quantization)
+        return directory
+
+    return write

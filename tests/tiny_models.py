@@ -1,0 +1,341 @@
+"""Random pico models of every supported text family, and randomly compressed checkpoints of them.
+
+Nothing here knows the method: `compress_at_random` writes the on-disk format straight from its description
+(`checkpoint_schema`), so that readers are tested against the format rather than against our own writer.
+`materialise` undoes it naively and gives the dense model that a reader's logits must equal.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ercsvd_deploy.checkpoint_schema import (
+    FACTOR_A,
+    FACTOR_B,
+    GUARD,
+    GUARD_SHAPE,
+    CheckpointConfig,
+    ModuleDescription,
+    WeightQuantization,
+)
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+
+HIDDEN_SIZE = 128
+INTERMEDIATE_SIZE = 256
+NUM_HEADS = 4
+NUM_KV_HEADS = 2
+HEAD_DIM = 32
+VOCAB_SIZE = 256
+MAX_POSITIONS = 256
+
+WEIGHTS_FILE = "model.safetensors"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "opt": (OPTConfig, OPTForCausalLM),
+}
+# bytes 253..255 never occur in UTF-8: their places in the 256-entry vocabulary go to the special tokens
+_SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
+
+_DECODER_LINEAR = re.compile(
+    r"^(?P<module>(?!.*vision).*\blayers\.(?P<layer>\d+)\..*\b"
+    r"(?P<leaf>q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2))\.weight$"
+)
+_FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# The first layer shows every kind of matrix, mixed inside its fused layers: leaf -> (low-rank, quantized).
+_FIRST_LAYER = {
+    "q_proj": (True, True),
+    "k_proj": (False, True),
+    "v_proj": (True, False),
+    "gate_proj": (False, False),
+    "up_proj": (True, True),
+}
+
+
+def save_tiny_model(
+    directory: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    num_layers: int = 2,
+    **config_overrides: Any,
+) -> Path:
+    """Write a random pico model with tokenizer, generation config and chat template; return `directory`.
+
+    Linear weights have unit gain, norms and biases are random too: logits spread over a few units and no
+    parameter can be dropped unnoticed.
+    """
+    config_class, model_class = _CLASSES[family]
+    model = model_class(config_class(**_config_arguments(family, num_layers) | config_overrides))
+    _randomise(model, torch.Generator().manual_seed(seed))
+    model.to(dtype)
+    model.config.dtype = dtype
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(directory)
+    _tokenizer().save_pretrained(directory)
+    return directory
+
+
+def compress_at_random(
+    source: Path, target: Path, *, seed: int = 0, quantization: Mapping[str, Any] | None = None
+) -> CheckpointConfig:
+    """Write `source`, its decoder Linears randomly dense or low-rank, plain or integer, to `target`.
+
+    Ranks are unequal multiples of 32 (or of the group size). The first layer mixes all kinds inside its fused
+    layers; elsewhere every matrix is drawn on its own.
+
+    Args:
+        source: a directory that `save_tiny_model` wrote.
+        target: the directory to write.
+        seed: of every choice.
+        quantization: keys of `WeightQuantization`; None leaves every matrix in floating point.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight_quantization = None if quantization is None else WeightQuantization(**quantization)
+    tensors = load_file(source / WEIGHTS_FILE)
+    linears = [match for name in sorted(tensors) if (match := _DECODER_LINEAR.match(name))]
+    descriptions = {}
+    free_ranks: dict[tuple[str, str], list[int]] = {}
+    for match in linears:
+        out_features, in_features = tensors[match[0]].shape
+        group = next((",".join(group) for group in _FUSED_GROUPS if match["leaf"] in group), match["leaf"])
+        ranks = free_ranks.setdefault(
+            (match["layer"], group), _shuffled_ranks(weight_quantization, generator)
+        )
+        descriptions[match["module"]] = _describe(
+            match, (out_features, in_features), ranks, weight_quantization, generator
+        )
+    config = CheckpointConfig(
+        modules={name: described for name, described in descriptions.items() if described.is_altered}
+    )
+    for name, described in config.modules.items():
+        weight = tensors.pop(f"{name}.weight")
+        tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in _store(weight, described).items()}
+    _write_like(source, target, tensors, config)
+    return config
+
+
+def materialise(compressed: Path, target: Path) -> Path:
+    """Write the dense model that a compressed checkpoint stands for: W = B A, integers dequantized."""
+    raw_config = json.loads((compressed / "config.json").read_text())
+    config = CheckpointConfig.read(raw_config["quantization_config"])
+    tensors = load_file(compressed / WEIGHTS_FILE)
+    for name, described in config.modules.items():
+        stored = {leaf: tensors.pop(f"{name}.{leaf}") for leaf in described.tensor_shapes}
+        tensors[f"{name}.weight"] = _restore(stored, described)
+    _write_like(compressed, target, tensors, None)
+    return target
+
+
+def _config_arguments(family: str, num_layers: int) -> dict[str, Any]:
+    shared = {
+        "hidden_size": HIDDEN_SIZE,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": NUM_HEADS,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": MAX_POSITIONS,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family == "opt":
+        return shared | {"ffn_dim": INTERMEDIATE_SIZE, "word_embed_proj_dim": HIDDEN_SIZE}
+    grouped = {
+        "intermediate_size": INTERMEDIATE_SIZE,
+        "num_key_value_heads": NUM_KV_HEADS,
+        "tie_word_embeddings": False,
+    }
+    # Qwen2 has no head_dim: it follows from hidden size and heads, and is the same 32
+    return shared | grouped | ({} if family == "qwen2" else {"head_dim": HEAD_DIM})
+
+
+@torch.no_grad()
+def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("bias"):
+            parameter.copy_(0.2 * noise)
+        elif parameter.ndim == 1:
+            parameter.copy_(1 + 0.1 * noise)
+        elif "embed" in name:
+            parameter.copy_(0.3 * noise)  # tied heads (OPT) keep logits of a few units
+        else:
+            gain = 2.0 if name.startswith("lm_head") else 1.0
+            parameter.copy_(noise * gain / parameter.shape[1] ** 0.5)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    # the byte-level alphabet writes bytes 0xFD..0xFF as the characters of the same code
+    impossible = {chr(code) for code in range(0xFD, 0x100)}
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - impossible)
+    vocabulary = {token: index for index, token in enumerate((*_SPECIAL_TOKENS, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<pad>",  # else Qwen2's tokenizer class adds a 257th token for it
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+def _draw(generator: torch.Generator) -> bool:
+    return bool(torch.randint(2, (), generator=generator))
+
+
+def _shuffled_ranks(quantization: WeightQuantization | None, generator: torch.Generator) -> list[int]:
+    multiple = max(32, quantization.group_size) if quantization else 32
+    ranks = [rank for rank in (32, 64, 96, 128) if rank % multiple == 0]
+    return [ranks[index] for index in torch.randperm(min(3, len(ranks)), generator=generator).tolist()]
+
+
+def _describe(
+    match: re.Match[str],
+    shape: tuple[int, int],
+    free_ranks: list[int],
+    quantization: WeightQuantization | None,
+    generator: torch.Generator,
+) -> ModuleDescription:
+    drawn = [_draw(generator) for _ in range(3)]
+    is_low_rank, first_is_quantized, second_is_quantized = drawn
+    if int(match["layer"]) == 0 and match["leaf"] in _FIRST_LAYER:
+        is_low_rank, first_is_quantized = _FIRST_LAYER[match["leaf"]]
+        second_is_quantized = first_is_quantized
+    possible = [rank for rank in free_ranks if rank <= min(shape)]
+    if not is_low_rank or not possible:
+        return ModuleDescription(
+            layout="dense", shape=shape, weight=quantization if first_is_quantized else None
+        )
+    free_ranks.remove(possible[0])  # the other shards of a fused layer get other ranks
+    return ModuleDescription(
+        layout="low_rank",
+        shape=shape,
+        rank=possible[0],
+        factor_a=quantization if first_is_quantized else None,
+        factor_b=quantization if second_is_quantized else None,
+    )
+
+
+def _store(weight: torch.Tensor, described: ModuleDescription) -> dict[str, torch.Tensor]:
+    """Return an altered module's tensors, named relative to it; `_restore` inverts it up to truncation."""
+    stored = {GUARD: torch.empty(GUARD_SHAPE, dtype=weight.dtype)}
+    matrices = {"": weight}
+    if described.layout == "low_rank":
+        u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        root = s[: described.rank].sqrt()
+        matrices = {
+            FACTOR_A: (root[:, None] * vh[: described.rank]).to(weight.dtype),
+            FACTOR_B: (u[:, : described.rank] * root).to(weight.dtype),
+        }
+    for part, (_, quantization) in described.parts.items():
+        matrix = matrices[part].contiguous()
+        leaves = _pack(matrix, quantization) if quantization else {"weight": matrix}
+        stored |= {f"{part}.{leaf}" if part else leaf: tensor for leaf, tensor in leaves.items()}
+    return stored
+
+
+def _restore(stored: Mapping[str, torch.Tensor], described: ModuleDescription) -> torch.Tensor:
+    matrices = {}
+    for part, (_, quantization) in described.parts.items():
+        prefix = f"{part}." if part else ""
+        leaves = {
+            leaf.removeprefix(prefix): tensor for leaf, tensor in stored.items() if leaf.startswith(prefix)
+        }
+        matrices[part] = _unpack(leaves, quantization) if quantization else leaves["weight"]
+    if described.layout == "dense":
+        return matrices[""]
+    product = matrices[FACTOR_B].double() @ matrices[FACTOR_A].double()
+    return product.to(matrices[FACTOR_B].dtype)
+
+
+def _scheme(quantization: WeightQuantization) -> QuantizationScheme:
+    per_row = quantization.group_size == -1
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(
+            num_bits=quantization.bits,
+            symmetric=quantization.sym,
+            strategy="channel" if per_row else "group",
+            group_size=None if per_row else quantization.group_size,
+        ),
+    )
+
+
+def _pack(matrix: torch.Tensor, quantization: WeightQuantization) -> dict[str, torch.Tensor]:
+    """Round to nearest and pack with compressed-tensors; the inverse of `_unpack` up to rounding."""
+    scheme = _scheme(quantization)
+    grouped = matrix.view(len(matrix), quantization.num_groups(matrix.shape[1]), -1)
+    scale, zero_point = calculate_qparams(grouped.amin(-1), grouped.amax(-1), scheme.weights)
+    state = {
+        "weight": matrix,
+        "weight_scale": scale.to(matrix.dtype),
+        "weight_zero_point": zero_point.to(torch.int8),
+    }
+    packed = PackedQuantizationCompressor.compress(state, scheme)
+    return {leaf: tensor.contiguous() for leaf, tensor in packed.items()}
+
+
+def _unpack(leaves: Mapping[str, torch.Tensor], quantization: WeightQuantization) -> torch.Tensor:
+    state = {leaf: tensor for leaf, tensor in leaves.items() if leaf != GUARD}
+    weight: torch.Tensor = PackedQuantizationCompressor.decompress(state, _scheme(quantization))["weight"]
+    return weight
+
+
+def _write_like(
+    source: Path, target: Path, tensors: Mapping[str, torch.Tensor], config: CheckpointConfig | None
+) -> None:
+    """Write `tensors` beside copies of everything else in `source`, with `config` as quantization_config."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.name not in (WEIGHTS_FILE, "config.json"):
+            shutil.copy(file, target / file.name)
+    raw_config = json.loads((source / "config.json").read_text())
+    raw_config.pop("quantization_config", None)
+    if config is not None:
+        raw_config["quantization_config"] = config.write()
+    (target / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
+    save_file(dict(tensors), target / WEIGHTS_FILE, metadata={"format": "pt"})
