@@ -3,7 +3,7 @@
 A compressed checkpoint is an ordinary Hugging Face directory. Its `config.json` carries
 
     "quantization_config": {
-      "quant_method": "ercsvd", "format_version": 1, "producer": "ercsvd-deploy 0.1.0",
+      "quant_method": "ercsvd", "format_version": 1, "written_by": "ercsvd-deploy 0.1.0",
       "modules": {
         "model.layers.6.mlp.up_proj": {"layout": "low_rank", "shape": [768, 256], "rank": 96},
         "model.layers.0.mlp.up_proj": {"layout": "dense", "shape": [768, 256],
@@ -161,7 +161,8 @@ class CheckpointConfig(BaseModel):
 
     quant_method: Literal["ercsvd"] = QUANT_METHOD
     format_version: int = FORMAT_VERSION
-    producer: str = f"ercsvd-deploy {__version__}"
+    # not "producer": vLLM takes that key for ModelOpt's, an object, and fails on a string
+    written_by: str = f"ercsvd-deploy {__version__}"
     modules: Annotated[
         dict[str, ModuleDescription],
         Field(description="Checkpoint tensor-name prefix of every altered Linear -> what became of it."),
@@ -182,7 +183,7 @@ class CheckpointConfig(BaseModel):
             raise CheckpointFormatError(
                 f"checkpoint format_version is {version!r}, "
                 f"ercsvd-deploy {__version__} reads {FORMAT_VERSION}: install "
-                f"the release that wrote it ({quantization_config.get('producer', 'unknown')}) "
+                f"the release that wrote it ({quantization_config.get('written_by', 'unknown')}) "
                 "or compress the model again"
             )
         try:

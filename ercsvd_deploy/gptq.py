@@ -144,8 +144,8 @@ def quantize_better(
 ) -> tuple[QuantizedWeight, float, float]:
     """Quantize a matrix by GPTQ or by rounding to nearest, whichever has the smaller proxy loss.
 
-    Under its own Gram GPTQ loses only in odd cases, such as a few rows on a grid that cuts off what they
-    would make up for. Both losses are those of the calibration: that it was too short, they do not tell.
+    Under the Gram it was given GPTQ loses only by bad luck, on matrices of very few rows. That calibration
+    was too short for its Gram to be trusted, neither loss can tell.
 
     Returns:
         The quantized weight, GPTQ's proxy loss, rounding's proxy loss.

@@ -163,7 +163,7 @@ class LayerwiseModel:
     def batches(self, windows: torch.Tensor) -> list[torch.Tensor]:
         """Split windows [n, tokens] into batches that fit comfortably through one layer."""
         size = max(1, _MAX_TOKENS_PER_BATCH // windows.shape[1])
-        return list(windows.split(size)) if len(windows) else []
+        return list(torch.split(windows, size)) if len(windows) else []
 
     @torch.no_grad()
     def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -206,7 +206,8 @@ class LayerwiseModel:
         """Return the output [batch, tokens, hidden] of a loaded layer."""
         arguments = self._layer_arguments[hidden.shape[:2]][index]
         output = module(hidden, **arguments)
-        return output[0] if isinstance(output, tuple) else output
+        states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     @torch.no_grad()
     def advance(
@@ -254,7 +255,7 @@ class LayerwiseModel:
         rows = max(1, _MAX_LOGITS_AT_ONCE // (vocabulary * batches[0].shape[1]))
         with self._outside_layers(with_head=True):
             for batch, states in zip(batches, hidden, strict=True):
-                parts = zip(batch.split(rows), states.split(rows), strict=True)
+                parts = zip(torch.split(batch, rows), torch.split(states, rows), strict=True)
                 yield from ((tokens, self._head(tokens, last)) for tokens, last in parts)
 
     def _head(self, batch: torch.Tensor, last: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ This is the reference for every other reader: clear and portable, not fast. vLLM
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -210,10 +209,11 @@ def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.
         # An exact name settles what would otherwise be ambiguous.
         names = [checkpoint_name] if checkpoint_name in candidates else candidates
         if len(names) != 1:
-            found = f"matches each of {', '.join(names)}" if names else "is no Linear of the model"
-            problems.append(
-                f"{checkpoint_name} {found}{'' if names else _did_you_mean(checkpoint_name, linears)}"
-            )
+            if names:
+                found = f"matches each of {', '.join(names)}"
+            else:
+                found = f"is no Linear of the model{_did_you_mean(checkpoint_name, linears)}"
+            problems.append(f"{checkpoint_name} {found}")
             continue
         linear = model.get_submodule(names[0])
         assert isinstance(linear, nn.Linear)
@@ -242,6 +242,6 @@ def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.
 
 
 def _did_you_mean(name: str, linears: dict[str, list[str]]) -> str:
-    near: Iterable[str] = difflib.get_close_matches(canonical_name(name), linears, n=3)
+    near = difflib.get_close_matches(canonical_name(name), linears, n=3)
     suggestions = [actual for canonical in near for actual in linears[canonical]]
     return f" (did you mean {' or '.join(suggestions)}?)" if suggestions else ""

@@ -20,6 +20,7 @@ Ratios become exact fractions (0.2 is one fifth), so a budget is the same intege
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -132,10 +133,10 @@ def allocate_ranks(
         RankError: the arguments are out of range, or k cannot reach the ratio; the admissible k are named.
     """
     _check_arguments(shapes, num_layers, compression_ratio, rank_multiple, beta)
-    refusal: str | None = f"a model of {num_layers} layers can have 1..{num_layers} of them compressed"
-    if 1 <= num_compressed_layers <= num_layers:
-        task = _Task.of(shapes, num_layers, compression_ratio, num_compressed_layers, rank_multiple)
-        refusal = task.refusal(_exact(beta))
+    task = _Task.of(shapes, num_layers, compression_ratio, num_compressed_layers, rank_multiple)
+    refusal = task.refusal(_exact(beta))
+    if not 1 <= num_compressed_layers <= num_layers:
+        refusal = f"a model of {num_layers} layers can have 1..{num_layers} of them compressed"
     if refusal:
         admissible = admissible_num_compressed_layers(
             shapes, num_layers, compression_ratio, rank_multiple, beta
@@ -208,15 +209,13 @@ class _Task:
         return cls(
             compressed=compressed,
             whole_parameters=total - compressible,
-            budget=int((total - removed) // 1) - (total - compressible),
+            budget=math.floor(total - removed) - (total - compressible),
             ideal_share=ideal_share,
             rank_multiple=rank_multiple,
         )
 
     def refusal(self, beta: Fraction) -> str | None:
         """Say why no ranks exist, or None if they do."""
-        if self.ideal_share == 1:
-            return None  # nothing is to be removed: every matrix stays dense
         if self.ideal_share <= beta:
             return (
                 f"the layer ratio is {float(1 - self.ideal_share):.4g}, but it must stay below "

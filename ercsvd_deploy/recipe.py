@@ -4,8 +4,8 @@
     check_files(recipe)
 
 `recipe_schema` and `recipe_stages` define what a recipe may say, `recipe_source` and
-`recipe_overrides` read it, `recipe_errors` words what is wrong with it; this module is the door to
-them. No torch here.
+`recipe_overrides` read it, `recipe_errors` words what is wrong with it, `recipe_reference` documents
+it; this module is the door to them. No torch here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from ercsvd_deploy.recipe_errors import explain, fields_at
 from ercsvd_deploy.recipe_fields import RecipeError, shown
 from ercsvd_deploy.recipe_overrides import parse_override, with_override
+from ercsvd_deploy.recipe_reference import recipe_json_schema
 from ercsvd_deploy.recipe_schema import (
     Calibration,
     Evaluation,
@@ -64,6 +65,7 @@ __all__ = [
     "canonical",
     "check_files",
     "load_recipe",
+    "recipe_json_schema",
 ]
 
 

@@ -20,6 +20,7 @@ from ercsvd_deploy.recipe_schema import Recipe
 # pydantic's error type -> how the value should have been; braces hold the error's context.
 EXPECTATIONS = {
     "bool_type": "true or false",
+    "dict_type": "a mapping (name: value)",
     "finite_number": "a finite number",
     "float_type": "a number (without quotes)",
     "greater_than": "greater than {gt}",
@@ -28,7 +29,6 @@ EXPECTATIONS = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
-    "mapping_type": "a mapping (name: value)",
     "model_type": "a mapping (key: value)",
     "path_type": "a path",
     "string_pattern_mismatch": "text that matches {pattern}",
@@ -104,8 +104,9 @@ def _resolve(location: Iterable[str | int]) -> tuple[Location, list[Any]]:
     written: list[str | int] = []
     candidates: list[Any] = [Recipe]
     for part in location:
-        chosen = [candidate for candidate in candidates if getattr(candidate, "__name__", None) == part]
-        if chosen:
+        members = [annotation for annotation in candidates if _is_section(annotation)]
+        chosen = [member for member in members if member.__name__ == part]
+        if chosen and len(members) > 1:
             candidates = chosen
         elif part != "[key]":
             written.append(part)

@@ -135,7 +135,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._depth += 1
         self._num_nodes += 1
-        _check_limits(self._depth, self._num_nodes, self.get_mark())
+        mark: yaml.Mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        _check_limits(self._depth, self._num_nodes, mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -286,7 +287,8 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
 
 def _inside(directory: Path, file_name: str, named_by: Path) -> Path:
     """Return the path of `file_name` if it lies in `directory`, following the hub cache's own links."""
-    if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+    is_plain = Path(file_name).name == file_name and file_name.isprintable()
+    if not is_plain or not file_name.endswith(".safetensors"):
         raise CheckpointError(f"{named_by}: {file_name!r} is not the name of a safetensors file beside it")
     path = directory / file_name
     resolved = path.resolve()
@@ -300,23 +302,31 @@ def _inside(directory: Path, file_name: str, named_by: Path) -> Path:
 
 def write_atomically(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a safetensors file that is either absent or complete, even if the process or machine dies."""
-    partial = path.with_name(f".{path.name}.partial")
     contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, partial, metadata=_METADATA)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with _replacing(path) as partial:
+        save_file(contiguous, partial, metadata=_METADATA)
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
     """Write a JSON file that is either absent or complete."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    with _replacing(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a hidden path to write to; afterwards it takes the place of `path`, or disappears."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except SafetensorError as error:  # how the library reports a full disk
+        raise OSError(f"{path}: cannot be written ({error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_sharded(

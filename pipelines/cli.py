@@ -94,7 +94,7 @@ def validate(
         if as_json:
             _print_json({"recipe": str(recipe), "valid": True})
         else:
-            Console().print(f"{recipe}: valid", highlight=False)
+            _console().print(f"{recipe}: valid", highlight=False)
 
 
 @app.command()
@@ -113,7 +113,7 @@ def plan(
         else:
             from ercsvd_deploy.pipelines.plan_tables import render
 
-            Console().print(render(made))
+            _console().print(render(made))
 
 
 @app.command()
@@ -139,7 +139,7 @@ def run(
         if as_json:
             _print_json(report.as_json() | {"directory": str(directory)})
         else:
-            console = Console()
+            console = _console()
             console.print(render(report))
             console.print(
                 f"\nWritten to {directory}. Serve it with:  vllm serve {directory}", highlight=False
@@ -188,7 +188,7 @@ def evaluate(
         for task, metrics in found["tasks"].items():
             for metric, value in metrics.items():
                 table.add_row(f"{task}, {metric}", f"{value:.4f}")
-        Console().print(table)
+        _console().print(table)
 
 
 @app.command()
@@ -231,12 +231,19 @@ def _quiet_libraries() -> Iterator[None]:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
-    for name in ("torch", "torchao", "transformers"):
+    import torch  # noqa: F401 - sets up its loggers on import, so their levels are set after it
+
+    for name in ("torch.utils._pytree", "torchao", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _console() -> Console:
+    """Return a console for results; a pipe or a file gets lines wide enough for every table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def main() -> None:

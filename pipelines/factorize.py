@@ -35,7 +35,7 @@ from ercsvd_deploy.factorize import (
 )
 from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
 from ercsvd_deploy.rank import LinearShape, RankPlan, split_rank
-from ercsvd_deploy.recipe_schema import Factorize
+from ercsvd_deploy.recipe_stages import Factorize
 from ercsvd_deploy.tensor_store import FileStore, write_atomically
 
 # Beyond this side the residual's exact decomposition is made once, for the chosen k, and the search

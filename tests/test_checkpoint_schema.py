@@ -139,7 +139,7 @@ def test_what_this_version_cannot_read_is_refused(change: dict[str, Any], messag
     fields = {
         "quant_method": "ercsvd",
         "format_version": FORMAT_VERSION,
-        "producer": "ercsvd-deploy 9.9",
+        "written_by": "ercsvd-deploy 9.9",
         "modules": {},
     }
     assert CheckpointConfig.read(fields).modules == {}

@@ -54,11 +54,12 @@ def truncated_svd(matrix: Tensor, rank: int) -> Tensor:
 
 def naive_svd_llm(weight: Tensor, inputs: Tensor, rank: int) -> Tensor:
     whitening_factor = torch.linalg.cholesky(inputs @ inputs.T)
-    return truncated_svd(weight @ whitening_factor, rank) @ torch.linalg.inv(whitening_factor)
+    inverse: Tensor = torch.linalg.inv(whitening_factor)
+    return truncated_svd(weight @ whitening_factor, rank) @ inverse
 
 
 def naive_asvd(weight: Tensor, inputs: Tensor, rank: int, exponent: float = 0.5) -> Tensor:
-    scale = inputs.abs().mean(dim=1) ** exponent
+    scale = inputs.abs().mean(dim=1).pow(exponent)
     return truncated_svd(weight * scale, rank) / scale
 
 
@@ -197,6 +198,12 @@ def test_a_plain_residual_trades_calibration_error_for_weight_error(shape: tuple
     assert calibration_error(weight, two_stage, gram) > calibration_error(weight, one_shot, gram)
 
 
+def test_a_gram_that_rounding_left_indefinite_gives_no_negative_error() -> None:
+    weight = torch.tensor([[1.0, 0.0]])
+    factors = Factors(factor_a=torch.tensor([[1.0, 1e-3]]), factor_b=torch.tensor([[1.0]]))
+    assert calibration_error(weight, factors, torch.diag(torch.tensor([1.0, -1e-9]))) == 0
+
+
 def test_errors_are_relative_norms() -> None:
     weight, inputs = random_weight(24, 40), random_inputs(40)
     factors = factor("asvd", weight, inputs, 5)
@@ -229,9 +236,11 @@ def test_fewer_tokens_than_inputs_still_give_the_optimum(shape: tuple[int, int],
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ranks_beyond_the_calibration_data_go_to_the_weight(shape: tuple[int, int]) -> None:
     weight, inputs = random_weight(*shape), random_inputs(shape[1], num_tokens=5)
+    decomposition = decompose(weight, method="svd_llm", gram=inputs @ inputs.T)
+    assert torch.isfinite(decomposition.singular_values).all()
     outputs = torch.linalg.qr(weight @ inputs).Q  # five directions reproduce all that was seen
     unseen = weight - outputs @ (outputs.T @ weight)
-    factors = factor("svd_llm", weight, inputs, 12)
+    factors = truncate(decomposition, weight, 12)
     assert relative_output_error(weight, factors.product(), inputs) < 1e-7
     assert_same(factors.product(), weight - unseen + truncated_svd(unseen, 7))
 

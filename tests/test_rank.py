@@ -306,6 +306,29 @@ def test_ranks_aligned_to_zero_take_from_others() -> None:
     assert plan.kept_parameters <= plan.parameter_budget
 
 
+def test_among_equals_earlier_layers_take_first() -> None:
+    plan = allocate_ranks(
+        decoder(3, {"m": (64, 64)}),
+        num_layers=3,
+        compression_ratio=0.4,
+        num_compressed_layers=3,
+        rank_multiple=8,
+    )
+    assert list(plan.ranks.values()) == [24, 16, 16]  # ideally 19.2 each
+
+
+def test_among_equals_earlier_layers_give_last() -> None:
+    plan = allocate_ranks(
+        [LinearShape("narrow", 0, 512, 40), *decoder(2, {"m": (512, 512)})],
+        num_layers=2,
+        compression_ratio=0.625,
+        num_compressed_layers=2,
+        rank_multiple=32,
+    )
+    # The squares' ideal rank is 96 to the parameter; narrow, raised from 14 to 32, has to be paid for.
+    assert plan.ranks == {"narrow": None, "layers.0.m": 96, "layers.1.m": 64}
+
+
 def test_refusal_names_the_layer_ratio_and_the_admissible_layers() -> None:
     with pytest.raises(RankError, match=r"layer ratio is 0\.96.*0\.95.*num_compressed_layers: 21\.\.32"):
         allocate_ranks(

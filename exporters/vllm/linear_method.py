@@ -1,7 +1,9 @@
-"""How vLLM creates, loads and applies a linear layer of which at least one projection is altered.
+"""How vLLM creates, loads and applies the linear layers of a compressed model.
 
-One instance serves one layer: fused QKV, fused gate and up, column-parallel, row-parallel or replicated. Each
-projection has its own layout (see `checkpoint_schema`): dense or low-rank, plain or integer, in any mix.
+One instance serves one layer: fused QKV, fused gate and up, column-parallel, row-parallel or replicated.
+`LowRankLinearMethod` takes the layers of which at least one projection is altered; each projection has its own
+layout (see `checkpoint_schema`): dense or low-rank, plain or integer, in any mix. `UnalteredLinearMethod` takes
+the others.
 """
 
 from __future__ import annotations
@@ -11,9 +13,14 @@ from typing import Any
 
 import torch
 from vllm import envs
-from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinear
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
 
-from ercsvd_deploy.checkpoint_schema import CheckpointFormatError, ModuleDescription
+from ercsvd_deploy.checkpoint_schema import GUARD, GUARD_SHAPE, CheckpointFormatError, ModuleDescription
 from ercsvd_deploy.exporters.vllm.shard_loading import (
     Projection,
     ProjectionLoader,
@@ -110,6 +117,55 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
                 "restart vLLM"
             )
         self._loaders[index].load(leaf, tensor)
+
+
+@register_weight_loader_v2_supported_method  # as vLLM registers the base class, by name
+class UnalteredLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]  # vLLM's classes are Any to mypy
+    """vLLM's own method, which also notices tensors of a compressed Linear that config.json does not describe.
+
+    Without it they end in an error deep inside vLLM that names one tensor at most.
+
+    Args:
+        names: checkpoint prefixes of the layer's projections, in output order.
+        check_model: see `LowRankLinearMethod`.
+    """
+
+    def __init__(self, names: Sequence[str], check_model: Callable[[], None]) -> None:
+        super().__init__()
+        self._names = list(names)
+        self._check_model = check_model
+        self._surplus: list[str] = []
+
+    def create_weights(
+        self, layer: Any, *sizes: Any, weight_loader: Callable[..., None], **options: Any
+    ) -> None:
+        """Create vLLM's weight, and gates for the tensors that should not come."""
+
+        def load_unless_guard(
+            param: torch.Tensor, tensor: torch.Tensor, shard_id: ShardId = None, **rest: Any
+        ) -> None:
+            if tuple(tensor.shape) == GUARD_SHAPE:
+                self._note(GUARD, tensor, shard_id)
+            elif shard_id is None:
+                weight_loader(param, tensor, **rest)
+            else:
+                weight_loader(param, tensor, shard_id, **rest)
+
+        super().create_weights(layer, *sizes, weight_loader=load_unless_guard, **options)
+        add_gates(layer, layer.params_dtype, self._note)
+
+    def problems(self) -> list[str]:
+        """Return a line for each tensor that came although config.json does not describe it."""
+        return self._surplus
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check the whole model once, then do as vLLM does."""
+        self._check_model()
+        super().process_weights_after_loading(layer)
+
+    def _note(self, leaf: str, tensor: torch.Tensor, shard_id: ShardId) -> None:
+        name = ", ".join(self._names) if shard_id is None else self._names[shard_index(shard_id, self._names)]
+        self._surplus.append(f"surplus: {name}.{leaf} {list(tensor.shape)}, not described in config.json")
 
 
 def _full_output_sizes(layer: Any, output_size: int) -> list[int]:

@@ -21,7 +21,7 @@ from ercsvd_deploy.checkpoint_schema import (
 )
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.exporters.vllm.linear_method import LowRankLinearMethod
+    from ercsvd_deploy.exporters.vllm.linear_method import LowRankLinearMethod, UnalteredLinearMethod
 
 _WRAPPER_PARTS = frozenset({"model", "language_model"})
 _LAYER_PATH = re.compile(r"^.*?\blayers\.\d+\b")
@@ -51,7 +51,7 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
                 raise CheckpointFormatError(
                     f"quantization_config.modules: {other} and {name} are one layer to vLLM"
                 )
-        self._unchecked: list[LowRankLinearMethod] = []
+        self._unchecked: list[LowRankLinearMethod | UnalteredLinearMethod] = []
         self._matched: set[str] = set()
         self._layers_here: set[str] = set()
         self._reads_checkpoint = True
@@ -85,12 +85,14 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         return cls(CheckpointConfig.read(config))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Return our method for a Linear with an altered projection, the stock one for any other Linear.
+        """Return a method for a Linear: ours if a projection is altered, else vLLM's own, which watches only.
 
         Attention, embeddings and the LM head get None, vLLM's sign for "not quantized".
         """
         # Imported here: they load vLLM's kernels, which the processes that only read the config do not need.
-        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.linear import LinearBase
+
+        from ercsvd_deploy.exporters.vllm.linear_method import LowRankLinearMethod, UnalteredLinearMethod
 
         if not isinstance(layer, LinearBase):
             return None
@@ -99,15 +101,14 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
             self._layers_here.add(layer_path[0])
         names = self._projection_names(prefix)
         described = [self._modules.get(canonical_name(name)) for name in names]
-        if not any(described):
-            return UnquantizedLinearMethod()
-        from ercsvd_deploy.exporters.vllm.linear_method import LowRankLinearMethod
-
-        self._reads_checkpoint = _load_format() != "dummy"
         self._matched.update(found[0] for found in described if found)
-        method = LowRankLinearMethod(
-            [found or (name, None) for name, found in zip(names, described, strict=True)], self.check_loaded
-        )
+        self._reads_checkpoint = _load_format() != "dummy"
+        method: LowRankLinearMethod | UnalteredLinearMethod
+        if any(described):
+            projections = [found or (name, None) for name, found in zip(names, described, strict=True)]
+            method = LowRankLinearMethod(projections, self.check_loaded)
+        else:
+            method = UnalteredLinearMethod(names, self.check_loaded)
         self._unchecked.append(method)
         return method
 

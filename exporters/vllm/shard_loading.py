@@ -156,6 +156,8 @@ def add_gates(
             owner = nn.Module()
             layer.register_module(part, owner)
         for leaf, leaf_dtype in dtypes.items():
+            if hasattr(owner, leaf):
+                continue
             gate = nn.Parameter(torch.empty(0, dtype=leaf_dtype), requires_grad=False)
             gate.weight_loader = _loader_of(f"{part}.{leaf}" if part else leaf, load)  # type: ignore[attr-defined]
             owner.register_parameter(leaf, gate)

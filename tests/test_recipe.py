@@ -1,0 +1,395 @@
+"""A recipe is accepted as it was meant, or refused with a line that says where, what and what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from ercsvd_deploy.recipe import (
+    HubDataset,
+    JsonLines,
+    Recipe,
+    RecipeError,
+    TextFile,
+    canonical,
+    check_files,
+    load_recipe,
+    recipe_json_schema,
+)
+from ercsvd_deploy.recipe_reference import (
+    REFERENCE_FILE,
+    REFERENCE_START,
+    SCHEMA_FILE,
+    publish,
+    recipe_reference,
+    recipe_schema_text,
+)
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+REPUBLISH = (
+    'run: python -c "from pathlib import Path; '
+    'from ercsvd_deploy.recipe_reference import publish; publish(Path())"'
+)
+
+MINIMAL = """\
+model: {path: some/model}
+calibration: {dataset: {text: text.txt}}
+stages:
+  - factorize: {method: erc_svd, compression_ratio: 0.2}
+"""
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(path: Path, *overrides: str) -> list[str]:
+    """Return the problems of a recipe that must be refused, without the file's directory."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    assert all("\n" not in problem for problem in caught.value.problems)
+    return [problem.replace(f"{path.parent}/", "") for problem in caught.value.problems]
+
+
+def test_defaults_of_a_minimal_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, MINIMAL))
+    assert canonical(recipe) == {
+        "model": {"path": "some/model", "revision": None, "dtype": "auto", "trust_remote_code": False},
+        "calibration": {
+            "dataset": {"text": "text.txt"},
+            "num_samples": 256,
+            "sequence_length": 2048,
+            "seed": 3,
+        },
+        "stages": [
+            {
+                "factorize": {
+                    "method": "erc_svd",
+                    "compression_ratio": 0.2,
+                    "num_compressed_layers": "auto",
+                    "beta": 0.05,
+                    "residual_space": "weight",
+                    "rank_multiple": 32,
+                    "num_search_samples": 16,
+                }
+            }
+        ],
+        "evaluation": {"perplexity": {}, "sequence_length": None, "max_sequences": None, "lm_eval": None},
+        "serving": {"tensor_parallel_sizes": [1]},
+        "export": {"format": "vllm", "path": None, "max_shard_size": "5GB"},
+    }
+    assert recipe.evaluation_sequence_length == 2048
+    assert recipe.quantize is None
+    assert recipe.factorize is not None
+    assert recipe.factorize.calibration_need == "method erc_svd measures activations"
+
+
+def test_every_form_of_every_section(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        written(
+            tmp_path,
+            """\
+model: {path: org/name, revision: main, dtype: float16, trust_remote_code: true}
+calibration: {dataset: {jsonl: lines.jsonl, field: body}, num_samples: 8, sequence_length: 64, seed: 0}
+stages:
+  - factorize: {method: asvd, compression_ratio: 5e-1, num_compressed_layers: 4, activation_exponent: 1}
+  - quantize:
+      bits: 8
+      group_size: -1
+      sym: false
+      damping: 0.1
+      ignore: ["model.layers.0.*"]
+      overrides: {"*.down_proj": {bits: 4}, "*.q_proj": {sym: true, group_size: 32}}
+evaluation:
+  perplexity:
+    short: a.txt
+    long: {text: b.txt}
+    hub: {hub: org/data, config: c, split: test, revision: v1}
+  sequence_length: 128
+  max_sequences: 4
+  lm_eval: {tasks: [piqa, arc_easy], num_fewshot: 0, limit: 10, batch_size: 2}
+serving: {tensor_parallel_sizes: [1, 2, 4]}
+export: {format: vllm, path: out/x, max_shard_size: 1.5MB}
+""",
+        )
+    )
+    assert recipe.calibration is not None
+    assert recipe.calibration.dataset == JsonLines(jsonl=Path("lines.jsonl"), field="body")
+    assert recipe.evaluation.perplexity == {
+        "short": TextFile(text=Path("a.txt")),
+        "long": TextFile(text=Path("b.txt")),
+        "hub": HubDataset(hub="org/data", config="c", split="test", revision="v1"),
+    }
+    assert recipe.evaluation_sequence_length == 128
+    assert recipe.factorize is not None
+    assert (recipe.factorize.compression_ratio, recipe.factorize.num_compressed_layers) == (0.5, 4)
+    assert recipe.quantize is not None
+    assert recipe.quantize.overrides["*.q_proj"].group_size == 32
+    assert recipe.quantize.overrides["*.q_proj"].bits is None
+    assert recipe.export.max_shard_bytes == 1_500_000
+    assert recipe.serving.tensor_parallel_sizes == (1, 2, 4)
+    assert Recipe.model_validate(canonical(recipe)) == recipe
+
+
+def test_a_recipe_is_frozen(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, MINIMAL))
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.model.path = "other"  # type: ignore[misc]
+
+
+def test_one_mistake_gives_one_line_with_place_value_and_remedy(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL.replace("compression_ratio", "compression_ration"))
+    assert problems_of(path) == [
+        "recipe.yaml:4:5: field 'stages.0.factorize.compression_ratio' is missing; add it: Share of the "
+        "decoder Linears' parameters to remove over the whole model.",
+        "recipe.yaml:4:34: field 'stages.0.factorize.compression_ration' is unknown (value 0.2); "
+        "did you mean 'compression_ratio'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("0.2", "1.5", "4:34: field 'stages.0.factorize.compression_ratio' is 1.5; it must be less than 1"),
+        ("0.2", ".nan", "is nan; it must be"),
+        ("0.2", "'0.2'", "is '0.2'; it must be a number (without quotes)"),
+        ("0.2", "true", "is true; it must be a number"),
+        ("0.2", "null", "is null; it must be a number"),
+        ("0.2", "0.96", "is 0.96, but beta 0.05 leaves room for less than 0.95; lower one of the two"),
+        ("0.2", "0.2, beta: 1", "'stages.0.factorize.beta' is 1; it must be less than 1"),
+        ("0.2", "0.2, num_compressed_layers: 0", "is 0; it must be 'auto', 'all' or a whole number of at"),
+        ("0.2", "0.2, num_compressed_layers: most", "is 'most'; it must be 'auto', 'all' or a whole"),
+        ("0.2", "0.2, rank_multiple: 1.5", "is 1.5; it must be a whole number"),
+        ("0.2", "0.2, rank_multiple: 010", "is '010'; it must be a whole number"),
+        ("0.2", "0.2, num_search_samples: 257", "is 257, but calibration.num_samples is 256; set num_search"),
+        (
+            "0.2",
+            "0.2, activation_exponent: 0.5",
+            "only method asvd reads it and the method is erc_svd; remove",
+        ),
+        ("erc_svd", "svd, beta: 0.05", "(on the command line: --set stages.0.factorize.beta=null)"),
+        ("erc_svd", "ercsvd", "it must be 'svd', 'asvd', 'svd_llm' or 'erc_svd'; did you mean 'erc_svd'?"),
+        ("erc_svd", "asvd, activation_exponent: 0", "is 0; it must be greater than 0"),
+        ("- factorize", "- factorise", "did you mean 'factorize'?"),
+        ("- factorize: ", "- ", "a stage has exactly one of factorize, quantize: add one"),
+        (
+            "- factorize",
+            "- quantize: {}\n    factorize",
+            "has factorize and quantize; a stage has exactly one",
+        ),
+        (
+            "- factorize",
+            "- quantize: {}\n  - factorize",
+            "5:5: field 'stages.1.factorize' comes after stages.0.q",
+        ),
+        ("- factorize", "- svd\n  - factorize", "'stages.0' is 'svd'; a stage is a mapping with one of"),
+        ("  - ", "  - factorize: {method: svd, compression_ratio: 0.5}\n  - ", "repeats stages.0.factorize"),
+        ("  - ", "  - quantize: {bits: 3}\n  - ", "'stages.0.quantize.bits' is 3; it must be 4 or 8"),
+        (
+            "  - ",
+            "  - quantize: {overrides: {x: {}}}\n  - ",
+            "overrides nothing; give bits, group_size or sym",
+        ),
+        (
+            "  - ",
+            "  - quantize: {overrides: {x: {bit: 4}}}\n  - ",
+            "overrides.x.bit' is unknown (value 4); did",
+        ),
+        ("  - ", "  - quantize: {ignore: [a, a]}\n  - ", "has 'a' twice; list each once"),
+        ("some/model", "''", "'model.path' is ''; it must be text that is not empty"),
+        ("some/model", "7", "'model.path' is 7; it must be text (if it is meant as text, put it in quotes)"),
+        ("{path: some/model}", "some/model", "1:1: field 'model' is 'some/model'; it must be a mapping"),
+        ("path: some/model", "path: some/model, dtype: BF16", "did you mean 'bfloat16'?"),
+        ("model:", "modell:", "did you mean 'model'?"),
+        ("{text: text.txt}", "{text: ''}", "'calibration.dataset.text' is empty; give a path"),
+        ("{text: text.txt}", "{txt: a}", "exactly one of text, jsonl, hub: did you mean 'text'?"),
+        ("{text: text.txt}", "{text: a, hub: b}", "has text and hub; a dataset has exactly one"),
+        ("{text: text.txt}", "{text: a, split: b}", "is unknown (value 'b'); known here: text"),
+        ("{text: text.txt}", "a.txt", "2:15: field 'calibration.dataset' is 'a.txt'; a dataset is a mapping"),
+        ("text.txt}", "text.txt}, seed: -1", "'calibration.seed' is -1; it must be at least 0"),
+        ("stages:", "serving: {tensor_parallel_sizes: [2, 2]}\nstages:", "has 2 twice; list each once"),
+        (
+            "stages:",
+            "serving: {tensor_parallel_sizes: []}\nstages:",
+            "is []; it must be a list with at least 1",
+        ),
+        ("stages:", "serving: {tensor_parallel_sizes: 2}\nstages:", "is 2; it must be a list"),
+        ("stages:", "evaluation: {perplexity: {a b: x}}\nstages:", "is 'a b'; it must be text that matches"),
+        ("stages:", "evaluation: {perplexity: x}\nstages:", "is 'x'; it must be a mapping (name: value)"),
+        ("stages:", "evaluation: {lm_eval: {}}\nstages:", "'evaluation.lm_eval.tasks' is missing; add it"),
+        ("stages:", "export: {max_shard_size: 5 gigs}\nstages:", "is '5 gigs'; it must be text that matches"),
+        ("stages:", "export: {max_shard_size: 0.0GB}\nstages:", "is '0.0GB'; a shard needs room"),
+        ("stages:", "export: {format: gguf}\nstages:", "is 'gguf'; it must be 'vllm'"),
+        (
+            "calibration: {dataset: {text: text.txt}}",
+            "",
+            "1:1: field 'calibration' is missing, but method erc_svd",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_remedy(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    assert old in MINIMAL
+    problems = problems_of(written(tmp_path, MINIMAL.replace(old, new, 1)))
+    assert any(expected in problem for problem in problems), problems
+    assert all(problem.startswith("recipe.yaml:") for problem in problems)
+
+
+@pytest.mark.parametrize("layers", ["all", "3"])
+def test_svd_of_given_layers_needs_no_calibration(tmp_path: Path, layers: str) -> None:
+    options = f"method: svd, compression_ratio: 0.2, num_compressed_layers: {layers}"
+    text = f"model: {{path: m}}\nstages: [factorize: {{{options}}}]"
+    assert load_recipe(written(tmp_path, text)).calibration is None
+    searching = written(tmp_path, text.replace(f"layers: {layers}", "layers: auto"))
+    assert "num_compressed_layers auto measures the final layer's error" in problems_of(searching)[0]
+    with_text = written(tmp_path, f"{text}\nevaluation: {{perplexity: {{a: b.txt}}}}")
+    assert "'evaluation.sequence_length' is missing, and without calibration" in problems_of(with_text)[0]
+    assert load_recipe(with_text, ["evaluation.sequence_length=64"]).evaluation_sequence_length == 64
+
+
+def test_quantization_alone_needs_calibration(tmp_path: Path) -> None:
+    path = written(tmp_path, "model: {path: m}\nstages: [quantize: {}]")
+    assert "method gptq measures activations (stages.0)" in problems_of(path)[0]
+    assert load_recipe(path, ["calibration.dataset.text=a"]).factorize is None
+
+
+def test_many_problems_are_reported_together(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL.replace("0.2", "2, beta: x, rank: 3").replace("some/model", "3"))
+    assert len(problems_of(path, "serving.tensor_parallel_sizes=[0]", "export.paht=a")) == 6
+
+
+def missing_files(recipe: Recipe) -> str:
+    with pytest.raises(RecipeError) as caught:
+        check_files(recipe)
+    return str(caught.value)
+
+
+def test_check_files_names_everything_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path, MINIMAL)
+    recipe = load_recipe(
+        path,
+        [
+            "model.path=./nowhere",
+            "calibration.dataset={jsonl: lines.jsonl}",
+            "evaluation.perplexity={here: recipe.yaml, gone: gone.txt, folder: ., far: {hub: org/data}}",
+        ],
+    )
+    assert missing_files(recipe).splitlines() == [
+        f"field 'model.path' is './nowhere', which does not exist; give a directory or a name on the Hub "
+        f"such as org/name (paths are relative to {tmp_path})",
+        f"field 'calibration.dataset.jsonl' is 'lines.jsonl', which does not exist; give a file "
+        f"(paths are relative to {tmp_path})",
+        f"field 'evaluation.perplexity.gone.text' is 'gone.txt', which does not exist; give a file "
+        f"(paths are relative to {tmp_path})",
+        f"field 'evaluation.perplexity.folder.text' is '.', which is a directory; give a file "
+        f"(paths are relative to {tmp_path})",
+    ]
+
+
+@pytest.mark.parametrize("model", ["/no/where", "../nowhere", "~/nowhere", "a/b/c", "recipe.yaml", "empty"])
+def test_check_files_refuses_a_model_that_is_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").touch()
+    recipe = load_recipe(written(tmp_path, MINIMAL), [f"model.path={model}"])
+    assert f"field 'model.path' is '{model}', which" in missing_files(recipe)
+
+
+@pytest.mark.parametrize("model", ["org/name", "gpt2", "full"])
+def test_check_files_accepts_a_hub_name_or_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").touch()
+    recipe = load_recipe(written(tmp_path, MINIMAL), [f"model.path={model}"])
+    assert "text.txt" in missing_files(recipe)
+    (tmp_path / "text.txt").touch()
+    check_files(recipe)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n#\n# ")
+    recipe = load_recipe(path)
+    jsonschema.Draft202012Validator(recipe_json_schema()).validate(yaml.safe_load(text))
+    assert recipe.export.path is not None
+    assert recipe.factorize is not None
+    assert recipe.factorize.method == "erc_svd"
+    assert recipe.calibration is not None
+    assert recipe.calibration.seed == 3
+
+
+def test_the_recipes_we_promise_are_shipped() -> None:
+    promised = "demo llama-2-7b llama-2-13b llama-3-8b mistral-7b opt-6.7b qwen2.5-7b qwen3-8b vicuna-7b"
+    assert set(promised.split()) <= {path.stem for path in SHIPPED}
+
+
+def test_the_demo_needs_only_files_of_this_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    check_files(load_recipe(ROOT / "recipes" / "demo.yaml"))
+
+
+def described(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, bool]:
+    return {
+        name: bool(
+            field.get("description") or definitions[field["$ref"].rsplit("/", 1)[1]].get("description")
+        )
+        for name, field in schema["properties"].items()
+    }
+
+
+def test_the_schema_describes_every_field_and_is_published() -> None:
+    schema = recipe_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    definitions = schema["$defs"]
+    for section in (schema, *definitions.values()):
+        assert section["additionalProperties"] is False
+        assert all(described(section, definitions).values()), section["title"]
+    assert (ROOT / SCHEMA_FILE).read_text(encoding="utf-8") == recipe_schema_text(), REPUBLISH
+
+
+def test_the_reference_is_published_and_names_every_key() -> None:
+    published = (ROOT / REFERENCE_FILE).read_text(encoding="utf-8")
+    assert published.partition(REFERENCE_START)[2] == f"\n{recipe_reference()}", REPUBLISH
+    definitions = recipe_json_schema()["$defs"]
+    one_key_stages = {"FactorizeStage", "QuantizeStage"}
+    keys = {
+        key
+        for name, section in definitions.items()
+        if name not in one_key_stages
+        for key in section["properties"]
+    }
+    assert {key for key in keys if f"| `{key}` |" not in published} == set()
+
+
+def test_publish_keeps_the_hand_written_head(tmp_path: Path) -> None:
+    for file in (SCHEMA_FILE, REFERENCE_FILE):
+        (tmp_path / file).parent.mkdir()
+    (tmp_path / REFERENCE_FILE).write_text(f"by hand\n\n{REFERENCE_START}old", encoding="utf-8")
+    publish(tmp_path)
+    publish(tmp_path)
+    assert (tmp_path / SCHEMA_FILE).read_text(encoding="utf-8") == recipe_schema_text()
+    expected = f"by hand\n\n{REFERENCE_START}\n{recipe_reference()}"
+    assert (tmp_path / REFERENCE_FILE).read_text(encoding="utf-8") == expected
+
+
+def test_reading_a_recipe_imports_no_torch() -> None:
+    code = "import sys, ercsvd_deploy.recipe; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,64 @@
+"""Runs vLLM engines in a process of their own: `python tests/vllm_engine.py` with a JSON request on stdin.
+
+The request lists engines, built one after the other, and what each is to generate; the answer is written to a
+file as JSON. Only the standard library and vLLM are imported here, so that the interpreter of another
+environment (another vLLM release) can run it too.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def generate(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int, top: int) -> list[Any]:
+    """Build an engine, generate greedily, shut it down.
+
+    Args:
+        engine: keyword arguments of `vllm.LLM`.
+        prompts: token ids.
+        max_tokens: how many tokens to generate for each prompt, end-of-sequence tokens included.
+        top: how many log-probabilities to return for each position after the first.
+
+    Returns:
+        For each prompt: {"tokens": the generated ids, "logprobs": for each position of prompt and output but the
+        first, token id -> log-probability given what precedes it}.
+    """
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(max_model_len=128, max_num_seqs=8, **engine)
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        logprobs=top,
+        prompt_logprobs=top,
+        detokenize=False,
+    )
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    llm.llm_engine.engine_core.shutdown()
+    return [
+        {
+            "tokens": list(output.outputs[0].token_ids),
+            "logprobs": [
+                {str(token): entry.logprob for token, entry in position.items()}
+                for position in [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+            ],
+        }
+        for output in outputs
+    ]
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    answers = [
+        generate(engine, request["prompts"], request["max_tokens"], request["top"])
+        for engine in request["engines"]
+    ]
+    Path(request["answer"]).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
