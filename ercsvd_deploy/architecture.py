@@ -30,8 +30,11 @@ class LayerStyle:
 
     layers: str
     shared_inputs: tuple[tuple[str, ...], ...]
+    row_parallel: frozenset[str]  # Linears whose input, not output, is cut in tensor parallelism
+    key_value: frozenset[str]  # Linears whose output is cut by key-value heads at most
 
 
+_KEY_VALUE = frozenset({"self_attn.k_proj", "self_attn.v_proj"})
 _LLAMA = LayerStyle(
     layers="model.layers",
     shared_inputs=(
@@ -40,6 +43,8 @@ _LLAMA = LayerStyle(
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     ),
+    row_parallel=frozenset({"self_attn.o_proj", "mlp.down_proj"}),
+    key_value=_KEY_VALUE,
 )
 _OPT = LayerStyle(
     layers="model.decoder.layers",
@@ -49,6 +54,8 @@ _OPT = LayerStyle(
         ("fc1",),
         ("fc2",),
     ),
+    row_parallel=frozenset({"self_attn.out_proj", "fc2"}),
+    key_value=_KEY_VALUE,
 )
 _STYLE_OF_MODEL_TYPE: Mapping[str, LayerStyle] = {
     "llama": _LLAMA,
@@ -72,6 +79,10 @@ class DecoderLayer:
         """Every Linear of the layer, in the order of the forward pass."""
         return tuple(linear for group in self.groups for linear in group)
 
+    def local_name(self, linear: LinearShape) -> str:
+        """Return the Linear's name within the layer."""
+        return linear.name.removeprefix(f"{self.prefix}.")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -81,6 +92,7 @@ class Architecture:
     style: LayerStyle
     layers: tuple[DecoderLayer, ...]
     total_parameters: int  # tied embeddings counted once
+    num_key_value_heads: int
 
     @property
     def num_layers(self) -> int:
@@ -91,6 +103,22 @@ class Architecture:
     def linears(self) -> tuple[LinearShape, ...]:
         """Every decoder Linear, in the order of the forward pass."""
         return tuple(linear for layer in self.layers for linear in layer.linears)
+
+    def is_row_parallel(self, name: str) -> bool:
+        """Whether tensor parallelism cuts this Linear along its input."""
+        return self._within_layer(name) in self.style.row_parallel
+
+    def num_output_shards(self, name: str, tensor_parallel_size: int) -> int:
+        """Return into how many different parts a column-parallel Linear's output is cut.
+
+        Key-value heads are repeated rather than cut when there are fewer of them than ranks.
+        """
+        if self._within_layer(name) in self.style.key_value:
+            return min(tensor_parallel_size, self.num_key_value_heads)
+        return tensor_parallel_size
+
+    def _within_layer(self, name: str) -> str:
+        return name.removeprefix(f"{self.style.layers}.").partition(".")[2]
 
     @property
     def linear_parameters(self) -> int:
@@ -156,7 +184,8 @@ def describe(model: nn.Module, config: Any) -> Architecture:
     assert isinstance(stack, nn.ModuleList)
     layers = tuple(_describe_layer(index, style, modules) for index in range(len(stack)))
     unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    return Architecture(model_type, style, layers, total_parameters=sum(unique.values()))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return Architecture(model_type, style, layers, sum(unique.values()), num_key_value_heads=heads)
 
 
 def _describe_layer(index: int, style: LayerStyle, modules: Mapping[str, nn.Module]) -> DecoderLayer:

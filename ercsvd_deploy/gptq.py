@@ -361,9 +361,8 @@ def _run_column_loop(
         gptq.quantizer = quantizer
         gptq.H, gptq.nsamples = hessian, 1
         rounded, scale, zero_point, group_index, _, _, damping, _ = gptq.quantize()
-    if (
-        damping >= 1
-    ):  # gptqmodel found no damping below 1 that helps, and rounded to nearest without saying so
+    # gptqmodel rounds to nearest, with a mere log line, when no damping below 1 gives it a Cholesky factor.
+    if damping >= 1:
         raise ValueError("the Gram is not positive semi-definite, so it is no sum of x x^T")
     expected = torch.arange(in_features, device=group_index.device) // quantizer.group_size
     if not torch.equal(group_index.long(), expected):

@@ -181,9 +181,9 @@ def choose_grid(groups: Tensor, settings: QuantizationSettings, scale_dtype: tor
 def _span(low: Tensor, high: Tensor, settings: QuantizationSettings, scale_dtype: torch.dtype) -> Grid:
     """Return the grid from `low` to `high`, [out, groups, 1] each."""
     exact = (high - low) / (2**settings.bits - 1)
-    exact = torch.where(exact == 0, 1, exact)  # a group of zeros: any scale stores it exactly
     limits = torch.finfo(scale_dtype)
-    # Below this a scale would round to zero or be flushed to it; float16 may use its subnormals.
+    # Below this a scale would round to zero or be flushed to it; float16 may use its subnormals. It is the
+    # scale of a group of zeros, too, which any scale stores exactly.
     least = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
     scale = exact.clamp(min=least).to(scale_dtype).float()
     if not bool(torch.isfinite(scale).all()):

@@ -20,6 +20,7 @@ from torch import nn
 
 from ercsvd_deploy.architecture import (
     Architecture,
+    DecoderLayer,
     build_meta_model,
     compressed_config,
     describe,
@@ -183,9 +184,8 @@ class LayerwiseModel:
                         raise _EmbeddingDone
                     return states
 
-                with self._layers_replaced(record):
-                    with suppress(_EmbeddingDone):
-                        self.model(input_ids=batch.to(self.device), use_cache=False)
+                with self._layers_replaced(record), suppress(_EmbeddingDone):
+                    self.model(input_ids=batch.to(self.device), use_cache=False)
                 # Without padding the arguments depend on the batch's shape alone.
                 self._layer_arguments.setdefault(batch.shape, calls)
         return hidden
@@ -208,6 +208,16 @@ class LayerwiseModel:
         output = module(hidden, **arguments)
         states: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return states
+
+    def input_statistics(self, layer: DecoderLayer) -> dict[str, InputStatistics]:
+        """Return empty statistics for `advance` to fill: one for each group of Linears with a shared input.
+
+        The key is the name of the group's first Linear within the layer.
+        """
+        return {
+            layer.local_name(group[0]): InputStatistics.zeros(group[0].in_features, self.device)
+            for group in layer.groups
+        }
 
     @torch.no_grad()
     def advance(

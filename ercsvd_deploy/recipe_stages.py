@@ -47,8 +47,12 @@ class Factorize(Section):
         description="Space in which the residual is truncated (only `erc_svd`); `whitened` makes it equal "
         "to `svd_llm`.",
     )
-    rank_multiple: PositiveInt = Field(
-        default=32, description="Ranks are rounded down to a multiple of this."
+    rank_multiple: Annotated[
+        Literal["auto"] | PositiveInt, expects("'auto' or a whole number of at least 1")
+    ] = Field(
+        default=32,
+        description="Ranks are rounded down to a multiple of this. `auto` takes the smallest multiple that the "
+        "quantize stage's group sizes and vLLM's integer kernels allow, 32 without quantization.",
     )
     num_search_samples: PositiveInt = Field(
         default=16,
@@ -136,7 +140,9 @@ class Quantize(Section):
     )
     mse: bool = Field(default=False, description="Search each scale for the smallest squared error.")
     desc_act: bool = Field(
-        default=False, description="Quantize columns in the order of their activation, largest first."
+        default=True,
+        description="Round the columns with the largest activations first. The groups stay those of the "
+        "original order, so that nothing of it shows in the file or costs time when served.",
     )
     refit_second_factor: bool = Field(
         default=True,

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from ercsvd_deploy.recipe import RecipeError, check_files, load_recipe, recipe_json_schema
 from rich.console import Console
 from rich.table import Table
 
 from ercsvd_deploy import __version__
+from ercsvd_deploy.recipe import RecipeError, check_files, load_recipe, recipe_json_schema
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

@@ -165,13 +165,15 @@ class _FactorizeStage:
         self, layer: DecoderLayer, module: nn.Module, hidden: list[torch.Tensor], num_search_batches: int
     ) -> None:
         is_compressed = layer.index >= self.first_compressed
-        statistics = self._fresh_statistics(layer) if is_compressed and hidden else {}
+        statistics = self.model.input_statistics(layer) if is_compressed and hidden else {}
         entering = list(hidden[:num_search_batches])
         self.model.advance(layer.index, hidden, observe=statistics, module=module)
         if not is_compressed:
             return
         inputs = {
-            linear.name: statistics.get(_local(group[0], layer)) for group in layer.groups for linear in group
+            linear.name: statistics.get(layer.local_name(group[0]))
+            for group in layer.groups
+            for linear in group
         }
         decompositions = {
             linear.name: self._decompose(linear, _weight(module, linear, layer), inputs[linear.name])
@@ -198,13 +200,6 @@ class _FactorizeStage:
         waiting = {f"{name}.basis": made.basis for name, made in decompositions.items()}
         waiting |= {f"{name}.singular_values": made.singular_values for name, made in decompositions.items()}
         write_atomically(self._waiting(layer.index), waiting)
-
-    def _fresh_statistics(self, layer: DecoderLayer) -> dict[str, InputStatistics]:
-        """Return empty statistics for the first Linear of every group: the others read the same input."""
-        return {
-            _local(group[0], layer): InputStatistics.zeros(group[0].in_features, self.model.device)
-            for group in layer.groups
-        }
 
     def _decompose(
         self, linear: LinearShape, weight: torch.Tensor, statistics: InputStatistics | None
@@ -326,13 +321,8 @@ def _left_dense(linear: LinearShape) -> FactorizedLinear:
     return FactorizedLinear(linear.name, (linear.out_features, linear.in_features), None, 0.0, 0.0)
 
 
-def _local(linear: LinearShape, layer: DecoderLayer) -> str:
-    """Return the Linear's name within its layer."""
-    return linear.name.removeprefix(f"{layer.prefix}.")
-
-
 def _linear_of(module: nn.Module, linear: LinearShape, layer: DecoderLayer) -> nn.Linear:
-    found = module.get_submodule(_local(linear, layer))
+    found = module.get_submodule(layer.local_name(linear))
     assert isinstance(found, nn.Linear)
     return found
 

@@ -10,9 +10,16 @@ import torch
 
 from ercsvd_deploy.architecture import Architecture, build_meta_model, describe
 from ercsvd_deploy.pipelines.model_source import open_config
+from ercsvd_deploy.pipelines.quantize_plan import (
+    QuantizePlan,
+    automatic_rank_multiple,
+    check_shapes,
+    plan_quantization,
+    unquantized,
+)
+from ercsvd_deploy.pipelines.sizes import description_bytes
 from ercsvd_deploy.rank import RankError, RankPlan, admissible_num_compressed_layers, allocate_ranks
 from ercsvd_deploy.recipe_schema import Recipe
-from ercsvd_deploy.recipe_stages import Factorize
 
 
 class PlanError(ValueError):
@@ -39,6 +46,7 @@ class CandidatePlan:
     achieved_compression_ratio: float
     model_parameters: int
     num_bytes: int
+    linear_bits_per_weight: float  # stored bits of the decoder Linears per weight of the original ones
     layers: tuple[LayerPlan, ...]
 
 
@@ -60,17 +68,21 @@ class Plan:
         return asdict(self)
 
 
-def rank_plans(settings: Factorize, architecture: Architecture) -> dict[int, RankPlan]:
-    """Return the ranks for every number of compressed layers that the stage has to consider.
+def rank_plans(recipe: Recipe, architecture: Architecture) -> dict[int, RankPlan]:
+    """Return the ranks for every number of compressed layers to consider; empty if nothing is factorized.
 
     Raises:
         PlanError: no number of layers, or not the wanted one, can reach the compression ratio.
     """
+    settings = recipe.factorize
+    if settings is None:
+        return {}
+    rank_multiple = resolve_rank_multiple(recipe, architecture)
     beta = settings.beta if settings.method == "erc_svd" else 0.0
     linears, num_layers = architecture.linears, architecture.num_layers
     if settings.num_compressed_layers == "auto":
         candidates = admissible_num_compressed_layers(
-            linears, num_layers, settings.compression_ratio, settings.rank_multiple, beta
+            linears, num_layers, settings.compression_ratio, rank_multiple, beta
         )
     elif settings.num_compressed_layers == "all":
         candidates = [num_layers]
@@ -79,7 +91,7 @@ def rank_plans(settings: Factorize, architecture: Architecture) -> dict[int, Ran
     if not candidates:
         raise PlanError(
             f"no number of layers can reach compression_ratio {settings.compression_ratio} with "
-            f"rank_multiple {settings.rank_multiple} and beta {beta}: lower one of them"
+            f"rank_multiple {rank_multiple} and beta {beta}: lower one of them"
         )
     try:
         return {
@@ -88,13 +100,42 @@ def rank_plans(settings: Factorize, architecture: Architecture) -> dict[int, Ran
                 num_layers=num_layers,
                 compression_ratio=settings.compression_ratio,
                 num_compressed_layers=k,
-                rank_multiple=settings.rank_multiple,
+                rank_multiple=rank_multiple,
                 beta=beta,
             )
             for k in candidates
         }
     except RankError as error:
         raise PlanError(str(error)) from error
+
+
+def resolve_rank_multiple(recipe: Recipe, architecture: Architecture) -> int:
+    """Return the step of the ranks; `auto` takes the smallest that the quantize stage's kernels take."""
+    assert recipe.factorize is not None
+    wanted = recipe.factorize.rank_multiple
+    if wanted != "auto":
+        return wanted
+    return automatic_rank_multiple(_quantize_plan(recipe, architecture))
+
+
+def plan_quantize_stage(
+    recipe: Recipe, ranks_by_k: Mapping[int, RankPlan], architecture: Architecture
+) -> QuantizePlan:
+    """Return how every matrix is stored, under every candidate's ranks.
+
+    Raises:
+        QuantizePlanError: a pattern matches nothing, or a shape cannot be served as integers.
+    """
+    plan = _quantize_plan(recipe, architecture)
+    sizes = recipe.serving.tensor_parallel_sizes
+    for ranks in [plan_for_k.ranks for plan_for_k in ranks_by_k.values()] or [{}]:
+        check_shapes(plan, ranks, architecture, sizes)
+    return plan
+
+
+def _quantize_plan(recipe: Recipe, architecture: Architecture) -> QuantizePlan:
+    names = [linear.name for linear in architecture.linears]
+    return plan_quantization(recipe.quantize, names) if recipe.quantize else unquantized(names)
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -110,10 +151,11 @@ def make_plan(recipe: Recipe) -> Plan:
     )
     dtype = _planned_dtype(recipe, config)
     element = getattr(torch, dtype).itemsize
-    candidates: tuple[CandidatePlan, ...] = ()
-    if recipe.factorize is not None:
-        plans = rank_plans(recipe.factorize, architecture)
-        candidates = tuple(_candidate(plan, architecture, element) for _, plan in sorted(plans.items()))
+    plans = rank_plans(recipe, architecture)
+    quantize_plan = plan_quantize_stage(recipe, plans, architecture)
+    candidates = tuple(
+        _candidate(plan, architecture, quantize_plan, element) for plan in plans.values() or [None]
+    )
     return Plan(
         model=recipe.model.path,
         model_type=architecture.model_type,
@@ -133,21 +175,31 @@ def _planned_dtype(recipe: Recipe, config: Any) -> str:
     return str(own).removeprefix("torch.") if isinstance(own, torch.dtype) else "float32"
 
 
-def _candidate(plan: RankPlan, architecture: Architecture, element: int) -> CandidatePlan:
+def _candidate(
+    plan: RankPlan | None, architecture: Architecture, quantize_plan: QuantizePlan, element: int
+) -> CandidatePlan:
+    ranks = plan.ranks if plan else {}
+    described = quantize_plan.describe(ranks, architecture)
     layers = []
     for layer in architecture.layers:
-        ranks = {
-            linear.name.removeprefix(f"{layer.prefix}."): plan.ranks[linear.name] for linear in layer.linears
-        }
-        parameters = sum(linear.kept_parameters(plan.ranks[linear.name]) for linear in layer.linears)
-        layers.append(LayerPlan(layer.index, ranks, parameters, parameters * element))
-    model_parameters = architecture.total_parameters - architecture.linear_parameters + plan.kept_parameters
+        parameters = num_bytes = 0
+        for linear in layer.linears:
+            description = described.get(linear.name)
+            kept = description.num_parameters if description else linear.parameters
+            parameters += kept
+            num_bytes += description_bytes(description, element) if description else kept * element
+        local_ranks = {layer.local_name(linear): ranks.get(linear.name) for linear in layer.linears}
+        layers.append(LayerPlan(layer.index, local_ranks, parameters, num_bytes))
+    linear_parameters = sum(layer.parameters for layer in layers)
+    outside = architecture.total_parameters - architecture.linear_parameters
+    linear_bytes = sum(layer.num_bytes for layer in layers)
     return CandidatePlan(
-        num_compressed_layers=plan.num_compressed_layers,
-        layer_ratio=plan.layer_ratio,
-        linear_parameters=plan.kept_parameters,
-        achieved_compression_ratio=plan.achieved_compression_ratio,
-        model_parameters=model_parameters,
-        num_bytes=model_parameters * element,
+        num_compressed_layers=plan.num_compressed_layers if plan else 0,
+        layer_ratio=plan.layer_ratio if plan else 0.0,
+        linear_parameters=linear_parameters,
+        achieved_compression_ratio=1 - linear_parameters / architecture.linear_parameters,
+        model_parameters=outside + linear_parameters,
+        num_bytes=outside * element + linear_bytes,
+        linear_bits_per_weight=8 * linear_bytes / architecture.linear_parameters,
         layers=tuple(layers),
     )

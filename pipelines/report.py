@@ -12,7 +12,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ercsvd_deploy.checkpoint_schema import FACTOR_A, FACTOR_B
 from ercsvd_deploy.pipelines.factorize import FactorizedLinear, FactorizeOutcome
+from ercsvd_deploy.pipelines.quantize import QuantizedMatrix, QuantizeOutcome
 
 REPORT_FILE = "ercsvd_report.json"
 REPORT_VERSION = 1
@@ -23,6 +25,8 @@ class ModelFigures:
     """Size and quality of one model."""
 
     num_bytes: int  # of its tensors, tied ones once
+    bytes_by_part: Mapping[str, int]
+    linear_bits_per_weight: float  # stored bits of the decoder Linears per weight of the original ones
     parameters: int
     linear_parameters: int  # of the decoder Linears
     perplexity: Mapping[str, float] = field(default_factory=dict)  # held-out text -> perplexity
@@ -38,6 +42,7 @@ class Report:
     original: ModelFigures
     compressed: ModelFigures
     factorize: FactorizeOutcome | None
+    quantize: QuantizeOutcome | None
     seconds: dict[str, float]
     warnings: list[str] = field(default_factory=list)
 
@@ -55,6 +60,12 @@ class Report:
                 "search": [asdict(point) for point in self.factorize.search],
                 "linears": [asdict(linear) for linear in self.factorize.linears],
             }
+        if self.quantize is not None:
+            plain["quantize"] = {
+                "matrices": [asdict(matrix) for matrix in self.quantize.matrices],
+                "linears": [asdict(linear) for linear in self.quantize.linears],
+                "patterns": [asdict(match) for match in self.quantize.matches],
+            }
         return plain
 
 
@@ -71,6 +82,8 @@ def render(report: Report) -> RenderableType:
         if len(report.factorize.search) > 1:
             parts.append(_search_table(report.factorize))
         parts.append(_layer_table(report.factorize))
+    if report.quantize is not None:
+        parts.append(_quantize_table(report.quantize))
     parts.extend(Text(f"warning: {warning}", style="yellow") for warning in report.warnings)
     return Group(*parts)
 
@@ -87,6 +100,17 @@ def _summary_table(report: Report) -> Table:
         ("decoder-Linear parameters", before.linear_parameters, after.linear_parameters),
     ):
         table.add_row(name, f"{old:,}", f"{new:,}", _percent(new / old - 1))
+    table.add_row(
+        "bits per decoder-Linear weight",
+        f"{before.linear_bits_per_weight:.2f}",
+        f"{after.linear_bits_per_weight:.2f}",
+        _percent(after.linear_bits_per_weight / before.linear_bits_per_weight - 1),
+    )
+    for part, old_size in before.bytes_by_part.items():
+        new_size = after.bytes_by_part[part]
+        if old_size or new_size:
+            change = _percent(new_size / old_size - 1) if old_size else ""
+            table.add_row(f"  bytes, {part}", f"{old_size:,}", f"{new_size:,}", change)
     for text, old_value in before.perplexity.items():
         new_value = after.perplexity[text]
         table.add_row(
@@ -134,6 +158,27 @@ def _layer_table(outcome: FactorizeOutcome) -> Table:
         table.add_column(linear.name.rpartition(".")[2], justify="right")
     for layer, linears in layers.items():
         table.add_row(layer, *(_rank_and_error(linear) for linear in linears))
+    return table
+
+
+def _quantize_table(outcome: QuantizeOutcome) -> Table:
+    """Summarise the proxy losses by kind of matrix; report.json has every one."""
+    kinds: dict[str, list[QuantizedMatrix]] = {}
+    for matrix in outcome.matrices:
+        end = matrix.name.rpartition(".")[2]
+        kinds.setdefault(end if end in (FACTOR_A, FACTOR_B) else "dense", []).append(matrix)
+    table = Table(title="Quantized matrices, mean relative proxy loss", title_justify="left")
+    for column in ("matrix", "count", "GPTQ", "rounding", "GPTQ taken"):
+        table.add_column(column, justify="left" if column == "matrix" else "right")
+    for kind, matrices in kinds.items():
+        count = len(matrices)
+        table.add_row(
+            kind,
+            str(count),
+            f"{sum(matrix.gptq_loss for matrix in matrices) / count:.5f}",
+            f"{sum(matrix.rtn_loss for matrix in matrices) / count:.5f}",
+            str(sum(matrix.method == "gptq" for matrix in matrices)),
+        )
     return table
 
 

@@ -8,25 +8,32 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from ercsvd_deploy.recipe import canonical, check_files
 
 from ercsvd_deploy import __version__
 from ercsvd_deploy.calibration import load_tokenizer
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig
+from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.evaluation import Perplexity, perplexities
 from ercsvd_deploy.exporters.vllm.writer import check_target, write_export
 from ercsvd_deploy.layerwise import LayerwiseModel
+from ercsvd_deploy.pipelines.evaluate import run_lm_eval
 from ercsvd_deploy.pipelines.factorize import FactorizeOutcome, factorize_decoder
 from ercsvd_deploy.pipelines.model_source import OpenedModel, default_device, open_model, stream
-from ercsvd_deploy.pipelines.plan import PlanError, rank_plans
+from ercsvd_deploy.pipelines.plan import PlanError, plan_quantize_stage, rank_plans
 from ercsvd_deploy.pipelines.progress import ProgressReporter, silent
+from ercsvd_deploy.pipelines.quantize import QuantizeOutcome, quantize_decoder
+from ercsvd_deploy.pipelines.quantize_plan import check_num_tokens
 from ercsvd_deploy.pipelines.report import REPORT_FILE, ModelFigures, Report
+from ercsvd_deploy.pipelines.sizes import bytes_by_part, linear_bytes
 from ercsvd_deploy.pipelines.texts import calibration_windows, evaluation_windows
-from ercsvd_deploy.recipe_schema import Recipe
+from ercsvd_deploy.rank import RankPlan
+from ercsvd_deploy.recipe import canonical, check_files
+from ercsvd_deploy.recipe_schema import LmEval, Recipe
+from ercsvd_deploy.recipe_stages import Factorize
 from ercsvd_deploy.tensor_store import FileStore, OverlayStore, TensorStore, write_json_atomically
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "gptqmodel")
@@ -63,23 +70,70 @@ def run_recipe(
     model = stream(opened, device)
     seconds: dict[str, float] = {}
 
+    rank_plans_by_k = rank_plans(recipe, model.architecture)
+    quantize_plan = plan_quantize_stage(recipe, rank_plans_by_k, model.architecture)
+    warnings: list[str] = []
+    if recipe.quantize is not None:
+        assert windows is not None, "the schema asks for calibration where a stage needs it"
+        warnings += check_num_tokens(model.architecture, windows.numel())
+
     with _work_directory(target) as work:
         store: TensorStore = model.store
+        modules: dict[str, ModuleDescription] = {}
         factorized: FactorizeOutcome | None = None
-        with _timed(seconds, "factorize"):
-            if recipe.factorize is not None:
-                factorized = _factorize(recipe, model, windows, work, progress)
-                store = OverlayStore(store, FileStore(factorized.files), factorized.modules)
-        compressed = CheckpointConfig(modules=factorized.modules if factorized else {})
+        quantized: QuantizeOutcome | None = None
+        if recipe.factorize is not None:
+            with _timed(seconds, "factorize"):
+                factorized = _factorize(
+                    recipe.factorize,
+                    model,
+                    windows,
+                    rank_plans_by_k,
+                    _subdirectory(work, "factorize"),
+                    progress,
+                )
+            modules |= factorized.modules
+            store = OverlayStore(store, FileStore(factorized.files), factorized.modules)
+        if recipe.quantize is not None:
+            assert windows is not None
+            ranks = factorized.plan.ranks if factorized else {}
+            described = quantize_plan.describe(ranks, model.architecture)
+            with (
+                _timed(seconds, "quantize"),
+                progress(
+                    f"{recipe.quantize.method}, {recipe.quantize.bits} bits", model.num_layers
+                ) as on_layer,
+            ):
+                quantized = quantize_decoder(
+                    _compressed_stream(opened, device, store, modules),
+                    model.store,
+                    windows,
+                    recipe.quantize,
+                    described,
+                    quantize_plan.matches,
+                    _subdirectory(work, "quantize"),
+                    on_layer,
+                )
+            stored_as_integers = {
+                name: description
+                for name, description in described.items()
+                if any(storage for _, storage in description.parts.values())
+            }
+            modules |= described
+            store = OverlayStore(store, FileStore(quantized.files), stored_as_integers)
+        compressed = CheckpointConfig(modules=modules)
         with _timed(seconds, "evaluate"):
-            quality = _evaluate(opened, model, store, compressed, texts, progress)
+            candidate = _compressed_stream(opened, device, store, modules)
+            quality = _evaluate({"original": model, "compressed": candidate}, texts, progress)
         report = Report(
             recipe=canonical(recipe),
             environment=_environment(device),
-            original=_figures(model.store, model, None, quality["original"]),
-            compressed=_figures(store, model, compressed, quality["compressed"]),
+            original=_figures(model.store, model, {}, quality["original"]),
+            compressed=_figures(store, model, modules, quality["compressed"]),
             factorize=factorized,
+            quantize=quantized,
             seconds=seconds,
+            warnings=warnings,
         )
         export = write_export(
             target,
@@ -91,7 +145,38 @@ def run_recipe(
             max_shard_bytes=recipe.export.max_shard_bytes,
             add_files=lambda directory: write_json_atomically(directory / REPORT_FILE, report.as_json()),
         )
+    if recipe.evaluation.lm_eval is not None:
+        report = _with_tasks(report, recipe.evaluation.lm_eval, opened.directory, export.directory, device)
+        write_json_atomically(export.directory / REPORT_FILE, report.as_json())
     return report, export.directory
+
+
+def _with_tasks(
+    report: Report, settings: LmEval, original: Path, compressed: Path, device: torch.device
+) -> Report:
+    """Return the report with lm-eval's results for both models."""
+
+    def measure(directory: Path) -> dict[str, dict[str, float]]:
+        return run_lm_eval(
+            directory,
+            settings.tasks,
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            batch_size=settings.batch_size,
+            device=device,
+        )
+
+    return replace(
+        report,
+        original=replace(report.original, tasks=measure(original)),
+        compressed=replace(report.compressed, tasks=measure(compressed)),
+    )
+
+
+def _subdirectory(work: Path, name: str) -> Path:
+    directory = work / name
+    directory.mkdir()
+    return directory
 
 
 @contextmanager
@@ -113,38 +198,36 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _factorize(
-    recipe: Recipe,
+    settings: Factorize,
     model: LayerwiseModel,
     windows: torch.Tensor | None,
-    work: Path,
+    plans: Mapping[int, RankPlan],
+    directory: Path,
     progress: ProgressReporter,
 ) -> FactorizeOutcome:
-    settings = recipe.factorize
-    assert settings is not None
-    plans = rank_plans(settings, model.architecture)
-    directory = work / "factorize"
-    directory.mkdir()
     description = f"{settings.method}, {len(plans)} candidate{'s' if len(plans) > 1 else ''}"
     with progress(description, model.num_layers) as on_layer:
         return factorize_decoder(model, windows, settings, plans, directory, on_layer)
 
 
-def _evaluate(
-    opened: OpenedModel,
-    original: LayerwiseModel,
-    store: TensorStore,
-    compressed: CheckpointConfig,
-    texts: Mapping[str, torch.Tensor],
-    progress: ProgressReporter,
-) -> dict[str, dict[str, Perplexity]]:
-    """Return the perplexities of both models."""
-    if not texts:
-        return {"original": {}, "compressed": {}}
+def _compressed_stream(
+    opened: OpenedModel, device: torch.device, store: TensorStore, modules: dict[str, ModuleDescription]
+) -> LayerwiseModel:
+    """Return the model as the stages so far have left it."""
     config = copy.deepcopy(opened.config)
-    config.quantization_config = compressed.write()
-    candidate = stream(OpenedModel(opened.source, opened.directory, config), original.device, store)
+    if modules:
+        config.quantization_config = CheckpointConfig(modules=modules).write()
+    return stream(replace(opened, config=config), device, store)
+
+
+def _evaluate(
+    models: Mapping[str, LayerwiseModel], texts: Mapping[str, torch.Tensor], progress: ProgressReporter
+) -> dict[str, dict[str, Perplexity]]:
+    """Return the perplexities of each model."""
+    if not texts:
+        return {name: {} for name in models}
     quality = {}
-    for name, model in (("original", original), ("compressed", candidate)):
+    for name, model in models.items():
         with progress(f"perplexity, {name}", model.num_layers) as on_layer:
             quality[name] = perplexities(model, texts, on_layer)
     return quality
@@ -153,15 +236,20 @@ def _evaluate(
 def _figures(
     store: TensorStore,
     model: LayerwiseModel,
-    compressed: CheckpointConfig | None,
+    modules: Mapping[str, ModuleDescription],
     quality: Mapping[str, Perplexity],
 ) -> ModelFigures:
     removed = 0
-    for description in compressed.modules.values() if compressed else ():
+    for description in modules.values():
         out_features, in_features = description.shape
         removed += out_features * in_features - description.num_parameters
+    sizes = bytes_by_part(store, model.architecture)
     return ModelFigures(
-        num_bytes=sum(store.info(name).num_bytes for name in store.names()),
+        num_bytes=sum(sizes.values()),
+        bytes_by_part=sizes,
+        linear_bits_per_weight=8
+        * linear_bytes(store, model.architecture)
+        / model.architecture.linear_parameters,
         parameters=model.architecture.total_parameters - removed,
         linear_parameters=model.architecture.linear_parameters - removed,
         perplexity={name: measured.value for name, measured in quality.items()},

@@ -8,12 +8,13 @@ environment (another vLLM release) can run it too.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 
-def generate(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int, top: int) -> list[Any]:
+def generate(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int, top: int) -> dict[str, Any]:
     """Build an engine, generate greedily, shut it down.
 
     Args:
@@ -23,12 +24,12 @@ def generate(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int, 
         top: how many log-probabilities to return for each position after the first.
 
     Returns:
-        For each prompt: {"tokens": the generated ids, "logprobs": for each position of prompt and output but the
-        first, token id -> log-probability given what precedes it}.
+        {"compiled": whether torch.compile was used, "outputs": for each prompt {"tokens": the generated ids,
+        "logprobs": for each position of prompt and output but the first, token id -> log-probability}}.
     """
     from vllm import LLM, SamplingParams
 
-    llm = LLM(max_model_len=128, max_num_seqs=8, **engine)
+    llm = LLM(max_model_len=128, max_num_seqs=8, disable_log_stats=True, **engine)
     sampling = SamplingParams(
         temperature=0.0,
         max_tokens=max_tokens,
@@ -38,26 +39,32 @@ def generate(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int, 
         detokenize=False,
     )
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    compiled = int(llm.llm_engine.vllm_config.compilation_config.mode or 0) > 0
     llm.llm_engine.engine_core.shutdown()
-    return [
-        {
-            "tokens": list(output.outputs[0].token_ids),
-            "logprobs": [
-                {str(token): entry.logprob for token, entry in position.items()}
-                for position in [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-            ],
-        }
-        for output in outputs
-    ]
+    return {
+        "compiled": compiled,
+        "outputs": [
+            {
+                "tokens": list(output.outputs[0].token_ids),
+                "logprobs": [
+                    {str(token): entry.logprob for token, entry in position.items()}
+                    for position in [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+                ],
+            }
+            for output in outputs
+        ],
+    }
 
 
 def main() -> None:
+    """Answer the request on stdin."""
     request = json.load(sys.stdin)
     answers = [
         generate(engine, request["prompts"], request["max_tokens"], request["top"])
         for engine in request["engines"]
     ]
     Path(request["answer"]).write_text(json.dumps(answers))
+    os._exit(0)  # vLLM's exit handlers wait for processes that are gone already
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """How vLLM creates, loads and applies the linear layers of a compressed model.
 
 One instance serves one layer: fused QKV, fused gate and up, column-parallel, row-parallel or replicated.
-`LowRankLinearMethod` takes the layers of which at least one projection is altered; each projection has its own
-layout (see `checkpoint_schema`): dense or low-rank, plain or integer, in any mix. `UnalteredLinearMethod` takes
-the others.
+`LowRankLinearMethod` takes the layers of which at least one projection is altered; each projection has its
+own layout (see `checkpoint_schema`): dense or low-rank, plain or integer, in any mix.
+`UnalteredLinearMethod` takes the others.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
 
 @register_weight_loader_v2_supported_method  # as vLLM registers the base class, by name
 class UnalteredLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]  # vLLM's classes are Any to mypy
-    """vLLM's own method, which also notices tensors of a compressed Linear that config.json does not describe.
+    """vLLM's own method, which also notices tensors of a compressed Linear that config.json leaves out.
 
     Without it they end in an error deep inside vLLM that names one tensor at most.
 
@@ -141,15 +141,13 @@ class UnalteredLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]  # v
     ) -> None:
         """Create vLLM's weight, and gates for the tensors that should not come."""
 
-        def load_unless_guard(
-            param: torch.Tensor, tensor: torch.Tensor, shard_id: ShardId = None, **rest: Any
-        ) -> None:
+        def load_unless_guard(param: torch.Tensor, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
             if tuple(tensor.shape) == GUARD_SHAPE:
                 self._note(GUARD, tensor, shard_id)
-            elif shard_id is None:
-                weight_loader(param, tensor, **rest)
+            elif shard_id is None:  # not every stock loader takes one
+                weight_loader(param, tensor)
             else:
-                weight_loader(param, tensor, shard_id, **rest)
+                weight_loader(param, tensor, shard_id)
 
         super().create_weights(layer, *sizes, weight_loader=load_unless_guard, **options)
         add_gates(layer, layer.params_dtype, self._note)

@@ -61,6 +61,8 @@ class PlainMatrix(nn.Module):
     def finalize(self) -> None:
         """Let vLLM repack the loaded weight where its backend does (CPU)."""
         self._method.process_weights_after_loading(self)
+        # vLLM's parameter class intercepts every call of torch it takes part in; a plain one costs nothing
+        self.weight = nn.Parameter(self.weight.data, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., columns] times the transposed matrix: [..., rows]."""

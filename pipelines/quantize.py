@@ -1,0 +1,257 @@
+"""The quantize stage: GPTQ of every decoder Linear, factors included, one layer at a time.
+
+Each layer is measured on the output of the layers before it as they will be served (already
+quantized), unless the recipe says otherwise. A pair of factors is quantized in the order in which its
+errors arise: the first factor, then the second re-fitted to the original weight and quantized on the
+first one's quantized output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ercsvd_deploy.architecture import DecoderLayer
+from ercsvd_deploy.checkpoint_schema import (
+    FACTOR_A,
+    FACTOR_B,
+    GUARD,
+    GUARD_SHAPE,
+    WEIGHT,
+    ModuleDescription,
+    WeightQuantization,
+)
+from ercsvd_deploy.gptq import (
+    FactorsReport,
+    MatrixReport,
+    QuantizationSettings,
+    QuantizedWeight,
+    proxy_loss,
+    quantize_better,
+    quantize_factors,
+)
+from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
+from ercsvd_deploy.lowrank_linear import LowRankLinear
+from ercsvd_deploy.packing import pack
+from ercsvd_deploy.pipelines.quantize_plan import PatternMatch
+from ercsvd_deploy.rank import LinearShape
+from ercsvd_deploy.recipe_stages import Quantize
+from ercsvd_deploy.tensor_store import TensorStore, torch_dtype, write_atomically
+
+
+class QuantizationError(ValueError):
+    """A matrix or its calibration inputs cannot be quantized; the message names the Linear."""
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """What became of one matrix: a dense weight, or one factor."""
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    sym: bool
+    method: str  # the better of "gptq" and "rtn", which was taken
+    gptq_loss: float  # relative proxy loss tr(E G E^T) / tr(W G W^T) of either
+    rtn_loss: float
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """The loss of a whole Linear against the original weight, in the steps in which it arose."""
+
+    name: str
+    loss: float
+    factors: FactorsReport | None  # of a factorized Linear
+
+
+@dataclass
+class QuantizeOutcome:
+    """Everything the stage found out; the integers themselves are in its layer files."""
+
+    modules: dict[str, ModuleDescription]
+    matrices: list[QuantizedMatrix]
+    linears: list[QuantizedLinear]
+    matches: tuple[PatternMatch, ...]
+    files: list[Path]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What every Linear of the stage is quantized with."""
+
+    settings: Quantize
+    original: TensorStore
+    outcome: QuantizeOutcome
+
+
+def quantize_decoder(
+    model: LayerwiseModel,
+    original: TensorStore,
+    windows: torch.Tensor,
+    settings: Quantize,
+    modules: Mapping[str, ModuleDescription],
+    matches: tuple[PatternMatch, ...],
+    directory: Path,
+    on_layer: Callable[[], None] = lambda: None,
+) -> QuantizeOutcome:
+    """Quantize the decoder and write each layer's integers to `directory` as it is done.
+
+    Args:
+        model: The model as the stages before left it, dense or with plain factors.
+        original: The original weights, which second factors are re-fitted to.
+        windows: Calibration token ids [num_samples, sequence_length].
+        settings: The recipe's stage.
+        modules: Final description of every altered Linear (`QuantizePlan.describe`).
+        matches: What the stage's patterns matched, for the report.
+        directory: Receives `layer-<index>.safetensors`.
+        on_layer: Called after every decoder layer.
+
+    Raises:
+        QuantizationError: a weight or Gram is not finite, or a scale leaves its precision's range.
+    """
+    stage = _Stage(settings, original, QuantizeOutcome(dict(modules), [], [], matches, []))
+    hidden = model.embed(model.batches(windows))
+    for layer in model.architecture.layers:
+        statistics = model.input_statistics(layer)
+        with model.layer(layer.index) as module:
+            # This pass gives the Grams; its outputs are the next layer's inputs only if those are to be
+            # the unquantized ones.
+            outputs = list(hidden)
+            model.advance(layer.index, outputs, observe=statistics, module=module)
+            tensors = _quantize_layer(model, stage, layer, module, statistics)
+            if settings.compressed_prefix_inputs:
+                model.advance(layer.index, hidden, module=module)
+            else:
+                hidden = outputs
+        if tensors:
+            path = directory / f"layer-{layer.index:05d}.safetensors"
+            write_atomically(path, tensors)
+            stage.outcome.files.append(path)
+        on_layer()
+    return stage.outcome
+
+
+def _quantize_layer(
+    model: LayerwiseModel,
+    stage: _Stage,
+    layer: DecoderLayer,
+    module: nn.Module,
+    statistics: Mapping[str, InputStatistics],
+) -> dict[str, torch.Tensor]:
+    """Quantize the Linears of a loaded layer in place; return the tensors that store them."""
+    tensors: dict[str, torch.Tensor] = {}
+    for group in layer.groups:
+        gram = statistics[layer.local_name(group[0])].gram
+        for linear in group:
+            description = stage.outcome.modules.get(linear.name)
+            if description is None or not any(storage for _, storage in description.parts.values()):
+                continue
+            dtype = _stored_dtype(stage.original, linear)
+            found = module.get_submodule(layer.local_name(linear))
+            try:
+                if isinstance(found, LowRankLinear):
+                    weight = stage.original.read([f"{linear.name}.{WEIGHT}"])[f"{linear.name}.{WEIGHT}"]
+                    parts = _quantize_factors(
+                        stage, linear, description, found, weight.to(model.device, model.dtype), gram, dtype
+                    )
+                else:
+                    assert isinstance(found, nn.Linear)
+                    parts = _quantize_dense(stage, linear, description, found, gram, dtype)
+            except ValueError as error:
+                raise QuantizationError(f"{linear.name}: {error}") from error
+            tensors[f"{linear.name}.{GUARD}"] = torch.empty(GUARD_SHAPE, dtype=dtype)
+            for part, quantized in parts.items():
+                prefix = f"{linear.name}.{part}" if part else linear.name
+                tensors |= {f"{prefix}.{leaf}": tensor for leaf, tensor in pack(quantized, dtype).items()}
+    return tensors
+
+
+def _quantize_dense(
+    stage: _Stage,
+    linear: LinearShape,
+    description: ModuleDescription,
+    module: nn.Linear,
+    gram: torch.Tensor,
+    scale_dtype: torch.dtype,
+) -> dict[str, QuantizedWeight]:
+    assert description.weight is not None
+    weight = module.weight.data
+    settings = _settings(stage.settings, description.weight)
+    quantized, *losses = quantize_better(weight, gram, settings, scale_dtype=scale_dtype)
+    report = MatrixReport(*losses)
+    served = quantized.dequantize(weight.dtype)
+    stage.outcome.matrices.append(_matrix(linear.name, weight, description.weight, report))
+    stage.outcome.linears.append(QuantizedLinear(linear.name, proxy_loss(weight, served, gram), None))
+    module.weight = nn.Parameter(served, requires_grad=False)
+    return {"": quantized}
+
+
+def _quantize_factors(
+    stage: _Stage,
+    linear: LinearShape,
+    description: ModuleDescription,
+    module: LowRankLinear,
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    scale_dtype: torch.dtype,
+) -> dict[str, QuantizedWeight]:
+    assert description.factor_a is not None
+    assert description.factor_b is not None
+    factor_a, factor_b = module.get_submodule(FACTOR_A), module.get_submodule(FACTOR_B)
+    assert isinstance(factor_a, nn.Linear)
+    assert isinstance(factor_b, nn.Linear)
+    pair = quantize_factors(
+        weight,
+        factor_a.weight.data,
+        factor_b.weight.data,
+        gram,
+        settings_a=_settings(stage.settings, description.factor_a),
+        settings_b=_settings(stage.settings, description.factor_b),
+        scale_dtype=scale_dtype,
+        refit=stage.settings.refit_second_factor,
+    )
+    for part, factor, report, storage in (
+        (FACTOR_A, factor_a, pair.report.factor_a, description.factor_a),
+        (FACTOR_B, factor_b, pair.report.factor_b, description.factor_b),
+    ):
+        stage.outcome.matrices.append(_matrix(f"{linear.name}.{part}", factor.weight, storage, report))
+    stage.outcome.linears.append(QuantizedLinear(linear.name, pair.report.loss, pair.report))
+    factor_a.weight = nn.Parameter(pair.factor_a.dequantize(factor_a.weight.dtype), requires_grad=False)
+    factor_b.weight = nn.Parameter(pair.factor_b.dequantize(factor_b.weight.dtype), requires_grad=False)
+    return {FACTOR_A: pair.factor_a, FACTOR_B: pair.factor_b}
+
+
+def _matrix(
+    name: str, weight: torch.Tensor, storage: WeightQuantization, report: MatrixReport
+) -> QuantizedMatrix:
+    return QuantizedMatrix(
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
+        bits=storage.bits,
+        group_size=storage.group_size,
+        sym=storage.sym,
+        method=report.method,
+        gptq_loss=report.gptq_loss,
+        rtn_loss=report.rtn_loss,
+    )
+
+
+def _settings(stage: Quantize, storage: WeightQuantization) -> QuantizationSettings:
+    return QuantizationSettings(
+        bits=storage.bits,
+        group_size=storage.group_size,
+        sym=storage.sym,
+        damping=stage.damping,
+        mse=stage.mse,
+        desc_act=stage.desc_act,
+    )
+
+
+def _stored_dtype(store: TensorStore, linear: LinearShape) -> torch.dtype:
+    return torch_dtype(store.info(f"{linear.name}.{WEIGHT}").dtype)

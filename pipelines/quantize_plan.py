@@ -1,0 +1,159 @@
+"""Decide, from names and shapes alone, how every matrix of a recipe's quantize stage is stored.
+
+Patterns and shapes are judged here, before any long work: a pattern that matches nothing, a group size
+that does not divide, or a shape that no serving kernel takes ends the run with the nearest that works.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ercsvd_deploy.architecture import Architecture
+from ercsvd_deploy.checkpoint_schema import ModuleDescription, WeightQuantization
+from ercsvd_deploy.exporters.vllm.kernel_limits import find_unservable
+from ercsvd_deploy.recipe_stages import Quantize
+
+
+class QuantizePlanError(ValueError):
+    """The quantize stage cannot work on this model as written."""
+
+
+@dataclass(frozen=True)
+class PatternMatch:
+    """What one pattern of the stage matched."""
+
+    pattern: str
+    purpose: str  # "ignore" or "override"
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """How each decoder Linear is stored; None: as it is."""
+
+    storage: Mapping[str, WeightQuantization | None]
+    matches: tuple[PatternMatch, ...]
+
+    def describe(
+        self, ranks: Mapping[str, int | None], architecture: Architecture
+    ) -> dict[str, ModuleDescription]:
+        """Return the final description of every altered Linear, given the ranks of the low-rank ones."""
+        described = {}
+        for linear in architecture.linears:
+            rank, storage = ranks.get(linear.name), self.storage[linear.name]
+            shape = (linear.out_features, linear.in_features)
+            if rank is not None:
+                described[linear.name] = ModuleDescription(
+                    layout="low_rank", shape=shape, rank=rank, factor_a=storage, factor_b=storage
+                )
+            elif storage is not None:
+                described[linear.name] = ModuleDescription(layout="dense", shape=shape, weight=storage)
+        return described
+
+
+def unquantized(names: Sequence[str]) -> QuantizePlan:
+    """Return the plan of a recipe without a quantize stage."""
+    return QuantizePlan(dict.fromkeys(names), ())
+
+
+def plan_quantization(settings: Quantize, names: Sequence[str]) -> QuantizePlan:
+    """Match the stage's patterns against the decoder Linears' names.
+
+    A pattern (`*`, `?`, `[...]`) matches a module's whole name or its end from any dot on, so that
+    `mlp.down_proj` means that Linear of every layer. The last matching override wins; `ignore` wins
+    over overrides.
+
+    Raises:
+        QuantizePlanError: a pattern matches nothing; near misses are named.
+    """
+    matches = [_match(pattern, "ignore", names) for pattern in settings.ignore]
+    overrides = [
+        (_match(pattern, "override", names), change) for pattern, change in settings.overrides.items()
+    ]
+    storage: dict[str, WeightQuantization | None] = dict.fromkeys(
+        names, WeightQuantization(bits=settings.bits, group_size=settings.group_size, sym=settings.sym)
+    )
+    for match, change in overrides:
+        for name in match.modules:
+            before = storage[name]
+            assert before is not None
+            storage[name] = WeightQuantization.model_validate(
+                before.model_dump() | change.model_dump(exclude_none=True)
+            )
+    for match in matches:
+        storage |= dict.fromkeys(match.modules)
+    return QuantizePlan(storage, (*matches, *(match for match, _ in overrides)))
+
+
+def _match(pattern: str, purpose: str, names: Sequence[str]) -> PatternMatch:
+    found = tuple(name for name in names if any(fnmatch.fnmatchcase(end, pattern) for end in _ends(name)))
+    if found:
+        return PatternMatch(pattern, purpose, found)
+    ends = {end for name in names for end in _ends(name)}
+    near = difflib.get_close_matches(pattern, ends, n=3, cutoff=0.4)
+    hint = f"; near misses: {', '.join(near)}" if near else f"; modules are named like {names[0]}"
+    raise QuantizePlanError(f"quantize: the {purpose} pattern {pattern!r} matches no decoder Linear{hint}")
+
+
+def _ends(name: str) -> Iterable[str]:
+    """Yield the name and what follows each of its dots."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def check_shapes(
+    plan: QuantizePlan,
+    ranks: Mapping[str, int | None],
+    architecture: Architecture,
+    tensor_parallel_sizes: Iterable[int],
+) -> None:
+    """Refuse shapes that cannot be stored, or that no int kernel of vLLM takes.
+
+    Raises:
+        QuantizePlanError: names the matrices, the reason, and the nearest group size or rank that works.
+    """
+    problems = find_unservable(plan.describe(ranks, architecture), architecture, tensor_parallel_sizes)
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise QuantizePlanError(
+            f"quantize: {len(problems)} matrices cannot be served as integers:\n  "
+            + "\n  ".join(problems[:8])
+            + more
+        )
+
+
+def automatic_rank_multiple(plan: QuantizePlan) -> int:
+    """Return the smallest rank step that every quantized second factor and int kernel takes.
+
+    A second factor's in-dimension is the rank, so its group size must divide it; the kernels work on
+    blocks of 32. 32 without quantization.
+    """
+    sizes = {
+        storage.group_size
+        for storage in plan.storage.values()
+        if storage is not None and storage.group_size != -1
+    }
+    return max({32} | sizes)  # the allowed group sizes are powers of two
+
+
+def check_num_tokens(architecture: Architecture, num_tokens: int) -> list[str]:
+    """Return warnings about calibration that is short for the widest Linear.
+
+    Raises:
+        QuantizePlanError: there are fewer tokens than input features: the Hessian would be singular, and
+            GPTQ worse than rounding.
+    """
+    widest = max(architecture.linears, key=lambda linear: linear.in_features)
+    advice = (
+        f"{widest.name} has {widest.in_features} inputs: raise calibration.num_samples or sequence_length"
+    )
+    if num_tokens < widest.in_features:
+        raise QuantizePlanError(f"quantize: {num_tokens} calibration tokens are too few for GPTQ; {advice}")
+    if num_tokens < 4 * widest.in_features:
+        return [f"quantize: {num_tokens} calibration tokens are few for GPTQ; {advice}"]
+    return []

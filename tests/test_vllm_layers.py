@@ -1,0 +1,339 @@
+"""Single vLLM layers without an engine: every kind of layer, rank by rank, against y = x W^T."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ercsvd_deploy.checkpoint_schema import CheckpointFormatError
+from ercsvd_deploy.exporters.vllm import ops  # noqa: F401 - defines torch.ops.ercsvd
+from ercsvd_deploy.exporters.vllm.plugin import register
+from tests.conftest import ModelDirectory
+from tests.tiny_models import (
+    HEAD_DIM,
+    HIDDEN_SIZE,
+    INTERMEDIATE_SIZE,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    compress_at_random,
+)
+
+pytestmark = pytest.mark.vllm
+
+ATTENTION = "model.layers.0.self_attn"
+MLP = "model.layers.0.mlp"
+# vLLM's layer -> its projections in the checkpoint, with the shard id that vLLM's loaders pass
+LAYERS: dict[str, dict[str, str | int | None]] = {
+    f"{ATTENTION}.qkv_proj": {f"{ATTENTION}.{name}_proj": name for name in "qkv"},
+    f"{MLP}.gate_up_proj": {f"{MLP}.gate_proj": 0, f"{MLP}.up_proj": 1},
+    f"{ATTENTION}.o_proj": {f"{ATTENTION}.o_proj": None},
+    f"{MLP}.down_proj": {f"{MLP}.down_proj": None},
+}
+ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj)$")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_process_of_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give vLLM's layers the distributed state and the configuration that they read when created."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    store = tmp_path_factory.mktemp("distributed") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, store.as_uri(), 0, "gloo")
+        initialize_model_parallel()
+        yield
+        cleanup_dist_env_and_memory()
+
+
+class Served:
+    """The layers of a compressed directory's first decoder layer, on one tensor-parallel rank.
+
+    Args:
+        directory: the compressed checkpoint.
+        dtype: of the activations.
+        rank: (tensor-parallel rank, size), which the layers are told.
+        patch: the test's monkeypatch.
+        edit: changes the description before it is read.
+        replicate: whether every rank holds the whole of the layers that are otherwise row-parallel.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        dtype: torch.dtype,
+        patch: pytest.MonkeyPatch,
+        rank: tuple[int, int] = (0, 1),
+        edit: Callable[[dict[str, Any]], None] = lambda _: None,
+        replicate: bool = False,
+    ) -> None:
+        from vllm.model_executor.layers import linear
+        from vllm.model_executor.layers.quantization import get_quantization_config
+
+        register()
+        patch.setattr(linear, "get_tensor_model_parallel_rank", lambda: rank[0])
+        patch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: rank[1])
+        described = json.loads((directory / "config.json").read_text())["quantization_config"]
+        described["modules"] = {
+            name: module for name, module in described["modules"].items() if ".layers.0." in name
+        }
+        edit(described["modules"])
+        self.config = get_quantization_config("ercsvd").from_config(described)
+        self.tensors = load_file(directory / "model.safetensors")
+        self.layers: dict[str, Any] = {}
+        shared = {"bias": False, "params_dtype": dtype, "quant_config": self.config}
+        for name in LAYERS:
+            if name.endswith("qkv_proj"):
+                layer = linear.QKVParallelLinear(
+                    HIDDEN_SIZE, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, prefix=name, **shared
+                )
+            elif name.endswith("gate_up_proj"):
+                layer = linear.MergedColumnParallelLinear(
+                    HIDDEN_SIZE, [INTERMEDIATE_SIZE] * 2, prefix=name, **shared
+                )
+            else:
+                width = INTERMEDIATE_SIZE if name.endswith("down_proj") else NUM_HEADS * HEAD_DIM
+                layer = (
+                    linear.ReplicatedLinear(width, HIDDEN_SIZE, prefix=name, **shared)
+                    if replicate
+                    else linear.RowParallelLinear(
+                        width, HIDDEN_SIZE, reduce_results=False, prefix=name, **shared
+                    )
+                )
+            self.layers[name] = layer
+
+    def load(self) -> None:
+        """Route every tensor as vLLM's model loaders do: parameter by name, its loader with the shard id."""
+        for name, projections in LAYERS.items():
+            parameters = dict(self.layers[name].named_parameters())
+            for projection, shard_id in projections.items():
+                for tensor_name, tensor in self.tensors.items():
+                    if not tensor_name.startswith(f"{projection}."):
+                        continue
+                    parameter = parameters[tensor_name.removeprefix(f"{projection}.")]
+                    extra = () if shard_id is None else (shard_id,)
+                    parameter.weight_loader(parameter, tensor, *extra)
+
+    def finalize(self) -> None:
+        for layer in self.layers.values():
+            layer.quant_method.process_weights_after_loading(layer)
+
+    def ready(self) -> dict[str, Any]:
+        self.load()
+        self.finalize()
+        return self.layers
+
+
+def expected_outputs(dense: Path, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Return the layer's full output in float64, from the weights that the checkpoint stands for."""
+    weights = load_file(dense / "model.safetensors")
+    stacked = torch.cat([weights[f"{projection}.weight"] for projection in LAYERS[name]])
+    return x.double() @ stacked.double().T
+
+
+def inputs(name: str, dtype: torch.dtype) -> torch.Tensor:
+    width = INTERMEDIATE_SIZE if name.endswith("down_proj") else HIDDEN_SIZE
+    return torch.randn(5, width, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def split_like_vllm(name: str, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """Return a rank's share of a column-parallel layer's output, replicated KV heads included."""
+    heads = (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
+    widths = [count * HEAD_DIM for count in heads] if name.endswith("qkv_proj") else [INTERMEDIATE_SIZE] * 2
+    shares = []
+    for index, part in enumerate(torch.split(full, widths, dim=-1)):
+        blocks = min(size, heads[index]) if name.endswith("qkv_proj") else size
+        shares.append(part.chunk(blocks, dim=-1)[rank * blocks // size])
+    return torch.cat(shares, dim=-1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["float32", "int4"])
+def test_every_layer_on_every_rank(
+    kind: str,
+    size: int,
+    low_rank_model: ModelDirectory,
+    mixed_model: ModelDirectory,
+    materialised: Callable[[Path], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = (low_rank_model if kind == "float32" else mixed_model)("llama")
+    dtype = torch.float32 if kind == "float32" else torch.float16
+    tolerance = 2e-5 if kind == "float32" else 2e-2
+    row_sums: dict[str, torch.Tensor] = {}
+    for rank in range(size):
+        for name, layer in Served(directory, dtype, monkeypatch, (rank, size)).ready().items():
+            x = inputs(name, dtype)
+            full = expected_outputs(materialised(directory), name, x)
+            if ROW_PARALLEL.search(name):
+                share = x.chunk(size, dim=-1)[rank].contiguous()
+                row_sums[name] = row_sums.get(name, torch.zeros_like(full)) + layer(share)[0]
+            else:
+                expected = split_like_vllm(name, full, rank, size)
+                torch.testing.assert_close(layer(x)[0].double(), expected, rtol=tolerance, atol=tolerance)
+    for name, total in row_sums.items():
+        full = expected_outputs(materialised(directory), name, inputs(name, dtype))
+        torch.testing.assert_close(total, full, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"bits": 4, "group_size": 64, "sym": False},
+        {"bits": 4, "group_size": 32, "sym": False},
+        {"bits": 4, "group_size": -1, "sym": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [1, 2])
+def test_other_integer_formats(
+    quantization: dict[str, Any],
+    size: int,
+    tiny_model: ModelDirectory,
+    materialised: Callable[[Path], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compress_at_random(tiny_model("llama"), tmp_path, quantization=quantization)
+    for rank in range(size):
+        name = f"{ATTENTION}.qkv_proj"
+        layer = Served(tmp_path, torch.float16, monkeypatch, (rank, size)).ready()[name]
+        x = inputs(name, torch.float16)
+        expected = split_like_vllm(name, expected_outputs(materialised(tmp_path), name, x), rank, size)
+        torch.testing.assert_close(layer(x)[0].double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_layers_whose_weights_stay_plain_use_the_operator(
+    low_rank_model: ModelDirectory, materialised: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    # as on CUDA, where vLLM does not repack plain weights
+    monkeypatch.setattr(UnquantizedLinearMethod, "process_weights_after_loading", lambda *_: None)
+    operator = Mock(wraps=torch.ops.ercsvd.lowrank_linear)
+    monkeypatch.setattr(torch.ops.ercsvd, "lowrank_linear", operator)
+    directory = low_rank_model("llama")
+    served = Served(directory, torch.float32, monkeypatch)
+    altered = [name for name, layer in served.ready().items() if hasattr(layer, "ercsvd")]
+    for name in altered:
+        x = inputs(name, torch.float32)
+        expected = expected_outputs(materialised(directory), name, x)
+        torch.testing.assert_close(served.layers[name](x)[0].double(), expected, rtol=2e-5, atol=2e-5)
+    assert operator.call_count == len(altered) > 0
+
+
+def test_a_replicated_layer_keeps_the_whole_matrix(
+    low_rank_model: ModelDirectory, materialised: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = low_rank_model("llama")
+    name = f"{MLP}.down_proj"
+    layer = Served(directory, torch.float32, monkeypatch, (1, 2), replicate=True).ready()[name]
+    x = inputs(name, torch.float32)
+    expected = expected_outputs(materialised(directory), name, x)
+    torch.testing.assert_close(layer(x)[0].double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_one_error_names_every_tensor_that_is_wrong(
+    mixed_model: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(mixed_model("llama"), torch.float16, monkeypatch)
+    q, k, v, up = (f"{ATTENTION}.q_proj", f"{ATTENTION}.k_proj", f"{ATTENTION}.v_proj", f"{MLP}.up_proj")
+    del served.tensors[f"{q}.factor_a.weight_scale"]
+    del served.tensors[f"{v}.factor_b.weight"]
+    served.tensors[f"{k}.factor_a.weight"] = torch.zeros(32, HIDDEN_SIZE)
+    served.tensors[f"{v}.factor_a.weight"] = served.tensors[f"{v}.factor_a.weight"][:-1]
+    served.tensors[f"{up}.factor_a.weight_shape"] = torch.tensor([1, 2])
+    served.load()
+    with pytest.raises(CheckpointFormatError) as raised:
+        served.finalize()
+    message = str(raised.value)
+    assert "5 problems" in message
+    assert f"missing: {q}.factor_a.weight_scale" in message
+    assert f"missing: {v}.factor_b.weight" in message
+    assert f"surplus: {k}.factor_a.weight [32, {HIDDEN_SIZE}]" in message
+    assert f"mis-shaped: {v}.factor_a.weight is" in message
+    assert f"mis-shaped: {up}.factor_a.weight_shape says [1, 2]" in message
+
+
+def test_a_config_of_another_run_is_refused(
+    mixed_model: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forget_attention(modules: dict[str, Any]) -> None:
+        for projection in LAYERS[f"{ATTENTION}.qkv_proj"]:
+            modules.pop(projection, None)
+        modules["model.layers.0.mlp.router"] = {"layout": "low_rank", "shape": [8, 8], "rank": 4}
+
+    served = Served(mixed_model("llama"), torch.float16, monkeypatch, edit=forget_attention)
+    served.load()
+    with pytest.raises(CheckpointFormatError) as raised:
+        served.finalize()
+    message = str(raised.value)
+    assert "unknown: model.layers.0.mlp.router" in message
+    for tensor_name in served.tensors:
+        if tensor_name.startswith((f"{ATTENTION}.q_proj", f"{ATTENTION}.k_proj", f"{ATTENTION}.v_proj")):
+            assert f"surplus: {tensor_name} " in message
+
+
+def test_a_description_of_another_shape_is_refused(
+    low_rank_model: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def widen(modules: dict[str, Any]) -> None:
+        modules[f"{ATTENTION}.k_proj"] = {"layout": "low_rank", "shape": [128, 128], "rank": 32}
+
+    with pytest.raises(CheckpointFormatError, match=r"k_proj: config.json describes shape \[128, 128\]"):
+        Served(low_rank_model("llama"), torch.float32, monkeypatch, edit=widen)
+
+
+def test_integer_matrices_that_no_kernel_takes_are_named(
+    tiny_model: ModelDirectory,
+    mixed_model: ModelDirectory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ValueError, match=r"q_proj.*16-bit activations: start vLLM with --dtype float16"):
+        Served(mixed_model("llama"), torch.float32, monkeypatch)
+    compress_at_random(
+        tiny_model("llama"), tmp_path / "groups", quantization={"bits": 4, "group_size": 128, "sym": True}
+    )
+    with pytest.raises(ValueError, match=r"(o|down)_proj.* 32 columns on a rank are not whole groups of 128"):
+        Served(tmp_path / "groups", torch.float16, monkeypatch, (0, 4))
+    compress_at_random(
+        tiny_model("llama"), tmp_path / "int8", quantization={"bits": 8, "group_size": 32, "sym": True}
+    )
+    with pytest.raises(ValueError, match=r"q_proj.factor_a.* int8 in groups of 32: (?s:.*)CPUWNA16"):
+        Served(tmp_path / "int8", torch.float16, monkeypatch)
+
+
+def test_weights_cannot_be_replaced_once_served(
+    low_rank_model: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(low_rank_model("llama"), torch.float32, monkeypatch)
+    served.ready()
+    with pytest.raises(RuntimeError, match="cannot be replaced; restart vLLM"):
+        served.load()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [8, 13])
+def test_packing_zero_points_round_trips(bits: int, rows: int) -> None:
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+    from ercsvd_deploy.exporters.vllm.matrix_kernels import pack_rows, unpack_rows
+
+    values = torch.randint(2**bits, (rows, 3), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    packed = pack_rows(values, bits)
+    torch.testing.assert_close(unpack_rows(packed, bits)[:rows], values)
+    signed = (values - 2 ** (bits - 1)).to(torch.int8)
+    torch.testing.assert_close(packed, pack_to_int32(signed, bits, packed_dim=0))
