@@ -1,0 +1,157 @@
+"""The quantize stage on small models: patterns, shapes, what is written, and what it loads as."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
+from ercsvd_deploy.architecture import build_meta_model, describe, load_config
+from ercsvd_deploy.checkpoint_schema import CheckpointConfig, WeightQuantization
+from ercsvd_deploy.pipelines.quantize_plan import (
+    QuantizePlanError,
+    automatic_rank_multiple,
+    check_num_tokens,
+    check_shapes,
+    plan_quantization,
+)
+from ercsvd_deploy.pipelines.run import run_recipe
+from ercsvd_deploy.recipe import load_recipe
+from ercsvd_deploy.recipe_stages import Quantize, QuantizeOverride
+from tests.test_run import RecipeWriter, factorize, llama, write_recipe
+
+__all__ = ["llama", "write_recipe"]
+
+NAMES = [
+    f"model.layers.{layer}.{name}"
+    for layer in range(3)
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+]
+
+
+def quantize(**settings: Any) -> dict[str, Any]:
+    return {"quantize": {"bits": 4, "group_size": 32} | settings}
+
+
+def test_patterns_match_names_and_their_ends() -> None:
+    plan = plan_quantization(
+        Quantize(
+            bits=4,
+            group_size=64,
+            ignore=("layers.0.*",),
+            overrides={
+                "mlp.down_proj": QuantizeOverride(bits=8),
+                "model.layers.2.*": QuantizeOverride(sym=False),
+            },
+        ),
+        NAMES,
+    )
+    assert plan.storage["model.layers.0.mlp.down_proj"] is None
+    assert plan.storage["model.layers.1.mlp.down_proj"] == WeightQuantization(bits=8, group_size=64)
+    assert plan.storage["model.layers.2.mlp.down_proj"] == WeightQuantization(
+        bits=8, group_size=64, sym=False
+    )
+    assert plan.storage["model.layers.1.self_attn.q_proj"] == WeightQuantization(bits=4, group_size=64)
+    assert {match.pattern: len(match.modules) for match in plan.matches} == {
+        "layers.0.*": 3,
+        "mlp.down_proj": 3,
+        "model.layers.2.*": 3,
+    }
+
+
+@pytest.mark.parametrize("purpose", ["ignore", "overrides"])
+def test_pattern_that_matches_nothing_names_near_misses(purpose: str) -> None:
+    pattern = "mlp.donw_proj"
+    value: Any = (pattern,) if purpose == "ignore" else {pattern: QuantizeOverride(bits=8)}
+    with pytest.raises(QuantizePlanError, match=r"mlp\.donw_proj.*near misses: mlp\.down_proj"):
+        plan_quantization(Quantize(**{purpose: value}), NAMES)
+
+
+def test_shapes_that_no_kernel_takes_are_refused_with_what_works(llama: Path) -> None:
+    config = load_config(str(llama))
+    architecture = describe(build_meta_model(config), config)
+    names = [linear.name for linear in architecture.linears]
+    dense: dict[str, int | None] = {}
+    fitting = plan_quantization(Quantize(group_size=64), names)
+    check_shapes(fitting, dense, architecture, [1, 2])  # o_proj: 128 / 2 = 64 columns on a rank
+    with pytest.raises(QuantizePlanError, match=r"128 does not divide its 64 columns.*group_size -1, 32, 64"):
+        check_shapes(plan_quantization(Quantize(group_size=128), names), dense, architecture, [1, 2])
+    with pytest.raises(QuantizePlanError, match=r"q_proj at tensor parallel size 8: 16 rows on a rank"):
+        check_shapes(plan_quantization(Quantize(group_size=32), names), dense, architecture, [8])
+    odd_rank = {"model.layers.3.mlp.up_proj": 96}
+    check_shapes(plan_quantization(Quantize(group_size=32), names), odd_rank, architecture, [1, 2])
+    with pytest.raises(QuantizePlanError, match=r"up_proj\.factor_b.*rank_multiple 64"):
+        check_shapes(fitting, odd_rank, architecture, [1])
+
+
+def test_automatic_rank_multiple_is_the_largest_group() -> None:
+    overrides = {"mlp.down_proj": QuantizeOverride(group_size=128)}
+    assert automatic_rank_multiple(plan_quantization(Quantize(group_size=32), NAMES)) == 32
+    assert (
+        automatic_rank_multiple(plan_quantization(Quantize(group_size=64, overrides=overrides), NAMES)) == 128
+    )
+    assert automatic_rank_multiple(plan_quantization(Quantize(group_size=-1), NAMES)) == 32
+
+
+def test_too_little_calibration_is_refused_and_little_warned_of(llama: Path) -> None:
+    config = load_config(str(llama))
+    architecture = describe(build_meta_model(config), config)
+    with pytest.raises(QuantizePlanError, match="200 calibration tokens are too few"):
+        check_num_tokens(architecture, 200)
+    assert "are few for GPTQ" in check_num_tokens(architecture, 700)[0]
+    assert check_num_tokens(architecture, 5000) == []
+
+
+@pytest.mark.parametrize("with_factors", [True, False])
+def test_whole_decoder_is_stored_as_integers(
+    with_factors: bool, write_recipe: RecipeWriter, llama: Path
+) -> None:
+    stages = [factorize(num_compressed_layers=3, rank_multiple="auto")] if with_factors else []
+    report, directory = run_recipe(load_recipe(write_recipe(*stages, quantize(ignore=["0.mlp.down_proj"]))))
+    config = CheckpointConfig.read(json.loads((directory / "config.json").read_text())["quantization_config"])
+    architecture_names = {f"model.layers.{layer}." for layer in range(4)}
+    assert len(config.modules) == 4 * 7 - 1
+    assert "model.layers.0.mlp.down_proj" not in config.modules
+    assert {f"model.layers.{name.split('.')[2]}." for name in config.modules} == architecture_names
+    assert any(d.layout == "low_rank" for d in config.modules.values()) == with_factors
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    assert report.quantize is not None
+    assert len(report.quantize.matrices) == sum(len(d.parts) for d in config.modules.values())
+    # The report's perplexity, streamed, is that of the model as transformers loads it.
+    from ercsvd_deploy.calibration import load_tokenizer
+    from ercsvd_deploy.pipelines.texts import evaluation_windows
+
+    tokens = evaluation_windows(
+        load_recipe(write_recipe(*stages, quantize())), load_tokenizer(str(llama)), 256
+    )
+    with torch.no_grad():
+        loss = model(input_ids=tokens["held_out"], labels=tokens["held_out"]).loss
+    assert report.compressed.perplexity["held_out"] == pytest.approx(float(loss.exp()), rel=1e-3)
+
+
+def test_int8_is_closer_to_the_original_than_int4(write_recipe: RecipeWriter) -> None:
+    losses = {}
+    for bits in (4, 8):
+        report, _ = run_recipe(load_recipe(write_recipe(quantize(bits=bits))))
+        assert report.quantize is not None
+        losses[bits] = sum(linear.loss for linear in report.quantize.linears)
+    assert losses[8] < losses[4] / 20
+
+
+def test_switches_change_the_result(write_recipe: RecipeWriter) -> None:
+    """The two switches of the error-aware order do what they say: each alters the written integers."""
+    written = {}
+    for name, changes in {
+        "default": {},
+        "original inputs": {"compressed_prefix_inputs": False},
+        "no refit": {"refit_second_factor": False},
+    }.items():
+        stages = (factorize(num_compressed_layers=3, rank_multiple=32), quantize(**changes))
+        _, directory = run_recipe(load_recipe(write_recipe(*stages)))
+        written[name] = (directory / "model.safetensors").read_bytes()
+    assert len(set(written.values())) == 3
