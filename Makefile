@@ -27,7 +27,7 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/ercsvd run recipes/demo.yaml
-	$(BIN)/python examples/serve_and_ask.py out/tiny-llama-erc20
+	$(BIN)/python examples/serve_and_ask.py out/tiny-llama-erc20-int4
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -20,8 +20,8 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-
 from results_file import environment, markdown_table, write_results
+
 from ercsvd_deploy.calibration import load_tokenizer
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig
 from ercsvd_deploy.evaluation import perplexities
@@ -86,7 +86,7 @@ class Workbench:
         settings = recipe.factorize
         assert settings is not None, "the demo recipe factorizes"
         started = time.monotonic()
-        plans = rank_plans(settings, self.model.architecture)
+        plans = rank_plans(recipe, self.model.architecture)
         with tempfile.TemporaryDirectory() as directory:
             outcome = factorize_decoder(self.model, self.windows, settings, plans, Path(directory))
             store = OverlayStore(self.model.store, FileStore(outcome.files), outcome.modules)
@@ -128,13 +128,18 @@ class Workbench:
     def _compressed(self, store: TensorStore, described: CheckpointConfig) -> LayerwiseModel:
         config = copy.deepcopy(self.opened.config)
         config.quantization_config = described.write()
-        return stream(OpenedModel(self.opened.source, self.opened.directory, config), torch.device("cpu"), store)
+        return stream(
+            OpenedModel(self.opened.source, self.opened.directory, config), torch.device("cpu"), store
+        )
 
 
 def compare_methods(bench: Workbench) -> list[Result]:
     """Return every method at every ratio, over all layers and over the best k."""
     return [
-        bench.run(method, ratio, layers) for ratio in RATIOS for method in METHODS for layers in ("all", "auto")
+        bench.run(method, ratio, layers)
+        for ratio in RATIOS
+        for method in METHODS
+        for layers in ("all", "auto")
     ]
 
 
@@ -154,6 +159,11 @@ def try_every_k(bench: Workbench, compared: Sequence[Result]) -> list[Result]:
     ]
 
 
+def percent(share: float) -> str:
+    """Write a share as a whole percentage."""
+    return f"{100 * share:.0f} %"
+
+
 def kendall(pairs: Sequence[tuple[float, float]]) -> float:
     """Return Kendall's rank correlation of pairs without ties: +1 same order, -1 opposite order."""
     signs = [(a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in combinations(pairs, 2)]
@@ -167,7 +177,7 @@ def verdict(compared: Sequence[Result], text: str) -> str:
     for ratio in RATIOS:
         ours, theirs = found[ratio, "erc_svd", "auto"], found[ratio, "svd_llm", "all"]
         relation = "at or below" if ours <= theirs else "ABOVE"
-        parts.append(f"{ours:.3f} against {theirs:.3f} at {ratio:.0%} removed ({relation})")
+        parts.append(f"{ours:.3f} against {theirs:.3f} at {percent(ratio)} removed ({relation})")
     return f"`{text}`, ERC-SVD with the best k against SVD-LLM over all layers: {'; '.join(parts)}."
 
 
@@ -180,7 +190,8 @@ def render(
 
     def perplexity_cells(result: Result) -> list[str]:
         return [
-            f"{value:.3f} ({100 * (value / dense[text] - 1):+.1f} %)" for text, value in result.perplexity.items()
+            f"{value:.3f} ({100 * (value / dense[text] - 1):+.1f} %)"
+            for text, value in result.perplexity.items()
         ]
 
     def error_cell(result: Result) -> str:
@@ -190,7 +201,7 @@ def render(
     first += [
         [
             r.method,
-            f"{r.compression_ratio:.0%} ({100 * r.achieved_compression_ratio:.1f} %)",
+            f"{percent(r.compression_ratio)} ({100 * r.achieved_compression_ratio:.1f} %)",
             "all" if r.layers == "all" else "best k",
             str(r.num_compressed_layers),
             error_cell(r),
@@ -199,12 +210,18 @@ def render(
         for r in compared
     ]
     second = [
-        [f"{r.beta:g}", str(r.residual_space), str(r.num_compressed_layers), error_cell(r), *perplexity_cells(r)]
+        [
+            f"{r.beta:g}",
+            str(r.residual_space),
+            str(r.num_compressed_layers),
+            error_cell(r),
+            *perplexity_cells(r),
+        ]
         for r in ablated
     ]
     third = [
         [
-            f"{r.compression_ratio:.0%}",
+            percent(r.compression_ratio),
             str(r.num_compressed_layers),
             error_cell(r),
             *perplexity_cells(r),
@@ -218,18 +235,18 @@ def render(
                 (r.final_layer_error or 0.0, r.perplexity[text]) for r in by_k if r.compression_ratio == ratio
             ]
             if len(pairs) > 1:
-                correlations.append(f"{kendall(pairs):+.2f} ({ratio:.0%}, {text})")
+                correlations.append(f"{kendall(pairs):+.2f} ({percent(ratio)}, {text})")
     return f"""# ERC-SVD and its baselines on the embedded model
 
-Equal parameters, equal calibration ({RECIPE}), rank multiple 32. "Removed" is the share of decoder-Linear
-parameters asked for (reached). "Best k" compresses the k last layers that give the smallest error of the final
-layer's output on calibration data; that relative error is in the table for every row.
+Equal parameters, equal calibration ({RECIPE}), rank multiple 32. "Removed" is the share of
+decoder-Linear parameters asked for (reached). "Best k" compresses the k last layers that give the smallest
+error of the final layer's output on calibration data; that relative error is in the table for every row.
 
 {markdown_table(["method", "removed", "layers", "k", "final-layer error", *ppl], first)}
 
 {chr(10).join(verdict(compared, text) for text in texts)}
 
-## Residual compensation: `erc_svd`, {RATIOS[0]:.0%} removed, best k
+## Residual compensation: `erc_svd`, {percent(RATIOS[0])} removed, best k
 
 {markdown_table(["beta", "residual_space", "k", "final-layer error", *ppl], second)}
 
@@ -239,7 +256,7 @@ layer's output on calibration data; that relative error is in the table for ever
 
 {markdown_table(["removed", "k", "final-layer error", *ppl], third)}
 
-Kendall's rank correlation of final-layer error and perplexity over k: {", ".join(correlations) or "one k only"}.
+Kendall's rank correlation of this error and perplexity over k: {", ".join(correlations) or "one k only"}.
 """
 
 
@@ -249,7 +266,11 @@ def main() -> None:
     parser.add_argument("--name", default="methods", help="name of the results files")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override the recipe, e.g. model.path=DIR"
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="override the recipe, e.g. model.path=DIR",
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -265,7 +286,9 @@ def main() -> None:
         "every_k": [asdict(result) for result in by_k],
     }
     made_by = environment(".venv/bin/python benchmarks/methods.py", threads=arguments.threads)
-    write_results(arguments.name, made_by=made_by, figures=figures, text=render(bench.dense, compared, ablated, by_k))
+    write_results(
+        arguments.name, made_by=made_by, figures=figures, text=render(bench.dense, compared, ablated, by_k)
+    )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ from transformers import LlamaConfig
 from ercsvd_deploy.architecture import Architecture, build_meta_model, describe
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.exporters.vllm.writer import write_export
-from ercsvd_deploy.pipelines.plan import rank_plans
-from ercsvd_deploy.recipe_stages import Factorize
+from ercsvd_deploy.rank import allocate_ranks
 from ercsvd_deploy.tensor_store import OverlayStore, TensorInfo, write_json_atomically, write_sharded
 
 _SHARD_BYTES = 200 * 10**6
@@ -65,8 +64,9 @@ def write_dense(directory: Path, **config: Any) -> Architecture:
     model = build_meta_model(llama)
     architecture = describe(model, llama)
     store = _store_of(model, tied=llama.tie_word_embeddings)
-    outside = [name for name in store.names() if not name.startswith("model.layers.")]
-    layers = [[name for name in store.names() if name.startswith(f"{layer.prefix}.")] for layer in architecture.layers]
+    prefixes = [f"{layer.prefix}." for layer in architecture.layers]
+    layers = [[name for name in store.names() if name.startswith(prefix)] for prefix in prefixes]
+    outside = store.names().difference(*layers)
     write_sharded(directory, store, [outside, *layers], _SHARD_BYTES)
     write_json_atomically(directory / "config.json", json.loads(llama.to_json_string()))
     return architecture
@@ -85,13 +85,13 @@ def write_low_rank(
     llama = LlamaConfig.from_pretrained(dense)
     model = build_meta_model(llama)
     architecture = describe(model, llama)
-    settings = Factorize(
-        method="svd_llm",
+    ranks = allocate_ranks(
+        architecture.linears,
+        num_layers=architecture.num_layers,
         compression_ratio=compression_ratio,
-        num_compressed_layers="all",
+        num_compressed_layers=architecture.num_layers,
         rank_multiple=rank_multiple,
-    )
-    ranks = rank_plans(settings, architecture)[architecture.num_layers].ranks
+    ).ranks
     modules = {
         linear.name: ModuleDescription(
             layout="low_rank", shape=(linear.out_features, linear.in_features), rank=ranks[linear.name]

@@ -6,7 +6,7 @@ with the tables that a reader wants. Neither holds a path or the name of a machi
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -29,7 +29,7 @@ def environment(command: str, *, threads: int) -> dict[str, str]:
         threads: Compute threads of whatever was measured.
     """
     return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "machine": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores ({threads} used), "
         f"{_memory_gib():.0f} GiB of memory, {platform.system()}",
@@ -80,8 +80,10 @@ def _git(*arguments: str) -> str:
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
 
 
 def _memory_gib() -> float:

@@ -1,4 +1,4 @@
-"""Compressed checkpoints in real vLLM engines, each in a process of its own, against the model they stand for.
+"""Compressed checkpoints in real vLLM engines, in processes of their own, against the models they stand for.
 
 `ERCSVD_VLLM_PYTHON` names the interpreter of another environment, to test another vLLM release. Engines start
 in 10 to 20 seconds each; those that can share a process do.
@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -70,8 +71,12 @@ def engine(directory: Path, dtype: str, *, num_ranks: int = 1, eager: bool = Tru
     }
 
 
-def run_engines(engines: Sequence[dict[str, Any]], answer: Path) -> subprocess.CompletedProcess[str]:
-    """Run engines one after the other in one fresh process; `answer` then holds what they generated."""
+def run_engines(engines: Sequence[dict[str, Any]], answer: Path) -> tuple[int, str]:
+    """Run engines one after the other in one fresh process; return its exit status and what it printed.
+
+    `answer` then holds what they generated.
+    """
+    num_ranks = max(arguments["tensor_parallel_size"] for arguments in engines)
     request = {
         "engines": engines,
         "prompts": PROMPTS,
@@ -79,22 +84,38 @@ def run_engines(engines: Sequence[dict[str, Any]], answer: Path) -> subprocess.C
         "top": TOP,
         "answer": str(answer),
     }
-    return subprocess.run(
-        [PYTHON, "tests/vllm_engine.py"],
-        input=json.dumps(request),
-        env=environment(max(engine["tensor_parallel_size"] for engine in engines)),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    with process([PYTHON, "tests/vllm_engine.py"], answer.with_suffix(".log"), num_ranks) as engine_process:
+        engine_process.communicate(json.dumps(request).encode(), timeout=400)
+    return engine_process.returncode, answer.with_suffix(".log").read_text()
+
+
+@contextlib.contextmanager
+def process(
+    command: Sequence[str], log: Path, num_ranks: int = 1, **variables: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a vLLM process that writes to `log`; end it with all its workers, whatever happens."""
+    with log.open("w") as output:
+        started = subprocess.Popen(
+            command,
+            env=environment(num_ranks) | variables,
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield started
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the group is gone when every worker has ended
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
 
 
 def generate(engines: Sequence[dict[str, Any]], answer: Path) -> list[dict[str, Any]]:
     """Return what each engine generated, see `vllm_engine.generate`."""
-    finished = run_engines(engines, answer)
-    assert finished.returncode == 0, finished.stderr[-8000:]
+    status, printed = run_engines(engines, answer)
+    assert status == 0, printed[-8000:]
     answers: list[dict[str, Any]] = json.loads(answer.read_text())
     return answers
 
@@ -192,12 +213,12 @@ def test_engine_refuses_a_damaged_checkpoint(low_rank_model: ModelDirectory, tmp
     tensors[f"{q}.factor_b.weight_packed"] = torch.zeros(2, 2, dtype=torch.int32)
     tensors[f"{v}.factor_a.weight"] = tensors[f"{v}.factor_a.weight"][:-1].contiguous()
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    finished = run_engines([engine(damaged, "float32")], tmp_path / "answer.json")
-    assert finished.returncode != 0
-    assert "3 problems" in finished.stderr
-    assert f"missing: {q}.factor_b.weight" in finished.stderr
-    assert f"surplus: {q}.factor_b.weight_packed [2, 2]" in finished.stderr
-    assert f"mis-shaped: {v}.factor_a.weight is" in finished.stderr
+    status, printed = run_engines([engine(damaged, "float32")], tmp_path / "answer.json")
+    assert status != 0
+    assert "3 problems" in printed
+    assert f"missing: {q}.factor_b.weight" in printed
+    assert f"surplus: {q}.factor_b.weight_packed [2, 2]" in printed
+    assert f"mis-shaped: {v}.factor_a.weight is" in printed
 
 
 def test_server_needs_no_flags(
@@ -222,21 +243,15 @@ def test_server_needs_no_flags(
 
 @contextlib.contextmanager
 def serving(directory: Path, log: Path) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """Start the OpenAI server on a free port of the loopback device; give a function that completes prompts."""
+    """Start the OpenAI server on a free loopback port; give a function that completes prompts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    with log.open("w") as output:
-        # the CPU build's `vllm serve` fails in its command line; this is the server that it starts
-        server = subprocess.Popen(
-            [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
-            + ["--host", "127.0.0.1", "--port", str(port)],
-            env=environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
+    # the CPU build's `vllm serve` fails in its command line; this is the server that it starts
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    with process(command, log, VLLM_ENABLE_V1_MULTIPROCESSING="1") as server:
         deadline = time.monotonic() + 300
         while not _answers(f"{address}/health"):
             assert server.poll() is None, log.read_text()[-8000:]
@@ -253,13 +268,6 @@ def serving(directory: Path, log: Path) -> Iterator[Callable[[dict[str, Any]], d
                 return choice
 
         yield complete
-    finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
 
 
 def _answers(url: str) -> bool:

@@ -1,0 +1,239 @@
+"""Serve a dense and a low-rank model with vLLM on the CPU and compare their latencies in one run.
+
+    .venv/bin/python benchmarks/latency.py
+
+A random Llama large enough to be bound by memory (hidden 2048, 8 layers, bfloat16), and the same with 40 %
+of its decoder's parameters removed from all layers at the ranks that a recipe would get. Both engines are
+loaded at once, each in a process of its own on the same cores, and take turns: A B A B, so that whatever
+else the machine does hits both. The ratio of the medians is what counts. Writes
+`benchmarks/results/latency.json` and `.md`, with a profile of where each spends its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from random_llama import write_dense, write_low_rank
+from results_file import environment, markdown_table, write_results
+
+SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+}
+WORKLOADS = {
+    "decode, batch 1": {"batch": 1, "prompt_tokens": 32, "output_tokens": 64},
+    "decode, batch 8": {"batch": 8, "prompt_tokens": 32, "output_tokens": 64},
+    "prefill, batch 4 x 512": {"batch": 4, "prompt_tokens": 512, "output_tokens": 1},
+}
+COMPRESSION_RATIO = 0.4
+WANTED_RATIO = 1.25
+_MODELS = ("dense", "low-rank")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One workload in one mode."""
+
+    mode: str
+    workload: str
+    seconds: dict[str, list[float]]  # model -> latency of every repetition
+    profile: dict[str, dict[str, float]]  # model -> operator -> milliseconds of its own
+
+    def median(self, model: str) -> float:
+        """Return the model's median latency in seconds."""
+        return statistics.median(self.seconds[model])
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the low-rank model is."""
+        return self.median("dense") / self.median("low-rank")
+
+    @property
+    def paired_ratios(self) -> list[float]:
+        """The ratio within each turn."""
+        pairs = zip(self.seconds["dense"], self.seconds["low-rank"], strict=True)
+        return [dense / low for dense, low in pairs]
+
+
+class Engine:
+    """A `latency_engine.py` process."""
+
+    def __init__(self, directory: Path, *, eager: bool, cores: str) -> None:
+        arguments = {
+            "model": str(directory),
+            "dtype": "bfloat16",
+            "skip_tokenizer_init": True,
+            "max_model_len": 1024,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 2048,
+            "enable_prefix_caching": False,
+            "enforce_eager": eager,
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("latency_engine.py")), json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        )
+        self.started = self._read()
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have one request timed, or profiled."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"the engine ended with status {self._process.wait()}; its messages are above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def measure(directory: Path, mode: str, repetitions: int, cores: str) -> tuple[list[Timing], dict[str, Any]]:
+    """Time all workloads with both engines taking turns; also what the engines said when they were ready."""
+    engines = {model: Engine(directory / model, eager=mode == "eager", cores=cores) for model in _MODELS}
+    started = {model: engine.started for model, engine in engines.items()}
+    print(mode, started, flush=True)
+    timings = []
+    for workload, request in WORKLOADS.items():
+        for engine in engines.values():
+            engine.ask(request)  # warm up
+        seconds: dict[str, list[float]] = {model: [] for model in _MODELS}
+        for _ in range(repetitions):
+            for model, engine in engines.items():
+                seconds[model].append(engine.ask(request)["seconds"])
+        profiled = {model: engine.ask({**request, "profile": True}) for model, engine in engines.items()}
+        profiles = {model: answer["milliseconds"] for model, answer in profiled.items()}
+        timings.append(Timing(mode, workload, seconds, profiles))
+        print(mode, workload, seconds, f"ratio {timings[-1].ratio:.3f}", flush=True)
+    for engine in engines.values():
+        engine.close()
+    return timings, started
+
+
+def write_models(directory: Path, rank_multiple: int) -> dict[str, Any]:
+    """Write both models; return their decoder-Linear parameters and the ranks."""
+    (directory / "dense").mkdir()
+    architecture = write_dense(directory / "dense", **SHAPE, tie_word_embeddings=False)
+    modules = write_low_rank(
+        directory / "low-rank",
+        directory / "dense",
+        compression_ratio=COMPRESSION_RATIO,
+        rank_multiple=rank_multiple,
+    )
+    kept = architecture.linear_parameters + sum(
+        description.num_parameters - description.shape[0] * description.shape[1]
+        for description in modules.values()
+    )
+    ranks: dict[str, set[int]] = {}
+    for name, description in modules.items():
+        ranks.setdefault(name.rpartition(".")[2], set()).add(description.rank or 0)
+    return {
+        "linear_parameters": {"dense": architecture.linear_parameters, "low-rank": kept},
+        "ranks": {leaf: sorted(values) for leaf, values in ranks.items()},
+    }
+
+
+def render(sizes: dict[str, Any], timings: list[Timing], repetitions: int) -> str:
+    """Return the Markdown text."""
+    linear = sizes["linear_parameters"]
+    rows = [
+        [
+            timing.workload,
+            timing.mode,
+            f"{timing.median('dense'):.3f}",
+            f"{timing.median('low-rank'):.3f}",
+            f"**{timing.ratio:.2f}**",
+            f"{min(timing.paired_ratios):.2f} .. {max(timing.paired_ratios):.2f}",
+        ]
+        for timing in timings
+    ]
+    columns = ["workload", "mode", "dense, s", "low-rank, s", "dense / low-rank", "ratio turn by turn"]
+    decode = [timing.ratio for timing in timings if timing.workload.startswith("decode")]
+    reached = "reached" if min(decode) >= WANTED_RATIO else "NOT reached everywhere: see the profile"
+    ranks = ", ".join(f"{leaf} {'/'.join(map(str, values))}" for leaf, values in sizes["ranks"].items())
+    return f"""# Latency in vLLM on the CPU: dense against low-rank, both bfloat16
+
+A random Llama, hidden {SHAPE["hidden_size"]}, intermediate {SHAPE["intermediate_size"]},
+{SHAPE["num_hidden_layers"]} layers, {SHAPE["num_attention_heads"]} heads. Decoder-Linear parameters
+{linear["dense"] / 1e6:.0f} M against {linear["low-rank"] / 1e6:.0f} M
+({100 * (1 - linear["low-rank"] / linear["dense"]):.1f} % removed from all layers; embeddings and output layer
+alike). Ranks: {ranks}. Decoding: 32 prompt tokens, 64 output tokens. Median of {repetitions} turns A B A B.
+
+{markdown_table(columns, rows)}
+
+Goal: at least {WANTED_RATIO} when decoding. Lowest ratio when decoding: {min(decode):.2f}, {reached}.
+
+## Where the time goes
+
+Self time in ms of the largest operators in one profiled repetition (the profiler itself slows small ones).
+
+{chr(10).join(_profile_table(timing) for timing in timings)}
+"""
+
+
+def _profile_table(timing: Timing, most: int = 6) -> str:
+    dense, low = timing.profile["dense"], timing.profile["low-rank"]
+    total = {name: dense.get(name, 0.0) + low.get(name, 0.0) for name in {*dense, *low}}
+    largest = sorted(total, key=lambda name: -total[name])[:most]
+    rows = [[f"`{name}`", f"{dense.get(name, 0.0):.0f}", f"{low.get(name, 0.0):.0f}"] for name in largest]
+    return f"{timing.workload}, {timing.mode}:\n\n{markdown_table(['operator', *_MODELS], rows)}\n"
+
+
+def main() -> None:
+    """Write the models, measure, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--cores", default="0-1", help="of both engines, as VLLM_CPU_OMP_THREADS_BIND")
+    parser.add_argument("--rank-multiple", type=int, default=64)
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--name", default="latency", help="name of the results files")
+    arguments = parser.parse_args()
+    first, _, last = arguments.cores.partition("-")
+    threads = int(last or first) - int(first) + 1
+    timings: list[Timing] = []
+    started = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        sizes = write_models(Path(scratch), arguments.rank_multiple)
+        print(sizes, flush=True)
+        for mode in arguments.modes:
+            measured, started[mode] = measure(Path(scratch), mode, arguments.repetitions, arguments.cores)
+            timings += measured
+    figures = {
+        "models": sizes,
+        "engines": started,
+        "timings": [asdict(timing) | {"ratio": timing.ratio} for timing in timings],
+    }
+    made_by = environment(".venv/bin/python benchmarks/latency.py", threads=threads)
+    write_results(
+        arguments.name, made_by=made_by, figures=figures, text=render(sizes, timings, arguments.repetitions)
+    )
+
+
+if __name__ == "__main__":
+    main()
