@@ -28,22 +28,11 @@ def main() -> None:
 
     started = time.monotonic()
     engine = LLM(**json.loads(sys.argv[1]))
-    ready = {"ready": round(time.monotonic() - started, 1), "memory": _model_bytes(engine)}
-    print(json.dumps(ready), file=answers, flush=True)
+    print(json.dumps({"ready": round(time.monotonic() - started, 1)}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         answer = _profile(engine, request) if request.pop("profile", False) else _time(engine, request)
         print(json.dumps(answer), file=answers, flush=True)
-
-
-def _model_bytes(engine: Any) -> int:
-    """Return the bytes of the served model's parameters, tied ones once."""
-
-    def count(model: Any) -> int:
-        return sum(parameter.nbytes for parameter in model.parameters())
-
-    found: int = engine.apply_model(count)[0]
-    return found
 
 
 def _time(engine: Any, request: dict[str, int]) -> dict[str, float]:

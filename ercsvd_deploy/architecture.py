@@ -163,6 +163,7 @@ def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Modu
         raise ArchitectureError(
             f"no model can be built from this config: {reason[0] if reason else type(error).__name__}"
         ) from error
+    tie_weights(model)
     return model.eval()
 
 

@@ -131,12 +131,9 @@ class LayerwiseModel:
         """Compare names and shapes of the model with those of the store, before anything is loaded."""
         stored = self.store.names()
         output = self.model.get_output_embeddings()  # type: ignore[operator]
+        is_tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
         tied = {
-            name
-            for name, parameter in self.model.named_parameters(remove_duplicate=False)
-            if output is not None
-            and parameter is output.weight
-            and getattr(self.model.config, "tie_word_embeddings", False)
+            f"{name}.weight" for name, module in self.model.named_modules() if is_tied and module is output
         }
         problems = []
         for name, tensor in self.model.state_dict().items():
