@@ -91,7 +91,7 @@ class Workbench:
             outcome = factorize_decoder(self.model, self.windows, settings, plans, Path(directory))
             store = OverlayStore(self.model.store, FileStore(outcome.files), outcome.modules)
             seconds = time.monotonic() - started
-            compressed = self._compressed(store, CheckpointConfig(modules=outcome.modules))
+            compressed = self.compressed(store, CheckpointConfig(modules=outcome.modules))
             perplexity = {name: found.value for name, found in perplexities(compressed, self.texts).items()}
         is_erc = method == "erc_svd"
         search = {point.num_compressed_layers: point.final_layer_error for point in outcome.search}
@@ -125,7 +125,8 @@ class Workbench:
         stage = [f"stages.0.factorize.{name}={value}" for name, value in wanted.items()]
         return load_recipe(RECIPE, [*self.overrides, *stage])
 
-    def _compressed(self, store: TensorStore, described: CheckpointConfig) -> LayerwiseModel:
+    def compressed(self, store: TensorStore, described: CheckpointConfig) -> LayerwiseModel:
+        """Return the model that a store and a description make."""
         config = copy.deepcopy(self.opened.config)
         config.quantization_config = described.write()
         return stream(

@@ -50,6 +50,9 @@ __all__ = [
 ]
 
 
+RoundingMethod = Literal["gptq", "rtn"]
+
+
 @dataclass(frozen=True)
 class MatrixReport:
     """Relative proxy losses (`proxy_loss`) of both ways to round one matrix; the better one was taken."""
@@ -140,12 +143,18 @@ def proxy_loss(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
 
 
 def quantize_better(
-    weight: Tensor, gram: Tensor, settings: QuantizationSettings, *, scale_dtype: torch.dtype
+    weight: Tensor,
+    gram: Tensor,
+    settings: QuantizationSettings,
+    *,
+    scale_dtype: torch.dtype,
+    method: RoundingMethod = "gptq",
 ) -> tuple[QuantizedWeight, float, float]:
     """Quantize a matrix by GPTQ or by rounding to nearest, whichever has the smaller proxy loss.
 
     Under the Gram it was given GPTQ loses only by bad luck, on matrices of very few rows. That calibration
-    was too short for its Gram to be trusted, neither loss can tell.
+    was too short for its Gram to be trusted, neither loss can tell. With `method` "rtn", the baseline, the
+    weight is rounded to nearest whatever the losses say.
 
     Returns:
         The quantized weight, GPTQ's proxy loss, rounding's proxy loss.
@@ -159,7 +168,8 @@ def quantize_better(
         gptq_loss=proxy_loss(weight, gptq.dequantize(), gram),
         rtn_loss=proxy_loss(weight, rtn.dequantize(), gram),
     )
-    return gptq if report.method == "gptq" else rtn, report.gptq_loss, report.rtn_loss
+    chosen = gptq if method == report.method == "gptq" else rtn
+    return chosen, report.gptq_loss, report.rtn_loss
 
 
 def refit_second_factor(
@@ -206,6 +216,7 @@ def quantize_factors(
     settings_b: QuantizationSettings,
     scale_dtype: torch.dtype,
     refit: bool = True,
+    method: RoundingMethod = "gptq",
 ) -> QuantizedFactors:
     """Quantize a pair of factors in error-aware order: A, re-fit of B to the original weight, B.
 
@@ -222,6 +233,7 @@ def quantize_factors(
         settings_b: for the second factor; its groups divide the rank.
         scale_dtype: dtype in which the scales are stored.
         refit: whether to re-fit B; without it B is still quantized under A_q G A_q^T.
+        method: "rtn", the baseline, rounds both factors to nearest.
 
     Raises:
         ValueError: as `quantize_weight`, before any work for either factor's shape and group size.
@@ -239,7 +251,7 @@ def quantize_factors(
     settings_a.resolve_group_size(in_features)
     settings_b.resolve_group_size(rank)
 
-    first, *losses_a = quantize_better(factor_a, gram, settings_a, scale_dtype=scale_dtype)
+    first, *losses_a = quantize_better(factor_a, gram, settings_a, scale_dtype=scale_dtype, method=method)
     dense_a = first.dequantize()
     dense_b = factor_b.detach().float()
     loss_first_quantized = loss_refitted = proxy_loss(weight, dense_b @ dense_a, gram)
@@ -251,7 +263,7 @@ def quantize_factors(
             dense_b, loss_refitted = refitted, loss
 
     gram_b = _transform_gram(dense_a, gram)
-    second, *losses_b = quantize_better(dense_b, gram_b, settings_b, scale_dtype=scale_dtype)
+    second, *losses_b = quantize_better(dense_b, gram_b, settings_b, scale_dtype=scale_dtype, method=method)
     report = FactorsReport(
         factor_a=MatrixReport(*losses_a),
         factor_b=MatrixReport(*losses_b),

@@ -51,8 +51,8 @@ class Factorize(Section):
         Literal["auto"] | PositiveInt, expects("'auto' or a whole number of at least 1")
     ] = Field(
         default=32,
-        description="Ranks are rounded down to a multiple of this. `auto` takes the smallest multiple that the "
-        "quantize stage's group sizes and vLLM's integer kernels allow, 32 without quantization.",
+        description="Ranks are rounded down to a multiple of this. `auto` takes the smallest multiple that "
+        "the quantize stage's group sizes and vLLM's integer kernels allow, 32 without quantization.",
     )
     num_search_samples: PositiveInt = Field(
         default=16,
@@ -127,7 +127,11 @@ class QuantizeOverride(Section):
 class Quantize(Section):
     """Store factors and remaining dense Linears as integers."""
 
-    method: Literal["gptq"] = Field(default="gptq", description="Quantization method.")
+    method: Literal["gptq", "rtn"] = Field(
+        default="gptq",
+        description="`gptq`: later columns make up for the rounding errors of earlier ones, weighted by "
+        "the calibration data. `rtn`: rounding to nearest, the baseline.",
+    )
     bits: Literal[4, 8] = Field(default=4, description="Bits of one stored value.")
     group_size: Literal[32, 64, 128, -1] = Field(
         default=128,

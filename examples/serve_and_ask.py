@@ -58,12 +58,12 @@ def wait_until_ready(server: subprocess.Popen[bytes], port: int) -> bool:
 
 def complete(port: int, model: str, prompt: str) -> str:
     body = {"model": model, "prompt": prompt, "max_tokens": 48, "temperature": 0}
-    request = urllib.request.Request(  # noqa: S310 - a fixed http address on this machine
+    request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=300) as response:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=300) as response:  # noqa: S310 - a fixed http address
         answer: str = json.load(response)["choices"][0]["text"]
         return answer
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from make_texts import DOCUMENT_END, TEXT_DIR, training_documents
+from make_texts import TEXT_DIR, training_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

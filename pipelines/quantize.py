@@ -56,7 +56,7 @@ class QuantizedMatrix:
     bits: int
     group_size: int
     sym: bool
-    method: str  # the better of "gptq" and "rtn", which was taken
+    method: str  # "gptq" or "rtn", whichever was taken
     gptq_loss: float  # relative proxy loss tr(E G E^T) / tr(W G W^T) of either
     rtn_loss: float
 
@@ -183,10 +183,12 @@ def _quantize_dense(
     assert description.weight is not None
     weight = module.weight.data
     settings = _settings(stage.settings, description.weight)
-    quantized, *losses = quantize_better(weight, gram, settings, scale_dtype=scale_dtype)
+    quantized, *losses = quantize_better(
+        weight, gram, settings, scale_dtype=scale_dtype, method=stage.settings.method
+    )
     report = MatrixReport(*losses)
     served = quantized.dequantize(weight.dtype)
-    stage.outcome.matrices.append(_matrix(linear.name, weight, description.weight, report))
+    stage.outcome.matrices.append(_matrix(stage, linear.name, weight, description.weight, report))
     stage.outcome.linears.append(QuantizedLinear(linear.name, proxy_loss(weight, served, gram), None))
     module.weight = nn.Parameter(served, requires_grad=False)
     return {"": quantized}
@@ -214,13 +216,14 @@ def _quantize_factors(
         settings_a=_settings(stage.settings, description.factor_a),
         settings_b=_settings(stage.settings, description.factor_b),
         scale_dtype=scale_dtype,
-        refit=stage.settings.refit_second_factor,
+        refit=stage.settings.refit_second_factor and stage.settings.method == "gptq",
+        method=stage.settings.method,
     )
     for part, factor, report, storage in (
         (FACTOR_A, factor_a, pair.report.factor_a, description.factor_a),
         (FACTOR_B, factor_b, pair.report.factor_b, description.factor_b),
     ):
-        stage.outcome.matrices.append(_matrix(f"{linear.name}.{part}", factor.weight, storage, report))
+        stage.outcome.matrices.append(_matrix(stage, f"{linear.name}.{part}", factor.weight, storage, report))
     stage.outcome.linears.append(QuantizedLinear(linear.name, pair.report.loss, pair.report))
     factor_a.weight = nn.Parameter(pair.factor_a.dequantize(factor_a.weight.dtype), requires_grad=False)
     factor_b.weight = nn.Parameter(pair.factor_b.dequantize(factor_b.weight.dtype), requires_grad=False)
@@ -228,7 +231,7 @@ def _quantize_factors(
 
 
 def _matrix(
-    name: str, weight: torch.Tensor, storage: WeightQuantization, report: MatrixReport
+    stage: _Stage, name: str, weight: torch.Tensor, storage: WeightQuantization, report: MatrixReport
 ) -> QuantizedMatrix:
     return QuantizedMatrix(
         name=name,
@@ -236,7 +239,7 @@ def _matrix(
         bits=storage.bits,
         group_size=storage.group_size,
         sym=storage.sym,
-        method=report.method,
+        method="rtn" if stage.settings.method == "rtn" else report.method,
         gptq_loss=report.gptq_loss,
         rtn_loss=report.rtn_loss,
     )

@@ -143,6 +143,17 @@ def test_int8_is_closer_to_the_original_than_int4(write_recipe: RecipeWriter) ->
     assert losses[8] < losses[4] / 20
 
 
+def test_rounding_baseline_loses_to_gptq(write_recipe: RecipeWriter) -> None:
+    losses = {}
+    for method in ("gptq", "rtn"):
+        stages = (factorize(num_compressed_layers=3, rank_multiple=32), quantize(method=method))
+        report, _ = run_recipe(load_recipe(write_recipe(*stages)))
+        assert report.quantize is not None
+        assert {matrix.method for matrix in report.quantize.matrices} == {method}
+        losses[method] = sum(linear.loss for linear in report.quantize.linears)
+    assert losses["gptq"] < losses["rtn"]
+
+
 def test_switches_change_the_result(write_recipe: RecipeWriter) -> None:
     """The two switches of the error-aware order do what they say: each alters the written integers."""
     written = {}

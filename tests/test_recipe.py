@@ -170,8 +170,8 @@ def test_one_mistake_gives_one_line_with_place_value_and_remedy(tmp_path: Path) 
         ("0.2", "0.2, beta: 1", "'stages.0.factorize.beta' is 1; it must be less than 1"),
         ("0.2", "0.2, num_compressed_layers: 0", "is 0; it must be 'auto', 'all' or a whole number of at"),
         ("0.2", "0.2, num_compressed_layers: most", "is 'most'; it must be 'auto', 'all' or a whole"),
-        ("0.2", "0.2, rank_multiple: 1.5", "is 1.5; it must be a whole number"),
-        ("0.2", "0.2, rank_multiple: 010", "is '010'; it must be a whole number"),
+        ("0.2", "0.2, rank_multiple: 1.5", "is 1.5; it must be 'auto' or a whole number"),
+        ("0.2", "0.2, rank_multiple: 010", "is '010'; it must be 'auto' or a whole number"),
         ("0.2", "0.2, num_search_samples: 257", "is 257, but calibration.num_samples is 256; set num_search"),
         (
             "0.2",
