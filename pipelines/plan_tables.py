@@ -16,8 +16,6 @@ def render(plan: Plan) -> RenderableType:
         f"{plan.model_parameters:,} parameters, {plan.linear_parameters:,} of them in decoder Linears, "
         f"{plan.num_bytes:,} bytes\n"
     )
-    if not plan.candidates:
-        return Group(head, Text("No stage factorizes: every matrix keeps its shape."))
     parts: list[RenderableType] = [head, _candidate_table(plan)]
     if len(plan.candidates) > 1:
         parts.append(
@@ -25,6 +23,7 @@ def render(plan: Plan) -> RenderableType:
         )
     shown = {id(candidate): candidate for candidate in (plan.candidates[0], plan.candidates[-1])}
     parts.extend(_rank_table(candidate) for candidate in shown.values())
+    parts.extend(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings)
     return Group(*parts)
 
 
@@ -45,6 +44,7 @@ def _candidate_table(plan: Plan) -> Table:
             f"{100 * candidate.layer_ratio:.1f} %",
             f"{candidate.linear_parameters:,}",
             f"{100 * candidate.achieved_compression_ratio:.2f} %",
+            f"{candidate.linear_bits_per_weight:.2f}",
             f"{candidate.num_bytes:,}",
             f"{100 * (candidate.num_bytes / plan.num_bytes - 1):+.1f} %",
         )

@@ -127,6 +127,24 @@ def check_shapes(
         )
 
 
+def serving_warnings(plan: QuantizePlan, dtype: str) -> list[str]:
+    """Return what about the plan not every build of vLLM can serve.
+
+    Args:
+        plan: How every matrix is stored.
+        dtype: Precision of the other tensors, "bfloat16" say.
+    """
+    stored = [storage for storage in plan.storage.values() if storage is not None]
+    warnings = []
+    if any(storage.bits == 8 for storage in stored):
+        warnings.append("quantize: vLLM's CPU build has no 8-bit kernel; this model needs a GPU")
+    if stored and dtype == "float32":
+        warnings.append(
+            "quantize: integer kernels compute in 16 bits; serve with --dtype float16 or bfloat16"
+        )
+    return warnings
+
+
 def automatic_rank_multiple(plan: QuantizePlan) -> int:
     """Return the smallest rank step that every quantized second factor and int kernel takes.
 

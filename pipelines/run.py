@@ -23,10 +23,10 @@ from ercsvd_deploy.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.evaluate import run_lm_eval
 from ercsvd_deploy.pipelines.factorize import FactorizeOutcome, factorize_decoder
 from ercsvd_deploy.pipelines.model_source import OpenedModel, default_device, open_model, stream
-from ercsvd_deploy.pipelines.plan import PlanError, plan_quantize_stage, rank_plans
+from ercsvd_deploy.pipelines.plan import PlanError, plan_quantize_stage, planned_dtype, rank_plans
 from ercsvd_deploy.pipelines.progress import ProgressReporter, silent
 from ercsvd_deploy.pipelines.quantize import QuantizeOutcome, quantize_decoder
-from ercsvd_deploy.pipelines.quantize_plan import check_num_tokens
+from ercsvd_deploy.pipelines.quantize_plan import check_num_tokens, serving_warnings
 from ercsvd_deploy.pipelines.report import REPORT_FILE, ModelFigures, Report
 from ercsvd_deploy.pipelines.sizes import bytes_by_part, linear_bytes
 from ercsvd_deploy.pipelines.texts import calibration_windows, evaluation_windows
@@ -76,6 +76,7 @@ def run_recipe(
     if recipe.quantize is not None:
         assert windows is not None, "the schema asks for calibration where a stage needs it"
         warnings += check_num_tokens(model.architecture, windows.numel())
+        warnings += serving_warnings(quantize_plan, planned_dtype(recipe, opened.config))
 
     with _work_directory(target) as work:
         store: TensorStore = model.store
