@@ -14,16 +14,16 @@ READY := $(VENV)/.ready
 setup: $(READY)
 
 $(READY): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ercsvd-deploy needs Python 3.11 or newer: make PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip 'setuptools>=77' wheel
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ercsvd-deploy needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip wheel
 	@# torch first: later packages then keep the build that suits this machine.
 	$(PIP) '$(TORCH)'
 	$(PIP) '$(VLLM)'
 	$(PIP) --editable '.[compress,report,eval,dev]'
 	@# The CPU builds of these are not in the package index, and their CUDA builds break `import transformers`.
-	command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	touch $@
+	@command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 demo: $(READY)
 	$(BIN)/ercsvd run recipes/demo.yaml

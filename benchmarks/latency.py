@@ -5,7 +5,8 @@
 A random Llama large enough to be bound by memory (hidden 2048, 8 layers, bfloat16), and the same with 40 %
 of its decoder's parameters removed from all layers at the ranks that a recipe would get. Both engines are
 loaded at once, each in a process of its own on the same cores, and take turns: A B A B, so that whatever
-else the machine does hits both. The ratio of the medians is what counts. Writes
+else the machine does hits both; a turn during which other processes kept the machine busy is taken again,
+and the benchmark waits while they do. The ratio of the medians is what counts. Writes
 `benchmarks/results/latency.json` and `.md`, with a profile of where each spends its time.
 """
 
@@ -18,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ WORKLOADS = {
 }
 COMPRESSION_RATIO = 0.4
 WANTED_RATIO = 1.25
+MOST_OTHER_LOAD = 0.3  # cores
 _MODELS = ("dense", "low-rank")
 
 
@@ -51,6 +55,7 @@ class Timing:
     mode: str
     workload: str
     seconds: dict[str, list[float]]  # model -> latency of every repetition
+    disturbed: int  # turns taken again because other processes kept the machine busy
     profile: dict[str, dict[str, float]]  # model -> operator -> milliseconds of its own
 
     def median(self, model: str) -> float:
@@ -67,6 +72,31 @@ class Timing:
         """The ratio within each turn."""
         pairs = zip(self.seconds["dense"], self.seconds["low-rank"], strict=True)
         return [dense / low for dense, low in pairs]
+
+
+class OtherLoad:
+    """How many cores processes other than the engines kept busy since this was made.
+
+    vLLM's threads are bound to cores and wait for each other by spinning: one core taken away for a moment
+    costs a turn seconds, which would say nothing about the models.
+    """
+
+    def __init__(self, engines: Iterable[Engine]) -> None:
+        self._engines = tuple(engines)
+        self._started = time.monotonic()
+        self._busy = self._busy_by_others()
+
+    def cores(self) -> float:
+        """Return the mean number of cores."""
+        return (self._busy_by_others() - self._busy) / (time.monotonic() - self._started)
+
+    def _busy_by_others(self) -> float:
+        """Return seconds of all cores' time since boot that were spent neither idle nor by an engine."""
+        user, nice, system, _idle, _wait, irq, soft_irq, *_ = map(
+            int, Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+        )
+        own = sum(sum(engine.clock_ticks()) for engine in self._engines)
+        return (user + nice + system + irq + soft_irq - own) / os.sysconf("SC_CLK_TCK")
 
 
 class Engine:
@@ -99,6 +129,11 @@ class Engine:
         self._process.stdin.flush()
         return self._read()
 
+    def clock_ticks(self) -> tuple[int, int]:
+        """Return the processor time the process has used: user, system."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]), int(fields[12])
+
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
@@ -114,6 +149,15 @@ class Engine:
         return answer
 
 
+def wait_until_quiet(engines: Collection[Engine]) -> None:
+    """Return as soon as a second has passed in which nothing else kept the machine busy."""
+    while True:
+        load = OtherLoad(engines)
+        time.sleep(1)
+        if load.cores() <= MOST_OTHER_LOAD:
+            return
+
+
 def measure(directory: Path, mode: str, repetitions: int, cores: str) -> tuple[list[Timing], dict[str, Any]]:
     """Time all workloads with both engines taking turns; also what the engines said when they were ready."""
     engines = {model: Engine(directory / model, eager=mode == "eager", cores=cores) for model in _MODELS}
@@ -124,12 +168,20 @@ def measure(directory: Path, mode: str, repetitions: int, cores: str) -> tuple[l
         for engine in engines.values():
             engine.ask(request)  # warm up
         seconds: dict[str, list[float]] = {model: [] for model in _MODELS}
-        for _ in range(repetitions):
-            for model, engine in engines.items():
-                seconds[model].append(engine.ask(request)["seconds"])
+        disturbed = 0
+        while len(seconds["dense"]) < repetitions:
+            wait_until_quiet(engines.values())
+            load = OtherLoad(engines.values())
+            turn = {model: engine.ask(request)["seconds"] for model, engine in engines.items()}
+            if load.cores() > MOST_OTHER_LOAD:
+                disturbed += 1
+                continue
+            for model, latency in turn.items():
+                seconds[model].append(latency)
+        wait_until_quiet(engines.values())
         profiled = {model: engine.ask({**request, "profile": True}) for model, engine in engines.items()}
         profiles = {model: answer["milliseconds"] for model, answer in profiled.items()}
-        timings.append(Timing(mode, workload, seconds, profiles))
+        timings.append(Timing(mode, workload, seconds, disturbed, profiles))
         print(mode, workload, seconds, f"ratio {timings[-1].ratio:.3f}", flush=True)
     for engine in engines.values():
         engine.close()
@@ -170,10 +222,19 @@ def render(sizes: dict[str, Any], timings: list[Timing], repetitions: int) -> st
             f"{timing.median('low-rank'):.3f}",
             f"**{timing.ratio:.2f}**",
             f"{min(timing.paired_ratios):.2f} .. {max(timing.paired_ratios):.2f}",
+            str(timing.disturbed),
         ]
         for timing in timings
     ]
-    columns = ["workload", "mode", "dense, s", "low-rank, s", "dense / low-rank", "ratio turn by turn"]
+    columns = [
+        "workload",
+        "mode",
+        "dense, s",
+        "low-rank, s",
+        "dense / low-rank",
+        "ratio turn by turn",
+        "turns retaken",
+    ]
     decode = [timing.ratio for timing in timings if timing.workload.startswith("decode")]
     reached = "reached" if min(decode) >= WANTED_RATIO else "NOT reached everywhere: see the profile"
     ranks = ", ".join(f"{leaf} {'/'.join(map(str, values))}" for leaf, values in sizes["ranks"].items())

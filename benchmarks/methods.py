@@ -144,19 +144,24 @@ def compare_methods(bench: Workbench) -> list[Result]:
     ]
 
 
-def ablate_residual(bench: Workbench) -> list[Result]:
+def ablate_residual(bench: Workbench, compared: Sequence[Result]) -> list[Result]:
     """Return erc_svd at the first ratio and the best k, for every beta and for a whitened residual."""
-    weight = [bench.run("erc_svd", RATIOS[0], "auto", beta=beta) for beta in BETAS]
+    known = next(
+        r for r in compared if (r.method, r.compression_ratio, r.layers) == ("erc_svd", RATIOS[0], "auto")
+    )
+    weight = [
+        known if beta == known.beta else bench.run("erc_svd", RATIOS[0], "auto", beta=beta) for beta in BETAS
+    ]
     return [*weight, bench.run("erc_svd", RATIOS[0], "auto", residual_space="whitened")]
 
 
 def try_every_k(bench: Workbench, compared: Sequence[Result]) -> list[Result]:
     """Return erc_svd at every k that its search considered."""
     return [
-        bench.run("erc_svd", result.compression_ratio, str(k))
-        for result in compared
-        if result.method == "erc_svd" and result.layers == "auto"
-        for k in result.search
+        best if k == best.num_compressed_layers else bench.run("erc_svd", best.compression_ratio, str(k))
+        for best in compared
+        if (best.method, best.layers) == ("erc_svd", "auto")
+        for k in best.search
     ]
 
 
@@ -278,7 +283,7 @@ def main() -> None:
     bench = Workbench(arguments.set)
     print("dense", bench.dense, flush=True)
     compared = compare_methods(bench)
-    ablated = ablate_residual(bench)
+    ablated = ablate_residual(bench, compared)
     by_k = try_every_k(bench, compared)
     figures = {
         "dense": bench.dense,

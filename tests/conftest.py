@@ -7,6 +7,8 @@ import os
 # Before anything imports transformers, datasets or gptqmodel: these are read at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The matrices here are tiny: more threads only wait for each other, above all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Mapping
 from functools import cache
