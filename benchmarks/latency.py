@@ -277,6 +277,7 @@ def main() -> None:
     arguments = parser.parse_args()
     first, _, last = arguments.cores.partition("-")
     threads = int(last or first) - int(first) + 1
+    made_by = environment(".venv/bin/python benchmarks/latency.py", threads=threads)
     timings: list[Timing] = []
     started = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -290,7 +291,6 @@ def main() -> None:
         "engines": started,
         "timings": [asdict(timing) | {"ratio": timing.ratio} for timing in timings],
     }
-    made_by = environment(".venv/bin/python benchmarks/latency.py", threads=threads)
     write_results(
         arguments.name, made_by=made_by, figures=figures, text=render(sizes, timings, arguments.repetitions)
     )

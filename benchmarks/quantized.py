@@ -25,7 +25,7 @@ from ercsvd_deploy.evaluation import perplexities
 from ercsvd_deploy.pipelines.factorize import factorize_decoder
 from ercsvd_deploy.pipelines.plan import plan_quantize_stage, rank_plans
 from ercsvd_deploy.pipelines.quantize import quantize_decoder
-from ercsvd_deploy.pipelines.sizes import bytes_by_part, linear_bytes
+from ercsvd_deploy.pipelines.sizes import linear_bits_per_weight, stored_bytes, sum_by_part
 from ercsvd_deploy.recipe import load_recipe
 from ercsvd_deploy.tensor_store import FileStore, OverlayStore, TensorStore
 
@@ -85,11 +85,12 @@ class QuantizationBench(Workbench):
         """Evaluate and weigh."""
         model = self.compressed(stored.store, CheckpointConfig(modules=stored.modules))
         architecture = self.model.architecture
+        by_part = sum_by_part(stored_bytes(stored.store), architecture)
         result = Result(
             name,
             quantization,
-            sum(bytes_by_part(stored.store, architecture).values()),
-            8 * linear_bytes(stored.store, architecture) / architecture.linear_parameters,
+            sum(by_part.values()),
+            linear_bits_per_weight(by_part, architecture),
             {text: found.value for text, found in perplexities(model, self.texts).items()},
         )
         print(result, flush=True)

@@ -240,6 +240,7 @@ measures perplexity before and after, and exports the whole model. Peaks are res
 
 def benchmark(arguments: argparse.Namespace) -> None:
     """Write the model, measure both ways, write the results."""
+    made_by = environment(".venv/bin/python benchmarks/streaming_memory.py", threads=arguments.threads)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         directory = Path(scratch)
         size = write_model(directory / "model", arguments.layers, arguments.tokenizer)
@@ -258,7 +259,6 @@ def benchmark(arguments: argparse.Namespace) -> None:
         "streamed": asdict(streamed),
         "whole": asdict(whole),
     }
-    made_by = environment(".venv/bin/python benchmarks/streaming_memory.py", threads=arguments.threads)
     text = render(arguments, size, allowed_bytes, streamed, whole)
     write_results("streaming_memory", made_by=made_by, figures=figures, text=text)
     if not streamed.finished:

@@ -8,6 +8,7 @@ config without weights.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +92,9 @@ class Architecture:
     model_type: str
     style: LayerStyle
     layers: tuple[DecoderLayer, ...]
-    total_parameters: int  # tied embeddings counted once
+    other_tensors: Mapping[str, tuple[int, ...]]  # what is no decoder Linear's weight; tied ones once
     num_key_value_heads: int
+    vocab_size: int
 
     @property
     def num_layers(self) -> int:
@@ -119,6 +121,11 @@ class Architecture:
 
     def _within_layer(self, name: str) -> str:
         return name.removeprefix(f"{self.style.layers}.").partition(".")[2]
+
+    @property
+    def total_parameters(self) -> int:
+        """Parameters of the whole model, tied embeddings counted once."""
+        return self.linear_parameters + sum(math.prod(shape) for shape in self.other_tensors.values())
 
     @property
     def linear_parameters(self) -> int:
@@ -184,9 +191,15 @@ def describe(model: nn.Module, config: Any) -> Architecture:
     stack = modules[style.layers]
     assert isinstance(stack, nn.ModuleList)
     layers = tuple(_describe_layer(index, style, modules) for index in range(len(stack)))
-    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return Architecture(model_type, style, layers, sum(unique.values()), num_key_value_heads=heads)
+    weights = {f"{linear.name}.weight" for layer in layers for linear in layer.linears}
+    return Architecture(
+        model_type=model_type,
+        style=style,
+        layers=layers,
+        other_tensors={n: tuple(p.shape) for n, p in model.named_parameters() if n not in weights},
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        vocab_size=config.get_text_config().vocab_size,
+    )
 
 
 def _describe_layer(index: int, style: LayerStyle, modules: Mapping[str, nn.Module]) -> DecoderLayer:

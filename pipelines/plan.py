@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from ercsvd_deploy.architecture import Architecture, build_meta_model, describe
+from ercsvd_deploy.checkpoint_schema import ModuleDescription
 from ercsvd_deploy.pipelines.model_source import open_config
 from ercsvd_deploy.pipelines.quantize_plan import (
+    PatternMatch,
     QuantizePlan,
     automatic_rank_multiple,
     check_shapes,
@@ -18,7 +20,12 @@ from ercsvd_deploy.pipelines.quantize_plan import (
     serving_warnings,
     unquantized,
 )
-from ercsvd_deploy.pipelines.sizes import description_bytes
+from ercsvd_deploy.pipelines.sizes import (
+    bytes_on_rank,
+    linear_bits_per_weight,
+    planned_bytes,
+    sum_by_part,
+)
 from ercsvd_deploy.rank import RankError, RankPlan, admissible_num_compressed_layers, allocate_ranks
 from ercsvd_deploy.recipe_schema import Recipe
 
@@ -46,8 +53,10 @@ class CandidatePlan:
     linear_parameters: int
     achieved_compression_ratio: float
     model_parameters: int
-    num_bytes: int
+    num_bytes: int  # on disk
+    bytes_by_part: Mapping[str, int]
     linear_bits_per_weight: float  # stored bits of the decoder Linears per weight of the original ones
+    gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of weights on each GPU
     layers: tuple[LayerPlan, ...]
 
 
@@ -63,6 +72,7 @@ class Plan:
     model_parameters: int
     num_bytes: int
     candidates: tuple[CandidatePlan, ...]
+    patterns: tuple[PatternMatch, ...] = ()  # what the quantize stage's patterns matched
     warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -156,7 +166,14 @@ def make_plan(recipe: Recipe) -> Plan:
     plans = rank_plans(recipe, architecture)
     quantize_plan = plan_quantize_stage(recipe, plans, architecture)
     candidates = tuple(
-        _candidate(plan, architecture, quantize_plan, element) for plan in plans.values() or [None]
+        _candidate(
+            plan,
+            architecture,
+            quantize_plan.describe(plan.ranks if plan else {}, architecture),
+            element,
+            recipe.serving.tensor_parallel_sizes,
+        )
+        for plan in plans.values() or [None]
     )
     return Plan(
         model=recipe.model.path,
@@ -167,6 +184,7 @@ def make_plan(recipe: Recipe) -> Plan:
         model_parameters=architecture.total_parameters,
         num_bytes=architecture.total_parameters * element,
         candidates=candidates,
+        patterns=quantize_plan.matches,
         warnings=tuple(serving_warnings(quantize_plan, dtype)),
     )
 
@@ -180,30 +198,42 @@ def planned_dtype(recipe: Recipe, config: Any) -> str:
 
 
 def _candidate(
-    plan: RankPlan | None, architecture: Architecture, quantize_plan: QuantizePlan, element: int
+    plan: RankPlan | None,
+    architecture: Architecture,
+    described: Mapping[str, ModuleDescription],
+    element: int,
+    tensor_parallel_sizes: Iterable[int],
 ) -> CandidatePlan:
     ranks = plan.ranks if plan else {}
-    described = quantize_plan.describe(ranks, architecture)
+    sizes = planned_bytes(architecture, described, element)
+    by_part = sum_by_part(sizes, architecture)
     layers = []
     for layer in architecture.layers:
-        parameters = num_bytes = 0
-        for linear in layer.linears:
-            description = described.get(linear.name)
-            kept = description.num_parameters if description else linear.parameters
-            parameters += kept
-            num_bytes += description_bytes(description, element) if description else kept * element
+        kept = {
+            linear.name: described[linear.name].num_parameters
+            if linear.name in described
+            else linear.parameters
+            for linear in layer.linears
+        }
+        matrices = sum(
+            num_bytes
+            for name, num_bytes in sizes.items()
+            if name.startswith(f"{layer.prefix}.") and name not in architecture.other_tensors
+        )
         local_ranks = {layer.local_name(linear): ranks.get(linear.name) for linear in layer.linears}
-        layers.append(LayerPlan(layer.index, local_ranks, parameters, num_bytes))
+        layers.append(LayerPlan(layer.index, local_ranks, sum(kept.values()), matrices))
     linear_parameters = sum(layer.parameters for layer in layers)
-    outside = architecture.total_parameters - architecture.linear_parameters
-    linear_bytes = sum(layer.num_bytes for layer in layers)
     return CandidatePlan(
         num_compressed_layers=plan.num_compressed_layers if plan else 0,
         layer_ratio=plan.layer_ratio if plan else 0.0,
         linear_parameters=linear_parameters,
         achieved_compression_ratio=1 - linear_parameters / architecture.linear_parameters,
-        model_parameters=outside + linear_parameters,
-        num_bytes=outside * element + linear_bytes,
-        linear_bits_per_weight=8 * linear_bytes / architecture.linear_parameters,
+        model_parameters=architecture.total_parameters - architecture.linear_parameters + linear_parameters,
+        num_bytes=sum(sizes.values()),
+        bytes_by_part=by_part,
+        linear_bits_per_weight=linear_bits_per_weight(by_part, architecture),
+        gpu_bytes={
+            size: bytes_on_rank(architecture, described, element, size) for size in tensor_parallel_sizes
+        },
         layers=tuple(layers),
     )

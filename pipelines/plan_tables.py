@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ercsvd_deploy.pipelines.plan import CandidatePlan, Plan
+from ercsvd_deploy.pipelines.quantize_plan import PatternMatch
 
 
 def render(plan: Plan) -> RenderableType:
@@ -23,6 +24,9 @@ def render(plan: Plan) -> RenderableType:
         )
     shown = {id(candidate): candidate for candidate in (plan.candidates[0], plan.candidates[-1])}
     parts.extend(_rank_table(candidate) for candidate in shown.values())
+    parts.append(_size_table(plan))
+    if plan.patterns:
+        parts.append(_pattern_table(plan.patterns))
     parts.extend(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings)
     return Group(*parts)
 
@@ -48,6 +52,31 @@ def _candidate_table(plan: Plan) -> Table:
             f"{candidate.num_bytes:,}",
             f"{100 * (candidate.num_bytes / plan.num_bytes - 1):+.1f} %",
         )
+    return table
+
+
+def _size_table(plan: Plan) -> Table:
+    """Bytes by part of the smallest and the largest k, on disk and on each GPU."""
+    shown = {c.num_compressed_layers: c for c in (plan.candidates[0], plan.candidates[-1])}
+    table = Table(title="Bytes", title_justify="left")
+    table.add_column("")
+    for k in shown:
+        table.add_column(f"k = {k}" if k else "", justify="right")
+    for part in plan.candidates[0].bytes_by_part:
+        table.add_row(part, *(f"{c.bytes_by_part[part]:,}" for c in shown.values()))
+    table.add_row("on disk", *(f"{c.num_bytes:,}" for c in shown.values()), style="bold")
+    for size in plan.candidates[0].gpu_bytes:
+        label = f"weights on each GPU, tensor parallel {size}"
+        table.add_row(label, *(f"{c.gpu_bytes[size]:,}" for c in shown.values()))
+    return table
+
+
+def _pattern_table(patterns: tuple[PatternMatch, ...]) -> Table:
+    table = Table(title="Patterns of the quantize stage", title_justify="left")
+    for column in ("pattern", "purpose", "Linears", "such as"):
+        table.add_column(column, justify="right" if column == "Linears" else "left")
+    for match in patterns:
+        table.add_row(match.pattern, match.purpose, str(len(match.modules)), match.modules[0])
     return table
 
 

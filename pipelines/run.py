@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ercsvd_deploy import __version__
+from ercsvd_deploy.architecture import Architecture
 from ercsvd_deploy.calibration import load_tokenizer
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.evaluation import Perplexity, perplexities
@@ -28,7 +29,7 @@ from ercsvd_deploy.pipelines.progress import ProgressReporter, silent
 from ercsvd_deploy.pipelines.quantize import QuantizeOutcome, quantize_decoder
 from ercsvd_deploy.pipelines.quantize_plan import check_num_tokens, serving_warnings
 from ercsvd_deploy.pipelines.report import REPORT_FILE, ModelFigures, Report
-from ercsvd_deploy.pipelines.sizes import bytes_by_part, linear_bytes
+from ercsvd_deploy.pipelines.sizes import linear_bits_per_weight, planned_bytes, stored_bytes, sum_by_part
 from ercsvd_deploy.pipelines.texts import calibration_windows, evaluation_windows
 from ercsvd_deploy.rank import RankPlan
 from ercsvd_deploy.recipe import canonical, check_files
@@ -123,6 +124,9 @@ def run_recipe(
             modules |= described
             store = OverlayStore(store, FileStore(quantized.files), stored_as_integers)
         compressed = CheckpointConfig(modules=modules)
+        warnings += _compare_with_plan(
+            store, model.architecture, modules, planned_dtype(recipe, opened.config)
+        )
         with _timed(seconds, "evaluate"):
             candidate = _compressed_stream(opened, device, store, modules)
             quality = _evaluate({"original": model, "compressed": candidate}, texts, progress)
@@ -244,17 +248,26 @@ def _figures(
     for description in modules.values():
         out_features, in_features = description.shape
         removed += out_features * in_features - description.num_parameters
-    sizes = bytes_by_part(store, model.architecture)
+    by_part = sum_by_part(stored_bytes(store), model.architecture)
     return ModelFigures(
-        num_bytes=sum(sizes.values()),
-        bytes_by_part=sizes,
-        linear_bits_per_weight=8
-        * linear_bytes(store, model.architecture)
-        / model.architecture.linear_parameters,
+        num_bytes=sum(by_part.values()),
+        bytes_by_part=by_part,
+        linear_bits_per_weight=linear_bits_per_weight(by_part, model.architecture),
         parameters=model.architecture.total_parameters - removed,
         linear_parameters=model.architecture.linear_parameters - removed,
         perplexity={name: measured.value for name, measured in quality.items()},
     )
+
+
+def _compare_with_plan(
+    store: TensorStore, architecture: Architecture, modules: Mapping[str, ModuleDescription], dtype: str
+) -> list[str]:
+    """Return a warning if the files are not as large as the plan says; they always should be."""
+    planned = sum(planned_bytes(architecture, modules, getattr(torch, dtype).itemsize).values())
+    written = sum(stored_bytes(store).values())
+    if planned == written:
+        return []
+    return [f"the plan foresaw {planned:,} bytes of tensors, the files hold {written:,}"]
 
 
 def _environment(device: torch.device) -> dict[str, str]:

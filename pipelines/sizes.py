@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from ercsvd_deploy.architecture import Architecture
+from ercsvd_deploy.architecture import Architecture, dense_descriptions
 from ercsvd_deploy.checkpoint_schema import (
     FACTOR_A,
     FACTOR_B,
@@ -14,34 +15,75 @@ from ercsvd_deploy.checkpoint_schema import (
     WEIGHT_ZERO_POINT,
     ModuleDescription,
 )
+from ercsvd_deploy.exporters.vllm.kernel_limits import local_shape
 from ercsvd_deploy.tensor_store import TensorStore
 
 _INTEGER_BYTES = {WEIGHT_PACKED: 4, WEIGHT_ZERO_POINT: 4, WEIGHT_SHAPE: 8}
 _SCALE_LEAVES = (WEIGHT_SCALE, WEIGHT_ZERO_POINT, WEIGHT_SHAPE)
+_LINEAR_PARTS = ("dense Linears", "factors", "scales")
+PARTS = ("outside the layers", *_LINEAR_PARTS, "norms and biases")
 
 
-def description_bytes(description: ModuleDescription, element: int) -> int:
-    """Return the bytes of the tensors a description names; `element` is the size of a plain value."""
-    return sum(
-        math.prod(shape) * _INTEGER_BYTES.get(name.rpartition(".")[2], element)
-        for name, shape in description.tensor_shapes.items()
-    )
-
-
-def bytes_by_part(store: TensorStore, architecture: Architecture) -> dict[str, int]:
-    """Return the bytes of each part: outside the layers, dense Linears, factors, scales, norms and biases."""
-    linears = {linear.name for linear in architecture.linears}
-    sizes = dict.fromkeys(("outside the layers", "dense Linears", "factors", "scales", "norms and biases"), 0)
-    prefix = f"{architecture.style.layers}."
-    for name in store.names():
-        sizes[_part_of(name, prefix, linears)] += store.info(name).num_bytes
+def planned_bytes(
+    architecture: Architecture, described: Mapping[str, ModuleDescription], element: int
+) -> dict[str, int]:
+    """Return tensor name -> bytes of the model that descriptions make; `element` is a plain value's size."""
+    sizes = {name: math.prod(shape) * element for name, shape in architecture.other_tensors.items()}
+    everything = dense_descriptions(architecture) | dict(described)
+    for module, description in everything.items():
+        for leaf, shape in description.tensor_shapes.items():
+            sizes[f"{module}.{leaf}"] = math.prod(shape) * _element(leaf, element)
     return sizes
 
 
-def linear_bytes(store: TensorStore, architecture: Architecture) -> int:
-    """Return the bytes of the decoder Linears' matrices, scales included."""
-    sizes = bytes_by_part(store, architecture)
-    return sizes["dense Linears"] + sizes["factors"] + sizes["scales"]
+def stored_bytes(store: TensorStore) -> dict[str, int]:
+    """Return tensor name -> bytes of a model's files."""
+    return {name: store.info(name).num_bytes for name in store.names()}
+
+
+def sum_by_part(sizes: Mapping[str, int], architecture: Architecture) -> dict[str, int]:
+    """Return the bytes of each of `PARTS`."""
+    linears = {linear.name for linear in architecture.linears}
+    parts = dict.fromkeys(PARTS, 0)
+    for name, num_bytes in sizes.items():
+        parts[_part_of(name, f"{architecture.style.layers}.", linears)] += num_bytes
+    return parts
+
+
+def linear_bits_per_weight(by_part: Mapping[str, int], architecture: Architecture) -> float:
+    """Return the stored bits of the decoder Linears, scales included, per weight of the original ones."""
+    return 8 * sum(by_part[part] for part in _LINEAR_PARTS) / architecture.linear_parameters
+
+
+def bytes_on_rank(
+    architecture: Architecture,
+    described: Mapping[str, ModuleDescription],
+    element: int,
+    tensor_parallel_size: int,
+) -> int:
+    """Return the bytes of weights that one GPU holds when vLLM serves the model.
+
+    Embeddings are cut by vocabulary, matrices as `local_shape` says, everything else is held by every
+    rank. What kernels add as padding or workspace, and the KV cache, are not counted.
+    """
+    total = 0
+    for name, shape in architecture.other_tensors.items():
+        is_cut = not name.startswith(f"{architecture.style.layers}.") and shape[0] == architecture.vocab_size
+        total += math.prod(shape) * element // (tensor_parallel_size if is_cut else 1)
+    for name, description in (dense_descriptions(architecture) | dict(described)).items():
+        for part, ((rows, columns), storage) in description.parts.items():
+            local = local_shape(name, part, rows, columns, architecture, tensor_parallel_size)
+            share = (local or (rows, columns))[0] * (local or (rows, columns))[1] / (rows * columns)
+            leaves = storage.leaf_shapes(rows, columns) if storage else {"": (rows, columns)}
+            whole = sum(
+                math.prod(leaf_shape) * _element(leaf, element) for leaf, leaf_shape in leaves.items()
+            )
+            total += int(whole * share)
+    return total
+
+
+def _element(leaf: str, element: int) -> int:
+    return _INTEGER_BYTES.get(leaf.rpartition(".")[2], element)
 
 
 def _part_of(name: str, prefix: str, linears: set[str]) -> str:

@@ -235,7 +235,21 @@ def test_plan_agrees_with_the_run(write_recipe: RecipeWriter) -> None:
     report, _ = run_recipe(load_recipe(recipe))
     assert planned["num_bytes"] == report.compressed.num_bytes
     assert planned["linear_parameters"] == report.compressed.linear_parameters
+    assert planned["bytes_by_part"] == report.compressed.bytes_by_part
+    assert not any("the plan foresaw" in warning for warning in report.warnings)
     assert planned["linear_bits_per_weight"] == pytest.approx(report.compressed.linear_bits_per_weight)
+
+
+def test_bytes_on_a_gpu_shrink_with_tensor_parallelism(write_recipe: RecipeWriter) -> None:
+    recipe = write_recipe(
+        {"quantize": {"bits": 4, "group_size": 32}}, serving={"tensor_parallel_sizes": [1, 2]}
+    )
+    _, output, _ = invoke("plan", recipe, "--json")
+    candidate = json.loads(output)["candidates"][0]
+    one, two = candidate["gpu_bytes"]["1"], candidate["gpu_bytes"]["2"]
+    guards_and_shapes = 0.01 * candidate["num_bytes"]
+    assert one == pytest.approx(candidate["num_bytes"], abs=guards_and_shapes)
+    assert one / 2 <= two < 0.6 * one
 
 
 def test_plan_needs_no_weights(write_recipe: RecipeWriter, tmp_path: Path, llama: Path) -> None:

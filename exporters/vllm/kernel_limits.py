@@ -30,7 +30,7 @@ def find_unservable(
             if storage is None:
                 continue
             for size in sorted(set(tensor_parallel_sizes)):
-                local = _local_shape(name, part, rows, columns, architecture, size)
+                local = local_shape(name, part, rows, columns, architecture, size)
                 reason = (
                     f"{rows} x {columns} cannot be cut into {size} equal parts"
                     if local is None
@@ -43,7 +43,7 @@ def find_unservable(
     return problems
 
 
-def _local_shape(
+def local_shape(
     name: str, part: str, rows: int, columns: int, architecture: Architecture, size: int
 ) -> tuple[int, int] | None:
     """Return (rows, columns) of a matrix on one rank; None if it cannot be cut evenly."""
