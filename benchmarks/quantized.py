@@ -4,7 +4,7 @@
 
 Two tables. The first has the dense model, GPTQ-4 and GPTQ-8 of the dense model, and SVD-LLM and ERC-SVD at 20
 and 40 % removed with int4 factors, each with rounding to nearest beside it. The second ablates the order in
-which factors are quantized: re-fit of the second factor, and inputs measured on the compressed prefix.
+which factors are quantized: their rotation, the re-fit of the second factor, inputs on the compressed prefix.
 Writes `benchmarks/results/quantized.json` and `.md`.
 """
 
@@ -117,12 +117,13 @@ def compare(bench: QuantizationBench, work: Path) -> tuple[list[Result], list[Re
             if method == "erc_svd":
                 ablation.append(rows[-2])
                 for switches in (
+                    {"rotate_factors": False},
                     {"refit_second_factor": False},
                     {"compressed_prefix_inputs": False},
                     {"refit_second_factor": False, "compressed_prefix_inputs": False},
                 ):
-                    label = ", ".join(f"no {key.split('_')[0]}" for key in switches)
-                    made = bench.quantize(start, work / f"{ratio}-{label}", bits=4, **switches)
+                    label = ", ".join(f"{key}: false" for key in switches)
+                    made = bench.quantize(start, work / f"{ratio}-{len(ablation)}", bits=4, **switches)
                     ablation.append(bench.measure(name, f"gptq-4, {label}", made))
     return rows, ablation
 
@@ -192,7 +193,8 @@ nearest in place of GPTQ.
 ## The order in which factors are quantized
 
 `gptq-4` re-fits the second factor to the original weight given the quantized first, and measures each layer's
-inputs on the compressed prefix; the other rows switch these off.
+inputs on the compressed prefix, after turning the factors within their rank dimension; the other rows switch
+these off.
 
 {table(ablation, bench.dense)}
 """

@@ -104,7 +104,7 @@ def work_under_limit(arguments: argparse.Namespace) -> None:
             now = read_status()
             peak_anonymous = max(peak_anonymous, now["RssAnon"])
             if now["VmRSS"] > highest:
-                report("ended: more memory than is allowed")
+                report("more memory than is allowed")
 
     threading.Thread(target=watch, daemon=True).start()
     report(WORK[arguments.work](arguments))

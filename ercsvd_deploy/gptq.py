@@ -7,7 +7,8 @@ gptqmodel's; the grid it rounds to is `integer_grid`'s, with the scales that get
 Groups are static: their scales come from the original weight, so `desc_act` (columns in order of falling
 activation energy, about a third less error) changes nothing in the file and costs nothing when served.
 
-Factors are quantized in the order in which errors arise (y = B (A x)): A under the Gram G of the inputs, then
+Factors are first turned within the rank dimension, which costs nothing and leaves GPTQ more to work with, and
+then quantized in the order in which errors arise (y = B (A x)): A under the Gram G of the inputs, then
 B is re-fitted in closed form to the original weight given the quantized A, then B under A_q G A_q^T.
 """
 
@@ -46,6 +47,7 @@ __all__ = [
     "quantize_factors",
     "quantize_weight",
     "refit_second_factor",
+    "rotate_factors",
     "round_to_nearest",
 ]
 
@@ -206,6 +208,30 @@ def refit_second_factor(
     return start + correction
 
 
+def rotate_factors(factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of the same product whose second factor is easier to quantize.
+
+    B A = (B T) (T^-1 A) for any invertible T. T makes the columns of B orthonormal and then turns them by a
+    fixed random rotation. In the basis of a truncated SVD the inputs of B are nearly uncorrelated, so that
+    GPTQ can make up for nothing there; turned, they are correlated as strongly as their energies differ.
+    Rows of A have scales of their own and lose nothing.
+
+    Args:
+        factor_a: [rank, in].
+        factor_b: [out, rank], rank at most out.
+
+    Returns:
+        The new factor_a and factor_b, float32.
+    """
+    rank = factor_a.shape[0]
+    orthonormal, triangular = torch.linalg.qr(factor_b.detach().double())
+    # A generator of our own on the CPU: the result depends neither on global state nor on the device.
+    noise = torch.randn(rank, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rotation = torch.linalg.qr(noise).Q.to(factor_b.device)
+    turned_a = rotation.T @ (triangular @ factor_a.detach().double())
+    return turned_a.float(), (orthonormal @ rotation).float()
+
+
 def quantize_factors(
     weight: Tensor,
     factor_a: Tensor,
@@ -216,6 +242,7 @@ def quantize_factors(
     settings_b: QuantizationSettings,
     scale_dtype: torch.dtype,
     refit: bool = True,
+    rotate: bool = True,
     method: RoundingMethod = "gptq",
 ) -> QuantizedFactors:
     """Quantize a pair of factors in error-aware order: A, re-fit of B to the original weight, B.
@@ -233,6 +260,7 @@ def quantize_factors(
         settings_b: for the second factor; its groups divide the rank.
         scale_dtype: dtype in which the scales are stored.
         refit: whether to re-fit B; without it B is still quantized under A_q G A_q^T.
+        rotate: whether to rotate the rank dimension first (`rotate_factors`).
         method: "rtn", the baseline, rounds both factors to nearest.
 
     Raises:
@@ -251,6 +279,9 @@ def quantize_factors(
     settings_a.resolve_group_size(in_features)
     settings_b.resolve_group_size(rank)
 
+    unquantized = factor_b.detach().float() @ factor_a.detach().float()
+    if rotate:
+        factor_a, factor_b = rotate_factors(factor_a, factor_b)
     first, *losses_a = quantize_better(factor_a, gram, settings_a, scale_dtype=scale_dtype, method=method)
     dense_a = first.dequantize()
     dense_b = factor_b.detach().float()
@@ -267,7 +298,7 @@ def quantize_factors(
     report = FactorsReport(
         factor_a=MatrixReport(*losses_a),
         factor_b=MatrixReport(*losses_b),
-        loss_unquantized=proxy_loss(weight, factor_b.detach().float() @ factor_a.detach().float(), gram),
+        loss_unquantized=proxy_loss(weight, unquantized, gram),
         loss_first_quantized=loss_first_quantized,
         loss_refitted=loss_refitted,
         loss=proxy_loss(weight, second.dequantize() @ dense_a, gram),

@@ -152,6 +152,11 @@ class Quantize(Section):
         default=True,
         description="Re-fit the second factor to the original weight, given the quantized first factor.",
     )
+    rotate_factors: bool = Field(
+        default=True,
+        description="Turn each pair of factors within its rank dimension first. The product stays; GPTQ has "
+        "correlated inputs of the second factor to work with.",
+    )
     compressed_prefix_inputs: bool = Field(
         default=True,
         description="Measure each layer's inputs on the output of the layers already compressed.",

@@ -217,6 +217,7 @@ def _quantize_factors(
         settings_b=_settings(stage.settings, description.factor_b),
         scale_dtype=scale_dtype,
         refit=stage.settings.refit_second_factor and stage.settings.method == "gptq",
+        rotate=stage.settings.rotate_factors and stage.settings.method == "gptq",
         method=stage.settings.method,
     )
     for part, factor, report, storage in (

@@ -22,6 +22,7 @@ from ercsvd_deploy.gptq import (
     quantize_factors,
     quantize_weight,
     refit_second_factor,
+    rotate_factors,
     round_to_nearest,
 )
 
@@ -563,3 +564,39 @@ def test_the_library_stays_quiet_and_leaves_the_process_as_it_was() -> None:
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
     for source in ("QModel", "Hessian", "torchao", "logbar"):
         assert source not in result.stderr
+
+
+def test_rotated_factors_have_the_same_product_and_orthonormal_columns() -> None:
+    generator = torch.Generator().manual_seed(5)
+    factor_a = torch.randn(24, 40, generator=generator) * torch.logspace(0, -3, 24)[:, None]
+    factor_b = torch.randn(56, 24, generator=generator)
+    turned_a, turned_b = rotate_factors(factor_a, factor_b)
+    torch.testing.assert_close(turned_b @ turned_a, factor_b @ factor_a, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(turned_b.T @ turned_b, torch.eye(24), rtol=0, atol=1e-5)
+    again = rotate_factors(factor_a, factor_b)
+    assert torch.equal(turned_a, again[0])
+    assert torch.equal(turned_b, again[1])
+
+
+def test_rotation_lowers_the_loss_of_svd_factors() -> None:
+    losses = {True: 0.0, False: 0.0}
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(2000, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
+        weight = torch.randn(128, 96, generator=generator) @ torch.diag(torch.logspace(0, -2, 96))
+        gram = inputs.T @ inputs
+        basis = torch.linalg.eigh(weight @ gram @ weight.T).eigenvectors.flip(1)[:, :64]
+        options = QuantizationSettings(group_size=32)
+        for rotate in losses:
+            pair = quantize_factors(
+                weight,
+                basis.T @ weight,
+                basis,
+                gram,
+                settings_a=options,
+                settings_b=options,
+                scale_dtype=torch.bfloat16,
+                rotate=rotate,
+            )
+            losses[rotate] += pair.report.loss - pair.report.loss_unquantized
+    assert losses[True] < losses[False] / 2
