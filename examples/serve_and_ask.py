@@ -1,7 +1,7 @@
 """Serve a model directory with vLLM's OpenAI server on this machine, ask for one completion, stop.
 
 What `vllm serve DIRECTORY` does, for a demonstration: the server listens on 127.0.0.1 only, on a free
-port, and ends with this script. Run `python examples/serve_and_ask.py out/tiny-llama-erc20`.
+port, and ends with this script. Run `python examples/serve_and_ask.py out/tiny-llama-erc20-int4`.
 """
 
 from __future__ import annotations
