@@ -249,3 +249,7 @@ def _console() -> Console:
 def main() -> None:
     """Run the command line."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import fcntl
+import os
 import platform
 import shutil
 import time
@@ -186,13 +188,29 @@ def _subdirectory(work: Path, name: str) -> Path:
 
 @contextmanager
 def _work_directory(target: Path) -> Iterator[Path]:
-    """Give a hidden directory beside the target, on the same disk; it goes when the export is complete."""
+    """Give a hidden, empty directory beside the target, on the same disk, that no other run shares.
+
+    It goes when the export is complete. After a failure it stays for a look, and the next run clears it.
+
+    Raises:
+        PlanError: another run is writing to this target.
+    """
     work = target.with_name(f".{target.name}.work")
-    if work.exists():
+    work.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        # The lock goes with the process, however that ends.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left_over in work.iterdir():
+            shutil.rmtree(left_over)
+        yield work
         shutil.rmtree(work)
-    work.mkdir(parents=True)
-    yield work
-    shutil.rmtree(work)
+    except BlockingIOError as error:
+        raise PlanError(
+            f"another run is writing to {target}: wait for it, or choose another --output"
+        ) from error
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,6 +203,35 @@ def test_failure_keeps_the_earlier_export(
     code, _, _ = invoke("run", recipe)
     assert code == 1
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_two_runs_on_one_output_exclude_each_other(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    work = tmp_path / ".out.work"
+    work.mkdir()
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        code, _, error = invoke("run", write_recipe())
+        assert code == 1
+        assert "another run is writing" in error
+    finally:
+        os.close(descriptor)
+    assert invoke("run", write_recipe())[0] == 0
+
+
+def test_killed_run_leaves_nothing_that_looks_finished(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    recipe = write_recipe()
+    command = [sys.executable, "-m", "ercsvd_deploy.pipelines.cli", "run", str(recipe)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(".out.work/factorize/*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+    assert not (tmp_path / "out").exists()
+    assert invoke("run", recipe)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
 
 
 def test_output_is_never_an_unrelated_directory(
