@@ -5,9 +5,9 @@
 A random Llama large enough to be bound by memory (hidden 2048, 8 layers, bfloat16), and the same with 40 %
 of its decoder's parameters removed from all layers at the ranks that a recipe would get. Both engines are
 loaded at once, each in a process of its own on the same cores, and take turns: A B A B, so that whatever
-else the machine does hits both; a turn during which other processes kept the machine busy is taken again,
-and the benchmark waits while they do. The ratio of the medians is what counts. Writes
-`benchmarks/results/latency.json` and `.md`, with a profile of where each spends its time.
+else the machine does hits both; a turn during which other processes took these cores is taken again. The
+ratio of the medians is what counts. Writes `benchmarks/results/latency.json` and `.md`, with a profile of
+where each spends its time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ WORKLOADS = {
 }
 COMPRESSION_RATIO = 0.4
 WANTED_RATIO = 1.25
+MOST_OTHER_LOAD = 0.1  # share of the engines' cores
 _MODELS = ("dense", "low-rank")
 
 
@@ -54,7 +55,7 @@ class Timing:
     mode: str
     workload: str
     seconds: dict[str, list[float]]  # model -> latency of every repetition
-    disturbed: int  # turns taken again because other processes kept the machine busy
+    disturbed: int  # turns taken again because other processes took the cores
     profile: dict[str, dict[str, float]]  # model -> operator -> milliseconds of its own
 
     def median(self, model: str) -> float:
@@ -74,34 +75,39 @@ class Timing:
 
 
 class OtherLoad:
-    """How many cores processes other than the engines kept busy since this was made.
+    """The share of the engines' cores that other processes took since this was made.
 
     vLLM's threads are bound to cores and wait for each other by spinning: one core taken away for a moment
     costs a turn seconds, which would say nothing about the models.
     """
 
-    def __init__(self, engines: Iterable[Engine]) -> None:
+    def __init__(self, engines: Iterable[Engine], cores: range) -> None:
         self._engines = tuple(engines)
+        self._cores = cores
         self._started = time.monotonic()
         self._busy = self._busy_by_others()
 
-    def cores(self) -> float:
-        """Return the mean number of cores."""
-        return (self._busy_by_others() - self._busy) / (time.monotonic() - self._started)
+    def share(self) -> float:
+        """Return the mean share, 0 to 1."""
+        elapsed = time.monotonic() - self._started
+        return (self._busy_by_others() - self._busy) / (elapsed * len(self._cores))
 
     def _busy_by_others(self) -> float:
-        """Return seconds of all cores' time since boot that were spent neither idle nor by an engine."""
-        user, nice, system, _idle, _wait, irq, soft_irq, *_ = map(
-            int, Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+        """Return seconds since boot that these cores spent neither idle nor on an engine."""
+        lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
+        ticks = {name: list(map(int, counts)) for name, *counts in lines if name.startswith("cpu")}
+        user, nice, system, irq, soft_irq = 0, 1, 2, 5, 6
+        busy = sum(
+            ticks[f"cpu{core}"][kind] for core in self._cores for kind in (user, nice, system, irq, soft_irq)
         )
         own = sum(sum(engine.clock_ticks()) for engine in self._engines)
-        return (user + nice + system + irq + soft_irq - own) / os.sysconf("SC_CLK_TCK")
+        return (busy - own) / os.sysconf("SC_CLK_TCK")
 
 
 class Engine:
     """A `latency_engine.py` process."""
 
-    def __init__(self, directory: Path, *, eager: bool, cores: str) -> None:
+    def __init__(self, directory: Path, *, eager: bool, cores: range) -> None:
         arguments = {
             "model": str(directory),
             "dtype": "bfloat16",
@@ -117,7 +123,11 @@ class Engine:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1"},
+            env=os.environ
+            | {
+                "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+            },
         )
         self.started = self._read()
 
@@ -148,17 +158,25 @@ class Engine:
         return answer
 
 
-def wait_until_quiet(engines: Collection[Engine], most_other_load: float) -> None:
-    """Return as soon as a second has passed in which nothing else kept the machine busy."""
-    while True:
-        load = OtherLoad(engines)
-        time.sleep(1)
-        if load.cores() <= most_other_load:
-            return
+def take_turns(
+    engines: Mapping[str, Engine], request: dict[str, int], repetitions: int, cores: range
+) -> tuple[dict[str, list[float]], int]:
+    """Return every model's latencies in undisturbed turns A B A B, and how many turns were disturbed."""
+    seconds: dict[str, list[float]] = {model: [] for model in engines}
+    disturbed = 0
+    while len(seconds["dense"]) < repetitions:
+        load = OtherLoad(engines.values(), cores)
+        turn = {model: engine.ask(request)["seconds"] for model, engine in engines.items()}
+        if load.share() > MOST_OTHER_LOAD:
+            disturbed += 1
+            continue
+        for model, latency in turn.items():
+            seconds[model].append(latency)
+    return seconds, disturbed
 
 
 def measure(
-    directory: Path, mode: str, repetitions: int, cores: str, most_other_load: float
+    directory: Path, mode: str, repetitions: int, cores: range
 ) -> tuple[list[Timing], dict[str, Any]]:
     """Time all workloads with both engines taking turns; also what the engines said when they were ready."""
     engines = {model: Engine(directory / model, eager=mode == "eager", cores=cores) for model in _MODELS}
@@ -166,24 +184,12 @@ def measure(
     print(mode, started, flush=True)
     timings = []
     for workload, request in WORKLOADS.items():
-        for engine in engines.values():
-            engine.ask(request)  # warm up
-        seconds: dict[str, list[float]] = {model: [] for model in _MODELS}
-        disturbed = 0
-        while len(seconds["dense"]) < repetitions:
-            wait_until_quiet(engines.values(), most_other_load)
-            load = OtherLoad(engines.values())
-            turn = {model: engine.ask(request)["seconds"] for model, engine in engines.items()}
-            if load.cores() > most_other_load:
-                disturbed += 1
-                continue
-            for model, latency in turn.items():
-                seconds[model].append(latency)
-        wait_until_quiet(engines.values(), most_other_load)
+        take_turns(engines, request, 1, cores)  # warm up
+        seconds, disturbed = take_turns(engines, request, repetitions, cores)
         profiled = {model: engine.ask({**request, "profile": True}) for model, engine in engines.items()}
         profiles = {model: answer["milliseconds"] for model, answer in profiled.items()}
         timings.append(Timing(mode, workload, seconds, disturbed, profiles))
-        print(mode, workload, seconds, f"ratio {timings[-1].ratio:.3f}", flush=True)
+        print(mode, workload, seconds, disturbed, f"ratio {timings[-1].ratio:.3f}", flush=True)
     for engine in engines.values():
         engine.close()
     return timings, started
@@ -212,7 +218,7 @@ def write_models(directory: Path, rank_multiple: int) -> dict[str, Any]:
     }
 
 
-def render(sizes: dict[str, Any], timings: list[Timing], repetitions: int, other_load: float) -> str:
+def render(sizes: dict[str, Any], timings: list[Timing], repetitions: int) -> str:
     """Return the Markdown text."""
     linear = sizes["linear_parameters"]
     rows = [
@@ -246,7 +252,7 @@ A random Llama, hidden {SHAPE["hidden_size"]}, intermediate {SHAPE["intermediate
 {linear["dense"] / 1e6:.0f} M against {linear["low-rank"] / 1e6:.0f} M
 ({100 * (1 - linear["low-rank"] / linear["dense"]):.1f} % removed from all layers; embeddings and output layer
 alike). Ranks: {ranks}. Decoding: 32 prompt tokens, 64 output tokens. Median of {repetitions} turns A B A B;
-turns in which other processes used more than {other_load:g} cores were taken again.
+a turn in which other processes took more than {100 * MOST_OTHER_LOAD:.0f} % of these cores was taken again.
 
 {markdown_table(columns, rows)}
 
@@ -272,24 +278,23 @@ def main() -> None:
     """Write the models, measure, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--cores", default="0-1", help="of both engines, as VLLM_CPU_OMP_THREADS_BIND")
-    parser.add_argument("--other-load", type=float, default=0.3, help="cores that others may use in a turn")
+    parser.add_argument("--first-core", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="cores of both engines, from the first on")
     parser.add_argument("--rank-multiple", type=int, default=64)
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--name", default="latency", help="name of the results files")
     arguments = parser.parse_args()
-    first, _, last = arguments.cores.partition("-")
-    threads = int(last or first) - int(first) + 1
-    made_by = environment(".venv/bin/python benchmarks/latency.py", threads=threads)
+    cores = range(arguments.first_core, arguments.first_core + arguments.threads)
+    made_by = environment(
+        " ".join([".venv/bin/python benchmarks/latency.py", *sys.argv[1:]]), threads=arguments.threads
+    )
     timings: list[Timing] = []
     started = {}
     with tempfile.TemporaryDirectory() as scratch:
         sizes = write_models(Path(scratch), arguments.rank_multiple)
         print(sizes, flush=True)
         for mode in arguments.modes:
-            measured, started[mode] = measure(
-                Path(scratch), mode, arguments.repetitions, arguments.cores, arguments.other_load
-            )
+            measured, started[mode] = measure(Path(scratch), mode, arguments.repetitions, cores)
             timings += measured
     figures = {
         "models": sizes,
@@ -300,7 +305,7 @@ def main() -> None:
         arguments.name,
         made_by=made_by,
         figures=figures,
-        text=render(sizes, timings, arguments.repetitions, arguments.other_load),
+        text=render(sizes, timings, arguments.repetitions),
     )
 
 

@@ -18,9 +18,14 @@ from transformers import LlamaConfig
 
 from ercsvd_deploy.architecture import Architecture, build_meta_model, describe
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
-from ercsvd_deploy.exporters.vllm.writer import write_export
 from ercsvd_deploy.rank import allocate_ranks
-from ercsvd_deploy.tensor_store import OverlayStore, TensorInfo, write_json_atomically, write_sharded
+from ercsvd_deploy.tensor_store import (
+    OverlayStore,
+    TensorInfo,
+    TensorStore,
+    write_json_atomically,
+    write_sharded,
+)
 
 _SHARD_BYTES = 200 * 10**6
 _STANDARD_DEVIATION = 0.02
@@ -64,11 +69,7 @@ def write_dense(directory: Path, **config: Any) -> Architecture:
     model = build_meta_model(llama)
     architecture = describe(model, llama)
     store = _store_of(model, tied=llama.tie_word_embeddings)
-    prefixes = [f"{layer.prefix}." for layer in architecture.layers]
-    layers = [[name for name in store.names() if name.startswith(prefix)] for prefix in prefixes]
-    outside = store.names().difference(*layers)
-    write_sharded(directory, store, [outside, *layers], _SHARD_BYTES)
-    write_json_atomically(directory / "config.json", json.loads(llama.to_json_string()))
+    _write(directory, store, architecture, json.loads(llama.to_json_string()))
     return architecture
 
 
@@ -106,16 +107,19 @@ def write_low_rank(
             for leaf, shape in description.tensor_shapes.items()
         }
     )
-    write_export(
-        directory,
-        source=dense,
-        dtype="bfloat16",
-        store=OverlayStore(_store_of(model, tied=llama.tie_word_embeddings), factors, modules),
-        architecture=architecture,
-        compressed=CheckpointConfig(modules=modules),
-        max_shard_bytes=_SHARD_BYTES,
-    )
+    store = OverlayStore(_store_of(model, tied=llama.tie_word_embeddings), factors, modules)
+    described = {"quantization_config": CheckpointConfig(modules=modules).write()}
+    directory.mkdir()
+    _write(directory, store, architecture, json.loads(llama.to_json_string()) | described)
     return modules
+
+
+def _write(directory: Path, store: TensorStore, architecture: Architecture, config: dict[str, Any]) -> None:
+    prefixes = [f"{layer.prefix}." for layer in architecture.layers]
+    layers = [[name for name in store.names() if name.startswith(prefix)] for prefix in prefixes]
+    outside = store.names().difference(*layers)
+    write_sharded(directory, store, [outside, *layers], _SHARD_BYTES)
+    write_json_atomically(directory / "config.json", config)
 
 
 def _store_of(model: torch.nn.Module, *, tied: bool) -> RandomStore:

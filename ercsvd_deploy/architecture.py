@@ -145,7 +145,7 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
         raise ArchitectureError(f"{path}: no config.json; is this a Hugging Face model directory?")
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:
         reason = str(error).strip().splitlines()
         raise ArchitectureError(
             f"{path}: its config cannot be read: {reason[0] if reason else type(error).__name__}"
@@ -165,7 +165,7 @@ def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Modu
             model: nn.Module = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
             )
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:
         reason = str(error).strip().splitlines()
         raise ArchitectureError(
             f"no model can be built from this config: {reason[0] if reason else type(error).__name__}"

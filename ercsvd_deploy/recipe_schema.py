@@ -101,7 +101,7 @@ class Calibration(Section):
 
     dataset: TextDataset = Field(description="Exactly one of the forms below.")
     num_samples: PositiveInt = Field(default=256, description="Sequences drawn from the dataset.")
-    sequence_length: PositiveInt = Field(default=2048, description="Tokens in each sequence.")
+    sequence_length: int = Field(default=2048, ge=2, description="Tokens in each sequence.")
     seed: int = Field(default=3, ge=0, lt=2**32, description="Seed of the draw.")
 
 
@@ -124,7 +124,7 @@ class Evaluation(Section):
         json_schema_extra={"additionalProperties": False},
         description="Name of a held-out text -> path of a text file, or a dataset in one of the forms below.",
     )
-    sequence_length: PositiveInt | None = Field(
+    sequence_length: Annotated[int, Field(ge=2)] | None = Field(
         default=None, description="Tokens in each window; null: calibration's `sequence_length`."
     )
     max_sequences: PositiveInt | None = Field(default=None, description="Windows per text; null: all.")
@@ -156,7 +156,11 @@ class Export(Section):
         str,
         StringConstraints(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?(KB|MB|GB)$"),
         AfterValidator(_refuse_zero_size),
-    ] = Field(default="5GB", description="Upper size of a safetensors file: a number and KB, MB or GB.")
+    ] = Field(
+        default="1GB",
+        description="Upper size of a safetensors file: a number and KB, MB or GB. One such file is in memory "
+        "while it is written.",
+    )
 
     @property
     def max_shard_bytes(self) -> int:

@@ -309,7 +309,7 @@ def write_atomically(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def write_json_atomically(path: Path, value: Any) -> None:
     """Write a JSON file that is either absent or complete."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with _replacing(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
 
@@ -322,11 +322,20 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+        # safetensors creates files that only their owner can read; a served model is read by others.
+        partial.chmod(0o666 & ~_umask())
         partial.replace(path)
     except SafetensorError as error:  # how the library reports a full disk
         raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Return the process's file creation mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_sharded(

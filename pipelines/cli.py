@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ercsvd_deploy import __version__
+from ercsvd_deploy.pipelines.report import finite
 from ercsvd_deploy.recipe import RecipeError, check_files, load_recipe, recipe_json_schema
 
 EXIT_FAILED = 1
@@ -60,9 +61,18 @@ def _failures_explained(*, debug: bool) -> Iterator[None]:
             raise
         _complain(_explain(error))
         raise typer.Exit(EXIT_FAILED) from error
+    except typer.Exit:
+        raise
     except KeyboardInterrupt:
-        _complain("interrupted; nothing was written under the output's name")
+        _complain("interrupted")
         raise typer.Exit(130) from None
+    except Exception as error:
+        if debug:
+            raise
+        _complain(
+            f"{type(error).__name__}: {error}. This should have had a better message; --debug shows where"
+        )
+        raise typer.Exit(EXIT_FAILED) from error
 
 
 def _explain(error: Exception) -> str:
@@ -80,7 +90,7 @@ def _complain(message: str) -> None:
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @app.command()
@@ -152,7 +162,9 @@ def evaluate(
     text: Annotated[
         list[str] | None, typer.Option("--text", metavar="[NAME=]FILE", help="Held-out text for perplexity.")
     ] = None,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in each window.")] = 2048,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in each window; default 2048, or what the model has.")
+    ] = None,
     max_sequences: Annotated[int | None, typer.Option(min=1, help="Windows per text.")] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="lm-eval documents per task.")] = None,

@@ -12,6 +12,7 @@ from ercsvd_deploy.calibration import CalibrationError, load_tokenizer, read_tex
 from ercsvd_deploy.evaluation import perplexities
 from ercsvd_deploy.pipelines.model_source import default_device, open_model, stream
 from ercsvd_deploy.pipelines.progress import ProgressReporter, silent
+from ercsvd_deploy.pipelines.texts import check_length
 from ercsvd_deploy.recipe_schema import ModelSource
 
 
@@ -23,7 +24,7 @@ def evaluate_model(
     model: str,
     *,
     texts: Sequence[str],
-    sequence_length: int = 2048,
+    sequence_length: int | None = None,
     max_sequences: int | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
@@ -35,7 +36,7 @@ def evaluate_model(
     Args:
         model: Directory of an original or compressed model, or a hub id.
         texts: `FILE` or `NAME=FILE` of held-out texts.
-        sequence_length: Tokens in each perplexity window.
+        sequence_length: Tokens in each perplexity window; None for 2048, or the model's positions if fewer.
         max_sequences: Windows per text; None for all.
         tasks: Names of lm-eval tasks.
         limit: lm-eval documents per task.
@@ -53,14 +54,19 @@ def evaluate_model(
     if texts:
         tokenizer = load_tokenizer(str(opened.directory))
         vocab_size = opened.config.get_text_config().vocab_size
-        windows = {}
+        positions = getattr(opened.config.get_text_config(), "max_position_embeddings", None) or 2048
+        length = sequence_length or min(2048, positions)
+        check_length(length, opened.config, "--sequence-length")
+        windows: dict[str, torch.Tensor] = {}
         for text in texts:
             name, separator, file = text.partition("=")
             path = Path(file if separator else text)
             try:
-                cut = token_windows(read_text(path), tokenizer, sequence_length, vocab_size)
+                cut = token_windows(read_text(path), tokenizer, length, vocab_size)
             except CalibrationError as error:
                 raise CalibrationError(f"--text {text}: {error}") from error
+            if (name if separator else path.stem) in windows:
+                raise EvaluationError(f"--text {text}: the name is taken; give each text its own: NAME=FILE")
             windows[name if separator else path.stem] = cut[:max_sequences]
         streamed = stream(opened, device)
         with progress("perplexity", streamed.num_layers) as on_layer:
@@ -68,6 +74,25 @@ def evaluate_model(
         perplexity = {name: value.value for name, value in measured.items()}
     found = run_lm_eval(opened.directory, tasks, limit=limit, device=device) if tasks else {}
     return {"model": model, "perplexity": perplexity, "tasks": found}
+
+
+def check_tasks(tasks: Sequence[str]) -> Any:
+    """Return lm-eval's task manager, after checking that it knows all tasks.
+
+    Raises:
+        EvaluationError: lm-eval is not installed or knows no such task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise EvaluationError(
+            "lm-eval tasks need the eval extra: pip install 'ercsvd-deploy[eval]'"
+        ) from None
+    manager = TaskManager()
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
+    if unknown:
+        raise EvaluationError(f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them")
+    return manager
 
 
 def run_lm_eval(
@@ -84,20 +109,12 @@ def run_lm_eval(
     Raises:
         EvaluationError: lm-eval is not installed or knows no such task.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise EvaluationError(
-            "lm-eval tasks need the eval extra: pip install 'ercsvd-deploy[eval]'"
-        ) from None
+    manager = check_tasks(tasks)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 
-    manager = TaskManager()
-    unknown = sorted(set(tasks) - set(manager.all_tasks))
-    if unknown:
-        raise EvaluationError(f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them")
     model = HFLM(pretrained=str(directory), device=str(device), batch_size=batch_size)
     results = lm_eval.simple_evaluate(
         model=model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager

@@ -104,7 +104,7 @@ def factorize_decoder(
         settings: The recipe's stage.
         plans: Ranks for every k that is to be tried; the keys are the candidates.
         directory: Receives `layer-<index>.safetensors`.
-        on_layer: Called after every decoder layer of every pass (`num_passes` times the layers).
+        on_layer: Called after every decoder layer of the pass.
 
     Returns:
         The outcome for the best k: its descriptions, errors, files, and the whole search.
@@ -113,7 +113,7 @@ def factorize_decoder(
     search = stage.observe_and_try(windows, on_layer)
     measured = {point.num_compressed_layers: point.final_layer_error for point in search}
     best = min(plans, key=lambda k: (measured[k] or 0.0, -k))
-    files = stage.emit(best, on_layer)
+    files = stage.emit(best)
     chosen = stage.candidates[best]
     return FactorizeOutcome(chosen.plan, _descriptions(model, chosen.plan), chosen.linears, search, files)
 
@@ -266,7 +266,7 @@ class _FactorizeStage:
     def _waiting(self, layer: int) -> Path:
         return self.directory / f"decomposition-{layer:05d}.safetensors"
 
-    def emit(self, k: int, on_layer: Callable[[], None]) -> list[Path]:
+    def emit(self, k: int) -> list[Path]:
         """Write the factors of the last k layers; remove what was kept for the other candidates."""
         files = []
         plan = self.candidates[k].plan
@@ -286,7 +286,6 @@ class _FactorizeStage:
             path = self.directory / f"layer-{layer.index:05d}.safetensors"
             write_atomically(path, tensors)
             files.append(path)
-            on_layer()
         for layer in self.model.architecture.layers[self.first_compressed :]:
             self._waiting(layer.index).unlink()
         return files

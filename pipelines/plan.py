@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.architecture import Architecture, build_meta_model, describe
+from ercsvd_deploy.architecture import (
+    Architecture,
+    ArchitectureError,
+    build_meta_model,
+    compressed_config,
+    describe,
+)
 from ercsvd_deploy.checkpoint_schema import ModuleDescription
 from ercsvd_deploy.pipelines.model_source import open_config
 from ercsvd_deploy.pipelines.quantize_plan import (
@@ -158,6 +164,7 @@ def make_plan(recipe: Recipe) -> Plan:
         PlanError: the recipe cannot work on this model.
     """
     config = open_config(recipe.model)
+    refuse_compressed(config)
     architecture = describe(
         build_meta_model(config, trust_remote_code=recipe.model.trust_remote_code), config
     )
@@ -187,6 +194,16 @@ def make_plan(recipe: Recipe) -> Plan:
         patterns=quantize_plan.matches,
         warnings=tuple(serving_warnings(quantize_plan, dtype)),
     )
+
+
+def refuse_compressed(config: Any) -> None:
+    """Refuse a source that is already compressed or quantized.
+
+    Raises:
+        ArchitectureError: the config describes quantized weights, by this tool or another.
+    """
+    if compressed_config(config) is not None:
+        raise ArchitectureError("the model is already compressed by ercsvd; start from its original weights")
 
 
 def planned_dtype(recipe: Recipe, config: Any) -> str:

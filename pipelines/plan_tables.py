@@ -38,6 +38,7 @@ def _candidate_table(plan: Plan) -> Table:
         "removed in each",
         "decoder-Linear parameters",
         "removed",
+        "bits per weight",
         "bytes",
         "change",
     ):

@@ -159,14 +159,19 @@ def automatic_rank_multiple(plan: QuantizePlan) -> int:
     return max({32} | sizes)  # the allowed group sizes are powers of two
 
 
-def check_num_tokens(architecture: Architecture, num_tokens: int) -> list[str]:
-    """Return warnings about calibration that is short for the widest Linear.
+def check_num_tokens(
+    plan: QuantizePlan, settings: Quantize, architecture: Architecture, num_tokens: int
+) -> list[str]:
+    """Return warnings about calibration that is short for the widest Linear that GPTQ works on.
 
     Raises:
         QuantizePlanError: there are fewer tokens than input features: the Hessian would be singular, and
             GPTQ worse than rounding.
     """
-    widest = max(architecture.linears, key=lambda linear: linear.in_features)
+    quantized = [linear for linear in architecture.linears if plan.storage[linear.name] is not None]
+    if settings.method == "rtn" or not quantized:
+        return []
+    widest = max(quantized, key=lambda linear: linear.in_features)
     advice = (
         f"{widest.name} has {widest.in_features} inputs: raise calibration.num_samples or sequence_length"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,7 +67,17 @@ class Report:
                 "linears": [asdict(linear) for linear in self.quantize.linears],
                 "patterns": [asdict(match) for match in self.quantize.matches],
             }
-        return plain
+        valid: dict[str, Any] = finite(plain)
+        return valid
+
+
+def finite(value: Any) -> Any:
+    """Return plain JSON values with null where a number is not finite: JSON has no infinity."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_report(directory: Path) -> dict[str, Any]:

@@ -23,20 +23,26 @@ from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.evaluation import Perplexity, perplexities
 from ercsvd_deploy.exporters.vllm.writer import check_target, write_export
 from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.pipelines.evaluate import run_lm_eval
+from ercsvd_deploy.pipelines.evaluate import check_tasks, run_lm_eval
 from ercsvd_deploy.pipelines.factorize import FactorizeOutcome, factorize_decoder
 from ercsvd_deploy.pipelines.model_source import OpenedModel, default_device, open_model, stream
-from ercsvd_deploy.pipelines.plan import PlanError, plan_quantize_stage, planned_dtype, rank_plans
+from ercsvd_deploy.pipelines.plan import (
+    PlanError,
+    plan_quantize_stage,
+    planned_dtype,
+    rank_plans,
+    refuse_compressed,
+)
 from ercsvd_deploy.pipelines.progress import ProgressReporter, silent
 from ercsvd_deploy.pipelines.quantize import QuantizeOutcome, quantize_decoder
-from ercsvd_deploy.pipelines.quantize_plan import check_num_tokens, serving_warnings
+from ercsvd_deploy.pipelines.quantize_plan import PatternMatch, check_num_tokens, serving_warnings
 from ercsvd_deploy.pipelines.report import REPORT_FILE, ModelFigures, Report
 from ercsvd_deploy.pipelines.sizes import linear_bits_per_weight, planned_bytes, stored_bytes, sum_by_part
-from ercsvd_deploy.pipelines.texts import calibration_windows, evaluation_windows
+from ercsvd_deploy.pipelines.texts import calibration_windows, check_length, evaluation_windows
 from ercsvd_deploy.rank import RankPlan
 from ercsvd_deploy.recipe import canonical, check_files
 from ercsvd_deploy.recipe_schema import LmEval, Recipe
-from ercsvd_deploy.recipe_stages import Factorize
+from ercsvd_deploy.recipe_stages import Factorize, Quantize
 from ercsvd_deploy.tensor_store import FileStore, OverlayStore, TensorStore, write_json_atomically
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "gptqmodel")
@@ -62,10 +68,9 @@ def run_recipe(
     target = recipe.export.path
     if target is None:
         raise PlanError("the recipe has no export.path: give one, or --output DIRECTORY")
-    check_files(recipe)
+    target = target.absolute()
     device = device or default_device()
-    opened = open_model(recipe.model)
-    check_target(target, opened.directory)
+    opened = _open_checked(recipe, target)
     tokenizer = load_tokenizer(str(opened.directory), trust_remote_code=recipe.model.trust_remote_code)
     vocab_size = opened.config.get_text_config().vocab_size
     windows = calibration_windows(recipe.calibration, tokenizer, vocab_size) if recipe.calibration else None
@@ -78,7 +83,7 @@ def run_recipe(
     warnings: list[str] = []
     if recipe.quantize is not None:
         assert windows is not None, "the schema asks for calibration where a stage needs it"
-        warnings += check_num_tokens(model.architecture, windows.numel())
+        warnings += check_num_tokens(quantize_plan, recipe.quantize, model.architecture, windows.numel())
         warnings += serving_warnings(quantize_plan, planned_dtype(recipe, opened.config))
 
     with _work_directory(target) as work:
@@ -100,31 +105,22 @@ def run_recipe(
             store = OverlayStore(store, FileStore(factorized.files), factorized.modules)
         if recipe.quantize is not None:
             assert windows is not None
-            ranks = factorized.plan.ranks if factorized else {}
-            described = quantize_plan.describe(ranks, model.architecture)
-            with (
-                _timed(seconds, "quantize"),
-                progress(
-                    f"{recipe.quantize.method}, {recipe.quantize.bits} bits", model.num_layers
-                ) as on_layer,
-            ):
-                quantized = quantize_decoder(
+            described = quantize_plan.describe(
+                factorized.plan.ranks if factorized else {}, model.architecture
+            )
+            with _timed(seconds, "quantize"):
+                quantized = _quantize(
+                    recipe.quantize,
                     _compressed_stream(opened, device, store, modules),
                     model.store,
                     windows,
-                    recipe.quantize,
                     described,
                     quantize_plan.matches,
                     _subdirectory(work, "quantize"),
-                    on_layer,
+                    progress,
                 )
-            stored_as_integers = {
-                name: description
-                for name, description in described.items()
-                if any(storage for _, storage in description.parts.values())
-            }
             modules |= described
-            store = OverlayStore(store, FileStore(quantized.files), stored_as_integers)
+            store = OverlayStore(store, FileStore(quantized.files), _stored_as_integers(described))
         compressed = CheckpointConfig(modules=modules)
         warnings += _compare_with_plan(
             store, model.architecture, modules, planned_dtype(recipe, opened.config)
@@ -144,6 +140,7 @@ def run_recipe(
         )
         export = write_export(
             target,
+            work=work,
             source=opened.directory,
             dtype=None if recipe.model.dtype == "auto" else recipe.model.dtype,
             store=store,
@@ -153,9 +150,30 @@ def run_recipe(
             add_files=lambda directory: write_json_atomically(directory / REPORT_FILE, report.as_json()),
         )
     if recipe.evaluation.lm_eval is not None:
-        report = _with_tasks(report, recipe.evaluation.lm_eval, opened.directory, export.directory, device)
+        try:
+            report = _with_tasks(
+                report, recipe.evaluation.lm_eval, opened.directory, export.directory, device
+            )
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
+            # The export is complete and sound; hours of work are not called failed for want of a data set.
+            report.warnings.append(f"lm-eval did not finish: {error}")
         write_json_atomically(export.directory / REPORT_FILE, report.as_json())
     return report, export.directory
+
+
+def _open_checked(recipe: Recipe, target: Path) -> OpenedModel:
+    """Return the model, after everything that can be refused without reading a text or a weight."""
+    check_files(recipe)
+    if recipe.evaluation.lm_eval is not None:
+        check_tasks(recipe.evaluation.lm_eval.tasks)
+    opened = open_model(recipe.model)
+    check_target(target, opened.directory)
+    refuse_compressed(opened.config)
+    if recipe.calibration is not None:
+        check_length(recipe.calibration.sequence_length, opened.config, "calibration.sequence_length")
+    if recipe.evaluation.perplexity and recipe.evaluation_sequence_length is not None:
+        check_length(recipe.evaluation_sequence_length, opened.config, "evaluation.sequence_length")
+    return opened
 
 
 def _with_tasks(
@@ -190,7 +208,7 @@ def _subdirectory(work: Path, name: str) -> Path:
 def _work_directory(target: Path) -> Iterator[Path]:
     """Give a hidden, empty directory beside the target, on the same disk, that no other run shares.
 
-    It goes when the export is complete. After a failure it stays for a look, and the next run clears it.
+    It goes with the run, finished or failed; what a killed run left is cleared by the next one.
 
     Raises:
         PlanError: another run is writing to this target.
@@ -199,16 +217,19 @@ def _work_directory(target: Path) -> Iterator[Path]:
     work.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(work, os.O_RDONLY)
     try:
-        # The lock goes with the process, however that ends.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            # The lock goes with the process, however that ends.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PlanError(
+                f"another run is writing to {target}: wait for it, or choose another --output"
+            ) from error
         for left_over in work.iterdir():
             shutil.rmtree(left_over)
-        yield work
-        shutil.rmtree(work)
-    except BlockingIOError as error:
-        raise PlanError(
-            f"another run is writing to {target}: wait for it, or choose another --output"
-        ) from error
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     finally:
         os.close(descriptor)
 
@@ -231,6 +252,28 @@ def _factorize(
     description = f"{settings.method}, {len(plans)} candidate{'s' if len(plans) > 1 else ''}"
     with progress(description, model.num_layers) as on_layer:
         return factorize_decoder(model, windows, settings, plans, directory, on_layer)
+
+
+def _quantize(
+    settings: Quantize,
+    model: LayerwiseModel,
+    original: TensorStore,
+    windows: torch.Tensor,
+    described: Mapping[str, ModuleDescription],
+    matches: tuple[PatternMatch, ...],
+    directory: Path,
+    progress: ProgressReporter,
+) -> QuantizeOutcome:
+    with progress(f"{settings.method}, {settings.bits} bits", model.num_layers) as on_layer:
+        return quantize_decoder(model, original, windows, settings, described, matches, directory, on_layer)
+
+
+def _stored_as_integers(described: Mapping[str, ModuleDescription]) -> dict[str, ModuleDescription]:
+    return {
+        name: description
+        for name, description in described.items()
+        if any(storage for _, storage in description.parts.values())
+    }
 
 
 def _compressed_stream(

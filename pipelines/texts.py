@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -34,6 +35,17 @@ def read_dataset(dataset: TextDataset, max_characters: int | None = None) -> str
         revision=dataset.revision,
         max_characters=max_characters,
     )
+
+
+def check_length(sequence_length: int, config: Any, field: str) -> None:
+    """Refuse windows longer than the model has positions for.
+
+    Raises:
+        CalibrationError: beyond `max_position_embeddings` a model's output means nothing.
+    """
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and sequence_length > most:
+        raise CalibrationError(f"{field} is {sequence_length}, but the model has {most} positions: lower it")
 
 
 def calibration_windows(calibration: Calibration, tokenizer: Tokenizer, vocab_size: int) -> torch.Tensor:

@@ -101,10 +101,16 @@ def test_automatic_rank_multiple_is_the_largest_group() -> None:
 def test_too_little_calibration_is_refused_and_little_warned_of(llama: Path) -> None:
     config = load_config(str(llama))
     architecture = describe(build_meta_model(config), config)
+    names = [linear.name for linear in architecture.linears]
+    settings = Quantize(group_size=32)
+    plan = plan_quantization(settings, names)
     with pytest.raises(QuantizePlanError, match="200 calibration tokens are too few"):
-        check_num_tokens(architecture, 200)
-    assert "are few for GPTQ" in check_num_tokens(architecture, 700)[0]
-    assert check_num_tokens(architecture, 5000) == []
+        check_num_tokens(plan, settings, architecture, 200)
+    assert "are few for GPTQ" in check_num_tokens(plan, settings, architecture, 700)[0]
+    assert check_num_tokens(plan, settings, architecture, 5000) == []
+    narrow = Quantize(group_size=32, ignore=("mlp.down_proj",))
+    assert check_num_tokens(plan_quantization(narrow, names), narrow, architecture, 600) == []
+    assert check_num_tokens(plan, Quantize(method="rtn"), architecture, 200) == []
 
 
 @pytest.mark.parametrize("with_factors", [True, False])

@@ -87,7 +87,7 @@ def test_defaults_of_a_minimal_recipe(tmp_path: Path) -> None:
         ],
         "evaluation": {"perplexity": {}, "sequence_length": None, "max_sequences": None, "lm_eval": None},
         "serving": {"tensor_parallel_sizes": [1]},
-        "export": {"format": "vllm", "path": None, "max_shard_size": "5GB"},
+        "export": {"format": "vllm", "path": None, "max_shard_size": "1GB"},
     }
     assert recipe.evaluation_sequence_length == 2048
     assert recipe.quantize is None

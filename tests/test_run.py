@@ -316,7 +316,8 @@ def test_eval_agrees_with_the_report(write_recipe: RecipeWriter) -> None:
         ("calibration.num_samples=100000", 1, "lower num_samples"),
         ("calibration.dataset.text=nowhere.txt", 2, "nowhere.txt"),
         ("model.path=./nowhere", 2, "nowhere"),
-        ("evaluation.sequence_length=1000000", 1, "evaluation.perplexity.held_out"),
+        ("evaluation.sequence_length=1000000", 1, "evaluation.sequence_length is 1000000"),
+        ("calibration.sequence_length=1", 2, "calibration.sequence_length"),
     ],
 )
 def test_bad_input_is_one_message(

@@ -1,6 +1,6 @@
 """Write a compressed model as the directory that vLLM serves and transformers loads.
 
-Everything is written under a hidden name beside the target and renamed when it is complete, so a
+Everything is written in a hidden directory beside the target and renamed when it is complete, so a
 directory under the target's name is always a finished one.
 """
 
@@ -60,6 +60,10 @@ def check_target(target: Path, source: Path) -> None:
     """
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise ExportError(f"output {target} lies inside the source model {source}: choose another directory")
+    if target.is_mount():
+        raise ExportError(
+            f"output {target} is a mount point, which cannot be replaced: choose a directory in it"
+        )
     if target.exists() and not _is_export(target):
         raise ExportError(
             f"output {target} exists and is not an earlier export of this tool: remove it or choose another"
@@ -86,6 +90,7 @@ def _is_export(directory: Path) -> bool:
 def write_export(
     target: Path,
     *,
+    work: Path,
     source: Path,
     dtype: str | None,
     store: TensorStore,
@@ -98,6 +103,7 @@ def write_export(
 
     Args:
         target: The directory to appear.
+        work: An empty directory on the target's disk, in which the export is built.
         source: The original model's directory, from which tokenizer and chat template are carried over.
         dtype: Precision of the stored tensors if it is not the original model's, for config.json.
         store: All tensors of the compressed model.
@@ -108,27 +114,22 @@ def write_export(
 
     Raises:
         ExportError: the target exists and is not an earlier export.
-        OSError: the disk is full or not writable; nothing is left behind.
+        OSError: the disk is full or not writable; nothing appears at the target.
     """
     check_target(target, source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial = work / "export"
     partial.mkdir()
-    try:
-        num_bytes = write_sharded(partial, store, _tensor_groups(store, architecture), max_shard_bytes)
-        for pattern in _CARRIED_OVER:
-            for path in sorted(source.glob(pattern)):
-                if path.is_dir():
-                    shutil.copytree(path, partial / path.name)
-                else:
-                    shutil.copyfile(path, partial / path.name)
-        add_files(partial)
-        # Last: without a config no loader takes the directory for a model.
-        write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, compressed))
-        _replace_directory(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    num_bytes = write_sharded(partial, store, _tensor_groups(store, architecture), max_shard_bytes)
+    for pattern in _CARRIED_OVER:
+        for path in sorted(source.glob(pattern)):
+            if path.is_dir():
+                shutil.copytree(path, partial / path.name)
+            else:
+                shutil.copyfile(path, partial / path.name)
+    add_files(partial)
+    # Last: without a config no loader takes the directory for a model.
+    write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, compressed))
+    _replace_directory(partial, target)
     return Export(target, num_bytes)
 
 
