@@ -167,8 +167,8 @@ def _open_checked(recipe: Recipe, target: Path) -> OpenedModel:
     if recipe.evaluation.lm_eval is not None:
         check_tasks(recipe.evaluation.lm_eval.tasks)
     opened = open_model(recipe.model)
-    check_target(target, opened.directory)
     refuse_compressed(opened.config)
+    check_target(target, opened.directory)
     if recipe.calibration is not None:
         check_length(recipe.calibration.sequence_length, opened.config, "calibration.sequence_length")
     if recipe.evaluation.perplexity and recipe.evaluation_sequence_length is not None:

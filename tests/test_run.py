@@ -23,7 +23,7 @@ import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed check
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig
 from ercsvd_deploy.pipelines.cli import app
 from ercsvd_deploy.pipelines.factorize import FactorizeOutcome
-from ercsvd_deploy.pipelines.report import REPORT_FILE
+from ercsvd_deploy.pipelines.report import REPORT_FILE, finite
 from ercsvd_deploy.pipelines.run import run_recipe
 from ercsvd_deploy.recipe import load_recipe
 from tests.tiny_models import save_tiny_model
@@ -328,6 +328,40 @@ def test_bad_input_is_one_message(
     assert expected in error
     assert "Traceback" not in error + output
     assert not (tmp_path / "out").exists()
+
+
+def test_written_files_can_be_read_by_whoever_may_read_the_config(write_recipe: RecipeWriter) -> None:
+    _, directory = run_recipe(load_recipe(write_recipe()))
+    modes = {path.stat().st_mode for path in directory.iterdir() if path.suffix in (".json", ".safetensors")}
+    assert len(modes) == 1
+
+
+def test_compressed_source_is_refused(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    run_recipe(load_recipe(write_recipe()))
+    for command in ("plan", "run"):
+        code, _, error = invoke(command, write_recipe(), "--set", f"model.path={tmp_path / 'out'}")
+        assert code == 1
+        assert "already compressed" in error
+
+
+def test_windows_longer_than_the_model_are_refused(write_recipe: RecipeWriter, llama: Path) -> None:
+    code, _, error = invoke("run", write_recipe(), "--set", "calibration.sequence_length=512")
+    assert code == 1
+    assert "the model has 256 positions" in error
+    code, _, error = invoke("eval", llama, "--text", TEXT / "in_domain.txt", "--sequence-length", 512)
+    assert code == 1
+    assert "the model has 256 positions" in error
+
+
+def test_numbers_that_json_lacks_become_null() -> None:
+    assert finite({"a": [1.0, float("inf")], "b": (float("nan"),)}) == {"a": [1.0, None], "b": [None]}
+
+
+def test_every_table_of_the_plan_has_a_heading_for_each_column(write_recipe: RecipeWriter) -> None:
+    _, output, _ = invoke("plan", write_recipe(factorize(), {"quantize": {"group_size": -1}}))
+    rows = [line for line in output.splitlines() if line.startswith(("┃", "│"))]
+    for heading in (row for row in rows if row.startswith("┃")):
+        assert all(cell.strip() for cell in heading.strip("┃").split("┃")[1:])
 
 
 def test_version() -> None:
