@@ -22,6 +22,7 @@ def main() -> None:
     # vLLM logs to standard output; the answers keep that stream for themselves.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    os.sched_setaffinity(0, {int(core) for core in os.environ["GOMP_CPU_AFFINITY"].split()})
     # In this very process, so that a profile sees the operators.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM

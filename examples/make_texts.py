@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import pydoc_data.topics
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,8 @@ def stdlib_sources() -> Iterator[tuple[str, str]]:
         except UnicodeDecodeError:
             continue  # a few test files are in other encodings on purpose
         if "\x00" not in text and text.isascii():
-            yield name.as_posix(), text
+            # Build-time constants name the place this interpreter was installed in.
+            yield name.as_posix(), text.replace(sys.base_prefix, "/usr/local")
 
 
 def split_of(name: str) -> str:
