@@ -32,6 +32,7 @@ from ercsvd_deploy.pipelines.plan import rank_plans
 from ercsvd_deploy.pipelines.texts import calibration_windows, evaluation_windows
 from ercsvd_deploy.recipe import load_recipe
 from ercsvd_deploy.recipe_schema import Recipe
+from ercsvd_deploy.samples import text_samples
 from ercsvd_deploy.tensor_store import FileStore, OverlayStore, TensorStore
 
 RECIPE = Path("recipes/demo.yaml")
@@ -67,7 +68,7 @@ class Workbench:
         tokenizer = load_tokenizer(str(self.opened.directory))
         vocab_size = self.opened.config.get_text_config().vocab_size
         assert recipe.calibration is not None, "the demo recipe calibrates"
-        self.windows = calibration_windows(recipe.calibration, tokenizer, vocab_size)
+        self.samples = text_samples(calibration_windows(recipe.calibration, tokenizer, vocab_size))
         self.texts = evaluation_windows(recipe, tokenizer, vocab_size)
         self.model: LayerwiseModel = stream(self.opened, torch.device("cpu"))
         self.dense = {name: found.value for name, found in perplexities(self.model, self.texts).items()}
@@ -88,7 +89,7 @@ class Workbench:
         started = time.monotonic()
         plans = rank_plans(recipe, self.model.architecture)
         with tempfile.TemporaryDirectory() as directory:
-            outcome = factorize_decoder(self.model, self.windows, settings, plans, Path(directory))
+            outcome = factorize_decoder(self.model, self.samples, settings, plans, Path(directory))
             store = OverlayStore(self.model.store, FileStore(outcome.files), outcome.modules)
             seconds = time.monotonic() - started
             compressed = self.compressed(store, CheckpointConfig(modules=outcome.modules))

@@ -62,7 +62,7 @@ class QuantizationBench(Workbench):
         assert recipe.factorize is not None, "the demo recipe factorizes"
         plans = rank_plans(recipe, self.model.architecture)
         directory.mkdir()
-        outcome = factorize_decoder(self.model, self.windows, recipe.factorize, plans, directory)
+        outcome = factorize_decoder(self.model, self.samples, recipe.factorize, plans, directory)
         store = OverlayStore(self.model.store, FileStore(outcome.files), outcome.modules)
         return Stored(store, outcome.modules, outcome.plan.ranks)
 
@@ -77,7 +77,7 @@ class QuantizationBench(Workbench):
         directory.mkdir()
         model = self.compressed(start.store, CheckpointConfig(modules=start.modules))
         outcome = quantize_decoder(
-            model, self.model.store, self.windows, recipe.quantize, described, plan.matches, directory
+            model, self.model.store, self.samples, recipe.quantize, described, plan.matches, directory
         )
         return Stored(OverlayStore(start.store, FileStore(outcome.files), described), described, start.ranks)
 

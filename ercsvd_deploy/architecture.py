@@ -2,13 +2,18 @@
 
 An architecture is a small table, not a class hierarchy. Supporting another decoder means adding a row
 to `_STYLE_OF_MODEL_TYPE`; everything else is read off the model that transformers builds from the
-config without weights.
+config without weights. A vision-language model is such a decoder behind `model.language_model.`, with a
+vision tower and a projector beside it.
+
+Names here are those of transformers' modules. For text models checkpoints use the same ones, for LLaVA
+they do not: `llava_names` translates where files are read and written, and nowhere else.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +23,7 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
+from ercsvd_deploy.llava_names import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, to_checkpoint
 from ercsvd_deploy.rank import LinearShape
 
 
@@ -27,12 +33,12 @@ class ArchitectureError(ValueError):
 
 @dataclass(frozen=True)
 class LayerStyle:
-    """Where a family of decoders keeps its layers, and which Linears of a layer read the same input."""
+    """Where a family of models keeps its layers, and which Linears of a layer read the same input."""
 
     layers: str
     shared_inputs: tuple[tuple[str, ...], ...]
     row_parallel: frozenset[str]  # Linears whose input, not output, is cut in tensor parallelism
-    key_value: frozenset[str]  # Linears whose output is cut by key-value heads at most
+    key_value: frozenset[str] = frozenset()  # Linears whose output is cut by key-value heads at most
 
 
 _KEY_VALUE = frozenset({"self_attn.k_proj", "self_attn.v_proj"})
@@ -65,11 +71,30 @@ _STYLE_OF_MODEL_TYPE: Mapping[str, LayerStyle] = {
     "qwen3": _LLAMA,
     "opt": _OPT,
 }
+VISION_LANGUAGE_MODEL_TYPES = frozenset({"llava", "llava_next"})
+_CLIP = LayerStyle(
+    layers="model.vision_tower.encoder.layers",
+    shared_inputs=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.out_proj",),
+        ("mlp.fc1",),
+        ("mlp.fc2",),
+    ),
+    row_parallel=frozenset({"self_attn.out_proj", "mlp.fc2"}),
+)
+_PROJECTOR = LayerStyle(
+    layers=PROJECTOR.rstrip("."),
+    shared_inputs=(("linear_1",), ("linear_2",)),
+    row_parallel=frozenset({"linear_2"}),
+)
+_STYLE_OF_VISION_TOWER: Mapping[str, LayerStyle] = {"clip_vision_model": _CLIP}
+LANGUAGE_PART, TOWER_PART, PROJECTOR_PART = "language model", "vision tower", "projector"
+_WITHIN_LAYER = re.compile(r"^.*?\.(?:layers\.\d+|multi_modal_projector)\.(?P<local>.+)$")
 
 
 @dataclass(frozen=True)
-class DecoderLayer:
-    """One decoder layer: its tensor-name prefix and its Linears, grouped by shared input."""
+class LayerLinears:
+    """The Linears of one layer, grouped by shared input, and the layer's tensor-name prefix."""
 
     index: int
     prefix: str
@@ -91,10 +116,14 @@ class Architecture:
 
     model_type: str
     style: LayerStyle
-    layers: tuple[DecoderLayer, ...]
+    layers_prefix: str  # module name of the stack of decoder layers
+    layers: tuple[LayerLinears, ...]
     other_tensors: Mapping[str, tuple[int, ...]]  # what is no decoder Linear's weight; tied ones once
     num_key_value_heads: int
     vocab_size: int
+    image_token_id: int | None  # marks the places of image features; None: the model reads text only
+    # Part (`TOWER_PART`, `PROJECTOR_PART`) -> its layers, as far as they are run; empty for text models.
+    vision_layers: Mapping[str, tuple[LayerLinears, ...]]
 
     @property
     def num_layers(self) -> int:
@@ -108,19 +137,31 @@ class Architecture:
 
     def is_row_parallel(self, name: str) -> bool:
         """Whether tensor parallelism cuts this Linear along its input."""
-        return self._within_layer(name) in self.style.row_parallel
+        return _within_layer(name) in self._style_of(name).row_parallel
 
     def num_output_shards(self, name: str, tensor_parallel_size: int) -> int:
         """Return into how many different parts a column-parallel Linear's output is cut.
 
         Key-value heads are repeated rather than cut when there are fewer of them than ranks.
         """
-        if self._within_layer(name) in self.style.key_value:
+        if _within_layer(name) in self._style_of(name).key_value:
             return min(tensor_parallel_size, self.num_key_value_heads)
         return tensor_parallel_size
 
-    def _within_layer(self, name: str) -> str:
-        return name.removeprefix(f"{self.style.layers}.").partition(".")[2]
+    def _style_of(self, name: str) -> LayerStyle:
+        part = component_of(name)
+        return self.style if part == LANGUAGE_PART else _CLIP if part == TOWER_PART else _PROJECTOR
+
+    def checkpoint_name(self, name: str) -> str:
+        """Return the name under which checkpoints hold a module or tensor of this model."""
+        return name if self.image_token_id is None else to_checkpoint(name)
+
+    @property
+    def vision_linears(self) -> tuple[LinearShape, ...]:
+        """Every Linear of vision tower and projector that is run."""
+        return tuple(
+            linear for layers in self.vision_layers.values() for layer in layers for linear in layer.linears
+        )
 
     @property
     def total_parameters(self) -> int:
@@ -158,11 +199,12 @@ def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Modu
     Buffers that a checkpoint does not hold (rotary frequencies) are real.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    auto = AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
     try:
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: nn.Module = auto.from_config(
                 config, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
             )
     except Exception as error:
@@ -181,29 +223,86 @@ def describe(model: nn.Module, config: Any) -> Architecture:
         ArchitectureError: the model type is unsupported or the model lacks an expected Linear.
     """
     model_type = str(getattr(config, "model_type", None))
-    style = _STYLE_OF_MODEL_TYPE.get(model_type)
-    if style is None:
-        near = difflib.get_close_matches(model_type, _STYLE_OF_MODEL_TYPE, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        supported = ", ".join(sorted(_STYLE_OF_MODEL_TYPE))
-        raise ArchitectureError(f"model_type {model_type!r} is not supported{hint}; supported: {supported}")
+    text_config = config.get_text_config()
+    style = _style_of(str(getattr(text_config, "model_type", None)))
+    prefix = style.layers
+    if reads_images(config):
+        prefix = LANGUAGE_MODEL + prefix.removeprefix("model.")
     modules = dict(model.named_modules())
-    stack = modules[style.layers]
+    stack = modules[prefix]
     assert isinstance(stack, nn.ModuleList)
-    layers = tuple(_describe_layer(index, style, modules) for index in range(len(stack)))
+    layers = tuple(_describe_layer(f"{prefix}.{i}", i, style, modules) for i in range(len(stack)))
     weights = {f"{linear.name}.weight" for layer in layers for linear in layer.linears}
     return Architecture(
         model_type=model_type,
         style=style,
+        layers_prefix=prefix,
         layers=layers,
         other_tensors={n: tuple(p.shape) for n, p in model.named_parameters() if n not in weights},
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        vocab_size=config.get_text_config().vocab_size,
+        num_key_value_heads=getattr(text_config, "num_key_value_heads", None)
+        or text_config.num_attention_heads,
+        vocab_size=text_config.vocab_size,
+        image_token_id=config.image_token_index if reads_images(config) else None,
+        vision_layers=_describe_vision(config, modules) if reads_images(config) else {},
     )
 
 
-def _describe_layer(index: int, style: LayerStyle, modules: Mapping[str, nn.Module]) -> DecoderLayer:
-    prefix = f"{style.layers}.{index}"
+def reads_images(config: Any) -> bool:
+    """Whether this is the config of a vision-language model."""
+    return getattr(config, "model_type", None) in VISION_LANGUAGE_MODEL_TYPES
+
+
+def component_of(name: str) -> str:
+    """Return the part of the model a tensor belongs to: language model, vision tower or projector."""
+    if name.startswith(VISION_TOWER):
+        return TOWER_PART
+    # The learned separator between rows of image tiles is trained with the projector.
+    if name.startswith((PROJECTOR, "model.image_newline")):
+        return PROJECTOR_PART
+    return LANGUAGE_PART
+
+
+def _within_layer(name: str) -> str:
+    found = _WITHIN_LAYER.match(name)
+    return found["local"] if found else name
+
+
+def _describe_vision(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, tuple[LayerLinears, ...]]:
+    tower = str(getattr(config.vision_config, "model_type", None))
+    style = _STYLE_OF_VISION_TOWER.get(tower)
+    if style is None:
+        supported = ", ".join(sorted(_STYLE_OF_VISION_TOWER))
+        raise ArchitectureError(f"vision tower {tower!r} is not supported; supported: {supported}")
+    # Layers behind the one whose output the projector reads are not run, and vLLM does not even build them.
+    chosen = config.vision_feature_layer
+    num_hidden = config.vision_config.num_hidden_layers
+    num_run = max(
+        index if index >= 0 else num_hidden + 1 + index
+        for index in (chosen if isinstance(chosen, list | tuple) else [chosen])
+    )
+    return {
+        TOWER_PART: tuple(
+            _describe_layer(f"{style.layers}.{index}", index, style, modules) for index in range(num_run)
+        ),
+        PROJECTOR_PART: (_describe_layer(_PROJECTOR.layers, 0, _PROJECTOR, modules),),
+    }
+
+
+def _style_of(model_type: str) -> LayerStyle:
+    style = _STYLE_OF_MODEL_TYPE.get(model_type)
+    if style is None:
+        known = sorted({*_STYLE_OF_MODEL_TYPE, *VISION_LANGUAGE_MODEL_TYPES})
+        near = difflib.get_close_matches(model_type, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ArchitectureError(
+            f"model_type {model_type!r} is not supported{hint}; supported: {', '.join(known)}"
+        )
+    return style
+
+
+def _describe_layer(
+    prefix: str, index: int, style: LayerStyle, modules: Mapping[str, nn.Module]
+) -> LayerLinears:
     groups = []
     for names in style.shared_inputs:
         group = []
@@ -213,14 +312,14 @@ def _describe_layer(index: int, style: LayerStyle, modules: Mapping[str, nn.Modu
                 raise ArchitectureError(f"{prefix}.{name} is not a Linear of this model")
             group.append(LinearShape(f"{prefix}.{name}", index, linear.out_features, linear.in_features))
         groups.append(tuple(group))
-    return DecoderLayer(index, prefix, tuple(groups))
+    return LayerLinears(index, prefix, tuple(groups))
 
 
 def dense_descriptions(architecture: Architecture) -> dict[str, ModuleDescription]:
-    """Describe every decoder Linear as the original model stores it."""
+    """Describe every Linear of decoder, vision tower and projector as the original model stores it."""
     return {
         linear.name: ModuleDescription(layout="dense", shape=(linear.out_features, linear.in_features))
-        for linear in architecture.linears
+        for linear in (*architecture.linears, *architecture.vision_linears)
     }
 
 

@@ -1,15 +1,21 @@
-"""Judge a model by its perplexity on held-out texts, streamed a layer at a time."""
+"""Judge a model, streamed a layer at a time: perplexity on texts, exact answers to questions about pictures.
+
+An answer is judged without generating it: a greedy decoder gives exactly the reference answer if and only
+if, with the reference before it, every one of its tokens is the most probable one (by induction over the
+tokens). One pass over the layers therefore judges all questions, however large the model.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
 
 from ercsvd_deploy.layerwise import LayerwiseModel
+from ercsvd_deploy.samples import Batch, QuestionSample, text_samples
 
 
 @dataclass(frozen=True)
@@ -20,36 +26,95 @@ class Perplexity:
     num_tokens: int
 
 
-@torch.no_grad()
-def perplexities(
+@dataclass(frozen=True)
+class ExactMatch:
+    """Share of the questions whose greedy answer is the reference, token for token and to its end."""
+
+    value: float
+    num_questions: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one model was found to be worth, by the names of the texts and sets of questions."""
+
+    perplexity: Mapping[str, Perplexity] = field(default_factory=dict)
+    exact_match: Mapping[str, ExactMatch] = field(default_factory=dict)
+
+
+def measure_quality(
     model: LayerwiseModel,
     texts: Mapping[str, torch.Tensor],
+    questions: Mapping[str, Sequence[QuestionSample]],
     on_layer: Callable[[], None] = lambda: None,
-) -> dict[str, Perplexity]:
-    """Return the perplexity on each text; all texts pass through each layer while it is loaded.
+) -> Quality:
+    """Judge a model on everything at once: all of it passes through each layer while it is loaded.
 
     Args:
         model: The model, dense or compressed.
         texts: Name -> token ids [windows, tokens]. Windows are judged independently of each other.
+        questions: Name -> questions about pictures, judged independently of each other.
         on_layer: Called after every decoder layer, for progress.
     """
-    batches = {name: model.batches(windows) for name, windows in texts.items()}
-    hidden = {name: model.embed(parts) for name, parts in batches.items()}
+    text_batches = {name: model.batches(text_samples(windows)) for name, windows in texts.items()}
+    question_batches = {
+        name: model.batches([question.sample for question in asked]) for name, asked in questions.items()
+    }
+    everything = [*text_batches.values(), *question_batches.values()]
+    outputs = iter(_last_layer_outputs(model, everything, on_layer))
+    return Quality(
+        {name: _perplexity(model, batches, next(outputs)) for name, batches in text_batches.items()},
+        {
+            name: _exact_match(model, questions[name], batches, next(outputs))
+            for name, batches in question_batches.items()
+        },
+    )
+
+
+def perplexities(
+    model: LayerwiseModel,
+    texts: Mapping[str, torch.Tensor],
+    on_layer: Callable[[], None] = lambda: None,
+) -> Mapping[str, Perplexity]:
+    """Return the perplexity on each text, see `measure_quality`."""
+    return measure_quality(model, texts, {}, on_layer).perplexity
+
+
+@torch.no_grad()
+def _last_layer_outputs(
+    model: LayerwiseModel, batches: Sequence[Sequence[Batch]], on_layer: Callable[[], None]
+) -> list[list[torch.Tensor]]:
+    hidden = [model.embed(parts) for parts in batches]
     for index in range(model.num_layers):
         with model.layer(index) as module:
-            for states in hidden.values():
+            for states in hidden:
                 model.advance(index, states, module=module)
         on_layer()
-    return {name: _perplexity(model, batches[name], hidden[name]) for name in texts}
+    return hidden
 
 
+@torch.no_grad()
 def _perplexity(
-    model: LayerwiseModel, batches: Sequence[torch.Tensor], hidden: Sequence[torch.Tensor]
+    model: LayerwiseModel, batches: Sequence[Batch], hidden: Sequence[torch.Tensor]
 ) -> Perplexity:
     total, count = 0.0, 0
-    for tokens, logits in model.logits(batches, hidden):
-        targets = tokens[:, 1:].to(logits.device)
-        losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum")
+    for _, tokens, logits in model.logits(batches, hidden):
+        targets = tokens[1:].to(logits.device)
+        losses = functional.cross_entropy(logits[:-1], targets, reduction="sum")
         total += losses.double().item()
         count += targets.numel()
     return Perplexity(math.exp(total / count) if total / count < 700 else math.inf, count)
+
+
+@torch.no_grad()
+def _exact_match(
+    model: LayerwiseModel,
+    questions: Sequence[QuestionSample],
+    batches: Sequence[Batch],
+    hidden: Sequence[torch.Tensor],
+) -> ExactMatch:
+    right = 0
+    for row, tokens, logits in model.logits(batches, hidden):
+        start = questions[row].answer_start
+        right += logits[start - 1 : -1].argmax(-1).tolist() == tokens[start:].tolist()
+    return ExactMatch(right / len(questions), len(questions))

@@ -20,14 +20,15 @@ from torch import nn
 
 from ercsvd_deploy.architecture import (
     Architecture,
-    DecoderLayer,
+    LayerLinears,
     build_meta_model,
     compressed_config,
     describe,
     tie_weights,
 )
 from ercsvd_deploy.lowrank_linear import replace_linears
-from ercsvd_deploy.tensor_store import CheckpointError, TensorStore, torch_dtype
+from ercsvd_deploy.samples import Batch, Sample, make_batches
+from ercsvd_deploy.tensor_store import CheckpointError, RenamedStore, TensorStore, torch_dtype
 
 _MAX_TOKENS_PER_BATCH = 8192
 _MAX_LOGITS_AT_ONCE = 2**28
@@ -63,7 +64,7 @@ class InputStatistics:
 
     gram: torch.Tensor  # sum of x x^T over tokens, [in, in]
     absolute_sum: torch.Tensor  # sum of |x| over tokens, [in]
-    num_tokens: int = 0
+    num_tokens: float = 0  # tokens seen, each counted by its weight
 
     @classmethod
     def zeros(cls, in_features: int, device: torch.device) -> InputStatistics:
@@ -72,17 +73,23 @@ class InputStatistics:
             torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device)
         )
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Take in activations [..., in]."""
+    def add(self, inputs: torch.Tensor, token_weights: torch.Tensor | None = None) -> None:
+        """Take in activations [..., in], each token counted once or by `token_weights` [...]."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        self.gram.addmm_(rows.T, rows)
-        self.absolute_sum += rows.abs().sum(0)
-        self.num_tokens += len(rows)
+        if token_weights is None:
+            self.gram.addmm_(rows.T, rows)
+            self.absolute_sum += rows.abs().sum(0)
+            self.num_tokens += len(rows)
+            return
+        weights = token_weights.reshape(-1, 1).to(rows)
+        self.gram.addmm_((weights * rows).T, rows)
+        self.absolute_sum += (weights * rows.abs()).sum(0)
+        self.num_tokens += float(weights.sum())
 
     @property
     def mean_absolute(self) -> torch.Tensor:
         """Mean |x| per input feature, [in]."""
-        return self.absolute_sum / max(1, self.num_tokens)
+        return self.absolute_sum / (self.num_tokens or 1)
 
 
 @dataclass
@@ -91,7 +98,8 @@ class LayerwiseModel:
 
     Attributes:
         config: The transformers config; if it describes a compressed checkpoint, so must `store`.
-        store: The weights.
+        store: The weights, under the names of transformers' modules. Tensors that the model does not have (a
+            stored copy of a tied output layer, say) are hidden, and listed in `surplus_tensors`.
         device: Where layers run.
         dtype: In which precision they run, whatever they are stored in.
     """
@@ -102,6 +110,7 @@ class LayerwiseModel:
     dtype: torch.dtype
     trust_remote_code: bool = False
     model: nn.Module = field(init=False)
+    surplus_tensors: tuple[str, ...] = field(init=False)
     architecture: Architecture = field(init=False)
     _layers: list[nn.Module] = field(init=False)
     _layer_arguments: dict[torch.Size, list[dict[str, Any]]] = field(init=False, default_factory=dict)
@@ -122,13 +131,15 @@ class LayerwiseModel:
         self.architecture = describe(self.model, config)
         if compressed is not None:
             replace_linears(self.model, compressed)
-        self._check_store()
-        stack = self.model.get_submodule(self.architecture.style.layers)
+        wanted = self._check_store()
+        self.surplus_tensors = tuple(sorted(self.store.names() - wanted))
+        self.store = RenamedStore(self.store, {name: name for name in wanted})
+        stack = self.model.get_submodule(self.architecture.layers_prefix)
         assert isinstance(stack, nn.ModuleList)
         self._layers = list(stack)
 
-    def _check_store(self) -> None:
-        """Compare names and shapes of the model with those of the store, before anything is loaded."""
+    def _check_store(self) -> frozenset[str]:
+        """Compare names and shapes with the store's before anything is loaded; return the model's names."""
         stored = self.store.names()
         output = self.model.get_output_embeddings()  # type: ignore[operator]
         is_tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
@@ -148,6 +159,7 @@ class LayerwiseModel:
         if problems:
             listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
             raise CheckpointError(f"weights and config.json disagree: {listed}")
+        return frozenset(self.model.state_dict()) - tied
 
     @property
     def num_layers(self) -> int:
@@ -158,16 +170,23 @@ class LayerwiseModel:
         """Return the precision a tensor is stored in."""
         return torch_dtype(self.store.info(name).dtype)
 
-    def batches(self, windows: torch.Tensor) -> list[torch.Tensor]:
-        """Split windows [n, tokens] into batches that fit comfortably through one layer."""
-        size = max(1, _MAX_TOKENS_PER_BATCH // windows.shape[1])
-        return list(torch.split(windows, size)) if len(windows) else []
+    def batches(self, samples: Sequence[Sample]) -> list[Batch]:
+        """Put samples into batches that fit comfortably through one layer."""
+        return make_batches(samples, _MAX_TOKENS_PER_BATCH)
 
     @torch.no_grad()
-    def embed(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the first layer's input [batch, tokens, hidden] for every batch of token ids."""
+    def embed(
+        self, batches: Sequence[Batch], *, observe: Mapping[str, InputStatistics] | None = None
+    ) -> list[torch.Tensor]:
+        """Return the first layer's input [rows, tokens, hidden] for every batch, image features in place.
+
+        Args:
+            batches: Sequences with or without pictures.
+            observe: Module's name, of what stands before the layers (a vision tower's Linear, say) ->
+                statistics of its input to accumulate.
+        """
         hidden: list[torch.Tensor] = []
-        with self._outside_layers(with_head=False):
+        with self._outside_layers(with_head=False), _observing(self.model, observe or {}, None):
             for batch in batches:
                 calls: list[dict[str, Any]] = []
 
@@ -182,9 +201,9 @@ class LayerwiseModel:
                     return states
 
                 with self._layers_replaced(record), suppress(_EmbeddingDone):
-                    self.model(input_ids=batch.to(self.device), use_cache=False)
+                    self.model(**batch.model_inputs(self.device, self.dtype), use_cache=False)
                 # Without padding the arguments depend on the batch's shape alone.
-                self._layer_arguments.setdefault(batch.shape, calls)
+                self._layer_arguments.setdefault(batch.tokens.shape, calls)
         return hidden
 
     @contextmanager
@@ -195,7 +214,7 @@ class LayerwiseModel:
             CheckpointError: a weight is not finite.
         """
         module = copy.deepcopy(self._layers[index])
-        self._load(module, f"{self.architecture.style.layers}.{index}.")
+        self._load(module, f"{self.architecture.layers_prefix}.{index}.")
         yield module
 
     @torch.no_grad()
@@ -206,7 +225,7 @@ class LayerwiseModel:
         states: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
-    def input_statistics(self, layer: DecoderLayer) -> dict[str, InputStatistics]:
+    def input_statistics(self, layer: LayerLinears) -> dict[str, InputStatistics]:
         """Return empty statistics for `advance` to fill: one for each group of Linears with a shared input.
 
         The key is the name of the group's first Linear within the layer.
@@ -223,6 +242,7 @@ class LayerwiseModel:
         hidden: list[torch.Tensor],
         *,
         observe: Mapping[str, InputStatistics] | None = None,
+        token_weights: Sequence[torch.Tensor | None] | None = None,
         module: nn.Module | None = None,
     ) -> None:
         """Replace every batch's activations by the output of layer `index`.
@@ -231,42 +251,40 @@ class LayerwiseModel:
             index: The decoder layer.
             hidden: Activations of every batch, replaced one by one so that both never exist in full.
             observe: Linear's name within the layer -> statistics of its input to accumulate.
+            token_weights: How much each token of every batch counts in them; None: all count one.
             module: The layer, if it is loaded already.
         """
         if module is None:
             with self.layer(index) as loaded:
-                self.advance(index, hidden, observe=observe, module=loaded)
+                self.advance(index, hidden, observe=observe, token_weights=token_weights, module=loaded)
             return
-        handles = [
-            module.get_submodule(name).register_forward_pre_hook(
-                lambda _module, inputs, statistics=statistics: statistics.add(inputs[0])
-            )
-            for name, statistics in (observe or {}).items()
-        ]
-        try:
-            for position, states in enumerate(hidden):
+        for position, states in enumerate(hidden):
+            weights = token_weights[position] if token_weights is not None else None
+            with _observing(module, observe or {}, weights):
                 hidden[position] = self.run_layer(module, index, states)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def logits(
-        self, batches: Sequence[torch.Tensor], hidden: Sequence[torch.Tensor]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield token ids [rows, tokens] and logits [rows, tokens, vocabulary], from the last layer's output.
+        self, batches: Sequence[Batch], hidden: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield where each sample stood, its token ids [tokens] and logits [tokens, vocabulary].
 
-        Batches are cut into few enough rows that large vocabularies do not fill the memory.
+        They are computed a few rows at a time, so that large vocabularies do not fill the memory.
         """
         vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-        rows = max(1, _MAX_LOGITS_AT_ONCE // (vocabulary * batches[0].shape[1]))
         with self._outside_layers(with_head=True):
             for batch, states in zip(batches, hidden, strict=True):
-                parts = zip(torch.split(batch, rows), torch.split(states, rows), strict=True)
-                yield from ((tokens, self._head(tokens, last)) for tokens, last in parts)
+                size = max(1, _MAX_LOGITS_AT_ONCE // (vocabulary * batch.tokens.shape[1]))
+                for start in range(0, len(batch.rows), size):
+                    part = slice(start, start + size)
+                    logits = self._head(batch.tokens[part], states[part])
+                    yield from zip(batch.rows[part], batch.tokens[part], logits, strict=True)
 
-    def _head(self, batch: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """Run the model's forward with the last layer's output [batch, tokens, hidden] put in place."""
+    def _head(self, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Run the model's forward with the last layer's output [rows, tokens, hidden] put in place.
+
+        Pictures are not needed for that: what stands before the layers is thrown away.
+        """
         calls = 0
 
         def replay(passed: torch.Tensor, _kwargs: dict[str, Any]) -> torch.Tensor:
@@ -275,12 +293,12 @@ class LayerwiseModel:
             return last if calls == len(self._layers) else passed
 
         with self._layers_replaced(replay):
-            logits: torch.Tensor = self.model(input_ids=batch.to(self.device), use_cache=False).logits
+            logits: torch.Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
         return logits.float()
 
     @contextmanager
     def _layers_replaced(self, on_call: _OnCall) -> Iterator[None]:
-        stack = self.model.get_submodule(self.architecture.style.layers)
+        stack = self.model.get_submodule(self.architecture.layers_prefix)
         assert isinstance(stack, nn.ModuleList)
         for index, layer in enumerate(self._layers):
             stack[index] = _RecordingLayer(layer, on_call)
@@ -293,7 +311,7 @@ class LayerwiseModel:
     @contextmanager
     def _outside_layers(self, *, with_head: bool) -> Iterator[None]:
         """Load everything but the decoder layers (and the output layer, unless wanted) for a while."""
-        prefix = f"{self.architecture.style.layers}."
+        prefix = f"{self.architecture.layers_prefix}."
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         outside = [
             (name, module)
@@ -342,6 +360,24 @@ class LayerwiseModel:
                 module.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.to(
                     self.device
                 )
+
+
+@contextmanager
+def _observing(
+    module: nn.Module, observe: Mapping[str, InputStatistics], token_weights: torch.Tensor | None
+) -> Iterator[None]:
+    """Let the named submodules' inputs be added to the statistics while the context lasts."""
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(
+            lambda _module, inputs, statistics=statistics: statistics.add(inputs[0], token_weights)
+        )
+        for name, statistics in observe.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _own_state(module: nn.Module) -> dict[str, torch.Tensor]:

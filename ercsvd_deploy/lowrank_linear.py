@@ -29,8 +29,8 @@ from ercsvd_deploy.checkpoint_schema import (
 
 _LEAF_DTYPES = {WEIGHT_PACKED: torch.int32, WEIGHT_ZERO_POINT: torch.int32, WEIGHT_SHAPE: torch.int64}
 # Path parts that loaders move about: `language_model.model.layers` on disk is `model.language_model.layers`
-# in transformers 5, and `model.layers` is `layers` in a model without a head.
-_MOVABLE_PARTS = frozenset({"model", "language_model"})
+# in transformers 5, `model.layers` is `layers` in a model without a head, and CLIP's `vision_model` is gone.
+_MOVABLE_PARTS = frozenset({"model", "language_model", "vision_model"})
 
 
 class PackedLinear(nn.Module):

@@ -42,6 +42,7 @@ from ercsvd_deploy.recipe_stages import (
     QuantizeStage,
     Stage,
 )
+from ercsvd_deploy.recipe_vision import ConversationFile, ImageFolder, PictureDataset
 
 __all__ = [
     "Calibration",
@@ -133,7 +134,7 @@ def check_files(recipe: Recipe) -> None:
     Raises:
         RecipeError: everything missing, one problem a line.
     """
-    problems = [*_missing_model(recipe.model), *_missing_texts(recipe)]
+    problems = [*_missing_model(recipe.model), *_missing_texts(recipe), *_missing_pictures(recipe)]
     if problems:
         where = f"(paths are relative to {Path.cwd()})"
         raise RecipeError([f"{problem} {where}" for problem in problems])
@@ -153,7 +154,7 @@ def _missing_model(model: ModelSource) -> Iterator[str]:
 
 def _missing_texts(recipe: Recipe) -> Iterator[str]:
     datasets = {f"evaluation.perplexity.{name}": text for name, text in recipe.evaluation.perplexity.items()}
-    if recipe.calibration is not None:
+    if recipe.calibration is not None and recipe.calibration.dataset is not None:
         datasets = {"calibration.dataset": recipe.calibration.dataset, **datasets}
     for field, dataset in datasets.items():
         if isinstance(dataset, HubDataset):
@@ -162,3 +163,23 @@ def _missing_texts(recipe: Recipe) -> Iterator[str]:
         if not path.is_file():
             reason = "which is a directory" if path.is_dir() else "which does not exist"
             yield f"field '{field}.{key}' is {shown(str(path))}, {reason}; give a file"
+
+
+def _missing_pictures(recipe: Recipe) -> Iterator[str]:
+    datasets: dict[str, PictureDataset] = {
+        f"evaluation.visual_questions.{name}.dataset": questions.dataset
+        for name, questions in recipe.evaluation.visual_questions.items()
+    }
+    if recipe.vision is not None and recipe.vision.calibration is not None:
+        datasets["vision.calibration"] = recipe.vision.calibration
+    for field, dataset in datasets.items():
+        if isinstance(dataset, ConversationFile):
+            if not dataset.conversations.is_file():
+                path = shown(str(dataset.conversations))
+                yield f"field '{field}.conversations' is {path}, which is not a file; give a file"
+            if dataset.image_root is not None and not dataset.image_root.is_dir():
+                path = shown(str(dataset.image_root))
+                yield f"field '{field}.image_root' is {path}, which is not a folder; give a folder"
+        elif isinstance(dataset, ImageFolder) and not dataset.folder.is_dir():
+            path = shown(str(dataset.folder))
+            yield f"field '{field}.folder' is {path}, which is not a folder; give a folder"

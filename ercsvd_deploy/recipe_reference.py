@@ -25,6 +25,13 @@ from ercsvd_deploy.recipe_schema import (
     TextFile,
 )
 from ercsvd_deploy.recipe_stages import Factorize, Quantize, QuantizeOverride
+from ercsvd_deploy.recipe_vision import (
+    ConversationFile,
+    HubConversations,
+    ImageFolder,
+    Vision,
+    VisualQuestions,
+)
 
 SCHEMA_FILE = Path("recipes/recipe.schema.json")
 REFERENCE_FILE = Path("docs/recipes.md")
@@ -38,10 +45,15 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "A dataset: `text`": TextFile,
     "A dataset: `jsonl`": JsonLines,
     "A dataset: `hub`": HubDataset,
+    "`vision`": Vision,
+    "A dataset of pictures: `conversations`": ConversationFile,
+    "A dataset of pictures: `folder`": ImageFolder,
+    "A dataset of pictures: `hub`": HubConversations,
     "Stage `factorize`": Factorize,
     "Stage `quantize`": Quantize,
     "`quantize.overrides`": QuantizeOverride,
     "`evaluation`": Evaluation,
+    "`evaluation.visual_questions`": VisualQuestions,
     "`evaluation.lm_eval`": LmEval,
     "`serving`": Serving,
     "`export`": Export,

@@ -35,6 +35,7 @@ from ercsvd_deploy.recipe_fields import (
     told_apart_by,
 )
 from ercsvd_deploy.recipe_stages import Factorize, FactorizeStage, Quantize, QuantizeStage, Stage
+from ercsvd_deploy.recipe_vision import Vision, VisualQuestions
 
 BYTES_PER_UNIT = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # decimal, as Hugging Face counts shards
 
@@ -97,9 +98,12 @@ TextName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]
 
 
 class Calibration(Section):
-    """The text whose activations steer compression."""
+    """The data whose activations steer compression."""
 
-    dataset: TextDataset = Field(description="Exactly one of the forms below.")
+    dataset: TextDataset | None = Field(
+        default=None,
+        description="Text: exactly one of the forms below. Needed unless `vision.calibration` gives it all.",
+    )
     num_samples: PositiveInt = Field(default=256, description="Sequences drawn from the dataset.")
     sequence_length: int = Field(default=2048, ge=2, description="Tokens in each sequence.")
     seed: int = Field(default=3, ge=0, lt=2**32, description="Seed of the draw.")
@@ -128,6 +132,11 @@ class Evaluation(Section):
         default=None, description="Tokens in each window; null: calibration's `sequence_length`."
     )
     max_sequences: PositiveInt | None = Field(default=None, description="Windows per text; null: all.")
+    visual_questions: Mapping[TextName, VisualQuestions] = Field(
+        default={},
+        json_schema_extra={"additionalProperties": False},
+        description="Name -> questions about held-out pictures, judged by exact match of the greedy answer.",
+    )
     lm_eval: LmEval | None = Field(default=None, description="lm-eval tasks to run; null: none.")
 
 
@@ -174,8 +183,12 @@ class Recipe(Section):
     model: ModelSource = Field(description="The model to compress.")
     calibration: Calibration | None = Field(
         default=None,
-        description="The text whose activations steer compression. Optional if no stage needs it: `svd` with "
+        description="The data whose activations steer compression. Optional if no stage needs it: `svd` with "
         "a given number of layers does not.",
+    )
+    vision: Vision | None = Field(
+        default=None,
+        description="Pictures in calibration and the fate of the vision parts, for vision-language models.",
     )
     stages: ListOf[Stage] = Field(
         min_length=1,
@@ -197,6 +210,15 @@ class Recipe(Section):
     def quantize(self) -> Quantize | None:
         """The quantization, if the recipe has one."""
         return next((stage.quantize for stage in self.stages if isinstance(stage, QuantizeStage)), None)
+
+    @property
+    def picture_share(self) -> float:
+        """Share of the calibration samples that are conversations about pictures."""
+        if self.vision is None or self.vision.calibration is None:
+            return 0.0
+        if self.vision.share is not None:
+            return self.vision.share
+        return 0.5 if self.calibration is not None and self.calibration.dataset is not None else 1.0
 
     @property
     def evaluation_sequence_length(self) -> int | None:
@@ -233,6 +255,8 @@ def _find_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
             ("calibration",),
             f"is missing, but {'; '.join(reasons)}: add calibration: {{dataset: {{text: PATH}}}}",
         )
+    yield from _find_calibration_without_data(recipe)
+    yield from _find_idle_vision_settings(recipe)
     if recipe.evaluation.perplexity and recipe.evaluation_sequence_length is None:
         yield (
             ("evaluation", "sequence_length"),
@@ -240,6 +264,56 @@ def _find_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         )
     if recipe.calibration is not None:
         yield from _find_too_few_samples(recipe.stages, recipe.calibration.num_samples)
+
+
+def _find_calibration_without_data(recipe: Recipe) -> Iterator[tuple[Location, str]]:
+    """Yield what of text and pictures is missing, or would not be used."""
+    pictures = recipe.vision.calibration if recipe.vision is not None else None
+    if recipe.vision is not None and recipe.vision.share is not None and pictures is None:
+        yield ("vision", "share"), "is set, but there is no vision.calibration to take pictures from; add it"
+    if recipe.calibration is None:
+        if pictures is not None:
+            yield (
+                ("calibration",),
+                "is missing: it says how many samples are drawn from vision.calibration; add calibration: {}",
+            )
+        return
+    if recipe.calibration.dataset is None and recipe.picture_share < 1:
+        share = (
+            f"vision.share {recipe.picture_share:g} leaves a part for text" if pictures else "nothing else is"
+        )
+        yield (
+            ("calibration", "dataset"),
+            f"is missing, and {share}: add dataset: {{text: PATH}}",
+        )
+    if recipe.calibration.dataset is not None and recipe.picture_share == 1:
+        yield (
+            ("calibration", "dataset"),
+            "would not be used, since vision.share is 1; lower vision.share or remove the dataset",
+        )
+
+
+def _find_idle_vision_settings(recipe: Recipe) -> Iterator[tuple[Location, str]]:
+    """Yield settings of the vision section that nothing would follow from."""
+    vision, settings = recipe.vision, recipe.factorize
+    if vision is None:
+        return
+    if vision.token_weight != 1 and vision.calibration is None:
+        yield (
+            ("vision", "token_weight"),
+            f"is {vision.token_weight:g}, but without vision.calibration there are no image tokens; add it",
+        )
+    for field in ("compress_tower", "compress_projector"):
+        if not getattr(vision, field):
+            continue
+        if settings is None:
+            yield ("vision", field), "is true, but there is no factorize stage to do it; add one"
+        elif settings.method != "svd" and vision.calibration is None:
+            yield (
+                ("vision", field),
+                f"is true, but method {settings.method} measures activations and there is no "
+                "vision.calibration to take pictures from; add it",
+            )
 
 
 def _find_too_few_samples(stages: tuple[Stage, ...], num_samples: int) -> Iterator[tuple[Location, str]]:

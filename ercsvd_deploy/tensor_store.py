@@ -162,6 +162,34 @@ class CastingStore:
         }
 
 
+class RenamedStore:
+    """Some of a store's tensors, under other names."""
+
+    def __init__(self, base: TensorStore, stored_names: Mapping[str, str]) -> None:
+        """Show `base` under the keys of `stored_names`, whose values are its own names."""
+        self._base = base
+        self._stored_names = dict(stored_names)
+
+    def names(self) -> frozenset[str]:
+        """Return the name of every tensor that is shown."""
+        return frozenset(self._stored_names)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape, dtype and size of a tensor without reading it."""
+        return self._base.info(self._stored_name(name))
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return the named tensors on the CPU, as stored."""
+        shown = {self._stored_name(name): name for name in names}
+        return {shown[stored]: tensor for stored, tensor in self._base.read(shown).items()}
+
+    def _stored_name(self, name: str) -> str:
+        try:
+            return self._stored_names[name]
+        except KeyError:
+            raise CheckpointError(f"no tensor {name} in the checkpoint") from None
+
+
 class OverlayStore:
     """A store in which some modules' tensors are replaced by those of a stage's output.
 

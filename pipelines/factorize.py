@@ -9,14 +9,14 @@ the search has decided. The k with the smallest error of the last layer's output
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ercsvd_deploy.architecture import DecoderLayer
+from ercsvd_deploy.architecture import LayerLinears
 from ercsvd_deploy.checkpoint_schema import (
     FACTOR_A,
     FACTOR_B,
@@ -36,6 +36,7 @@ from ercsvd_deploy.factorize import (
 from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
 from ercsvd_deploy.rank import LinearShape, RankPlan, split_rank
 from ercsvd_deploy.recipe_stages import Factorize
+from ercsvd_deploy.samples import Batch, Sample
 from ercsvd_deploy.tensor_store import FileStore, write_atomically
 
 # Beyond this side the residual's exact decomposition is made once, for the chosen k, and the search
@@ -90,7 +91,7 @@ class _Candidate:
 
 def factorize_decoder(
     model: LayerwiseModel,
-    windows: torch.Tensor | None,
+    samples: Sequence[Sample] | None,
     settings: Factorize,
     plans: Mapping[int, RankPlan],
     directory: Path,
@@ -100,7 +101,7 @@ def factorize_decoder(
 
     Args:
         model: The original model.
-        windows: Calibration token ids [num_samples, sequence_length]; None for a data-free method.
+        samples: Calibration sequences, of which the first few serve the search; None for a data-free method.
         settings: The recipe's stage.
         plans: Ranks for every k that is to be tried; the keys are the candidates.
         directory: Receives `layer-<index>.safetensors`.
@@ -110,7 +111,7 @@ def factorize_decoder(
         The outcome for the best k: its descriptions, errors, files, and the whole search.
     """
     stage = _FactorizeStage(model, settings, plans, directory)
-    search = stage.observe_and_try(windows, on_layer)
+    search = stage.observe_and_try(samples, on_layer)
     measured = {point.num_compressed_layers: point.final_layer_error for point in search}
     best = min(plans, key=lambda k: (measured[k] or 0.0, -k))
     files = stage.emit(best)
@@ -143,18 +144,20 @@ class _FactorizeStage:
         self.candidates = {k: _Candidate(plan) for k, plan in plans.items()}
         self.directory = directory
         self.first_compressed = model.num_layers - max(plans)
+        self.token_weights: list[torch.Tensor | None] = []
 
     def observe_and_try(
-        self, windows: torch.Tensor | None, on_layer: Callable[[], None]
+        self, samples: Sequence[Sample] | None, on_layer: Callable[[], None]
     ) -> list[SearchPoint]:
         """Pass once through the decoder; afterwards every decomposition is on disk."""
-        hidden: list[torch.Tensor] = []
-        num_search_batches = 0
-        if windows is not None:
-            searched = self.model.batches(windows[: self.settings.num_search_samples])
-            rest = self.model.batches(windows[self.settings.num_search_samples :])
-            num_search_batches = len(searched)
-            hidden = self.model.embed(searched + rest)
+        searched: list[Batch] = []
+        rest: list[Batch] = []
+        if samples is not None:
+            searched = self.model.batches(samples[: self.settings.num_search_samples])
+            rest = self.model.batches(samples[self.settings.num_search_samples :])
+        hidden = self.model.embed(searched + rest)
+        num_search_batches = len(searched)
+        self.token_weights = [batch.token_weights for batch in searched + rest]
         for layer in self.model.architecture.layers:
             with self.model.layer(layer.index) as module:
                 self._observe_and_try_layer(layer, module, hidden, num_search_batches)
@@ -162,12 +165,14 @@ class _FactorizeStage:
         return [self._search_point(k, hidden[:num_search_batches]) for k in sorted(self.candidates)]
 
     def _observe_and_try_layer(
-        self, layer: DecoderLayer, module: nn.Module, hidden: list[torch.Tensor], num_search_batches: int
+        self, layer: LayerLinears, module: nn.Module, hidden: list[torch.Tensor], num_search_batches: int
     ) -> None:
         is_compressed = layer.index >= self.first_compressed
         statistics = self.model.input_statistics(layer) if is_compressed and hidden else {}
         entering = list(hidden[:num_search_batches])
-        self.model.advance(layer.index, hidden, observe=statistics, module=module)
+        self.model.advance(
+            layer.index, hidden, observe=statistics, token_weights=self.token_weights, module=module
+        )
         if not is_compressed:
             return
         inputs = {
@@ -190,7 +195,7 @@ class _FactorizeStage:
                     continue
                 weight, statistic = originals[linear.name], inputs[linear.name]
                 factors = self._truncate(decompositions[linear.name], linear, weight, rank, exact=False)
-                candidate.linears.append(_measure(linear, rank, weight, factors, statistic))
+                candidate.linears.append(measure_linear(linear, rank, weight, factors, statistic))
                 _set_weight(module, linear, layer, factors.product().to(weight.dtype))
             if candidate.hidden is None:
                 candidate.hidden = list(entering)
@@ -206,17 +211,7 @@ class _FactorizeStage:
     ) -> Decomposition:
         ranks = [candidate.plan.ranks.get(linear.name) for candidate in self.candidates.values()]
         highest = max((rank for rank in ranks if rank is not None), default=None)
-        try:
-            return decompose(
-                weight,
-                method=self.settings.method,
-                gram=None if statistics is None else statistics.gram,
-                mean_abs_activation=None if statistics is None else statistics.mean_absolute,
-                activation_exponent=self.settings.activation_exponent,
-                max_rank=highest or 1,
-            )
-        except ValueError as error:
-            raise FactorizationError(f"{linear.name}: {error}") from error
+        return decompose_linear(self.settings, linear, weight, statistics, max_rank=highest or 1)
 
     def _truncate(
         self,
@@ -227,22 +222,8 @@ class _FactorizeStage:
         *,
         exact: bool,
     ) -> Factors:
-        """Return factors rounded to the precision they will be stored in."""
-        residual_rank = 0
-        if self.settings.method == "erc_svd":
-            _, residual_rank = split_rank(rank, linear.out_features, linear.in_features, self.settings.beta)
-        factors = truncate(
-            decomposition,
-            weight,
-            rank,
-            residual_rank=residual_rank,
-            residual_space=self.settings.residual_space,
-            exact_residual=exact or min(weight.shape) <= _EXACT_RESIDUAL_UP_TO,
-        )
         stored = self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
-        return Factors(
-            factors.factor_a.to(stored).to(weight.dtype), factors.factor_b.to(stored).to(weight.dtype)
-        )
+        return truncate_linear(self.settings, decomposition, linear, weight, rank, stored, exact=exact)
 
     def _search_point(self, k: int, original: list[torch.Tensor]) -> SearchPoint:
         candidate = self.candidates[k]
@@ -291,6 +272,57 @@ class _FactorizeStage:
         return files
 
 
+def decompose_linear(
+    settings: Factorize,
+    linear: LinearShape,
+    weight: torch.Tensor,
+    statistics: InputStatistics | None,
+    *,
+    max_rank: int,
+) -> Decomposition:
+    """Decompose a Linear's weight [out, in] by the stage's method, for every rank up to `max_rank`.
+
+    Raises:
+        FactorizationError: the weight or its inputs are not finite, say; the message names the Linear.
+    """
+    try:
+        return decompose(
+            weight,
+            method=settings.method,
+            gram=None if statistics is None else statistics.gram,
+            mean_abs_activation=None if statistics is None else statistics.mean_absolute,
+            activation_exponent=settings.activation_exponent,
+            max_rank=max_rank,
+        )
+    except ValueError as error:
+        raise FactorizationError(f"{linear.name}: {error}") from error
+
+
+def truncate_linear(
+    settings: Factorize,
+    decomposition: Decomposition,
+    linear: LinearShape,
+    weight: torch.Tensor,
+    rank: int,
+    stored: torch.dtype,
+    *,
+    exact: bool,
+) -> Factors:
+    """Return factors of a rank, rounded to the precision `stored` in which they will be written."""
+    residual_rank = 0
+    if settings.method == "erc_svd":
+        _, residual_rank = split_rank(rank, linear.out_features, linear.in_features, settings.beta)
+    factors = truncate(
+        decomposition,
+        weight,
+        rank,
+        residual_rank=residual_rank,
+        residual_space=settings.residual_space,
+        exact_residual=exact or min(weight.shape) <= _EXACT_RESIDUAL_UP_TO,
+    )
+    return Factors(factors.factor_a.to(stored).to(weight.dtype), factors.factor_b.to(stored).to(weight.dtype))
+
+
 def factor_tensors(name: str, factors: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the tensors that store a factorized Linear: both factors and the guard."""
     return {
@@ -300,13 +332,14 @@ def factor_tensors(name: str, factors: Factors, dtype: torch.dtype) -> dict[str,
     }
 
 
-def _measure(
+def measure_linear(
     linear: LinearShape,
     rank: int,
     weight: torch.Tensor,
     factors: Factors,
     statistics: InputStatistics | None,
 ) -> FactorizedLinear:
+    """Return what a Linear lost to its factors."""
     return FactorizedLinear(
         linear.name,
         (linear.out_features, linear.in_features),
@@ -320,15 +353,15 @@ def _left_dense(linear: LinearShape) -> FactorizedLinear:
     return FactorizedLinear(linear.name, (linear.out_features, linear.in_features), None, 0.0, 0.0)
 
 
-def _linear_of(module: nn.Module, linear: LinearShape, layer: DecoderLayer) -> nn.Linear:
+def _linear_of(module: nn.Module, linear: LinearShape, layer: LayerLinears) -> nn.Linear:
     found = module.get_submodule(layer.local_name(linear))
     assert isinstance(found, nn.Linear)
     return found
 
 
-def _weight(module: nn.Module, linear: LinearShape, layer: DecoderLayer) -> torch.Tensor:
+def _weight(module: nn.Module, linear: LinearShape, layer: LayerLinears) -> torch.Tensor:
     return _linear_of(module, linear, layer).weight.data
 
 
-def _set_weight(module: nn.Module, linear: LinearShape, layer: DecoderLayer, weight: torch.Tensor) -> None:
+def _set_weight(module: nn.Module, linear: LinearShape, layer: LayerLinears, weight: torch.Tensor) -> None:
     _linear_of(module, linear, layer).weight = nn.Parameter(weight, requires_grad=False)

@@ -8,13 +8,29 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.architecture import ArchitectureError, load_config
+from ercsvd_deploy.architecture import ArchitectureError, load_config, reads_images
 from ercsvd_deploy.layerwise import LayerwiseModel
+from ercsvd_deploy.llava_names import to_module
 from ercsvd_deploy.recipe_schema import ModelSource
-from ercsvd_deploy.tensor_store import CastingStore, TensorStore, open_directory
+from ercsvd_deploy.tensor_store import (
+    CastingStore,
+    CheckpointError,
+    RenamedStore,
+    TensorStore,
+    open_directory,
+)
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_EVERYTHING_ELSE = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_EVERYTHING_ELSE = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 
 @dataclass(frozen=True)
@@ -26,8 +42,18 @@ class OpenedModel:
     config: Any
 
     def store(self) -> TensorStore:
-        """Open its weights, in the precision the recipe asks for."""
-        files = open_directory(self.directory)
+        """Open its weights under the names of transformers' modules, in the precision the recipe asks for.
+
+        Raises:
+            CheckpointError: the weights cannot be read, or two of them are the same tensor of the model.
+        """
+        files: TensorStore = open_directory(self.directory)
+        if reads_images(self.config):
+            stored_names = {to_module(name): name for name in sorted(files.names())}
+            if len(stored_names) != len(files.names()):
+                twice = sorted(files.names() - set(stored_names.values()))
+                raise CheckpointError(f"{self.directory}: holds {twice[0]} under two names")
+            files = RenamedStore(files, stored_names)
         return (
             files if self.source.dtype == "auto" else CastingStore(files, getattr(torch, self.source.dtype))
         )

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 
 from ercsvd_deploy.architecture import (
+    VISION_LANGUAGE_MODEL_TYPES,
     Architecture,
     ArchitectureError,
     build_meta_model,
     compressed_config,
     describe,
+    reads_images,
 )
 from ercsvd_deploy.checkpoint_schema import ModuleDescription
+from ercsvd_deploy.pipelines.components import Component, describe_components
+from ercsvd_deploy.pipelines.factorize_vision import describe_vision, plan_vision_ranks
 from ercsvd_deploy.pipelines.model_source import open_config
 from ercsvd_deploy.pipelines.quantize_plan import (
     PatternMatch,
@@ -63,6 +67,7 @@ class CandidatePlan:
     bytes_by_part: Mapping[str, int]
     linear_bits_per_weight: float  # stored bits of the decoder Linears per weight of the original ones
     gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of weights on each GPU
+    components: tuple[Component, ...]
     layers: tuple[LayerPlan, ...]
 
 
@@ -151,9 +156,45 @@ def plan_quantize_stage(
     return plan
 
 
+def plan_vision(recipe: Recipe, architecture: Architecture) -> dict[str, int]:
+    """Return the rank of every vision Linear to factorize; empty if the recipe leaves vision alone.
+
+    Raises:
+        PlanError: a part cannot reach the compression ratio.
+    """
+    if recipe.factorize is None or recipe.vision is None:
+        return {}
+    try:
+        return plan_vision_ranks(
+            recipe.vision, recipe.factorize, architecture, resolve_rank_multiple(recipe, architecture)
+        )
+    except RankError as error:
+        raise PlanError(f"vision: {error}; leave this part alone, or lower compression_ratio") from error
+
+
+def check_vision(recipe: Recipe, config: Any) -> None:
+    """Refuse what asks for pictures of a model that does not read them.
+
+    Raises:
+        PlanError: the model reads text only.
+    """
+    if reads_images(config):
+        return
+    asking = ["vision"] if recipe.vision is not None else []
+    asking += ["evaluation.visual_questions"] if recipe.evaluation.visual_questions else []
+    if asking:
+        known = ", ".join(sorted(VISION_LANGUAGE_MODEL_TYPES))
+        raise PlanError(
+            f"the recipe has {' and '.join(asking)}, but {recipe.model.path} is a {config.model_type} model, "
+            f"which reads text only: remove them, or choose a model of type {known}"
+        )
+
+
 def _quantize_plan(recipe: Recipe, architecture: Architecture) -> QuantizePlan:
     names = [linear.name for linear in architecture.linears]
-    return plan_quantization(recipe.quantize, names) if recipe.quantize else unquantized(names)
+    if recipe.quantize is None:
+        return unquantized(names)
+    return plan_quantization(recipe.quantize, names, architecture.checkpoint_name)
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -165,6 +206,7 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     config = open_config(recipe.model)
     refuse_compressed(config)
+    check_vision(recipe, config)
     architecture = describe(
         build_meta_model(config, trust_remote_code=recipe.model.trust_remote_code), config
     )
@@ -172,11 +214,12 @@ def make_plan(recipe: Recipe) -> Plan:
     element = getattr(torch, dtype).itemsize
     plans = rank_plans(recipe, architecture)
     quantize_plan = plan_quantize_stage(recipe, plans, architecture)
+    vision = describe_vision(plan_vision(recipe, architecture), architecture)
     candidates = tuple(
         _candidate(
             plan,
             architecture,
-            quantize_plan.describe(plan.ranks if plan else {}, architecture),
+            vision | quantize_plan.describe(plan.ranks if plan else {}, architecture),
             element,
             recipe.serving.tensor_parallel_sizes,
         )
@@ -240,17 +283,19 @@ def _candidate(
         local_ranks = {layer.local_name(linear): ranks.get(linear.name) for linear in layer.linears}
         layers.append(LayerPlan(layer.index, local_ranks, sum(kept.values()), matrices))
     linear_parameters = sum(layer.parameters for layer in layers)
+    components = describe_components(sizes, described, architecture)
     return CandidatePlan(
         num_compressed_layers=plan.num_compressed_layers if plan else 0,
         layer_ratio=plan.layer_ratio if plan else 0.0,
         linear_parameters=linear_parameters,
         achieved_compression_ratio=1 - linear_parameters / architecture.linear_parameters,
-        model_parameters=architecture.total_parameters - architecture.linear_parameters + linear_parameters,
+        model_parameters=sum(component.parameters for component in components),
         num_bytes=sum(sizes.values()),
         bytes_by_part=by_part,
         linear_bits_per_weight=linear_bits_per_weight(by_part, architecture),
         gpu_bytes={
             size: bytes_on_rank(architecture, described, element, size) for size in tensor_parallel_sizes
         },
+        components=components,
         layers=tuple(layers),
     )

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from ercsvd_deploy.pipelines.plan import CandidatePlan, Plan
 from ercsvd_deploy.pipelines.quantize_plan import PatternMatch
+from ercsvd_deploy.pipelines.report import component_table
 
 
 def render(plan: Plan) -> RenderableType:
@@ -24,6 +25,8 @@ def render(plan: Plan) -> RenderableType:
         )
     shown = {id(candidate): candidate for candidate in (plan.candidates[0], plan.candidates[-1])}
     parts.extend(_rank_table(candidate) for candidate in shown.values())
+    if len(plan.candidates[-1].components) > 1:
+        parts.append(component_table(plan.candidates[-1].components))
     parts.append(_size_table(plan))
     if plan.patterns:
         parts.append(_pattern_table(plan.patterns))
@@ -64,7 +67,8 @@ def _size_table(plan: Plan) -> Table:
     for k in shown:
         table.add_column(f"k = {k}" if k else "", justify="right")
     for part in plan.candidates[0].bytes_by_part:
-        table.add_row(part, *(f"{c.bytes_by_part[part]:,}" for c in shown.values()))
+        if any(c.bytes_by_part[part] for c in shown.values()):
+            table.add_row(part, *(f"{c.bytes_by_part[part]:,}" for c in shown.values()))
     table.add_row("on disk", *(f"{c.num_bytes:,}" for c in shown.values()), style="bold")
     for size in plan.candidates[0].gpu_bytes:
         label = f"weights on each GPU, tensor parallel {size}"

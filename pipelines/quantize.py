@@ -8,14 +8,14 @@ first one's quantized output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ercsvd_deploy.architecture import DecoderLayer
+from ercsvd_deploy.architecture import LayerLinears
 from ercsvd_deploy.checkpoint_schema import (
     FACTOR_A,
     FACTOR_B,
@@ -40,6 +40,7 @@ from ercsvd_deploy.packing import pack
 from ercsvd_deploy.pipelines.quantize_plan import PatternMatch
 from ercsvd_deploy.rank import LinearShape
 from ercsvd_deploy.recipe_stages import Quantize
+from ercsvd_deploy.samples import Sample
 from ercsvd_deploy.tensor_store import TensorStore, torch_dtype, write_atomically
 
 
@@ -93,7 +94,7 @@ class _Stage:
 def quantize_decoder(
     model: LayerwiseModel,
     original: TensorStore,
-    windows: torch.Tensor,
+    samples: Sequence[Sample],
     settings: Quantize,
     modules: Mapping[str, ModuleDescription],
     matches: tuple[PatternMatch, ...],
@@ -105,7 +106,7 @@ def quantize_decoder(
     Args:
         model: The model as the stages before left it, dense or with plain factors.
         original: The original weights, which second factors are re-fitted to.
-        windows: Calibration token ids [num_samples, sequence_length].
+        samples: Calibration sequences.
         settings: The recipe's stage.
         modules: Final description of every altered Linear (`QuantizePlan.describe`).
         matches: What the stage's patterns matched, for the report.
@@ -116,14 +117,18 @@ def quantize_decoder(
         QuantizationError: a weight or Gram is not finite, or a scale leaves its precision's range.
     """
     stage = _Stage(settings, original, QuantizeOutcome(dict(modules), [], [], matches, []))
-    hidden = model.embed(model.batches(windows))
+    batches = model.batches(samples)
+    hidden = model.embed(batches)
+    token_weights = [batch.token_weights for batch in batches]
     for layer in model.architecture.layers:
         statistics = model.input_statistics(layer)
         with model.layer(layer.index) as module:
             # This pass gives the Grams; its outputs are the next layer's inputs only if those are to be
             # the unquantized ones.
             outputs = list(hidden)
-            model.advance(layer.index, outputs, observe=statistics, module=module)
+            model.advance(
+                layer.index, outputs, observe=statistics, token_weights=token_weights, module=module
+            )
             tensors = _quantize_layer(model, stage, layer, module, statistics)
             if settings.compressed_prefix_inputs:
                 model.advance(layer.index, hidden, module=module)
@@ -140,7 +145,7 @@ def quantize_decoder(
 def _quantize_layer(
     model: LayerwiseModel,
     stage: _Stage,
-    layer: DecoderLayer,
+    layer: LayerLinears,
     module: nn.Module,
     statistics: Mapping[str, InputStatistics],
 ) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ercsvd_deploy.architecture import Architecture
@@ -59,19 +59,27 @@ def unquantized(names: Sequence[str]) -> QuantizePlan:
     return QuantizePlan(dict.fromkeys(names), ())
 
 
-def plan_quantization(settings: Quantize, names: Sequence[str]) -> QuantizePlan:
+def plan_quantization(
+    settings: Quantize, names: Sequence[str], checkpoint_name: Callable[[str], str] = lambda name: name
+) -> QuantizePlan:
     """Match the stage's patterns against the decoder Linears' names.
 
-    A pattern (`*`, `?`, `[...]`) matches a module's whole name or its end from any dot on, so that
-    `mlp.down_proj` means that Linear of every layer. The last matching override wins; `ignore` wins
-    over overrides.
+    A pattern (`*`, `?`, `[...]`) matches a module's whole name, in transformers or in the checkpoint, or its
+    end from any dot on, so that `mlp.down_proj` means that Linear of every layer. The last matching override
+    wins; `ignore` wins over overrides.
+
+    Args:
+        settings: The recipe's stage.
+        names: Of the decoder Linears in transformers.
+        checkpoint_name: Gives a Linear's name in the checkpoint.
 
     Raises:
         QuantizePlanError: a pattern matches nothing; near misses are named.
     """
-    matches = [_match(pattern, "ignore", names) for pattern in settings.ignore]
+    ends = {name: [*_ends(name), *_ends(checkpoint_name(name))] for name in names}
+    matches = [_match(pattern, "ignore", ends) for pattern in settings.ignore]
     overrides = [
-        (_match(pattern, "override", names), change) for pattern, change in settings.overrides.items()
+        (_match(pattern, "override", ends), change) for pattern, change in settings.overrides.items()
     ]
     storage: dict[str, WeightQuantization | None] = dict.fromkeys(
         names, WeightQuantization(bits=settings.bits, group_size=settings.group_size, sym=settings.sym)
@@ -88,13 +96,16 @@ def plan_quantization(settings: Quantize, names: Sequence[str]) -> QuantizePlan:
     return QuantizePlan(storage, (*matches, *(match for match, _ in overrides)))
 
 
-def _match(pattern: str, purpose: str, names: Sequence[str]) -> PatternMatch:
-    found = tuple(name for name in names if any(fnmatch.fnmatchcase(end, pattern) for end in _ends(name)))
+def _match(pattern: str, purpose: str, ends: Mapping[str, Sequence[str]]) -> PatternMatch:
+    """Match a pattern against what each Linear may be called."""
+    found = tuple(
+        name for name, called in ends.items() if any(fnmatch.fnmatchcase(end, pattern) for end in called)
+    )
     if found:
         return PatternMatch(pattern, purpose, found)
-    ends = {end for name in names for end in _ends(name)}
-    near = difflib.get_close_matches(pattern, ends, n=3, cutoff=0.4)
-    hint = f"; near misses: {', '.join(near)}" if near else f"; modules are named like {names[0]}"
+    every_end = {end for candidates in ends.values() for end in candidates}
+    near = difflib.get_close_matches(pattern, every_end, n=3, cutoff=0.4)
+    hint = f"; near misses: {', '.join(near)}" if near else f"; modules are named like {next(iter(ends))}"
     raise QuantizePlanError(f"quantize: the {purpose} pattern {pattern!r} matches no decoder Linear{hint}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ercsvd_deploy.checkpoint_schema import FACTOR_A, FACTOR_B
+from ercsvd_deploy.pipelines.components import Component
 from ercsvd_deploy.pipelines.factorize import FactorizedLinear, FactorizeOutcome
+from ercsvd_deploy.pipelines.factorize_vision import VisionOutcome
 from ercsvd_deploy.pipelines.quantize import QuantizedMatrix, QuantizeOutcome
 
 REPORT_FILE = "ercsvd_report.json"
@@ -31,6 +33,7 @@ class ModelFigures:
     parameters: int
     linear_parameters: int  # of the decoder Linears
     perplexity: Mapping[str, float] = field(default_factory=dict)  # held-out text -> perplexity
+    exact_match: Mapping[str, float] = field(default_factory=dict)  # questions about pictures -> share right
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # lm-eval task -> metric -> value
 
 
@@ -42,6 +45,8 @@ class Report:
     environment: dict[str, str]
     original: ModelFigures
     compressed: ModelFigures
+    components: tuple[Component, ...]
+    vision: VisionOutcome | None
     factorize: FactorizeOutcome | None
     quantize: QuantizeOutcome | None
     seconds: dict[str, float]
@@ -51,6 +56,8 @@ class Report:
         """Return the report as plain JSON values."""
         plain: dict[str, Any] = asdict(self)
         plain["report_version"] = REPORT_VERSION
+        if self.vision is not None:
+            plain["vision"] = {"linears": [asdict(linear) for linear in self.vision.linears]}
         if self.factorize is not None:
             plain["factorize"] = {
                 "num_compressed_layers": self.factorize.plan.num_compressed_layers,
@@ -89,6 +96,8 @@ def read_report(directory: Path) -> dict[str, Any]:
 def render(report: Report) -> RenderableType:
     """Return what `ercsvd run` prints at its end."""
     parts: list[RenderableType] = [_summary_table(report)]
+    if len(report.components) > 1:
+        parts.append(component_table(report.components))
     if report.factorize is not None:
         if len(report.factorize.search) > 1:
             parts.append(_search_table(report.factorize))
@@ -127,12 +136,32 @@ def _summary_table(report: Report) -> Table:
         table.add_row(
             f"perplexity, {text}", f"{old_value:.3f}", f"{new_value:.3f}", _percent(new_value / old_value - 1)
         )
+    for name, old_value in before.exact_match.items():
+        new_value = after.exact_match[name]
+        change = f"{100 * (new_value - old_value):+.1f} points"
+        table.add_row(f"exact match, {name}", f"{100 * old_value:.1f} %", f"{100 * new_value:.1f} %", change)
     for task, metrics in before.tasks.items():
         for metric, old_value in metrics.items():
             new_value = after.tasks[task][metric]
             table.add_row(
                 f"{task}, {metric}", f"{old_value:.4f}", f"{new_value:.4f}", f"{new_value - old_value:+.4f}"
             )
+    return table
+
+
+def component_table(components: Sequence[Component]) -> Table:
+    """Return one row for each part of a vision-language model."""
+    table = Table(title="Parts of the model", title_justify="left")
+    for column in ("part", "parameters", "afterwards", "bytes afterwards", "treatment"):
+        table.add_column(column, justify="left" if column in ("part", "treatment") else "right")
+    for part in components:
+        table.add_row(
+            part.name,
+            f"{part.original_parameters:,}",
+            f"{part.parameters:,}",
+            f"{part.num_bytes:,}",
+            part.treatment,
+        )
     return table
 
 

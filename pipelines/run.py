@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import fcntl
-import os
+import math
 import platform
-import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -17,33 +13,30 @@ from pathlib import Path
 import torch
 
 from ercsvd_deploy import __version__
-from ercsvd_deploy.architecture import Architecture
-from ercsvd_deploy.calibration import load_tokenizer
+from ercsvd_deploy.architecture import LANGUAGE_PART, component_of
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
-from ercsvd_deploy.evaluation import Perplexity, perplexities
+from ercsvd_deploy.evaluation import Quality, measure_quality
 from ercsvd_deploy.exporters.vllm.writer import check_target, write_export
 from ercsvd_deploy.layerwise import LayerwiseModel
+from ercsvd_deploy.pipelines.components import describe_components
 from ercsvd_deploy.pipelines.evaluate import check_tasks, run_lm_eval
-from ercsvd_deploy.pipelines.factorize import FactorizeOutcome, factorize_decoder
 from ercsvd_deploy.pipelines.model_source import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.plan import (
     PlanError,
-    plan_quantize_stage,
+    check_vision,
     planned_dtype,
-    rank_plans,
     refuse_compressed,
 )
 from ercsvd_deploy.pipelines.progress import ProgressReporter, silent
-from ercsvd_deploy.pipelines.quantize import QuantizeOutcome, quantize_decoder
-from ercsvd_deploy.pipelines.quantize_plan import PatternMatch, check_num_tokens, serving_warnings
 from ercsvd_deploy.pipelines.report import REPORT_FILE, ModelFigures, Report
+from ercsvd_deploy.pipelines.run_data import RunData, load_run_data
 from ercsvd_deploy.pipelines.sizes import linear_bits_per_weight, planned_bytes, stored_bytes, sum_by_part
-from ercsvd_deploy.pipelines.texts import calibration_windows, check_length, evaluation_windows
-from ercsvd_deploy.rank import RankPlan
+from ercsvd_deploy.pipelines.stages import CompressedModel, plan_stages, run_stages, timed
+from ercsvd_deploy.pipelines.texts import check_length
+from ercsvd_deploy.pipelines.work_directory import work_directory
 from ercsvd_deploy.recipe import canonical, check_files
 from ercsvd_deploy.recipe_schema import LmEval, Recipe
-from ercsvd_deploy.recipe_stages import Factorize, Quantize
-from ercsvd_deploy.tensor_store import FileStore, OverlayStore, TensorStore, write_json_atomically
+from ercsvd_deploy.tensor_store import write_json_atomically
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "gptqmodel")
 
@@ -62,8 +55,8 @@ def run_recipe(
         The report and the finished directory.
 
     Raises:
-        RecipeError, ArchitectureError, PlanError, CalibrationError, CheckpointError, ExportError: the
-            recipe, the model or a text cannot be used; all that can be is found before heavy work.
+        RecipeError, ArchitectureError, PlanError, CalibrationError, CheckpointError, ExportError,
+            TargetInUseError: the recipe, the model or a text cannot be used; all that can be is found before heavy work.
     """
     target = recipe.export.path
     if target is None:
@@ -71,71 +64,31 @@ def run_recipe(
     target = target.absolute()
     device = device or default_device()
     opened = _open_checked(recipe, target)
-    tokenizer = load_tokenizer(str(opened.directory), trust_remote_code=recipe.model.trust_remote_code)
-    vocab_size = opened.config.get_text_config().vocab_size
-    windows = calibration_windows(recipe.calibration, tokenizer, vocab_size) if recipe.calibration else None
-    texts = evaluation_windows(recipe, tokenizer, vocab_size)
-    model = stream(opened, device)
-    seconds: dict[str, float] = {}
+    data = load_run_data(recipe, opened)
+    original = stream(opened, device)
+    stages = plan_stages(recipe, original.architecture)
+    warnings = [*data.warnings, *_surplus_warning(original)]
+    warnings += stages.warnings(data.samples, planned_dtype(recipe, opened.config))
 
-    rank_plans_by_k = rank_plans(recipe, model.architecture)
-    quantize_plan = plan_quantize_stage(recipe, rank_plans_by_k, model.architecture)
-    warnings: list[str] = []
-    if recipe.quantize is not None:
-        assert windows is not None, "the schema asks for calibration where a stage needs it"
-        warnings += check_num_tokens(quantize_plan, recipe.quantize, model.architecture, windows.numel())
-        warnings += serving_warnings(quantize_plan, planned_dtype(recipe, opened.config))
-
-    with _work_directory(target) as work:
-        store: TensorStore = model.store
-        modules: dict[str, ModuleDescription] = {}
-        factorized: FactorizeOutcome | None = None
-        quantized: QuantizeOutcome | None = None
-        if recipe.factorize is not None:
-            with _timed(seconds, "factorize"):
-                factorized = _factorize(
-                    recipe.factorize,
-                    model,
-                    windows,
-                    rank_plans_by_k,
-                    _subdirectory(work, "factorize"),
-                    progress,
-                )
-            modules |= factorized.modules
-            store = OverlayStore(store, FileStore(factorized.files), factorized.modules)
-        if recipe.quantize is not None:
-            assert windows is not None
-            described = quantize_plan.describe(
-                factorized.plan.ranks if factorized else {}, model.architecture
-            )
-            with _timed(seconds, "quantize"):
-                quantized = _quantize(
-                    recipe.quantize,
-                    _compressed_stream(opened, device, store, modules),
-                    model.store,
-                    windows,
-                    described,
-                    quantize_plan.matches,
-                    _subdirectory(work, "quantize"),
-                    progress,
-                )
-            modules |= described
-            store = OverlayStore(store, FileStore(quantized.files), _stored_as_integers(described))
-        compressed = CheckpointConfig(modules=modules)
-        warnings += _compare_with_plan(
-            store, model.architecture, modules, planned_dtype(recipe, opened.config)
-        )
-        with _timed(seconds, "evaluate"):
-            candidate = _compressed_stream(opened, device, store, modules)
-            quality = _evaluate({"original": model, "compressed": candidate}, texts, progress)
+    with work_directory(target) as work:
+        compressed = CompressedModel(opened, device, original)
+        outcomes = run_stages(recipe, stages, compressed, data.samples, work, progress)
+        warnings += _compare_with_plan(compressed, planned_dtype(recipe, opened.config))
+        with timed(outcomes.seconds, "evaluate"):
+            candidate = compressed.stream()
+            quality = _evaluate({"original": original, "compressed": candidate}, data, progress)
         report = Report(
             recipe=canonical(recipe),
             environment=_environment(device),
-            original=_figures(model.store, model, {}, quality["original"]),
-            compressed=_figures(store, model, modules, quality["compressed"]),
-            factorize=factorized,
-            quantize=quantized,
-            seconds=seconds,
+            original=_figures(original, {}, quality["original"]),
+            compressed=_figures(candidate, compressed.modules, quality["compressed"]),
+            components=describe_components(
+                stored_bytes(compressed.store), compressed.modules, original.architecture
+            ),
+            vision=outcomes.vision,
+            factorize=outcomes.factorized,
+            quantize=outcomes.quantized,
+            seconds=outcomes.seconds,
             warnings=warnings,
         )
         export = write_export(
@@ -143,9 +96,9 @@ def run_recipe(
             work=work,
             source=opened.directory,
             dtype=None if recipe.model.dtype == "auto" else recipe.model.dtype,
-            store=store,
-            architecture=model.architecture,
-            compressed=compressed,
+            store=compressed.store,
+            architecture=original.architecture,
+            compressed=CheckpointConfig(modules=compressed.modules),
             max_shard_bytes=recipe.export.max_shard_bytes,
             add_files=lambda directory: write_json_atomically(directory / REPORT_FILE, report.as_json()),
         )
@@ -168,6 +121,7 @@ def _open_checked(recipe: Recipe, target: Path) -> OpenedModel:
         check_tasks(recipe.evaluation.lm_eval.tasks)
     opened = open_model(recipe.model)
     refuse_compressed(opened.config)
+    check_vision(recipe, opened.config)
     check_target(target, opened.directory)
     if recipe.calibration is not None:
         check_length(recipe.calibration.sequence_length, opened.config, "calibration.sequence_length")
@@ -198,134 +152,52 @@ def _with_tasks(
     )
 
 
-def _subdirectory(work: Path, name: str) -> Path:
-    directory = work / name
-    directory.mkdir()
-    return directory
-
-
-@contextmanager
-def _work_directory(target: Path) -> Iterator[Path]:
-    """Give a hidden, empty directory beside the target, on the same disk, that no other run shares.
-
-    It goes with the run, finished or failed; what a killed run left is cleared by the next one.
-
-    Raises:
-        PlanError: another run is writing to this target.
-    """
-    work = target.with_name(f".{target.name}.work")
-    work.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(work, os.O_RDONLY)
-    try:
-        try:
-            # The lock goes with the process, however that ends.
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PlanError(
-                f"another run is writing to {target}: wait for it, or choose another --output"
-            ) from error
-        for left_over in work.iterdir():
-            shutil.rmtree(left_over)
-        try:
-            yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    seconds[name] = round(time.monotonic() - start, 2)
-
-
-def _factorize(
-    settings: Factorize,
-    model: LayerwiseModel,
-    windows: torch.Tensor | None,
-    plans: Mapping[int, RankPlan],
-    directory: Path,
-    progress: ProgressReporter,
-) -> FactorizeOutcome:
-    description = f"{settings.method}, {len(plans)} candidate{'s' if len(plans) > 1 else ''}"
-    with progress(description, model.num_layers) as on_layer:
-        return factorize_decoder(model, windows, settings, plans, directory, on_layer)
-
-
-def _quantize(
-    settings: Quantize,
-    model: LayerwiseModel,
-    original: TensorStore,
-    windows: torch.Tensor,
-    described: Mapping[str, ModuleDescription],
-    matches: tuple[PatternMatch, ...],
-    directory: Path,
-    progress: ProgressReporter,
-) -> QuantizeOutcome:
-    with progress(f"{settings.method}, {settings.bits} bits", model.num_layers) as on_layer:
-        return quantize_decoder(model, original, windows, settings, described, matches, directory, on_layer)
-
-
-def _stored_as_integers(described: Mapping[str, ModuleDescription]) -> dict[str, ModuleDescription]:
-    return {
-        name: description
-        for name, description in described.items()
-        if any(storage for _, storage in description.parts.values())
-    }
-
-
-def _compressed_stream(
-    opened: OpenedModel, device: torch.device, store: TensorStore, modules: dict[str, ModuleDescription]
-) -> LayerwiseModel:
-    """Return the model as the stages so far have left it."""
-    config = copy.deepcopy(opened.config)
-    if modules:
-        config.quantization_config = CheckpointConfig(modules=modules).write()
-    return stream(replace(opened, config=config), device, store)
-
-
 def _evaluate(
-    models: Mapping[str, LayerwiseModel], texts: Mapping[str, torch.Tensor], progress: ProgressReporter
-) -> dict[str, dict[str, Perplexity]]:
-    """Return the perplexities of each model."""
-    if not texts:
-        return {name: {} for name in models}
+    models: Mapping[str, LayerwiseModel], data: RunData, progress: ProgressReporter
+) -> dict[str, Quality]:
+    """Return what each model is worth on the recipe's texts and questions."""
+    if not data.texts and not data.questions:
+        return {name: Quality() for name in models}
     quality = {}
     for name, model in models.items():
-        with progress(f"perplexity, {name}", model.num_layers) as on_layer:
-            quality[name] = perplexities(model, texts, on_layer)
+        with progress(f"quality, {name}", model.num_layers) as on_layer:
+            quality[name] = measure_quality(model, data.texts, data.questions, on_layer)
     return quality
 
 
 def _figures(
-    store: TensorStore,
-    model: LayerwiseModel,
-    modules: Mapping[str, ModuleDescription],
-    quality: Mapping[str, Perplexity],
+    model: LayerwiseModel, modules: Mapping[str, ModuleDescription], quality: Quality
 ) -> ModelFigures:
-    removed = 0
-    for description in modules.values():
-        out_features, in_features = description.shape
-        removed += out_features * in_features - description.num_parameters
-    by_part = sum_by_part(stored_bytes(store), model.architecture)
+    removed: Counter[str] = Counter()
+    for name, description in modules.items():
+        removed[component_of(name)] += math.prod(description.shape) - description.num_parameters
+    by_part = sum_by_part(stored_bytes(model.store), model.architecture)
     return ModelFigures(
         num_bytes=sum(by_part.values()),
         bytes_by_part=by_part,
         linear_bits_per_weight=linear_bits_per_weight(by_part, model.architecture),
-        parameters=model.architecture.total_parameters - removed,
-        linear_parameters=model.architecture.linear_parameters - removed,
-        perplexity={name: measured.value for name, measured in quality.items()},
+        parameters=model.architecture.total_parameters - removed.total(),
+        linear_parameters=model.architecture.linear_parameters - removed[LANGUAGE_PART],
+        perplexity={name: measured.value for name, measured in quality.perplexity.items()},
+        exact_match={name: measured.value for name, measured in quality.exact_match.items()},
     )
 
 
-def _compare_with_plan(
-    store: TensorStore, architecture: Architecture, modules: Mapping[str, ModuleDescription], dtype: str
-) -> list[str]:
+def _surplus_warning(model: LayerwiseModel) -> list[str]:
+    """Say which stored tensors the model does not have; they are not carried into the export."""
+    surplus = model.surplus_tensors
+    if not surplus:
+        return []
+    named = ", ".join(surplus[:3]) + (f" and {len(surplus) - 3} more" if surplus[3:] else "")
+    return [f"stored tensors that the model does not use are left out of the export: {named}"]
+
+
+def _compare_with_plan(compressed: CompressedModel, dtype: str) -> list[str]:
     """Return a warning if the files are not as large as the plan says; they always should be."""
-    planned = sum(planned_bytes(architecture, modules, getattr(torch, dtype).itemsize).values())
-    written = sum(stored_bytes(store).values())
+    sizes = planned_bytes(
+        compressed.original.architecture, compressed.modules, getattr(torch, dtype).itemsize
+    )
+    planned, written = sum(sizes.values()), sum(stored_bytes(compressed.store).values())
     if planned == written:
         return []
     return [f"the plan foresaw {planned:,} bytes of tensors, the files hold {written:,}"]

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ercsvd_deploy.architecture import Architecture, dense_descriptions
+from ercsvd_deploy.architecture import (
+    LANGUAGE_PART,
+    PROJECTOR_PART,
+    TOWER_PART,
+    Architecture,
+    component_of,
+    dense_descriptions,
+)
 from ercsvd_deploy.checkpoint_schema import (
     FACTOR_A,
     FACTOR_B,
@@ -21,7 +28,7 @@ from ercsvd_deploy.tensor_store import TensorStore
 _INTEGER_BYTES = {WEIGHT_PACKED: 4, WEIGHT_ZERO_POINT: 4, WEIGHT_SHAPE: 8}
 _SCALE_LEAVES = (WEIGHT_SCALE, WEIGHT_ZERO_POINT, WEIGHT_SHAPE)
 _LINEAR_PARTS = ("dense Linears", "factors", "scales")
-PARTS = ("outside the layers", *_LINEAR_PARTS, "norms and biases")
+PARTS = (TOWER_PART, PROJECTOR_PART, "outside the layers", *_LINEAR_PARTS, "norms and biases")
 
 
 def planned_bytes(
@@ -46,7 +53,7 @@ def sum_by_part(sizes: Mapping[str, int], architecture: Architecture) -> dict[st
     linears = {linear.name for linear in architecture.linears}
     parts = dict.fromkeys(PARTS, 0)
     for name, num_bytes in sizes.items():
-        parts[_part_of(name, f"{architecture.style.layers}.", linears)] += num_bytes
+        parts[_part_of(name, f"{architecture.layers_prefix}.", linears)] += num_bytes
     return parts
 
 
@@ -67,10 +74,13 @@ def bytes_on_rank(
     rank. What kernels add as padding or workspace, and the KV cache, are not counted.
     """
     total = 0
+    matrices = dense_descriptions(architecture) | dict(described)
     for name, shape in architecture.other_tensors.items():
-        is_cut = not name.startswith(f"{architecture.style.layers}.") and shape[0] == architecture.vocab_size
+        if name.removesuffix(".weight") in matrices:
+            continue
+        is_cut = not name.startswith(f"{architecture.layers_prefix}.") and shape[0] == architecture.vocab_size
         total += math.prod(shape) * element // (tensor_parallel_size if is_cut else 1)
-    for name, description in (dense_descriptions(architecture) | dict(described)).items():
+    for name, description in matrices.items():
         for part, ((rows, columns), storage) in description.parts.items():
             local = local_shape(name, part, rows, columns, architecture, tensor_parallel_size)
             share = (local or (rows, columns))[0] * (local or (rows, columns))[1] / (rows * columns)
@@ -87,6 +97,9 @@ def _element(leaf: str, element: int) -> int:
 
 
 def _part_of(name: str, prefix: str, linears: set[str]) -> str:
+    component = component_of(name)
+    if component != LANGUAGE_PART:
+        return component
     if not name.startswith(prefix):
         return "outside the layers"
     owner, _, leaf = name.rpartition(".")

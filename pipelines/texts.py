@@ -48,16 +48,19 @@ def check_length(sequence_length: int, config: Any, field: str) -> None:
         raise CalibrationError(f"{field} is {sequence_length}, but the model has {most} positions: lower it")
 
 
-def calibration_windows(calibration: Calibration, tokenizer: Tokenizer, vocab_size: int) -> torch.Tensor:
-    """Return the calibration sequences [num_samples, sequence_length].
+def calibration_windows(
+    calibration: Calibration, tokenizer: Tokenizer, vocab_size: int, num_samples: int | None = None
+) -> torch.Tensor:
+    """Return calibration sequences of text [num_samples, sequence_length]; as many as asked for by default.
 
     Raises:
         CalibrationError: the text cannot be read or is too short.
     """
-    limit = character_limit(calibration.num_samples * calibration.sequence_length)
-    text = read_dataset(calibration.dataset, limit)
+    assert calibration.dataset is not None, "the schema asks for a dataset where text is to be drawn"
+    num_samples = calibration.num_samples if num_samples is None else num_samples
+    text = read_dataset(calibration.dataset, character_limit(num_samples * calibration.sequence_length))
     windows = token_windows(text, tokenizer, calibration.sequence_length, vocab_size)
-    return sample_windows(windows, calibration.num_samples, calibration.seed)
+    return sample_windows(windows, num_samples, calibration.seed)
 
 
 def evaluation_windows(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) -> Mapping[str, torch.Tensor]:

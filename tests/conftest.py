@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelDirectory:
-    """Return family -> directory of a random float32 model (see tests.tiny_models.FAMILIES)."""
+    """Return family -> directory of a random float32 model (see FAMILIES and VISION_FAMILIES)."""
     return cache(lambda family: save_tiny_model(tmp_path_factory.mktemp(f"{family}-dense"), family))
 
 

@@ -12,32 +12,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
-    CLIPVisionConfig,
-    LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PreTrainedModel,
 )
 
 import ercsvd_deploy.hf
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig, CheckpointFormatError
+from ercsvd_deploy.llava_names import to_module
 from ercsvd_deploy.lowrank_linear import LowRankLinear, PackedLinear
 from tests.tiny_models import (
     FAMILIES,
     HIDDEN_SIZE,
-    INTERMEDIATE_SIZE,
+    VISION_FAMILIES,
     VOCAB_SIZE,
     WEIGHTS_FILE,
     compress_at_random,
@@ -48,6 +48,8 @@ ModelDirectory = Callable[[str], Path]
 Tensors = dict[str, torch.Tensor]
 
 TOKENS = torch.randint(3, VOCAB_SIZE, (2, 17), generator=torch.Generator().manual_seed(0))
+NOISE = np.random.default_rng(0).integers(0, 256, (2, 48, 80, 3), dtype=np.uint8)
+IMAGES = [Image.fromarray(pixels) for pixels in NOISE]
 # Matrices of the first layer that `compress_at_random` always makes low-rank and plain, or dense and int4.
 PLAIN_LOW_RANK = "model.layers.0.self_attn.v_proj"
 INT4_DENSE = "model.layers.0.self_attn.k_proj"
@@ -60,6 +62,17 @@ def load(directory: Path, **arguments: Any) -> PreTrainedModel:
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> torch.Tensor:
     result: torch.Tensor = model(TOKENS).logits
+    return result
+
+
+def load_reading_images(directory: Path, **arguments: Any) -> PreTrainedModel:
+    return AutoModelForImageTextToText.from_pretrained(directory, **arguments)
+
+
+@torch.no_grad()
+def logits_about(image: Image.Image, model: PreTrainedModel) -> torch.Tensor:
+    processor = AutoProcessor.from_pretrained(model.config.name_or_path)
+    result: torch.Tensor = model(**processor(text="<image>?", images=image, return_tensors="pt")).logits
     return result
 
 
@@ -233,59 +246,33 @@ def test_lm_eval_scores_what_the_model_says(mixed_model: ModelDirectory) -> None
         assert found == pytest.approx(expected, abs=1e-3)
 
 
-def test_llava_loads_by_its_hub_names(tmp_path: Path) -> None:
-    """On disk `language_model.model.layers`, in transformers 5 `model.language_model.layers`."""
-    text = LlamaConfig(
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=INTERMEDIATE_SIZE,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        vocab_size=VOCAB_SIZE,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-    )
-    image_token = VOCAB_SIZE - 1
-    torch.manual_seed(0)
-    LlavaForConditionalGeneration(
-        LlavaConfig(
-            text_config=text.to_dict(),
-            vision_config=vision.to_dict(),
-            image_token_index=image_token,
-            vision_feature_layer=-1,
-        )
-    ).save_pretrained(tmp_path / "original")
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("throughout", [False, True], ids=["decoder", "throughout"])
+def test_vision_language_models_load_by_their_hub_names(
+    family: str, throughout: bool, tiny_model: ModelDirectory, tmp_path: Path
+) -> None:
+    """On disk `language_model.model.layers`, in transformers 5 `model.language_model.layers`; and so on."""
     config = compress_at_random(
-        tmp_path / "original", tmp_path / "compressed", quantization={"bits": 4, "group_size": 32}
+        tiny_model(family),
+        tmp_path / "compressed",
+        quantization={"bits": 4, "group_size": 32},
+        include_vision=throughout,
     )
-    assert all(name.startswith("language_model.model.layers.") for name in config.modules)
-    materialise(tmp_path / "compressed", tmp_path / "dense")
+    parts = {name.partition(".")[0] for name in config.modules}
+    vision = {"vision_tower", "multi_modal_projector"}
+    assert parts == {"language_model"} | (vision if throughout else set())
+    dense = materialise(tmp_path / "compressed", tmp_path / "dense")
 
-    tokens = TOKENS[:1].clamp(max=image_token - 1).clone()
-    tokens[0, 1:5] = image_token
-    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    models = [
-        AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("compressed", "dense")
-    ]
-    with torch.no_grad():
-        found, expected = (model(input_ids=tokens, pixel_values=pixels).logits for model in models)
+    model = load_reading_images(tmp_path / "compressed")
+    found, expected = logits_about(IMAGES[0], model), logits_about(IMAGES[0], load_reading_images(dense))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    models[0].save_pretrained(tmp_path / "again")
-    assert (
-        load_file(tmp_path / "again" / WEIGHTS_FILE).keys()
-        == load_file(tmp_path / "compressed" / WEIGHTS_FILE).keys()
-    )
-    half = AutoModelForImageTextToText.from_pretrained(tmp_path / "compressed", dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in half.state_dict().values()} == {
-        torch.bfloat16,
-        torch.int32,
-        torch.int64,
-    }
+    assert (logits_about(IMAGES[1], model) - found).abs().max() > 0.1
+    model.save_pretrained(tmp_path / "again")
+    stored, saved = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("compressed", "again"))
+    assert {to_module(name) for name in saved} == {to_module(name) for name in stored}
+    half = load_reading_images(tmp_path / "compressed", dtype=torch.bfloat16)
+    dtypes = {tensor.dtype for tensor in half.state_dict().values()}
+    assert dtypes == {torch.bfloat16, torch.int32, torch.int64}
 
 
 def test_every_tensor_that_does_not_fit_is_named(mixed_model: ModelDirectory, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from ercsvd_deploy.architecture import ArchitectureError, load_config
 from ercsvd_deploy.evaluation import perplexities
 from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
+from ercsvd_deploy.samples import text_samples
 from ercsvd_deploy.tensor_store import SINGLE_FILE, CheckpointError, open_directory
 from tests.tiny_models import FAMILIES, compress_at_random, save_tiny_model
 
@@ -24,11 +25,11 @@ def streamed(directory: Path) -> LayerwiseModel:
 
 
 def streamed_logits(model: LayerwiseModel, tokens: torch.Tensor) -> torch.Tensor:
-    batches = model.batches(tokens)
+    batches = model.batches(text_samples(tokens))
     hidden = model.embed(batches)
     for index in range(model.num_layers):
         model.advance(index, hidden)
-    return torch.cat([logits for _, logits in model.logits(batches, hidden)])
+    return torch.stack([logits for _, _, logits in model.logits(batches, hidden)])
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_perplexity_equals_the_naive_one(tmp_path: Path, tokens: torch.Tensor) -
 def test_statistics_of_inputs(tmp_path: Path, tokens: torch.Tensor) -> None:
     save_tiny_model(tmp_path, "llama")
     model = streamed(tmp_path)
-    hidden = model.embed(model.batches(tokens))
+    hidden = model.embed(model.batches(text_samples(tokens)))
     expected_input: list[torch.Tensor] = []
     with model.layer(0) as layer:
         norm = copy.deepcopy(layer.get_submodule("input_layernorm"))
@@ -93,6 +94,40 @@ def test_statistics_of_inputs(tmp_path: Path, tokens: torch.Tensor) -> None:
     torch.testing.assert_close(statistics.gram, rows.T @ rows, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(statistics.mean_absolute, rows.abs().mean(0))
     assert statistics.num_tokens == tokens.numel()
+
+
+def test_weighted_tokens_count_by_their_weight() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 5, 3, generator=generator)
+    weights = torch.tensor([[1.0, 0.0, 2.0, 1.0, 0.5], [1.0, 1.0, 1.0, 1.0, 0.0]])
+    statistics = InputStatistics.zeros(3, CPU)
+    statistics.add(inputs, weights)
+    gram, absolute, total = torch.zeros(3, 3), torch.zeros(3), 0.0
+    for row, row_weights in zip(inputs, weights, strict=True):
+        for x, weight in zip(row, row_weights.tolist(), strict=True):
+            gram, absolute, total = (
+                gram + weight * x[:, None] * x,
+                absolute + weight * x.abs(),
+                total + weight,
+            )
+    torch.testing.assert_close(statistics.gram, gram)
+    torch.testing.assert_close(statistics.mean_absolute, absolute / total)
+    twice = InputStatistics.zeros(3, CPU)
+    twice.add(inputs, torch.ones(2, 5))
+    plain = InputStatistics.zeros(3, CPU)
+    plain.add(inputs)
+    torch.testing.assert_close(twice.gram, plain.gram)
+    assert twice.num_tokens == plain.num_tokens == 10
+
+
+def test_tensors_the_model_lacks_are_hidden_and_listed(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, "llama")
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
+    save_file(tensors, tmp_path / SINGLE_FILE, metadata={"format": "pt"})
+    model = streamed(tmp_path)
+    assert model.surplus_tensors == ("model.layers.7.mlp.up_proj.weight",)
+    assert "model.layers.7.mlp.up_proj.weight" not in model.store.names()
 
 
 def test_missing_and_misshapen_tensors_are_named_before_any_work(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_defaults_of_a_minimal_recipe(tmp_path: Path) -> None:
             "sequence_length": 2048,
             "seed": 3,
         },
+        "vision": None,
         "stages": [
             {
                 "factorize": {
@@ -85,7 +86,13 @@ def test_defaults_of_a_minimal_recipe(tmp_path: Path) -> None:
                 }
             }
         ],
-        "evaluation": {"perplexity": {}, "sequence_length": None, "max_sequences": None, "lm_eval": None},
+        "evaluation": {
+            "perplexity": {},
+            "sequence_length": None,
+            "max_sequences": None,
+            "visual_questions": {},
+            "lm_eval": None,
+        },
         "serving": {"tensor_parallel_sizes": [1]},
         "export": {"format": "vllm", "path": None, "max_shard_size": "1GB"},
     }
@@ -393,3 +400,82 @@ def test_publish_keeps_the_hand_written_head(tmp_path: Path) -> None:
 def test_reading_a_recipe_imports_no_torch() -> None:
     code = "import sys, ercsvd_deploy.recipe; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+VISION = """\
+model: {path: some/model}
+calibration: {num_samples: 8, sequence_length: 64}
+vision: {calibration: {conversations: pictures.jsonl}}
+stages:
+  - factorize: {method: erc_svd, compression_ratio: 0.2, num_search_samples: 4}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "share"),
+    [
+        ("vision.token_weight=2", 1.0),
+        ("calibration.dataset={text: text.txt}", 0.5),
+        ("vision={}", None),
+    ],
+)
+def test_share_of_pictures(tmp_path: Path, override: str, share: float | None) -> None:
+    path = written(tmp_path, VISION)
+    if share is None:
+        assert "field 'calibration.dataset' is missing" in "\n".join(problems_of(path, override))
+    else:
+        assert load_recipe(path, [override]).picture_share == share
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["vision.share=0.5"],
+            "'calibration.dataset' is missing, and vision.share 0.5 leaves a part for text",
+        ),
+        (["vision.share=0"], "'vision.share'"),
+        (
+            ["vision.share=1", "calibration.dataset={text: text.txt}"],
+            "'calibration.dataset' would not be used, since vision.share is 1",
+        ),
+        (
+            ["vision={share: 0.5}", "calibration.dataset={text: t.txt}"],
+            "'vision.share' is set, but there is no vision.calibration",
+        ),
+        (["calibration=null"], "'calibration' is missing"),
+        (
+            ["vision={token_weight: 2}", "calibration.dataset={text: t.txt}"],
+            "'vision.token_weight' is 2, but without vision.calibration there are no image tokens",
+        ),
+        (
+            ["vision={compress_tower: true}", "calibration.dataset={text: t.txt}"],
+            "'vision.compress_tower' is true, but method erc_svd measures activations",
+        ),
+        (
+            ["vision.compress_projector=true", "stages=[{quantize: {bits: 4}}]"],
+            "'vision.compress_projector' is true, but there is no factorize stage",
+        ),
+        (["vision.calibration={}"], "a dataset of pictures has exactly one of conversations, folder, hub"),
+        (["vision.calibration={folder: a, hub: b}"], "has folder and hub"),
+        (["evaluation.visual_questions={q: {dataset: {folder: a}}}"], "exactly one of conversations, hub"),
+        (["vision.calibration.prompt=what"], "'vision.calibration"),
+    ],
+)
+def test_contradictions_about_pictures(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    assert expected in "\n".join(problems_of(written(tmp_path, VISION), *overrides))
+
+
+def test_check_files_looks_for_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(
+        written(tmp_path, VISION),
+        [
+            "vision.calibration.image_root=nowhere",
+            "evaluation.visual_questions={q: {dataset: {conversations: questions.jsonl}}}",
+        ],
+    )
+    missing = missing_files(recipe)
+    assert "'vision.calibration.conversations' is 'pictures.jsonl', which is not a file" in missing
+    assert "'vision.calibration.image_root' is 'nowhere', which is not a folder" in missing
+    assert "'evaluation.visual_questions.q.dataset.conversations' is 'questions.jsonl'" in missing

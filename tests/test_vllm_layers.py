@@ -267,6 +267,17 @@ def test_one_error_names_every_tensor_that_is_wrong(
     assert f"mis-shaped: {up}.factor_a.weight_shape says [1, 2]" in message
 
 
+def test_nothing_is_missing_in_layers_that_vllm_leaves_out(
+    mixed_model: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vision tower where no images are allowed is built on the meta device and not loaded."""
+    with torch.device("meta"):
+        left_out = Served(mixed_model("llama"), torch.float16, monkeypatch)
+    left_out.config.check_loaded()
+    with pytest.raises(CheckpointFormatError, match="missing: "):
+        Served(mixed_model("llama"), torch.float16, monkeypatch).config.check_loaded()
+
+
 def test_a_config_of_another_run_is_refused(
     mixed_model: ModelDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.conftest import ModelDirectory
 from tests.tiny_models import FAMILIES
@@ -71,20 +71,23 @@ def engine(directory: Path, dtype: str, *, num_ranks: int = 1, eager: bool = Tru
     }
 
 
-def run_engines(engines: Sequence[dict[str, Any]], answer: Path) -> tuple[int, str]:
+def run_engines(
+    engines: Sequence[dict[str, Any]], answer: Path, prompts: Sequence[Any] = PROMPTS, **variables: str
+) -> tuple[int, str]:
     """Run engines one after the other in one fresh process; return its exit status and what it printed.
 
-    `answer` then holds what they generated.
+    `answer` then holds what they generated. `variables` are further ones of the process's environment.
     """
     num_ranks = max(arguments["tensor_parallel_size"] for arguments in engines)
     request = {
         "engines": engines,
-        "prompts": PROMPTS,
+        "prompts": prompts,
         "max_tokens": MAX_TOKENS,
         "top": TOP,
         "answer": str(answer),
     }
-    with process([PYTHON, "tests/vllm_engine.py"], answer.with_suffix(".log"), num_ranks) as engine_process:
+    command, log = [PYTHON, "tests/vllm_engine.py"], answer.with_suffix(".log")
+    with process(command, log, num_ranks, **variables) as engine_process:
         engine_process.communicate(json.dumps(request).encode(), timeout=400)
     return engine_process.returncode, answer.with_suffix(".log").read_text()
 
@@ -112,9 +115,11 @@ def process(
         started.wait()
 
 
-def generate(engines: Sequence[dict[str, Any]], answer: Path) -> list[dict[str, Any]]:
+def generate(
+    engines: Sequence[dict[str, Any]], answer: Path, prompts: Sequence[Any] = PROMPTS, **variables: str
+) -> list[dict[str, Any]]:
     """Return what each engine generated, see `vllm_engine.generate`."""
-    status, printed = run_engines(engines, answer)
+    status, printed = run_engines(engines, answer, prompts, **variables)
     assert status == 0, printed[-8000:]
     answers: list[dict[str, Any]] = json.loads(answer.read_text())
     return answers
@@ -129,20 +134,35 @@ class Deviation:
     same_tokens: bool
 
 
-@torch.no_grad()
 def deviation(dense: Path, outputs: Sequence[dict[str, Any]]) -> Deviation:
-    """Compare log-probabilities at all positions, and the greedy tokens, with transformers in float32."""
+    """Compare what was generated from `PROMPTS` with transformers in float32."""
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    assert [output["prompt"] for output in outputs] == PROMPTS
+    return compare(model, outputs, [{}] * len(outputs))
+
+
+@torch.no_grad()
+def compare(
+    model: PreTrainedModel, outputs: Sequence[dict[str, Any]], images: Sequence[Mapping[str, torch.Tensor]]
+) -> Deviation:
+    """Compare log-probabilities at all positions, and the greedy tokens, with those of `model`.
+
+    Args:
+        model: The reference.
+        outputs: What an engine generated.
+        images: The model's further inputs for each output.
+    """
     differences: list[float] = []
     same_tokens = True
-    for prompt, output in zip(PROMPTS, outputs, strict=True):
-        sequence = torch.tensor([prompt + output["tokens"]])
-        expected = model(sequence).logits[0].double().log_softmax(-1)
-        same_tokens &= expected[len(prompt) - 1 : -1].argmax(-1).tolist() == output["tokens"]
+    for output, inputs in zip(outputs, images, strict=True):
+        prompt, tokens = output["prompt"], output["tokens"]
+        logits = model(input_ids=torch.tensor([prompt + tokens]), **inputs).logits[0]
+        expected = logits.double().log_softmax(-1)
+        same_tokens &= expected[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
         assert len(output["logprobs"]) == len(expected) - 1
         for position, logprobs in zip(expected, output["logprobs"], strict=False):
             differences += [abs(position[int(token)].item() - value) for token, value in logprobs.items()]
-    assert len(differences) >= TOP * len(PROMPTS) * MAX_TOKENS
+    assert len(differences) >= TOP * len(outputs) * MAX_TOKENS
     return Deviation(max(differences), sum(differences) / len(differences), same_tokens)
 
 

@@ -1,4 +1,4 @@
-"""Random pico models of every supported text family, and randomly compressed checkpoints of them.
+"""Random pico models of every supported family, and randomly compressed checkpoints of them.
 
 Nothing here knows the method: `compress_at_random` writes the on-disk format straight from its description
 (`checkpoint_schema`), so that readers are tested against the format rather than against our own writer.
@@ -24,6 +24,10 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -46,8 +50,10 @@ from ercsvd_deploy.checkpoint_schema import (
     ModuleDescription,
     WeightQuantization,
 )
+from tests import tiny_vision
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+VISION_FAMILIES = ("llava", "llava_next")
 
 HIDDEN_SIZE = 128
 INTERMEDIATE_SIZE = 256
@@ -69,6 +75,8 @@ _CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "opt": (OPTConfig, OPTForCausalLM),
+    "llava": (LlavaConfig, LlavaForConditionalGeneration),
+    "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
 }
 # bytes 253..255 never occur in UTF-8: their places in the 256-entry vocabulary go to the special tokens
 _SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
@@ -79,12 +87,15 @@ _DECODER_LINEAR = re.compile(
 )
 _FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # The first layer shows every kind of matrix, mixed inside its fused layers: leaf -> (low-rank, quantized).
+# Those of the projector stand here too, where they are compressed at all.
 _FIRST_LAYER = {
     "q_proj": (True, True),
     "k_proj": (False, True),
     "v_proj": (True, False),
     "gate_proj": (False, False),
     "up_proj": (True, True),
+    "linear_1": (True, False),
+    "linear_2": (True, False),
 }
 
 
@@ -101,20 +112,43 @@ def save_tiny_model(
 
     Linear weights have unit gain, norms and biases are random too: logits spread over a few units and no
     parameter can be dropped unnoticed.
+
+    Args:
+        directory: where to write.
+        family: one of `FAMILIES` or `VISION_FAMILIES`.
+        seed: of every weight.
+        dtype: of every weight.
+        num_layers: of the language model.
+        **config_overrides: keys of the language model's config.
     """
     config_class, model_class = _CLASSES[family]
-    model = model_class(config_class(**_config_arguments(family, num_layers) | config_overrides))
+    if reads_images := family in VISION_FAMILIES:
+        text = _config_arguments("llama", num_layers) | {"vocab_size": VOCAB_SIZE + 1} | config_overrides
+        arguments = tiny_vision.config_arguments(family, LlamaConfig(**text))
+    else:
+        arguments = _config_arguments(family, num_layers) | config_overrides
+    model = model_class(config_class(**arguments))
     _randomise(model, torch.Generator().manual_seed(seed))
     model.to(dtype)
     model.config.dtype = dtype
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    model.save_pretrained(directory)
-    _tokenizer().save_pretrained(directory)
+    generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    if reads_images:
+        tiny_vision.save_in_hub_layout(model, generation_config, directory / WEIGHTS_FILE)
+        tiny_vision.make_processor(family, _tokenizer()).save_pretrained(directory)
+    else:
+        model.generation_config = generation_config
+        model.save_pretrained(directory)
+        _tokenizer().save_pretrained(directory)
     return directory
 
 
 def compress_at_random(
-    source: Path, target: Path, *, seed: int = 0, quantization: Mapping[str, Any] | None = None
+    source: Path,
+    target: Path,
+    *,
+    seed: int = 0,
+    quantization: Mapping[str, Any] | None = None,
+    include_vision: bool = False,
 ) -> CheckpointConfig:
     """Write `source`, its decoder Linears randomly dense or low-rank, plain or integer, to `target`.
 
@@ -126,21 +160,26 @@ def compress_at_random(
         target: the directory to write.
         seed: of every choice.
         quantization: keys of `WeightQuantization`; None leaves every matrix in floating point.
+        include_vision: treat the Linears of projector and vision tower too, as far as the tower is run; they
+            stay in floating point.
     """
     generator = torch.Generator().manual_seed(seed)
     weight_quantization = None if quantization is None else WeightQuantization(**quantization)
     tensors = load_file(source / WEIGHTS_FILE)
-    linears = [match for name in sorted(tensors) if (match := _DECODER_LINEAR.match(name))]
+    linears = [
+        (match, weight_quantization) for name in sorted(tensors) if (match := _DECODER_LINEAR.match(name))
+    ]
+    if include_vision:
+        linears += [(match, None) for match in tiny_vision.match_linears(source, tensors)]
     descriptions = {}
     free_ranks: dict[tuple[str, str], list[int]] = {}
-    for match in linears:
+    for match, storage in linears:
         out_features, in_features = tensors[match[0]].shape
         group = next((",".join(group) for group in _FUSED_GROUPS if match["leaf"] in group), match["leaf"])
-        ranks = free_ranks.setdefault(
-            (match["layer"], group), _shuffled_ranks(weight_quantization, generator)
-        )
+        block = match["module"].removesuffix(match["leaf"])
+        ranks = free_ranks.setdefault((block, group), _shuffled_ranks(storage, generator))
         descriptions[match["module"]] = _describe(
-            match, (out_features, in_features), ranks, weight_quantization, generator
+            match, (out_features, in_features), ranks, storage, generator
         )
     config = CheckpointConfig(
         modules={name: described for name, described in descriptions.items() if described.is_altered}
@@ -242,7 +281,7 @@ def _describe(
 ) -> ModuleDescription:
     drawn = [_draw(generator) for _ in range(3)]
     is_low_rank, first_is_quantized, second_is_quantized = drawn
-    if int(match["layer"]) == 0 and match["leaf"] in _FIRST_LAYER:
+    if match["layer"] in {"0", ""} and match["leaf"] in _FIRST_LAYER:
         is_low_rank, first_is_quantized = _FIRST_LAYER[match["leaf"]]
         second_is_quantized = first_is_quantized
     possible = [rank for rank in free_ranks if rank <= min(shape)]

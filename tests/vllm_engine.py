@@ -1,8 +1,8 @@
 """Runs vLLM engines in a process of their own: `python tests/vllm_engine.py` with a JSON request on stdin.
 
 The request lists engines, built one after the other, and what each is to generate; the answer is written to a
-file as JSON. Only the standard library and vLLM are imported here, so that the interpreter of another
-environment (another vLLM release) can run it too.
+file as JSON. Only the standard library, vLLM and, for pictures, PIL are imported here, so that the
+interpreter of another environment (another vLLM release) can run it too.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import Any
 
 
-def generate(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int, top: int) -> dict[str, Any]:
+def generate(
+    engine: dict[str, Any], prompts: list[list[int] | dict[str, Any]], max_tokens: int, top: int
+) -> dict[str, Any]:
     """Build an engine, generate greedily, shut it down.
 
     Args:
         engine: keyword arguments of `vllm.LLM`.
-        prompts: token ids.
+        prompts: token ids, or {"tokens": ids with one image token a picture, "images": files}.
         max_tokens: how many tokens to generate for each prompt, end-of-sequence tokens included.
         top: how many log-probabilities to return for each position after the first.
 
     Returns:
-        {"compiled": whether torch.compile was used, "outputs": for each prompt {"tokens": the generated ids,
-        "logprobs": for each position of prompt and output but the first, token id -> log-probability}}.
+        {"compiled": whether torch.compile was used, "outputs": for each prompt {"prompt": the ids that were
+        read, with a token for each image feature, "tokens": the generated ids, "logprobs": for each position
+        of prompt and output but the first, token id -> log-probability}}.
     """
     from vllm import LLM, SamplingParams
 
@@ -38,13 +41,14 @@ def generate(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int, 
         prompt_logprobs=top,
         detokenize=False,
     )
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    outputs = llm.generate([_request(prompt) for prompt in prompts], sampling, use_tqdm=False)
     compiled = int(llm.llm_engine.vllm_config.compilation_config.mode or 0) > 0
     llm.llm_engine.engine_core.shutdown()
     return {
         "compiled": compiled,
         "outputs": [
             {
+                "prompt": list(output.prompt_token_ids),
                 "tokens": list(output.outputs[0].token_ids),
                 "logprobs": [
                     {str(token): entry.logprob for token, entry in position.items()}
@@ -54,6 +58,16 @@ def generate(engine: dict[str, Any], prompts: list[list[int]], max_tokens: int, 
             for output in outputs
         ],
     }
+
+
+def _request(prompt: list[int] | dict[str, Any]) -> dict[str, Any]:
+    """Return a prompt as vLLM takes it."""
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": prompt}
+    from PIL import Image
+
+    images = [Image.open(file).convert("RGB") for file in prompt["images"]]
+    return {"prompt_token_ids": prompt["tokens"], "multi_modal_data": {"image": images}}
 
 
 def main() -> None:

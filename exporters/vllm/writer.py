@@ -16,7 +16,7 @@ from typing import Any
 
 from ercsvd_deploy.architecture import Architecture
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig
-from ercsvd_deploy.tensor_store import TensorStore, write_json_atomically, write_sharded
+from ercsvd_deploy.tensor_store import RenamedStore, TensorStore, write_json_atomically, write_sharded
 
 CONFIG_FILE = "config.json"
 # What a tokenizer, a processor or a chat template may be stored in; weights and configs are not copied.
@@ -106,8 +106,9 @@ def write_export(
         work: An empty directory on the target's disk, in which the export is built.
         source: The original model's directory, from which tokenizer and chat template are carried over.
         dtype: Precision of the stored tensors if it is not the original model's, for config.json.
-        store: All tensors of the compressed model.
-        architecture: Tells which tensors belong to one decoder layer, and so into one shard.
+        store: All tensors of the compressed model, under the names of transformers' modules.
+        architecture: Tells which tensors belong to one decoder layer, and so into one shard, and what
+            checkpoints call them.
         compressed: Description of every altered module.
         max_shard_bytes: Upper size of a safetensors file.
         add_files: Writes further files (report, model card) into the directory before it appears.
@@ -119,7 +120,10 @@ def write_export(
     check_target(target, source)
     partial = work / "export"
     partial.mkdir()
-    num_bytes = write_sharded(partial, store, _tensor_groups(store, architecture), max_shard_bytes)
+    num_bytes = write_weights(partial, store, architecture, max_shard_bytes)
+    compressed = CheckpointConfig(
+        modules={architecture.checkpoint_name(name): module for name, module in compressed.modules.items()}
+    )
     for pattern in _CARRIED_OVER:
         for path in sorted(source.glob(pattern)):
             if path.is_dir():
@@ -133,12 +137,33 @@ def write_export(
     return Export(target, num_bytes)
 
 
+def write_weights(
+    directory: Path, store: TensorStore, architecture: Architecture, max_shard_bytes: int
+) -> int:
+    """Write a model's tensors under the names that checkpoints have for them; return bytes written.
+
+    Args:
+        directory: An existing directory.
+        store: All tensors of the model, under the names of transformers' modules.
+        architecture: Tells which tensors belong to one decoder layer, and so into one shard, and what
+            checkpoints call them.
+        max_shard_bytes: Upper size of a safetensors file.
+    """
+    renamed = RenamedStore(store, {architecture.checkpoint_name(name): name for name in store.names()})
+    groups = [
+        [architecture.checkpoint_name(name) for name in group] for group in _tensor_groups(store, architecture)
+    ]
+    return write_sharded(directory, renamed, groups, max_shard_bytes)
+
+
 def _served_config(source: Path, dtype: str | None, compressed: CheckpointConfig) -> dict[str, Any]:
     """Return the source's own config.json with our description added; nothing else is rewritten."""
     served: dict[str, Any] = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
     if dtype is not None:
-        served.pop("torch_dtype", None)
-        served["dtype"] = dtype
+        parts = [part for part in served.values() if isinstance(part, dict)]
+        for config in [served, *(part for part in parts if "dtype" in part or "torch_dtype" in part)]:
+            config.pop("torch_dtype", None)
+            config["dtype"] = dtype
     served["quantization_config"] = compressed.write()
     return served
 

@@ -1,0 +1,136 @@
+"""Factorize what stands before the decoder of a vision-language model: vision tower and projector.
+
+Both are small beside the decoder and run in one piece. Every Linear is measured on the original features,
+in one pass over the calibration pictures, and each part reaches the recipe's compression ratio on its own.
+The decoder is then calibrated on the features that the compressed parts give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ercsvd_deploy.architecture import PROJECTOR_PART, TOWER_PART, Architecture
+from ercsvd_deploy.checkpoint_schema import WEIGHT, ModuleDescription
+from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.factorize import (
+    FactorizedLinear,
+    decompose_linear,
+    factor_tensors,
+    measure_linear,
+    truncate_linear,
+)
+from ercsvd_deploy.rank import LinearShape, RankError, allocate_ranks
+from ercsvd_deploy.recipe_stages import Factorize
+from ercsvd_deploy.recipe_vision import Vision
+from ercsvd_deploy.samples import Sample
+from ercsvd_deploy.tensor_store import write_atomically
+
+
+@dataclass(frozen=True)
+class VisionOutcome:
+    """What became of the vision parts that the recipe asked to compress."""
+
+    modules: dict[str, ModuleDescription]
+    linears: list[FactorizedLinear]
+    file: Path
+
+
+def plan_vision_ranks(
+    vision: Vision | None, settings: Factorize | None, architecture: Architecture, rank_multiple: int
+) -> dict[str, int]:
+    """Return the rank of every vision Linear to factorize; empty if the recipe leaves vision alone.
+
+    Raises:
+        RankError: a part cannot reach the compression ratio; the message names it.
+    """
+    if vision is None or settings is None:
+        return {}
+    wanted = {TOWER_PART: vision.compress_tower, PROJECTOR_PART: vision.compress_projector}
+    ranks: dict[str, int] = {}
+    for part, layers in architecture.vision_layers.items():
+        if not wanted[part]:
+            continue
+        try:
+            plan = allocate_ranks(
+                [linear for layer in layers for linear in layer.linears],
+                num_layers=len(layers),
+                compression_ratio=settings.compression_ratio,
+                num_compressed_layers=len(layers),
+                rank_multiple=rank_multiple,
+                beta=settings.beta if settings.method == "erc_svd" else 0.0,
+            )
+        except RankError as error:
+            raise RankError(f"{part}: {error}") from error
+        ranks |= {name: rank for name, rank in plan.ranks.items() if rank is not None}
+    return ranks
+
+
+def describe_vision(ranks: Mapping[str, int], architecture: Architecture) -> dict[str, ModuleDescription]:
+    """Return the description of every factorized vision Linear."""
+    return {
+        linear.name: ModuleDescription(
+            layout="low_rank",
+            shape=(linear.out_features, linear.in_features),
+            rank=ranks[linear.name],
+        )
+        for linear in architecture.vision_linears
+        if linear.name in ranks
+    }
+
+
+def factorize_vision(
+    model: LayerwiseModel,
+    samples: Sequence[Sample] | None,
+    settings: Factorize,
+    ranks: Mapping[str, int],
+    directory: Path,
+) -> VisionOutcome:
+    """Factorize the vision Linears that `ranks` names, and write their factors to `directory`.
+
+    Args:
+        model: The original model.
+        samples: Calibration samples, of which those with pictures count; None for a data-free method.
+        settings: The recipe's factorize stage.
+        ranks: From `plan_vision_ranks`.
+        directory: Receives `vision.safetensors`.
+
+    Raises:
+        FactorizationError: a weight or its inputs cannot be factorized.
+    """
+    groups = _groups(model.architecture, ranks)
+    statistics: dict[str, InputStatistics] = {}
+    if samples is not None:
+        statistics = {
+            group[0].name: InputStatistics.zeros(group[0].in_features, model.device) for group in groups
+        }
+        model.embed(model.batches([sample for sample in samples if sample.images]), observe=statistics)
+    tensors: dict[str, torch.Tensor] = {}
+    linears = []
+    for group in groups:
+        seen = statistics.get(group[0].name)
+        for linear in group:
+            name = f"{linear.name}.{WEIGHT}"
+            weight = model.store.read([name])[name].to(model.device, model.dtype)
+            stored, rank = model.stored_dtype(name), ranks[linear.name]
+            decomposition = decompose_linear(settings, linear, weight, seen, max_rank=rank)
+            factors = truncate_linear(settings, decomposition, linear, weight, rank, stored, exact=True)
+            linears.append(measure_linear(linear, rank, weight, factors, seen))
+            tensors |= factor_tensors(linear.name, factors, stored)
+    file = directory / "vision.safetensors"
+    write_atomically(file, tensors)
+    return VisionOutcome(describe_vision(ranks, model.architecture), linears, file)
+
+
+def _groups(architecture: Architecture, ranks: Mapping[str, int]) -> list[list[LinearShape]]:
+    """Return the Linears to factorize, those that share an input together."""
+    groups = [
+        [linear for linear in group if linear.name in ranks]
+        for layers in architecture.vision_layers.values()
+        for layer in layers
+        for group in layer.groups
+    ]
+    return [group for group in groups if group]

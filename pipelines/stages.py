@@ -1,0 +1,195 @@
+"""The stages of a recipe in order: vision parts, decoder, integers; each reads what the one before left."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ercsvd_deploy.architecture import Architecture
+from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
+from ercsvd_deploy.layerwise import LayerwiseModel
+from ercsvd_deploy.pipelines.factorize import FactorizeOutcome, factorize_decoder
+from ercsvd_deploy.pipelines.factorize_vision import VisionOutcome, factorize_vision
+from ercsvd_deploy.pipelines.model_source import OpenedModel, stream
+from ercsvd_deploy.pipelines.plan import plan_quantize_stage, plan_vision, rank_plans
+from ercsvd_deploy.pipelines.progress import ProgressReporter
+from ercsvd_deploy.pipelines.quantize import QuantizeOutcome, quantize_decoder
+from ercsvd_deploy.pipelines.quantize_plan import QuantizePlan, check_num_tokens, serving_warnings
+from ercsvd_deploy.rank import RankPlan
+from ercsvd_deploy.recipe_schema import Recipe
+from ercsvd_deploy.recipe_stages import Quantize
+from ercsvd_deploy.samples import Sample
+from ercsvd_deploy.tensor_store import FileStore, OverlayStore, TensorStore
+
+
+@dataclass
+class CompressedModel:
+    """The model as the stages so far have left it."""
+
+    opened: OpenedModel
+    device: torch.device
+    original: LayerwiseModel
+    modules: dict[str, ModuleDescription] = field(default_factory=dict)
+    store: TensorStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start from the original weights."""
+        self.store = self.original.store
+
+    def take(self, files: Iterable[Path], described: Mapping[str, ModuleDescription]) -> None:
+        """Put a stage's output in the place of the modules it describes."""
+        self.store = OverlayStore(self.store, FileStore(files), described)
+        self.modules |= described
+
+    def stream(self) -> LayerwiseModel:
+        """Return the model ready to run layer by layer."""
+        if not self.modules:
+            return self.original
+        config = copy.deepcopy(self.opened.config)
+        config.quantization_config = CheckpointConfig(modules=self.modules).write()
+        return stream(replace(self.opened, config=config), self.device, self.store)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What the stages will do, from shapes alone."""
+
+    architecture: Architecture
+    vision_ranks: Mapping[str, int]
+    rank_plans: Mapping[int, RankPlan]
+    quantize: QuantizePlan
+    settings: Quantize | None
+
+    def warnings(self, samples: Sequence[Sample] | None, dtype: str) -> list[str]:
+        """Return what may go less well than hoped.
+
+        Raises:
+            QuantizePlanError: there are too few calibration tokens for GPTQ.
+        """
+        if self.settings is None:
+            return []
+        assert samples is not None, "the schema asks for calibration where a stage needs it"
+        num_tokens = sum(len(sample.tokens) for sample in samples)
+        found = check_num_tokens(self.quantize, self.settings, self.architecture, num_tokens)
+        return found + serving_warnings(self.quantize, dtype)
+
+
+@dataclass
+class StageOutcomes:
+    """What each stage found out; None for those that the recipe does not have."""
+
+    vision: VisionOutcome | None = None
+    factorized: FactorizeOutcome | None = None
+    quantized: QuantizeOutcome | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def plan_stages(recipe: Recipe, architecture: Architecture) -> StagePlan:
+    """Plan all stages.
+
+    Raises:
+        PlanError, QuantizePlanError: the recipe cannot work on this model.
+    """
+    ranks = rank_plans(recipe, architecture)
+    return StagePlan(
+        architecture=architecture,
+        vision_ranks=plan_vision(recipe, architecture),
+        rank_plans=ranks,
+        quantize=plan_quantize_stage(recipe, ranks, architecture),
+        settings=recipe.quantize,
+    )
+
+
+def run_stages(
+    recipe: Recipe,
+    plan: StagePlan,
+    compressed: CompressedModel,
+    samples: Sequence[Sample] | None,
+    work: Path,
+    progress: ProgressReporter,
+) -> StageOutcomes:
+    """Run all stages of a recipe, each into its own folder of `work`; `compressed` follows them.
+
+    Raises:
+        FactorizationError, QuantizationError: a weight or its inputs cannot be worked on.
+    """
+    outcomes = StageOutcomes()
+    settings = recipe.factorize
+    if settings is not None and plan.vision_ranks:
+        with timed(outcomes.seconds, "factorize vision"):
+            directory = _folder(work, "vision")
+            outcomes.vision = factorize_vision(
+                compressed.original, samples, settings, plan.vision_ranks, directory
+            )
+        compressed.take([outcomes.vision.file], outcomes.vision.modules)
+    if settings is not None:
+        model = compressed.stream()
+        candidates = f"{len(plan.rank_plans)} candidate{'s' if len(plan.rank_plans) > 1 else ''}"
+        with (
+            timed(outcomes.seconds, "factorize"),
+            progress(f"{settings.method}, {candidates}", model.num_layers) as on_layer,
+        ):
+            directory = _folder(work, "factorize")
+            outcomes.factorized = factorize_decoder(
+                model, samples, settings, plan.rank_plans, directory, on_layer
+            )
+        compressed.take(outcomes.factorized.files, outcomes.factorized.modules)
+    if recipe.quantize is not None:
+        outcomes.quantized = _quantize(recipe.quantize, plan, compressed, samples, outcomes, work, progress)
+    return outcomes
+
+
+def _quantize(
+    settings: Quantize,
+    plan: StagePlan,
+    compressed: CompressedModel,
+    samples: Sequence[Sample] | None,
+    outcomes: StageOutcomes,
+    work: Path,
+    progress: ProgressReporter,
+) -> QuantizeOutcome:
+    assert samples is not None, "the schema asks for calibration where a stage needs it"
+    ranks = outcomes.factorized.plan.ranks if outcomes.factorized else {}
+    described = plan.quantize.describe(ranks, plan.architecture)
+    model = compressed.stream()
+    with (
+        timed(outcomes.seconds, "quantize"),
+        progress(f"{settings.method}, {settings.bits} bits", model.num_layers) as on_layer,
+    ):
+        quantized = quantize_decoder(
+            model,
+            compressed.original.store,
+            samples,
+            settings,
+            described,
+            plan.quantize.matches,
+            _folder(work, "quantize"),
+            on_layer,
+        )
+    integers = {
+        name: description
+        for name, description in described.items()
+        if any(storage for _, storage in description.parts.values())
+    }
+    compressed.take(quantized.files, integers)
+    return quantized
+
+
+def _folder(work: Path, name: str) -> Path:
+    directory = work / name
+    directory.mkdir()
+    return directory
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note how long the context lasted."""
+    start = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - start, 2)
