@@ -8,7 +8,7 @@ VLLM ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'vllm>=0.29' || ec
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-older-vllm lint clean setup
+.PHONY: demo demo-llava test test-older-vllm lint clean setup
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -28,6 +28,12 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/ercsvd run recipes/demo.yaml
 	$(BIN)/python examples/serve_and_ask.py out/tiny-llama-erc20-int4
+
+# The same for a vision-language model, asked about a picture.
+demo-llava: $(READY)
+	$(BIN)/ercsvd run recipes/demo-llava.yaml
+	$(BIN)/python examples/serve_and_ask.py out/tiny-llava-erc20-int4 \
+	  --image examples/pictures/held_out/0000.png --question 'What color is the circle?'
 
 test: $(READY)
 	$(BIN)/python -m pytest

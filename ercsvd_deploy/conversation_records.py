@@ -105,7 +105,7 @@ def encodable(text: str, where: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise CalibrationError(
-            f"{where}: half a character (a lone surrogate) in {printable(text)!r}"
+            f"{where}: half a character (a lone surrogate) in '{printable(text)}'"
         ) from None
     return text
 

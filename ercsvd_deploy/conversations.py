@@ -169,7 +169,7 @@ def read_hub_conversations(
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes | Image):
             raise CalibrationError(
-                f"{where}: column {image_field!r} has no picture in it, but {describe(content)}"
+                f"{where}: column {image_field!r} has no picture in it, but {describe(value)}"
             )
         return ImageContent(where, content)
 

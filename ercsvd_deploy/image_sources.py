@@ -114,12 +114,12 @@ def image_below(root: Path, name: str, named_by: str) -> ImageFile:
     """
     if not name or "\0" in name or "://" in name or name.startswith("data:"):
         raise CalibrationError(
-            f"{named_by}: image {printable(name)!r} is not the path of a file; addresses are not fetched"
+            f"{named_by}: image '{printable(name)}' is not the path of a file; addresses are not fetched"
         )
     # Not Path.resolve: following the links of a million paths takes a minute.
     inside, path = os.path.abspath(root), os.path.abspath(root / name)  # noqa: PTH100
     if os.path.commonpath([inside, path]) != inside:
-        raise CalibrationError(f"{named_by}: image {printable(name)!r} lies outside {root}")
+        raise CalibrationError(f"{named_by}: image '{printable(name)}' lies outside {root}")
     return ImageFile(root / name, root, named_by)
 
 

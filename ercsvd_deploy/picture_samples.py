@@ -12,13 +12,12 @@ from ercsvd_deploy.calibration import CalibrationError
 from ercsvd_deploy.chat_processor import encode_with_images, load_processor, render, reply_tokens
 from ercsvd_deploy.conversations import Conversation, open_images
 from ercsvd_deploy.image_sources import DamagedImageError
-from ercsvd_deploy.samples import Sample
+from ercsvd_deploy.samples import QuestionSample, Sample
 
 __all__ = [
     "LeftOut",
     "PictureQuestions",
     "PictureSamples",
-    "QuestionSample",
     "calibration_samples",
     "load_processor",
     "question_samples",
@@ -58,28 +57,6 @@ class PictureSamples(LeftOut):
     """Calibration samples with pictures, at least one, in the order they were drawn."""
 
     samples: tuple[Sample, ...]
-
-
-@dataclass(frozen=True)
-class QuestionSample:
-    """One question about a picture, followed by the reference answer.
-
-    A greedy decoder answers exactly so if and only if, at each place from `answer_start - 1` up to the last
-    but one, its most likely next token is the one that follows.
-
-    Attributes:
-        sample: The prompt, exactly as for generation, then the answer and the end of the turn.
-        answer_start: Index of the answer's first token.
-        question: The last turn of the user.
-        answer: The reference, without the white space around it.
-        where: Where the conversation was read, for messages.
-    """
-
-    sample: Sample
-    answer_start: int
-    question: str
-    answer: str
-    where: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +139,9 @@ def question_samples(
     max_tokens: int | None = None,
 ) -> PictureQuestions:
     """Turn every answer into a question, with the turns before it as its context.
+
+    A greedy decoder gives the reference answer if and only if, at each place from `answer_start - 1` up to
+    the last but one, its most likely next token is the one that follows.
 
     Args:
         conversations: Each has at least one turn of the assistant, which is a reference answer.

@@ -109,6 +109,11 @@ def _outline(shape: str, x: float, y: float, radius: float, tilt: float) -> list
     ]
 
 
+def describe(scene: Scene) -> tuple[str, str]:
+    """Return the request to describe a scene, and a full description, object by object."""
+    return "Describe the picture.", ", ".join(f"a {thing.name} in the {POSITIONS[thing.cell]}" for thing in scene)
+
+
 def ask(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """Return a question that the scene answers, and the answer."""
     questions = (_ask_total, _ask_count, _ask_color, _ask_shape, _ask_position, _ask_contents, _ask_presence)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_pictures import COLORS, PICTURE_DIR, SHAPES, SIDE, Scene, ask, draw, random_scene
+from make_pictures import COLORS, PICTURE_DIR, SHAPES, SIDE, Scene, ask, describe, draw, random_scene
 from make_texts import training_documents
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -45,13 +45,16 @@ MODEL_DIR = Path(__file__).parent / "tiny-llava"
 PATCH = 32  # one cell of the pictures' grid
 PATCHES = (SIDE // PATCH) ** 2
 IMAGE_TOKEN = "<image>"  # noqa: S105 - not a secret
-TURNS = 8
+TURNS = 5
+DESCRIBED = 0.5  # share of the conversations that have a full description as their first or last turn
 TOWER_SHARE = 0.04  # of the minutes
 TOWER_BATCH = 128
-BATCH_SIZE = 40  # conversations in a step
+BATCH_SIZE = 16  # conversations in a step
+# Rows are padded to one length: on a CPU every new shape of a matrix product costs more than the product.
+LENGTH = 192
 TEXT_ROWS = 2  # rows of Python source in a step
 TEXT_LENGTH = 128
-PEAK_LEARNING_RATE = 2e-3
+PEAK_LEARNING_RATE = 6e-4
 TOWER_LEARNING_RATE = 1e-3
 SEED = 5
 IGNORED = -100
@@ -154,7 +157,7 @@ def run_for(
     report: Callable[[int, float, float], None],
 ) -> None:
     """Optimise for `minutes`; `report(step, minutes, loss)` is called about once a minute."""
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     started = last_report = time.monotonic()
     step = 0
     while (progress := (time.monotonic() - started) / (60 * minutes)) < 1:
@@ -211,8 +214,10 @@ class Conversations:
     def row(self, scene: Scene, turns: int) -> tuple[list[int], list[int]]:
         """Return token ids and labels of one conversation."""
         tokens, labels = list(self.start), [IGNORED] * len(self.start)
-        for turn in range(turns):
-            question, answer = ask(scene, self.rng)
+        exchanges = [ask(scene, self.rng) for _ in range(turns)]
+        if self.rng.random() < DESCRIBED:
+            exchanges.insert(self.rng.choice([0, turns]), describe(scene))
+        for turn, (question, answer) in enumerate(exchanges):
             lead = self.encode(question if turn == 0 else f"USER: {question}")
             prompt = [*lead, *self.encode(" ASSISTANT:")]
             reply = [*self.encode(f" {answer}"), self.eos]
@@ -221,12 +226,11 @@ class Conversations:
         return tokens, labels
 
     def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return tokens, labels [size, tokens] and pixels [size, 3, SIDE, SIDE]."""
+        """Return tokens, labels [size, LENGTH] and pixels [size, 3, SIDE, SIDE]."""
         scenes = [random_scene(self.rng, held_out=False) for _ in range(size)]
         rows = [self.row(scene, TURNS) for scene in scenes]
-        length = max(len(tokens) for tokens, _ in rows)
-        tokens = torch.tensor([t + [self.pad] * (length - len(t)) for t, _ in rows])
-        labels = torch.tensor([t + [IGNORED] * (length - len(t)) for _, t in rows])
+        tokens = torch.tensor([(t + [self.pad] * LENGTH)[:LENGTH] for t, _ in rows])
+        labels = torch.tensor([(t + [IGNORED] * LENGTH)[:LENGTH] for _, t in rows])
         return tokens, labels, pixels([draw(scene, self.rng) for scene in scenes], self.processor)
 
 
@@ -260,6 +264,7 @@ def train(minutes: float, device: str) -> None:
     model = build(tokenizer).to(device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     train_tower(model.model.vision_tower, TOWER_SHARE * minutes, device, rng)
+    model.model.vision_tower.requires_grad_(False)  # as LLaVA does: it sees well enough by now
 
     stream = tokenize(tokenizer, training_documents())
     conversations = Conversations(tokenizer, rng)
@@ -271,9 +276,8 @@ def train(minutes: float, device: str) -> None:
         text = torch.stack([stream[start : start + TEXT_LENGTH] for start in starts]).to(device)
         with torch.autocast(device, dtype=torch.bfloat16):
             states = model.model(input_ids=tokens, pixel_values=seen).last_hidden_state[:, :-1]
-            answered = labels[:, 1:] != IGNORED  # only these positions need logits
             answers = functional.cross_entropy(
-                model.lm_head(states[answered]).float(), labels[:, 1:][answered]
+                model.lm_head(states).float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
             )
             reading = model(input_ids=text, labels=text).loss
         return answers + 0.1 * reading
@@ -292,7 +296,8 @@ def train(minutes: float, device: str) -> None:
         )
         print(json.dumps(log[-1]), flush=True)
 
-    run_for((1 - TOWER_SHARE) * minutes, PEAK_LEARNING_RATE, list(model.parameters()), step_loss, report)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    run_for((1 - TOWER_SHARE) * minutes, PEAK_LEARNING_RATE, learning, step_loss, report)
     model.eval().to("cpu", torch.bfloat16)
     print(f"accuracy in bfloat16: {held_out_accuracy(model, conversations, 'cpu'):.4f}", flush=True)
     save(model, tokenizer, log)

@@ -1,4 +1,4 @@
-"""The command line: `ercsvd validate | plan | run | eval | schema | version`.
+"""The command line: `ercsvd validate | plan | run | eval | import-llava | schema | version`.
 
 Exit codes: 0 done; 1 the work failed; 2 the command line or the recipe is wrong. A failure is one
 message on standard error that says what is wrong, where, and what to do; `--debug` adds the traceback.
@@ -162,17 +162,25 @@ def evaluate(
     text: Annotated[
         list[str] | None, typer.Option("--text", metavar="[NAME=]FILE", help="Held-out text for perplexity.")
     ] = None,
+    questions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--questions", metavar="[NAME=]FILE", help="Questions about pictures, with their answers."
+        ),
+    ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens in each window; default 2048, or what the model has.")
     ] = None,
-    max_sequences: Annotated[int | None, typer.Option(min=1, help="Windows per text.")] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(min=1, help="Windows per text, questions per set.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="lm-eval documents per task.")] = None,
     device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure perplexity on texts, and lm-eval tasks where lm-eval is installed."""
+    """Measure perplexity on texts, exact answers about pictures, and lm-eval tasks where it is installed."""
     with _failures_explained(debug=debug):
         from ercsvd_deploy.pipelines.evaluate import evaluate_model
 
@@ -182,6 +190,7 @@ def evaluate(
             found = evaluate_model(
                 model,
                 texts=text or [],
+                questions=questions or [],
                 sequence_length=sequence_length,
                 max_sequences=max_sequences,
                 tasks=[task.strip() for task in tasks.split(",")] if tasks else [],
@@ -197,10 +206,46 @@ def evaluate(
             table.add_column(column, justify="right" if column == "value" else "left")
         for name, value in found["perplexity"].items():
             table.add_row(f"perplexity, {name}", f"{value:.3f}")
+        for name, value in found["exact_match"].items():
+            table.add_row(f"exact match, {name}", f"{100 * value:.1f} %")
         for task, metrics in found["tasks"].items():
             for metric, value in metrics.items():
                 table.add_row(f"{task}, {metric}", f"{value:.4f}")
         _console().print(table)
+
+
+@app.command("import-llava")
+def import_llava(
+    source: Annotated[
+        str, typer.Argument(help="Directory or hub id of a LLaVA checkpoint in its authors' format.")
+    ],
+    target: Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)],
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory or hub id of the CLIP vision tower, instead of what the checkpoint names."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Convert a LLaVA checkpoint to the layout that recipes, transformers and vLLM read."""
+    with _failures_explained(debug=debug):
+        with _quiet_libraries():
+            from dataclasses import asdict
+
+            from ercsvd_deploy.pipelines.import_llava import import_llava as convert
+
+            imported = convert(source, target, vision_tower=vision_tower)
+        if as_json:
+            _print_json(asdict(imported) | {"directory": str(imported.directory)})
+        else:
+            _console().print(
+                f"Written to {imported.directory}: {imported.model_type}, "
+                f"{imported.parameters:,} parameters, {imported.num_bytes:,} bytes; "
+                f"vision tower: {imported.vision_tower}; chat template: {imported.conversation}",
+                highlight=False,
+            )
 
 
 @app.command()

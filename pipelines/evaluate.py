@@ -1,4 +1,4 @@
-"""Evaluate a model on its own: perplexity on texts, and lm-eval tasks where lm-eval is installed."""
+"""Evaluate a model on its own: texts, questions about pictures, and lm-eval tasks where it is installed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 
+from ercsvd_deploy.architecture import load_config, reads_images
 from ercsvd_deploy.calibration import CalibrationError, load_tokenizer, read_text, token_windows
-from ercsvd_deploy.evaluation import perplexities
-from ercsvd_deploy.pipelines.model_source import default_device, open_model, stream
+from ercsvd_deploy.evaluation import Quality, measure_quality
+from ercsvd_deploy.picture_samples import load_processor
+from ercsvd_deploy.pipelines.model_source import OpenedModel, default_device, open_model, stream
+from ercsvd_deploy.pipelines.pictures import ask_questions
 from ercsvd_deploy.pipelines.progress import ProgressReporter, silent
 from ercsvd_deploy.pipelines.texts import check_length
 from ercsvd_deploy.recipe_schema import ModelSource
+from ercsvd_deploy.recipe_vision import ConversationFile, VisualQuestions
+from ercsvd_deploy.samples import QuestionSample
 
 
 class EvaluationError(ValueError):
@@ -23,7 +28,8 @@ class EvaluationError(ValueError):
 def evaluate_model(
     model: str,
     *,
-    texts: Sequence[str],
+    texts: Sequence[str] = (),
+    questions: Sequence[str] = (),
     sequence_length: int | None = None,
     max_sequences: int | None = None,
     tasks: Sequence[str] = (),
@@ -31,13 +37,14 @@ def evaluate_model(
     device: torch.device | None = None,
     progress: ProgressReporter = silent,
 ) -> dict[str, Any]:
-    """Return {"model", "perplexity": {text: value}, "tasks": {task: {metric: value}}}.
+    """Return "model", "perplexity" of each text, "exact_match" of each set, metrics of each of "tasks".
 
     Args:
         model: Directory of an original or compressed model, or a hub id.
         texts: `FILE` or `NAME=FILE` of held-out texts.
+        questions: `FILE` or `NAME=FILE` of conversations about pictures, whose answers are the reference.
         sequence_length: Tokens in each perplexity window; None for 2048, or the model's positions if fewer.
-        max_sequences: Windows per text; None for all.
+        max_sequences: Windows per text, and questions per set; None for all.
         tasks: Names of lm-eval tasks.
         limit: lm-eval documents per task.
         device: Where layers run; default the GPU if there is one.
@@ -45,35 +52,80 @@ def evaluate_model(
 
     Raises:
         EvaluationError: nothing to evaluate, lm-eval is not installed, or a task is unknown.
+        CalibrationError: a text or picture cannot be read, or the model does not read pictures.
     """
-    if not texts and not tasks:
-        raise EvaluationError("nothing to evaluate: give --text FILE or --tasks TASK")
+    if not texts and not questions and not tasks:
+        raise EvaluationError(
+            "nothing to evaluate: give --text FILE, --tasks TASK or, for a model that reads pictures, "
+            "--questions FILE"
+        )
     device = device or default_device()
     opened = open_model(ModelSource(path=model))
-    perplexity: dict[str, float] = {}
-    if texts:
-        tokenizer = load_tokenizer(str(opened.directory))
-        vocab_size = opened.config.get_text_config().vocab_size
-        positions = getattr(opened.config.get_text_config(), "max_position_embeddings", None) or 2048
-        length = sequence_length or min(2048, positions)
-        check_length(length, opened.config, "--sequence-length")
-        windows: dict[str, torch.Tensor] = {}
-        for text in texts:
-            name, separator, file = text.partition("=")
-            path = Path(file if separator else text)
-            try:
-                cut = token_windows(read_text(path), tokenizer, length, vocab_size)
-            except CalibrationError as error:
-                raise CalibrationError(f"--text {text}: {error}") from error
-            if (name if separator else path.stem) in windows:
-                raise EvaluationError(f"--text {text}: the name is taken; give each text its own: NAME=FILE")
-            windows[name if separator else path.stem] = cut[:max_sequences]
+    quality = Quality()
+    if texts or questions:
+        windows = _read_windows(texts, opened, sequence_length, max_sequences)
+        asked = _read_questions(questions, opened, max_sequences)
         streamed = stream(opened, device)
-        with progress("perplexity", streamed.num_layers) as on_layer:
-            measured = perplexities(streamed, windows, on_layer)
-        perplexity = {name: value.value for name, value in measured.items()}
-    found = run_lm_eval(opened.directory, tasks, limit=limit, device=device) if tasks else {}
-    return {"model": model, "perplexity": perplexity, "tasks": found}
+        with progress("quality", streamed.num_layers) as on_layer:
+            quality = measure_quality(streamed, windows, asked, on_layer)
+    return {
+        "model": model,
+        "perplexity": {name: found.value for name, found in quality.perplexity.items()},
+        "exact_match": {name: found.value for name, found in quality.exact_match.items()},
+        "tasks": run_lm_eval(opened.directory, tasks, limit=limit, device=device) if tasks else {},
+    }
+
+
+def _read_windows(
+    texts: Sequence[str], opened: OpenedModel, sequence_length: int | None, max_sequences: int | None
+) -> dict[str, torch.Tensor]:
+    """Return text name -> token ids [windows, tokens]."""
+    if not texts:
+        return {}
+    tokenizer = load_tokenizer(str(opened.directory))
+    text_config = opened.config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None) or 2048
+    length = sequence_length or min(2048, positions)
+    check_length(length, opened.config, "--sequence-length")
+    windows = {}
+    for name, path in _named(texts, "--text").items():
+        try:
+            windows[name] = token_windows(read_text(path), tokenizer, length, text_config.vocab_size)
+        except CalibrationError as error:
+            raise CalibrationError(f"--text {path}: {error}") from error
+    return {name: cut[:max_sequences] for name, cut in windows.items()}
+
+
+def _read_questions(
+    questions: Sequence[str], opened: OpenedModel, max_questions: int | None
+) -> dict[str, Sequence[QuestionSample]]:
+    """Return name -> questions about pictures."""
+    if not questions:
+        return {}
+    if not reads_images(opened.config):
+        raise EvaluationError(
+            f"--questions: {opened.source.path} is a {opened.config.model_type} model, which reads text only"
+        )
+    sections = {
+        name: VisualQuestions(dataset=ConversationFile(conversations=path), max_questions=max_questions)
+        for name, path in _named(questions, "--questions").items()
+    }
+    processor = load_processor(str(opened.directory))
+    found, _ = ask_questions(sections, processor, opened.config, field="--questions")
+    return {name: asked.questions for name, asked in found.items()}
+
+
+def _named(arguments: Sequence[str], option: str) -> dict[str, Path]:
+    """Return name -> path of arguments `FILE` or `NAME=FILE`."""
+    paths: dict[str, Path] = {}
+    for argument in arguments:
+        before, separator, after = argument.partition("=")
+        path = Path(after if separator else before)
+        name = before if separator else path.stem
+        if name in paths:
+            raise EvaluationError(f"{option} {argument}: the name is taken; give each its own: NAME=FILE")
+        paths[name] = path
+    return paths
 
 
 def check_tasks(tasks: Sequence[str]) -> Any:
@@ -111,11 +163,14 @@ def run_lm_eval(
     """
     manager = check_tasks(tasks)
     import lm_eval
+    from lm_eval.models.hf_vlms import HFMultimodalLM
     from lm_eval.models.huggingface import HFLM
 
     import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 
-    model = HFLM(pretrained=str(directory), device=str(device), batch_size=batch_size)
+    # The multimodal class answers tasks with images, and text tasks as far as they generate.
+    model_class = HFMultimodalLM if reads_images(load_config(str(directory))) else HFLM
+    model = model_class(pretrained=str(directory), device=str(device), batch_size=batch_size)
     results = lm_eval.simple_evaluate(
         model=model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager
     )["results"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from ercsvd_deploy.architecture import ArchitectureError, load_config, reads_images
 from ercsvd_deploy.layerwise import LayerwiseModel
 from ercsvd_deploy.llava_names import to_module
+from ercsvd_deploy.pipelines.llava_original import is_original
 from ercsvd_deploy.recipe_schema import ModelSource
 from ercsvd_deploy.tensor_store import (
     CastingStore,
@@ -20,8 +22,9 @@ from ercsvd_deploy.tensor_store import (
     open_directory,
 )
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_EVERYTHING_ELSE = (
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+MODEL_FILES = (
+    *WEIGHT_FILES,
     "*.json",
     "*.txt",
     "*.model",
@@ -60,7 +63,12 @@ class OpenedModel:
 
 
 def open_config(source: ModelSource) -> Any:
-    """Return the model's config alone; from a hub id nothing else is fetched."""
+    """Return the model's config alone; from a hub id nothing else is fetched.
+
+    Raises:
+        ArchitectureError: it cannot be read, or is of a format that has to be imported first.
+    """
+    _refuse_original(source, source.path)
     return load_config(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
 
@@ -68,29 +76,59 @@ def open_model(source: ModelSource) -> OpenedModel:
     """Return the model with its files at hand, fetched from the hub if `path` is not a directory.
 
     Raises:
-        ArchitectureError: no such directory or hub model, or it cannot be fetched.
+        ArchitectureError: no such directory or hub model, it cannot be fetched, or is of a format that has
+            to be imported first.
     """
     directory = Path(source.path)
     if not directory.is_dir():
-        directory = _fetch(source)
+        directory = fetch(source.path, revision=source.revision, named_by="model.path")
+    _refuse_original(source, str(directory))
     config = load_config(str(directory), revision=source.revision, trust_remote_code=source.trust_remote_code)
     return OpenedModel(source, directory, config)
 
 
-def _fetch(source: ModelSource) -> Path:
+def _refuse_original(source: ModelSource, path: str) -> None:
+    """Refuse a LLaVA checkpoint in its authors' format, part of which transformers would misread.
+
+    Raises:
+        ArchitectureError: it is one; the message says how to import it.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(path, revision=source.revision)
+    except (OSError, ValueError):
+        return  # whoever loads the config says what is wrong with it
+    if is_original(raw):
+        raise ArchitectureError(
+            f"model.path {source.path}: a LLaVA checkpoint in its authors' format; convert it once, with  "
+            f"ercsvd import-llava {source.path} DIRECTORY  and set model.path to DIRECTORY"
+        )
+
+
+def fetch(
+    name: str, *, revision: str | None = None, files: Iterable[str] = MODEL_FILES, named_by: str
+) -> Path:
+    """Return the local copy of a hub model's files.
+
+    Args:
+        name: Hub id.
+        revision: Branch, tag or commit; None: the newest.
+        files: Patterns of file names.
+        named_by: What the user or a file called the model by, for messages.
+
+    Raises:
+        ArchitectureError: there is no such model, or it cannot be fetched.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                source.path, revision=source.revision, allow_patterns=[*_WEIGHTS, *_EVERYTHING_ELSE]
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()
         raise ArchitectureError(
-            f"model.path {source.path!r} is neither a directory here nor a model that can be fetched from "
+            f"{named_by} {name!r} is neither a directory here nor a model that can be fetched from "
             f"the hub: {reason[0] if reason else type(error).__name__}"
         ) from error
 

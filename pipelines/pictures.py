@@ -86,7 +86,10 @@ def draw_pictures(
 
 
 def ask_questions(
-    asked: Mapping[str, VisualQuestions], processor: Any, config: Any
+    asked: Mapping[str, VisualQuestions],
+    processor: Any,
+    config: Any,
+    field: str = "evaluation.visual_questions",
 ) -> tuple[dict[str, PictureQuestions], list[str]]:
     """Return the questions of every set, and what was left out.
 
@@ -95,7 +98,7 @@ def ask_questions(
     """
     questions, notes = {}, []
     for name, section in asked.items():
-        field = f"evaluation.visual_questions.{name}"
+        where = f"{field}.{name}"
         most = section.max_questions
         try:
             conversations = read_pictures(section.dataset, None if most is None else _SPARE_RECORDS * most)
@@ -108,8 +111,8 @@ def ask_questions(
                 max_tokens=getattr(config.get_text_config(), "max_position_embeddings", None),
             )
         except CalibrationError as error:
-            raise CalibrationError(f"{field}: {error}") from error
-        notes += _left_out(field, conversations, questions[name])
+            raise CalibrationError(f"{where}: {error}") from error
+        notes += _left_out(where, conversations, questions[name])
     return questions, notes
 
 

@@ -56,7 +56,8 @@ def run_recipe(
 
     Raises:
         RecipeError, ArchitectureError, PlanError, CalibrationError, CheckpointError, ExportError,
-            TargetInUseError: the recipe, the model or a text cannot be used; all that can be is found before heavy work.
+            TargetInUseError: the recipe, the model, a text or the output cannot be used; all that can be
+            is found before heavy work.
     """
     target = recipe.export.path
     if target is None:

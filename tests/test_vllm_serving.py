@@ -246,8 +246,8 @@ def test_server_needs_no_flags(
 ) -> None:
     request = {"max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": TOP}
     as_ids = {"return_tokens_as_token_ids": True}
-    with serving(mixed_model("llama"), tmp_path / "server.log") as complete:
-        answers = [complete(request | as_ids | {"prompt": prompt}) for prompt in PROMPTS]
+    with serving(mixed_model("llama"), tmp_path / "server.log") as post:
+        answers = [post("completions", request | as_ids | {"prompt": prompt}) for prompt in PROMPTS]
     model = AutoModelForCausalLM.from_pretrained(materialised(mixed_model("llama")), dtype=torch.float32)
     differences: list[float] = []
     for prompt, answer in zip(PROMPTS, answers, strict=True):
@@ -262,8 +262,13 @@ def test_server_needs_no_flags(
 
 
 @contextlib.contextmanager
-def serving(directory: Path, log: Path) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """Start the OpenAI server on a free loopback port; give a function that completes prompts."""
+def serving(
+    directory: Path, log: Path, *options: str, **variables: str
+) -> Iterator[Callable[[str, dict[str, Any]], dict[str, Any]]]:
+    """Start the OpenAI server on a free loopback port; give a function that posts to one of its paths.
+
+    It returns the first choice of the answer.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -271,23 +276,22 @@ def serving(directory: Path, log: Path) -> Iterator[Callable[[dict[str, Any]], d
     # the CPU build's `vllm serve` fails in its command line; this is the server that it starts
     command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    with process(command, log, VLLM_ENABLE_V1_MULTIPROCESSING="1") as server:
+    command += options
+    with process(command, log, 1, VLLM_ENABLE_V1_MULTIPROCESSING="1", **variables) as server:
         deadline = time.monotonic() + 300
         while not _answers(f"{address}/health"):
             assert server.poll() is None, log.read_text()[-8000:]
             assert time.monotonic() < deadline, log.read_text()[-8000:]
             time.sleep(0.5)
 
-        def complete(request: dict[str, Any]) -> dict[str, Any]:
+        def post(path: str, request: dict[str, Any]) -> dict[str, Any]:
             body = json.dumps(request | {"model": str(directory)}).encode()
-            call = urllib.request.Request(
-                f"{address}/v1/completions", body, {"Content-Type": "application/json"}
-            )
+            call = urllib.request.Request(f"{address}/v1/{path}", body, {"Content-Type": "application/json"})
             with urllib.request.urlopen(call, timeout=120) as response:
                 choice: dict[str, Any] = json.load(response)["choices"][0]
                 return choice
 
-        yield complete
+        yield post
 
 
 def _answers(url: str) -> bool:

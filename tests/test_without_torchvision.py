@@ -2,24 +2,64 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent.parent / "examples/without_torchvision"
-NEEDS_TORCHVISION = "transformers.models.pixtral.image_processing_pixtral"
-# Hides torchvision on a machine that has it.
-HIDE = "import sys; sys.modules['torchvision'] = None; sys.path_importer_cache.clear()\n"
+TWIN_OF = "transformers.models.pixtral.image_processing_pixtral"
+HIDE_TORCHVISION = "import sys; sys.modules['torchvision'] = None; "
+ASK_THE_FINDER = (
+    "import json, sys; finder = next(f for f in sys.meta_path if type(f).__name__ == 'PilTwin'); "
+    "print(json.dumps([finder.find_spec(name) is not None for name in sys.argv[1:]]))"
+)
 
 
-def run_python(code: str, *folders: Path) -> str:
-    """Return what a fresh interpreter prints that has `folders` on PYTHONPATH."""
+def run_python(code: str, *folders: Path, arguments: tuple[str, ...] = ()) -> Any:
+    """Return what a fresh interpreter with `folders` on PYTHONPATH prints, which is JSON."""
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
         capture_output=True,
         text=True,
         check=True,
     )
-    return result.stdout
+    return json.loads(result.stdout)
+
+
+def test_the_function_that_vllm_imports_is_there() -> None:
+    call = "[twin.__name__, twin._num_image_tokens((33, 16), 16)]"
+    code = f"{HIDE_TORCHVISION} import json, {TWIN_OF} as twin; print(json.dumps({call}))"
+    assert run_python(code, FOLDER) == [TWIN_OF, [3, 1]]
+
+
+def test_other_modules_are_left_alone() -> None:
+    names = (TWIN_OF, "transformers.models.pixtral.modeling_pixtral", "json")
+    assert run_python(HIDE_TORCHVISION + ASK_THE_FINDER, FOLDER, arguments=names) == [True, False, False]
+
+
+def test_nothing_happens_where_torchvision_is_installed(tmp_path: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").touch()
+    assert run_python(ASK_THE_FINDER, FOLDER, tmp_path, arguments=(TWIN_OF,)) == [False]
+
+
+def test_starting_python_imports_nothing_heavy() -> None:
+    code = "import json, sys; print(json.dumps([name for name in sys.argv[1:] if name in sys.modules]))"
+    asked = ("torch", "torchvision", "transformers", "numpy", "PIL", "sitecustomize")
+    assert run_python(code, FOLDER, arguments=asked) == ["sitecustomize"]
+
+
+def test_a_sitecustomize_that_it_hides_runs_once(tmp_path: Path) -> None:
+    copy = shutil.copytree(FOLDER, tmp_path / "copy")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "sitecustomize.py").write_text("import sys\nsys.started = [*getattr(sys, 'started', []), 1]\n")
+    code = "import json, sys; print(json.dumps(sys.started))"
+    assert run_python(code, FOLDER, other) == [1]
+    assert run_python(code, copy, FOLDER, other) == [1]
+    assert run_python(code, other, FOLDER) == [1]

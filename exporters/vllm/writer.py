@@ -150,10 +150,13 @@ def write_weights(
         max_shard_bytes: Upper size of a safetensors file.
     """
     renamed = RenamedStore(store, {architecture.checkpoint_name(name): name for name in store.names()})
-    groups = [
-        [architecture.checkpoint_name(name) for name in group] for group in _tensor_groups(store, architecture)
-    ]
-    return write_sharded(directory, renamed, groups, max_shard_bytes)
+    groups = _tensor_groups(store, architecture)
+    return write_sharded(
+        directory,
+        renamed,
+        [[architecture.checkpoint_name(name) for name in group] for group in groups],
+        max_shard_bytes,
+    )
 
 
 def _served_config(source: Path, dtype: str | None, compressed: CheckpointConfig) -> dict[str, Any]:
