@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,7 @@ class Thing:
 
     @property
     def name(self) -> str:
+        """What it is called in questions and answers."""
         return f"{self.color} {self.shape}"
 
 
@@ -111,7 +113,8 @@ def _outline(shape: str, x: float, y: float, radius: float, tilt: float) -> list
 
 def describe(scene: Scene) -> tuple[str, str]:
     """Return the request to describe a scene, and a full description, object by object."""
-    return "Describe the picture.", ", ".join(f"a {thing.name} in the {POSITIONS[thing.cell]}" for thing in scene)
+    things = (f"a {thing.name} in the {POSITIONS[thing.cell]}" for thing in scene)
+    return "Describe the picture.", ", ".join(things)
 
 
 def ask(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -166,7 +169,8 @@ def _ask_presence(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     return f"Is there a {name}?", "yes" if name in there else "no"
 
 
-def _only(scene: Scene, rng: random.Random, look) -> Thing | None:  # noqa: ANN001 - a lambda above
+def _only(scene: Scene, rng: random.Random, look: Callable[[Thing], str]) -> Thing | None:
+    """Return a thing that no other one of the scene looks like, if there is one."""
     looks = [look(thing) for thing in scene]
     alone = [thing for thing in scene if looks.count(look(thing)) == 1]
     return rng.choice(alone) if alone else None

@@ -1,11 +1,11 @@
 """Train the embedded vision-language model: a small CLIP-style tower in front of the embedded Llama.
 
-As LLaVA was made from parts that could already see and read, so is this one: first the tower learns alone,
-from scratch, to say what each patch of a picture shows and where it lies; then tower, projector and the embedded Llama learn
-together to answer questions (see `make_pictures.py`), with Python source mixed in so that it can still read.
-Loss is taken on the answers only. No held-out picture's contents are ever drawn for training.
+As LLaVA was made from parts that could already see and read, so is this one. First the tower learns alone,
+from scratch, to say what each patch of a picture shows and where it lies. Then it is frozen, and projector and
+language model learn to answer questions and to describe (see `make_pictures.py`), with Python source mixed in
+so that the model can still read. Loss is taken on the answers only. No held-out scene is drawn for training.
 
-Run `python examples/train_tiny_llava.py --minutes 60`; the learning rate follows the clock.
+Run `python examples/train_tiny_llava.py --minutes 50`; the learning rate follows the clock.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ SEED = 5
 IGNORED = -100
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message.role == 'assistant' %}{{ ' ASSISTANT: ' }}{% else %}{{ message.role | upper + ': ' }}{% endif %}"
+    "{% if message.role == 'assistant' %}{{ ' ASSISTANT: ' }}"
+    "{% else %}{{ message.role | upper + ': ' }}{% endif %}"
     "{% if message.content is string %}{{ message.content }}{% else %}"
     "{% for part in message.content %}{% if part.type == 'image' %}{{ '<image>\n' }}{% endif %}{% endfor %}"
     "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
@@ -194,7 +195,8 @@ def train_tower(tower: CLIPVisionModel, minutes: float, device: str, rng: random
         return torch.stack(losses).mean()
 
     def report(step: int, minutes: float, loss: float) -> None:
-        print(json.dumps({"tower_step": step, "minutes": round(minutes, 1), "loss": round(loss, 4)}), flush=True)
+        spent = {"tower_step": step, "minutes": round(minutes, 1), "loss": round(loss, 4)}
+        print(json.dumps(spent), flush=True)
 
     run_for(minutes, TOWER_LEARNING_RATE, [*tower.parameters(), *heads.parameters()], step_loss, report)
 
@@ -329,7 +331,16 @@ def save(
         image_token=IMAGE_TOKEN,
         num_additional_image_tokens=1,
     ).save_pretrained(MODEL_DIR)
+    forget_this_machine(MODEL_DIR / "tokenizer_config.json")
     (MODEL_DIR / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+def forget_this_machine(tokenizer_config: Path) -> None:
+    """Remove what transformers notes about where the tokenizer was loaded from."""
+    config = json.loads(tokenizer_config.read_text())
+    for key in ("is_local", "local_files_only"):
+        config.pop(key, None)
+    tokenizer_config.write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":
