@@ -27,6 +27,7 @@ from ercsvd_deploy.checkpoint_schema import CheckpointConfig
 from ercsvd_deploy.evaluation import perplexities
 from ercsvd_deploy.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.factorize import factorize_decoder
+from ercsvd_deploy.pipelines.finished_work import FinishedWork
 from ercsvd_deploy.pipelines.model_source import OpenedModel, open_model, stream
 from ercsvd_deploy.pipelines.plan import rank_plans
 from ercsvd_deploy.pipelines.texts import calibration_windows, evaluation_windows
@@ -89,7 +90,9 @@ class Workbench:
         started = time.monotonic()
         plans = rank_plans(recipe, self.model.architecture)
         with tempfile.TemporaryDirectory() as directory:
-            outcome = factorize_decoder(self.model, self.samples, settings, plans, Path(directory))
+            outcome = factorize_decoder(
+                self.model, self.samples, settings, plans, FinishedWork(Path(directory))
+            )
             store = OverlayStore(self.model.store, FileStore(outcome.files), outcome.modules)
             seconds = time.monotonic() - started
             compressed = self.compressed(store, CheckpointConfig(modules=outcome.modules))

@@ -23,6 +23,7 @@ from results_file import environment, markdown_table, write_results
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.evaluation import perplexities
 from ercsvd_deploy.pipelines.factorize import factorize_decoder
+from ercsvd_deploy.pipelines.finished_work import FinishedWork
 from ercsvd_deploy.pipelines.plan import plan_quantize_stage, rank_plans
 from ercsvd_deploy.pipelines.quantize import quantize_decoder
 from ercsvd_deploy.pipelines.sizes import linear_bits_per_weight, stored_bytes, sum_by_part
@@ -62,7 +63,9 @@ class QuantizationBench(Workbench):
         assert recipe.factorize is not None, "the demo recipe factorizes"
         plans = rank_plans(recipe, self.model.architecture)
         directory.mkdir()
-        outcome = factorize_decoder(self.model, self.samples, recipe.factorize, plans, directory)
+        outcome = factorize_decoder(
+            self.model, self.samples, recipe.factorize, plans, FinishedWork(directory)
+        )
         store = OverlayStore(self.model.store, FileStore(outcome.files), outcome.modules)
         return Stored(store, outcome.modules, outcome.plan.ranks)
 
@@ -77,7 +80,13 @@ class QuantizationBench(Workbench):
         directory.mkdir()
         model = self.compressed(start.store, CheckpointConfig(modules=start.modules))
         outcome = quantize_decoder(
-            model, self.model.store, self.samples, recipe.quantize, described, plan.matches, directory
+            model,
+            self.model.store,
+            self.samples,
+            recipe.quantize,
+            described,
+            plan.matches,
+            FinishedWork(directory),
         )
         return Stored(OverlayStore(start.store, FileStore(outcome.files), described), described, start.ranks)
 

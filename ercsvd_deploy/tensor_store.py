@@ -335,11 +335,19 @@ def write_atomically(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         save_file(contiguous, partial, metadata=_METADATA)
 
 
-def write_json_atomically(path: Path, value: Any) -> None:
-    """Write a JSON file that is either absent or complete."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+def write_json_atomically(path: Path, value: Any, *, allow_nan: bool = False) -> None:
+    """Write a JSON file that is either absent or complete; `allow_nan` for what only Python reads."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan)
     with _replacing(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Return the contents of a JSON file; None if there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 @contextmanager
@@ -353,10 +361,20 @@ def _replacing(path: Path) -> Iterator[Path]:
         # safetensors creates files that only their owner can read; a served model is read by others.
         partial.chmod(0o666 & ~_umask())
         partial.replace(path)
+        _sync_directory(path.parent)
     except SafetensorError as error:  # how the library reports a full disk
         raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make renames in a directory survive a crash of the machine."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -1,9 +1,10 @@
 """Train the embedded vision-language model: a small CLIP-style tower in front of the embedded Llama.
 
-As LLaVA was made from parts that could already see and read, so is this one. First the tower learns alone,
-from scratch, to say what each patch of a picture shows and where it lies. Then it is frozen, and projector and
-language model learn to answer questions and to describe (see `make_pictures.py`), with Python source mixed in
-so that the model can still read. Loss is taken on the answers only. No held-out scene is drawn for training.
+As LLaVA was made from parts that could already see and read, so is this one. First the tower learns
+alone, from scratch, to say what each patch of a picture shows and where it lies. Then it is frozen, and
+projector and language model learn to answer questions and to describe (see `make_pictures.py`), with Python
+source mixed in so that the model can still read. Loss is taken on the answers only. No held-out scene is
+drawn for training.
 
 Run `python examples/train_tiny_llava.py --minutes 50`; the learning rate follows the clock.
 """

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,12 +60,12 @@ def _failures_explained(*, debug: bool) -> Iterator[None]:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if debug:
             raise
-        _complain(_explain(error))
+        _complain(_explain_with_notes(error))
         raise typer.Exit(EXIT_FAILED) from error
     except typer.Exit:
         raise
-    except KeyboardInterrupt:
-        _complain("interrupted")
+    except KeyboardInterrupt as interrupt:
+        _complain("\n".join(["interrupted", *getattr(interrupt, "__notes__", ())]))
         raise typer.Exit(130) from None
     except Exception as error:
         if debug:
@@ -75,12 +76,17 @@ def _failures_explained(*, debug: bool) -> Iterator[None]:
         raise typer.Exit(EXIT_FAILED) from error
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, MemoryError):
         return "out of memory: lower calibration.num_samples or sequence_length"
     return str(error) or type(error).__name__
+
+
+def _explain_with_notes(error: BaseException) -> str:
+    """Return the message, and on lines of their own what was noted on the way up."""
+    return "\n".join([_explain(error), *getattr(error, "__notes__", ())])
 
 
 def _complain(message: str) -> None:
@@ -246,6 +252,48 @@ def import_llava(
                 f"vision tower: {imported.vision_tower}; chat template: {imported.conversation}",
                 highlight=False,
             )
+
+
+@app.command()
+def status(
+    output: Annotated[Path, typer.Argument(help="The directory a recipe writes.", show_default=False)],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Tell whether an output is finished, running or interrupted, and what of it is done."""
+    with _failures_explained(debug=debug):
+        from ercsvd_deploy.pipelines.status import output_status
+
+        found = output_status(output)
+        if as_json:
+            _print_json(asdict(found))
+            return
+        word = "running" if found.running else "finished" if found.finished else "not there"
+        lines = [f"{output}: {word}"]
+        lines += [
+            f"  {stage.name}: {stage.pieces} pieces, {stage.num_bytes:,} bytes" for stage in found.stages
+        ]
+        if not found.running:
+            lines.append(
+                "an unfinished run can be continued by the same command, or removed by `ercsvd clean`"
+                if found.stages
+                else "nothing of an unfinished run is there"
+            )
+        _console().print("\n".join(lines), highlight=False, markup=False)
+
+
+@app.command()
+def clean(
+    output: Annotated[Path, typer.Argument(help="The directory a recipe writes.", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """Remove what an unfinished run left; a finished export stays."""
+    with _failures_explained(debug=debug):
+        from ercsvd_deploy.pipelines.work_directory import remove_unfinished, work_path
+
+        was_there = remove_unfinished(output.absolute())
+        said = f"removed {work_path(output)}" if was_there else f"{output}: nothing to remove"
+        _console().print(said, highlight=False, markup=False)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from ercsvd_deploy.architecture import LayerLinears
@@ -34,10 +35,11 @@ from ercsvd_deploy.factorize import (
     weight_error,
 )
 from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.finished_work import FinishedWork
 from ercsvd_deploy.rank import LinearShape, RankPlan, split_rank
 from ercsvd_deploy.recipe_stages import Factorize
 from ercsvd_deploy.samples import Batch, Sample
-from ercsvd_deploy.tensor_store import FileStore, write_atomically
+from ercsvd_deploy.tensor_store import FileStore
 
 # Beyond this side the residual's exact decomposition is made once, for the chosen k, and the search
 # over k uses a randomized one.
@@ -69,6 +71,11 @@ class SearchPoint:
     final_layer_error: float | None  # relative Frobenius error of the last layer's output
 
 
+_OUTCOME = "outcome"
+_LINEARS = TypeAdapter(list[FactorizedLinear])
+_SEARCH = TypeAdapter(list[SearchPoint])
+
+
 @dataclass
 class FactorizeOutcome:
     """Everything the stage found out; the factors themselves are in its layer files."""
@@ -94,29 +101,56 @@ def factorize_decoder(
     samples: Sequence[Sample] | None,
     settings: Factorize,
     plans: Mapping[int, RankPlan],
-    directory: Path,
+    work: FinishedWork,
     on_layer: Callable[[], None] = lambda: None,
 ) -> FactorizeOutcome:
-    """Compress the last k layers and write each compressed layer's factors to `directory` as it is done.
+    """Compress the last k layers; what is finished of it in `work` is not computed again.
+
+    A pass that was interrupted is replayed: activations pass through all layers again, which is quick, and
+    decompositions, which are not, come from `work`.
 
     Args:
         model: The original model.
         samples: Calibration sequences, of which the first few serve the search; None for a data-free method.
         settings: The recipe's stage.
         plans: Ranks for every k that is to be tried; the keys are the candidates.
-        directory: Receives `layer-<index>.safetensors`.
+        work: Receives `layer-<index>`, the factors of every compressed layer, and `outcome` at the end.
         on_layer: Called after every decoder layer of the pass.
 
     Returns:
         The outcome for the best k: its descriptions, errors, files, and the whole search.
     """
-    stage = _FactorizeStage(model, settings, plans, directory)
-    search = stage.observe_and_try(samples, on_layer)
-    measured = {point.num_compressed_layers: point.final_layer_error for point in search}
-    best = min(plans, key=lambda k: (measured[k] or 0.0, -k))
-    files = stage.emit(best)
-    chosen = stage.candidates[best]
-    return FactorizeOutcome(chosen.plan, _descriptions(model, chosen.plan), chosen.linears, search, files)
+    found = work.findings(_OUTCOME)
+    if found is None:
+        stage = _FactorizeStage(model, settings, plans, work)
+        search = stage.observe_and_try(samples, on_layer)
+        measured = {point.num_compressed_layers: point.final_layer_error for point in search}
+        best = min(plans, key=lambda k: (measured[k] or 0.0, -k))
+        stage.emit(best)
+        linears = stage.candidates[best].linears
+        found = {"k": best, "linears": _LINEARS.dump_python(linears), "search": _SEARCH.dump_python(search)}
+        work.finish(_OUTCOME, found)
+        stage.forget_decompositions()
+    plan = plans[found["k"]]
+    return FactorizeOutcome(
+        plan,
+        _descriptions(model, plan),
+        _LINEARS.validate_python(found["linears"]),
+        _SEARCH.validate_python(found["search"]),
+        [work.tensors_file(_factors_piece(index)) for index in _compressed_layers(model, found["k"])],
+    )
+
+
+def _compressed_layers(model: LayerwiseModel, k: int) -> range:
+    return range(model.num_layers - k, model.num_layers)
+
+
+def _factors_piece(layer: int) -> str:
+    return f"layer-{layer:05d}"
+
+
+def _decompositions_piece(layer: int) -> str:
+    return f"decomposition-{layer:05d}"
 
 
 def _descriptions(model: LayerwiseModel, plan: RankPlan) -> dict[str, ModuleDescription]:
@@ -137,12 +171,12 @@ class _FactorizeStage:
         model: LayerwiseModel,
         settings: Factorize,
         plans: Mapping[int, RankPlan],
-        directory: Path,
+        work: FinishedWork,
     ) -> None:
         self.model = model
         self.settings = settings
         self.candidates = {k: _Candidate(plan) for k, plan in plans.items()}
-        self.directory = directory
+        self.work = work
         self.first_compressed = model.num_layers - max(plans)
         self.token_weights: list[torch.Tensor | None] = []
 
@@ -168,7 +202,10 @@ class _FactorizeStage:
         self, layer: LayerLinears, module: nn.Module, hidden: list[torch.Tensor], num_search_batches: int
     ) -> None:
         is_compressed = layer.index >= self.first_compressed
-        statistics = self.model.input_statistics(layer) if is_compressed and hidden else {}
+        piece = _decompositions_piece(layer.index)
+        known = self.work.findings(piece) if is_compressed else None
+        is_new = is_compressed and known is None
+        statistics = self.model.input_statistics(layer) if is_new and hidden else {}
         entering = list(hidden[:num_search_batches])
         self.model.advance(
             layer.index, hidden, observe=statistics, token_weights=self.token_weights, module=module
@@ -180,31 +217,44 @@ class _FactorizeStage:
             for group in layer.groups
             for linear in group
         }
-        decompositions = {
-            linear.name: self._decompose(linear, _weight(module, linear, layer), inputs[linear.name])
-            for linear in layer.linears
-        }
+        if known is None:
+            decompositions = {
+                linear.name: self._decompose(linear, _weight(module, linear, layer), inputs[linear.name])
+                for linear in layer.linears
+            }
+        else:
+            decompositions = self._read_decompositions(layer)
         originals = {linear.name: _weight(module, linear, layer) for linear in layer.linears}
+        measured: dict[str, list[FactorizedLinear]] = {}
         for k, candidate in self.candidates.items():
             if layer.index < self.model.num_layers - k:
                 continue
+            measured[str(k)] = _LINEARS.validate_python(known[str(k)]) if known is not None else []
             for linear in layer.linears:
                 rank = candidate.plan.ranks.get(linear.name)
                 if rank is None:
-                    candidate.linears.append(_left_dense(linear))
+                    if is_new:
+                        measured[str(k)].append(_left_dense(linear))
                     continue
-                weight, statistic = originals[linear.name], inputs[linear.name]
+                weight = originals[linear.name]
                 factors = self._truncate(decompositions[linear.name], linear, weight, rank, exact=False)
-                candidate.linears.append(measure_linear(linear, rank, weight, factors, statistic))
+                if is_new:
+                    found = measure_linear(linear, rank, weight, factors, inputs[linear.name])
+                    measured[str(k)].append(found)
                 _set_weight(module, linear, layer, factors.product().to(weight.dtype))
+            candidate.linears += measured[str(k)]
             if candidate.hidden is None:
                 candidate.hidden = list(entering)
             self.model.advance(layer.index, candidate.hidden, module=module)
             for linear in layer.linears:
                 _set_weight(module, linear, layer, originals[linear.name])
-        waiting = {f"{name}.basis": made.basis for name, made in decompositions.items()}
-        waiting |= {f"{name}.singular_values": made.singular_values for name, made in decompositions.items()}
-        write_atomically(self._waiting(layer.index), waiting)
+        if is_new:
+            waiting = {f"{name}.basis": made.basis for name, made in decompositions.items()}
+            waiting |= {
+                f"{name}.singular_values": made.singular_values for name, made in decompositions.items()
+            }
+            findings = {k: _LINEARS.dump_python(linears) for k, linears in measured.items()}
+            self.work.finish(piece, findings, waiting)
 
     def _decompose(
         self, linear: LinearShape, weight: torch.Tensor, statistics: InputStatistics | None
@@ -236,40 +286,43 @@ class _FactorizeStage:
         candidate.hidden = None
         return SearchPoint(k, candidate.plan.layer_ratio, candidate.plan.kept_parameters, error)
 
-    def _read_decomposition(self, store: FileStore, name: str) -> Decomposition:
-        tensors = store.read([f"{name}.basis", f"{name}.singular_values"])
-        return Decomposition(
-            self.settings.method,
-            tensors[f"{name}.basis"].to(self.model.device),
-            tensors[f"{name}.singular_values"].to(self.model.device),
-        )
+    def _read_decompositions(self, layer: LayerLinears) -> dict[str, Decomposition]:
+        file = self.work.tensors_file(_decompositions_piece(layer.index))
+        store = FileStore([file])
+        tensors = store.read(store.names())
+        return {
+            linear.name: Decomposition(
+                self.settings.method,
+                tensors[f"{linear.name}.basis"].to(self.model.device),
+                tensors[f"{linear.name}.singular_values"].to(self.model.device),
+            )
+            for linear in layer.linears
+        }
 
-    def _waiting(self, layer: int) -> Path:
-        return self.directory / f"decomposition-{layer:05d}.safetensors"
-
-    def emit(self, k: int) -> list[Path]:
-        """Write the factors of the last k layers; remove what was kept for the other candidates."""
-        files = []
+    def emit(self, k: int) -> None:
+        """Write the factors of the last k layers, as far as an earlier run has not."""
         plan = self.candidates[k].plan
-        for layer in self.model.architecture.layers[self.model.num_layers - k :]:
-            store = FileStore([self._waiting(layer.index)])
+        for index in _compressed_layers(self.model, k):
+            layer = self.model.architecture.layers[index]
+            if self.work.findings(_factors_piece(index)) is not None:
+                continue
+            decompositions = self._read_decompositions(layer)
             tensors: dict[str, torch.Tensor] = {}
             with self.model.layer(layer.index) as module:
                 for linear in layer.linears:
                     rank = plan.ranks.get(linear.name)
                     if rank is None:
                         continue
-                    decomposition = self._read_decomposition(store, linear.name)
                     weight = _weight(module, linear, layer)
-                    factors = self._truncate(decomposition, linear, weight, rank, exact=True)
+                    factors = self._truncate(decompositions[linear.name], linear, weight, rank, exact=True)
                     stored = self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
                     tensors |= factor_tensors(linear.name, factors, stored)
-            path = self.directory / f"layer-{layer.index:05d}.safetensors"
-            write_atomically(path, tensors)
-            files.append(path)
-        for layer in self.model.architecture.layers[self.first_compressed :]:
-            self._waiting(layer.index).unlink()
-        return files
+            self.work.finish(_factors_piece(index), {}, tensors)
+
+    def forget_decompositions(self) -> None:
+        """Remove what waited for the choice of k."""
+        for index in range(self.first_compressed, self.model.num_layers):
+            self.work.forget(_decompositions_piece(index))
 
 
 def decompose_linear(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 
 from ercsvd_deploy.architecture import PROJECTOR_PART, TOWER_PART, Architecture
 from ercsvd_deploy.checkpoint_schema import WEIGHT, ModuleDescription
@@ -23,11 +24,14 @@ from ercsvd_deploy.pipelines.factorize import (
     measure_linear,
     truncate_linear,
 )
+from ercsvd_deploy.pipelines.finished_work import FinishedWork
 from ercsvd_deploy.rank import LinearShape, RankError, allocate_ranks
 from ercsvd_deploy.recipe_stages import Factorize
 from ercsvd_deploy.recipe_vision import Vision
 from ercsvd_deploy.samples import Sample
-from ercsvd_deploy.tensor_store import write_atomically
+
+_PIECE = "factors"
+_LINEARS = TypeAdapter(list[FactorizedLinear])
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,38 @@ def factorize_vision(
     samples: Sequence[Sample] | None,
     settings: Factorize,
     ranks: Mapping[str, int],
-    directory: Path,
+    work: FinishedWork,
 ) -> VisionOutcome:
-    """Factorize the vision Linears that `ranks` names, and write their factors to `directory`.
+    """Factorize the vision Linears that `ranks` names, unless `work` has them already.
 
     Args:
         model: The original model.
         samples: Calibration samples, of which those with pictures count; None for a data-free method.
         settings: The recipe's factorize stage.
         ranks: From `plan_vision_ranks`.
-        directory: Receives `vision.safetensors`.
+        work: Receives the factors.
 
     Raises:
         FactorizationError: a weight or its inputs cannot be factorized.
     """
+    found = work.findings(_PIECE)
+    if found is None:
+        linears, tensors = _factorize(model, samples, settings, ranks)
+        found = _LINEARS.dump_python(linears)
+        work.finish(_PIECE, found, tensors)
+    return VisionOutcome(
+        describe_vision(ranks, model.architecture),
+        _LINEARS.validate_python(found),
+        work.tensors_file(_PIECE),
+    )
+
+
+def _factorize(
+    model: LayerwiseModel,
+    samples: Sequence[Sample] | None,
+    settings: Factorize,
+    ranks: Mapping[str, int],
+) -> tuple[list[FactorizedLinear], dict[str, torch.Tensor]]:
     groups = _groups(model.architecture, ranks)
     statistics: dict[str, InputStatistics] = {}
     if samples is not None:
@@ -120,9 +142,7 @@ def factorize_vision(
             factors = truncate_linear(settings, decomposition, linear, weight, rank, stored, exact=True)
             linears.append(measure_linear(linear, rank, weight, factors, seen))
             tensors |= factor_tensors(linear.name, factors, stored)
-    file = directory / "vision.safetensors"
-    write_atomically(file, tensors)
-    return VisionOutcome(describe_vision(ranks, model.architecture), linears, file)
+    return linears, tensors
 
 
 def _groups(architecture: Architecture, ranks: Mapping[str, int]) -> list[list[LinearShape]]:

@@ -9,10 +9,12 @@ first one's quantized output.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from ercsvd_deploy.architecture import LayerLinears
@@ -36,12 +38,13 @@ from ercsvd_deploy.gptq import (
 )
 from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
 from ercsvd_deploy.lowrank_linear import LowRankLinear
-from ercsvd_deploy.packing import pack
+from ercsvd_deploy.packing import pack, unpack
+from ercsvd_deploy.pipelines.finished_work import FinishedWork
 from ercsvd_deploy.pipelines.quantize_plan import PatternMatch
 from ercsvd_deploy.rank import LinearShape
 from ercsvd_deploy.recipe_stages import Quantize
 from ercsvd_deploy.samples import Sample
-from ercsvd_deploy.tensor_store import TensorStore, torch_dtype, write_atomically
+from ercsvd_deploy.tensor_store import FileStore, TensorStore, torch_dtype
 
 
 class QuantizationError(ValueError):
@@ -71,6 +74,10 @@ class QuantizedLinear:
     factors: FactorsReport | None  # of a factorized Linear
 
 
+_MATRICES = TypeAdapter(list[QuantizedMatrix])
+_LINEARS = TypeAdapter(list[QuantizedLinear])
+
+
 @dataclass
 class QuantizeOutcome:
     """Everything the stage found out; the integers themselves are in its layer files."""
@@ -98,10 +105,12 @@ def quantize_decoder(
     settings: Quantize,
     modules: Mapping[str, ModuleDescription],
     matches: tuple[PatternMatch, ...],
-    directory: Path,
+    work: FinishedWork,
     on_layer: Callable[[], None] = lambda: None,
 ) -> QuantizeOutcome:
-    """Quantize the decoder and write each layer's integers to `directory` as it is done.
+    """Quantize the decoder; layers that are finished in `work` are not computed again.
+
+    Activations pass through them all the same, on their integers: the layers behind are measured on that.
 
     Args:
         model: The model as the stages before left it, dense or with plain factors.
@@ -110,36 +119,90 @@ def quantize_decoder(
         settings: The recipe's stage.
         modules: Final description of every altered Linear (`QuantizePlan.describe`).
         matches: What the stage's patterns matched, for the report.
-        directory: Receives `layer-<index>.safetensors`.
+        work: Receives `layer-<index>`, the integers of every layer.
         on_layer: Called after every decoder layer.
 
     Raises:
         QuantizationError: a weight or Gram is not finite, or a scale leaves its precision's range.
     """
     stage = _Stage(settings, original, QuantizeOutcome(dict(modules), [], [], matches, []))
+    pieces = {layer.index: f"layer-{layer.index:05d}" for layer in model.architecture.layers}
+    found = {index: work.findings(piece) for index, piece in pieces.items()}
+    if None not in found.values():
+        for index, piece in pieces.items():
+            _take_findings(stage.outcome, found[index], work.tensors_file(piece))
+        return stage.outcome
     batches = model.batches(samples)
     hidden = model.embed(batches)
     token_weights = [batch.token_weights for batch in batches]
     for layer in model.architecture.layers:
-        statistics = model.input_statistics(layer)
+        piece, known = pieces[layer.index], found[layer.index]
+        statistics = model.input_statistics(layer) if known is None else {}
         with model.layer(layer.index) as module:
             # This pass gives the Grams; its outputs are the next layer's inputs only if those are to be
             # the unquantized ones.
             outputs = list(hidden)
-            model.advance(
-                layer.index, outputs, observe=statistics, token_weights=token_weights, module=module
-            )
-            tensors = _quantize_layer(model, stage, layer, module, statistics)
+            if known is None or not settings.compressed_prefix_inputs:
+                model.advance(
+                    layer.index, outputs, observe=statistics, token_weights=token_weights, module=module
+                )
+            if known is None:
+                known = _finish_layer(model, stage, layer, module, statistics, work, piece)
+            elif settings.compressed_prefix_inputs:
+                _load_integers(stage.outcome.modules, layer, module, work.tensors_file(piece))
+            _take_findings(stage.outcome, known, work.tensors_file(piece))
             if settings.compressed_prefix_inputs:
                 model.advance(layer.index, hidden, module=module)
             else:
                 hidden = outputs
-        if tensors:
-            path = directory / f"layer-{layer.index:05d}.safetensors"
-            write_atomically(path, tensors)
-            stage.outcome.files.append(path)
         on_layer()
     return stage.outcome
+
+
+def _finish_layer(
+    model: LayerwiseModel,
+    stage: _Stage,
+    layer: LayerLinears,
+    module: nn.Module,
+    statistics: Mapping[str, InputStatistics],
+    work: FinishedWork,
+    piece: str,
+) -> dict[str, Any]:
+    """Quantize a loaded layer in place and write it down; return what was found out."""
+    own = _Stage(stage.settings, stage.original, replace(stage.outcome, matrices=[], linears=[], files=[]))
+    tensors = _quantize_layer(model, own, layer, module, statistics)
+    findings = {
+        "matrices": _MATRICES.dump_python(own.outcome.matrices),
+        "linears": _LINEARS.dump_python(own.outcome.linears),
+    }
+    work.finish(piece, findings, tensors)
+    return findings
+
+
+def _take_findings(outcome: QuantizeOutcome, findings: Any, file: Path) -> None:
+    outcome.matrices += _MATRICES.validate_python(findings["matrices"])
+    outcome.linears += _LINEARS.validate_python(findings["linears"])
+    outcome.files.append(file)
+
+
+def _load_integers(
+    modules: Mapping[str, ModuleDescription], layer: LayerLinears, module: nn.Module, file: Path
+) -> None:
+    """Give a loaded layer the weights that an earlier run quantized it to."""
+    store = FileStore([file])
+    tensors = store.read(store.names())
+    for linear in layer.linears:
+        description = modules.get(linear.name)
+        for part, (shape, storage) in description.parts.items() if description else ():
+            if storage is None:
+                continue
+            prefix = f"{linear.name}.{part}" if part else linear.name
+            leaves = {leaf: tensors[f"{prefix}.{leaf}"] for leaf in storage.leaf_shapes(*shape)}
+            local = layer.local_name(linear)
+            matrix = module.get_submodule(f"{local}.{part}" if part else local)
+            assert isinstance(matrix, nn.Linear)
+            weight = unpack(leaves, storage, shape).dequantize(matrix.weight.dtype)
+            matrix.weight = nn.Parameter(weight.to(matrix.weight.device), requires_grad=False)
 
 
 def _quantize_layer(

@@ -51,6 +51,7 @@ class Report:
     quantize: QuantizeOutcome | None
     seconds: dict[str, float]
     warnings: list[str] = field(default_factory=list)
+    resumed: list[str] = field(default_factory=list)  # what of an earlier, unfinished run was found
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -104,6 +105,7 @@ def render(report: Report) -> RenderableType:
         parts.append(_layer_table(report.factorize))
     if report.quantize is not None:
         parts.append(_quantize_table(report.quantize))
+    parts.extend(Text(note) for note in report.resumed)
     parts.extend(Text(f"warning: {warning}", style="yellow") for warning in report.warnings)
     return Group(*parts)
 

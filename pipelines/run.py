@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from ercsvd_deploy import __version__
 from ercsvd_deploy.architecture import LANGUAGE_PART, component_of
@@ -20,6 +22,7 @@ from ercsvd_deploy.exporters.vllm.writer import check_target, write_export
 from ercsvd_deploy.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.components import describe_components
 from ercsvd_deploy.pipelines.evaluate import check_tasks, run_lm_eval
+from ercsvd_deploy.pipelines.fingerprints import take_fingerprints
 from ercsvd_deploy.pipelines.model_source import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.plan import (
     PlanError,
@@ -31,13 +34,14 @@ from ercsvd_deploy.pipelines.progress import ProgressReporter, silent
 from ercsvd_deploy.pipelines.report import REPORT_FILE, ModelFigures, Report
 from ercsvd_deploy.pipelines.run_data import RunData, load_run_data
 from ercsvd_deploy.pipelines.sizes import linear_bits_per_weight, planned_bytes, stored_bytes, sum_by_part
-from ercsvd_deploy.pipelines.stages import CompressedModel, plan_stages, run_stages, timed
+from ercsvd_deploy.pipelines.stages import CompressedModel, RunWork, plan_stages, run_stages, timed
 from ercsvd_deploy.pipelines.texts import check_length
-from ercsvd_deploy.pipelines.work_directory import work_directory
+from ercsvd_deploy.pipelines.work_directory import resumable_directory
 from ercsvd_deploy.recipe import canonical, check_files
 from ercsvd_deploy.recipe_schema import LmEval, Recipe
 from ercsvd_deploy.tensor_store import write_json_atomically
 
+_QUALITY = TypeAdapter(Quality)
 _LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "gptqmodel")
 
 
@@ -71,13 +75,21 @@ def run_recipe(
     warnings = [*data.warnings, *_surplus_warning(original)]
     warnings += stages.warnings(data.samples, planned_dtype(recipe, opened.config))
 
-    with work_directory(target) as work:
+    with resumable_directory(target) as directory:
+        work = RunWork(directory, take_fingerprints(recipe, opened, data, original, directory))
         compressed = CompressedModel(opened, device, original)
         outcomes = run_stages(recipe, stages, compressed, data.samples, work, progress)
         warnings += _compare_with_plan(compressed, planned_dtype(recipe, opened.config))
         with timed(outcomes.seconds, "evaluate"):
             candidate = compressed.stream()
-            quality = _evaluate({"original": original, "compressed": candidate}, data, progress)
+            quality = {
+                "original": _evaluate(
+                    original, "original", work.fingerprints.original_quality, data, work, progress
+                ),
+                "compressed": _evaluate(
+                    candidate, "compressed", work.fingerprints.compressed_quality, data, work, progress
+                ),
+            }
         report = Report(
             recipe=canonical(recipe),
             environment=_environment(device),
@@ -91,10 +103,11 @@ def run_recipe(
             quantize=outcomes.quantized,
             seconds=outcomes.seconds,
             warnings=warnings,
+            resumed=work.notes,
         )
         export = write_export(
             target,
-            work=work,
+            work=work.directory,
             source=opened.directory,
             dtype=None if recipe.model.dtype == "auto" else recipe.model.dtype,
             store=compressed.store,
@@ -154,16 +167,23 @@ def _with_tasks(
 
 
 def _evaluate(
-    models: Mapping[str, LayerwiseModel], data: RunData, progress: ProgressReporter
-) -> dict[str, Quality]:
-    """Return what each model is worth on the recipe's texts and questions."""
+    model: LayerwiseModel,
+    name: str,
+    fingerprint: Mapping[str, Any],
+    data: RunData,
+    work: RunWork,
+    progress: ProgressReporter,
+) -> Quality:
+    """Return what a model is worth on the recipe's texts and questions, or what an earlier run found."""
     if not data.texts and not data.questions:
-        return {name: Quality() for name in models}
-    quality = {}
-    for name, model in models.items():
+        return Quality()
+    finished = work.stage(f"quality-{name}", fingerprint)
+    found = finished.findings("quality")
+    if found is None:
         with progress(f"quality, {name}", model.num_layers) as on_layer:
-            quality[name] = measure_quality(model, data.texts, data.questions, on_layer)
-    return quality
+            found = _QUALITY.dump_python(measure_quality(model, data.texts, data.questions, on_layer))
+        finished.finish("quality", found)
+    return _QUALITY.validate_python(found)
 
 
 def _figures(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.factorize import FactorizeOutcome, factorize_decoder
 from ercsvd_deploy.pipelines.factorize_vision import VisionOutcome, factorize_vision
+from ercsvd_deploy.pipelines.fingerprints import Fingerprints
+from ercsvd_deploy.pipelines.finished_work import FinishedWork
 from ercsvd_deploy.pipelines.model_source import OpenedModel, stream
 from ercsvd_deploy.pipelines.plan import plan_quantize_stage, plan_vision, rank_plans
 from ercsvd_deploy.pipelines.progress import ProgressReporter
@@ -81,6 +84,21 @@ class StagePlan:
 
 
 @dataclass
+class RunWork:
+    """Where the stages of a run keep what they have finished."""
+
+    directory: Path
+    fingerprints: Fingerprints
+    notes: list[str] = field(default_factory=list)  # what was found of an earlier run
+
+    def stage(self, name: str, fingerprint: Mapping[str, Any]) -> FinishedWork:
+        """Open a stage's folder."""
+        finished = FinishedWork(self.directory / name, fingerprint)
+        self.notes += finished.notes
+        return finished
+
+
+@dataclass
 class StageOutcomes:
     """What each stage found out; None for those that the recipe does not have."""
 
@@ -111,10 +129,10 @@ def run_stages(
     plan: StagePlan,
     compressed: CompressedModel,
     samples: Sequence[Sample] | None,
-    work: Path,
+    work: RunWork,
     progress: ProgressReporter,
 ) -> StageOutcomes:
-    """Run all stages of a recipe, each into its own folder of `work`; `compressed` follows them.
+    """Run all stages of a recipe as far as `work` has not finished them; `compressed` follows them.
 
     Raises:
         FactorizationError, QuantizationError: a weight or its inputs cannot be worked on.
@@ -123,9 +141,12 @@ def run_stages(
     settings = recipe.factorize
     if settings is not None and plan.vision_ranks:
         with timed(outcomes.seconds, "factorize vision"):
-            directory = _folder(work, "vision")
             outcomes.vision = factorize_vision(
-                compressed.original, samples, settings, plan.vision_ranks, directory
+                compressed.original,
+                samples,
+                settings,
+                plan.vision_ranks,
+                work.stage("vision", work.fingerprints.factorize),
             )
         compressed.take([outcomes.vision.file], outcomes.vision.modules)
     if settings is not None:
@@ -135,9 +156,13 @@ def run_stages(
             timed(outcomes.seconds, "factorize"),
             progress(f"{settings.method}, {candidates}", model.num_layers) as on_layer,
         ):
-            directory = _folder(work, "factorize")
             outcomes.factorized = factorize_decoder(
-                model, samples, settings, plan.rank_plans, directory, on_layer
+                model,
+                samples,
+                settings,
+                plan.rank_plans,
+                work.stage("factorize", work.fingerprints.factorize),
+                on_layer,
             )
         compressed.take(outcomes.factorized.files, outcomes.factorized.modules)
     if recipe.quantize is not None:
@@ -151,7 +176,7 @@ def _quantize(
     compressed: CompressedModel,
     samples: Sequence[Sample] | None,
     outcomes: StageOutcomes,
-    work: Path,
+    work: RunWork,
     progress: ProgressReporter,
 ) -> QuantizeOutcome:
     assert samples is not None, "the schema asks for calibration where a stage needs it"
@@ -169,7 +194,7 @@ def _quantize(
             settings,
             described,
             plan.quantize.matches,
-            _folder(work, "quantize"),
+            work.stage("quantize", work.fingerprints.quantize),
             on_layer,
         )
     integers = {
@@ -179,12 +204,6 @@ def _quantize(
     }
     compressed.take(quantized.files, integers)
     return quantized
-
-
-def _folder(work: Path, name: str) -> Path:
-    directory = work / name
-    directory.mkdir()
-    return directory
 
 
 @contextmanager

@@ -14,6 +14,11 @@ class TargetInUseError(ValueError):
     """Another run is writing to the same target."""
 
 
+def work_path(target: Path) -> Path:
+    """Return the hidden directory in which `target` is built."""
+    return target.with_name(f".{target.name}.work")
+
+
 @contextmanager
 def work_directory(target: Path) -> Iterator[Path]:
     """Give a hidden, empty directory beside the target, on the same disk, that no other run shares.
@@ -23,7 +28,63 @@ def work_directory(target: Path) -> Iterator[Path]:
     Raises:
         TargetInUseError: another run is writing to this target.
     """
-    work = target.with_name(f".{target.name}.work")
+    with _locked(target) as work:
+        _clear(work)
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def resumable_directory(target: Path) -> Iterator[Path]:
+    """As `work_directory`, but what an unfinished run leaves in it stays for the next one.
+
+    Raises:
+        TargetInUseError: another run is writing to this target.
+    """
+    with _locked(target) as work:
+        try:
+            yield work
+        except BaseException as error:
+            if any(work.rglob("*.findings.json")):
+                error.add_note(
+                    f"what is finished is kept: the same command goes on from there, and "
+                    f"`ercsvd clean {target}` removes it"
+                )
+            else:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def is_in_use(target: Path) -> bool:
+    """Whether a run is writing to the target now."""
+    if not work_path(target).is_dir():
+        return False
+    try:
+        with _locked(target):
+            return False
+    except TargetInUseError:
+        return True
+
+
+def remove_unfinished(target: Path) -> bool:
+    """Remove what an unfinished run left; return whether there was anything.
+
+    Raises:
+        TargetInUseError: it is running.
+    """
+    if not work_path(target).is_dir():
+        return False
+    with _locked(target) as work:
+        shutil.rmtree(work)
+    return True
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[Path]:
+    work = work_path(target)
     work.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(work, os.O_RDONLY)
     try:
@@ -34,11 +95,14 @@ def work_directory(target: Path) -> Iterator[Path]:
             raise TargetInUseError(
                 f"another run is writing to {target}: wait for it, or choose another output"
             ) from error
-        for left_over in work.iterdir():
-            shutil.rmtree(left_over)
-        try:
-            yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        yield work
     finally:
         os.close(descriptor)
+
+
+def _clear(work: Path) -> None:
+    for left_over in work.iterdir():
+        if left_over.is_dir() and not left_over.is_symlink():
+            shutil.rmtree(left_over)
+        else:
+            left_over.unlink()

@@ -171,7 +171,7 @@ def test_shards_hold_whole_layers(write_recipe: RecipeWriter) -> None:
 @pytest.mark.parametrize(
     ("moment", "target"),
     [
-        ("while factorizing", "ercsvd_deploy.pipelines.factorize.write_atomically"),
+        ("while factorizing", "ercsvd_deploy.pipelines.finished_work.write_atomically"),
         ("while writing shards", "ercsvd_deploy.tensor_store.save_file"),
         ("at the very end", "ercsvd_deploy.exporters.vllm.writer.write_json_atomically"),
     ],

@@ -64,7 +64,7 @@ def check_target(target: Path, source: Path) -> None:
         raise ExportError(
             f"output {target} is a mount point, which cannot be replaced: choose a directory in it"
         )
-    if target.exists() and not _is_export(target):
+    if target.exists() and not is_export(target):
         raise ExportError(
             f"output {target} exists and is not an earlier export of this tool: remove it or choose another"
         )
@@ -73,7 +73,7 @@ def check_target(target: Path, source: Path) -> None:
         raise ExportError(f"output {target} cannot be created: {nearest} is a file")
 
 
-def _is_export(directory: Path) -> bool:
+def is_export(directory: Path) -> bool:
     """Whether a directory is an earlier export, which a new one may replace, or empty."""
     if not directory.is_dir():
         return False
@@ -119,6 +119,7 @@ def write_export(
     """
     check_target(target, source)
     partial = work / "export"
+    shutil.rmtree(partial, ignore_errors=True)  # half an export of a run that was killed
     partial.mkdir()
     num_bytes = write_weights(partial, store, architecture, max_shard_bytes)
     compressed = CheckpointConfig(

@@ -1,0 +1,138 @@
+"""What each stage's results depend on, as values that two runs can compare.
+
+A stage is started over if anything in its fingerprint differs: the model's files, the data, the settings of
+this stage and of those before it, this package's own code, the libraries, the device and precision. File
+contents are hashed once, and remembered as long as a file's size, times and identity stay the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ercsvd_deploy
+from ercsvd_deploy.layerwise import LayerwiseModel
+from ercsvd_deploy.pipelines.finished_work import file_digest
+from ercsvd_deploy.pipelines.model_source import OpenedModel
+from ercsvd_deploy.pipelines.plan import resolve_rank_multiple
+from ercsvd_deploy.pipelines.run_data import RunData
+from ercsvd_deploy.recipe import canonical
+from ercsvd_deploy.recipe_schema import Recipe
+from ercsvd_deploy.samples import Sample
+from ercsvd_deploy.tensor_store import read_json, write_json_atomically
+
+_LIBRARIES = ("torch", "transformers", "compressed-tensors", "gptqmodel", "numpy")
+_HASHES_FILE = "model-files.json"
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """One fingerprint for each stage of a run."""
+
+    factorize: Mapping[str, Any]  # of the vision parts and the decoder
+    quantize: Mapping[str, Any]
+    original_quality: Mapping[str, Any]
+    compressed_quality: Mapping[str, Any]
+
+
+def take_fingerprints(
+    recipe: Recipe, opened: OpenedModel, data: RunData, model: LayerwiseModel, work: Path
+) -> Fingerprints:
+    """Return the fingerprints of a run.
+
+    Args:
+        recipe: The recipe.
+        opened: Where the model's files are.
+        data: What the recipe's texts and pictures became.
+        model: Tells device and precision.
+        work: Where file hashes are remembered.
+    """
+    settings = canonical(recipe)
+    stages = {name: stage for entry in settings["stages"] for name, stage in entry.items()}
+    base = {
+        "model": _model_files(opened.directory, work),
+        "model_dtype": recipe.model.dtype,
+        "device": str(model.device),
+        "precision": str(model.dtype),
+        "code": _own_code(),
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+    }
+    calibrated = base | {"calibration_samples": _samples(data.samples or ())}
+    # An `auto` rank multiple follows from the quantize stage; what else that says, factors do not depend on.
+    multiple = resolve_rank_multiple(recipe, model.architecture) if recipe.factorize else None
+    factors = calibrated | {
+        "vision": _switches(settings["vision"]),
+        "factorize": stages.get("factorize"),
+        "rank_multiple": multiple,
+    }
+    quantize = factors | {"quantize": stages.get("quantize")}
+    judged = {
+        "texts": {name: _digest([windows]) for name, windows in data.texts.items()},
+        "questions": {
+            name: _samples([question.sample for question in asked]) for name, asked in data.questions.items()
+        },
+    }
+    return Fingerprints(factors, quantize, base | judged, quantize | judged)
+
+
+def _switches(vision: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what of the vision section is not already in the samples."""
+    return vision and {name: vision[name] for name in ("compress_tower", "compress_projector")}
+
+
+def _model_files(directory: Path, work: Path) -> dict[str, str]:
+    """Return file name -> SHA-256 of the model's config and weights."""
+    remembered = read_json(work / _HASHES_FILE)
+    known = remembered if isinstance(remembered, dict) else {}
+    hashes: dict[str, dict[str, Any]] = {}
+    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        status = path.stat()
+        identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        entry = known.get(str(path))
+        if not isinstance(entry, dict) or entry.get("identity") != identity:
+            entry = {"identity": identity, "sha256": file_digest(path)}
+        hashes[str(path)] = entry
+    write_json_atomically(work / _HASHES_FILE, hashes)
+    return {Path(name).name: str(entry["sha256"]) for name, entry in hashes.items()}
+
+
+def _own_code() -> str:
+    """Return the SHA-256 of this package's source files."""
+    root = Path(ercsvd_deploy.__file__).resolve().parent
+    folders = (root, root / "pipelines", root / "exporters")
+    files = sorted({file.resolve() for folder in folders for file in folder.resolve().rglob("*.py")})
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _samples(samples: Sequence[Sample]) -> str:
+    tensors = []
+    for sample in samples:
+        tensors += [sample.tokens, *(sample.images[name] for name in sorted(sample.images))]
+        tensors += [] if sample.token_weights is None else [sample.token_weights]
+    return _digest(tensors)
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(json.dumps([str(plain.dtype), list(plain.shape)]).encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
