@@ -1,4 +1,4 @@
-"""The command line: `ercsvd validate | plan | run | eval | import-llava | schema | version`.
+"""The command line: `ercsvd validate | plan | run | status | clean | eval | import-llava | schema | version`.
 
 Exit codes: 0 done; 1 the work failed; 2 the command line or the recipe is wrong. A failure is one
 message on standard error that says what is wrong, where, and what to do; `--debug` adds the traceback.
