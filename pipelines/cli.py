@@ -1,4 +1,4 @@
-"""The command line: `ercsvd validate | plan | run | status | clean | eval | import-llava | schema | version`.
+"""The command line: `ercsvd validate`, `plan`, `run`, `status`, `clean`, `eval`, `verify` and more.
 
 Exit codes: 0 done; 1 the work failed; 2 the command line or the recipe is wrong. A failure is one
 message on standard error that says what is wrong, where, and what to do; `--debug` adds the traceback.
@@ -294,6 +294,34 @@ def clean(
         was_there = remove_unfinished(output.absolute())
         said = f"removed {work_path(output)}" if was_there else f"{output}: nothing to remove"
         _console().print(said, highlight=False, markup=False)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="An export.", show_default=False)],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare every tensor and file of an export with the checksums it was written with."""
+    with _failures_explained(debug=debug):
+        from ercsvd_deploy.exporters.vllm.manifest import verify_export
+
+        found = verify_export(directory)
+        if as_json:
+            _print_json(asdict(found) | {"directory": str(directory), "sound": not found.problems})
+        elif not found.problems:
+            said = (
+                f"{directory}: sound; {found.num_tensors} tensors and {found.num_files} files are as written"
+            )
+            _console().print(f"{said} by version {found.written_by}", highlight=False, markup=False)
+        if found.problems:
+            listed = "\n  ".join(found.problems[:40])
+            more = f"\n  and {len(found.problems) - 40} more" if found.problems[40:] else ""
+            _complain(
+                f"{directory} is not what was exported ({len(found.problems)} problems):\n  {listed}{more}\n"
+                "copy or export it again"
+            )
+            raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()

@@ -115,6 +115,7 @@ def run_recipe(
             compressed=CheckpointConfig(modules=compressed.modules),
             max_shard_bytes=recipe.export.max_shard_bytes,
             add_files=lambda directory: write_json_atomically(directory / REPORT_FILE, report.as_json()),
+            unlisted=frozenset({REPORT_FILE}),  # lm-eval's results come later
         )
     if recipe.evaluation.lm_eval is not None:
         try:

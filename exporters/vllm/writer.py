@@ -16,6 +16,7 @@ from typing import Any
 
 from ercsvd_deploy.architecture import Architecture
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig
+from ercsvd_deploy.exporters.vllm.manifest import write_manifest
 from ercsvd_deploy.tensor_store import RenamedStore, TensorStore, write_json_atomically, write_sharded
 
 CONFIG_FILE = "config.json"
@@ -98,6 +99,7 @@ def write_export(
     compressed: CheckpointConfig,
     max_shard_bytes: int,
     add_files: Callable[[Path], None] = lambda _directory: None,
+    unlisted: frozenset[str] = frozenset(),
 ) -> Export:
     """Write the directory, replacing an earlier export of that name.
 
@@ -112,6 +114,7 @@ def write_export(
         compressed: Description of every altered module.
         max_shard_bytes: Upper size of a safetensors file.
         add_files: Writes further files (report, model card) into the directory before it appears.
+        unlisted: Names of files that may change later, and have no checksum in the manifest.
 
     Raises:
         ExportError: the target exists and is not an earlier export.
@@ -134,6 +137,7 @@ def write_export(
     add_files(partial)
     # Last: without a config no loader takes the directory for a model.
     write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, compressed))
+    write_manifest(partial, leave_out=unlisted)
     _replace_directory(partial, target)
     return Export(target, num_bytes)
 

@@ -1,0 +1,165 @@
+"""The checksums of an export: written last of all, compared by `ercsvd verify`.
+
+Files are listed by the SHA-256 of their contents; weights tensor by tensor, of dtype, shape and bytes, so that
+a report can name what is damaged, and a re-sharded copy is still recognised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ercsvd_deploy import __version__
+from ercsvd_deploy.checkpoint_schema import CheckpointConfig, CheckpointFormatError
+from ercsvd_deploy.tensor_store import (
+    CheckpointError,
+    FileStore,
+    open_directory,
+    read_json,
+    write_json_atomically,
+)
+
+MANIFEST_FILE = "ercsvd_manifest.json"
+_MANIFEST_VERSION = 1
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+
+
+class ManifestError(ValueError):
+    """A directory has no manifest, or one that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What comparing a directory with its manifest showed.
+
+    Attributes:
+        problems: One line for each missing, damaged or surplus tensor or file; none if all is well.
+        num_tensors: Tensors compared.
+        num_files: Other files compared.
+        written_by: Version that wrote the export.
+    """
+
+    problems: tuple[str, ...]
+    num_tensors: int
+    num_files: int
+    written_by: str
+
+
+def write_manifest(directory: Path, *, leave_out: frozenset[str] = frozenset()) -> None:
+    """Write down the checksums of everything in `directory` but the files named in `leave_out`."""
+    store = open_directory(directory)
+    manifest = {
+        "manifest_version": _MANIFEST_VERSION,
+        "written_by": __version__,
+        "not_listed": sorted(leave_out),
+        "files": {
+            path.relative_to(directory).as_posix(): _file(path) for path in _other_files(directory, leave_out)
+        },
+        "tensors": {name: _tensor(store, name) for name in sorted(store.names())},
+    }
+    write_json_atomically(directory / MANIFEST_FILE, manifest)
+
+
+def verify_export(directory: Path) -> Verification:
+    """Compare a directory with its manifest.
+
+    Raises:
+        ManifestError: there is no manifest, or it cannot be read.
+    """
+    manifest = _read_manifest(directory)
+    problems = _config_problems(directory)
+    files = {
+        path.relative_to(directory).as_posix(): path
+        for path in _other_files(directory, frozenset(manifest["not_listed"]))
+    }
+    for name, digest in manifest["files"].items():
+        if name not in files:
+            problems.append(f"{name}: missing")
+        elif _file(files[name]) != digest:
+            problems.append(f"{name}: changed since the export was written")
+    problems += [
+        f"{name}: was not part of the export" for name in sorted(files.keys() - manifest["files"].keys())
+    ]
+    problems += _tensor_problems(directory, manifest["tensors"])
+    return Verification(
+        tuple(problems), len(manifest["tensors"]), len(manifest["files"]), str(manifest["written_by"])
+    )
+
+
+def _tensor_problems(directory: Path, expected: dict[str, str]) -> list[str]:
+    try:
+        store = open_directory(directory)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = []
+    for name in sorted(expected):
+        if name not in store.names():
+            problems.append(f"tensor {name}: missing")
+            continue
+        try:
+            found = _tensor(store, name)
+        except CheckpointError as error:
+            problems.append(f"tensor {name}: {error}")
+            continue
+        if found != expected[name]:
+            problems.append(f"tensor {name}: changed since the export was written")
+    surplus = sorted(store.names() - expected.keys())
+    return problems + [f"tensor {name}: was not part of the export" for name in surplus]
+
+
+def _config_problems(directory: Path) -> list[str]:
+    """Say why this version's plugin and loader would refuse the directory's config."""
+    config = read_json(directory / "config.json")
+    description = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(description, dict):
+        return ["config.json: cannot be read, or describes no compressed model"]
+    try:
+        CheckpointConfig.read(description)
+    except CheckpointFormatError as error:
+        return [f"config.json: {error}"]
+    return []
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise ManifestError(f"{directory}: no such directory")
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        raise ManifestError(f"{directory}: has no {MANIFEST_FILE}; was it exported by this tool?")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("manifest_version") != _MANIFEST_VERSION:
+        raise ManifestError(f"{path}: damaged, or of another version than {_MANIFEST_VERSION}")
+    tables = (manifest.get("files"), manifest.get("tensors"))
+    if not all(isinstance(table, dict) for table in tables) or not isinstance(
+        manifest.get("not_listed"), list
+    ):
+        raise ManifestError(f"{path}: damaged: it lists no files and tensors")
+    return manifest
+
+
+def _other_files(directory: Path, leave_out: frozenset[str]) -> Iterator[Path]:
+    """Yield what is neither weights nor manifest; links are not followed."""
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        is_listed = name not in leave_out and name != MANIFEST_FILE and not name.endswith(_WEIGHTS)
+        if path.is_file() and is_listed:
+            yield path
+
+
+def _file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tensor(store: FileStore, name: str) -> str:
+    info = store.info(name)
+    digest = hashlib.sha256(json.dumps([info.dtype, list(info.shape)]).encode())
+    tensor = store.read([name])[name].contiguous()
+    digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
