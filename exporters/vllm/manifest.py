@@ -1,7 +1,7 @@
 """The checksums of an export: written last of all, compared by `ercsvd verify`.
 
-Files are listed by the SHA-256 of their contents; weights tensor by tensor, of dtype, shape and bytes, so that
-a report can name what is damaged, and a re-sharded copy is still recognised.
+Files are listed by the SHA-256 of their contents; weights tensor by tensor, of dtype, shape and bytes, so
+that a report can name what is damaged, and a re-sharded copy is still recognised.
 """
 
 from __future__ import annotations
