@@ -69,7 +69,8 @@ def _describe(
 def _treatment(described: Mapping[str, ModuleDescription]) -> str:
     """Return how many Linears are stored in which way, the commonest first."""
     kinds = Counter(_kind(description) for description in described.values() if description.is_altered)
-    return ", ".join(f"{count} Linears {kind}" for kind, count in kinds.most_common()) or LEFT_ALONE
+    counted = (f"{n} Linear{'s' if n > 1 else ''} {kind}" for kind, n in kinds.most_common())
+    return ", ".join(counted) or LEFT_ALONE
 
 
 def _kind(description: ModuleDescription) -> str:
