@@ -147,6 +147,17 @@ def check_tasks(tasks: Sequence[str]) -> Any:
     return manager
 
 
+def open_for_lm_eval(directory: Path, device: torch.device, batch_size: int = 8) -> Any:
+    """Return lm-eval's wrapper of a model, compressed or not: the multimodal one if it reads images."""
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+    from lm_eval.models.huggingface import HFLM
+
+    import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
+
+    model_class = HFMultimodalLM if reads_images(load_config(str(directory))) else HFLM
+    return model_class(pretrained=str(directory), device=str(device), batch_size=batch_size)
+
+
 def run_lm_eval(
     directory: Path,
     tasks: Sequence[str],
@@ -163,14 +174,8 @@ def run_lm_eval(
     """
     manager = check_tasks(tasks)
     import lm_eval
-    from lm_eval.models.hf_vlms import HFMultimodalLM
-    from lm_eval.models.huggingface import HFLM
 
-    import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
-
-    # The multimodal class answers tasks with images, and text tasks as far as they generate.
-    model_class = HFMultimodalLM if reads_images(load_config(str(directory))) else HFLM
-    model = model_class(pretrained=str(directory), device=str(device), batch_size=batch_size)
+    model = open_for_lm_eval(directory, device, batch_size)
     results = lm_eval.simple_evaluate(
         model=model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager
     )["results"]

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from ercsvd_deploy.evaluation import measure_quality
 from ercsvd_deploy.picture_samples import load_processor
+from ercsvd_deploy.pipelines.evaluate import open_for_lm_eval
 from ercsvd_deploy.pipelines.model_source import open_model, stream
 from ercsvd_deploy.pipelines.pictures import ask_questions
 from ercsvd_deploy.recipe_schema import ModelSource
@@ -104,3 +106,18 @@ def test_a_text_model_is_not_asked_about_pictures() -> None:
     status, _, error = invoke("eval", EXAMPLES / "tiny-llama", "--questions", HELD_OUT)
     assert status == 1
     assert "is a llama model, which reads text only" in error
+
+
+def test_lm_eval_shows_it_pictures() -> None:
+    from lm_eval.api.instance import Instance
+
+    record = json.loads(HELD_OUT.read_text().splitlines()[0])
+    model = open_for_lm_eval(MODEL, torch.device("cpu"), batch_size=1)
+    prompt = model.apply_chat_template([{"role": "user", "content": record["conversations"][0]["value"]}])
+    arguments = (
+        prompt,
+        {"until": ["</s>"], "max_gen_toks": 4},
+        {"visual": [Image.open(HELD_OUT.parent / record["image"])]},
+    )
+    (answer,) = model.generate_until([Instance("generate_until", {}, arguments, 0)], disable_tqdm=True)
+    assert answer.strip() == record["conversations"][1]["value"]
