@@ -176,29 +176,37 @@ def _only(scene: Scene, rng: random.Random, look: Callable[[Thing], str]) -> Thi
     return rng.choice(alone) if alone else None
 
 
+def write_conversations(
+    directory: Path, name: str, rng: random.Random, *, count: int, turns: int, held_out: bool
+) -> Path:
+    """Write pictures and conversations about them; return the conversations' file, `directory/name.jsonl`."""
+    folder = directory / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (directory / f"{name}.jsonl").open("w") as file:
+        for index in range(count):
+            scene = random_scene(rng, held_out=held_out)
+            draw(scene, rng).save(folder / f"{index:04d}.png", optimize=True)
+            conversation = []
+            for turn in range(turns):
+                question, answer = ask(scene, rng)
+                conversation += [
+                    {"from": "human", "value": question if turn else f"<image>\n{question}"},
+                    {"from": "gpt", "value": answer},
+                ]
+            record = {
+                "id": f"{name}-{index:04d}",
+                "image": f"{name}/{index:04d}.png",
+                "conversations": conversation,
+            }
+            file.write(json.dumps(record) + "\n")
+    return directory / f"{name}.jsonl"
+
+
 def main() -> None:
     """Write the calibration and held-out pictures with their conversations."""
     rng = random.Random(SEED)
-    for name, count, turns in (("calibration", NUM_CALIBRATION, TURNS), ("held_out", NUM_HELD_OUT, 1)):
-        folder = PICTURE_DIR / name
-        folder.mkdir(parents=True, exist_ok=True)
-        with (PICTURE_DIR / f"{name}.jsonl").open("w") as file:
-            for index in range(count):
-                scene = random_scene(rng, held_out=name == "held_out")
-                draw(scene, rng).save(folder / f"{index:04d}.png", optimize=True)
-                conversation = []
-                for turn in range(turns):
-                    question, answer = ask(scene, rng)
-                    conversation += [
-                        {"from": "human", "value": question if turn else f"<image>\n{question}"},
-                        {"from": "gpt", "value": answer},
-                    ]
-                record = {
-                    "id": f"{name}-{index:04d}",
-                    "image": f"{name}/{index:04d}.png",
-                    "conversations": conversation,
-                }
-                file.write(json.dumps(record) + "\n")
+    write_conversations(PICTURE_DIR, "calibration", rng, count=NUM_CALIBRATION, turns=TURNS, held_out=False)
+    write_conversations(PICTURE_DIR, "held_out", rng, count=NUM_HELD_OUT, turns=1, held_out=True)
 
 
 if __name__ == "__main__":

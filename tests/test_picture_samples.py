@@ -39,7 +39,7 @@ from ercsvd_deploy.picture_samples import (
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODEL = EXAMPLES / "tiny-llava"
 IMAGE, VOCABULARY = 4096, 4097
-PATCHES = 36
+PATCHES = 9
 
 
 @pytest.fixture(scope="module")
