@@ -227,6 +227,8 @@ def describe(model: nn.Module, config: Any) -> Architecture:
     style = _style_of(str(getattr(text_config, "model_type", None)))
     prefix = style.layers
     if reads_images(config):
+        if style is not _LLAMA:
+            raise ArchitectureError(f"LLaVA on a {text_config.model_type} language model is not supported")
         prefix = LANGUAGE_MODEL + prefix.removeprefix("model.")
     modules = dict(model.named_modules())
     stack = modules[prefix]
@@ -276,10 +278,13 @@ def _describe_vision(config: Any, modules: Mapping[str, nn.Module]) -> dict[str,
     # Layers behind the one whose output the projector reads are not run, and vLLM does not even build them.
     chosen = config.vision_feature_layer
     num_hidden = config.vision_config.num_hidden_layers
-    num_run = max(
-        index if index >= 0 else num_hidden + 1 + index
-        for index in (chosen if isinstance(chosen, list | tuple) else [chosen])
-    )
+    indices = list(chosen) if isinstance(chosen, list | tuple) else [chosen]
+    if not indices or not all(-num_hidden - 1 <= index <= num_hidden for index in indices):
+        raise ArchitectureError(
+            f"vision_feature_layer {chosen} of config.json is not in the vision tower, which has "
+            f"{num_hidden} layers"
+        )
+    num_run = max(index if index >= 0 else num_hidden + 1 + index for index in indices)
     return {
         TOWER_PART: tuple(
             _describe_layer(f"{style.layers}.{index}", index, style, modules) for index in range(num_run)

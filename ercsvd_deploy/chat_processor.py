@@ -68,6 +68,33 @@ def load_processor(path: str, *, revision: str | None = None, trust_remote_code:
     return processor
 
 
+def check_processor(processor: Any, config: Any) -> None:
+    """Refuse a processor that makes other pictures, or other numbers of image tokens, than the model takes.
+
+    Raises:
+        CalibrationError: names every setting that differs.
+    """
+    vision = config.vision_config
+    settings: dict[str, tuple[Any, Any]] = {
+        "patch_size": (processor.patch_size, vision.patch_size),
+        "vision_feature_select_strategy": (
+            processor.vision_feature_select_strategy,
+            config.vision_feature_select_strategy,
+        ),
+        "num_additional_image_tokens": (processor.num_additional_image_tokens, 1),  # CLIP's class token
+    }
+    crop = getattr(processor.image_processor, "crop_size", None)
+    if crop is not None and getattr(processor.image_processor, "do_center_crop", False):
+        settings["crop_size"] = ((crop["height"], crop["width"]), (vision.image_size, vision.image_size))
+    wrong = [
+        f"{name} is {found}, the model needs {needed}"
+        for name, (found, needed) in settings.items()
+        if found != needed
+    ]
+    if wrong:
+        raise CalibrationError(f"processor and model do not belong together: {'; '.join(wrong)}")
+
+
 def render(processor: Any, turns: Sequence[Turn], where: str, *, for_generation: bool = False) -> str:
     """Return the text of the turns, with one image token for each picture.
 

@@ -32,6 +32,7 @@ from ercsvd_deploy.tensor_store import CheckpointError, RenamedStore, TensorStor
 
 _MAX_TOKENS_PER_BATCH = 8192
 _MAX_LOGITS_AT_ONCE = 2**28
+_FLOATS = ("F32", "F16", "BF16")
 
 _OnCall = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
 
@@ -155,6 +156,10 @@ class LayerwiseModel:
                 problems.append(
                     f"{name} has shape {list(self.store.info(name).shape)}, "
                     f"the config asks for {list(tensor.shape)}"
+                )
+            elif tensor.is_floating_point() and self.store.info(name).dtype not in _FLOATS:
+                problems.append(
+                    f"{name} is stored as {self.store.info(name).dtype}; only {', '.join(_FLOATS)} will do"
                 )
         if problems:
             listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")

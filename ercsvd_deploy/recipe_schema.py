@@ -286,6 +286,14 @@ def _find_calibration_without_data(recipe: Recipe) -> Iterator[tuple[Location, s
             ("calibration", "dataset"),
             f"is missing, and {share}: add dataset: {{text: PATH}}",
         )
+    num_samples = recipe.calibration.num_samples
+    num_pictures = round(recipe.picture_share * num_samples)
+    if pictures is not None and recipe.picture_share < 1 and num_pictures in (0, num_samples):
+        yield (
+            ("vision", "share"),
+            f"is {recipe.picture_share:g}, which makes {num_pictures} of {num_samples} samples conversations "
+            "about pictures; draw more samples or change the share",
+        )
     if recipe.calibration.dataset is not None and recipe.picture_share == 1:
         yield (
             ("calibration", "dataset"),

@@ -82,7 +82,10 @@ class Vision(Section):
         "Null: half, or all if `calibration.dataset` is absent.",
     )
     token_weight: float = Field(
-        default=1.0, ge=0, description="How much an image token counts in the Grams; a text token counts 1."
+        default=1.0,
+        ge=0,
+        le=1000,
+        description="How much an image token counts in the Grams; a text token counts 1.",
     )
     compress_tower: bool = Field(
         default=False, description="Factorize the vision tower too; false: not one bit of it changes."

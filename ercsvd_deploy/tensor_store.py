@@ -106,6 +106,10 @@ class FileStore:
         """Return the name of every tensor."""
         return frozenset(self._file_of)
 
+    def files(self) -> frozenset[Path]:
+        """Return the files that hold them."""
+        return frozenset(self._file_of.values())
+
     def info(self, name: str) -> TensorInfo:
         """Return shape, dtype and size of a tensor without reading it."""
         try:

@@ -52,6 +52,8 @@ def _failures_explained(*, debug: bool) -> Iterator[None]:
     """Turn an error into one message and an exit code."""
     try:
         yield
+    except typer.Exit:  # is a RuntimeError
+        raise
     except RecipeError as error:
         if debug:
             raise
@@ -62,8 +64,6 @@ def _failures_explained(*, debug: bool) -> Iterator[None]:
             raise
         _complain(_explain_with_notes(error))
         raise typer.Exit(EXIT_FAILED) from error
-    except typer.Exit:
-        raise
     except KeyboardInterrupt as interrupt:
         _complain("\n".join(["interrupted", *getattr(interrupt, "__notes__", ())]))
         raise typer.Exit(130) from None
@@ -213,11 +213,14 @@ def evaluate(
         for name, value in found["perplexity"].items():
             table.add_row(f"perplexity, {name}", f"{value:.3f}")
         for name, value in found["exact_match"].items():
-            table.add_row(f"exact match, {name}", f"{100 * value:.1f} %")
+            asked = f"{found['num_questions'][name]} questions"
+            table.add_row(f"exact match, {name}, {asked}", f"{100 * value:.1f} %")
         for task, metrics in found["tasks"].items():
             for metric, value in metrics.items():
                 table.add_row(f"{task}, {metric}", f"{value:.4f}")
         _console().print(table)
+        for note in found["notes"]:
+            _console().print(f"warning: {note}", style="yellow", highlight=False, markup=False)
 
 
 @app.command("import-llava")
@@ -268,7 +271,8 @@ def status(
         if as_json:
             _print_json(asdict(found))
             return
-        word = "running" if found.running else "finished" if found.finished else "not there"
+        absent = "there, but not an export of this tool" if output.exists() else "not there"
+        word = "running" if found.running else "finished" if found.finished else absent
         lines = [f"{output}: {word}"]
         lines += [
             f"  {stage.name}: {stage.pieces} pieces, {stage.num_bytes:,} bytes" for stage in found.stages
@@ -305,8 +309,9 @@ def verify(
     """Compare every tensor and file of an export with the checksums it was written with."""
     with _failures_explained(debug=debug):
         from ercsvd_deploy.exporters.vllm.manifest import verify_export
+        from ercsvd_deploy.pipelines.report import REPORT_FILE
 
-        found = verify_export(directory)
+        found = verify_export(directory, unlisted=frozenset({REPORT_FILE}))
         if as_json:
             _print_json(asdict(found) | {"directory": str(directory), "sound": not found.problems})
         elif not found.problems:

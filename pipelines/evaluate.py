@@ -10,6 +10,7 @@ import torch
 
 from ercsvd_deploy.architecture import load_config, reads_images
 from ercsvd_deploy.calibration import CalibrationError, load_tokenizer, read_text, token_windows
+from ercsvd_deploy.chat_processor import check_processor
 from ercsvd_deploy.evaluation import Quality, measure_quality
 from ercsvd_deploy.picture_samples import load_processor
 from ercsvd_deploy.pipelines.model_source import OpenedModel, default_device, open_model, stream
@@ -61,10 +62,10 @@ def evaluate_model(
         )
     device = device or default_device()
     opened = open_model(ModelSource(path=model))
-    quality = Quality()
+    quality, notes = Quality(), list[str]()
     if texts or questions:
         windows = _read_windows(texts, opened, sequence_length, max_sequences)
-        asked = _read_questions(questions, opened, max_sequences)
+        asked, notes = _read_questions(questions, opened, max_sequences)
         streamed = stream(opened, device)
         with progress("quality", streamed.num_layers) as on_layer:
             quality = measure_quality(streamed, windows, asked, on_layer)
@@ -72,6 +73,8 @@ def evaluate_model(
         "model": model,
         "perplexity": {name: found.value for name, found in quality.perplexity.items()},
         "exact_match": {name: found.value for name, found in quality.exact_match.items()},
+        "num_questions": {name: found.num_questions for name, found in quality.exact_match.items()},
+        "notes": notes,
         "tasks": run_lm_eval(opened.directory, tasks, limit=limit, device=device) if tasks else {},
     }
 
@@ -98,21 +101,23 @@ def _read_windows(
 
 def _read_questions(
     questions: Sequence[str], opened: OpenedModel, max_questions: int | None
-) -> dict[str, Sequence[QuestionSample]]:
-    """Return name -> questions about pictures."""
+) -> tuple[dict[str, Sequence[QuestionSample]], list[str]]:
+    """Return name -> questions about pictures, and what was left out of them."""
     if not questions:
-        return {}
+        return {}, []
     if not reads_images(opened.config):
         raise EvaluationError(
-            f"--questions: {opened.source.path} is a {opened.config.model_type} model, which reads text only"
+            f"--questions: {opened.source.path} is a {opened.config.model_type} model, which is not one "
+            "of the supported models that read images"
         )
     sections = {
         name: VisualQuestions(dataset=ConversationFile(conversations=path), max_questions=max_questions)
         for name, path in _named(questions, "--questions").items()
     }
     processor = load_processor(str(opened.directory))
-    found, _ = ask_questions(sections, processor, opened.config, field="--questions")
-    return {name: asked.questions for name, asked in found.items()}
+    check_processor(processor, opened.config)
+    found, notes = ask_questions(sections, processor, opened.config, field="--questions")
+    return {name: asked.questions for name, asked in found.items()}, notes
 
 
 def _named(arguments: Sequence[str], option: str) -> dict[str, Path]:

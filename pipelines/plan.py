@@ -186,7 +186,7 @@ def check_vision(recipe: Recipe, config: Any) -> None:
         known = ", ".join(sorted(VISION_LANGUAGE_MODEL_TYPES))
         raise PlanError(
             f"the recipe has {' and '.join(asking)}, but {recipe.model.path} is a {config.model_type} model, "
-            f"which reads text only: remove them, or choose a model of type {known}"
+            f"which is not one that reads images here ({known}): remove them, or choose such a model"
         )
 
 

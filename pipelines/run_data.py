@@ -9,6 +9,7 @@ import torch
 
 from ercsvd_deploy.architecture import reads_images
 from ercsvd_deploy.calibration import load_tokenizer
+from ercsvd_deploy.chat_processor import check_processor
 from ercsvd_deploy.picture_samples import load_processor
 from ercsvd_deploy.pipelines.model_source import OpenedModel
 from ercsvd_deploy.pipelines.pictures import ask_questions, draw_pictures
@@ -47,6 +48,7 @@ def load_run_data(recipe: Recipe, opened: OpenedModel) -> RunData:
     if recipe.picture_share or recipe.evaluation.visual_questions:
         assert reads_images(opened.config), "refused when the recipe was checked against the config"
         processor = load_processor(directory, trust_remote_code=trusted)
+        check_processor(processor, opened.config)
     texts = evaluation_windows(recipe, tokenizer, vocab_size)
     asked, notes = ask_questions(recipe.evaluation.visual_questions, processor, opened.config)
     samples: list[Sample] | None = None

@@ -5,9 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Another run that has just ended, or `ercsvd status`, holds the lock for a moment.
+_ATTEMPTS, _PAUSE = 5, 0.1  # seconds
 
 
 class TargetInUseError(ValueError):
@@ -15,7 +19,13 @@ class TargetInUseError(ValueError):
 
 
 def work_path(target: Path) -> Path:
-    """Return the hidden directory in which `target` is built."""
+    """Return the hidden directory in which `target` is built.
+
+    Raises:
+        ValueError: the target has no name of its own, such as `.` or `/`.
+    """
+    if not target.name:
+        raise ValueError(f"{target} is no name of an output: give a directory such as out/model")
     return target.with_name(f".{target.name}.work")
 
 
@@ -60,13 +70,17 @@ def resumable_directory(target: Path) -> Iterator[Path]:
 
 def is_in_use(target: Path) -> bool:
     """Whether a run is writing to the target now."""
-    if not work_path(target).is_dir():
+    try:
+        descriptor = os.open(work_path(target), os.O_RDONLY)
+    except FileNotFoundError:
         return False
     try:
-        with _locked(target):
-            return False
-    except TargetInUseError:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go at once; a starting run tries again
+    except BlockingIOError:
         return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def remove_unfinished(target: Path) -> bool:
@@ -85,19 +99,28 @@ def remove_unfinished(target: Path) -> bool:
 @contextmanager
 def _locked(target: Path) -> Iterator[Path]:
     work = work_path(target)
-    work.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(work, os.O_RDONLY)
-    try:
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE)
+        work.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(work, os.O_RDONLY)
         try:
-            # The lock goes with the process, however that ends.
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TargetInUseError(
-                f"another run is writing to {target}: wait for it, or choose another output"
-            ) from error
-        yield work
-    finally:
-        os.close(descriptor)
+            if _take(descriptor, work):
+                yield work
+                return
+        finally:
+            os.close(descriptor)
+    raise TargetInUseError(f"another run is writing to {target}: wait for it, or choose another output")
+
+
+def _take(descriptor: int, work: Path) -> bool:
+    """Lock an opened work directory; False if another has it, or it was removed before it was locked."""
+    try:
+        # The lock goes with the process, however that ends.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), work.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _clear(work: Path) -> None:

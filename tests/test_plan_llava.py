@@ -114,5 +114,7 @@ def test_vision_parts_are_planned_when_asked_for(tmp_path: Path) -> None:
 
 def test_text_model_with_a_vision_section_is_refused(tiny_model: ModelDirectory) -> None:
     recipe = load_recipe(RECIPES / "llava-1.5-7b.yaml", [f"model.path={tiny_model('llama')}"])
-    with pytest.raises(PlanError, match=r"has vision, but .* is a llama model, which reads text only"):
+    with pytest.raises(
+        PlanError, match=r"has vision, but .* is a llama model, which is not one that reads images"
+    ):
         make_plan(recipe)

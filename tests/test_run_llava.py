@@ -280,7 +280,7 @@ def test_text_model_with_pictures_is_refused(write_recipe: RecipeWriter, tiny_mo
     code, _, error = invoke("run", write_recipe(model=tiny_model("llama")))
     assert code == 1
     assert "has vision and evaluation.visual_questions, but" in error
-    assert "reads text only" in error
+    assert "is not one that reads images here (llava, llava_next)" in error
 
 
 def test_sequences_too_short_for_an_image(write_recipe: RecipeWriter) -> None:
@@ -296,3 +296,64 @@ def test_sequences_too_short_for_an_image(write_recipe: RecipeWriter) -> None:
     assert code == 1
     assert "vision.calibration" in error
     assert "12" in error
+
+
+PROCESSOR_FAULTS = {
+    "patch_size": 4,
+    "num_additional_image_tokens": 0,
+    "vision_feature_select_strategy": "full",
+    "crop_size": {"height": 60000, "width": 60000},
+}
+
+
+@pytest.mark.parametrize("field", PROCESSOR_FAULTS)
+def test_a_processor_of_another_model_is_refused_by_name(
+    field: str, write_recipe: RecipeWriter, tiny_model: ModelDirectory, tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_model("llava"), tmp_path / "source")
+    path = source / "processor_config.json"
+    settings = json.loads(path.read_text())
+    holder = settings["image_processor"] if field == "crop_size" else settings
+    holder[field] = PROCESSOR_FAULTS[field]
+    path.write_text(json.dumps(settings))
+    code, _, error = invoke("run", write_recipe(model=source))
+    assert code == 1
+    assert f"processor and model do not belong together: {field} is" in error
+
+
+@pytest.mark.parametrize(("layer", "ok"), [(-99, False), (99, False), ([], False), ([-2, -3], True)])
+def test_vision_feature_layer_is_checked(
+    layer: Any, ok: bool, write_recipe: RecipeWriter, tiny_model: ModelDirectory, tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_model("llava"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"vision_feature_layer": layer}
+    (source / "config.json").write_text(json.dumps(config))
+    code, _, error = invoke("plan", write_recipe(model=source))
+    assert code == (0 if ok else 1)
+    assert ok or f"vision_feature_layer {layer} of config.json is not in the vision tower" in error
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
+def test_weights_of_a_strange_dtype_are_refused_by_name(
+    dtype: torch.dtype, write_recipe: RecipeWriter, tiny_model: ModelDirectory, tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_model("llava"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    name = "multi_modal_projector.linear_1.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    code, _, error = invoke("run", write_recipe(model=source))
+    assert code == 1
+    assert "model.multi_modal_projector.linear_1.weight is stored as" in error
+
+
+def test_eval_names_damaged_pictures(tiny_model: ModelDirectory, pictures: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "damaged")
+    (folder / "5.png").write_text("not a picture")
+    arguments = ("eval", tiny_model("llava"), "--questions", f"q={folder}/conversations.jsonl")
+    code, output, _ = invoke(*arguments, "--json")
+    assert code == 0
+    found = json.loads(output)
+    assert found["num_questions"] == {"q": 11}
+    assert "--questions.q: 1 left out because a picture is damaged" in found["notes"][0]
+    assert "5.png" in invoke(*arguments)[1]

@@ -105,7 +105,7 @@ def test_eval_says_what_is_wrong(arguments: list[str], expected: str) -> None:
 def test_a_text_model_is_not_asked_about_pictures() -> None:
     status, _, error = invoke("eval", EXAMPLES / "tiny-llama", "--questions", HELD_OUT)
     assert status == 1
-    assert "is a llama model, which reads text only" in error
+    assert "is a llama model, which is not one of the supported models that read images" in error
 
 
 def test_lm_eval_shows_it_pictures() -> None:

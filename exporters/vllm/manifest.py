@@ -18,6 +18,7 @@ import torch
 from ercsvd_deploy import __version__
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig, CheckpointFormatError
 from ercsvd_deploy.tensor_store import (
+    INDEX_FILE,
     CheckpointError,
     FileStore,
     open_directory,
@@ -27,7 +28,6 @@ from ercsvd_deploy.tensor_store import (
 
 MANIFEST_FILE = "ercsvd_manifest.json"
 _MANIFEST_VERSION = 1
-_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 class ManifestError(ValueError):
@@ -51,37 +51,37 @@ class Verification:
     written_by: str
 
 
-def write_manifest(directory: Path, *, leave_out: frozenset[str] = frozenset()) -> None:
-    """Write down the checksums of everything in `directory` but the files named in `leave_out`."""
+def write_manifest(directory: Path, *, unlisted: frozenset[str] = frozenset()) -> None:
+    """Write down the checksums of everything in `directory` but the files named in `unlisted`."""
     store = open_directory(directory)
     manifest = {
         "manifest_version": _MANIFEST_VERSION,
         "written_by": __version__,
-        "not_listed": sorted(leave_out),
         "files": {
-            path.relative_to(directory).as_posix(): _file(path) for path in _other_files(directory, leave_out)
+            path.relative_to(directory).as_posix(): _file(path) for path in _other_files(directory, unlisted)
         },
         "tensors": {name: _tensor(store, name) for name in sorted(store.names())},
     }
     write_json_atomically(directory / MANIFEST_FILE, manifest)
 
 
-def verify_export(directory: Path) -> Verification:
+def verify_export(directory: Path, *, unlisted: frozenset[str] = frozenset()) -> Verification:
     """Compare a directory with its manifest.
+
+    Args:
+        directory: An export.
+        unlisted: Files that may differ, or be there or not; never taken from the directory itself.
 
     Raises:
         ManifestError: there is no manifest, or it cannot be read.
     """
     manifest = _read_manifest(directory)
     problems = _config_problems(directory)
-    files = {
-        path.relative_to(directory).as_posix(): path
-        for path in _other_files(directory, frozenset(manifest["not_listed"]))
-    }
+    files = {path.relative_to(directory).as_posix(): path for path in _other_files(directory, unlisted)}
     for name, digest in manifest["files"].items():
         if name not in files:
             problems.append(f"{name}: missing")
-        elif _file(files[name]) != digest:
+        elif not files[name].is_file() or _file(files[name]) != digest:
             problems.append(f"{name}: changed since the export was written")
     problems += [
         f"{name}: was not part of the export" for name in sorted(files.keys() - manifest["files"].keys())
@@ -136,20 +136,30 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("manifest_version") != _MANIFEST_VERSION:
         raise ManifestError(f"{path}: damaged, or of another version than {_MANIFEST_VERSION}")
     tables = (manifest.get("files"), manifest.get("tensors"))
-    if not all(isinstance(table, dict) for table in tables) or not isinstance(
-        manifest.get("not_listed"), list
-    ):
-        raise ManifestError(f"{path}: damaged: it lists no files and tensors")
+    are_tables = all(
+        isinstance(table, dict) and all(isinstance(digest, str) for digest in table.values())
+        for table in tables
+    )
+    if not are_tables or not isinstance(manifest.get("written_by"), str):
+        raise ManifestError(f"{path}: damaged: it lists no checksums of files and tensors")
     return manifest
 
 
-def _other_files(directory: Path, leave_out: frozenset[str]) -> Iterator[Path]:
-    """Yield what is neither weights nor manifest; links are not followed."""
+def _other_files(directory: Path, unlisted: frozenset[str]) -> Iterator[Path]:
+    """Yield every file but the manifest, the weights that are listed tensor by tensor, and `unlisted`."""
+    weights = _weight_files(directory)
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        is_listed = name not in leave_out and name != MANIFEST_FILE and not name.endswith(_WEIGHTS)
-        if path.is_file() and is_listed:
+        if name not in unlisted and name != MANIFEST_FILE and path not in weights and not path.is_dir():
             yield path
+
+
+def _weight_files(directory: Path) -> frozenset[Path]:
+    try:
+        return open_directory(directory).files() | {directory / INDEX_FILE}
+    except CheckpointError:
+        # That is reported where tensors are compared; these names are not surplus files besides.
+        return frozenset(directory.glob("*.safetensors*"))
 
 
 def _file(path: Path) -> str:

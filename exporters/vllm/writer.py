@@ -137,7 +137,7 @@ def write_export(
     add_files(partial)
     # Last: without a config no loader takes the directory for a model.
     write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, compressed))
-    write_manifest(partial, leave_out=unlisted)
+    write_manifest(partial, unlisted=unlisted)
     _replace_directory(partial, target)
     return Export(target, num_bytes)
 
