@@ -228,7 +228,11 @@ def describe(model: nn.Module, config: Any) -> Architecture:
     prefix = style.layers
     if reads_images(config):
         if style is not _LLAMA:
-            raise ArchitectureError(f"LLaVA on a {text_config.model_type} language model is not supported")
+            supported = ", ".join(name for name, known in _STYLE_OF_MODEL_TYPE.items() if known is _LLAMA)
+            raise ArchitectureError(
+                f"LLaVA on a language model of type {text_config.model_type} is not supported; "
+                f"supported: {supported}"
+            )
         prefix = LANGUAGE_MODEL + prefix.removeprefix("model.")
     modules = dict(model.named_modules())
     stack = modules[prefix]

@@ -11,8 +11,8 @@ version and vLLM load, so it is what this package writes; all others are read.
     projector       multi_modal_projector.       model.multi_modal_projector.   model.mm_projector.
     row separator   image_newline                model.image_newline            model.image_newline
 
-The fourth is a mixture that some versions of transformers wrote: hub names behind `model.`, or with the
-tower's `vision_model.` left out. vLLM's own module names are the hub's.
+The fourth is a mixture that some versions of transformers wrote: the hub's names of tower and projector
+behind `model.`, or with the tower's `vision_model.` left out. vLLM's own module names are the hub's.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class ConversationFile(Section):
     )
     image_field: Text = Field(default="image", description="Key of the image's path.")
     conversation_field: Text | None = Field(
-        default=None, description="Key of the conversation; null: `conversations` or `messages`."
+        default=None,
+        description="Key of the conversation; null: `conversations`, `messages`, or `question`, `answer`.",
     )
 
 

@@ -379,9 +379,12 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def _console() -> Console:
-    """Return a console for results; a pipe or a file gets lines wide enough for every table."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+    """Return a console for results; a pipe or a file gets lines wide enough for every table.
+
+    Without markup: names that users and files chose may have brackets in them.
+    """
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(width=140, markup=False)
 
 
 def main() -> None:

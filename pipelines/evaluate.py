@@ -130,6 +130,9 @@ def _named(arguments: Sequence[str], option: str) -> dict[str, Path]:
         if name in paths:
             raise EvaluationError(f"{option} {argument}: the name is taken; give each its own: NAME=FILE")
         paths[name] = path
+    for path in paths.values():
+        if not path.is_file():
+            raise EvaluationError(f"{option}: {str(path)!r} is not a file")
     return paths
 
 

@@ -78,7 +78,9 @@ def open_tokenizer(directory: Path, original: OriginalLlava) -> Any:
     _check_sentencepiece(directory)
     try:
         # With a config, transformers does not look into config.json, whose model_type it does not know.
-        tokenizer = AutoTokenizer.from_pretrained(directory, config=original.text_config)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=original.text_config, trust_remote_code=False
+        )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         reason = str(error).strip().splitlines()
         raise LlavaImportError(

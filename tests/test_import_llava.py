@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -594,3 +596,17 @@ def test_command_prints_where_and_what(original: OriginalWriter) -> None:
     again = CliRunner().invoke(app, [*command, str(source.parent / TOWER)])
     assert again.exit_code == 1
     assert "exists and is not empty" in again.stderr
+
+
+def test_code_of_a_checkpoint_is_never_run(
+    original: OriginalWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anybody asked whether it should be: the answer on standard input would be yes."""
+    source = original()
+    marker = tmp_path / "ran"
+    (source / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass T: pass\n")
+    change_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]})
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with contextlib.suppress(ValueError):
+        convert(source)
+    assert not marker.exists()

@@ -366,3 +366,15 @@ def test_every_table_of_the_plan_has_a_heading_for_each_column(write_recipe: Rec
 
 def test_version() -> None:
     assert invoke("version")[1].startswith("ercsvd-deploy ")
+
+
+def test_names_with_brackets_are_names(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    """Not the markup of the library that prints tables."""
+    output = tmp_path / "[bold]out[/y]"
+    code, printed, error = invoke("run", write_recipe(), "--output", output)
+    assert code == 0, error
+    assert "[bold]out[/y]" in printed.replace("\n", "")
+    text = f"[/red]x={TEXT / 'in_domain.txt'}"
+    code, printed, error = invoke("eval", output, "--text", text, "--max-sequences", 1)
+    assert code == 0, error
+    assert "perplexity, [/red]x" in printed
