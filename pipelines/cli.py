@@ -1,29 +1,36 @@
 """The command line: `ercsvd validate`, `plan`, `run`, `status`, `clean`, `eval`, `verify` and more.
 
-Exit codes: 0 done; 1 the work failed; 2 the command line or the recipe is wrong. A failure is one
-message on standard error that says what is wrong, where, and what to do; `--debug` adds the traceback.
+Exit codes and options that all commands share are in `command_line`.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ercsvd_deploy import __version__
-from ercsvd_deploy.pipelines.report import finite
-from ercsvd_deploy.recipe import RecipeError, check_files, load_recipe, recipe_json_schema
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
+from ercsvd_deploy.pipelines.command_line import (
+    EXIT_FAILED,
+    AsJson,
+    Debug,
+    Device,
+    Output,
+    Overrides,
+    RecipePath,
+    complain,
+    failures_explained,
+    find_device,
+    print_json,
+    quiet_libraries,
+    result_console,
+)
+from ercsvd_deploy.recipe import check_files, load_recipe, recipe_json_schema
 
 app = typer.Typer(
     name="ercsvd",
@@ -33,84 +40,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, e.g. stages.0.factorize.beta=0.1."),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Directory to write, instead of the recipe's export.path."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; default: a GPU if any.")]
-
-
-@contextmanager
-def _failures_explained(*, debug: bool) -> Iterator[None]:
-    """Turn an error into one message and an exit code."""
-    try:
-        yield
-    except typer.Exit:  # is a RuntimeError
-        raise
-    except RecipeError as error:
-        if debug:
-            raise
-        _complain(str(error))
-        raise typer.Exit(EXIT_USAGE) from error
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if debug:
-            raise
-        _complain(_explain_with_notes(error))
-        raise typer.Exit(EXIT_FAILED) from error
-    except KeyboardInterrupt as interrupt:
-        _complain("\n".join(["interrupted", *getattr(interrupt, "__notes__", ())]))
-        raise typer.Exit(130) from None
-    except Exception as error:
-        if debug:
-            raise
-        _complain(
-            f"{type(error).__name__}: {error}. This should have had a better message; --debug shows where"
-        )
-        raise typer.Exit(EXIT_FAILED) from error
-
-
-def _explain(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'}: {error.strerror}"
-    if isinstance(error, MemoryError):
-        return "out of memory: lower calibration.num_samples or sequence_length"
-    return str(error) or type(error).__name__
-
-
-def _explain_with_notes(error: BaseException) -> str:
-    """Return the message, and on lines of their own what was noted on the way up."""
-    return "\n".join([_explain(error), *getattr(error, "__notes__", ())])
-
-
-def _complain(message: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
-        f"error: {message}", style="red"
-    )
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
 
 @app.command()
 def validate(
     recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False
 ) -> None:
     """Check a recipe and the files it names, without loading anything."""
-    with _failures_explained(debug=debug):
+    with failures_explained(debug=debug):
         loaded = load_recipe(recipe, overrides or ())
         check_files(loaded)
         if as_json:
-            _print_json({"recipe": str(recipe), "valid": True})
+            print_json({"recipe": str(recipe), "valid": True})
         else:
-            _console().print(f"{recipe}: valid", highlight=False)
+            result_console().print(f"{recipe}: valid", highlight=False)
 
 
 @app.command()
@@ -118,18 +60,18 @@ def plan(
     recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False
 ) -> None:
     """Show ranks, parameters and bytes of every layer, from the model's config alone."""
-    with _failures_explained(debug=debug):
+    with failures_explained(debug=debug):
         loaded = load_recipe(recipe, overrides or ())
-        with _quiet_libraries():
+        with quiet_libraries():
             from ercsvd_deploy.pipelines.plan import make_plan
 
             made = make_plan(loaded)
         if as_json:
-            _print_json(made.as_json())
+            print_json(made.as_json())
         else:
             from ercsvd_deploy.pipelines.plan_tables import render
 
-            _console().print(render(made))
+            result_console().print(render(made))
 
 
 @app.command()
@@ -142,20 +84,20 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Compress, evaluate and export; prints what was gained and lost."""
-    with _failures_explained(debug=debug):
+    with failures_explained(debug=debug):
         loaded = load_recipe(recipe, overrides or (), output)
-        with _quiet_libraries():
+        with quiet_libraries():
             from ercsvd_deploy.pipelines.progress import on_terminal
             from ercsvd_deploy.pipelines.report import render
             from ercsvd_deploy.pipelines.run import run_recipe
 
             report, directory = run_recipe(
-                loaded, device=_device(device), progress=on_terminal(Console(stderr=True))
+                loaded, device=find_device(device), progress=on_terminal(Console(stderr=True))
             )
         if as_json:
-            _print_json(report.as_json() | {"directory": str(directory)})
+            print_json(report.as_json() | {"directory": str(directory)})
         else:
-            console = _console()
+            console = result_console()
             console.print(render(report))
             console.print(
                 f"\nWritten to {directory}. Serve it with:  vllm serve {directory}", highlight=False
@@ -187,10 +129,10 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure perplexity on texts, exact answers about pictures, and lm-eval tasks where it is installed."""
-    with _failures_explained(debug=debug):
+    with failures_explained(debug=debug):
         from ercsvd_deploy.pipelines.evaluate import evaluate_model
 
-        with _quiet_libraries():
+        with quiet_libraries():
             from ercsvd_deploy.pipelines.progress import on_terminal
 
             found = evaluate_model(
@@ -201,11 +143,11 @@ def evaluate(
                 max_sequences=max_sequences,
                 tasks=[task.strip() for task in tasks.split(",")] if tasks else [],
                 limit=limit,
-                device=_device(device),
+                device=find_device(device),
                 progress=on_terminal(Console(stderr=True)),
             )
         if as_json:
-            _print_json(found)
+            print_json(found)
             return
         table = Table(title=str(model), title_justify="left")
         for column in ("what", "value"):
@@ -218,9 +160,9 @@ def evaluate(
         for task, metrics in found["tasks"].items():
             for metric, value in metrics.items():
                 table.add_row(f"{task}, {metric}", f"{value:.4f}")
-        _console().print(table)
+        result_console().print(table)
         for note in found["notes"]:
-            _console().print(f"warning: {note}", style="yellow", highlight=False, markup=False)
+            result_console().print(f"warning: {note}", style="yellow", highlight=False, markup=False)
 
 
 @app.command("import-llava")
@@ -239,17 +181,17 @@ def import_llava(
     debug: Debug = False,
 ) -> None:
     """Convert a LLaVA checkpoint to the layout that recipes, transformers and vLLM read."""
-    with _failures_explained(debug=debug):
-        with _quiet_libraries():
+    with failures_explained(debug=debug):
+        with quiet_libraries():
             from dataclasses import asdict
 
             from ercsvd_deploy.pipelines.import_llava import import_llava as convert
 
             imported = convert(source, target, vision_tower=vision_tower)
         if as_json:
-            _print_json(asdict(imported) | {"directory": str(imported.directory)})
+            print_json(asdict(imported) | {"directory": str(imported.directory)})
         else:
-            _console().print(
+            result_console().print(
                 f"Written to {imported.directory}: {imported.model_type}, "
                 f"{imported.parameters:,} parameters, {imported.num_bytes:,} bytes; "
                 f"vision tower: {imported.vision_tower}; chat template: {imported.conversation}",
@@ -264,12 +206,12 @@ def status(
     debug: Debug = False,
 ) -> None:
     """Tell whether an output is finished, running or interrupted, and what of it is done."""
-    with _failures_explained(debug=debug):
+    with failures_explained(debug=debug):
         from ercsvd_deploy.pipelines.status import output_status
 
         found = output_status(output)
         if as_json:
-            _print_json(asdict(found))
+            print_json(asdict(found))
             return
         absent = "there, but not an export of this tool" if output.exists() else "not there"
         word = "running" if found.running else "finished" if found.finished else absent
@@ -283,7 +225,7 @@ def status(
                 if found.stages
                 else "nothing of an unfinished run is there"
             )
-        _console().print("\n".join(lines), highlight=False, markup=False)
+        result_console().print("\n".join(lines), highlight=False, markup=False)
 
 
 @app.command()
@@ -292,12 +234,12 @@ def clean(
     debug: Debug = False,
 ) -> None:
     """Remove what an unfinished run left; a finished export stays."""
-    with _failures_explained(debug=debug):
+    with failures_explained(debug=debug):
         from ercsvd_deploy.pipelines.work_directory import remove_unfinished, work_path
 
         was_there = remove_unfinished(output.absolute())
         said = f"removed {work_path(output)}" if was_there else f"{output}: nothing to remove"
-        _console().print(said, highlight=False, markup=False)
+        result_console().print(said, highlight=False, markup=False)
 
 
 @app.command()
@@ -307,22 +249,22 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Compare every tensor and file of an export with the checksums it was written with."""
-    with _failures_explained(debug=debug):
+    with failures_explained(debug=debug):
         from ercsvd_deploy.exporters.vllm.manifest import verify_export
         from ercsvd_deploy.pipelines.report import REPORT_FILE
 
         found = verify_export(directory, unlisted=frozenset({REPORT_FILE}))
         if as_json:
-            _print_json(asdict(found) | {"directory": str(directory), "sound": not found.problems})
+            print_json(asdict(found) | {"directory": str(directory), "sound": not found.problems})
         elif not found.problems:
             said = (
                 f"{directory}: sound; {found.num_tensors} tensors and {found.num_files} files are as written"
             )
-            _console().print(f"{said} by version {found.written_by}", highlight=False, markup=False)
+            result_console().print(f"{said} by version {found.written_by}", highlight=False, markup=False)
         if found.problems:
             listed = "\n  ".join(found.problems[:40])
             more = f"\n  and {len(found.problems) - 40} more" if found.problems[40:] else ""
-            _complain(
+            complain(
                 f"{directory} is not what was exported ({len(found.problems)} problems):\n  {listed}{more}\n"
                 "copy or export it again"
             )
@@ -332,59 +274,13 @@ def verify(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
-    _print_json(recipe_json_schema())
+    print_json(recipe_json_schema())
 
 
 @app.command()
 def version() -> None:
     """Print the version."""
     sys.stdout.write(f"ercsvd-deploy {__version__}\n")
-
-
-def _device(name: str | None) -> Any:
-    """Return a torch device that is there, or None for the default.
-
-    Raises:
-        ValueError: no such device.
-    """
-    if name is None:
-        return None
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' start-up chatter out of the output; their errors still come through."""
-    import logging
-    import os
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import torch  # noqa: F401 - sets up its loggers on import, so their levels are set after it
-
-    for name in ("torch.utils._pytree", "torchao", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _console() -> Console:
-    """Return a console for results; a pipe or a file gets lines wide enough for every table.
-
-    Without markup: names that users and files chose may have brackets in them.
-    """
-    console = Console(markup=False)
-    return console if console.is_terminal else Console(width=140, markup=False)
 
 
 def main() -> None:
