@@ -17,6 +17,8 @@ from torch.nn import functional
 from ercsvd_deploy.layerwise import LayerwiseModel
 from ercsvd_deploy.samples import Batch, QuestionSample, text_samples
 
+_LARGEST_EXPONENT = 700  # beyond it exp leaves the range of a float
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -24,6 +26,27 @@ class Perplexity:
 
     value: float
     num_tokens: int
+
+
+@dataclass
+class Loss:
+    """Negative log-likelihood, summed over the windows seen so far."""
+
+    total: float = 0.0  # nats
+    num_tokens: int = 0
+
+    def add(self, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        """Take in a window: token ids [tokens] and logits [tokens, vocabulary]."""
+        targets = tokens[1:].to(logits.device)
+        losses = functional.cross_entropy(logits[:-1], targets, reduction="sum")
+        self.total += losses.double().item()
+        self.num_tokens += targets.numel()
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """What the windows seen so far amount to."""
+        mean = self.total / self.num_tokens
+        return Perplexity(math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf, self.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -65,7 +88,7 @@ def measure_quality(
     return Quality(
         {name: _perplexity(model, batches, next(outputs)) for name, batches in text_batches.items()},
         {
-            name: _exact_match(model, questions[name], batches, next(outputs))
+            name: judge_questions(model, questions[name], batches, next(outputs))
             for name, batches in question_batches.items()
         },
     )
@@ -97,22 +120,20 @@ def _last_layer_outputs(
 def _perplexity(
     model: LayerwiseModel, batches: Sequence[Batch], hidden: Sequence[torch.Tensor]
 ) -> Perplexity:
-    total, count = 0.0, 0
+    loss = Loss()
     for _, tokens, logits in model.logits(batches, hidden):
-        targets = tokens[1:].to(logits.device)
-        losses = functional.cross_entropy(logits[:-1], targets, reduction="sum")
-        total += losses.double().item()
-        count += targets.numel()
-    return Perplexity(math.exp(total / count) if total / count < 700 else math.inf, count)
+        loss.add(tokens, logits)
+    return loss.perplexity
 
 
 @torch.no_grad()
-def _exact_match(
+def judge_questions(
     model: LayerwiseModel,
     questions: Sequence[QuestionSample],
     batches: Sequence[Batch],
     hidden: Sequence[torch.Tensor],
 ) -> ExactMatch:
+    """Return the share answered exactly, from the last layer's outputs of the questions' batches."""
     right = 0
     for row, tokens, logits in model.logits(batches, hidden):
         start = questions[row].answer_start

@@ -153,3 +153,31 @@ ListWithoutRepetition = Annotated[
     AfterValidator(_refuse_repetition),
     Field(json_schema_extra={"uniqueItems": True}),
 ]
+
+_BYTES_PER_UNIT = {
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+}
+
+
+def parse_size(size: str) -> int:
+    """Return a `Size` such as `6MB` or `3.2GiB` in bytes; KB, MB, GB are decimal, KiB, MiB, GiB binary."""
+    number = size.rstrip("KMGiB")
+    return int(float(number) * _BYTES_PER_UNIT[size[len(number) :]])
+
+
+def _refuse_zero_size(value: str) -> str:
+    if parse_size(value) == 0:
+        raise refusal(f"is {shown(value)}; give a size such as 5GB")
+    return value
+
+
+Size = Annotated[
+    str,
+    StringConstraints(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?(KB|MB|GB|KiB|MiB|GiB)$"),
+    AfterValidator(_refuse_zero_size),
+]

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ercsvd_deploy.recipe_gates import Gates
 from ercsvd_deploy.recipe_schema import (
     Calibration,
     Evaluation,
@@ -55,6 +56,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`evaluation`": Evaluation,
     "`evaluation.visual_questions`": VisualQuestions,
     "`evaluation.lm_eval`": LmEval,
+    "`gates`": Gates,
     "`serving`": Serving,
     "`export`": Export,
 }

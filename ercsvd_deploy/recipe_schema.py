@@ -9,11 +9,10 @@ No torch here: `ercsvd validate` and editors' tools read a recipe without loadin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     PositiveInt,
@@ -28,16 +27,15 @@ from ercsvd_deploy.recipe_fields import (
     LocalPath,
     Location,
     Section,
+    Size,
     Text,
-    refusal,
+    parse_size,
     refuse_together,
-    shown,
     told_apart_by,
 )
+from ercsvd_deploy.recipe_gates import BUILT_IN_TEXT, Gates
 from ercsvd_deploy.recipe_stages import Factorize, FactorizeStage, Quantize, QuantizeStage, Stage
 from ercsvd_deploy.recipe_vision import Vision, VisualQuestions
-
-BYTES_PER_UNIT = {"KB": 10**3, "MB": 10**6, "GB": 10**9}  # decimal, as Hugging Face counts shards
 
 
 class ModelSource(Section):
@@ -148,12 +146,6 @@ class Serving(Section):
     )
 
 
-def _refuse_zero_size(value: str) -> str:
-    if float(value[:-2]) == 0:
-        raise refusal(f"is {shown(value)}; a shard needs room, such as 5GB")
-    return value
-
-
 class Export(Section):
     """The directory to write."""
 
@@ -161,20 +153,16 @@ class Export(Section):
     path: LocalPath | None = Field(
         default=None, description="Directory to write; the command line's `--output` comes first."
     )
-    max_shard_size: Annotated[
-        str,
-        StringConstraints(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?(KB|MB|GB)$"),
-        AfterValidator(_refuse_zero_size),
-    ] = Field(
+    max_shard_size: Size = Field(
         default="1GB",
-        description="Upper size of a safetensors file: a number and KB, MB or GB. One such file is in memory "
-        "while it is written.",
+        description="Upper size of a safetensors file: a number and KB, MB, GB, KiB, MiB or GiB. One such "
+        "file is in memory while it is written.",
     )
 
     @property
     def max_shard_bytes(self) -> int:
-        """`max_shard_size` in bytes; KB, MB and GB are powers of 1000."""
-        return max(1, int(float(self.max_shard_size[:-2]) * BYTES_PER_UNIT[self.max_shard_size[-2:]]))
+        """`max_shard_size` in bytes."""
+        return parse_size(self.max_shard_size)
 
 
 class Recipe(Section):
@@ -197,6 +185,9 @@ class Recipe(Section):
     )
     evaluation: Evaluation = Field(
         default=Evaluation(), description="How the original and the compressed model are compared."
+    )
+    gates: Gates | None = Field(
+        default=None, description="What the result must still be worth; null: nothing is asked of it."
     )
     serving: Serving = Field(default=Serving(), description="How the model is meant to be served.")
     export: Export = Field(default=Export(), description="The directory to write.")
@@ -226,6 +217,12 @@ class Recipe(Section):
         if self.evaluation.sequence_length is not None:
             return self.evaluation.sequence_length
         return self.calibration.sequence_length if self.calibration else None
+
+    @property
+    def judged_texts(self) -> tuple[str, ...]:
+        """Names of the texts on which quality is measured, the package's own among them if gates want it."""
+        adds = self.gates is not None and self.gates.adds_built_in_text
+        return (*self.evaluation.perplexity, *([BUILT_IN_TEXT] if adds else []))
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Recipe:
@@ -257,7 +254,8 @@ def _find_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         )
     yield from _find_calibration_without_data(recipe)
     yield from _find_idle_vision_settings(recipe)
-    if recipe.evaluation.perplexity and recipe.evaluation_sequence_length is None:
+    yield from _find_idle_gates(recipe)
+    if recipe.judged_texts and recipe.evaluation_sequence_length is None:
         yield (
             ("evaluation", "sequence_length"),
             "is missing, and without calibration it has no default: set it, such as 2048",
@@ -322,6 +320,39 @@ def _find_idle_vision_settings(recipe: Recipe) -> Iterator[tuple[Location, str]]
                 f"is true, but method {settings.method} measures activations and there is no "
                 "vision.calibration to take pictures from; add it",
             )
+
+
+def _find_idle_gates(recipe: Recipe) -> Iterator[tuple[Location, str]]:
+    """Yield the gates for which nothing is measured."""
+    gates = recipe.gates
+    if gates is None:
+        return
+    if BUILT_IN_TEXT in recipe.evaluation.perplexity:
+        yield (
+            ("evaluation", "perplexity", BUILT_IN_TEXT),
+            "is the name of the text that comes with this package; choose another",
+        )
+    if gates.judges_texts and not recipe.judged_texts:
+        yield (
+            ("gates",),
+            "judges texts, but there are none: add evaluation.perplexity, or leave built_in_text on",
+        )
+    texts: tuple[str, Collection[str]] = ("evaluation.perplexity", recipe.judged_texts)
+    measured = dict.fromkeys(gates.text_limits, texts)
+    if gates.exact_match_drop is not None:
+        measured["exact_match_drop"] = ("evaluation.visual_questions", recipe.evaluation.visual_questions)
+    if gates.task_drop is not None:
+        tasks = recipe.evaluation.lm_eval.tasks if recipe.evaluation.lm_eval else ()
+        measured["task_drop"] = ("evaluation.lm_eval.tasks", tasks)
+    for gate, (section, known) in measured.items():
+        limit = getattr(gates, gate)
+        if not known and gate not in gates.text_limits:
+            yield ("gates", gate), f"is set, but there is no {section} to measure it on; add it"
+        elif isinstance(limit, Mapping):
+            for name in limit:
+                if name.partition("/")[0] not in known:
+                    listed = ", ".join(known)
+                    yield ("gates", gate, name), f"is not measured; {section} has {listed or 'nothing'}"
 
 
 def _find_too_few_samples(stages: tuple[Stage, ...], num_samples: int) -> Iterator[tuple[Location, str]]:

@@ -341,9 +341,13 @@ def write_atomically(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def write_json_atomically(path: Path, value: Any, *, allow_nan: bool = False) -> None:
     """Write a JSON file that is either absent or complete; `allow_nan` for what only Python reads."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan)
+    write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a UTF-8 text file that is either absent or complete."""
     with _replacing(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ercsvd_deploy import __version__
+from ercsvd_deploy.pipelines.cli_check import Junit, check, end_with_gates
 from ercsvd_deploy.pipelines.command_line import (
     EXIT_FAILED,
     AsJson,
@@ -80,6 +81,7 @@ def run(
     overrides: Overrides = None,
     output: Output = None,
     device: Device = None,
+    junit: Junit = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -102,6 +104,7 @@ def run(
             console.print(
                 f"\nWritten to {directory}. Serve it with:  vllm serve {directory}", highlight=False
             )
+        end_with_gates(report.gates, directory, junit)
 
 
 @app.command("eval")
@@ -269,6 +272,9 @@ def verify(
                 "copy or export it again"
             )
             raise typer.Exit(EXIT_FAILED)
+
+
+app.command("check")(check)
 
 
 @app.command()

@@ -74,6 +74,9 @@ class SearchPoint:
 _OUTCOME = "outcome"
 _LINEARS = TypeAdapter(list[FactorizedLinear])
 _SEARCH = TypeAdapter(list[SearchPoint])
+_SPECTRUM_POINTS = 48  # of each Linear's spectrum in the report, at even distances of the logarithm
+
+Spectrum = list[tuple[int, float]]  # position, from 1, and singular value as a share of the largest
 
 
 @dataclass
@@ -84,6 +87,7 @@ class FactorizeOutcome:
     modules: dict[str, ModuleDescription]
     linears: list[FactorizedLinear]
     search: list[SearchPoint]
+    spectra: dict[str, Spectrum]  # Linear -> singular values of the weight in the method's metric
     files: list[Path] = field(default_factory=list)
 
 
@@ -128,7 +132,12 @@ def factorize_decoder(
         best = min(plans, key=lambda k: (measured[k] or 0.0, -k))
         stage.emit(best)
         linears = stage.candidates[best].linears
-        found = {"k": best, "linears": _LINEARS.dump_python(linears), "search": _SEARCH.dump_python(search)}
+        found = {
+            "k": best,
+            "linears": _LINEARS.dump_python(linears),
+            "search": _SEARCH.dump_python(search),
+            "spectra": stage.spectra,
+        }
         work.finish(_OUTCOME, found)
         stage.forget_decompositions()
     plan = plans[found["k"]]
@@ -137,6 +146,7 @@ def factorize_decoder(
         _descriptions(model, plan),
         _LINEARS.validate_python(found["linears"]),
         _SEARCH.validate_python(found["search"]),
+        found["spectra"],
         [work.tensors_file(_factors_piece(index)) for index in _compressed_layers(model, found["k"])],
     )
 
@@ -179,6 +189,7 @@ class _FactorizeStage:
         self.work = work
         self.first_compressed = model.num_layers - max(plans)
         self.token_weights: list[torch.Tensor | None] = []
+        self.spectra: dict[str, Spectrum] = {}
 
     def observe_and_try(
         self, samples: Sequence[Sample] | None, on_layer: Callable[[], None]
@@ -229,7 +240,9 @@ class _FactorizeStage:
         for k, candidate in self.candidates.items():
             if layer.index < self.model.num_layers - k:
                 continue
-            measured[str(k)] = _LINEARS.validate_python(known[str(k)]) if known is not None else []
+            measured[str(k)] = (
+                _LINEARS.validate_python(known["candidates"][str(k)]) if known is not None else []
+            )
             for linear in layer.linears:
                 rank = candidate.plan.ranks.get(linear.name)
                 if rank is None:
@@ -253,8 +266,10 @@ class _FactorizeStage:
             waiting |= {
                 f"{name}.singular_values": made.singular_values for name, made in decompositions.items()
             }
-            findings = {k: _LINEARS.dump_python(linears) for k, linears in measured.items()}
-            self.work.finish(piece, findings, waiting)
+            spectra = {name: _thinned(made.singular_values) for name, made in decompositions.items()}
+            candidates = {k: _LINEARS.dump_python(linears) for k, linears in measured.items()}
+            self.work.finish(piece, {"candidates": candidates, "spectra": spectra}, waiting)
+        self.spectra |= spectra if known is None else known["spectra"]
 
     def _decompose(
         self, linear: LinearShape, weight: torch.Tensor, statistics: InputStatistics | None
@@ -400,6 +415,15 @@ def measure_linear(
         weight_error(weight, factors),
         None if statistics is None else calibration_error(weight, factors, statistics.gram),
     )
+
+
+def _thinned(singular_values: torch.Tensor) -> Spectrum:
+    """Return some of the values [n], descending, as shares of the first."""
+    count = len(singular_values)
+    steps = torch.linspace(0, 1, _SPECTRUM_POINTS, dtype=torch.float64)
+    positions = sorted({round(count**step) for step in steps.tolist()})
+    shares = singular_values / singular_values[0].clamp(min=torch.finfo(singular_values.dtype).tiny)
+    return [(position, float(shares[position - 1])) for position in positions]
 
 
 def _left_dense(linear: LinearShape) -> FactorizedLinear:

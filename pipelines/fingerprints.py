@@ -38,8 +38,7 @@ class Fingerprints:
 
     factorize: Mapping[str, Any]  # of the vision parts and the decoder
     quantize: Mapping[str, Any]
-    original_quality: Mapping[str, Any]
-    compressed_quality: Mapping[str, Any]
+    quality: Mapping[str, Any]  # of the comparison with the original
 
 
 def take_fingerprints(
@@ -79,7 +78,12 @@ def take_fingerprints(
             name: _samples([question.sample for question in asked]) for name, asked in data.questions.items()
         },
     }
-    return Fingerprints(factors, quantize, base | judged, quantize | judged)
+    return Fingerprints(factors, quantize, quantize | judged)
+
+
+def short_digest(fingerprint: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that tell fingerprints apart."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _switches(vision: dict[str, Any] | None) -> dict[str, Any] | None:

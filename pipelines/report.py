@@ -14,13 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ercsvd_deploy.checkpoint_schema import FACTOR_A, FACTOR_B
+from ercsvd_deploy.comparison import Change
 from ercsvd_deploy.pipelines.components import Component
 from ercsvd_deploy.pipelines.factorize import FactorizedLinear, FactorizeOutcome
 from ercsvd_deploy.pipelines.factorize_vision import VisionOutcome
+from ercsvd_deploy.pipelines.gates import GateResult
 from ercsvd_deploy.pipelines.quantize import QuantizedMatrix, QuantizeOutcome
+from ercsvd_deploy.pipelines.serving_parity import ServingParity
 
 REPORT_FILE = "ercsvd_report.json"
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,14 @@ class Report:
     original: ModelFigures
     compressed: ModelFigures
     components: tuple[Component, ...]
+    change: Mapping[str, Change]  # held-out text -> how far the outputs are from the original's
     vision: VisionOutcome | None
     factorize: FactorizeOutcome | None
     quantize: QuantizeOutcome | None
     seconds: dict[str, float]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    serving: ServingParity | None = None
+    gates: list[GateResult] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     resumed: list[str] = field(default_factory=list)  # what of an earlier, unfinished run was found
 
@@ -57,6 +64,11 @@ class Report:
         """Return the report as plain JSON values."""
         plain: dict[str, Any] = asdict(self)
         plain["report_version"] = REPORT_VERSION
+        plain["change"] = {
+            "layer_errors": {text: list(found.layer_errors) for text, found in self.change.items()},
+            "final_layer_error": {text: found.final_layer_error for text, found in self.change.items()},
+            "logprob_kl": {text: found.logprob_kl for text, found in self.change.items()},
+        }
         if self.vision is not None:
             plain["vision"] = {"linears": [asdict(linear) for linear in self.vision.linears]}
         if self.factorize is not None:
@@ -67,7 +79,10 @@ class Report:
                 "kept_parameters": self.factorize.plan.kept_parameters,
                 "achieved_compression_ratio": self.factorize.plan.achieved_compression_ratio,
                 "search": [asdict(point) for point in self.factorize.search],
-                "linears": [asdict(linear) for linear in self.factorize.linears],
+                "linears": [
+                    {**asdict(linear), "spectrum": self.factorize.spectra.get(linear.name, [])}
+                    for linear in self.factorize.linears
+                ],
             }
         if self.quantize is not None:
             plain["quantize"] = {
@@ -105,6 +120,8 @@ def render(report: Report) -> RenderableType:
         parts.append(_layer_table(report.factorize))
     if report.quantize is not None:
         parts.append(_quantize_table(report.quantize))
+    if report.gates:
+        parts.append(gate_table(report.gates))
     parts.extend(Text(note) for note in report.resumed)
     parts.extend(Text(f"warning: {warning}", style="yellow") for warning in report.warnings)
     return Group(*parts)
@@ -138,6 +155,9 @@ def _summary_table(report: Report) -> Table:
         table.add_row(
             f"perplexity, {text}", f"{old_value:.3f}", f"{new_value:.3f}", _percent(new_value / old_value - 1)
         )
+    for text, found in report.change.items():
+        table.add_row(f"  log-prob KL, {text}", "", f"{found.logprob_kl:.4f} nats", "")
+        table.add_row(f"  final-layer error, {text}", "", f"{found.final_layer_error:.4f}", "")
     for name, old_value in before.exact_match.items():
         new_value = after.exact_match[name]
         change = f"{100 * (new_value - old_value):+.1f} points"
@@ -148,6 +168,18 @@ def _summary_table(report: Report) -> Table:
             table.add_row(
                 f"{task}, {metric}", f"{old_value:.4f}", f"{new_value:.4f}", f"{new_value - old_value:+.4f}"
             )
+    return table
+
+
+def gate_table(gates: Sequence[GateResult]) -> Table:
+    """Return one row for each gate and what it was judged on."""
+    table = Table(title="Gates", title_justify="left")
+    for column in ("gate", "measured", "limit", ""):
+        table.add_column(column, justify="left" if column in ("gate", "") else "right")
+    for gate in gates:
+        measured = "not measured" if gate.value is None else f"{gate.value:,.4g}"
+        style, verdict = (None, "passed") if gate.passed else ("red", "MISSED")
+        table.add_row(gate.name, measured, f"{gate.limit:,.4g}", verdict, style=style)
     return table
 
 

@@ -1,4 +1,4 @@
-"""Execute a recipe: stages, evaluation, export. The output's name appears only with a finished directory."""
+"""Execute a recipe: stages, judgement, export. The output's name appears only with a finished directory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -17,11 +16,13 @@ from pydantic import TypeAdapter
 from ercsvd_deploy import __version__
 from ercsvd_deploy.architecture import LANGUAGE_PART, component_of
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
-from ercsvd_deploy.evaluation import Quality, measure_quality
+from ercsvd_deploy.comparison import Comparison, compare_models
+from ercsvd_deploy.evaluation import Quality
 from ercsvd_deploy.exporters.vllm.writer import check_target, write_export
 from ercsvd_deploy.layerwise import LayerwiseModel
+from ercsvd_deploy.pipelines.after_export import finish_report
 from ercsvd_deploy.pipelines.components import describe_components
-from ercsvd_deploy.pipelines.evaluate import check_tasks, run_lm_eval
+from ercsvd_deploy.pipelines.evaluate import check_tasks
 from ercsvd_deploy.pipelines.fingerprints import take_fingerprints
 from ercsvd_deploy.pipelines.model_source import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.plan import (
@@ -31,24 +32,54 @@ from ercsvd_deploy.pipelines.plan import (
     refuse_compressed,
 )
 from ercsvd_deploy.pipelines.progress import ProgressReporter, silent
+from ercsvd_deploy.pipelines.provenance import describe_provenance
 from ercsvd_deploy.pipelines.report import REPORT_FILE, ModelFigures, Report
 from ercsvd_deploy.pipelines.run_data import RunData, load_run_data
+from ercsvd_deploy.pipelines.serving_parity import check_serving
 from ercsvd_deploy.pipelines.sizes import linear_bits_per_weight, planned_bytes, stored_bytes, sum_by_part
-from ercsvd_deploy.pipelines.stages import CompressedModel, RunWork, plan_stages, run_stages, timed
+from ercsvd_deploy.pipelines.stages import (
+    CompressedModel,
+    RunWork,
+    StagePlan,
+    plan_stages,
+    run_stages,
+    timed,
+)
 from ercsvd_deploy.pipelines.texts import check_length
 from ercsvd_deploy.pipelines.work_directory import resumable_directory
 from ercsvd_deploy.recipe import canonical, check_files
-from ercsvd_deploy.recipe_schema import LmEval, Recipe
+from ercsvd_deploy.recipe_schema import Recipe
 from ercsvd_deploy.tensor_store import write_json_atomically
 
-_QUALITY = TypeAdapter(Quality)
+_COMPARISON = TypeAdapter(Comparison)
 _LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "gptqmodel")
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A recipe with everything it needs, checked and planned; no weight has been read."""
+
+    recipe: Recipe
+    device: torch.device
+    opened: OpenedModel
+    data: RunData
+    original: LayerwiseModel
+    stages: StagePlan
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A compressed model, in the files of its stages, and what is known of it."""
+
+    report: Report
+    compressed: CompressedModel
 
 
 def run_recipe(
     recipe: Recipe, *, device: torch.device | None = None, progress: ProgressReporter = silent
 ) -> tuple[Report, Path]:
-    """Compress, evaluate and export.
+    """Compress, judge and export.
 
     Args:
         recipe: A validated recipe whose `export.path` is set.
@@ -56,7 +87,7 @@ def run_recipe(
         progress: Told about long work.
 
     Returns:
-        The report and the finished directory.
+        The report, with the recipe's gates judged, and the finished directory.
 
     Raises:
         RecipeError, ArchitectureError, PlanError, CalibrationError, CheckpointError, ExportError,
@@ -67,124 +98,132 @@ def run_recipe(
     if target is None:
         raise PlanError("the recipe has no export.path: give one, or --output DIRECTORY")
     target = target.absolute()
+    prepared = prepare_run(recipe, target, device=device)
+    with resumable_directory(target) as directory:
+        judged = compress_and_judge(prepared, directory, progress)
+        report = judged.report
+        export = write_export(
+            target,
+            work=directory,
+            source=prepared.opened.directory,
+            dtype=None if recipe.model.dtype == "auto" else recipe.model.dtype,
+            store=judged.compressed.store,
+            architecture=prepared.original.architecture,
+            compressed=CheckpointConfig(modules=judged.compressed.modules),
+            max_shard_bytes=recipe.export.max_shard_bytes,
+            add_files=lambda made: write_json_atomically(made / REPORT_FILE, report.as_json()),
+            unlisted=frozenset({REPORT_FILE}),  # what is measured on the export itself comes later
+        )
+        # Within the lock: the stages' files in `directory` are still needed.
+        report = finish_report(
+            report,
+            recipe,
+            source=prepared.opened.directory,
+            export=export.directory,
+            compressed=judged.compressed.stream(),
+            data=prepared.data,
+        )
+    return report, export.directory
+
+
+def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | None = None) -> PreparedRun:
+    """Check a recipe, open its model, read its data and plan its stages.
+
+    Args:
+        recipe: A validated recipe.
+        target: The directory an export is to be written to, absolute; None if there will be none.
+        device: Where layers run; default the GPU if there is one.
+    """
     device = device or default_device()
     opened = _open_checked(recipe, target)
     data = load_run_data(recipe, opened)
     original = stream(opened, device)
     stages = plan_stages(recipe, original.architecture)
-    warnings = [*data.warnings, *_surplus_warning(original)]
-    warnings += stages.warnings(data.samples, planned_dtype(recipe, opened.config))
-
-    with resumable_directory(target) as directory:
-        work = RunWork(directory, take_fingerprints(recipe, opened, data, original, directory))
-        compressed = CompressedModel(opened, device, original)
-        outcomes = run_stages(recipe, stages, compressed, data.samples, work, progress)
-        warnings += _compare_with_plan(compressed, planned_dtype(recipe, opened.config))
-        with timed(outcomes.seconds, "evaluate"):
-            candidate = compressed.stream()
-            quality = {
-                "original": _evaluate(
-                    original, "original", work.fingerprints.original_quality, data, work, progress
-                ),
-                "compressed": _evaluate(
-                    candidate, "compressed", work.fingerprints.compressed_quality, data, work, progress
-                ),
-            }
-        report = Report(
-            recipe=canonical(recipe),
-            environment=_environment(device),
-            original=_figures(original, {}, quality["original"]),
-            compressed=_figures(candidate, compressed.modules, quality["compressed"]),
-            components=describe_components(
-                stored_bytes(compressed.store), compressed.modules, original.architecture
-            ),
-            vision=outcomes.vision,
-            factorize=outcomes.factorized,
-            quantize=outcomes.quantized,
-            seconds=outcomes.seconds,
-            warnings=warnings,
-            resumed=work.notes,
-        )
-        export = write_export(
-            target,
-            work=work.directory,
-            source=opened.directory,
-            dtype=None if recipe.model.dtype == "auto" else recipe.model.dtype,
-            store=compressed.store,
-            architecture=original.architecture,
-            compressed=CheckpointConfig(modules=compressed.modules),
-            max_shard_bytes=recipe.export.max_shard_bytes,
-            add_files=lambda directory: write_json_atomically(directory / REPORT_FILE, report.as_json()),
-            unlisted=frozenset({REPORT_FILE}),  # lm-eval's results come later
-        )
-    if recipe.evaluation.lm_eval is not None:
-        try:
-            report = _with_tasks(
-                report, recipe.evaluation.lm_eval, opened.directory, export.directory, device
-            )
-        except (ValueError, OSError, RuntimeError, ImportError) as error:
-            # The export is complete and sound; hours of work are not called failed for want of a data set.
-            report.warnings.append(f"lm-eval did not finish: {error}")
-        write_json_atomically(export.directory / REPORT_FILE, report.as_json())
-    return report, export.directory
+    warnings = (
+        *data.warnings,
+        *_surplus_warning(original),
+        *stages.warnings(data.samples, planned_dtype(recipe, opened.config)),
+    )
+    return PreparedRun(recipe, device, opened, data, original, stages, warnings)
 
 
-def _open_checked(recipe: Recipe, target: Path) -> OpenedModel:
+def compress_and_judge(
+    prepared: PreparedRun, directory: Path, progress: ProgressReporter = silent, shared: Path | None = None
+) -> Judged:
+    """Run the stages and compare the result with the original, as far as `directory` has not all that.
+
+    Args:
+        prepared: What to do.
+        directory: Where finished work is kept, and found again.
+        progress: Told about long work.
+        shared: Where stages are kept that several runs have in common; None: in `directory`.
+    """
+    recipe, opened, original = prepared.recipe, prepared.opened, prepared.original
+    fingerprints = take_fingerprints(recipe, opened, prepared.data, original, directory)
+    work = RunWork(directory, fingerprints, shared)
+    compressed = CompressedModel(opened, prepared.device, original)
+    outcomes = run_stages(recipe, prepared.stages, compressed, prepared.data.samples, work, progress)
+    off_plan = _compare_with_plan(compressed, planned_dtype(recipe, opened.config))
+    with timed(outcomes.seconds, "evaluate"):
+        candidate = compressed.stream()
+        comparison = _compare(original, candidate, prepared.data, work, progress)
+    report = Report(
+        recipe=canonical(recipe),
+        environment=_environment(prepared.device),
+        provenance=describe_provenance(recipe, fingerprints),
+        original=_figures(original, {}, comparison.original),
+        compressed=_figures(candidate, compressed.modules, comparison.compressed),
+        change=comparison.change,
+        components=describe_components(
+            stored_bytes(compressed.store), compressed.modules, original.architecture
+        ),
+        vision=outcomes.vision,
+        factorize=outcomes.factorized,
+        quantize=outcomes.quantized,
+        seconds=outcomes.seconds,
+        warnings=[*prepared.warnings, *off_plan],
+        resumed=work.notes,
+    )
+    return Judged(report, compressed)
+
+
+def _open_checked(recipe: Recipe, target: Path | None) -> OpenedModel:
     """Return the model, after everything that can be refused without reading a text or a weight."""
     check_files(recipe)
     if recipe.evaluation.lm_eval is not None:
         check_tasks(recipe.evaluation.lm_eval.tasks)
+    check_serving(recipe)
     opened = open_model(recipe.model)
     refuse_compressed(opened.config)
     check_vision(recipe, opened.config)
-    check_target(target, opened.directory)
+    if target is not None:
+        check_target(target, opened.directory)
     if recipe.calibration is not None:
         check_length(recipe.calibration.sequence_length, opened.config, "calibration.sequence_length")
-    if recipe.evaluation.perplexity and recipe.evaluation_sequence_length is not None:
+    if recipe.judged_texts and recipe.evaluation_sequence_length is not None:
         check_length(recipe.evaluation_sequence_length, opened.config, "evaluation.sequence_length")
     return opened
 
 
-def _with_tasks(
-    report: Report, settings: LmEval, original: Path, compressed: Path, device: torch.device
-) -> Report:
-    """Return the report with lm-eval's results for both models."""
-
-    def measure(directory: Path) -> dict[str, dict[str, float]]:
-        return run_lm_eval(
-            directory,
-            settings.tasks,
-            num_fewshot=settings.num_fewshot,
-            limit=settings.limit,
-            batch_size=settings.batch_size,
-            device=device,
-        )
-
-    return replace(
-        report,
-        original=replace(report.original, tasks=measure(original)),
-        compressed=replace(report.compressed, tasks=measure(compressed)),
-    )
-
-
-def _evaluate(
-    model: LayerwiseModel,
-    name: str,
-    fingerprint: Mapping[str, Any],
+def _compare(
+    original: LayerwiseModel,
+    candidate: LayerwiseModel,
     data: RunData,
     work: RunWork,
     progress: ProgressReporter,
-) -> Quality:
-    """Return what a model is worth on the recipe's texts and questions, or what an earlier run found."""
+) -> Comparison:
+    """Return what both models are worth on the recipe's texts and questions, or what an earlier run found."""
     if not data.texts and not data.questions:
-        return Quality()
-    finished = work.stage(f"quality-{name}", fingerprint)
+        return Comparison()
+    finished = work.stage("quality", work.fingerprints.quality)
     found = finished.findings("quality")
     if found is None:
-        with progress(f"quality, {name}", model.num_layers) as on_layer:
-            found = _QUALITY.dump_python(measure_quality(model, data.texts, data.questions, on_layer))
+        with progress("quality", original.num_layers) as on_layer:
+            found = _COMPARISON.dump_python(
+                compare_models(original, candidate, data.texts, data.questions, on_layer)
+            )
         finished.finish("quality", found)
-    return _QUALITY.validate_python(found)
+    return _COMPARISON.validate_python(found)
 
 
 def _figures(

@@ -17,7 +17,7 @@ from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.factorize import FactorizeOutcome, factorize_decoder
 from ercsvd_deploy.pipelines.factorize_vision import VisionOutcome, factorize_vision
-from ercsvd_deploy.pipelines.fingerprints import Fingerprints
+from ercsvd_deploy.pipelines.fingerprints import Fingerprints, short_digest
 from ercsvd_deploy.pipelines.finished_work import FinishedWork
 from ercsvd_deploy.pipelines.model_source import OpenedModel, stream
 from ercsvd_deploy.pipelines.plan import plan_quantize_stage, plan_vision, rank_plans
@@ -89,11 +89,15 @@ class RunWork:
 
     directory: Path
     fingerprints: Fingerprints
+    shared: Path | None = None  # of runs that have stages in common
     notes: list[str] = field(default_factory=list)  # what was found of an earlier run
 
     def stage(self, name: str, fingerprint: Mapping[str, Any]) -> FinishedWork:
-        """Open a stage's folder."""
-        finished = FinishedWork(self.directory / name, fingerprint)
+        """Open a stage's folder; a shared one is named by the stage's fingerprint too."""
+        if self.shared is None:
+            finished = FinishedWork(self.directory / name, fingerprint)
+        else:
+            finished = FinishedWork(self.shared / f"{name}-{short_digest(fingerprint)}", fingerprint)
         self.notes += finished.notes
         return finished
 

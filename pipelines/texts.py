@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import ercsvd_deploy
 from ercsvd_deploy.calibration import (
     CalibrationError,
     Tokenizer,
@@ -18,6 +20,8 @@ from ercsvd_deploy.calibration import (
     token_windows,
 )
 from ercsvd_deploy.recipe_schema import Calibration, HubDataset, JsonLines, Recipe, TextDataset, TextFile
+
+_BUILT_IN_PROSE = Path(ercsvd_deploy.__file__).with_name("built_in_prose.txt")
 
 
 def read_dataset(dataset: TextDataset, max_characters: int | None = None) -> str:
@@ -64,15 +68,16 @@ def calibration_windows(
 
 
 def evaluation_windows(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) -> Mapping[str, torch.Tensor]:
-    """Return text name -> windows [n, tokens] of every held-out text.
+    """Return text name -> windows [n, tokens] of every held-out text, the package's own if gates want it.
 
     Raises:
         CalibrationError: a text cannot be read or is too short; the message names it.
     """
     length, most = recipe.evaluation_sequence_length, recipe.evaluation.max_sequences
     windows = {}
-    for name, dataset in recipe.evaluation.perplexity.items():
+    for name in recipe.judged_texts:
         assert length is not None, "the schema asks for a length where there are texts"
+        dataset = recipe.evaluation.perplexity.get(name, TextFile(text=_BUILT_IN_PROSE))
         limit = None if most is None else character_limit(length * most)
         try:
             windows[name] = token_windows(read_dataset(dataset, limit), tokenizer, length, vocab_size)[:most]

@@ -93,6 +93,7 @@ def test_defaults_of_a_minimal_recipe(tmp_path: Path) -> None:
             "visual_questions": {},
             "lm_eval": None,
         },
+        "gates": None,
         "serving": {"tensor_parallel_sizes": [1]},
         "export": {"format": "vllm", "path": None, "max_shard_size": "1GB"},
     }
@@ -236,7 +237,7 @@ def test_one_mistake_gives_one_line_with_place_value_and_remedy(tmp_path: Path) 
         ("stages:", "evaluation: {perplexity: x}\nstages:", "is 'x'; it must be a mapping (name: value)"),
         ("stages:", "evaluation: {lm_eval: {}}\nstages:", "'evaluation.lm_eval.tasks' is missing; add it"),
         ("stages:", "export: {max_shard_size: 5 gigs}\nstages:", "is '5 gigs'; it must be text that matches"),
-        ("stages:", "export: {max_shard_size: 0.0GB}\nstages:", "is '0.0GB'; a shard needs room"),
+        ("stages:", "export: {max_shard_size: 0.0GB}\nstages:", "is '0.0GB'; give a size such as 5GB"),
         ("stages:", "export: {format: gguf}\nstages:", "is 'gguf'; it must be 'vllm'"),
         (
             "calibration: {dataset: {text: text.txt}}",

@@ -1,0 +1,102 @@
+"""The `gates` section of a recipe: what a compressed model must still be worth. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from ercsvd_deploy.recipe_fields import Section, Size, Text, expects, refusal
+
+BUILT_IN_TEXT = "built_in_prose"  # name of the text that comes with the package
+
+Limit = Annotated[float, Field(ge=0)]
+LimitFor = Annotated[
+    Limit | Mapping[Text, Limit], expects("a number of at least 0, or a mapping of names to such numbers")
+]
+
+
+class Gates(Section):
+    """What the result must still be worth. A missed gate makes `run` and `check` exit with code 3.
+
+    A number holds for every text (set of questions, task); a mapping names those that are to be judged.
+    """
+
+    perplexity_increase: LimitFor | None = Field(
+        default=None, description="Largest relative increase of the perplexity on a text; 0.1 is 10 %."
+    )
+    logprob_kl: LimitFor | None = Field(
+        default=None,
+        description="Largest mean KL divergence of the next-token distribution from the original's on a "
+        "text, in nats per token.",
+    )
+    final_layer_error: LimitFor | None = Field(
+        default=None,
+        description="Largest relative error (Frobenius) of the last decoder layer's output on a text.",
+    )
+    exact_match_drop: LimitFor | None = Field(
+        default=None,
+        description="Largest loss of exact match on a set of `evaluation.visual_questions`; 0.02 is 2 "
+        "points.",
+    )
+    task_drop: LimitFor | None = Field(
+        default=None,
+        description="Largest loss of accuracy on a task of `evaluation.lm_eval`; 0.02 is 2 points. Judged "
+        "is `acc_norm`, else `acc`, else `exact_match`; `TASK/METRIC` names another.",
+    )
+    max_size: Size | None = Field(
+        default=None, description="Largest size of all tensors: a number and KB, MB, GB, KiB, MiB or GiB."
+    )
+    max_size_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Largest size of all tensors as a share of the original's."
+    )
+    serving_parity: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Largest mean absolute difference, in nats, between vLLM's log-probabilities of the "
+        "tokens of a text and this package's own. The export is loaded in vLLM, which must be installed. "
+        "Two correct bfloat16 programs differ by a few hundredths.",
+    )
+    built_in_text: bool = Field(
+        default=True,
+        description=f"Judge English prose that comes with this package too, as `{BUILT_IN_TEXT}`: low rank "
+        "with few bits breaks first on what calibration has not seen. Set false where the recipe has such "
+        "a text itself.",
+    )
+
+    @property
+    def judges_texts(self) -> bool:
+        """Whether a gate reads what is measured on texts."""
+        return any(
+            limit is not None
+            for limit in (
+                self.perplexity_increase,
+                self.logprob_kl,
+                self.final_layer_error,
+                self.serving_parity,
+            )
+        )
+
+    @property
+    def adds_built_in_text(self) -> bool:
+        """Whether the package's own text is judged too."""
+        return self.built_in_text and self.judges_texts
+
+    @property
+    def text_limits(self) -> dict[str, float | Mapping[str, float]]:
+        """Gate -> limit of those that hold for texts and can name them."""
+        named = {
+            "perplexity_increase": self.perplexity_increase,
+            "logprob_kl": self.logprob_kl,
+            "final_layer_error": self.final_layer_error,
+        }
+        return {name: limit for name, limit in named.items() if limit is not None}
+
+    @model_validator(mode="after")
+    def _judges_something(self) -> Gates:
+        if not self.model_fields_set - {"built_in_text"}:
+            raise refusal("has no gate; give one, such as perplexity_increase: 0.1, or remove the section")
+        empty = [name for name in self.model_fields_set if getattr(self, name) == {}]
+        if empty:
+            raise refusal(f"has an empty {empty[0]}; give a number, or names and numbers")
+        return self

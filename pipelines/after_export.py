@@ -1,0 +1,77 @@
+"""What is measured on the finished export itself: lm-eval's tasks, serving parity, and then the gates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ercsvd_deploy.layerwise import LayerwiseModel
+from ercsvd_deploy.pipelines.evaluate import run_lm_eval
+from ercsvd_deploy.pipelines.gates import judge_gates
+from ercsvd_deploy.pipelines.report import REPORT_FILE, Report
+from ercsvd_deploy.pipelines.run_data import RunData
+from ercsvd_deploy.pipelines.serving_parity import measure_parity
+from ercsvd_deploy.recipe_schema import LmEval, Recipe
+from ercsvd_deploy.tensor_store import write_json_atomically
+
+
+def finish_report(
+    report: Report,
+    recipe: Recipe,
+    *,
+    source: Path,
+    export: Path,
+    compressed: LayerwiseModel,
+    data: RunData,
+) -> Report:
+    """Measure what needs the export, judge the gates, and write the report into the export again.
+
+    The export is complete and sound: where a measurement fails, hours of work are not called failed with it.
+    A warning says so, and a gate that wants the measurement is missed.
+    """
+    settings, gates = recipe.evaluation.lm_eval, recipe.gates
+    if settings is not None:
+        try:
+            report = _with_tasks(report, settings, source, export, compressed.device)
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
+            report.warnings.append(f"lm-eval did not finish: {error}")
+    if gates is not None and gates.serving_parity is not None:
+        try:
+            parity = measure_parity(
+                export,
+                compressed,
+                data.texts,
+                min(recipe.serving.tensor_parallel_sizes),
+                recipe.model.trust_remote_code,
+            )
+            report = replace(report, serving=parity)
+        except (ValueError, OSError, RuntimeError) as error:
+            report.warnings.append(f"serving parity was not measured: {error}")
+    if gates is not None:
+        report = replace(report, gates=judge_gates(gates, report.as_json()))
+    write_json_atomically(export / REPORT_FILE, report.as_json())
+    return report
+
+
+def _with_tasks(
+    report: Report, settings: LmEval, original: Path, compressed: Path, device: torch.device
+) -> Report:
+    """Return the report with lm-eval's results for both models."""
+
+    def measure(directory: Path) -> dict[str, dict[str, float]]:
+        return run_lm_eval(
+            directory,
+            settings.tasks,
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            batch_size=settings.batch_size,
+            device=device,
+        )
+
+    return replace(
+        report,
+        original=replace(report.original, tasks=measure(original)),
+        compressed=replace(report.compressed, tasks=measure(compressed)),
+    )
