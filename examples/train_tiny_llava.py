@@ -28,8 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
-from train_tiny_llama import MODEL_DIR as LANGUAGE_MODEL_DIR
-from train_tiny_llama import tokenize
+from train_tiny_llama import EXAMPLES, tokenize
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
@@ -87,7 +86,7 @@ def pixels(pictures: list[Image.Image], processor: CLIPImageProcessorPil) -> tor
 
 def build(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """Return tower and projector at random, the language model with the embedded Llama's weights."""
-    text = LlamaConfig.from_pretrained(LANGUAGE_MODEL_DIR)
+    text = LlamaConfig.from_pretrained(EXAMPLES / "tiny-llama")
     text.tie_word_embeddings = False
     text.vocab_size = len(tokenizer)
     vision = CLIPVisionConfig(
@@ -113,7 +112,7 @@ def build(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     )
     model = LlavaForConditionalGeneration(config)
     state = model.state_dict()
-    for name, tensor in load_file(LANGUAGE_MODEL_DIR / "model.safetensors").items():
+    for name, tensor in load_file(EXAMPLES / "tiny-llama" / "model.safetensors").items():
         own = state[name.replace("model.", "model.language_model.", 1)]
         own[: len(tensor)].copy_(tensor)
         if name == "model.embed_tokens.weight":
@@ -260,7 +259,7 @@ def train(minutes: float, device: str) -> None:
     """Train for `minutes` and write the model directory, the training log beside it."""
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
-    tokenizer = AutoTokenizer.from_pretrained(LANGUAGE_MODEL_DIR)
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny-llama")
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     tokenizer.image_token = IMAGE_TOKEN
     tokenizer.chat_template = CHAT_TEMPLATE
