@@ -14,6 +14,12 @@ needed: truncating W S to U_r U_r^T W S and undoing S leaves **U_r U_r^T W**, wh
 eigenvectors of W G W^T. So a singular Gram (few tokens, dead inputs) is no special case, and truncating
 at another rank costs one product: `decompose` once, `truncate` at many ranks.
 
+All this weighs every output alike. With an **output metric** F [m, m] beside it, the error measured is
+tr(F E G E^T): with F the Fisher information of a Linear's outputs this is, to second order, twice the
+increase of the KL divergence from the original model (K-FAC, arXiv 1503.05671; for truncation: GFWSVD, arXiv
+2505.17974). With F = L L^T the same algebra on L^T W gives W_r = L^-T U_r U_r^T L^T W, an oblique projection:
+`basis` L^-T U_r, `projection` L U_r.
+
 In the paper's symbols: W [m, n] `weight`, U `factor_b`, V `factor_a`, r `rank`, r_i `intermediate_rank`,
 r_r `residual_rank`. If both stages used the same space, the second would continue the first (Eckart-Young)
 and ERC would equal one-shot truncation; the residual stage therefore works on plain weights by default.
@@ -34,6 +40,9 @@ ResidualSpace = Literal["weight", "whitened"]
 # Randomized subspace iteration: extra columns, and passes over the matrix (Halko et al., arXiv 0909.4061).
 _OVERSAMPLING = 32
 _POWER_ITERATIONS = 6
+
+# Share of its mean added to the diagonal of an output metric: outputs that no sample was sensitive to count.
+_METRIC_DAMPING = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +68,17 @@ class Decomposition:
 
     Attributes:
         method: The method it was made for.
-        basis: [out, max_rank], orthonormal columns, most important first; any prefix is the best basis of
-            its size, so truncations are nested.
+        basis: [out, max_rank], most important columns first; any prefix is the best basis of its size, so
+            truncations are nested. Orthonormal, in the output metric if there is one.
         singular_values: [min(out, in)], descending: the full spectrum of W S, in the method's own metric.
+        projection: [out, max_rank], the output metric times the basis; None without one. A truncation is
+            basis_r projection_r^T W.
     """
 
     method: Method
     basis: Tensor
     singular_values: Tensor
+    projection: Tensor | None = None
 
     @property
     def max_rank(self) -> int:
@@ -81,6 +93,7 @@ def decompose(
     gram: Tensor | None = None,
     mean_abs_activation: Tensor | None = None,
     activation_exponent: float = 0.5,
+    output_metric: Tensor | None = None,
     max_rank: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Decomposition:
@@ -94,6 +107,8 @@ def decompose(
         gram: [in, in], sum of x x^T; needed by svd_llm and erc_svd. Its scale does not matter.
         mean_abs_activation: [in], mean |x| of every input; needed by asvd.
         activation_exponent: ASVD's exponent on it.
+        output_metric: [out, out], symmetric and positive semi-definite: how much errors of the outputs
+            matter; None for all alike. Its diagonal is damped by 1 % of its mean.
         max_rank: Keep this many directions; default min(out, in).
         dtype: Type of the computation. Eigenvalues are squares: directions that carry less than the square
             root of its precision (1e-8 in float64, 3e-4 in float32) of the leading one are not resolved.
@@ -115,6 +130,10 @@ def decompose(
     if out_features > in_features:
         # W = Q R gives W G W^T = Q (R G R^T) Q^T: the same eigenvectors from an [in, in] problem.
         rows, wide = torch.linalg.qr(wide)
+    factor: Tensor | None = None
+    if output_metric is not None:
+        factor = _metric_factor(output_metric.to(wide), rows)
+        wide = factor.T @ wide
     metric_product = _apply_metric(wide, method, gram, mean_abs_activation, activation_exponent)
     eigenvalues, vectors = _descending_eigh(metric_product @ wide.T)
 
@@ -128,11 +147,18 @@ def decompose(
         _, rotation = _descending_eigh(rest_of_weight @ rest_of_weight.T)
         vectors = torch.cat([vectors[:, :resolved], rest @ rotation], dim=1)
 
-    basis = vectors[:, :max_rank]
+    basis, projection = vectors[:, :max_rank], None
+    if factor is not None:
+        projection = factor @ basis
+        basis = torch.linalg.solve_triangular(factor.T, basis, upper=True)
+    if rows is not None:
+        basis = rows @ basis
+        projection = None if projection is None else rows @ projection
     return Decomposition(
         method=method,
-        basis=(basis if rows is None else rows @ basis).contiguous(),
+        basis=basis.contiguous(),
         singular_values=eigenvalues.clamp(min=0).sqrt(),
+        projection=None if projection is None else projection.contiguous(),
     )
 
 
@@ -183,7 +209,8 @@ def truncate(
     exact_weight = weight.to(decomposition.basis.dtype)
     intermediate_rank = rank if residual_space == "whitened" else rank - residual_rank
     factor_b = decomposition.basis[:, :intermediate_rank]
-    factor_a = factor_b.T @ exact_weight
+    projection = factor_b if decomposition.projection is None else decomposition.projection
+    factor_a = projection[:, :intermediate_rank].T @ exact_weight
     if intermediate_rank < rank:
         residual = exact_weight - factor_b @ factor_a
         residual_a, residual_b = _truncate_plain(residual, residual_rank, exact=exact_residual)
@@ -213,6 +240,32 @@ def calibration_error(
     exact_weight, exact_gram = weight.to(dtype), gram.to(dtype)
     error = exact_weight - factors.factor_b.to(dtype) @ factors.factor_a.to(dtype)
     return _relative(((error @ exact_gram) * error).sum(), ((exact_weight @ exact_gram) * exact_weight).sum())
+
+
+def output_error(weight: Tensor, approximation: Tensor, gram: Tensor, output_metric: Tensor) -> float:
+    """Return tr(F E G E^T), E = weight - approximation, in float64.
+
+    Args:
+        weight: [out, in].
+        approximation: [out, in].
+        gram: G [in, in].
+        output_metric: F [out, out].
+    """
+    error = weight.double() - approximation.double()
+    return float(((output_metric.double() @ error) * (error @ gram.double())).sum())
+
+
+def _metric_factor(output_metric: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the lower Cholesky factor of a damped output metric, seen by the columns of `rows` if given."""
+    size = output_metric.shape[0]
+    _check_finite("output_metric", output_metric, (size, size))
+    metric = output_metric if rows is None else rows.T @ output_metric @ rows
+    mean = metric.diagonal().mean()
+    if mean <= 0:
+        return torch.eye(metric.shape[0], dtype=metric.dtype, device=metric.device)
+    identity = torch.eye(metric.shape[0], dtype=metric.dtype, device=metric.device)
+    lower: Tensor = torch.linalg.cholesky((metric + metric.T) / 2 + _METRIC_DAMPING * mean * identity)
+    return lower
 
 
 def _apply_metric(

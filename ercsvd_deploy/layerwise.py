@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ercsvd_deploy.architecture import (
     Architecture,
@@ -61,7 +62,7 @@ class _RecordingLayer(nn.Module):
 
 @dataclass
 class InputStatistics:
-    """What a group of Linears that share an input saw of it, accumulated in float32."""
+    """What was seen of the inputs that some Linears share, or of gradients; accumulated in float32."""
 
     gram: torch.Tensor  # sum of x x^T over tokens, [in, in]
     absolute_sum: torch.Tensor  # sum of |x| over tokens, [in]
@@ -222,7 +223,6 @@ class LayerwiseModel:
         self._load(module, f"{self.architecture.layers_prefix}.{index}.")
         yield module
 
-    @torch.no_grad()
     def run_layer(self, module: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return the output [batch, tokens, hidden] of a loaded layer."""
         arguments = self._layer_arguments[hidden.shape[:2]][index]
@@ -268,6 +268,61 @@ class LayerwiseModel:
             with _observing(module, observe or {}, weights):
                 hidden[position] = self.run_layer(module, index, states)
 
+    def retreat(
+        self,
+        index: int,
+        module: nn.Module,
+        hidden: Sequence[torch.Tensor],
+        gradients: list[torch.Tensor],
+        *,
+        observe: Mapping[str, InputStatistics],
+        token_weights: Sequence[torch.Tensor | None],
+    ) -> None:
+        """Replace gradients of a loss by the outputs of layer `index` by those by its inputs.
+
+        Args:
+            index: The decoder layer.
+            module: That layer, loaded.
+            hidden: The layer's inputs of every batch.
+            gradients: By its outputs, in the same order; replaced one by one.
+            observe: Linear's name within the layer -> statistics of gradients by its output to accumulate.
+            token_weights: How much each token of every batch counts in them.
+        """
+        module.requires_grad_(False)
+        for position, states in enumerate(hidden):
+            inputs = states.detach().requires_grad_()
+            with torch.enable_grad(), _observing_gradients(module, observe, token_weights[position]):
+                outputs = self.run_layer(module, index, inputs)
+                [gradients[position]] = torch.autograd.grad(outputs, inputs, gradients[position])
+
+    def sampled_loss_gradients(
+        self, batches: Sequence[Batch], hidden: Sequence[torch.Tensor], seed: int
+    ) -> list[torch.Tensor]:
+        """Return gradients [rows, tokens, hidden] of a loss by the last layer's outputs.
+
+        The loss is the negative log-likelihood, summed over all positions, of next tokens that are drawn from
+        the model's own predictions: the expected outer product of its gradients is the Fisher information.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+        found = [torch.empty_like(states) for states in hidden]
+        with self._outside_layers(with_head=True):
+            for position, batch in enumerate(batches):
+                for part in self._parts(batch):
+                    last = hidden[position][part].detach().requires_grad_()
+                    with torch.enable_grad():
+                        logits = self._head(batch.tokens[part], last).flatten(0, 1)
+                        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+                        loss = functional.cross_entropy(logits, drawn[:, 0], reduction="sum")
+                        [found[position][part]] = torch.autograd.grad(loss, last)
+        return found
+
+    def _parts(self, batch: Batch) -> Iterator[slice]:
+        """Yield slices of a batch's rows whose logits fit comfortably into memory."""
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+        size = max(1, _MAX_LOGITS_AT_ONCE // (vocabulary * batch.tokens.shape[1]))
+        for start in range(0, len(batch.rows), size):
+            yield slice(start, start + size)
+
     @torch.no_grad()
     def logits(
         self, batches: Sequence[Batch], hidden: Sequence[torch.Tensor]
@@ -276,12 +331,9 @@ class LayerwiseModel:
 
         They are computed a few rows at a time, so that large vocabularies do not fill the memory.
         """
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         with self._outside_layers(with_head=True):
             for batch, states in zip(batches, hidden, strict=True):
-                size = max(1, _MAX_LOGITS_AT_ONCE // (vocabulary * batch.tokens.shape[1]))
-                for start in range(0, len(batch.rows), size):
-                    part = slice(start, start + size)
+                for part in self._parts(batch):
                     logits = self._head(batch.tokens[part], states[part])
                     yield from zip(batch.rows[part], batch.tokens[part], logits, strict=True)
 
@@ -375,6 +427,30 @@ def _observing(
     handles = [
         module.get_submodule(name).register_forward_pre_hook(
             lambda _module, inputs, statistics=statistics: statistics.add(inputs[0], token_weights)
+        )
+        for name, statistics in observe.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _observing_gradients(
+    module: nn.Module, observe: Mapping[str, InputStatistics], token_weights: torch.Tensor | None
+) -> Iterator[None]:
+    """Let gradients by the named submodules' outputs be added to the statistics while the context lasts."""
+
+    def on_output(statistics: InputStatistics, output: torch.Tensor) -> None:
+        output.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: statistics.add(gradient, token_weights)
+        )
+
+    handles = [
+        module.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, statistics=statistics: on_output(statistics, output)
         )
         for name, statistics in observe.items()
     ]

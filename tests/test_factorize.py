@@ -15,6 +15,7 @@ from ercsvd_deploy.factorize import (
     Method,
     calibration_error,
     decompose,
+    output_error,
     truncate,
     weight_error,
 )
@@ -355,3 +356,38 @@ def test_impossible_arguments_are_refused() -> None:
         truncate(decomposition, weight, 3, residual_rank=1)
     with pytest.raises(ValueError, match=r"\[6, 8\] is not the one decomposed"):
         truncate(decomposition, weight.T, 3)
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20), (24, 24)])
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_an_output_metric_gives_the_best_truncation_in_it(shape: tuple[int, int], rank: int) -> None:
+    """Against the textbook: whiten both sides, truncate the SVD, undo."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(200, shape[1], generator=generator, dtype=torch.float64)
+    outputs = torch.randn(200, shape[0], generator=generator, dtype=torch.float64)
+    gram, metric = inputs.T @ inputs, outputs.T @ outputs
+    found = truncate(decompose(weight, method="svd_llm", gram=gram, output_metric=metric), weight, rank)
+
+    damped = metric + 0.01 * metric.diagonal().mean() * torch.eye(shape[0], dtype=torch.float64)
+    left, right = torch.linalg.cholesky(damped), torch.linalg.cholesky(gram)
+    u, s, vh = torch.linalg.svd(left.T @ weight @ right, full_matrices=False)
+    truncated = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    expected = torch.linalg.inv(left.T) @ truncated @ torch.linalg.inv(right)
+    if shape[0] <= shape[1]:  # otherwise only the columns' space of the metric is damped
+        torch.testing.assert_close(found.product(), expected)
+    lost, least = (output_error(weight, product, gram, metric) for product in (found.product(), expected))
+    assert lost == pytest.approx(least, rel=0.01)
+    plain = truncate(decompose(weight, method="svd_llm", gram=gram), weight, rank).product()
+    assert lost < output_error(weight, plain, gram, metric)
+
+
+def test_an_output_metric_of_identity_changes_nothing() -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(16, 24, generator=generator)
+    gram = torch.eye(24)
+    plain = truncate(decompose(weight, method="svd_llm", gram=gram), weight, 6)
+    weighted = decompose(weight, method="svd_llm", gram=gram, output_metric=3 * torch.eye(16))
+    torch.testing.assert_close(truncate(weighted, weight, 6).product(), plain.product())
+    zero = decompose(weight, method="svd_llm", gram=gram, output_metric=torch.zeros(16, 16))
+    torch.testing.assert_close(truncate(zero, weight, 6).product(), plain.product())
