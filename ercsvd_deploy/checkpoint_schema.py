@@ -7,7 +7,9 @@ A compressed checkpoint is an ordinary Hugging Face directory. Its `config.json`
       "modules": {
         "model.layers.6.mlp.up_proj": {"layout": "low_rank", "shape": [768, 256], "rank": 96},
         "model.layers.0.mlp.up_proj": {"layout": "dense", "shape": [768, 256],
-                                       "weight": {"bits": 4, "group_size": 64, "sym": true}}
+                                       "weight": {"bits": 4, "group_size": 64, "sym": true}},
+        "model.layers.7.mlp.up_proj": {"layout": "pivoted", "shape": [768, 256], "rank": 128,
+                                       "pivot_blocks": 8}
       }
     }
 
@@ -17,6 +19,9 @@ as the original model stores them. For a module `m` the tensors are
     layout     tensors (factor_a is [rank, in], factor_b is [out, rank]: y = B (A x))
     low_rank   m.factor_a.<leaf>, m.factor_b.<leaf>, m.weight (the guard, empty), m.bias unchanged
     dense      m.<leaf>, m.weight (the guard, empty), m.bias unchanged
+    pivoted    m.pivot_rows.<leaf> [rank, in], m.other_rows.<leaf> [out - rank, rank], m.row_order,
+               m.weight (the guard, empty), m.bias unchanged: h = pivot_rows x, o = other_rows h, and
+               output i is element row_order[i] (int32 [out]) of cat(h, o). See `pivoting`.
 
 where `<leaf>` is `weight` for a plain matrix, and for an int4/int8 one the compressed-tensors
 `pack-quantized` tensors `weight_packed`, `weight_scale`, `weight_shape` and, if asymmetric,
@@ -42,12 +47,20 @@ GUARD = "weight"
 GUARD_SHAPE = (0,)
 FACTOR_A = "factor_a"
 FACTOR_B = "factor_b"
+PIVOT_ROWS = "pivot_rows"
+OTHER_ROWS = "other_rows"
+ROW_ORDER = "row_order"
+FACTOR_PARTS = (FACTOR_A, FACTOR_B, PIVOT_ROWS, OTHER_ROWS)
 
 WEIGHT = "weight"
 WEIGHT_PACKED = "weight_packed"
 WEIGHT_SCALE = "weight_scale"
 WEIGHT_ZERO_POINT = "weight_zero_point"
 WEIGHT_SHAPE = "weight_shape"
+
+
+Layout = Literal["dense", "low_rank", "pivoted"]
+LowRankLayout = Literal["low_rank", "pivoted"]
 
 
 class CheckpointFormatError(ValueError):
@@ -102,24 +115,50 @@ class ModuleDescription(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    layout: Literal["dense", "low_rank"] = Field(description="One matrix, or two factors.")
+    layout: Layout = Field(description="One matrix, two factors, or pivot rows and what makes the others.")
     shape: tuple[PositiveInt, PositiveInt] = Field(description="[out, in] of the original weight.")
-    rank: PositiveInt | None = Field(default=None, description="Rank of the factors (low_rank).")
+    rank: PositiveInt | None = Field(default=None, description="Rank (low_rank, pivoted).")
+    pivot_blocks: PositiveInt | None = Field(
+        default=None,
+        description="Equal consecutive blocks of outputs that hold equally many pivots each (pivoted): the "
+        "outputs can be cut into any divisor of this many parts.",
+    )
     weight: WeightQuantization | None = Field(default=None, description="Quantization (dense).")
     factor_a: WeightQuantization | None = Field(default=None, description="Quantization of [rank, in].")
     factor_b: WeightQuantization | None = Field(default=None, description="Quantization of [out, rank].")
+    pivot_rows: WeightQuantization | None = Field(default=None, description="Quantization of [rank, in].")
+    other_rows: WeightQuantization | None = Field(
+        default=None, description="Quantization of [out - rank, rank]."
+    )
 
     @model_validator(mode="after")
     def _parts_fit_the_layout(self) -> ModuleDescription:
-        if self.layout == "low_rank":
-            if self.rank is None:
-                raise ValueError("layout low_rank needs a rank")
-            if self.rank > min(self.shape):
-                raise ValueError(f"rank {self.rank} exceeds the smaller side of shape {list(self.shape)}")
-            if self.weight is not None:
-                raise ValueError("layout low_rank has factors, not a weight, to quantize")
-        elif self.rank is not None or self.factor_a is not None or self.factor_b is not None:
-            raise ValueError("layout dense has no rank and no factors")
+        own = {"dense": (WEIGHT,), "low_rank": (FACTOR_A, FACTOR_B), "pivoted": (PIVOT_ROWS, OTHER_ROWS)}
+        for part in (WEIGHT, *FACTOR_PARTS):
+            if part not in own[self.layout] and getattr(self, part) is not None:
+                raise ValueError(
+                    f"layout {self.layout} has no {part} to quantize, but {' and '.join(own[self.layout])}"
+                )
+        if (self.pivot_blocks is None) == (self.layout == "pivoted"):
+            raise ValueError(
+                f"layout {self.layout} {'needs' if self.layout == 'pivoted' else 'has no'} pivot_blocks"
+            )
+        if self.layout == "dense":
+            if self.rank is not None:
+                raise ValueError("layout dense has no rank")
+            return self
+        if self.rank is None:
+            raise ValueError(f"layout {self.layout} needs a rank")
+        if self.rank > min(self.shape):
+            raise ValueError(f"rank {self.rank} exceeds the smaller side of shape {list(self.shape)}")
+        if self.pivot_blocks is not None:
+            if self.rank == self.shape[0]:
+                raise ValueError(f"rank {self.rank} leaves no other rows of shape {list(self.shape)}")
+            if self.rank % self.pivot_blocks or self.shape[0] % self.pivot_blocks:
+                raise ValueError(
+                    f"pivot_blocks {self.pivot_blocks} does not divide rank {self.rank} and "
+                    f"{self.shape[0]} outputs"
+                )
         return self
 
     @property
@@ -129,6 +168,11 @@ class ModuleDescription(BaseModel):
         if self.layout == "dense":
             return {"": ((out_features, in_features), self.weight)}
         rank = self.rank or 0
+        if self.layout == "pivoted":
+            return {
+                PIVOT_ROWS: ((rank, in_features), self.pivot_rows),
+                OTHER_ROWS: ((out_features - rank, rank), self.other_rows),
+            }
         return {
             FACTOR_A: ((rank, in_features), self.factor_a),
             FACTOR_B: ((out_features, rank), self.factor_b),
@@ -146,6 +190,8 @@ class ModuleDescription(BaseModel):
         for part, ((rows, columns), quantization) in self.parts.items():
             leaves = quantization.leaf_shapes(rows, columns) if quantization else {WEIGHT: (rows, columns)}
             shapes |= {f"{part}.{leaf}" if part else leaf: shape for leaf, shape in leaves.items()}
+        if self.layout == "pivoted":
+            shapes[ROW_ORDER] = (self.shape[0],)
         return shapes
 
     @property

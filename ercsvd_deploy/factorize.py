@@ -61,6 +61,11 @@ class Factors:
         """Return the approximated weight [out, in]."""
         return self.factor_b @ self.factor_a
 
+    def rounded(self, stored: torch.dtype) -> Factors:
+        """Return factors of the same dtype with the values that a file in `stored` holds."""
+        dtype = self.factor_a.dtype
+        return Factors(self.factor_a.to(stored).to(dtype), self.factor_b.to(stored).to(dtype))
+
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:

@@ -42,6 +42,7 @@ __all__ = [
     "QuantizationSettings",
     "QuantizedFactors",
     "QuantizedWeight",
+    "check_weight_and_gram",
     "proxy_loss",
     "quantize_better",
     "quantize_factors",
@@ -49,6 +50,7 @@ __all__ = [
     "refit_second_factor",
     "rotate_factors",
     "round_to_nearest",
+    "transform_gram",
 ]
 
 
@@ -70,11 +72,12 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class FactorsReport:
-    """Losses of a pair of factors.
+    """Losses of a pair of factors, or of the two matrices of a pivoted Linear.
 
     Attributes:
-        factor_a: of the first factor, under the Gram of the layer's inputs.
-        factor_b: of the second (re-fitted) factor, under the Gram of the quantized first factor's outputs.
+        factor_a: of the first factor (pivot rows), under the Gram of the layer's inputs.
+        factor_b: of the second factor (other rows) as re-fitted, under the Gram of the quantized first
+            factor's outputs.
         loss_unquantized: proxy loss of the product against the original weight, nothing quantized.
         loss_first_quantized: the same with the first factor quantized.
         loss_refitted: the same after the re-fit; equals `loss_first_quantized` where that did not help.
@@ -91,7 +94,7 @@ class FactorsReport:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedFactors:
-    """Both factors of one Linear, quantized; y = factor_b (factor_a x)."""
+    """Both factors of one Linear, quantized; y = factor_b (factor_a x). If pivoted, pivot and other rows."""
 
     factor_a: QuantizedWeight
     factor_b: QuantizedWeight
@@ -116,7 +119,7 @@ def quantize_weight(
         ValueError: shapes that do not fit, NaN or infinite entries, a Gram that is not positive
             semi-definite, a group size that does not divide `in`, scales beyond `scale_dtype`.
     """
-    _check_weight_and_gram(weight, gram)
+    check_weight_and_gram(weight, gram)
     group_size = settings.resolve_group_size(weight.shape[1])
     dense = weight.detach().float()
     rounded, scale, zero_point = _run_column_loop(
@@ -266,7 +269,7 @@ def quantize_factors(
     Raises:
         ValueError: as `quantize_weight`, before any work for either factor's shape and group size.
     """
-    _check_weight_and_gram(weight, gram)
+    check_weight_and_gram(weight, gram)
     out_features, in_features = weight.shape
     rank = factor_a.shape[0]
     if factor_a.shape != (rank, in_features) or factor_b.shape != (out_features, rank):
@@ -293,7 +296,7 @@ def quantize_factors(
         if loss < loss_first_quantized:
             dense_b, loss_refitted = refitted, loss
 
-    gram_b = _transform_gram(dense_a, gram)
+    gram_b = transform_gram(dense_a, gram)
     second, *losses_b = quantize_better(dense_b, gram_b, settings_b, scale_dtype=scale_dtype, method=method)
     report = FactorsReport(
         factor_a=MatrixReport(*losses_a),
@@ -306,7 +309,7 @@ def quantize_factors(
     return QuantizedFactors(first, second, report)
 
 
-def _transform_gram(factor_a: Tensor, gram: Tensor) -> Tensor:
+def transform_gram(factor_a: Tensor, gram: Tensor) -> Tensor:
     """Return the Gram of a first factor's outputs, A G A^T [rank, rank], float64."""
     factor_a = factor_a.double()
     transformed: Tensor = factor_a @ (gram.double() @ factor_a.T)
@@ -316,7 +319,12 @@ def _transform_gram(factor_a: Tensor, gram: Tensor) -> Tensor:
     return transformed
 
 
-def _check_weight_and_gram(weight: Tensor, gram: Tensor) -> None:
+def check_weight_and_gram(weight: Tensor, gram: Tensor) -> None:
+    """Refuse a weight [out, in] or a Gram [in, in] that GPTQ cannot work with.
+
+    Raises:
+        ValueError: shapes that do not fit, entries that are not finite, a Gram that is no sum of x x^T.
+    """
     check_weight(weight)
     in_features = weight.shape[1]
     if gram.shape != (in_features, in_features):

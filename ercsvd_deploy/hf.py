@@ -30,9 +30,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ercsvd_deploy.checkpoint_schema import (
-    FACTOR_A,
-    FACTOR_B,
+    FACTOR_PARTS,
     QUANT_METHOD,
+    ROW_ORDER,
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     WEIGHT_SHAPE,
@@ -40,15 +40,15 @@ from ercsvd_deploy.checkpoint_schema import (
     CheckpointConfig,
     CheckpointFormatError,
 )
-from ercsvd_deploy.lowrank_linear import PackedLinear, canonical_name, replace_linears
+from ercsvd_deploy.lowrank_linear import PackedLinear, PivotedLinear, canonical_name, replace_linears
 from ercsvd_deploy.tensor_store import TensorInfo, read_header
 
 _PACKED_LEAVES = (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE, WEIGHT_ZERO_POINT)
 # The module a tensor of the compressed format belongs to, whether or not the module is described.
 _FORMAT_TENSOR = re.compile(
-    rf"^(?P<module>.+?)\.(?:(?:{FACTOR_A}|{FACTOR_B})\.[^.]+|{'|'.join(_PACKED_LEAVES)})$"
+    rf"^(?P<module>.+?)\.(?:(?:{'|'.join(FACTOR_PARTS)})\.[^.]+|{'|'.join((*_PACKED_LEAVES, ROW_ORDER))})$"
 )
-_INTEGER_LEAVES = (WEIGHT_PACKED, WEIGHT_SHAPE, WEIGHT_ZERO_POINT)
+_INTEGER_LEAVES = (WEIGHT_PACKED, WEIGHT_SHAPE, WEIGHT_ZERO_POINT, ROW_ORDER)
 
 
 class ErcSvdConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
@@ -110,6 +110,9 @@ class ErcSvdQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
                 stored, expected = module.weight_shape.tolist(), [module.out_features, module.in_features]
                 if stored != expected:
                     problems.append(f"{name}.{WEIGHT_SHAPE}: says {stored}, expected {expected}")
+            if isinstance(module, PivotedLinear) and not module.row_order.is_meta:
+                problem = module.row_order_problem()
+                problems += [f"{name}.{ROW_ORDER}: {problem}"] if problem else []
         if problems:
             raise _unfit(Path(model.config.name_or_path), problems)
         return model

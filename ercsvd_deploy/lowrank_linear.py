@@ -1,4 +1,4 @@
-"""The modules that stand in for a compressed Linear: y = B (A x) + bias, with plain or integer matrices.
+"""The modules that stand in for a compressed Linear: low-rank, pivoted or dense, plain or integer matrices.
 
 Their state dict has exactly the tensor names of `checkpoint_schema`, guard included, so that a model holding
 them is loaded from and saved to a compressed checkpoint by whatever loads and saves ordinary modules.
@@ -18,6 +18,9 @@ from ercsvd_deploy.checkpoint_schema import (
     FACTOR_B,
     GUARD,
     GUARD_SHAPE,
+    OTHER_ROWS,
+    PIVOT_ROWS,
+    ROW_ORDER,
     WEIGHT_PACKED,
     WEIGHT_SHAPE,
     WEIGHT_ZERO_POINT,
@@ -26,6 +29,7 @@ from ercsvd_deploy.checkpoint_schema import (
     ModuleDescription,
     WeightQuantization,
 )
+from ercsvd_deploy.pivoting import row_order_problem
 
 _LEAF_DTYPES = {WEIGHT_PACKED: torch.int32, WEIGHT_ZERO_POINT: torch.int32, WEIGHT_SHAPE: torch.int64}
 # Path parts that loaders move about: `language_model.model.layers` on disk is `model.language_model.layers`
@@ -126,13 +130,7 @@ class LowRankLinear(nn.Module):
             raise ValueError(f"layout is {description.layout!r}; LowRankLinear needs 'low_rank'")
         self.out_features, self.in_features = description.shape
         self.rank = description.rank
-        for part, ((rows, columns), quantization) in description.parts.items():
-            factor: nn.Module = (
-                nn.Linear(columns, rows, bias=False, device=device, dtype=dtype)
-                if quantization is None
-                else PackedLinear(columns, rows, quantization, device=device, dtype=dtype)
-            )
-            self.add_module(part, factor)
+        _add_matrices(self, description, device, dtype)
         self.register_buffer(GUARD, torch.empty(GUARD_SHAPE, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
 
@@ -147,6 +145,72 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}"
         )
+
+
+class PivotedLinear(nn.Module):
+    """A Linear whose outputs are `pivot_rows` x and `other_rows` of that, in the order of `row_order`.
+
+    Args:
+        description: shape, rank and quantization of the matrices; its layout is pivoted.
+        bias: whether there is a bias.
+        device: of all tensors.
+        dtype: of all tensors but integers.
+    """
+
+    weight: torch.Tensor
+    row_order: torch.Tensor
+
+    def __init__(
+        self,
+        description: ModuleDescription,
+        *,
+        bias: bool,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if description.pivot_blocks is None or description.rank is None:
+            raise ValueError(f"layout is {description.layout!r}; PivotedLinear needs 'pivoted'")
+        self.out_features, self.in_features = description.shape
+        self.rank, self.pivot_blocks = description.rank, description.pivot_blocks
+        _add_matrices(self, description, device, dtype)
+        self.register_buffer(ROW_ORDER, torch.zeros(self.out_features, device=device, dtype=torch.int32))
+        self.register_buffer(GUARD, torch.empty(GUARD_SHAPE, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map [..., in] to [..., out]."""
+        pivots: torch.Tensor = self.get_submodule(PIVOT_ROWS)(inputs)
+        others: torch.Tensor = self.get_submodule(OTHER_ROWS)(pivots)
+        outputs = torch.cat([pivots, others], dim=-1).index_select(-1, self.row_order)
+        return outputs if self.bias is None else outputs + self.bias
+
+    def row_order_problem(self) -> str | None:
+        """Say what is wrong with the loaded row order; None if nothing is."""
+        return row_order_problem(self.row_order, self.rank, self.pivot_blocks)
+
+    def extra_repr(self) -> str:
+        """Describe the module in the manner of nn.Linear."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"pivoted=True, bias={self.bias is not None}"
+        )
+
+
+def _add_matrices(
+    module: nn.Module,
+    description: ModuleDescription,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a module the two matrices of its description, under their names."""
+    for part, ((rows, columns), quantization) in description.parts.items():
+        matrix: nn.Module = (
+            nn.Linear(columns, rows, bias=False, device=device, dtype=dtype)
+            if quantization is None
+            else PackedLinear(columns, rows, quantization, device=device, dtype=dtype)
+        )
+        module.add_module(part, matrix)
 
 
 def unpack_integers(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
@@ -166,10 +230,12 @@ def build_linear(
     bias: bool,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-) -> LowRankLinear | PackedLinear | nn.Linear:
+) -> LowRankLinear | PivotedLinear | PackedLinear | nn.Linear:
     """Return an uninitialised module whose state dict has the tensors of `description`."""
     if description.layout == "low_rank":
         return LowRankLinear(description, bias=bias, device=device, dtype=dtype)
+    if description.layout == "pivoted":
+        return PivotedLinear(description, bias=bias, device=device, dtype=dtype)
     out_features, in_features = description.shape
     if description.weight is None:
         return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)

@@ -6,6 +6,10 @@ parameters goes. A rank-r pair of factors of an [m, n] matrix costs r (m + n) pa
 break-even rank alpha = m n / (m + n) that is as much as the matrix itself. So every compressed matrix
 ideally gets r = (1 - R_l) alpha, of which beta * alpha goes to the residual stage.
 
+The pivoted layout (see `pivoting`) stores rank r in r (m + n - r) parameters, which reaches m n at
+r = min(m, n) only; the ideal rank is the largest whose parameters stay within (1 - R_l) m n. What goes
+to the residual stage is the same beta * alpha: the layout does not change the method.
+
 Kernels want ranks that are multiples of `rank_multiple`, and a budget wants to be spent:
 
 1. every ideal rank is aligned down (but not to zero);
@@ -13,7 +17,7 @@ Kernels want ranks that are multiples of `rank_multiple`, and a budget wants to 
 3. what is left goes, a `rank_multiple` at a time, to the matrix that keeps the smallest share of its
    parameters. The ideal share is 1 - R_l for all, so that is the one relatively furthest below it.
 
-The last step below break-even leads to the dense matrix: two factors never cost as much as one matrix.
+The last step below break-even leads to the dense matrix: two matrices never cost as much as one.
 Ratios become exact fractions (0.2 is one fifth), so a budget is the same integer on every machine.
 """
 
@@ -24,6 +28,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+
+from ercsvd_deploy.checkpoint_schema import LowRankLayout
+
+# Tensor parallelism cuts outputs into this many parts at most: the degrees in use are its divisors.
+_MOST_PIVOT_BLOCKS = 8
 
 
 class RankError(ValueError):
@@ -49,14 +58,25 @@ class LinearShape:
         """The rank alpha = m n / (m + n) at which two factors cost as much as the matrix."""
         return Fraction(self.parameters, self.out_features + self.in_features)
 
-    def kept_parameters(self, rank: int | None) -> int:
-        """Parameters at `rank`, r (m + n); None is the dense matrix."""
-        return self.parameters if rank is None else rank * (self.out_features + self.in_features)
+    def kept_parameters(self, rank: int | None, layout: LowRankLayout = "low_rank") -> int:
+        """Parameters at `rank`, r (m + n), or r (m + n - r) if pivoted; None is the dense matrix."""
+        if rank is None:
+            return self.parameters
+        return rank * (self.out_features + self.in_features - (rank if layout == "pivoted" else 0))
 
-    def largest_rank(self, rank_multiple: int) -> int:
+    def rank_within(self, num_parameters: int, layout: LowRankLayout = "low_rank") -> int:
+        """Return the largest rank that costs at most `num_parameters`, which is at most m n."""
+        sides = self.out_features + self.in_features
+        if layout == "low_rank":
+            return num_parameters // sides
+        # The smaller root of r (m + n - r) = num_parameters, rounded down; it is at most min(m, n).
+        root = math.isqrt(sides * sides - 4 * num_parameters)
+        is_exact = root * root == sides * sides - 4 * num_parameters
+        return (sides - root - (not is_exact)) // 2
+
+    def largest_rank(self, rank_multiple: int, layout: LowRankLayout = "low_rank") -> int:
         """Largest multiple of `rank_multiple` strictly below break-even; 0 if there is none."""
-        below = (self.parameters - 1) // (self.out_features + self.in_features)
-        return below // rank_multiple * rank_multiple
+        return self.rank_within(self.parameters - 1, layout) // rank_multiple * rank_multiple
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,7 @@ class RankPlan:
         achieved_compression_ratio: 1 - kept / total; at least the ratio asked for.
         layer_ratio: Share to remove inside the compressed layers, R_l.
         num_compressed_layers: k, counted from the last layer.
+        layout: How ranks are stored, and so what they cost.
     """
 
     ranks: Mapping[str, int | None]
@@ -80,6 +101,7 @@ class RankPlan:
     achieved_compression_ratio: float
     layer_ratio: float
     num_compressed_layers: int
+    layout: LowRankLayout = "low_rank"
 
 
 def layer_ratio(compression_ratio: float, num_layers: int, num_compressed_layers: int) -> float:
@@ -88,6 +110,14 @@ def layer_ratio(compression_ratio: float, num_layers: int, num_compressed_layers
     A value of 1 or more means that the k layers do not hold enough parameters.
     """
     return float(_exact(compression_ratio) * num_layers / num_compressed_layers)
+
+
+def count_pivot_blocks(out_features: int, rank: int) -> int:
+    """Return the number of equal blocks of outputs that give equally many pivots each, 8 if possible.
+
+    Tensor parallelism can cut a pivoted column-parallel Linear into any divisor of this many parts.
+    """
+    return math.gcd(out_features, rank, _MOST_PIVOT_BLOCKS)
 
 
 def split_rank(rank: int, out_features: int, in_features: int, beta: float) -> tuple[int, int]:
@@ -115,6 +145,7 @@ def allocate_ranks(
     num_compressed_layers: int,
     rank_multiple: int,
     beta: float = 0.0,
+    layout: LowRankLayout = "low_rank",
 ) -> RankPlan:
     """Choose the rank of every decoder Linear so that the whole model meets its budget exactly.
 
@@ -125,6 +156,7 @@ def allocate_ranks(
         num_compressed_layers: k; only the last k layers are compressed.
         rank_multiple: Every rank is a multiple of this.
         beta: Share of break-even reserved for the residual stage; 0 for one-stage methods.
+        layout: How a rank is stored, which decides what it costs.
 
     Returns:
         A plan that keeps at most the budget, and as much of it as no further step would fit.
@@ -133,13 +165,13 @@ def allocate_ranks(
         RankError: the arguments are out of range, or k cannot reach the ratio; the admissible k are named.
     """
     _check_arguments(shapes, num_layers, compression_ratio, rank_multiple, beta)
-    task = _Task.of(shapes, num_layers, compression_ratio, num_compressed_layers, rank_multiple)
+    task = _Task.of(shapes, num_layers, compression_ratio, num_compressed_layers, rank_multiple, layout)
     refusal = task.refusal(_exact(beta))
     if not 1 <= num_compressed_layers <= num_layers:
         refusal = f"a model of {num_layers} layers can have 1..{num_layers} of them compressed"
     if refusal:
         admissible = admissible_num_compressed_layers(
-            shapes, num_layers, compression_ratio, rank_multiple, beta
+            shapes, num_layers, compression_ratio, rank_multiple, beta, layout
         )
         raise RankError(
             f"compression_ratio {compression_ratio} with num_compressed_layers {num_compressed_layers} of "
@@ -149,7 +181,7 @@ def allocate_ranks(
     compressed = dict(zip(task.compressed, task.allocate(), strict=True))
     ranks = {shape.name: compressed.get(shape) for shape in shapes}
     total = sum(shape.parameters for shape in shapes)
-    kept = sum(shape.kept_parameters(ranks[shape.name]) for shape in shapes)
+    kept = sum(shape.kept_parameters(ranks[shape.name], layout) for shape in shapes)
     return RankPlan(
         ranks=ranks,
         parameter_budget=task.whole_parameters + task.budget,
@@ -158,6 +190,7 @@ def allocate_ranks(
         achieved_compression_ratio=float(1 - Fraction(kept, total)),
         layer_ratio=float(1 - task.ideal_share),
         num_compressed_layers=num_compressed_layers,
+        layout=layout,
     )
 
 
@@ -167,6 +200,7 @@ def admissible_num_compressed_layers(
     compression_ratio: float,
     rank_multiple: int,
     beta: float = 0.0,
+    layout: LowRankLayout = "low_rank",
 ) -> list[int]:
     """Return every k, ascending, for which `allocate_ranks` finds ranks with R_l < 1 - beta.
 
@@ -177,7 +211,8 @@ def admissible_num_compressed_layers(
     return [
         k
         for k in range(1, num_layers + 1)
-        if _Task.of(shapes, num_layers, compression_ratio, k, rank_multiple).refusal(_exact(beta)) is None
+        if _Task.of(shapes, num_layers, compression_ratio, k, rank_multiple, layout).refusal(_exact(beta))
+        is None
     ]
 
 
@@ -190,6 +225,7 @@ class _Task:
     budget: int
     ideal_share: Fraction  # 1 - R_l
     rank_multiple: int
+    layout: LowRankLayout
 
     @classmethod
     def of(
@@ -199,6 +235,7 @@ class _Task:
         compression_ratio: float,
         num_compressed_layers: int,
         rank_multiple: int,
+        layout: LowRankLayout,
     ) -> _Task:
         compressed = tuple(shape for shape in shapes if shape.layer >= num_layers - num_compressed_layers)
         total = sum(shape.parameters for shape in shapes)
@@ -212,6 +249,7 @@ class _Task:
             budget=math.floor(total - removed) - (total - compressible),
             ideal_share=ideal_share,
             rank_multiple=rank_multiple,
+            layout=layout,
         )
 
     def refusal(self, beta: Fraction) -> str | None:
@@ -221,14 +259,14 @@ class _Task:
                 f"the layer ratio is {float(1 - self.ideal_share):.4g}, but it must stay below "
                 f"1 - beta = {float(1 - beta):.4g} for the first stage to keep any rank"
             )
-        smallest = [shape.kept_parameters(self._smallest_rank(shape)) for shape in self.compressed]
+        smallest = [self._kept(shape, self._smallest_rank(shape)) for shape in self.compressed]
         if sum(smallest) <= self.budget:
             return None
         worst = min(self.compressed, key=lambda shape: shape.break_even_rank)
         return (
             f"at layer ratio {float(1 - self.ideal_share):.4g} the matrix {worst.name} "
             f"[{worst.out_features}, {worst.in_features}] ideally has rank "
-            f"{float(self.ideal_share * worst.break_even_rank):.1f}, below rank_multiple "
+            f"{self._ideal_rank(worst)}, below rank_multiple "
             f"{self.rank_multiple}, and the other matrices cannot make up for raising it: "
             "use a smaller rank_multiple or compression_ratio"
         )
@@ -237,10 +275,10 @@ class _Task:
         """Return the rank of every compressed matrix; assumes that `refusal` is None."""
         shapes = self.compressed
         ranks = [self._aligned_rank(shape) for shape in shapes]
-        left = self.budget - sum(map(LinearShape.kept_parameters, shapes, ranks))
+        left = self.budget - sum(map(self._kept, shapes, ranks))
 
         def kept_share(index: int) -> Fraction:
-            return Fraction(shapes[index].kept_parameters(ranks[index]), shapes[index].parameters)
+            return Fraction(self._kept(shapes[index], ranks[index]), shapes[index].parameters)
 
         # Ties: earlier layers, whose errors travel further, give last and take first.
         order = [(shape.layer, index) for index, shape in enumerate(shapes)]
@@ -257,7 +295,7 @@ class _Task:
             rank = ranks[index]
             assert rank is not None, "a matrix is dense here only if it has no other choice"
             ranks[index] = rank - self.rank_multiple
-            left += shapes[index].kept_parameters(self.rank_multiple)
+            left += self._kept(shapes[index], rank) - self._kept(shapes[index], ranks[index])
             if ranks[index] != self._smallest_rank(shapes[index]):
                 heapq.heappush(givers, (-kept_share(index), layer, negative_index))
 
@@ -266,7 +304,7 @@ class _Task:
         while takers:
             _, layer, index = heapq.heappop(takers)
             raised = self._raised_rank(shapes[index], ranks[index])
-            step = shapes[index].kept_parameters(raised) - shapes[index].kept_parameters(ranks[index])
+            step = self._kept(shapes[index], raised) - self._kept(shapes[index], ranks[index])
             if step > left:
                 continue  # `left` only shrinks: this matrix's next step will never fit
             left -= step
@@ -275,17 +313,22 @@ class _Task:
                 heapq.heappush(takers, (kept_share(index), layer, index))
         return ranks
 
+    def _kept(self, shape: LinearShape, rank: int | None) -> int:
+        return shape.kept_parameters(rank, self.layout)
+
+    def _ideal_rank(self, shape: LinearShape) -> int:
+        return shape.rank_within(math.floor(self.ideal_share * shape.parameters), self.layout)
+
     def _smallest_rank(self, shape: LinearShape) -> int | None:
-        return self.rank_multiple if shape.largest_rank(self.rank_multiple) else None
+        return self.rank_multiple if shape.largest_rank(self.rank_multiple, self.layout) else None
 
     def _aligned_rank(self, shape: LinearShape) -> int | None:
         if self.ideal_share == 1 or self._smallest_rank(shape) is None:
             return None
-        ideal = int(self.ideal_share * shape.break_even_rank)
-        return max(ideal // self.rank_multiple * self.rank_multiple, self.rank_multiple)
+        return max(self._ideal_rank(shape) // self.rank_multiple * self.rank_multiple, self.rank_multiple)
 
     def _raised_rank(self, shape: LinearShape, rank: int | None) -> int | None:
-        if rank is None or rank >= shape.largest_rank(self.rank_multiple):
+        if rank is None or rank >= shape.largest_rank(self.rank_multiple, self.layout):
             return None
         return rank + self.rank_multiple
 

@@ -47,6 +47,12 @@ class Factorize(Section):
         description="Space in which the residual is truncated (only `erc_svd`); `whitened` makes it equal "
         "to `svd_llm`.",
     )
+    layout: Literal["low_rank", "pivoted"] = Field(
+        default="low_rank",
+        description="How a matrix of rank r is stored. `low_rank`: as two factors, r (out + in) parameters. "
+        "`pivoted`: as r of its own rows and what combines them into the others, r (out + in - r) "
+        "parameters, so that the same size has a higher rank.",
+    )
     rank_multiple: Annotated[
         Literal["auto"] | PositiveInt, expects("'auto' or a whole number of at least 1")
     ] = Field(

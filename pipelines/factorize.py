@@ -23,6 +23,9 @@ from ercsvd_deploy.checkpoint_schema import (
     FACTOR_B,
     GUARD,
     GUARD_SHAPE,
+    OTHER_ROWS,
+    PIVOT_ROWS,
+    ROW_ORDER,
     WEIGHT,
     ModuleDescription,
 )
@@ -35,7 +38,9 @@ from ercsvd_deploy.factorize import (
     weight_error,
 )
 from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.descriptions import describe_factorized
 from ercsvd_deploy.pipelines.finished_work import FinishedWork
+from ercsvd_deploy.pivoting import PivotError, to_pivoted
 from ercsvd_deploy.rank import LinearShape, RankPlan, split_rank
 from ercsvd_deploy.recipe_stages import Factorize
 from ercsvd_deploy.samples import Batch, Sample
@@ -165,9 +170,7 @@ def _decompositions_piece(layer: int) -> str:
 
 def _descriptions(model: LayerwiseModel, plan: RankPlan) -> dict[str, ModuleDescription]:
     return {
-        linear.name: ModuleDescription(
-            layout="low_rank", shape=(linear.out_features, linear.in_features), rank=rank
-        )
+        linear.name: describe_factorized(linear, rank, plan.layout, model.architecture)
         for linear in model.architecture.linears
         if (rank := plan.ranks.get(linear.name)) is not None
     }
@@ -251,6 +254,8 @@ class _FactorizeStage:
                     continue
                 weight = originals[linear.name]
                 factors = self._truncate(decompositions[linear.name], linear, weight, rank, exact=False)
+                # A pivoted product differs by rounding alone: pivots are only looked for in the chosen k.
+                factors = factors.rounded(self.model.stored_dtype(f"{linear.name}.{WEIGHT}"))
                 if is_new:
                     found = measure_linear(linear, rank, weight, factors, inputs[linear.name])
                     measured[str(k)].append(found)
@@ -287,8 +292,7 @@ class _FactorizeStage:
         *,
         exact: bool,
     ) -> Factors:
-        stored = self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
-        return truncate_linear(self.settings, decomposition, linear, weight, rank, stored, exact=exact)
+        return truncate_linear(self.settings, decomposition, linear, weight, rank, exact=exact)
 
     def _search_point(self, k: int, original: list[torch.Tensor]) -> SearchPoint:
         candidate = self.candidates[k]
@@ -317,6 +321,7 @@ class _FactorizeStage:
     def emit(self, k: int) -> None:
         """Write the factors of the last k layers, as far as an earlier run has not."""
         plan = self.candidates[k].plan
+        described = _descriptions(self.model, plan)
         for index in _compressed_layers(self.model, k):
             layer = self.model.architecture.layers[index]
             if self.work.findings(_factors_piece(index)) is not None:
@@ -331,7 +336,7 @@ class _FactorizeStage:
                     weight = _weight(module, linear, layer)
                     factors = self._truncate(decompositions[linear.name], linear, weight, rank, exact=True)
                     stored = self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
-                    tensors |= factor_tensors(linear.name, factors, stored)
+                    tensors |= factor_tensors(linear.name, factors, described[linear.name], stored)
             self.work.finish(_factors_piece(index), {}, tensors)
 
     def forget_decompositions(self) -> None:
@@ -372,15 +377,14 @@ def truncate_linear(
     linear: LinearShape,
     weight: torch.Tensor,
     rank: int,
-    stored: torch.dtype,
     *,
     exact: bool,
 ) -> Factors:
-    """Return factors of a rank, rounded to the precision `stored` in which they will be written."""
+    """Return factors of a rank, in the precision of the computation."""
     residual_rank = 0
     if settings.method == "erc_svd":
         _, residual_rank = split_rank(rank, linear.out_features, linear.in_features, settings.beta)
-    factors = truncate(
+    return truncate(
         decomposition,
         weight,
         rank,
@@ -388,15 +392,30 @@ def truncate_linear(
         residual_space=settings.residual_space,
         exact_residual=exact or min(weight.shape) <= _EXACT_RESIDUAL_UP_TO,
     )
-    return Factors(factors.factor_a.to(stored).to(weight.dtype), factors.factor_b.to(stored).to(weight.dtype))
 
 
-def factor_tensors(name: str, factors: Factors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the tensors that store a factorized Linear: both factors and the guard."""
-    return {
-        f"{name}.{FACTOR_A}.{WEIGHT}": factors.factor_a.to(dtype),
-        f"{name}.{FACTOR_B}.{WEIGHT}": factors.factor_b.to(dtype),
-        f"{name}.{GUARD}": torch.empty(GUARD_SHAPE, dtype=dtype),
+def factor_tensors(
+    name: str, factors: Factors, description: ModuleDescription, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return the tensors that store a factorized Linear in the layout of its description, guard included.
+
+    Raises:
+        FactorizationError: the product has no rows that can serve as pivots.
+    """
+    guard = {f"{name}.{GUARD}": torch.empty(GUARD_SHAPE, dtype=dtype)}
+    if description.pivot_blocks is None:
+        return guard | {
+            f"{name}.{FACTOR_A}.{WEIGHT}": factors.factor_a.to(dtype),
+            f"{name}.{FACTOR_B}.{WEIGHT}": factors.factor_b.to(dtype),
+        }
+    try:
+        pivoted = to_pivoted(factors, description.pivot_blocks)
+    except PivotError as error:
+        raise FactorizationError(f"{name}: {error}") from error
+    return guard | {
+        f"{name}.{PIVOT_ROWS}.{WEIGHT}": pivoted.pivot_rows.to(dtype),
+        f"{name}.{OTHER_ROWS}.{WEIGHT}": pivoted.other_rows.to(dtype),
+        f"{name}.{ROW_ORDER}": pivoted.row_order,
     }
 
 

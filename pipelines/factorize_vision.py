@@ -15,8 +15,9 @@ import torch
 from pydantic import TypeAdapter
 
 from ercsvd_deploy.architecture import PROJECTOR_PART, TOWER_PART, Architecture
-from ercsvd_deploy.checkpoint_schema import WEIGHT, ModuleDescription
+from ercsvd_deploy.checkpoint_schema import WEIGHT, LowRankLayout, ModuleDescription
 from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.descriptions import describe_factorized
 from ercsvd_deploy.pipelines.factorize import (
     FactorizedLinear,
     decompose_linear,
@@ -66,6 +67,7 @@ def plan_vision_ranks(
                 num_compressed_layers=len(layers),
                 rank_multiple=rank_multiple,
                 beta=settings.beta if settings.method == "erc_svd" else 0.0,
+                layout=settings.layout,
             )
         except RankError as error:
             raise RankError(f"{part}: {error}") from error
@@ -73,14 +75,12 @@ def plan_vision_ranks(
     return ranks
 
 
-def describe_vision(ranks: Mapping[str, int], architecture: Architecture) -> dict[str, ModuleDescription]:
+def describe_vision(
+    ranks: Mapping[str, int], layout: LowRankLayout, architecture: Architecture
+) -> dict[str, ModuleDescription]:
     """Return the description of every factorized vision Linear."""
     return {
-        linear.name: ModuleDescription(
-            layout="low_rank",
-            shape=(linear.out_features, linear.in_features),
-            rank=ranks[linear.name],
-        )
+        linear.name: describe_factorized(linear, ranks[linear.name], layout, architecture)
         for linear in architecture.vision_linears
         if linear.name in ranks
     }
@@ -111,7 +111,7 @@ def factorize_vision(
         found = _LINEARS.dump_python(linears)
         work.finish(_PIECE, found, tensors)
     return VisionOutcome(
-        describe_vision(ranks, model.architecture),
+        describe_vision(ranks, settings.layout, model.architecture),
         _LINEARS.validate_python(found),
         work.tensors_file(_PIECE),
     )
@@ -130,6 +130,7 @@ def _factorize(
             group[0].name: InputStatistics.zeros(group[0].in_features, model.device) for group in groups
         }
         model.embed(model.batches([sample for sample in samples if sample.images]), observe=statistics)
+    described = describe_vision(ranks, settings.layout, model.architecture)
     tensors: dict[str, torch.Tensor] = {}
     linears = []
     for group in groups:
@@ -139,9 +140,9 @@ def _factorize(
             weight = model.store.read([name])[name].to(model.device, model.dtype)
             stored, rank = model.stored_dtype(name), ranks[linear.name]
             decomposition = decompose_linear(settings, linear, weight, seen, max_rank=rank)
-            factors = truncate_linear(settings, decomposition, linear, weight, rank, stored, exact=True)
-            linears.append(measure_linear(linear, rank, weight, factors, seen))
-            tensors |= factor_tensors(linear.name, factors, stored)
+            factors = truncate_linear(settings, decomposition, linear, weight, rank, exact=True)
+            linears.append(measure_linear(linear, rank, weight, factors.rounded(stored), seen))
+            tensors |= factor_tensors(linear.name, factors, described[linear.name], stored)
     return linears, tensors
 
 

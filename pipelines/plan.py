@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def rank_plans(recipe: Recipe, architecture: Architecture) -> dict[int, RankPlan
     linears, num_layers = architecture.linears, architecture.num_layers
     if settings.num_compressed_layers == "auto":
         candidates = admissible_num_compressed_layers(
-            linears, num_layers, settings.compression_ratio, rank_multiple, beta
+            linears, num_layers, settings.compression_ratio, rank_multiple, beta, settings.layout
         )
     elif settings.num_compressed_layers == "all":
         candidates = [num_layers]
@@ -125,6 +125,7 @@ def rank_plans(recipe: Recipe, architecture: Architecture) -> dict[int, RankPlan
                 num_compressed_layers=k,
                 rank_multiple=rank_multiple,
                 beta=beta,
+                layout=settings.layout,
             )
             for k in candidates
         }
@@ -192,9 +193,10 @@ def check_vision(recipe: Recipe, config: Any) -> None:
 
 def _quantize_plan(recipe: Recipe, architecture: Architecture) -> QuantizePlan:
     names = [linear.name for linear in architecture.linears]
+    layout = recipe.factorize.layout if recipe.factorize else "low_rank"
     if recipe.quantize is None:
-        return unquantized(names)
-    return plan_quantization(recipe.quantize, names, architecture.checkpoint_name)
+        return replace(unquantized(names), layout=layout)
+    return replace(plan_quantization(recipe.quantize, names, architecture.checkpoint_name), layout=layout)
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -214,7 +216,9 @@ def make_plan(recipe: Recipe) -> Plan:
     element = getattr(torch, dtype).itemsize
     plans = rank_plans(recipe, architecture)
     quantize_plan = plan_quantize_stage(recipe, plans, architecture)
-    vision = describe_vision(plan_vision(recipe, architecture), architecture)
+    vision: dict[str, ModuleDescription] = {}
+    if recipe.factorize is not None:
+        vision = describe_vision(plan_vision(recipe, architecture), recipe.factorize.layout, architecture)
     candidates = tuple(
         _candidate(
             plan,

@@ -19,10 +19,9 @@ from torch import nn
 
 from ercsvd_deploy.architecture import LayerLinears
 from ercsvd_deploy.checkpoint_schema import (
-    FACTOR_A,
-    FACTOR_B,
     GUARD,
     GUARD_SHAPE,
+    ROW_ORDER,
     WEIGHT,
     ModuleDescription,
     WeightQuantization,
@@ -31,16 +30,19 @@ from ercsvd_deploy.gptq import (
     FactorsReport,
     MatrixReport,
     QuantizationSettings,
+    QuantizedFactors,
     QuantizedWeight,
     proxy_loss,
     quantize_better,
     quantize_factors,
 )
+from ercsvd_deploy.gptq_pivoted import quantize_pivoted
 from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
-from ercsvd_deploy.lowrank_linear import LowRankLinear
+from ercsvd_deploy.lowrank_linear import LowRankLinear, PivotedLinear
 from ercsvd_deploy.packing import pack, unpack
 from ercsvd_deploy.pipelines.finished_work import FinishedWork
 from ercsvd_deploy.pipelines.quantize_plan import PatternMatch
+from ercsvd_deploy.pivoting import PivotedFactors, find_pivots
 from ercsvd_deploy.rank import LinearShape
 from ercsvd_deploy.recipe_stages import Quantize
 from ercsvd_deploy.samples import Sample
@@ -223,7 +225,7 @@ def _quantize_layer(
             dtype = _stored_dtype(stage.original, linear)
             found = module.get_submodule(layer.local_name(linear))
             try:
-                if isinstance(found, LowRankLinear):
+                if isinstance(found, LowRankLinear | PivotedLinear):
                     weight = stage.original.read([f"{linear.name}.{WEIGHT}"])[f"{linear.name}.{WEIGHT}"]
                     parts = _quantize_factors(
                         stage, linear, description, found, weight.to(model.device, model.dtype), gram, dtype
@@ -234,6 +236,8 @@ def _quantize_layer(
             except ValueError as error:
                 raise QuantizationError(f"{linear.name}: {error}") from error
             tensors[f"{linear.name}.{GUARD}"] = torch.empty(GUARD_SHAPE, dtype=dtype)
+            if isinstance(found, PivotedLinear):
+                tensors[f"{linear.name}.{ROW_ORDER}"] = found.row_order.cpu()
             for part, quantized in parts.items():
                 prefix = f"{linear.name}.{part}" if part else linear.name
                 tensors |= {f"{prefix}.{leaf}": tensor for leaf, tensor in pack(quantized, dtype).items()}
@@ -266,37 +270,67 @@ def _quantize_factors(
     stage: _Stage,
     linear: LinearShape,
     description: ModuleDescription,
-    module: LowRankLinear,
+    module: LowRankLinear | PivotedLinear,
     weight: torch.Tensor,
     gram: torch.Tensor,
     scale_dtype: torch.dtype,
 ) -> dict[str, QuantizedWeight]:
-    assert description.factor_a is not None
-    assert description.factor_b is not None
-    factor_a, factor_b = module.get_submodule(FACTOR_A), module.get_submodule(FACTOR_B)
-    assert isinstance(factor_a, nn.Linear)
-    assert isinstance(factor_b, nn.Linear)
-    pair = quantize_factors(
-        weight,
-        factor_a.weight.data,
-        factor_b.weight.data,
-        gram,
-        settings_a=_settings(stage.settings, description.factor_a),
-        settings_b=_settings(stage.settings, description.factor_b),
-        scale_dtype=scale_dtype,
-        refit=stage.settings.refit_second_factor and stage.settings.method == "gptq",
-        rotate=stage.settings.rotate_factors and stage.settings.method == "gptq",
-        method=stage.settings.method,
-    )
-    for part, factor, report, storage in (
-        (FACTOR_A, factor_a, pair.report.factor_a, description.factor_a),
-        (FACTOR_B, factor_b, pair.report.factor_b, description.factor_b),
-    ):
-        stage.outcome.matrices.append(_matrix(stage, f"{linear.name}.{part}", factor.weight, storage, report))
+    names = list(description.parts)
+    matrices = [module.get_submodule(part) for part in names]
+    storages = [storage for _, storage in description.parts.values()]
+    pair = _quantize_pair(stage.settings, module, weight, gram, storages, scale_dtype)
+    parts = dict(zip(names, (pair.factor_a, pair.factor_b), strict=True))
+    reports = (pair.report.factor_a, pair.report.factor_b)
+    for part, matrix, storage, report in zip(names, matrices, storages, reports, strict=True):
+        assert isinstance(matrix, nn.Linear)
+        assert storage is not None
+        stage.outcome.matrices.append(_matrix(stage, f"{linear.name}.{part}", matrix.weight, storage, report))
+        served = parts[part].dequantize(matrix.weight.dtype)
+        matrix.weight = nn.Parameter(served, requires_grad=False)
     stage.outcome.linears.append(QuantizedLinear(linear.name, pair.report.loss, pair.report))
-    factor_a.weight = nn.Parameter(pair.factor_a.dequantize(factor_a.weight.dtype), requires_grad=False)
-    factor_b.weight = nn.Parameter(pair.factor_b.dequantize(factor_b.weight.dtype), requires_grad=False)
-    return {FACTOR_A: pair.factor_a, FACTOR_B: pair.factor_b}
+    return parts
+
+
+def _quantize_pair(
+    settings: Quantize,
+    module: LowRankLinear | PivotedLinear,
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    storages: Sequence[WeightQuantization | None],
+    scale_dtype: torch.dtype,
+) -> QuantizedFactors:
+    """Quantize both matrices of a Linear in the order in which its errors arise."""
+    first, second = module.children()
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
+    first_storage, second_storage = storages
+    assert first_storage is not None
+    assert second_storage is not None
+    uses_gptq = settings.method == "gptq"
+    if isinstance(module, PivotedLinear):
+        pivots = find_pivots(module.row_order, module.rank)
+        return quantize_pivoted(
+            weight,
+            PivotedFactors(first.weight.data, second.weight.data, pivots),
+            gram,
+            settings_pivots=_settings(settings, first_storage),
+            settings_others=_settings(settings, second_storage),
+            scale_dtype=scale_dtype,
+            refit=settings.refit_second_factor and uses_gptq,
+            method=settings.method,
+        )
+    return quantize_factors(
+        weight,
+        first.weight.data,
+        second.weight.data,
+        gram,
+        settings_a=_settings(settings, first_storage),
+        settings_b=_settings(settings, second_storage),
+        scale_dtype=scale_dtype,
+        refit=settings.refit_second_factor and uses_gptq,
+        rotate=settings.rotate_factors and uses_gptq,
+        method=settings.method,
+    )
 
 
 def _matrix(

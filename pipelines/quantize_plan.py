@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ercsvd_deploy.architecture import Architecture
-from ercsvd_deploy.checkpoint_schema import ModuleDescription, WeightQuantization
+from ercsvd_deploy.checkpoint_schema import LowRankLayout, ModuleDescription, WeightQuantization
 from ercsvd_deploy.exporters.vllm.kernel_limits import find_unservable
+from ercsvd_deploy.pipelines.descriptions import describe_factorized
 from ercsvd_deploy.recipe_stages import Quantize
 
 
@@ -36,6 +37,7 @@ class QuantizePlan:
 
     storage: Mapping[str, WeightQuantization | None]
     matches: tuple[PatternMatch, ...]
+    layout: LowRankLayout = "low_rank"  # of the Linears that have a rank
 
     def describe(
         self, ranks: Mapping[str, int | None], architecture: Architecture
@@ -46,9 +48,7 @@ class QuantizePlan:
             rank, storage = ranks.get(linear.name), self.storage[linear.name]
             shape = (linear.out_features, linear.in_features)
             if rank is not None:
-                described[linear.name] = ModuleDescription(
-                    layout="low_rank", shape=shape, rank=rank, factor_a=storage, factor_b=storage
-                )
+                described[linear.name] = describe_factorized(linear, rank, self.layout, architecture, storage)
             elif storage is not None:
                 described[linear.name] = ModuleDescription(layout="dense", shape=shape, weight=storage)
         return described
@@ -132,9 +132,7 @@ def check_shapes(
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise QuantizePlanError(
-            f"quantize: {len(problems)} matrices cannot be served as integers:\n  "
-            + "\n  ".join(problems[:8])
-            + more
+            f"{len(problems)} matrices cannot be served:\n  " + "\n  ".join(problems[:8]) + more
         )
 
 

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ercsvd_deploy.checkpoint_schema import FACTOR_A, FACTOR_B
+from ercsvd_deploy.checkpoint_schema import FACTOR_PARTS
 from ercsvd_deploy.comparison import Change
 from ercsvd_deploy.pipelines.components import Component
 from ercsvd_deploy.pipelines.factorize import FactorizedLinear, FactorizeOutcome
@@ -240,7 +240,7 @@ def _quantize_table(outcome: QuantizeOutcome) -> Table:
     kinds: dict[str, list[QuantizedMatrix]] = {}
     for matrix in outcome.matrices:
         end = matrix.name.rpartition(".")[2]
-        kinds.setdefault(end if end in (FACTOR_A, FACTOR_B) else "dense", []).append(matrix)
+        kinds.setdefault(end if end in FACTOR_PARTS else "dense", []).append(matrix)
     table = Table(title="Quantized matrices, mean relative proxy loss", title_justify="left")
     for column in ("matrix", "count", "GPTQ", "rounding", "GPTQ taken"):
         table.add_column(column, justify="left" if column == "matrix" else "right")

@@ -14,8 +14,8 @@ from ercsvd_deploy.architecture import (
     dense_descriptions,
 )
 from ercsvd_deploy.checkpoint_schema import (
-    FACTOR_A,
-    FACTOR_B,
+    FACTOR_PARTS,
+    ROW_ORDER,
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     WEIGHT_SHAPE,
@@ -25,7 +25,7 @@ from ercsvd_deploy.checkpoint_schema import (
 from ercsvd_deploy.exporters.vllm.kernel_limits import local_shape
 from ercsvd_deploy.tensor_store import TensorStore
 
-_INTEGER_BYTES = {WEIGHT_PACKED: 4, WEIGHT_ZERO_POINT: 4, WEIGHT_SHAPE: 8}
+_INTEGER_BYTES = {WEIGHT_PACKED: 4, WEIGHT_ZERO_POINT: 4, WEIGHT_SHAPE: 8, ROW_ORDER: 4}
 _SCALE_LEAVES = (WEIGHT_SCALE, WEIGHT_ZERO_POINT, WEIGHT_SHAPE)
 _LINEAR_PARTS = ("dense Linears", "factors", "scales")
 PARTS = (TOWER_PART, PROJECTOR_PART, "outside the layers", *_LINEAR_PARTS, "norms and biases")
@@ -89,6 +89,11 @@ def bytes_on_rank(
                 math.prod(leaf_shape) * _element(leaf, element) for leaf, leaf_shape in leaves.items()
             )
             total += int(whole * share)
+        if description.pivot_blocks is not None:
+            rows = description.shape[0]
+            if not architecture.is_row_parallel(name):
+                rows //= architecture.num_output_shards(name, tensor_parallel_size)
+            total += rows * _INTEGER_BYTES[ROW_ORDER]
     return total
 
 
@@ -104,7 +109,7 @@ def _part_of(name: str, prefix: str, linears: set[str]) -> str:
         return "outside the layers"
     owner, _, leaf = name.rpartition(".")
     parent, _, part = owner.rpartition(".")
-    is_factor = part in (FACTOR_A, FACTOR_B) and parent in linears
+    is_factor = (part in FACTOR_PARTS and parent in linears) or leaf == ROW_ORDER
     if leaf == "bias" or not (is_factor or owner in linears):
         return "norms and biases"
     if leaf in _SCALE_LEAVES:

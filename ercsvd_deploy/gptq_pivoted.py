@@ -1,0 +1,107 @@
+"""GPTQ of a Linear in the pivoted layout: pivot rows, re-fit of the other rows, other rows.
+
+The errors arise in the order of the forward pass (h = V' x, o = C h), as in a pair of factors. V' is
+quantized under the Gram G of the inputs; its rows are outputs themselves, whose errors nothing makes up for.
+C is then re-fitted in closed form to the original weight's rows given the quantized V'_q, and quantized under
+V'_q G V'_q^T. Pivot outputs are as correlated as a layer's outputs are, so GPTQ has enough to work with in
+C: the turn that a pair of factors needs first has no counterpart here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ercsvd_deploy.gptq import (
+    FactorsReport,
+    MatrixReport,
+    QuantizedFactors,
+    RoundingMethod,
+    check_weight_and_gram,
+    proxy_loss,
+    quantize_better,
+    refit_second_factor,
+    transform_gram,
+)
+from ercsvd_deploy.integer_grid import QuantizationSettings, check_weight
+from ercsvd_deploy.pivoting import PivotedFactors
+
+
+def quantize_pivoted(
+    weight: Tensor,
+    pivoted: PivotedFactors,
+    gram: Tensor,
+    *,
+    settings_pivots: QuantizationSettings,
+    settings_others: QuantizationSettings,
+    scale_dtype: torch.dtype,
+    refit: bool = True,
+    method: RoundingMethod = "gptq",
+) -> QuantizedFactors:
+    """Quantize pivot rows and other rows of one Linear in error-aware order.
+
+    Args:
+        weight: original weight, [out, in].
+        pivoted: its approximation.
+        gram: of the layer's inputs, [in, in], at any scale.
+        settings_pivots: for the pivot rows; its groups divide `in`.
+        settings_others: for the other rows; its groups divide the rank.
+        scale_dtype: dtype in which the scales are stored.
+        refit: whether to re-fit the other rows to the original ones, given the quantized pivot rows.
+        method: "rtn", the baseline, rounds both to nearest.
+
+    Returns:
+        The pivot rows as `factor_a`, the other rows as `factor_b`; losses are the whole Linear's.
+
+    Raises:
+        ValueError: as `gptq.quantize_weight`, before any work for either matrix's shape and group size.
+    """
+    check_weight_and_gram(weight, gram)
+    out_features, in_features = weight.shape
+    rank = pivoted.rank
+    if pivoted.pivot_rows.shape != (rank, in_features) or pivoted.other_rows.shape != (
+        out_features - rank,
+        rank,
+    ):
+        raise ValueError(
+            f"{list(pivoted.pivot_rows.shape)} pivot rows and {list(pivoted.other_rows.shape)} others do not "
+            f"make a weight of shape {list(weight.shape)}"
+        )
+    check_weight(pivoted.pivot_rows)
+    check_weight(pivoted.other_rows)
+    settings_pivots.resolve_group_size(in_features)
+    settings_others.resolve_group_size(rank)
+
+    def loss_of(pivot_rows: Tensor, other_rows: Tensor) -> float:
+        return proxy_loss(weight, PivotedFactors(pivot_rows, other_rows, pivoted.pivots).product(), gram)
+
+    start = pivoted.to(torch.float32)
+    is_other = torch.ones(out_features, dtype=torch.bool, device=weight.device)
+    is_other[pivoted.pivots] = False
+    first, *losses_pivots = quantize_better(
+        start.pivot_rows, gram, settings_pivots, scale_dtype=scale_dtype, method=method
+    )
+    pivot_rows, other_rows = first.dequantize(), start.other_rows
+    loss_first_quantized = loss_refitted = loss_of(pivot_rows, other_rows)
+    if refit:
+        refitted = refit_second_factor(weight[is_other], pivot_rows, gram, other_rows).float()
+        loss = loss_of(pivot_rows, refitted)
+        # Equal at worst in exact arithmetic; a Gram at the edge of float32 must not make things worse.
+        if loss < loss_first_quantized:
+            other_rows, loss_refitted = refitted, loss
+    second, *losses_others = quantize_better(
+        other_rows,
+        transform_gram(pivot_rows, gram),
+        settings_others,
+        scale_dtype=scale_dtype,
+        method=method,
+    )
+    report = FactorsReport(
+        factor_a=MatrixReport(*losses_pivots),
+        factor_b=MatrixReport(*losses_others),
+        loss_unquantized=loss_of(start.pivot_rows, start.other_rows),
+        loss_first_quantized=loss_first_quantized,
+        loss_refitted=loss_refitted,
+        loss=loss_of(pivot_rows, second.dequantize()),
+    )
+    return QuantizedFactors(first, second, report)
