@@ -88,7 +88,7 @@ class Workbench:
         settings = recipe.factorize
         assert settings is not None, "the demo recipe factorizes"
         started = time.monotonic()
-        plans = rank_plans(recipe, self.model.architecture)
+        plans = rank_plans(recipe, self.model.architecture, self.model.dtype.itemsize)
         with tempfile.TemporaryDirectory() as directory:
             outcome = factorize_decoder(
                 self.model, self.samples, settings, plans, FinishedWork(Path(directory))

@@ -61,7 +61,7 @@ class QuantizationBench(Workbench):
         """Factorize once, ranks fitting the integer groups."""
         recipe = self._recipe(method, ratio, "auto", 0.05, "weight")
         assert recipe.factorize is not None, "the demo recipe factorizes"
-        plans = rank_plans(recipe, self.model.architecture)
+        plans = rank_plans(recipe, self.model.architecture, self.model.dtype.itemsize)
         directory.mkdir()
         outcome = factorize_decoder(
             self.model, self.samples, recipe.factorize, plans, FinishedWork(directory)

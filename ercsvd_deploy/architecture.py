@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
+from ercsvd_deploy.config_sizes import impossible_sizes
 from ercsvd_deploy.llava_names import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, to_checkpoint
 from ercsvd_deploy.rank import LinearShape
 
@@ -178,19 +179,25 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     """Return the transformers config of a hub id or directory.
 
     Raises:
-        ArchitectureError: the config is missing, malformed, or of an unknown architecture.
+        ArchitectureError: the config is missing, malformed, of an unknown architecture or of absurd size.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ArchitectureError(f"{path}: no config.json; is this a Hugging Face model directory?")
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        problems = impossible_sizes(raw)
+        config = (
+            None
+            if problems
+            else AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        )
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ArchitectureError(
-            f"{path}: its config cannot be read: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise ArchitectureError(f"{path}: its config cannot be read: {_first_lines(error)}") from error
+    if problems:
+        raise ArchitectureError(f"{path}: no model has such a config: {'; '.join(problems)}")
+    return config
 
 
 def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
@@ -208,12 +215,16 @@ def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Modu
                 config, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
             )
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ArchitectureError(
-            f"no model can be built from this config: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        where = getattr(config, "name_or_path", "") or "this config"
+        raise ArchitectureError(f"{where}: no model can be built from it: {_first_lines(error)}") from error
     tie_weights(model)
     return model.eval()
+
+
+def _first_lines(error: Exception) -> str:
+    """Return how a library's message begins; transformers names the field first, the reason next."""
+    lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
+    return " ".join(lines) or type(error).__name__
 
 
 def describe(model: nn.Module, config: Any) -> Architecture:

@@ -84,12 +84,14 @@ def _jsonl_documents(path: Path, field: str, max_characters: int | None) -> Iter
                     continue
                 try:
                     record = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
                     raise CalibrationError(f"{path}:{number}: not JSON ({error})") from error
                 value = record.get(field) if isinstance(record, dict) else None
                 if not isinstance(value, str):
                     keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
                     raise CalibrationError(f"{path}:{number}: no text field {field!r}; it has: {keys}")
+                if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+                    raise CalibrationError(f"{path}:{number}: field {field!r} has half a surrogate pair")
                 yield value
                 taken += len(value)
                 if max_characters is not None and taken >= max_characters:

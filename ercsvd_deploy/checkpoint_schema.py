@@ -215,12 +215,16 @@ class CheckpointConfig(BaseModel):
     ]
 
     @classmethod
-    def read(cls, quantization_config: dict[str, Any]) -> CheckpointConfig:
+    def read(cls, quantization_config: Any) -> CheckpointConfig:
         """Parse the `quantization_config` of a config.json, refusing what this version cannot read.
 
         Raises:
             CheckpointFormatError: another method, another format version, or a broken description.
         """
+        if not isinstance(quantization_config, dict):
+            raise CheckpointFormatError(
+                f"quantization_config is a {type(quantization_config).__name__}, not an object"
+            )
         method = quantization_config.get("quant_method")
         if method != QUANT_METHOD:
             raise CheckpointFormatError(f"quant_method is {method!r}, not {QUANT_METHOD!r}")

@@ -31,8 +31,8 @@ from ercsvd_deploy.lowrank_linear import replace_linears
 from ercsvd_deploy.samples import Batch, Sample, make_batches
 from ercsvd_deploy.tensor_store import CheckpointError, RenamedStore, TensorStore, torch_dtype
 
-_MAX_TOKENS_PER_BATCH = 8192
-_MAX_LOGITS_AT_ONCE = 2**28
+MAX_TOKENS_PER_BATCH = 8192
+MAX_LOGITS_AT_ONCE = 2**28
 _FLOATS = ("F32", "F16", "BF16")
 
 _OnCall = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
@@ -178,7 +178,7 @@ class LayerwiseModel:
 
     def batches(self, samples: Sequence[Sample]) -> list[Batch]:
         """Put samples into batches that fit comfortably through one layer."""
-        return make_batches(samples, _MAX_TOKENS_PER_BATCH)
+        return make_batches(samples, MAX_TOKENS_PER_BATCH)
 
     @torch.no_grad()
     def embed(
@@ -319,7 +319,7 @@ class LayerwiseModel:
     def _parts(self, batch: Batch) -> Iterator[slice]:
         """Yield slices of a batch's rows whose logits fit comfortably into memory."""
         vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-        size = max(1, _MAX_LOGITS_AT_ONCE // (vocabulary * batch.tokens.shape[1]))
+        size = max(1, MAX_LOGITS_AT_ONCE // (vocabulary * batch.tokens.shape[1]))
         for start in range(0, len(batch.rows), size):
             yield slice(start, start + size)
 

@@ -23,6 +23,7 @@ from ercsvd_deploy.recipe_schema import (
     ModelSource,
     Recipe,
     Serving,
+    Target,
     TextFile,
 )
 from ercsvd_deploy.recipe_stages import Factorize, Quantize, QuantizeOverride
@@ -53,6 +54,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Stage `factorize`": Factorize,
     "Stage `quantize`": Quantize,
     "`quantize.overrides`": QuantizeOverride,
+    "`target`": Target,
     "`evaluation`": Evaluation,
     "`evaluation.visual_questions`": VisualQuestions,
     "`evaluation.lm_eval`": LmEval,

@@ -30,6 +30,7 @@ from ercsvd_deploy.recipe_fields import (
     Size,
     Text,
     parse_size,
+    refusal,
     refuse_together,
     told_apart_by,
 )
@@ -165,6 +166,35 @@ class Export(Section):
         return parse_size(self.max_shard_size)
 
 
+class Target(Section):
+    """What the result may weigh; ranks, bits and what stays dense are then chosen together.
+
+    Exactly one of `bytes` and `overall_bits`.
+    """
+
+    bytes: Size | None = Field(
+        default=None, description="Size of all tensors: a number and KB, MB, GB, KiB, MiB or GiB."
+    )
+    overall_bits: Annotated[float, Field(gt=0, lt=16)] | None = Field(
+        default=None,
+        description="Stored bits per original weight over all decoder Linears, scales included.",
+    )
+    bits: ListWithoutRepetition[Literal[4, 8]] = Field(
+        default=(4,),
+        min_length=1,
+        description="Bits that a quantized matrix may have. vLLM has kernels for 8 bits on GPUs only.",
+    )
+    group_sizes: ListWithoutRepetition[Literal[32, 64, 128, -1]] | None = Field(
+        default=None, description="Group sizes that a dense quantized matrix may have; null: the stage's own."
+    )
+
+    @model_validator(mode="after")
+    def _has_one_measure(self) -> Target:
+        if (self.bytes is None) == (self.overall_bits is None):
+            raise refusal("has to have exactly one of bytes and overall_bits, such as overall_bits: 3.2")
+        return self
+
+
 class Recipe(Section):
     """A model, what to do to it, how to judge the result, and where to write it."""
 
@@ -182,6 +212,11 @@ class Recipe(Section):
         min_length=1,
         description="What is done to the model, in order: each entry is one stage. Factorization comes "
         "before quantization; each at most once.",
+    )
+    target: Target | None = Field(
+        default=None,
+        description="What the result may weigh, instead of a `compression_ratio`; null: the stages say all. "
+        "Needs `allocation: error_controlled`.",
     )
     evaluation: Evaluation = Field(
         default=Evaluation(), description="How the original and the compressed model are compared."
@@ -255,6 +290,7 @@ def _find_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     yield from _find_calibration_without_data(recipe)
     yield from _find_idle_vision_settings(recipe)
     yield from _find_idle_gates(recipe)
+    yield from _find_unclear_budget(recipe)
     if recipe.judged_texts and recipe.evaluation_sequence_length is None:
         yield (
             ("evaluation", "sequence_length"),
@@ -320,6 +356,38 @@ def _find_idle_vision_settings(recipe: Recipe) -> Iterator[tuple[Location, str]]
                 f"is true, but method {settings.method} measures activations and there is no "
                 "vision.calibration to take pictures from; add it",
             )
+
+
+def _find_unclear_budget(recipe: Recipe) -> Iterator[tuple[Location, str]]:
+    """Yield what of ratio and target is missing, or said twice."""
+    for number, stage in enumerate(recipe.stages):
+        if not isinstance(stage, FactorizeStage):
+            continue
+        where = ("stages", number, "factorize")
+        settings = stage.factorize
+        if recipe.target is None:
+            if settings.compression_ratio is None:
+                yield (*where, "compression_ratio"), "is missing; add it, or a target"
+            continue
+        if settings.compression_ratio is not None:
+            yield (*where, "compression_ratio"), "is given beside a target; keep one of the two"
+        if settings.allocation != "error_controlled":
+            yield (
+                (*where, "allocation"),
+                f"is {settings.allocation}, but a target needs error_controlled: set that",
+            )
+    if recipe.target is not None and recipe.vision is not None:
+        for field in ("compress_tower", "compress_projector"):
+            if getattr(recipe.vision, field):
+                yield (
+                    ("vision", field),
+                    "is true, but a target says nothing about vision parts; give the factorize stage a "
+                    "compression_ratio instead of the target, or leave them alone",
+                )
+    if recipe.target is not None and recipe.factorize is None:
+        yield ("target",), "is set, but there is no factorize stage whose ranks could meet it; add one"
+    if recipe.target is not None and recipe.quantize is None and recipe.target.group_sizes is not None:
+        yield ("target", "group_sizes"), "is set, but there is no quantize stage; add one, or remove it"
 
 
 def _find_idle_gates(recipe: Recipe) -> Iterator[tuple[Location, str]]:

@@ -17,6 +17,8 @@ from ercsvd_deploy.recipe_fields import (
     told_apart_by,
 )
 
+_WHITENING = ("svd_llm", "erc_svd")  # methods that weigh errors by the Gram of the inputs
+
 
 class Factorize(Section):
     """Replace the Linears of decoder layers by two low-rank factors each."""
@@ -26,8 +28,27 @@ class Factorize(Section):
         "`svd_llm`: truncation whitened by the calibration data. `erc_svd`: whitened truncation with "
         "residual compensation."
     )
-    compression_ratio: float = Field(
-        gt=0, lt=1, description="Share of the decoder Linears' parameters to remove over the whole model."
+    compression_ratio: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Share of the decoder Linears' parameters to remove over the whole model. Needed unless "
+        "the recipe has a `target`.",
+    )
+    allocation: Literal["last_k", "uniform", "error_controlled"] = Field(
+        default="last_k",
+        description="How ranks are shared out. `last_k`: the last layers lose equal shares, the first none "
+        "(ERC-SVD). `uniform`: all layers lose equal shares. `error_controlled`: every matrix gets the rank "
+        "that makes the predicted increase of the model's error smallest, layers and kinds of matrices "
+        "weighed against each other by the Fisher information of their outputs.",
+    )
+    output_metric: Literal["identity", "fisher"] = Field(
+        default="identity",
+        description="How errors of a Linear's outputs count in its truncation (`svd_llm` and `erc_svd`). "
+        "`identity`: all alike. `fisher`: by how much the model's predictions mind them.",
+    )
+    num_fisher_samples: PositiveInt = Field(
+        default=32,
+        description="Calibration sequences on which the Fisher information is measured, by one pass "
+        "forward and one back (`output_metric: fisher` or `allocation: error_controlled`).",
     )
     num_compressed_layers: Annotated[
         Literal["auto", "all"] | PositiveInt, expects("'auto', 'all' or a whole number of at least 1")
@@ -75,35 +96,60 @@ class Factorize(Section):
     @property
     def searches_layers(self) -> bool:
         """Whether the number of compressed layers is searched for."""
-        return self.num_compressed_layers == "auto"
+        return self.allocation == "last_k" and self.num_compressed_layers == "auto"
+
+    @property
+    def needs_sensitivity(self) -> bool:
+        """Whether the Fisher information of the Linears' outputs is measured."""
+        return self.output_metric == "fisher" or self.allocation == "error_controlled"
 
     @property
     def calibration_need(self) -> str | None:
         """Why calibration data is needed; None if it is not."""
         if self.method != "svd":
             return f"method {self.method} measures activations"
+        if self.needs_sensitivity:
+            return "allocation error_controlled and output_metric fisher measure gradients"
         if self.searches_layers:
             return "num_compressed_layers auto measures the final layer's error (all or a number does not)"
         return None
 
     @property
     def _inapplicable_fields(self) -> dict[str, str]:
-        """Field that another method reads -> that method."""
+        """Field that is not read -> what alone would read it."""
         readers = {"beta": "erc_svd", "residual_space": "erc_svd", "activation_exponent": "asvd"}
-        return {name: reader for name, reader in readers.items() if reader != self.method}
+        own = f"and the method is {self.method}"
+        unread = {
+            name: f"method {reader} reads it {own}"
+            for name, reader in readers.items()
+            if reader != self.method
+        }
+        if self.method not in _WHITENING:
+            unread["output_metric"] = f"methods svd_llm and erc_svd read it {own}"
+        if self.allocation != "last_k":
+            unread["num_compressed_layers"] = f"allocation last_k reads it and it is {self.allocation}"
+        if not self.needs_sensitivity:
+            unread["num_fisher_samples"] = "output_metric fisher or allocation error_controlled reads it"
+        return unread
 
     @model_validator(mode="after")
     def _given_fields_are_read(self) -> Factorize:
         refuse_together(
             (
                 (name,),
-                f"is given, but only method {reader} reads it and the method is {self.method}; remove it "
-                f"(on the command line: --set {{field}}=null)",
+                f"is given, but only {reason}; remove it (on the command line: --set {{field}}=null)",
             )
-            for name, reader in self._inapplicable_fields.items()
+            for name, reason in self._inapplicable_fields.items()
             if name in self.model_fields_set
         )
-        if self.method == "erc_svd" and self.compression_ratio >= 1 - self.beta:
+        if self.allocation == "error_controlled" and self.method not in _WHITENING:
+            text = f"is error_controlled, but method {self.method} does not weigh errors by the inputs; "
+            refuse_together([(("allocation",), f"{text}use svd_llm or erc_svd")])
+        if (
+            self.method == "erc_svd"
+            and self.compression_ratio is not None
+            and self.compression_ratio >= 1 - self.beta
+        ):
             text = f"is {self.compression_ratio:g}, but beta {self.beta:g} leaves room for less than "
             refuse_together([(("compression_ratio",), f"{text}{1 - self.beta:g}; lower one of the two")])
         return self

@@ -307,7 +307,7 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
     """Return tensor name -> file name of an index file."""
     try:
         index = json.loads(index_path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{index_path}: not readable JSON ({error})") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

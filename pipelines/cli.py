@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ercsvd_deploy import __version__
 from ercsvd_deploy.pipelines.cli_check import Junit, check, end_with_gates
+from ercsvd_deploy.pipelines.cli_host import bench_host
 from ercsvd_deploy.pipelines.command_line import (
     EXIT_FAILED,
     AsJson,
@@ -58,21 +59,30 @@ def validate(
 
 @app.command()
 def plan(
-    recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Output = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
-    """Show ranks, parameters and bytes of every layer, from the model's config alone."""
+    """Show what a run makes and needs, from the model's config alone; fails if it cannot work here."""
     with failures_explained(debug=debug):
-        loaded = load_recipe(recipe, overrides or ())
+        loaded = load_recipe(recipe, overrides or (), output)
         with quiet_libraries():
             from ercsvd_deploy.pipelines.plan import make_plan
 
-            made = make_plan(loaded)
+            made = make_plan(loaded, device=find_device(device))
         if as_json:
             print_json(made.as_json())
         else:
             from ercsvd_deploy.pipelines.plan_tables import render
 
             result_console().print(render(made))
+        for problem in made.estimate.problems:
+            complain(problem)
+        if made.estimate.problems:
+            raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -275,6 +285,7 @@ def verify(
 
 
 app.command("check")(check)
+app.command("bench-host")(bench_host)
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ercsvd_deploy.architecture import Architecture
 from ercsvd_deploy.checkpoint_schema import LowRankLayout, ModuleDescription, WeightQuantization
 from ercsvd_deploy.rank import LinearShape, count_pivot_blocks
@@ -13,6 +15,8 @@ def describe_factorized(
     layout: LowRankLayout,
     architecture: Architecture,
     storage: WeightQuantization | None = None,
+    *,
+    fits_groups: bool = False,
 ) -> ModuleDescription:
     """Return the description of a Linear of a rank.
 
@@ -22,10 +26,12 @@ def describe_factorized(
         layout: How the rank is stored.
         architecture: Tells how tensor parallelism cuts the Linear.
         storage: How both matrices are quantized; None: they are plain.
+        fits_groups: Whether the second matrix may have smaller groups, where the rank asks for them.
     """
     shape = (linear.out_features, linear.in_features)
+    second = _fitted(storage, rank) if fits_groups else storage
     if layout == "low_rank":
-        return ModuleDescription(layout=layout, shape=shape, rank=rank, factor_a=storage, factor_b=storage)
+        return ModuleDescription(layout=layout, shape=shape, rank=rank, factor_a=storage, factor_b=second)
     # Where inputs are cut every rank has all outputs, and pivots need no quota.
     is_cut_by_rows = not architecture.is_row_parallel(linear.name)
     return ModuleDescription(
@@ -34,5 +40,12 @@ def describe_factorized(
         rank=rank,
         pivot_blocks=count_pivot_blocks(linear.out_features, rank) if is_cut_by_rows else 1,
         pivot_rows=storage,
-        other_rows=storage,
+        other_rows=second,
     )
+
+
+def _fitted(storage: WeightQuantization | None, rank: int) -> WeightQuantization | None:
+    """Return a storage whose groups divide the rank, which is what the second matrix has columns."""
+    if storage is None or storage.group_size == -1:
+        return storage
+    return storage.model_copy(update={"group_size": math.gcd(storage.group_size, rank)})

@@ -28,10 +28,12 @@ from ercsvd_deploy.checkpoint_schema import (
     ROW_ORDER,
     WEIGHT,
     ModuleDescription,
+    WeightQuantization,
 )
 from ercsvd_deploy.factorize import (
     Decomposition,
     Factors,
+    Method,
     calibration_error,
     decompose,
     truncate,
@@ -40,6 +42,7 @@ from ercsvd_deploy.factorize import (
 from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
 from ercsvd_deploy.pipelines.descriptions import describe_factorized
 from ercsvd_deploy.pipelines.finished_work import FinishedWork
+from ercsvd_deploy.pipelines.sensitivity import Sensitivity
 from ercsvd_deploy.pivoting import PivotError, to_pivoted
 from ercsvd_deploy.rank import LinearShape, RankPlan, split_rank
 from ercsvd_deploy.recipe_stages import Factorize
@@ -67,6 +70,17 @@ class FactorizedLinear:
 
 
 @dataclass(frozen=True)
+class AllocatedLinear:
+    """What error-controlled allocation chose for a Linear, and what else there was."""
+
+    name: str
+    chosen: str
+    bits_per_weight: float  # stored bits per original weight; of plain values if nothing is quantized
+    predicted_kl: float  # nats per token that the choice adds
+    alternatives: tuple[tuple[str, float, float], ...]  # label, bits per weight, nats; the cheapest first
+
+
+@dataclass(frozen=True)
 class SearchPoint:
     """One tried number of compressed layers."""
 
@@ -77,7 +91,7 @@ class SearchPoint:
 
 
 _OUTCOME = "outcome"
-_LINEARS = TypeAdapter(list[FactorizedLinear])
+LINEARS = TypeAdapter(list[FactorizedLinear])
 _SEARCH = TypeAdapter(list[SearchPoint])
 _SPECTRUM_POINTS = 48  # of each Linear's spectrum in the report, at even distances of the logarithm
 
@@ -93,6 +107,8 @@ class FactorizeOutcome:
     linears: list[FactorizedLinear]
     search: list[SearchPoint]
     spectra: dict[str, Spectrum]  # Linear -> singular values of the weight in the method's metric
+    allocation: list[AllocatedLinear] = field(default_factory=list)  # with error control: the choices
+    storage: dict[str, WeightQuantization | None] | None = None  # Linear -> bits, if those were chosen too
     files: list[Path] = field(default_factory=list)
 
 
@@ -112,6 +128,7 @@ def factorize_decoder(
     plans: Mapping[int, RankPlan],
     work: FinishedWork,
     on_layer: Callable[[], None] = lambda: None,
+    sensitivity: Sensitivity | None = None,
 ) -> FactorizeOutcome:
     """Compress the last k layers; what is finished of it in `work` is not computed again.
 
@@ -125,13 +142,14 @@ def factorize_decoder(
         plans: Ranks for every k that is to be tried; the keys are the candidates.
         work: Receives `layer-<index>`, the factors of every compressed layer, and `outcome` at the end.
         on_layer: Called after every decoder layer of the pass.
+        sensitivity: Fisher information of the Linears' outputs, for `output_metric: fisher`.
 
     Returns:
         The outcome for the best k: its descriptions, errors, files, and the whole search.
     """
     found = work.findings(_OUTCOME)
     if found is None:
-        stage = _FactorizeStage(model, settings, plans, work)
+        stage = _FactorizeStage(model, settings, plans, work, sensitivity)
         search = stage.observe_and_try(samples, on_layer)
         measured = {point.num_compressed_layers: point.final_layer_error for point in search}
         best = min(plans, key=lambda k: (measured[k] or 0.0, -k))
@@ -139,7 +157,7 @@ def factorize_decoder(
         linears = stage.candidates[best].linears
         found = {
             "k": best,
-            "linears": _LINEARS.dump_python(linears),
+            "linears": LINEARS.dump_python(linears),
             "search": _SEARCH.dump_python(search),
             "spectra": stage.spectra,
         }
@@ -149,10 +167,10 @@ def factorize_decoder(
     return FactorizeOutcome(
         plan,
         _descriptions(model, plan),
-        _LINEARS.validate_python(found["linears"]),
+        LINEARS.validate_python(found["linears"]),
         _SEARCH.validate_python(found["search"]),
         found["spectra"],
-        [work.tensors_file(_factors_piece(index)) for index in _compressed_layers(model, found["k"])],
+        files=[work.tensors_file(factors_piece(index)) for index in _compressed_layers(model, found["k"])],
     )
 
 
@@ -160,7 +178,8 @@ def _compressed_layers(model: LayerwiseModel, k: int) -> range:
     return range(model.num_layers - k, model.num_layers)
 
 
-def _factors_piece(layer: int) -> str:
+def factors_piece(layer: int) -> str:
+    """Return the name of the piece that holds the factors of a layer."""
     return f"layer-{layer:05d}"
 
 
@@ -185,7 +204,9 @@ class _FactorizeStage:
         settings: Factorize,
         plans: Mapping[int, RankPlan],
         work: FinishedWork,
+        sensitivity: Sensitivity | None,
     ) -> None:
+        self.sensitivity = sensitivity
         self.model = model
         self.settings = settings
         self.candidates = {k: _Candidate(plan) for k, plan in plans.items()}
@@ -233,7 +254,9 @@ class _FactorizeStage:
         }
         if known is None:
             decompositions = {
-                linear.name: self._decompose(linear, _weight(module, linear, layer), inputs[linear.name])
+                linear.name: self._decompose(
+                    layer, linear, _weight(module, linear, layer), inputs[linear.name]
+                )
                 for linear in layer.linears
             }
         else:
@@ -244,13 +267,13 @@ class _FactorizeStage:
             if layer.index < self.model.num_layers - k:
                 continue
             measured[str(k)] = (
-                _LINEARS.validate_python(known["candidates"][str(k)]) if known is not None else []
+                LINEARS.validate_python(known["candidates"][str(k)]) if known is not None else []
             )
             for linear in layer.linears:
                 rank = candidate.plan.ranks.get(linear.name)
                 if rank is None:
                     if is_new:
-                        measured[str(k)].append(_left_dense(linear))
+                        measured[str(k)].append(left_dense(linear))
                     continue
                 weight = originals[linear.name]
                 factors = self._truncate(decompositions[linear.name], linear, weight, rank, exact=False)
@@ -267,21 +290,31 @@ class _FactorizeStage:
             for linear in layer.linears:
                 _set_weight(module, linear, layer, originals[linear.name])
         if is_new:
-            waiting = {f"{name}.basis": made.basis for name, made in decompositions.items()}
-            waiting |= {
-                f"{name}.singular_values": made.singular_values for name, made in decompositions.items()
+            waiting = {
+                name: tensor
+                for linear, made in decompositions.items()
+                for name, tensor in decomposition_tensors(linear, made).items()
             }
-            spectra = {name: _thinned(made.singular_values) for name, made in decompositions.items()}
-            candidates = {k: _LINEARS.dump_python(linears) for k, linears in measured.items()}
+            spectra = {name: thinned(made.singular_values) for name, made in decompositions.items()}
+            candidates = {k: LINEARS.dump_python(linears) for k, linears in measured.items()}
             self.work.finish(piece, {"candidates": candidates, "spectra": spectra}, waiting)
         self.spectra |= spectra if known is None else known["spectra"]
 
     def _decompose(
-        self, linear: LinearShape, weight: torch.Tensor, statistics: InputStatistics | None
+        self,
+        layer: LayerLinears,
+        linear: LinearShape,
+        weight: torch.Tensor,
+        statistics: InputStatistics | None,
     ) -> Decomposition:
         ranks = [candidate.plan.ranks.get(linear.name) for candidate in self.candidates.values()]
         highest = max((rank for rank in ranks if rank is not None), default=None)
-        return decompose_linear(self.settings, linear, weight, statistics, max_rank=highest or 1)
+        metric = None
+        if self.sensitivity is not None:
+            metric = self.sensitivity.metric(layer, linear, self.model.device)
+        return decompose_linear(
+            self.settings, linear, weight, statistics, max_rank=highest or 1, output_metric=metric
+        )
 
     def _truncate(
         self,
@@ -310,11 +343,7 @@ class _FactorizeStage:
         store = FileStore([file])
         tensors = store.read(store.names())
         return {
-            linear.name: Decomposition(
-                self.settings.method,
-                tensors[f"{linear.name}.basis"].to(self.model.device),
-                tensors[f"{linear.name}.singular_values"].to(self.model.device),
-            )
+            linear.name: read_decomposition(linear.name, self.settings.method, tensors, self.model.device)
             for linear in layer.linears
         }
 
@@ -324,7 +353,7 @@ class _FactorizeStage:
         described = _descriptions(self.model, plan)
         for index in _compressed_layers(self.model, k):
             layer = self.model.architecture.layers[index]
-            if self.work.findings(_factors_piece(index)) is not None:
+            if self.work.findings(factors_piece(index)) is not None:
                 continue
             decompositions = self._read_decompositions(layer)
             tensors: dict[str, torch.Tensor] = {}
@@ -337,12 +366,31 @@ class _FactorizeStage:
                     factors = self._truncate(decompositions[linear.name], linear, weight, rank, exact=True)
                     stored = self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
                     tensors |= factor_tensors(linear.name, factors, described[linear.name], stored)
-            self.work.finish(_factors_piece(index), {}, tensors)
+            self.work.finish(factors_piece(index), {}, tensors)
 
     def forget_decompositions(self) -> None:
         """Remove what waited for the choice of k."""
         for index in range(self.first_compressed, self.model.num_layers):
             self.work.forget(_decompositions_piece(index))
+
+
+def decomposition_tensors(name: str, made: Decomposition) -> dict[str, torch.Tensor]:
+    """Return the tensors in which a Linear's decomposition waits on disk; `read_decomposition` takes them."""
+    tensors = {f"{name}.basis": made.basis, f"{name}.singular_values": made.singular_values}
+    return tensors if made.projection is None else tensors | {f"{name}.projection": made.projection}
+
+
+def read_decomposition(
+    name: str, method: Method, tensors: Mapping[str, torch.Tensor], device: torch.device
+) -> Decomposition:
+    """Return a Linear's decomposition from its tensors; the inverse of `decomposition_tensors`."""
+    projection = tensors.get(f"{name}.projection")
+    return Decomposition(
+        method,
+        tensors[f"{name}.basis"].to(device),
+        tensors[f"{name}.singular_values"].to(device),
+        None if projection is None else projection.to(device),
+    )
 
 
 def decompose_linear(
@@ -352,8 +400,11 @@ def decompose_linear(
     statistics: InputStatistics | None,
     *,
     max_rank: int,
+    output_metric: torch.Tensor | None = None,
 ) -> Decomposition:
     """Decompose a Linear's weight [out, in] by the stage's method, for every rank up to `max_rank`.
+
+    `output_metric` [out, out] is used where the stage asks for it.
 
     Raises:
         FactorizationError: the weight or its inputs are not finite, say; the message names the Linear.
@@ -365,6 +416,7 @@ def decompose_linear(
             gram=None if statistics is None else statistics.gram,
             mean_abs_activation=None if statistics is None else statistics.mean_absolute,
             activation_exponent=settings.activation_exponent,
+            output_metric=output_metric if settings.output_metric == "fisher" else None,
             max_rank=max_rank,
         )
     except ValueError as error:
@@ -436,7 +488,7 @@ def measure_linear(
     )
 
 
-def _thinned(singular_values: torch.Tensor) -> Spectrum:
+def thinned(singular_values: torch.Tensor) -> Spectrum:
     """Return some of the values [n], descending, as shares of the first."""
     count = len(singular_values)
     steps = torch.linspace(0, 1, _SPECTRUM_POINTS, dtype=torch.float64)
@@ -445,7 +497,8 @@ def _thinned(singular_values: torch.Tensor) -> Spectrum:
     return [(position, float(shares[position - 1])) for position in positions]
 
 
-def _left_dense(linear: LinearShape) -> FactorizedLinear:
+def left_dense(linear: LinearShape) -> FactorizedLinear:
+    """Return what is told of a Linear that has no rank."""
     return FactorizedLinear(linear.name, (linear.out_features, linear.in_features), None, 0.0, 0.0)
 
 

@@ -59,6 +59,7 @@ def plan_vision_ranks(
     for part, layers in architecture.vision_layers.items():
         if not wanted[part]:
             continue
+        assert settings.compression_ratio is not None, "the schema refuses a target with vision parts"
         try:
             plan = allocate_ranks(
                 [linear for layer in layers for linear in layer.linears],

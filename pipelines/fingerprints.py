@@ -36,6 +36,7 @@ _HASHES_FILE = "model-files.json"
 class Fingerprints:
     """One fingerprint for each stage of a run."""
 
+    sensitivity: Mapping[str, Any]
     factorize: Mapping[str, Any]  # of the vision parts and the decoder
     quantize: Mapping[str, Any]
     quality: Mapping[str, Any]  # of the comparison with the original
@@ -71,6 +72,14 @@ def take_fingerprints(
         "factorize": stages.get("factorize"),
         "rank_multiple": multiple,
     }
+    if settings["target"] is not None:
+        # Ranks then depend on what quantization does, and on which shapes can be served.
+        factors |= {
+            "target": settings["target"],
+            "quantized_as": stages.get("quantize"),
+            "serving": settings["serving"],
+        }
+    sensitive = calibrated | {"num_fisher_samples": (stages.get("factorize") or {}).get("num_fisher_samples")}
     quantize = factors | {"quantize": stages.get("quantize")}
     judged = {
         "texts": {name: _digest([windows]) for name, windows in data.texts.items()},
@@ -78,7 +87,7 @@ def take_fingerprints(
             name: _samples([question.sample for question in asked]) for name, asked in data.questions.items()
         },
     }
-    return Fingerprints(factors, quantize, quantize | judged)
+    return Fingerprints(sensitive, factors, quantize, quantize | judged)
 
 
 def short_digest(fingerprint: Mapping[str, Any]) -> str:
@@ -100,7 +109,7 @@ def _model_files(directory: Path, work: Path) -> dict[str, str]:
         status = path.stat()
         identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         entry = known.get(str(path))
-        if not isinstance(entry, dict) or entry.get("identity") != identity:
+        if not isinstance(entry, dict) or entry.get("identity") != identity or "sha256" not in entry:
             entry = {"identity": identity, "sha256": file_digest(path)}
         hashes[str(path)] = entry
     write_json_atomically(work / _HASHES_FILE, hashes)

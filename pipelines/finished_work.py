@@ -3,7 +3,8 @@
 A stage works in pieces, a decoder layer say. A finished piece is a file of tensors, if it has any, and a file
 of findings, written last: where the findings are, the piece is whole. A stage's folder also holds a
 fingerprint of everything its results depend on; a run with another fingerprint starts the stage over, and can
-say what has changed. Tensors carry a checksum, so that a damaged file is computed again, not reused.
+say what has changed. Tensors and
+findings carry checksums, so that a damaged file is computed again, not reused.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class FinishedWork:
     def findings(self, piece: str) -> Any | None:
         """Return what was found out in a piece; None if it is not finished or its tensors are damaged."""
         record = read_json(self._findings_file(piece))
-        if not isinstance(record, dict) or "findings" not in record:
+        if not isinstance(record, dict) or record.pop("sha256", None) != _value_digest(record):
             return None
         if record.get("tensors_sha256") is not None:
             tensors = self.tensors_file(piece)
@@ -98,6 +99,8 @@ class FinishedWork:
             write_atomically(self.tensors_file(piece), tensors)
             digest = file_digest(self.tensors_file(piece))
         record = {"findings": findings, "tensors_sha256": digest}
+        # A flipped bit can leave JSON that still reads, with another number in it.
+        record |= {"sha256": _value_digest(record)}
         # Python reads its own Infinity again: a perplexity can be that.
         write_json_atomically(self._findings_file(piece), record, allow_nan=True)
 
@@ -114,6 +117,12 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _value_digest(value: Any) -> str:
+    """Return the SHA-256 of JSON values, however they are laid out: of what reading them again gives."""
+    read_again = json.loads(json.dumps(value))  # whose keys are all text, and can be sorted
+    return hashlib.sha256(json.dumps(read_again, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(earlier: Any, now: Any, name: str = "") -> list[str]:

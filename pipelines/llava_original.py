@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import torch
 
+from ercsvd_deploy.config_sizes import impossible_sizes
+
 Conversation = Literal["vicuna_v1", "mistral_instruct"]
 
 _LANGUAGE_MODELS: Mapping[str, str] = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
@@ -130,7 +132,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LlavaImportError(f"{path}: not readable JSON ({error})") from error
     if not isinstance(value, dict):
         raise LlavaImportError(f"{path}: not a JSON object")
@@ -143,6 +145,8 @@ def build_config(config_class: Any, values: Mapping[str, Any], path: Path) -> An
     Raises:
         LlavaImportError: a value is not what it should be.
     """
+    if problems := impossible_sizes(values):
+        raise LlavaImportError(f"{path}: no model has such a config: {'; '.join(problems)}")
     known = (set(config_class().to_dict()) | _OLDER_KEYS) - _NOT_COPIED
     try:
         return config_class(**{key: value for key, value in values.items() if key in known})

@@ -84,7 +84,11 @@ class ImportedStore:
         return TensorInfo(shape, info.dtype, math.prod(shape) * torch_dtype(info.dtype).itemsize)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Return the named tensors on the CPU, in the precision they are stored in."""
+        """Return the named tensors on the CPU, in the precision they are stored in.
+
+        Raises:
+            CheckpointError: a tensor is absent or unreadable, or holds NaN or infinite values.
+        """
         by_store: dict[int, tuple[TensorStore, dict[str, str]]] = {}
         for name in names:
             store, stored = self._origin(name)
@@ -94,6 +98,11 @@ class ImportedStore:
             for store, wanted in by_store.values()
             for stored, tensor in store.read(wanted).items()
         }
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(
+                    f"{self.stored_name(name)} holds NaN or infinite values: the checkpoint is damaged"
+                )
         return {
             name: _with_rows(tensor, self._num_rows[name]) if name in self._num_rows else tensor
             for name, tensor in tensors.items()

@@ -18,9 +18,12 @@ from ercsvd_deploy.architecture import (
     reads_images,
 )
 from ercsvd_deploy.checkpoint_schema import ModuleDescription
+from ercsvd_deploy.exporters.vllm.kernel_choice import KernelUse, choose_kernels
+from ercsvd_deploy.pipelines.allocation_options import AllocationTask, allocation_task
 from ercsvd_deploy.pipelines.components import Component, describe_components
+from ercsvd_deploy.pipelines.feasibility import Estimate, estimate
 from ercsvd_deploy.pipelines.factorize_vision import describe_vision, plan_vision_ranks
-from ercsvd_deploy.pipelines.model_source import open_config
+from ercsvd_deploy.pipelines.model_source import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.quantize_plan import (
     PatternMatch,
     QuantizePlan,
@@ -36,8 +39,11 @@ from ercsvd_deploy.pipelines.sizes import (
     planned_bytes,
     sum_by_part,
 )
+from ercsvd_deploy.pipelines.workload import measure_workload
 from ercsvd_deploy.rank import RankError, RankPlan, admissible_num_compressed_layers, allocate_ranks
 from ercsvd_deploy.recipe_schema import Recipe
+
+_MOST_REMOVED = 0.9  # share of the parameters in a plan that shows what a target may come to
 
 
 class PlanError(ValueError):
@@ -83,6 +89,9 @@ class Plan:
     model_parameters: int
     num_bytes: int
     candidates: tuple[CandidatePlan, ...]
+    estimate: Estimate  # of memory, disk and time on this machine
+    kernels: tuple[KernelUse, ...]  # that vLLM will use, of the candidate with the most compressed layers
+    output: str | None  # where the recipe writes to
     patterns: tuple[PatternMatch, ...] = ()  # what the quantize stage's patterns matched
     warnings: tuple[str, ...] = ()
 
@@ -91,7 +100,7 @@ class Plan:
         return asdict(self)
 
 
-def rank_plans(recipe: Recipe, architecture: Architecture) -> dict[int, RankPlan]:
+def rank_plans(recipe: Recipe, architecture: Architecture, element: int) -> dict[int, RankPlan]:
     """Return the ranks for every number of compressed layers to consider; empty if nothing is factorized.
 
     Raises:
@@ -103,17 +112,20 @@ def rank_plans(recipe: Recipe, architecture: Architecture) -> dict[int, RankPlan
     rank_multiple = resolve_rank_multiple(recipe, architecture)
     beta = settings.beta if settings.method == "erc_svd" else 0.0
     linears, num_layers = architecture.linears, architecture.num_layers
-    if settings.num_compressed_layers == "auto":
+    ratio = _planned_ratio(recipe, architecture, element)
+    if ratio is None:
+        return {}
+    if settings.searches_layers:
         candidates = admissible_num_compressed_layers(
-            linears, num_layers, settings.compression_ratio, rank_multiple, beta, settings.layout
+            linears, num_layers, ratio, rank_multiple, beta, settings.layout
         )
-    elif settings.num_compressed_layers == "all":
-        candidates = [num_layers]
-    else:
+    elif settings.allocation == "last_k" and isinstance(settings.num_compressed_layers, int):
         candidates = [settings.num_compressed_layers]
+    else:
+        candidates = [num_layers]
     if not candidates:
         raise PlanError(
-            f"no number of layers can reach compression_ratio {settings.compression_ratio} with "
+            f"no number of layers can reach compression_ratio {ratio:g} with "
             f"rank_multiple {rank_multiple} and beta {beta}: lower one of them"
         )
     try:
@@ -121,7 +133,7 @@ def rank_plans(recipe: Recipe, architecture: Architecture) -> dict[int, RankPlan
             k: allocate_ranks(
                 linears,
                 num_layers=num_layers,
-                compression_ratio=settings.compression_ratio,
+                compression_ratio=ratio,
                 num_compressed_layers=k,
                 rank_multiple=rank_multiple,
                 beta=beta,
@@ -131,6 +143,46 @@ def rank_plans(recipe: Recipe, architecture: Architecture) -> dict[int, RankPlan
         }
     except RankError as error:
         raise PlanError(str(error)) from error
+
+
+def _planned_ratio(recipe: Recipe, architecture: Architecture, element: int) -> float | None:
+    """Return the share of parameters to remove; for a target, which leaves it open, about what it takes.
+
+    None: the target is met without removing any.
+    """
+    assert recipe.factorize is not None
+    if recipe.factorize.compression_ratio is not None:
+        return recipe.factorize.compression_ratio
+    task = plan_allocation(recipe, architecture, element)
+    full = sum(
+        min(option.cost for option in options if option.rank is None) for options in task.options.values()
+    )
+    share = 1 - task.budget / full
+    return min(share, _MOST_REMOVED) if share > 0 else None
+
+
+def plan_allocation(recipe: Recipe, architecture: Architecture, element: int) -> AllocationTask:
+    """Return options and budget of error-controlled allocation; `element` is a plain value's bytes.
+
+    Raises:
+        PlanError: even the cheapest options do not fit the budget.
+    """
+    task = allocation_task(
+        recipe,
+        architecture,
+        _quantize_plan(recipe, architecture),
+        {},
+        rank_multiple=resolve_rank_multiple(recipe, architecture),
+        element=element,
+    )
+    least = sum(options[0].cost for options in task.options.values())
+    if least > task.budget:
+        unit = "bits" if task.is_in_bits else "parameters"
+        raise PlanError(
+            f"the budget is {task.budget:,} {unit} for all decoder Linears, and the least that is possible "
+            f"is {least:,}: allow more, or a smaller rank_multiple"
+        )
+    return task
 
 
 def resolve_rank_multiple(recipe: Recipe, architecture: Architecture) -> int:
@@ -196,11 +248,19 @@ def _quantize_plan(recipe: Recipe, architecture: Architecture) -> QuantizePlan:
     layout = recipe.factorize.layout if recipe.factorize else "low_rank"
     if recipe.quantize is None:
         return replace(unquantized(names), layout=layout)
-    return replace(plan_quantization(recipe.quantize, names, architecture.checkpoint_name), layout=layout)
+    return replace(
+        plan_quantization(recipe.quantize, names, architecture.checkpoint_name),
+        layout=layout,
+        fits_groups=recipe.target is not None,
+    )
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, device: torch.device | None = None) -> Plan:
     """Plan a recipe from the model's config alone.
+
+    Args:
+        recipe: A validated recipe.
+        device: Where layers would run; default the GPU if there is one.
 
     Raises:
         ArchitectureError: the config cannot be read or the architecture is not supported.
@@ -214,20 +274,23 @@ def make_plan(recipe: Recipe) -> Plan:
     )
     dtype = planned_dtype(recipe, config)
     element = getattr(torch, dtype).itemsize
-    plans = rank_plans(recipe, architecture)
+    plans = rank_plans(recipe, architecture, element)
     quantize_plan = plan_quantize_stage(recipe, plans, architecture)
     vision: dict[str, ModuleDescription] = {}
     if recipe.factorize is not None:
         vision = describe_vision(plan_vision(recipe, architecture), recipe.factorize.layout, architecture)
-    candidates = tuple(
-        _candidate(
-            plan,
-            architecture,
-            vision | quantize_plan.describe(plan.ranks if plan else {}, architecture),
-            element,
-            recipe.serving.tensor_parallel_sizes,
-        )
+    described = [
+        vision | quantize_plan.describe(plan.ranks if plan else {}, architecture)
         for plan in plans.values() or [None]
+    ]
+    sizes = recipe.serving.tensor_parallel_sizes
+    candidates = tuple(
+        _candidate(plan, architecture, modules, element, sizes)
+        for plan, modules in zip(plans.values() or [None], described, strict=True)
+    )
+    device = device or default_device()
+    work = measure_workload(
+        recipe, architecture, plans, config, stored=element, computed=compute_dtype(config, device).itemsize
     )
     return Plan(
         model=recipe.model.path,
@@ -238,6 +301,9 @@ def make_plan(recipe: Recipe) -> Plan:
         model_parameters=architecture.total_parameters,
         num_bytes=architecture.total_parameters * element,
         candidates=candidates,
+        estimate=estimate(work, described, [each.num_bytes for each in candidates], device),
+        kernels=choose_kernels(described[-1], architecture, sizes),
+        output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=quantize_plan.matches,
         warnings=tuple(serving_warnings(quantize_plan, dtype)),
     )

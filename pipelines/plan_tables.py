@@ -30,6 +30,8 @@ def render(plan: Plan) -> RenderableType:
     parts.append(_size_table(plan))
     if plan.patterns:
         parts.append(_pattern_table(plan.patterns))
+    parts += [_kernel_table(plan), _resource_table(plan), Text(_machine_line(plan))]
+    parts.extend(Text(f"assumed: {assumption}") for assumption in plan.estimate.assumptions)
     parts.extend(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings)
     return Group(*parts)
 
@@ -96,3 +98,70 @@ def _rank_table(candidate: CandidatePlan) -> Table:
         ranks = ("dense" if rank is None else str(rank) for rank in layer.ranks.values())
         table.add_row(str(layer.index), *ranks, f"{layer.parameters:,}", f"{layer.num_bytes:,}")
     return table
+
+
+def _kernel_table(plan: Plan) -> Table:
+    table = Table(title="Matrices on each GPU, and vLLM's kernels for them", title_justify="left")
+    for column in ("tensor parallel", "matrices", "shape", "stored as", "layers", "Hopper", "other GPUs", "CPU"):
+        table.add_column(column, justify="right" if column in ("tensor parallel", "shape", "layers") else "left")
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for use in plan.kernels:
+        names = " + ".join(name.partition(".")[2] or name for name in use.matrices)
+        figures = (f"{use.rows} x {use.columns}", use.storage, str(use.layers))
+        key = (str(use.tensor_parallel_size), *figures, use.hopper, use.other_gpu, use.cpu)
+        alike.setdefault(key, []).append(names)
+    for (size, shape, storage, layers, *kernels), names in alike.items():
+        table.add_row(size, ", ".join(names), shape, storage, layers, *kernels)
+    return table
+
+
+def _resource_table(plan: Plan) -> Table:
+    needs = plan.estimate
+    table = Table(title=f"What the run needs at its highest, layers on {needs.device}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("memory", justify="right")
+    if needs.peak_device_bytes:
+        table.add_column("GPU memory", justify="right")
+    table.add_column("work directory", justify="right")
+    if needs.seconds is not None:
+        table.add_column("time, about", justify="right")
+    for stage in needs.stages:
+        cells = [stage.stage, _size(stage.host_bytes)]
+        cells += [_size(stage.device_bytes)] if needs.peak_device_bytes else []
+        cells.append(_size(stage.scratch_bytes))
+        cells += [duration(needs.seconds[stage.stage])] if needs.seconds is not None else []
+        table.add_row(*cells)
+    total = ["the run", _size(needs.peak_host_bytes)]
+    total += [_size(needs.peak_device_bytes)] if needs.peak_device_bytes else []
+    total.append(_size(needs.scratch_bytes))
+    total += [duration(sum(needs.seconds.values()))] if needs.seconds is not None else []
+    table.add_row(*total, style="bold")
+    return table
+
+
+def _machine_line(plan: Plan) -> str:
+    machine = plan.estimate.machine
+    here = [
+        f"{_size(num_bytes)} {what}"
+        for num_bytes, what in (
+            (machine.memory_bytes, "of memory"),
+            (machine.gpu_bytes, "of GPU memory"),
+            (machine.disk_bytes, "on the output's disk"),
+        )
+        if num_bytes is not None
+    ]
+    lines = [f"This machine has {', '.join(here)} to spare."] if here else []
+    if plan.estimate.seconds is None:
+        lines.append("`ercsvd bench-host` measures this machine, once; plans then tell times.")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Write a rough time."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.0f} MiB"

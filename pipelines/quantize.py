@@ -26,21 +26,19 @@ from ercsvd_deploy.checkpoint_schema import (
     ModuleDescription,
     WeightQuantization,
 )
+from ercsvd_deploy.factorize import Factors
 from ercsvd_deploy.gptq import (
     FactorsReport,
     MatrixReport,
-    QuantizationSettings,
-    QuantizedFactors,
     QuantizedWeight,
     proxy_loss,
     quantize_better,
-    quantize_factors,
 )
-from ercsvd_deploy.gptq_pivoted import quantize_pivoted
 from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
 from ercsvd_deploy.lowrank_linear import LowRankLinear, PivotedLinear
 from ercsvd_deploy.packing import pack, unpack
 from ercsvd_deploy.pipelines.finished_work import FinishedWork
+from ercsvd_deploy.pipelines.quantize_pair import quantization_settings, quantize_pair
 from ercsvd_deploy.pipelines.quantize_plan import PatternMatch
 from ercsvd_deploy.pivoting import PivotedFactors, find_pivots
 from ercsvd_deploy.rank import LinearShape
@@ -254,7 +252,7 @@ def _quantize_dense(
 ) -> dict[str, QuantizedWeight]:
     assert description.weight is not None
     weight = module.weight.data
-    settings = _settings(stage.settings, description.weight)
+    settings = quantization_settings(stage.settings, description.weight)
     quantized, *losses = quantize_better(
         weight, gram, settings, scale_dtype=scale_dtype, method=stage.settings.method
     )
@@ -277,13 +275,15 @@ def _quantize_factors(
 ) -> dict[str, QuantizedWeight]:
     names = list(description.parts)
     matrices = [module.get_submodule(part) for part in names]
-    storages = [storage for _, storage in description.parts.values()]
-    pair = _quantize_pair(stage.settings, module, weight, gram, storages, scale_dtype)
+    first, second = (storage for _, storage in description.parts.values())
+    assert first is not None
+    assert second is not None
+    storages = (first, second)
+    pair = quantize_pair(stage.settings, weight, _pair_of(module), gram, storages, scale_dtype)
     parts = dict(zip(names, (pair.factor_a, pair.factor_b), strict=True))
     reports = (pair.report.factor_a, pair.report.factor_b)
     for part, matrix, storage, report in zip(names, matrices, storages, reports, strict=True):
         assert isinstance(matrix, nn.Linear)
-        assert storage is not None
         stage.outcome.matrices.append(_matrix(stage, f"{linear.name}.{part}", matrix.weight, storage, report))
         served = parts[part].dequantize(matrix.weight.dtype)
         matrix.weight = nn.Parameter(served, requires_grad=False)
@@ -291,46 +291,14 @@ def _quantize_factors(
     return parts
 
 
-def _quantize_pair(
-    settings: Quantize,
-    module: LowRankLinear | PivotedLinear,
-    weight: torch.Tensor,
-    gram: torch.Tensor,
-    storages: Sequence[WeightQuantization | None],
-    scale_dtype: torch.dtype,
-) -> QuantizedFactors:
-    """Quantize both matrices of a Linear in the order in which its errors arise."""
+def _pair_of(module: LowRankLinear | PivotedLinear) -> Factors | PivotedFactors:
     first, second = module.children()
     assert isinstance(first, nn.Linear)
     assert isinstance(second, nn.Linear)
-    first_storage, second_storage = storages
-    assert first_storage is not None
-    assert second_storage is not None
-    uses_gptq = settings.method == "gptq"
     if isinstance(module, PivotedLinear):
         pivots = find_pivots(module.row_order, module.rank)
-        return quantize_pivoted(
-            weight,
-            PivotedFactors(first.weight.data, second.weight.data, pivots),
-            gram,
-            settings_pivots=_settings(settings, first_storage),
-            settings_others=_settings(settings, second_storage),
-            scale_dtype=scale_dtype,
-            refit=settings.refit_second_factor and uses_gptq,
-            method=settings.method,
-        )
-    return quantize_factors(
-        weight,
-        first.weight.data,
-        second.weight.data,
-        gram,
-        settings_a=_settings(settings, first_storage),
-        settings_b=_settings(settings, second_storage),
-        scale_dtype=scale_dtype,
-        refit=settings.refit_second_factor and uses_gptq,
-        rotate=settings.rotate_factors and uses_gptq,
-        method=settings.method,
-    )
+        return PivotedFactors(first.weight.data, second.weight.data, pivots)
+    return Factors(first.weight.data, second.weight.data)
 
 
 def _matrix(
@@ -345,17 +313,6 @@ def _matrix(
         method="rtn" if stage.settings.method == "rtn" else report.method,
         gptq_loss=report.gptq_loss,
         rtn_loss=report.rtn_loss,
-    )
-
-
-def _settings(stage: Quantize, storage: WeightQuantization) -> QuantizationSettings:
-    return QuantizationSettings(
-        bits=storage.bits,
-        group_size=storage.group_size,
-        sym=storage.sym,
-        damping=stage.damping,
-        mse=stage.mse,
-        desc_act=stage.desc_act,
     )
 
 

@@ -38,6 +38,7 @@ class QuantizePlan:
     storage: Mapping[str, WeightQuantization | None]
     matches: tuple[PatternMatch, ...]
     layout: LowRankLayout = "low_rank"  # of the Linears that have a rank
+    fits_groups: bool = False  # whether a second factor may have smaller groups than the first
 
     def describe(
         self, ranks: Mapping[str, int | None], architecture: Architecture
@@ -48,7 +49,9 @@ class QuantizePlan:
             rank, storage = ranks.get(linear.name), self.storage[linear.name]
             shape = (linear.out_features, linear.in_features)
             if rank is not None:
-                described[linear.name] = describe_factorized(linear, rank, self.layout, architecture, storage)
+                described[linear.name] = describe_factorized(
+                    linear, rank, self.layout, architecture, storage, fits_groups=self.fits_groups
+                )
             elif storage is not None:
                 described[linear.name] = ModuleDescription(layout="dense", shape=shape, weight=storage)
         return described
@@ -74,7 +77,7 @@ def plan_quantization(
         checkpoint_name: Gives a Linear's name in the checkpoint.
 
     Raises:
-        QuantizePlanError: a pattern matches nothing; near misses are named.
+        QuantizePlanError: a pattern matches nothing; near misses are named. Or nothing is left to quantize.
     """
     ends = {name: [*_ends(name), *_ends(checkpoint_name(name))] for name in names}
     matches = [_match(pattern, "ignore", ends) for pattern in settings.ignore]
@@ -93,6 +96,11 @@ def plan_quantization(
             )
     for match in matches:
         storage |= dict.fromkeys(match.modules)
+    if not any(storage.values()):
+        raise QuantizePlanError(
+            f"quantize: ignore {list(settings.ignore)} leaves nothing to quantize: "
+            "remove a pattern, or the stage"
+        )
     return QuantizePlan(storage, (*matches, *(match for match, _ in overrides)))
 
 
@@ -160,6 +168,8 @@ def automatic_rank_multiple(plan: QuantizePlan) -> int:
     A second factor's in-dimension is the rank, so its group size must divide it; the kernels work on
     blocks of 32. 32 without quantization.
     """
+    if plan.fits_groups:
+        return 32
     sizes = {
         storage.group_size
         for storage in plan.storage.values()

@@ -138,7 +138,8 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
     opened = _open_checked(recipe, target)
     data = load_run_data(recipe, opened)
     original = stream(opened, device)
-    stages = plan_stages(recipe, original.architecture)
+    element = getattr(torch, planned_dtype(recipe, opened.config)).itemsize
+    stages = plan_stages(recipe, original.architecture, element)
     warnings = (
         *data.warnings,
         *_surplus_warning(original),

@@ -43,6 +43,12 @@ def planned_bytes(
     return sizes
 
 
+def module_bytes(description: ModuleDescription, element: int) -> int:
+    """Return the bytes of one Linear's tensors, bias aside."""
+    shapes = description.tensor_shapes.items()
+    return sum(math.prod(shape) * _element(leaf, element) for leaf, shape in shapes)
+
+
 def stored_bytes(store: TensorStore) -> dict[str, int]:
     """Return tensor name -> bytes of a model's files."""
     return {name: store.info(name).num_bytes for name in store.names()}

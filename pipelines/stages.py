@@ -15,18 +15,21 @@ import torch
 from ercsvd_deploy.architecture import Architecture
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.layerwise import LayerwiseModel
+from ercsvd_deploy.pipelines.allocation_options import AllocationTask
 from ercsvd_deploy.pipelines.factorize import FactorizeOutcome, factorize_decoder
+from ercsvd_deploy.pipelines.factorize_allocated import factorize_allocated
 from ercsvd_deploy.pipelines.factorize_vision import VisionOutcome, factorize_vision
 from ercsvd_deploy.pipelines.fingerprints import Fingerprints, short_digest
 from ercsvd_deploy.pipelines.finished_work import FinishedWork
 from ercsvd_deploy.pipelines.model_source import OpenedModel, stream
-from ercsvd_deploy.pipelines.plan import plan_quantize_stage, plan_vision, rank_plans
+from ercsvd_deploy.pipelines.plan import plan_allocation, plan_quantize_stage, plan_vision, rank_plans
 from ercsvd_deploy.pipelines.progress import ProgressReporter
 from ercsvd_deploy.pipelines.quantize import QuantizeOutcome, quantize_decoder
 from ercsvd_deploy.pipelines.quantize_plan import QuantizePlan, check_num_tokens, serving_warnings
+from ercsvd_deploy.pipelines.sensitivity import measure_sensitivity
 from ercsvd_deploy.rank import RankPlan
 from ercsvd_deploy.recipe_schema import Recipe
-from ercsvd_deploy.recipe_stages import Quantize
+from ercsvd_deploy.recipe_stages import Factorize, Quantize
 from ercsvd_deploy.samples import Sample
 from ercsvd_deploy.tensor_store import FileStore, OverlayStore, TensorStore
 
@@ -68,6 +71,7 @@ class StagePlan:
     rank_plans: Mapping[int, RankPlan]
     quantize: QuantizePlan
     settings: Quantize | None
+    allocation: AllocationTask | None = None  # what error control chooses from
 
     def warnings(self, samples: Sequence[Sample] | None, dtype: str) -> list[str]:
         """Return what may go less well than hoped.
@@ -112,19 +116,22 @@ class StageOutcomes:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def plan_stages(recipe: Recipe, architecture: Architecture) -> StagePlan:
-    """Plan all stages.
+def plan_stages(recipe: Recipe, architecture: Architecture, element: int) -> StagePlan:
+    """Plan all stages; `element` is the size in bytes of a value that is not quantized.
 
     Raises:
         PlanError, QuantizePlanError: the recipe cannot work on this model.
     """
-    ranks = rank_plans(recipe, architecture)
+    ranks = rank_plans(recipe, architecture, element)
     return StagePlan(
         architecture=architecture,
         vision_ranks=plan_vision(recipe, architecture),
         rank_plans=ranks,
         quantize=plan_quantize_stage(recipe, ranks, architecture),
         settings=recipe.quantize,
+        allocation=plan_allocation(recipe, architecture, element)
+        if recipe.factorize is not None and recipe.factorize.allocation == "error_controlled"
+        else None,
     )
 
 
@@ -154,24 +161,56 @@ def run_stages(
             )
         compressed.take([outcomes.vision.file], outcomes.vision.modules)
     if settings is not None:
-        model = compressed.stream()
-        candidates = f"{len(plan.rank_plans)} candidate{'s' if len(plan.rank_plans) > 1 else ''}"
-        with (
-            timed(outcomes.seconds, "factorize"),
-            progress(f"{settings.method}, {candidates}", model.num_layers) as on_layer,
-        ):
-            outcomes.factorized = factorize_decoder(
-                model,
-                samples,
-                settings,
-                plan.rank_plans,
-                work.stage("factorize", work.fingerprints.factorize),
-                on_layer,
-            )
+        outcomes.factorized = _factorize(
+            settings, recipe, plan, compressed, samples, outcomes, work, progress
+        )
         compressed.take(outcomes.factorized.files, outcomes.factorized.modules)
     if recipe.quantize is not None:
         outcomes.quantized = _quantize(recipe.quantize, plan, compressed, samples, outcomes, work, progress)
     return outcomes
+
+
+def _factorize(
+    settings: Factorize,
+    recipe: Recipe,
+    plan: StagePlan,
+    compressed: CompressedModel,
+    samples: Sequence[Sample] | None,
+    outcomes: StageOutcomes,
+    work: RunWork,
+    progress: ProgressReporter,
+) -> FactorizeOutcome:
+    model = compressed.stream()
+    sensitivity = None
+    if settings.needs_sensitivity:
+        assert samples is not None, "the schema asks for calibration where a stage needs it"
+        with (
+            timed(outcomes.seconds, "sensitivity"),
+            progress("sensitivity", 2 * model.num_layers) as on_layer,
+        ):
+            sensitivity = measure_sensitivity(
+                model,
+                samples[: settings.num_fisher_samples],
+                work.stage("sensitivity", work.fingerprints.sensitivity),
+                on_layer,
+            )
+    finished = work.stage("factorize", work.fingerprints.factorize)
+    if plan.allocation is not None:
+        assert sensitivity is not None
+        assert samples is not None
+        with (
+            timed(outcomes.seconds, "factorize"),
+            progress(f"{settings.method}, error-controlled", 2 * model.num_layers) as on_layer,
+        ):
+            return factorize_allocated(
+                model, samples, settings, plan.allocation, sensitivity, recipe.quantize, finished, on_layer
+            )
+    candidates = f"{len(plan.rank_plans)} candidate{'s' if len(plan.rank_plans) > 1 else ''}"
+    with (
+        timed(outcomes.seconds, "factorize"),
+        progress(f"{settings.method}, {candidates}", model.num_layers) as on_layer,
+    ):
+        return factorize_decoder(model, samples, settings, plan.rank_plans, finished, on_layer, sensitivity)
 
 
 def _quantize(
@@ -185,7 +224,9 @@ def _quantize(
 ) -> QuantizeOutcome:
     assert samples is not None, "the schema asks for calibration where a stage needs it"
     ranks = outcomes.factorized.plan.ranks if outcomes.factorized else {}
-    described = plan.quantize.describe(ranks, plan.architecture)
+    chosen = outcomes.factorized.storage if outcomes.factorized else None
+    storing = plan.quantize if chosen is None else replace(plan.quantize, storage=chosen)
+    described = storing.describe(ranks, plan.architecture)
     model = compressed.stream()
     with (
         timed(outcomes.seconds, "quantize"),

@@ -10,7 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The matrices here are tiny: more threads only wait for each other, above all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.fuzz_strategies import FuzzLog
 from tests.tiny_models import compress_at_random, materialise, save_tiny_model
 
 ModelDirectory = Callable[[str], Path]
@@ -57,6 +59,15 @@ def materialised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], P
     return cache(
         lambda directory: materialise(directory, tmp_path_factory.mktemp(f"{directory.name}-materialised"))
     )
+
+
+@pytest.fixture(scope="session")
+def fuzz_log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FuzzLog]:
+    """Count cases and distinct errors of the fuzz tests; they end in `fuzz.json` below pytest's basetemp."""
+    log = FuzzLog()
+    yield log
+    summary = json.dumps(log.summary(), indent=2)
+    (tmp_path_factory.getbasetemp() / "fuzz.json").write_text(summary + "\n", encoding="utf-8")
 
 
 def _compressed(

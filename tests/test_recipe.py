@@ -78,14 +78,18 @@ def test_defaults_of_a_minimal_recipe(tmp_path: Path) -> None:
                 "factorize": {
                     "method": "erc_svd",
                     "compression_ratio": 0.2,
+                    "allocation": "last_k",
+                    "output_metric": "identity",
                     "num_compressed_layers": "auto",
                     "beta": 0.05,
                     "residual_space": "weight",
+                    "layout": "low_rank",
                     "rank_multiple": 32,
                     "num_search_samples": 16,
                 }
             }
         ],
+        "target": None,
         "evaluation": {
             "perplexity": {},
             "sequence_length": None,
@@ -159,11 +163,46 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
 def test_one_mistake_gives_one_line_with_place_value_and_remedy(tmp_path: Path) -> None:
     path = written(tmp_path, MINIMAL.replace("compression_ratio", "compression_ration"))
     assert problems_of(path) == [
-        "recipe.yaml:4:5: field 'stages.0.factorize.compression_ratio' is missing; add it: Share of the "
-        "decoder Linears' parameters to remove over the whole model.",
         "recipe.yaml:4:34: field 'stages.0.factorize.compression_ration' is unknown (value 0.2); "
         "did you mean 'compression_ratio'?",
     ]
+
+
+@pytest.mark.parametrize(
+    ("factorize", "sections", "expected"),
+    [
+        (
+            "compression_ratio: 0.2",
+            "target: {overall_bits: 3}",
+            "compression_ratio' is given beside a target",
+        ),
+        ("", "target: {overall_bits: 3}", "allocation' is last_k, but a target needs error_controlled"),
+        ("allocation: error_controlled", "target: {}", "'target' has to have exactly one of bytes"),
+        ("allocation: error_controlled", "target: {bytes: 1GB, overall_bits: 3}", "exactly one of bytes"),
+        ("allocation: error_controlled", "target: {overall_bits: 16}", "it must be less than 16"),
+        ("allocation: error_controlled", "target: {overall_bits: 3, bits: [3]}", "'target.bits.0' is 3"),
+        ("allocation: error_controlled", "target: {overall_bits: 3, group_sizes: [32]}", "no quantize stage"),
+        ("allocation: error_controlled", "", "compression_ratio' is missing; add it, or a target"),
+        (
+            "compression_ratio: 0.2, allocation: uniform, num_compressed_layers: 3",
+            "",
+            "is given, but only allocation last_k reads it and it is uniform",
+        ),
+        ("compression_ratio: 0.2, num_fisher_samples: 3", "", "only output_metric fisher or allocation"),
+    ],
+)
+def test_ratio_and_target_do_not_contradict(
+    tmp_path: Path, factorize: str, sections: str, expected: str
+) -> None:
+    text = MINIMAL.replace("compression_ratio: 0.2", factorize or "beta: 0.05") + f"{sections}\n"
+    problems = problems_of(written(tmp_path, text))
+    assert any(expected in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("method", ["svd", "asvd"])
+def test_error_control_needs_the_inputs_metric(tmp_path: Path, method: str) -> None:
+    text = MINIMAL.replace("method: erc_svd", f"method: {method}, allocation: error_controlled")
+    assert "use svd_llm or erc_svd" in problems_of(written(tmp_path, text))[0]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +212,7 @@ def test_one_mistake_gives_one_line_with_place_value_and_remedy(tmp_path: Path) 
         ("0.2", ".nan", "is nan; it must be"),
         ("0.2", "'0.2'", "is '0.2'; it must be a number (without quotes)"),
         ("0.2", "true", "is true; it must be a number"),
-        ("0.2", "null", "is null; it must be a number"),
+        ("0.2", "null", "compression_ratio' is missing; add it, or a target"),
         ("0.2", "0.96", "is 0.96, but beta 0.05 leaves room for less than 0.95; lower one of the two"),
         ("0.2", "0.2, beta: 1", "'stages.0.factorize.beta' is 1; it must be less than 1"),
         ("0.2", "0.2, num_compressed_layers: 0", "is 0; it must be 'auto', 'all' or a whole number of at"),

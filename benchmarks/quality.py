@@ -1,0 +1,289 @@
+"""What compression costs: ln(perplexity / dense) of every method, at equal parameters and at equal bits.
+
+Two embedded models of different shapes, two texts each (calibration is Python source, as `in_domain`), every
+row one run of the pipeline. Beside the published methods stand plain GPTQ at 4 and 8 bits, by the pipeline,
+and at 3 and 2 bits, by a textbook implementation below, since no serving kernel stores those.
+
+    python benchmarks/quality.py --jobs 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: many small models run side by side
+
+import torch
+from results_file import environment, markdown_table, write_results
+from safetensors.torch import save_file
+
+MODELS = {"tiny-llama": "examples/tiny-llama", "tiny-qwen2": "examples/tiny-qwen2"}
+TEXTS = ("in_domain", "out_of_domain")
+RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6)
+BITS = (2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
+WINDOWS = 160  # of 256 tokens, of each text
+
+OURS: dict[str, Any] = {
+    "method": "svd_llm",
+    "output_metric": "fisher",
+    "allocation": "error_controlled",
+    "num_fisher_samples": 128,
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "svd": {"method": "svd", "num_compressed_layers": "all"},
+    "asvd": {"method": "asvd", "num_compressed_layers": "all"},
+    "svd_llm": {"method": "svd_llm", "num_compressed_layers": "all"},
+    "svd_llm, best k": {"method": "svd_llm", "num_compressed_layers": "auto"},
+    "erc_svd, best k": {"method": "erc_svd", "num_compressed_layers": "auto"},
+    "Fisher metric alone": {"method": "svd_llm", "output_metric": "fisher", "allocation": "uniform"},
+    "error control alone": {"method": "svd_llm", "allocation": "error_controlled"},
+    "pivoted alone": {"method": "svd_llm", "layout": "pivoted", "allocation": "uniform"},
+    "ours, two factors": OURS,
+    "ours, pivoted": OURS | {"layout": "pivoted"},
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row to measure."""
+
+    model: str
+    name: str
+    table: str  # "parameters" or "bits"
+    stages: tuple[dict[str, Any], ...]
+    target: dict[str, Any] | None = None
+    textbook_bits: tuple[int, int] | None = None  # bits and group size of the textbook's GPTQ
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured."""
+
+    model: str
+    name: str
+    table: str
+    removed: float
+    bits: float
+    excess: dict[str, float]  # ln(perplexity / dense) on each text
+    logprob_kl: dict[str, float]
+
+
+def points() -> list[Point]:
+    """Return everything to measure."""
+    made = []
+    for model in MODELS:
+        for ratio in RATIOS:
+            for name, settings in METHODS.items():
+                stage = {"factorize": {**settings, "compression_ratio": ratio, "rank_multiple": 8}}
+                made.append(Point(model, f"{name}|{ratio}", "parameters", (stage,)))
+        for bits, group in ((4, 32), (4, 64), (8, 64)):
+            stage = {"quantize": {"bits": bits, "group_size": group}}
+            made.append(Point(model, f"plain GPTQ-{bits}, groups of {group}", "bits", (stage,)))
+        for bits, group in ((3, 64), (2, 64)):
+            name = f"plain GPTQ-{bits}, groups of {group} (no kernel)"
+            made.append(Point(model, name, "bits", (), None, (bits, group)))
+        quantize = {"quantize": {"bits": 4, "group_size": 64}}
+        for ratio in (0.2, 0.4):
+            for method in ("svd_llm", "erc_svd"):
+                settings = {"method": method, "compression_ratio": ratio, "rank_multiple": 32}
+                stages = ({"factorize": settings}, {"quantize": {"bits": 4, "group_size": 32}})
+                made.append(Point(model, f"{method}, best k, {100 * ratio:.0f} % removed", "bits", stages))
+        for layout in ("low_rank", "pivoted"):
+            for bits in BITS:
+                stages = ({"factorize": OURS | {"rank_multiple": 32, "layout": layout}}, quantize)
+                target = {"overall_bits": bits, "group_sizes": [32, 64]}
+                made.append(Point(model, f"ours, {layout}", "bits", stages, target))
+    return made
+
+
+def measure(point: Point) -> Row:
+    """Run the pipeline for one row; nothing is exported."""
+    torch.set_num_threads(1)
+    from ercsvd_deploy.pipelines.run import compress_and_judge, prepare_run
+
+    recipe = _recipe(point)
+    prepared = prepare_run(recipe, None, device=torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as work:
+        if point.textbook_bits is not None:
+            return _measure_textbook(point, prepared, Path(work))
+        report = compress_and_judge(prepared, Path(work)).report
+    excess = {
+        text: math.log(report.compressed.perplexity[text] / report.original.perplexity[text])
+        for text in TEXTS
+    }
+    removed = 1 - report.compressed.linear_parameters / report.original.linear_parameters
+    divergence = {text: report.change[text].logprob_kl for text in TEXTS}
+    bits = report.compressed.linear_bits_per_weight
+    return Row(point.model, point.name, point.table, removed, bits, excess, divergence)
+
+
+def _recipe(point: Point) -> Any:
+    import yaml
+
+    from ercsvd_deploy.recipe import load_recipe
+
+    recipe: dict[str, Any] = {
+        "model": {"path": MODELS[point.model], "dtype": "bfloat16"},
+        "calibration": {
+            "dataset": {"text": "examples/text/calibration.txt"},
+            "num_samples": 128,
+            "sequence_length": 256,
+            "seed": 3,
+        },
+        "stages": list(point.stages) or [{"quantize": {"bits": 4, "group_size": 64}}],
+        "evaluation": {
+            "perplexity": {text: f"examples/text/{text}.txt" for text in TEXTS},
+            "max_sequences": WINDOWS,
+        },
+    }
+    if point.target is not None:
+        recipe["target"] = point.target
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "recipe.yaml")
+        file.write_text(yaml.safe_dump(recipe))
+        return load_recipe(file)
+
+
+def _measure_textbook(point: Point, prepared: Any, work: Path) -> Row:
+    """Quantize all decoder Linears by textbook GPTQ, layer by layer on the quantized prefix."""
+    from ercsvd_deploy.comparison import compare_models
+    from ercsvd_deploy.pipelines.model_source import stream
+    from ercsvd_deploy.tensor_store import FileStore, OverlayStore
+
+    assert point.textbook_bits is not None
+    bits, group = point.textbook_bits
+    model = prepared.original
+    hidden = model.embed(model.batches(prepared.data.samples))
+    weights = {}
+    for layer in model.architecture.layers:
+        statistics = model.input_statistics(layer)
+        with model.layer(layer.index) as module:
+            model.advance(layer.index, list(hidden), observe=statistics, module=module)
+            for linears in layer.groups:
+                gram = statistics[layer.local_name(linears[0])].gram
+                for linear in linears:
+                    found = module.get_submodule(layer.local_name(linear))
+                    found.weight.data = textbook_gptq(found.weight.data, gram, bits, group)
+                    weights[f"{linear.name}.weight"] = found.weight.data
+            model.advance(layer.index, hidden, module=module)
+    save_file(weights, work / "weights.safetensors")
+    names = [linear.name for linear in model.architecture.linears]
+    store = OverlayStore(model.store, FileStore([work / "weights.safetensors"]), names)
+    quantized = stream(prepared.opened, prepared.device, store)
+    found = compare_models(model, quantized, prepared.data.texts, {})
+    excess = {
+        text: math.log(found.compressed.perplexity[text].value / found.original.perplexity[text].value)
+        for text in TEXTS
+    }
+    divergence = {text: found.change[text].logprob_kl for text in TEXTS}
+    return Row(point.model, point.name, point.table, 0.0, bits + 16 / group, excess, divergence)
+
+
+def textbook_gptq(weight: torch.Tensor, gram: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Return a weight [out, in] rounded by GPTQ (arXiv 2210.17323), columns of large activation first.
+
+    Symmetric grid of 2^bits levels between the extremes of each group, scales from the original columns.
+    """
+    out_features, in_features = weight.shape
+    order = torch.argsort(gram.diagonal(), descending=True)
+    groups = weight.view(out_features, in_features // group, group)
+    scales = groups.abs().amax(2).clamp(min=1e-8) / (2 ** (bits - 1) - 0.5)
+    damped = gram.double() + 0.01 * gram.diagonal().mean() * torch.eye(in_features, dtype=torch.float64)
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True).float()
+    left = weight[:, order].clone()
+    rounded = torch.empty_like(left)
+    for column, source in enumerate(order.tolist()):
+        scale = scales[:, source // group]
+        level = (left[:, column] / scale - 0.5).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        rounded[:, column] = (level + 0.5) * scale
+        error = (left[:, column] - rounded[:, column]) / factor[column, column]
+        left[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
+    return rounded[:, torch.argsort(order)]
+
+
+def by_parameters(rows: Sequence[Row], model: str, text: str) -> str:
+    """Return the table at equal parameters of one model and text."""
+    cells = []
+    for name in METHODS:
+        own = {row.name.partition("|")[2]: row for row in rows if row.name.startswith(f"{name}|")}
+        cells.append([name, *(f"{own[str(ratio)].excess[text]:.4f}" for ratio in RATIOS)])
+    published = next(row for row in cells if row[0].startswith("erc_svd"))
+    for name in ("ours, two factors", "ours, pivoted"):
+        ours = next(row for row in cells if row[0] == name)
+        shares = (float(a) / float(b) for a, b in zip(ours[1:], published[1:], strict=True))
+        cells.append([f"{name} / erc_svd", *(f"{share:.2f}" for share in shares)])
+    columns = [f"{model}, {text}", *(f"{100 * ratio:.0f} % removed" for ratio in RATIOS)]
+    return markdown_table(columns, cells)
+
+
+def by_bits(rows: Sequence[Row], model: str) -> str:
+    """Return the table at equal bits of one model, with the distance from plain GPTQ's line."""
+    ordered = sorted(rows, key=lambda row: (row.bits, row.name))
+    cells = []
+    for row in ordered:
+        line = {text: plain_line(rows, row.bits, text) for text in TEXTS}
+        is_plain = row.name.startswith("plain")
+        against = [
+            "" if is_plain or line[text] is None else f"{row.excess[text] - line[text]:+.4f}"  # type: ignore[operator]
+            for text in TEXTS
+        ]
+        cells.append([row.name, f"{row.bits:.2f}", *(f"{row.excess[text]:.4f}" for text in TEXTS), *against])
+    columns = [model, "bits per weight", *TEXTS, *(f"{text}, to the plain line" for text in TEXTS)]
+    return markdown_table(columns, cells)
+
+
+def plain_line(rows: Sequence[Row], bits: float, text: str) -> float | None:
+    """Return what plain GPTQ would lose at so many bits: straight between its neighbours."""
+    plain = sorted((row.bits, row.excess[text]) for row in rows if row.name.startswith("plain"))
+    below = [each for each in plain if each[0] <= bits]
+    above = [each for each in plain if each[0] >= bits]
+    if not below or not above:
+        return None
+    (low, at_low), (high, at_high) = below[-1], above[0]
+    share = (bits - low) / (high - low) if high > low else 0.0
+    return at_low + share * (at_high - at_low)
+
+
+def main() -> None:
+    """Measure everything and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=3, help="processes of one thread each")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--name", default="quality", help="name of the results files")
+    arguments = parser.parse_args()
+    wanted = [point for point in points() if point.model in arguments.models]
+    rows = []
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        for row in pool.map(measure, wanted):
+            rows.append(row)
+            print(row, flush=True)
+    parts = []
+    for model in arguments.models:
+        own = [row for row in rows if row.model == model]
+        equal = [row for row in own if row.table == "parameters"]
+        parts.append(f"## {model}, at equal parameters")
+        parts += [by_parameters(equal, model, text) for text in TEXTS]
+        parts.append(f"## {model}, at equal bits")
+        parts.append(by_bits([row for row in own if row.table == "bits"], model))
+    text = f"""# What compression costs
+
+ln(perplexity / dense perplexity) on {WINDOWS} windows of 256 tokens of each held-out text; calibration on 128
+sequences of Python source. "ours" is `method: svd_llm, output_metric: fisher, allocation: error_controlled`,
+with a `target` where bits are compared; int4 factors. Scales count as bits; embeddings do not.
+
+{chr(10).join(f"{part}{chr(10)}" for part in parts)}"""
+    made_by = environment(f".venv/bin/python benchmarks/quality.py --jobs {arguments.jobs}", threads=1)
+    write_results(arguments.name, made_by=made_by, figures=[asdict(row) for row in rows], text=text)
+
+
+if __name__ == "__main__":
+    main()

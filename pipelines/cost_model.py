@@ -1,0 +1,227 @@
+"""How long each stage takes: operations and bytes counted from the code, divided by this machine's speeds.
+
+Rough by nature: products are counted exactly, what is bound by memory or by Python only in proportion. Expect
+a factor of two at most on an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ercsvd_deploy.checkpoint_schema import ModuleDescription
+from ercsvd_deploy.pipelines.host_speed import HostSpeed
+from ercsvd_deploy.pipelines.resources import StageResources
+from ercsvd_deploy.pipelines.workload import Sequences, Workload
+from ercsvd_deploy.rank import LinearShape
+
+# Operations that gptqmodel's column loop starts for one column, and values of the column's block it touches.
+_OPERATIONS_OF_COLUMN = 45
+_EXACT_RESIDUAL_UP_TO = 1024
+_SUBSPACE_PASSES = 14  # over the matrix, of a randomized residual
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counted work; sums of it add up.
+
+    Attributes:
+        passing: Operations of layers and heads, in the precision they run in.
+        single: Further float32 operations of products.
+        double: Float64 operations of products.
+        eigh: Sides of the matrices to decompose.
+        moved: Bytes that pass through memory without products.
+        columns: Columns of GPTQ's loop.
+        read: Bytes from disk.
+        written: Bytes to disk.
+    """
+
+    passing: float = 0
+    single: float = 0
+    double: float = 0
+    eigh: tuple[int, ...] = ()
+    moved: float = 0
+    columns: float = 0
+    read: float = 0
+    written: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.passing + other.passing,
+            self.single + other.single,
+            self.double + other.double,
+            self.eigh + other.eigh,
+            self.moved + other.moved,
+            self.columns + other.columns,
+            self.read + other.read,
+            self.written + other.written,
+        )
+
+    def seconds(self, speed: HostSpeed) -> float:
+        """Return how long it takes at these speeds."""
+        return (
+            self.passing / speed.matmul_flops
+            + self.single / speed.single_flops
+            + self.double / speed.double_flops
+            + sum(eigh_seconds(side, speed) for side in self.eigh)
+            + self.moved / speed.copy_bytes
+            + self.columns * _OPERATIONS_OF_COLUMN * speed.small_operation
+            + self.read / speed.disk_read_bytes
+            + self.written / speed.disk_write_bytes
+        )
+
+
+def eigh_seconds(side: int, speed: HostSpeed) -> float:
+    """Return the seconds of an eigendecomposition: c n^3, c taken between the measured sides."""
+    (small, quick), (large, slow) = sorted(speed.eigh_seconds.items())
+    share = (math.log(side) - math.log(small)) / (math.log(large) - math.log(small))
+    share = min(1.0, max(0.0, share))
+    coefficient = math.exp(
+        (1 - share) * math.log(quick / small**3) + share * math.log(slow / large**3)
+    )
+    return coefficient * side**3
+
+
+def stage_seconds(
+    work: Workload,
+    described: Sequence[Mapping[str, ModuleDescription]],
+    final_bytes: int,
+    resources: Sequence[StageResources],
+    speed: HostSpeed,
+) -> dict[str, float]:
+    """Return stage -> seconds, for the stages of `resources`.
+
+    Args:
+        work: What there is to compute.
+        described: For every candidate, the final description of every altered Linear.
+        final_bytes: Of the export.
+        resources: The stages; their scratch is what they write.
+        speed: Of this machine.
+    """
+    counted = {
+        "sensitivity": _sensitivity,
+        "factorize": _factorize,
+        "quantize": lambda each: _quantize(each, described[-1]),
+        "evaluate": _evaluate,
+        "export": lambda _: Work(read=2 * final_bytes, written=final_bytes),
+    }
+    found = {}
+    before = 0
+    for needs in resources:
+        written = Work(written=max(0, needs.scratch_bytes - before)) if needs.stage != "export" else Work()
+        found[needs.stage] = (counted[needs.stage](work) + written).seconds(speed)
+        before = needs.scratch_bytes
+    return found
+
+
+def _pass(work: Workload, sequences: Sequences | None, *, observed: bool = False) -> Work:
+    """One pass through all layers, read from disk on the way."""
+    layers = work.architecture.num_layers
+    read = Work(read=work.layer_parameters * work.stored * layers)
+    if sequences is None:
+        return read
+    layer = work.largest_layer
+    tokens = sequences.tokens * layers
+    queries = layer.groups[0][0].out_features
+    attention = 2 * sequences.length * queries  # of two products, half of which a causal mask leaves out
+    inner = layer.groups[-1][0].in_features
+    touched = tokens * work.computed * (12 * work.hidden + 6 * inner + 6 * queries)
+    observing = sum(2 * group[0].in_features ** 2 for group in layer.groups) * tokens if observed else 0
+    return read + Work(
+        passing=tokens * 2 * (work.layer_parameters + attention), single=observing, moved=touched
+    )
+
+
+def _sensitivity(work: Workload) -> Work:
+    assert work.recipe.factorize is not None
+    assert work.calibration is not None
+    sequences = work.calibration.first(work.recipe.factorize.num_fisher_samples)
+    layers = work.architecture.num_layers
+    outputs = sum(2 * linear.out_features**2 for linear in work.largest_layer.linears)
+    forward = _pass(work, sequences)
+    return forward + forward + forward + _head(work, sequences) + Work(single=outputs * sequences.tokens * layers)
+
+
+def _factorize(work: Workload) -> Work:
+    settings = work.recipe.factorize
+    assert settings is not None
+    total = _pass(work, work.calibration, observed=settings.method != "svd")
+    searched = work.calibration.first(settings.num_search_samples) if work.calibration else None
+    trials = max(1, len(work.rank_plans))
+    layers = work.compressed_layers()
+    share = len(layers) / work.architecture.num_layers
+    if searched is not None:
+        one = _pass(work, searched)
+        total += Work(passing=one.passing * trials * share, moved=one.moved * trials * share)
+    for layer in layers:
+        for linear in layer.linears:
+            rank = work.highest_rank(linear)
+            if not rank:
+                continue
+            total += _decomposing(linear)
+            total += _truncating(linear, rank, exact=True, residual=settings.method == "erc_svd")
+            is_small = min(linear.out_features, linear.in_features) <= _EXACT_RESIDUAL_UP_TO
+            for _ in range(trials):
+                total += _truncating(linear, rank, exact=is_small, residual=settings.method == "erc_svd")
+                total += _measuring(linear, rank)
+    return total
+
+
+def _decomposing(linear: LinearShape) -> Work:
+    m, n, smaller = linear.out_features, linear.in_features, min(linear.out_features, linear.in_features)
+    qr = 6 * m * n * n if m > n else 0
+    return Work(double=qr + 2 * smaller * n * n + 2 * smaller**2 * n, eigh=(smaller,), moved=24 * m * n)
+
+
+def _truncating(linear: LinearShape, rank: int, *, exact: bool, residual: bool) -> Work:
+    m, n, smaller = linear.out_features, linear.in_features, min(linear.out_features, linear.in_features)
+    work = Work(double=4 * m * n * rank, moved=64 * m * n)
+    if not residual:
+        return work
+    if exact:
+        return work + Work(double=2 * smaller * m * n, eigh=(smaller,))
+    return work + Work(double=2 * m * n * (rank // 16 + 32) * _SUBSPACE_PASSES)
+
+
+def _measuring(linear: LinearShape, rank: int) -> Work:
+    m, n = linear.out_features, linear.in_features
+    return Work(double=4 * m * n * rank + 4 * m * n * n, moved=128 * m * n)
+
+
+def _quantize(work: Workload, described: Mapping[str, ModuleDescription]) -> Work:
+    total = _pass(work, work.calibration, observed=True) + _pass(work, work.calibration)
+    for linear in work.architecture.linears:
+        description = described.get(linear.name)
+        if description is None:
+            continue
+        m, n, rank = linear.out_features, linear.in_features, description.rank
+        total += _rounding(rank or m, n)
+        if rank is not None:
+            # Losses of the whole Linear, the re-fit, and the second matrix under a Gram of its own.
+            total += _rounding(m, rank) + Work(
+                single=20 * m * n * n, double=4 * n * n * rank + 8 * m * n * rank, eigh=(rank,), moved=64 * m * n
+            )
+    return total
+
+
+def _rounding(rows: int, columns: int) -> Work:
+    """GPTQ and rounding to nearest of one matrix, and their losses."""
+    return Work(
+        single=9 * rows * columns * columns + 2 * columns**3,
+        moved=40 * rows * columns + 40 * columns**2 + 24.0 * rows * columns,
+        columns=columns,
+    )
+
+
+def _head(work: Workload, sequences: Sequences) -> Work:
+    logits = sequences.tokens * work.architecture.vocab_size
+    return Work(passing=2 * logits * work.hidden, moved=40 * logits)
+
+
+def _evaluate(work: Workload) -> Work:
+    total = Work()
+    for sequences in work.judged:
+        for _ in ("original", "compressed"):
+            total += _pass(work, sequences) + _head(work, sequences)
+    return total

@@ -1,0 +1,156 @@
+"""Can a recipe run here, how long will it take, and what will serve the result?
+
+Estimates are of one machine and one device; `plan` carries them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ercsvd_deploy.checkpoint_schema import ModuleDescription
+from ercsvd_deploy.pipelines.cost_model import stage_seconds
+from ercsvd_deploy.pipelines.host_speed import remembered_speed
+from ercsvd_deploy.pipelines.machine import Machine, look_around
+from ercsvd_deploy.pipelines.resources import StageResources, stage_resources
+from ercsvd_deploy.pipelines.work_directory import work_path
+from ercsvd_deploy.pipelines.workload import Workload
+
+if TYPE_CHECKING:  # a plan holds an estimate; only its type is needed here
+    from ercsvd_deploy.pipelines.plan import Plan
+
+_CERTAINLY = 0.85  # of an estimate: measured ones are within 15 %
+
+
+class TooLittleDiskError(ValueError):
+    """The output's disk cannot hold what the run writes."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run needs, and whether it is here.
+
+    Attributes:
+        device: Where layers run, "cpu" or "cuda".
+        stages: In the order in which they run.
+        peak_host_bytes: Highest resident memory of the process.
+        peak_device_bytes: Highest GPU memory; 0 without one.
+        scratch_bytes: Highest size of the work directory beside the output, unfinished export included.
+        final_bytes: Of the finished export's tensors, of the largest candidate.
+        seconds: Stage -> about how long it takes; None until this machine has been measured.
+        machine: What is here.
+        problems: Why the run cannot work here, one line each.
+        assumptions: What the estimate takes for granted.
+    """
+
+    device: str
+    stages: tuple[StageResources, ...]
+    peak_host_bytes: int
+    peak_device_bytes: int
+    scratch_bytes: int
+    final_bytes: int
+    seconds: Mapping[str, float] | None
+    machine: Machine
+    problems: tuple[str, ...]
+    assumptions: tuple[str, ...]
+
+
+def estimate(
+    work: Workload,
+    described: Sequence[Mapping[str, ModuleDescription]],
+    final_bytes: Iterable[int],
+    device: torch.device,
+) -> Estimate:
+    """Estimate a run on this machine.
+
+    Args:
+        work: What there is to compute.
+        described: For every candidate, the final description of every altered Linear.
+        final_bytes: Bytes of every candidate's export.
+        device: Where layers run.
+    """
+    largest = max(final_bytes)
+    stages = stage_resources(work, described, largest, on_gpu=device.type == "cuda")
+    speed = remembered_speed(device)
+    target = work.recipe.export.path
+    target = None if target is None else target.absolute()
+    machine = look_around(device, target)
+    found = Estimate(
+        device=device.type,
+        stages=stages,
+        peak_host_bytes=max(stage.host_bytes for stage in stages),
+        peak_device_bytes=max(stage.device_bytes for stage in stages),
+        scratch_bytes=max(stage.scratch_bytes for stage in stages),
+        final_bytes=largest,
+        seconds=None if speed is None else stage_seconds(work, described, largest, stages, speed),
+        machine=machine,
+        problems=(),
+        assumptions=work.assumptions,
+    )
+    return replace(found, problems=tuple(_problems(found, target)))
+
+
+def check_resources(plan: Plan) -> list[str]:
+    """Return a warning for every resource that this machine seems to lack for a planned run.
+
+    Raises:
+        TooLittleDiskError: the disk surely does not suffice: not even for 85 % of what is to be written.
+    """
+    needs = plan.estimate
+    free = needs.machine.disk_bytes
+    if free is not None and plan.output is not None:
+        missing = _CERTAINLY * needs.scratch_bytes - _already_written(Path(plan.output)) - free
+        if missing > 0:
+            raise TooLittleDiskError(
+                f"{_disk_problem(needs, Path(plan.output))}; nothing has been computed yet"
+            )
+    return [f"this machine may not suffice: {problem}" for problem in needs.problems]
+
+
+def _problems(needs: Estimate, target: Path | None) -> Iterable[str]:
+    machine = needs.machine
+    if machine.memory_bytes is not None and needs.peak_host_bytes > machine.memory_bytes:
+        stage = max(needs.stages, key=lambda each: each.host_bytes).stage
+        yield (
+            f"{stage} needs about {_gib(needs.peak_host_bytes)} of memory, {_gib(machine.memory_bytes)} are "
+            f"available: {_remedy(stage)}"
+        )
+    if machine.gpu_bytes is not None and needs.peak_device_bytes > machine.gpu_bytes:
+        stage = max(needs.stages, key=lambda each: each.device_bytes).stage
+        yield (
+            f"{stage} needs about {_gib(needs.peak_device_bytes)} of GPU memory, {_gib(machine.gpu_bytes)} "
+            f"are free: {_remedy(stage)}, or use --device cpu"
+        )
+    if target is not None and machine.disk_bytes is not None:
+        if needs.scratch_bytes > machine.disk_bytes + _already_written(target):
+            yield _disk_problem(needs, target)
+
+
+def _disk_problem(needs: Estimate, target: Path) -> str:
+    assert needs.machine.disk_bytes is not None
+    return (
+        f"the run writes up to {_gib(needs.scratch_bytes)} to the disk of {target}, which has "
+        f"{_gib(needs.machine.disk_bytes)} free: make room, or choose another output"
+    )
+
+
+def _remedy(stage: str) -> str:
+    if stage == "evaluate":
+        return "lower evaluation.max_sequences or evaluation.sequence_length"
+    if stage == "export":
+        return "lower export.max_shard_size"
+    return "lower calibration.num_samples or calibration.sequence_length"
+
+
+def _already_written(target: Path) -> int:
+    """Return the bytes that an unfinished run has left, which a continued one uses or removes."""
+    work = work_path(target)
+    return sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"

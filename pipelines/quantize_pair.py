@@ -1,0 +1,78 @@
+"""Quantize the two matrices of a factorized Linear together, whatever their layout."""
+
+from __future__ import annotations
+
+import torch
+
+from ercsvd_deploy.checkpoint_schema import WeightQuantization
+from ercsvd_deploy.factorize import Factors
+from ercsvd_deploy.gptq import QuantizationSettings, QuantizedFactors, quantize_factors
+from ercsvd_deploy.gptq_pivoted import quantize_pivoted
+from ercsvd_deploy.pivoting import PivotedFactors, order_rows
+from ercsvd_deploy.recipe_stages import Quantize
+
+
+def quantization_settings(stage: Quantize, storage: WeightQuantization) -> QuantizationSettings:
+    """Return how the stage quantizes a matrix of this storage."""
+    return QuantizationSettings(
+        bits=storage.bits,
+        group_size=storage.group_size,
+        sym=storage.sym,
+        damping=stage.damping,
+        mse=stage.mse,
+        desc_act=stage.desc_act,
+    )
+
+
+def quantize_pair(
+    stage: Quantize,
+    weight: torch.Tensor,
+    pair: Factors | PivotedFactors,
+    gram: torch.Tensor,
+    storages: tuple[WeightQuantization, WeightQuantization],
+    scale_dtype: torch.dtype,
+) -> QuantizedFactors:
+    """Quantize both matrices in the order in which their errors arise.
+
+    Args:
+        stage: The recipe's stage.
+        weight: The original weight [out, in].
+        pair: What stands for it.
+        gram: Of the Linear's inputs, [in, in], at any scale.
+        storages: Of the first and the second matrix.
+        scale_dtype: Precision in which scales are stored.
+    """
+    first, second = (quantization_settings(stage, storage) for storage in storages)
+    uses_gptq = stage.method == "gptq"
+    if isinstance(pair, PivotedFactors):
+        return quantize_pivoted(
+            weight,
+            pair,
+            gram,
+            settings_pivots=first,
+            settings_others=second,
+            scale_dtype=scale_dtype,
+            refit=stage.refit_second_factor and uses_gptq,
+            method=stage.method,
+        )
+    return quantize_factors(
+        weight,
+        pair.factor_a,
+        pair.factor_b,
+        gram,
+        settings_a=first,
+        settings_b=second,
+        scale_dtype=scale_dtype,
+        refit=stage.refit_second_factor and uses_gptq,
+        rotate=stage.rotate_factors and uses_gptq,
+        method=stage.method,
+    )
+
+
+def dequantized_product(quantized: QuantizedFactors, pair: Factors | PivotedFactors) -> torch.Tensor:
+    """Return the weight [out, in] that the quantized pair stands for."""
+    first, second = quantized.factor_a.dequantize(), quantized.factor_b.dequantize()
+    if isinstance(pair, PivotedFactors):
+        rows = torch.cat([first, second @ first])
+        return rows[order_rows(pair.pivots, len(rows)).long()]
+    return second @ first
