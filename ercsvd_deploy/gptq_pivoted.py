@@ -86,7 +86,7 @@ def quantize_pivoted(
     )
     pivot_rows, other_rows = first.dequantize(), start.other_rows
     loss_first_quantized = loss_refitted = loss_of(pivot_rows, other_rows)
-    if refit:
+    if refit and bool((gram.diagonal() > 0).any()):
         other_rows = refit_other_rows(weight[is_other], pivot_rows, gram).float()
         loss_refitted = loss_of(pivot_rows, other_rows)
     second, *losses_others = quantize_better(
@@ -118,15 +118,14 @@ def refit_other_rows(
     Args:
         other_rows_of_weight: the original weight's rows that are no pivots, W_o: [out - rank, in].
         pivot_rows: as they will be served, V: [rank, in].
-        gram: [in, in], at any scale.
+        gram: [in, in], at any scale, not all zeros.
         damping: share of the mean energy of the pivot outputs.
 
     Returns:
         [out - rank, rank], float64: W_o G V^T (V G V^T + damping mean(diag(V G V^T)) I)^-1.
     """
     energy = transform_gram(pivot_rows, gram)
-    ridge = damping * energy.diagonal().mean().clamp(min=torch.finfo(energy.dtype).tiny)
-    energy.diagonal().add_(ridge)
+    energy.diagonal().add_(damping * energy.diagonal().mean())
     crossed = other_rows_of_weight.double() @ (gram.double() @ pivot_rows.double().T)
     refitted: Tensor = torch.linalg.solve(energy, crossed, left=False)
     return refitted

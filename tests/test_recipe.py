@@ -81,6 +81,7 @@ def test_defaults_of_a_minimal_recipe(tmp_path: Path) -> None:
                     "num_compressed_layers": "auto",
                     "beta": 0.05,
                     "residual_space": "weight",
+                    "layout": "low_rank",
                     "rank_multiple": 32,
                     "num_search_samples": 16,
                 }
