@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ercsvd_deploy.factorize import Factors
 
-# Pivots far from dependent give single digits. Where h is rounded to 8 bits of mantissa, a thousand times that
-# error is no approximation any more.
+# Pivots far from dependent give single digits. Where h is rounded to 8 bits of mantissa, a thousand times
+# that error is no approximation any more.
 _LARGEST_COMBINATION = 1e3
 
 
