@@ -99,7 +99,7 @@ def test_outputs_come_in_the_order_asked_for(layout: str, shape: tuple[int, ...]
     bias = torch.linspace(-1, 1, len(order), dtype=torch.float64) if has_bias else None
     x = torch.randn(*shape, IN_FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     output = torch.ops.ercsvd.lowrank_linear(x, first, seconds, widths, bias, order)
-    hidden = (x @ first.T).split(widths, dim=-1)
+    hidden = torch.split(x @ first.T, widths, dim=-1)
     everything = torch.cat(
         [*hidden, *(h @ s.T for h, s in zip(hidden, seconds, strict=True) if s is not None)], dim=-1
     )
