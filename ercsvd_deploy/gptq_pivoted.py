@@ -20,11 +20,14 @@ from ercsvd_deploy.gptq import (
     check_weight_and_gram,
     proxy_loss,
     quantize_better,
-    refit_second_factor,
     transform_gram,
 )
 from ercsvd_deploy.integer_grid import QuantizationSettings, check_weight
 from ercsvd_deploy.pivoting import PivotedFactors
+
+# Share of the mean energy of the pivot outputs. On the embedded model (docs/decisions/0008) the loss after
+# quantization is smallest about here, and half as large again without damping.
+_REFIT_DAMPING = 1e-3
 
 
 def quantize_pivoted(
@@ -83,12 +86,9 @@ def quantize_pivoted(
     )
     pivot_rows, other_rows = first.dequantize(), start.other_rows
     loss_first_quantized = loss_refitted = loss_of(pivot_rows, other_rows)
-    if refit:
-        refitted = refit_second_factor(weight[is_other], pivot_rows, gram, other_rows).float()
-        loss = loss_of(pivot_rows, refitted)
-        # Equal at worst in exact arithmetic; a Gram at the edge of float32 must not make things worse.
-        if loss < loss_first_quantized:
-            other_rows, loss_refitted = refitted, loss
+    if refit and bool((gram.diagonal() > 0).any()):
+        other_rows = refit_other_rows(weight[is_other], pivot_rows, gram).float()
+        loss_refitted = loss_of(pivot_rows, other_rows)
     second, *losses_others = quantize_better(
         other_rows,
         transform_gram(pivot_rows, gram),
@@ -105,3 +105,27 @@ def quantize_pivoted(
         loss=loss_of(pivot_rows, second.dequantize()),
     )
     return QuantizedFactors(first, second, report)
+
+
+def refit_other_rows(
+    other_rows_of_weight: Tensor, pivot_rows: Tensor, gram: Tensor, *, damping: float = _REFIT_DAMPING
+) -> Tensor:
+    """Return the small C that best gives the other rows of a weight: tr((W_o - C V) G (W_o - C V)^T).
+
+    Pivot outputs are strongly correlated, so many C fit almost equally well, and rounding errors of a C are
+    in proportion to its size: the smallest that fits well is the one to quantize, hence the damping.
+
+    Args:
+        other_rows_of_weight: the original weight's rows that are no pivots, W_o: [out - rank, in].
+        pivot_rows: as they will be served, V: [rank, in].
+        gram: [in, in], at any scale, not all zeros.
+        damping: share of the mean energy of the pivot outputs.
+
+    Returns:
+        [out - rank, rank], float64: W_o G V^T (V G V^T + damping mean(diag(V G V^T)) I)^-1.
+    """
+    energy = transform_gram(pivot_rows, gram)
+    energy.diagonal().add_(damping * energy.diagonal().mean())
+    crossed = other_rows_of_weight.double() @ (gram.double() @ pivot_rows.double().T)
+    refitted: Tensor = torch.linalg.solve(energy, crossed, left=False)
+    return refitted

@@ -78,4 +78,4 @@ def _kind(description: ModuleDescription) -> str:
     integers = "/".join(f"int{width}" for width in bits)
     if description.layout == "dense":
         return integers
-    return f"low-rank {integers}".rstrip()
+    return f"{description.layout.replace('_', '-')} {integers}".rstrip()

@@ -82,15 +82,27 @@ def test_an_impossible_group_size_is_refused(group_size: int) -> None:
             },
             32 * 64 + 48 * 32,
         ),
+        (
+            ModuleDescription(layout="pivoted", shape=(48, 64), rank=32, pivot_blocks=8, other_rows=INT4),
+            {
+                "weight": (0,),
+                "pivot_rows.weight": (32, 64),
+                "other_rows.weight_packed": (16, 4),
+                "other_rows.weight_scale": (16, 1),
+                "other_rows.weight_shape": (2,),
+                "row_order": (48,),
+            },
+            32 * (48 + 64 - 32),
+        ),
     ],
-    ids=["plain", "dense-int4", "low-rank-half-int4"],
+    ids=["plain", "dense-int4", "low-rank-half-int4", "pivoted-half-int4"],
 )
 def test_tensor_names_and_shapes(
     description: ModuleDescription, names: dict[str, tuple[int, ...]], num_parameters: int
 ) -> None:
     assert description.tensor_shapes == names
     assert description.num_parameters == num_parameters
-    assert description.is_altered == ("weight_packed" in names or "factor_a.weight" in names)
+    assert description.is_altered == (names["weight"] == (0,))
 
 
 @pytest.mark.parametrize(
@@ -98,9 +110,19 @@ def test_tensor_names_and_shapes(
     [
         ({"layout": "low_rank"}, "needs a rank"),
         ({"layout": "low_rank", "rank": 9}, r"rank 9 exceeds the smaller side of shape \[8, 16\]"),
-        ({"layout": "low_rank", "rank": 4, "weight": INT4}, "has factors, not a weight"),
+        (
+            {"layout": "low_rank", "rank": 4, "weight": INT4},
+            "no weight to quantize, but factor_a and factor_b",
+        ),
         ({"layout": "dense", "rank": 4}, "dense has no rank"),
-        ({"layout": "dense", "factor_a": INT4}, "no factors"),
+        ({"layout": "dense", "factor_a": INT4}, "layout dense has no factor_a"),
+        ({"layout": "dense", "pivot_blocks": 1}, "dense has no pivot_blocks"),
+        ({"layout": "low_rank", "rank": 4, "other_rows": INT4}, "layout low_rank has no other_rows"),
+        ({"layout": "pivoted", "rank": 4}, "pivoted needs pivot_blocks"),
+        ({"layout": "pivoted", "pivot_blocks": 1}, "pivoted needs a rank"),
+        ({"layout": "pivoted", "rank": 8, "pivot_blocks": 1}, "rank 8 leaves no other rows"),
+        ({"layout": "pivoted", "rank": 6, "pivot_blocks": 4}, "4 does not divide rank 6 and 8 outputs"),
+        ({"layout": "pivoted", "rank": 4, "pivot_blocks": 1, "factor_b": INT4}, "has no factor_b"),
         ({"layout": "dense", "ranks": 4}, "ranks"),
     ],
 )
@@ -128,7 +150,7 @@ def test_a_config_survives_json() -> None:
         ({"format_version": FORMAT_VERSION + 1}, "install the release that wrote it .ercsvd-deploy 9.9"),
         ({"format_version": None}, "format_version is None"),
         (
-            {"modules": {"up": {"layout": "pivoted", "shape": [8, 16]}}},
+            {"modules": {"up": {"layout": "permuted", "shape": [8, 16]}}},
             r"quantization_config\.modules\.up\.layout",
         ),
         ({"modules": {"up": {"layout": "dense", "shape": [8]}}}, r"quantization_config\.modules\.up\.shape"),

@@ -33,7 +33,7 @@ from transformers import (
 import ercsvd_deploy.hf
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig, CheckpointFormatError
 from ercsvd_deploy.llava_names import to_module
-from ercsvd_deploy.lowrank_linear import LowRankLinear, PackedLinear
+from ercsvd_deploy.lowrank_linear import LowRankLinear, PackedLinear, PivotedLinear
 from tests.tiny_models import (
     FAMILIES,
     HIDDEN_SIZE,
@@ -102,7 +102,7 @@ def test_logits_equal_the_dense_model_that_the_checkpoint_stands_for(
     directory = request.getfixturevalue(kind)(family)
     model = load(directory)
     classes = {type(module) for module in model.modules()}
-    assert LowRankLinear in classes
+    assert {LowRankLinear, PivotedLinear} <= classes
     assert (PackedLinear in classes) is (kind == "mixed_model")
     torch.testing.assert_close(logits(model), logits(load(materialised(directory))), rtol=0, atol=1e-4)
 

@@ -16,6 +16,7 @@ from ercsvd_deploy.checkpoint_schema import (
 from ercsvd_deploy.lowrank_linear import (
     LowRankLinear,
     PackedLinear,
+    PivotedLinear,
     build_linear,
     canonical_name,
     replace_linears,
@@ -95,6 +96,37 @@ def test_low_rank_linear_is_b_a_x_plus_bias() -> None:
     inputs = torch.randn(3, IN, generator=generator)
     expected = inputs @ (state["factor_b.weight"] @ state["factor_a.weight"]).T + state["bias"]
     torch.testing.assert_close(linear(inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", [None, WeightQuantization(bits=4, group_size=8)])
+def test_pivoted_linear_gives_pivot_and_other_outputs_in_order(
+    quantization: WeightQuantization | None,
+) -> None:
+    description = ModuleDescription(
+        layout="pivoted", shape=(OUT, IN), rank=RANK, pivot_blocks=2, pivot_rows=quantization
+    )
+    linear = build_linear(description, bias=True)
+    assert isinstance(linear, PivotedLinear)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in linear.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    first = linear.get_submodule("pivot_rows")
+    if isinstance(first, PackedLinear):
+        first.weight_packed.random_(generator=generator)
+        first.weight_scale.uniform_(0.1, 1.0, generator=generator)
+    assert linear.row_order_problem() is not None
+    pivots = [0, 3, 4, 11, 12, 20, 22, 23]
+    others = [row for row in range(OUT) if row not in pivots]
+    linear.row_order.copy_(torch.tensor([(pivots + others).index(row) for row in range(OUT)]))
+    assert linear.row_order_problem() is None
+    inputs = torch.randn(3, IN, generator=generator)
+    hidden = first(inputs)
+    expected = torch.empty(3, OUT)
+    expected[:, pivots] = hidden
+    expected[:, others] = hidden @ linear.state_dict()["other_rows.weight"].T
+    assert linear.bias is not None
+    torch.testing.assert_close(linear(inputs), expected + linear.bias, rtol=1e-4, atol=1e-4)
+    assert set(linear.state_dict()) == set(description.tensor_shapes) | {"bias"}
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ercsvd_deploy.pipelines.quantize_plan import (
     check_num_tokens,
     check_shapes,
     plan_quantization,
+    unquantized,
 )
 from ercsvd_deploy.pipelines.run import run_recipe
 from ercsvd_deploy.recipe import load_recipe
@@ -113,18 +115,27 @@ def test_too_little_calibration_is_refused_and_little_warned_of(llama: Path) -> 
     assert check_num_tokens(plan, Quantize(method="rtn"), architecture, 200) == []
 
 
-@pytest.mark.parametrize("with_factors", [True, False])
-def test_whole_decoder_is_stored_as_integers(
-    with_factors: bool, write_recipe: RecipeWriter, llama: Path
-) -> None:
-    stages = [factorize(num_compressed_layers=3, rank_multiple="auto")] if with_factors else []
+def test_pivots_that_cannot_be_dealt_to_the_ranks_are_refused(llama: Path) -> None:
+    config = load_config(str(llama))
+    architecture = describe(build_meta_model(config), config)
+    plan = replace(unquantized([linear.name for linear in architecture.linears]), layout="pivoted")
+    check_shapes(plan, {"model.layers.3.mlp.up_proj": 24}, architecture, [1, 2, 4, 8])
+    check_shapes(plan, {"model.layers.3.mlp.down_proj": 25}, architecture, [1, 2])  # inputs are cut
+    with pytest.raises(QuantizePlanError, match=r"up_proj at tensor parallel size 4: its 26 pivots lie in 2"):
+        check_shapes(plan, {"model.layers.3.mlp.up_proj": 26}, architecture, [1, 2, 4])
+
+
+@pytest.mark.parametrize("layout", ["low_rank", "pivoted", "dense"])
+def test_whole_decoder_is_stored_as_integers(layout: str, write_recipe: RecipeWriter, llama: Path) -> None:
+    stages = [factorize(num_compressed_layers=3, rank_multiple="auto", layout=layout)]
+    stages = [] if layout == "dense" else stages
     report, directory = run_recipe(load_recipe(write_recipe(*stages, quantize(ignore=["0.mlp.down_proj"]))))
     config = CheckpointConfig.read(json.loads((directory / "config.json").read_text())["quantization_config"])
     architecture_names = {f"model.layers.{layer}." for layer in range(4)}
     assert len(config.modules) == 4 * 7 - 1
     assert "model.layers.0.mlp.down_proj" not in config.modules
     assert {f"model.layers.{name.split('.')[2]}." for name in config.modules} == architecture_names
-    assert any(d.layout == "low_rank" for d in config.modules.values()) == with_factors
+    assert {description.layout for description in config.modules.values()} == {"dense", layout}
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     assert report.quantize is not None
     assert len(report.quantize.matrices) == sum(len(d.parts) for d in config.modules.values())

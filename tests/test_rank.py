@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -15,6 +16,7 @@ from ercsvd_deploy.rank import (
     RankPlan,
     admissible_num_compressed_layers,
     allocate_ranks,
+    count_pivot_blocks,
     layer_ratio,
     split_rank,
 )
@@ -400,3 +402,75 @@ def test_split_rank_refuses_what_cannot_be_split() -> None:
         split_rank(0, 8, 8, 0.05)
     with pytest.raises(RankError, match="beta is -1"):
         split_rank(4, 8, 8, -1)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 3600))
+def test_ranks_within_a_number_of_parameters_are_exact(
+    out_features: int, in_features: int, num_parameters: int
+) -> None:
+    shape = LinearShape("m", 0, out_features, in_features)
+    num_parameters = min(num_parameters, shape.parameters)
+    ranks = range(min(out_features, in_features) + 1)
+    fitting = [rank for rank in ranks if rank * (out_features + in_features - rank) <= num_parameters]
+    assert shape.rank_within(num_parameters, "pivoted") == max(fitting)
+    fitting = [rank for rank in ranks if rank * (out_features + in_features) <= num_parameters]
+    assert shape.rank_within(num_parameters, "low_rank") == max(fitting)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(cases(), st.sampled_from([0.0, 0.05, 0.3]))
+def test_pivoted_ranks_meet_the_budget_and_leave_no_step_that_fits(case: Case, beta: float) -> None:
+    k, multiple = case.num_compressed_layers, case.rank_multiple
+    options: dict[str, Any] = {"rank_multiple": multiple, "beta": beta, "layout": "pivoted"}
+    try:
+        plan = allocate_ranks(
+            case.shapes,
+            num_layers=case.num_layers,
+            compression_ratio=case.compression_ratio,
+            num_compressed_layers=k,
+            **options,
+        )
+    except RankError:
+        admissible = admissible_num_compressed_layers(
+            case.shapes, case.num_layers, case.compression_ratio, **options
+        )
+        assert k not in admissible
+        return
+
+    def cost(shape: LinearShape, rank: int | None) -> int:
+        sides = shape.out_features + shape.in_features
+        return shape.out_features * shape.in_features if rank is None else rank * (sides - rank)
+
+    kept = sum(cost(shape, plan.ranks[shape.name]) for shape in case.shapes)
+    assert kept == plan.kept_parameters <= plan.parameter_budget
+    for shape in case.compressed:
+        rank = plan.ranks[shape.name]
+        if rank is None:
+            continue
+        assert rank % multiple == 0
+        assert 0 < rank < min(shape.out_features, shape.in_features)
+        step = (
+            cost(shape, rank + multiple)
+            if rank + multiple < min(shape.out_features, shape.in_features)
+            else cost(shape, None)
+        )
+        assert step - cost(shape, rank) > plan.parameter_budget - kept
+
+
+def test_pivoted_ranks_of_seven_billion_parameters() -> None:
+    """At equal parameters the rank of a square matrix is d (1 - sqrt(R)) instead of d (1 - R) / 2."""
+    options: dict[str, Any] = {"num_layers": 32, "compression_ratio": 0.2, "num_compressed_layers": 32}
+    plan = allocate_ranks(decoder(32, LLAMA_7B), rank_multiple=32, layout="pivoted", **options)
+    rank = plan.ranks["layers.0.q_proj"]
+    assert rank is not None
+    assert abs(rank - 4096 * (1 - 0.2**0.5)) < 32
+    assert plan.layout == "pivoted"
+    assert 0.2 <= plan.achieved_compression_ratio < 0.2001
+
+
+@pytest.mark.parametrize(
+    ("out_features", "rank", "num_blocks"), [(4096, 2240, 8), (48, 20, 4), (11008, 2208, 8), (49, 14, 1)]
+)
+def test_blocks_of_pivots_divide_outputs_and_rank(out_features: int, rank: int, num_blocks: int) -> None:
+    assert count_pivot_blocks(out_features, rank) == num_blocks

@@ -169,23 +169,26 @@ def test_tensor_under_two_names_is_refused(
     assert "lm_head.weight under two names" in error
 
 
-def test_compressed_vision_parts(write_recipe: RecipeWriter, tiny_model: ModelDirectory) -> None:
+@pytest.mark.parametrize("layout", ["low_rank", "pivoted"])
+def test_compressed_vision_parts(layout: str, write_recipe: RecipeWriter, tiny_model: ModelDirectory) -> None:
     switched_on = {"compress_tower": True, "compress_projector": True}
-    path = write_recipe()
+    stage = factorize(num_compressed_layers="all", layout=layout)
+    path = write_recipe(stage)
     vision = yaml.safe_load(path.read_text())["vision"] | switched_on
-    path = write_recipe(vision=vision)
+    path = write_recipe(stage, vision=vision)
     planned = make_plan(load_recipe(path)).candidates[0]
     report, directory = run_recipe(load_recipe(path))
     assert not [warning for warning in report.warnings if "plan" in warning]
     assert [part.num_bytes for part in planned.components] == [part.num_bytes for part in report.components]
     for part in report.components[1:]:
-        assert "Linears low-rank" in part.treatment
+        assert f"Linears {layout.replace('_', '-')}" in part.treatment
         assert part.parameters < part.original_parameters
     modules = CheckpointConfig.read(
         json.loads((directory / "config.json").read_text())["quantization_config"]
     ).modules
     tower = [name for name in modules if name.startswith("vision_tower.")]
     assert tower
+    assert {description.layout for description in modules.values()} == {layout}
     # The last layer of the tower is not run: there is nothing to measure, and vLLM does not build it.
     assert not [name for name in tower if ".layers.2." in name]
     assert report.vision is not None

@@ -159,19 +159,33 @@ def split_like_vllm(name: str, full: torch.Tensor, rank: int, size: int) -> torc
     return torch.cat(shares, dim=-1)
 
 
+@pytest.fixture(scope="module")
+def pivoted_models(tmp_path_factory: pytest.TempPathFactory, tiny_model: ModelDirectory) -> dict[str, Path]:
+    """Return kind of matrices -> directory whose first layer mixes pivoted, low-rank and dense Linears."""
+    directories = {kind: tmp_path_factory.mktemp(kind) for kind in ("pivoted float32", "pivoted int4")}
+    int4 = {"bits": 4, "group_size": 32, "sym": True}
+    for kind, directory in directories.items():
+        quantization = int4 if kind.endswith("int4") else None
+        compress_at_random(
+            tiny_model("llama"), directory, quantization=quantization, pivoted_layers=frozenset({"0"})
+        )
+    return directories
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["float32", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "int4", "pivoted float32", "pivoted int4"])
 def test_every_layer_on_every_rank(
     kind: str,
     size: int,
     low_rank_model: ModelDirectory,
     mixed_model: ModelDirectory,
+    pivoted_models: dict[str, Path],
     materialised: Callable[[Path], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    directory = (low_rank_model if kind == "float32" else mixed_model)("llama")
-    dtype = torch.float32 if kind == "float32" else torch.float16
-    tolerance = 2e-5 if kind == "float32" else 2e-2
+    directory = pivoted_models.get(kind) or (low_rank_model if kind == "float32" else mixed_model)("llama")
+    dtype = torch.float32 if kind.endswith("float32") else torch.float16
+    tolerance = 2e-5 if kind.endswith("float32") else 2e-2
     row_sums: dict[str, torch.Tensor] = {}
     for rank in range(size):
         for name, layer in Served(directory, dtype, monkeypatch, (rank, size)).ready().items():
@@ -215,8 +229,13 @@ def test_other_integer_formats(
         torch.testing.assert_close(layer(x)[0].double(), expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("is_pivoted", [False, True])
 def test_layers_whose_weights_stay_plain_use_the_operator(
-    low_rank_model: ModelDirectory, materialised: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+    is_pivoted: bool,
+    low_rank_model: ModelDirectory,
+    pivoted_models: dict[str, Path],
+    materialised: Callable[[Path], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
@@ -224,7 +243,7 @@ def test_layers_whose_weights_stay_plain_use_the_operator(
     monkeypatch.setattr(UnquantizedLinearMethod, "process_weights_after_loading", lambda *_: None)
     operator = Mock(wraps=torch.ops.ercsvd.lowrank_linear)
     monkeypatch.setattr(torch.ops.ercsvd, "lowrank_linear", operator)
-    directory = low_rank_model("llama")
+    directory = pivoted_models["pivoted float32"] if is_pivoted else low_rank_model("llama")
     served = Served(directory, torch.float32, monkeypatch)
     altered = [name for name, layer in served.ready().items() if hasattr(layer, "ercsvd")]
     for name in altered:
@@ -276,6 +295,27 @@ def test_nothing_is_missing_in_layers_that_vllm_leaves_out(
     left_out.config.check_loaded()
     with pytest.raises(CheckpointFormatError, match="missing: "):
         Served(mixed_model("llama"), torch.float16, monkeypatch).config.check_loaded()
+
+
+def test_a_wrong_row_order_is_named(pivoted_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(pivoted_models["pivoted float32"], torch.float32, monkeypatch)
+    order = served.tensors[f"{ATTENTION}.q_proj.row_order"]
+    served.tensors[f"{ATTENTION}.q_proj.row_order"] = order.flip(0)
+    served.load()
+    with pytest.raises(CheckpointFormatError, match=r"damaged: .*q_proj\.row_order is not an order of"):
+        served.finalize()
+
+
+def test_pivots_that_cannot_be_dealt_to_the_ranks_are_refused(
+    pivoted_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keep_in_one_block(modules: dict[str, Any]) -> None:
+        modules[f"{ATTENTION}.q_proj"]["pivot_blocks"] = 1
+
+    with pytest.raises(
+        CheckpointFormatError, match=r"q_proj: its pivots .* a tensor_parallel_size that divides 1"
+    ):
+        Served(pivoted_models["pivoted float32"], torch.float32, monkeypatch, (0, 2), edit=keep_in_one_block)
 
 
 def test_a_config_of_another_run_is_refused(

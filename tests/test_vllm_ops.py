@@ -64,6 +64,54 @@ def test_equals_the_materialised_matrices(layout: str, shape: tuple[int, ...], h
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
+# numbers of the projections in LAYOUTS that are pivoted
+PIVOTED = {
+    "one low-rank": (0,),
+    "q, k, v of unequal ranks": (0, 2),
+    "low-rank beside dense": (0, 2),
+}
+
+
+def order_of(
+    widths: Sequence[int], out_features: Sequence[int | None], pivoted: Sequence[int]
+) -> torch.Tensor:
+    """Return an order of outputs in which those of pivoted projections are shuffled, pivots among them."""
+    generator = torch.Generator().manual_seed(3)
+    places: list[torch.Tensor] = []
+    first_start, second_start = 0, sum(widths)
+    for index, (width, out) in enumerate(zip(widths, out_features, strict=True)):
+        firsts = torch.arange(first_start, first_start + width)
+        seconds = torch.arange(second_start, second_start + (out or 0))
+        both = torch.cat([firsts, seconds])
+        shuffled = both[torch.randperm(len(both), generator=generator)]
+        places.append(shuffled if index in pivoted else firsts if out is None else seconds)
+        first_start, second_start = first_start + width, second_start + (out or 0)
+    return torch.cat(places).to(torch.int32)
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("shape", [(7,), (0,), (2, 3), ()], ids=str)
+@pytest.mark.parametrize("layout", PIVOTED)
+def test_outputs_come_in_the_order_asked_for(layout: str, shape: tuple[int, ...], has_bias: bool) -> None:
+    widths, out_features = LAYOUTS[layout]
+    first, seconds, _ = operands(widths, out_features)
+    order = order_of(widths, out_features, PIVOTED[layout])
+    bias = torch.linspace(-1, 1, len(order), dtype=torch.float64) if has_bias else None
+    x = torch.randn(*shape, IN_FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    output = torch.ops.ercsvd.lowrank_linear(x, first, seconds, widths, bias, order)
+    hidden = torch.split(x @ first.T, widths, dim=-1)
+    everything = torch.cat(
+        [*hidden, *(h @ s.T for h, s in zip(hidden, seconds, strict=True) if s is not None)], dim=-1
+    )
+    expected = torch.stack([everything[..., place] for place in order.tolist()], dim=-1)
+    assert output.is_contiguous()
+    torch.testing.assert_close(output, expected if bias is None else expected + bias, rtol=1e-12, atol=1e-12)
+    if output.numel():
+        torch.library.opcheck(
+            torch.ops.ercsvd.lowrank_linear.default, (x, first, seconds, widths, bias, order)
+        )
+
+
 @pytest.mark.parametrize(
     "make", [lambda x: x.t(), lambda x: x.t()[::2], lambda x: x.t()[:, None].expand(-1, 2, -1)]
 )

@@ -46,6 +46,9 @@ from ercsvd_deploy.checkpoint_schema import (
     FACTOR_B,
     GUARD,
     GUARD_SHAPE,
+    OTHER_ROWS,
+    PIVOT_ROWS,
+    ROW_ORDER,
     CheckpointConfig,
     ModuleDescription,
     WeightQuantization,
@@ -85,6 +88,7 @@ _DECODER_LINEAR = re.compile(
     r"^(?P<module>(?!.*vision).*\blayers\.(?P<layer>\d+)\..*\b"
     r"(?P<leaf>q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2))\.weight$"
 )
+_ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "fc2")
 _FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # The first layer shows every kind of matrix, mixed inside its fused layers: leaf -> (low-rank, quantized).
 # Those of the projector stand here too, where they are compressed at all.
@@ -149,8 +153,9 @@ def compress_at_random(
     seed: int = 0,
     quantization: Mapping[str, Any] | None = None,
     include_vision: bool = False,
+    pivoted_layers: frozenset[str] = frozenset({"1"}),
 ) -> CheckpointConfig:
-    """Write `source`, its decoder Linears randomly dense or low-rank, plain or integer, to `target`.
+    """Write `source`, its decoder Linears randomly dense, low-rank or pivoted, plain or integer, to `target`.
 
     Ranks are unequal multiples of 32 (or of the group size). The first layer mixes all kinds inside its fused
     layers; elsewhere every matrix is drawn on its own.
@@ -162,6 +167,7 @@ def compress_at_random(
         quantization: keys of `WeightQuantization`; None leaves every matrix in floating point.
         include_vision: treat the Linears of projector and vision tower too, as far as the tower is run; they
             stay in floating point.
+        pivoted_layers: in these, Linears that would be low-rank are pivoted, all but value projections.
     """
     generator = torch.Generator().manual_seed(seed)
     weight_quantization = None if quantization is None else WeightQuantization(**quantization)
@@ -179,7 +185,7 @@ def compress_at_random(
         block = match["module"].removesuffix(match["leaf"])
         ranks = free_ranks.setdefault((block, group), _shuffled_ranks(storage, generator))
         descriptions[match["module"]] = _describe(
-            match, (out_features, in_features), ranks, storage, generator
+            match, (out_features, in_features), ranks, storage, generator, pivoted_layers
         )
     config = CheckpointConfig(
         modules={name: described for name, described in descriptions.items() if described.is_altered}
@@ -192,7 +198,7 @@ def compress_at_random(
 
 
 def materialise(compressed: Path, target: Path) -> Path:
-    """Write the dense model that a compressed checkpoint stands for: W = B A, integers dequantized."""
+    """Write the dense model that a compressed checkpoint stands for, integers dequantized."""
     raw_config = json.loads((compressed / "config.json").read_text())
     config = CheckpointConfig.read(raw_config["quantization_config"])
     tensors = load_file(compressed / WEIGHTS_FILE)
@@ -278,6 +284,7 @@ def _describe(
     free_ranks: list[int],
     quantization: WeightQuantization | None,
     generator: torch.Generator,
+    pivoted_layers: frozenset[str],
 ) -> ModuleDescription:
     drawn = [_draw(generator) for _ in range(3)]
     is_low_rank, first_is_quantized, second_is_quantized = drawn
@@ -290,12 +297,19 @@ def _describe(
             layout="dense", shape=shape, weight=quantization if first_is_quantized else None
         )
     free_ranks.remove(possible[0])  # the other shards of a fused layer get other ranks
+    first = quantization if first_is_quantized else None
+    second = quantization if second_is_quantized else None
+    if match["layer"] in pivoted_layers and match["leaf"] != "v_proj" and possible[0] < shape[0]:
+        return ModuleDescription(
+            layout="pivoted",
+            shape=shape,
+            rank=possible[0],
+            pivot_blocks=1 if match["leaf"] in _ROW_PARALLEL else 4,
+            pivot_rows=first,
+            other_rows=second,
+        )
     return ModuleDescription(
-        layout="low_rank",
-        shape=shape,
-        rank=possible[0],
-        factor_a=quantization if first_is_quantized else None,
-        factor_b=quantization if second_is_quantized else None,
+        layout="low_rank", shape=shape, rank=possible[0], factor_a=first, factor_b=second
     )
 
 
@@ -303,6 +317,19 @@ def _store(weight: torch.Tensor, described: ModuleDescription) -> dict[str, torc
     """Return an altered module's tensors, named relative to it; `_restore` inverts it up to truncation."""
     stored = {GUARD: torch.empty(GUARD_SHAPE, dtype=weight.dtype)}
     matrices = {"": weight}
+    if described.layout == "pivoted":
+        assert described.pivot_blocks is not None
+        u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        product = (u[:, : described.rank] * s[: described.rank]) @ vh[: described.rank]
+        pivots = _pivots(u[:, : described.rank], described.pivot_blocks)
+        others = [row for row in range(len(weight)) if row not in pivots]
+        order = pivots + others
+        stored[ROW_ORDER] = torch.tensor([order.index(row) for row in range(len(weight))], dtype=torch.int32)
+        combinations = torch.linalg.lstsq(product[pivots].T, product[others].T).solution.T
+        matrices = {
+            PIVOT_ROWS: product[pivots].to(weight.dtype),
+            OTHER_ROWS: combinations.to(weight.dtype),
+        }
     if described.layout == "low_rank":
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
         root = s[: described.rank].sqrt()
@@ -317,6 +344,20 @@ def _store(weight: torch.Tensor, described: ModuleDescription) -> dict[str, torc
     return stored
 
 
+def _pivots(basis: torch.Tensor, num_blocks: int) -> list[int]:
+    """Return rows [rank] of a basis [out, rank], equally many of each block, that are far from dependent."""
+    block, quota = len(basis) // num_blocks, basis.shape[1] // num_blocks
+    pivots: list[int] = []
+    remaining = basis.clone()
+    for _ in range(basis.shape[1]):
+        taken = [sum(row // block == index for row in pivots) for index in range(num_blocks)]
+        allowed = [row for row in range(len(basis)) if row not in pivots and taken[row // block] < quota]
+        pivots.append(max(allowed, key=lambda row: float(remaining[row].norm())))
+        direction = remaining[pivots[-1]] / remaining[pivots[-1]].norm()
+        remaining = remaining - torch.outer(remaining @ direction, direction)
+    return sorted(pivots)
+
+
 def _restore(stored: Mapping[str, torch.Tensor], described: ModuleDescription) -> torch.Tensor:
     matrices = {}
     for part, (_, quantization) in described.parts.items():
@@ -327,6 +368,10 @@ def _restore(stored: Mapping[str, torch.Tensor], described: ModuleDescription) -
         matrices[part] = _unpack(leaves, quantization) if quantization else leaves["weight"]
     if described.layout == "dense":
         return matrices[""]
+    if described.layout == "pivoted":
+        pivots = matrices[PIVOT_ROWS].double()
+        rows = torch.cat([pivots, matrices[OTHER_ROWS].double() @ pivots])
+        return rows[stored[ROW_ORDER].long()].to(matrices[PIVOT_ROWS].dtype)
     product = matrices[FACTOR_B].double() @ matrices[FACTOR_A].double()
     return product.to(matrices[FACTOR_B].dtype)
 

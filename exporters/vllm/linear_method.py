@@ -2,7 +2,7 @@
 
 One instance serves one layer: fused QKV, fused gate and up, column-parallel, row-parallel or replicated.
 `LowRankLinearMethod` takes the layers of which at least one projection is altered; each projection has its
-own layout (see `checkpoint_schema`): dense or low-rank, plain or integer, in any mix.
+own layout (see `checkpoint_schema`): dense, low-rank or pivoted, plain or integer, in any mix.
 `UnalteredLinearMethod` takes the others.
 """
 
@@ -88,7 +88,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
                     f"the model has {[full, input_size]}"
                 )
             rows = keep_of_rank(full, local, layer.tp_rank, layer.tp_size)
-            projections.append(Projection(name, description, rows, columns))
+            projection = Projection(name, description, rows, columns)
+            projection.check_pivots()
+            projections.append(projection)
         stacked = StackedLinear(projections, params_dtype, allow_op=not envs.VLLM_BATCH_INVARIANT)
         layer.register_module(_STACKED, stacked)
         self._stacked, self._loaders = stacked, stacked.loaders

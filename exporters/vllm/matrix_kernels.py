@@ -74,7 +74,7 @@ class PackedMatrix(nn.Module):
     """An int4 or int8 matrix [rows, columns], multiplied by the mixed-precision kernel that vLLM chooses.
 
     Args:
-        shape: [rows, columns] on this rank.
+        shape: [rows, columns] on this rank; rows that are never loaded stay zero.
         full_shape: [rows, columns] over all tensor-parallel ranks.
         quantization: how the checkpoint stores it.
         dtype: of the activations and the scales.
@@ -119,7 +119,7 @@ class PackedMatrix(nn.Module):
         groups = quantization.num_groups(columns)
         self.register_parameter("bias", None)  # some kernels repack the layer's bias
         self.weight_packed = PackedvLLMParameter(
-            data=torch.empty(rows, columns // self._per_word, dtype=torch.int32),
+            data=torch.zeros(rows, columns // self._per_word, dtype=torch.int32),
             input_dim=1,
             output_dim=0,
             packed_dim=1,
@@ -127,7 +127,7 @@ class PackedMatrix(nn.Module):
             weight_loader=_refuse_stock_loading,
         )
         self.weight_scale = GroupQuantScaleParameter(
-            data=torch.empty(rows, groups, dtype=dtype),
+            data=torch.zeros(rows, groups, dtype=dtype),
             input_dim=1,
             output_dim=0,
             weight_loader=_refuse_stock_loading,

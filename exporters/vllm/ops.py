@@ -3,7 +3,9 @@
 
 One GEMM applies the first matrices of all projections, which read the same input and are stored stacked by
 rows; one more GEMM per low-rank projection applies its second factor and writes straight into its slice of
-the output, so nothing is concatenated. To torch.compile and to CUDA graphs the layer is one opaque node.
+the output, so nothing is concatenated. With pivoted projections, whose first matrix gives outputs too, both
+are written side by side and one gather puts all of the layer's outputs in order. To torch.compile and to
+CUDA graphs the layer is one opaque node.
 
 The linear method calls it wherever the weights are kept as plain matrices, CUDA above all. vLLM's CPU backend
 repacks every weight for its own GEMM, which is much faster there, and then no plain matrix is left to hand to
@@ -20,7 +22,8 @@ from torch.library import Library
 # torch.library is untyped, hence the ignores
 _LIBRARY = Library("ercsvd", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "lowrank_linear(Tensor x, Tensor first, Tensor?[] seconds, int[] widths, Tensor? bias) -> Tensor",
+    "lowrank_linear(Tensor x, Tensor first, Tensor?[] seconds, int[] widths, Tensor? bias, "
+    "Tensor? order=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -31,21 +34,28 @@ def lowrank_linear(
     seconds: list[torch.Tensor | None],
     widths: list[int],
     bias: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Apply several projections, each dense or low-rank, to one input.
+    """Apply several projections, each dense, low-rank or pivoted, to one input.
 
     Args:
         x: [..., in], any strides.
         first: [sum(widths), in], the stacked first matrices: a dense projection's weight, a low-rank one's
-            `factor_a`.
-        seconds: one a projection: `factor_b` [out_i, widths[i]], or None for a dense projection.
+            `factor_a`, a pivoted one's `pivot_rows`.
+        seconds: one a projection: `factor_b` [out_i, widths[i]] or `other_rows`, or None for a dense one.
         widths: rows of each projection in `first`: its rank, or its out-dimension if dense.
         bias: [out] or None.
+        order: [out], the place of every output in the first matrices' results followed by the second ones';
+            needed if a projection is pivoted.
 
     Returns:
         [..., out], the projections' outputs side by side, contiguous.
     """
     rows = x.reshape(-1, x.shape[-1])
+    if order is not None:
+        output = _in_order(rows, first, seconds, widths, order)
+        output = output if bias is None else output.add_(bias)
+        return output.view(*x.shape[:-1], output.shape[-1])
     hidden = torch.mm(rows, first.t())
     output = x.new_empty((rows.shape[0], _output_width(seconds, widths)))
     hidden_start = output_start = 0
@@ -65,14 +75,38 @@ def lowrank_linear(
     return output.view(*x.shape[:-1], output.shape[-1])
 
 
+def _in_order(
+    rows: torch.Tensor,
+    first: torch.Tensor,
+    seconds: list[torch.Tensor | None],
+    widths: list[int],
+    order: torch.Tensor,
+) -> torch.Tensor:
+    hidden_width = first.shape[0]
+    second_width = sum(second.shape[0] for second in seconds if second is not None)
+    results = rows.new_empty((rows.shape[0], hidden_width + second_width))
+    hidden = results[:, :hidden_width]
+    torch.mm(rows, first.t(), out=hidden)
+    hidden_start, start = 0, hidden_width
+    for second, width in zip(seconds, widths, strict=True):
+        part = hidden[:, hidden_start : hidden_start + width]
+        hidden_start += width
+        if second is not None:
+            torch.mm(part, second.t(), out=results[:, start : start + second.shape[0]])
+            start += second.shape[0]
+    return results.index_select(1, order)
+
+
 def _lowrank_linear_fake(
     x: torch.Tensor,
     first: torch.Tensor,  # noqa: ARG001 - the operator's signature
     seconds: list[torch.Tensor | None],
     widths: list[int],
     bias: torch.Tensor | None = None,  # noqa: ARG001 - the operator's signature
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], _output_width(seconds, widths)))
+    width = _output_width(seconds, widths) if order is None else order.shape[0]
+    return x.new_empty((*x.shape[:-1], width))
 
 
 def _output_width(seconds: list[torch.Tensor | None], widths: list[int]) -> int:

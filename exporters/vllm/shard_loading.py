@@ -21,14 +21,20 @@ from torch import nn
 from ercsvd_deploy.checkpoint_schema import (
     FACTOR_A,
     FACTOR_B,
+    FACTOR_PARTS,
+    OTHER_ROWS,
+    PIVOT_ROWS,
+    ROW_ORDER,
     WEIGHT,
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     WEIGHT_SHAPE,
     WEIGHT_ZERO_POINT,
+    CheckpointFormatError,
     ModuleDescription,
 )
 from ercsvd_deploy.exporters.vllm.matrix_kernels import Matrix
+from ercsvd_deploy.pivoting import row_order_problem
 
 # vLLM's names of the projections in a fused layer: numbers, except for query, key and value
 _ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}
@@ -52,19 +58,43 @@ class Projection:
     columns: slice
 
     @property
-    def is_low_rank(self) -> bool:
-        """Whether two factors are stored."""
-        return self.description.layout == "low_rank"
-
-    @property
     def first_part(self) -> str:
         """The part that multiplies the layer's input."""
-        return FACTOR_A if self.is_low_rank else ""
+        return {"low_rank": FACTOR_A, "pivoted": PIVOT_ROWS, "dense": ""}[self.description.layout]
 
     @property
     def first_rows(self) -> slice:
-        """Rows of the first part on this rank: a first factor's outputs are never split."""
-        return slice(0, self.description.rank) if self.is_low_rank else self.rows
+        """Rows of the first part on this rank: outputs that a second part reads are never split."""
+        return self.rows if self.description.rank is None else slice(0, self.description.rank)
+
+    @property
+    def second_part(self) -> str | None:
+        """The part that multiplies the first one's outputs, if there is one."""
+        return {"low_rank": FACTOR_B, "pivoted": OTHER_ROWS, "dense": None}[self.description.layout]
+
+    @property
+    def second_rows(self) -> slice:
+        """Rows of the second part on this rank; every block of outputs has the same number of pivots."""
+        if self.description.layout != "pivoted":
+            return self.rows
+        num_others = self.description.shape[0] - (self.description.rank or 0)
+        parts = self.description.shape[0] // (self.rows.stop - self.rows.start)
+        index = self.rows.start * parts // self.description.shape[0]
+        return slice(index * num_others // parts, (index + 1) * num_others // parts)
+
+    def check_pivots(self) -> None:
+        """Refuse a block of outputs that would not have its share of the pivots.
+
+        Raises:
+            CheckpointFormatError: it would not.
+        """
+        blocks = self.description.pivot_blocks
+        parts = self.description.shape[0] // (self.rows.stop - self.rows.start)
+        if blocks is not None and blocks % parts:
+            raise CheckpointFormatError(
+                f"{self.name}: its pivots lie in {blocks} equal blocks of outputs, which cannot be cut into "
+                f"{parts}: serve with a tensor_parallel_size that divides {blocks}"
+            )
 
 
 @dataclass(frozen=True)
@@ -77,10 +107,32 @@ class Placement:
     first_row: int = 0
 
 
+@dataclass(frozen=True)
+class OrderPlacement:
+    """Where a projection's outputs come from, in what the matrices of its layer give side by side.
+
+    Attributes:
+        order: [outputs of the layer on this rank]; a view of the projection's part.
+        pivots_start: place of the first pivot output.
+        others_start: place of the first other output of this rank.
+    """
+
+    order: torch.Tensor
+    pivots_start: int
+    others_start: int
+
+
 class ProjectionLoader:
     """Checks the tensors of one projection, copies this rank's blocks, and remembers what came."""
 
-    def __init__(self, projection: Projection, placements: dict[str, Placement]) -> None:
+    def __init__(
+        self,
+        projection: Projection,
+        placements: dict[str, Placement],
+        order: OrderPlacement | None = None,
+    ) -> None:
+        self._projection = projection
+        self._order = order
         self._name = projection.name
         self._expected = projection.description.tensor_shapes
         self._full_shapes = {part: shape for part, (shape, _) in projection.description.parts.items()}
@@ -104,6 +156,8 @@ class ProjectionLoader:
         part, _, kind = leaf.rpartition(".")
         if kind == WEIGHT_SHAPE:
             self._check_stated_shape(leaf, tensor.tolist(), self._full_shapes[part])
+        elif leaf == ROW_ORDER:
+            self._take_row_order(tensor)
         elif tensor.numel():  # the guard is empty
             to = self._placements[part]
             to.matrix.load(kind, tensor, to.rows, to.columns, to.first_row)
@@ -116,6 +170,20 @@ class ProjectionLoader:
             if leaf not in self._loaded and all(shape)  # nothing is lost with a missing guard
         ]
         return missing + self._refused
+
+    def _take_row_order(self, row_order: torch.Tensor) -> None:
+        description, to = self._projection.description, self._order
+        assert to is not None
+        assert description.rank is not None
+        assert description.pivot_blocks is not None
+        problem = row_order_problem(row_order, description.rank, description.pivot_blocks)
+        if problem:
+            self._refused.append(f"damaged: {self._name}.{ROW_ORDER} {problem}")
+            return
+        local = row_order[self._projection.rows].to(to.order)
+        first_other = description.rank + self._projection.second_rows.start
+        is_pivot = local < description.rank
+        to.order.copy_(torch.where(is_pivot, local + to.pivots_start, local - first_other + to.others_start))
 
     def _check_stated_shape(self, leaf: str, stated: list[int], expected: tuple[int, int]) -> None:
         if tuple(stated) != expected:
@@ -150,12 +218,12 @@ def add_gates(
         WEIGHT_SHAPE: torch.int64,
         WEIGHT_ZERO_POINT: torch.int32,
     }
-    for part in ("", FACTOR_A, FACTOR_B):
+    for part in ("", *FACTOR_PARTS):
         owner = layer
         if part:
             owner = nn.Module()
             layer.register_module(part, owner)
-        for leaf, leaf_dtype in dtypes.items():
+        for leaf, leaf_dtype in (dtypes if part else dtypes | {ROW_ORDER: torch.int32}).items():
             if hasattr(owner, leaf):
                 continue
             gate = nn.Parameter(torch.empty(0, dtype=leaf_dtype), requires_grad=False)

@@ -1,12 +1,13 @@
 """The computation of one layer: first matrices stacked into as few GEMMs as possible, then second factors.
 
-All projections of a layer read the same input, so their first matrices (a dense weight, or `factor_a`) that
-are stored alike - plain, or integers of one kind - are rows of one matrix. What comes out is split by
-projection; low-rank ones go through their `factor_b`.
+All projections of a layer read the same input, so their first matrices (a dense weight, `factor_a`, or
+`pivot_rows`) that are stored alike - plain, or integers of one kind - are rows of one matrix. What comes out
+is split by projection; low-rank ones go through their `factor_b`. Of pivoted ones it is part of the output
+already, and `other_rows` makes the rest of it; one gather then puts all outputs of the layer in order.
 
 Under tensor parallelism the blocks of A and B follow from the projection's block of W = B A. Column-parallel
 layers hold all of A and a block of B's rows; row-parallel ones a block of A's columns and all of B, and vLLM
-sums the ranks' outputs, which is right because B is linear.
+sums the ranks' outputs, which is right because B is linear. The same goes for pivot rows and other rows.
 """
 
 from __future__ import annotations
@@ -17,10 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ercsvd_deploy.checkpoint_schema import FACTOR_B, WeightQuantization
+from ercsvd_deploy.checkpoint_schema import WeightQuantization
 from ercsvd_deploy.exporters.vllm import ops  # noqa: F401 - defines torch.ops.ercsvd
+from ercsvd_deploy.exporters.vllm.kernel_limits import BLOCK
 from ercsvd_deploy.exporters.vllm.matrix_kernels import Matrix, PackedMatrix, PlainMatrix
-from ercsvd_deploy.exporters.vllm.shard_loading import Placement, Projection, ProjectionLoader
+from ercsvd_deploy.exporters.vllm.shard_loading import (
+    OrderPlacement,
+    Placement,
+    Projection,
+    ProjectionLoader,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,12 @@ class _Stack:
     matrix: Matrix
     projections: tuple[int, ...]
     widths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Second:
+    matrix: Matrix
+    width: int  # of its outputs, those of padding rows included
 
 
 class StackedLinear(nn.Module):
@@ -42,6 +55,8 @@ class StackedLinear(nn.Module):
         ValueError: vLLM has no kernel for one of the matrices; the message names the projections.
     """
 
+    order: torch.Tensor | None
+
     def __init__(self, projections: Sequence[Projection], dtype: torch.dtype, *, allow_op: bool) -> None:
         super().__init__()
         self._dtype = dtype
@@ -50,10 +65,11 @@ class StackedLinear(nn.Module):
         self._stacks = [self._stack(projections, members) for members in _alike(projections)]
         self._seconds = [self._second(projection) for projection in projections]
         self._matrices = [stack.matrix for stack in self._stacks]
-        self._matrices += [matrix for matrix in self._seconds if matrix is not None]
+        self._matrices += [second.matrix for second in self._seconds if second is not None]
         self.matrices = nn.ModuleList(self._matrices)
+        orders = self._order_outputs(projections)
         self.loaders = [
-            ProjectionLoader(projection, self._placements(index, projection))
+            ProjectionLoader(projection, self._placements(index, projection), orders[index])
             for index, projection in enumerate(projections)
         ]
 
@@ -70,20 +86,29 @@ class StackedLinear(nn.Module):
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return the projections' outputs of x [..., in] side by side, plus bias: [..., out]."""
         if self._uses_op:
-            seconds = [None if matrix is None else matrix.weight for matrix in self._seconds]
+            seconds = [None if second is None else second.matrix.weight for second in self._seconds]
             stack = self._stacks[0]
             output: torch.Tensor = torch.ops.ercsvd.lowrank_linear(
-                x, stack.matrix.weight, seconds, stack.widths, bias
+                x, stack.matrix.weight, seconds, stack.widths, bias, self.order
             )
             return output
-        outputs: list[torch.Tensor] = [x] * len(self._seconds)
-        for stack in self._stacks:
-            parts = stack.matrix(x).split(stack.widths, dim=-1)
-            for index, part in zip(stack.projections, parts, strict=True):
-                second = self._seconds[index]
-                # not every kernel takes strided rows; copying `rank` columns is nothing beside the GEMM
-                outputs[index] = part if second is None else second(part.contiguous())
-        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        results = [stack.matrix(x) for stack in self._stacks]
+        firsts = [x] * len(self._seconds)
+        for stack, result in zip(self._stacks, results, strict=True):
+            for index, part in zip(stack.projections, result.split(stack.widths, dim=-1), strict=True):
+                firsts[index] = part
+        outputs = [
+            # not every kernel takes strided rows; copying `rank` columns is nothing beside the GEMM
+            first if second is None else second.matrix(first.contiguous())
+            for first, second in zip(firsts, self._seconds, strict=True)
+        ]
+        if self.order is not None:
+            results += [
+                output for output, second in zip(outputs, self._seconds, strict=True) if second is not None
+            ]
+            joined = torch.cat(results, dim=-1).index_select(-1, self.order)
+        else:
+            joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         # added here rather than by a GEMM: vLLM's repacking changes the dtype of a bias it is told of
         return joined if bias is None else joined + bias
 
@@ -100,16 +125,57 @@ class StackedLinear(nn.Module):
         )
         return _Stack(matrix, tuple(members), tuple(widths))
 
-    def _second(self, projection: Projection) -> Matrix | None:
-        if not projection.is_low_rank:
+    def _second(self, projection: Projection) -> _Second | None:
+        part = projection.second_part
+        if part is None:
             return None
-        full_shape = _full_shape(projection, FACTOR_B)
-        return self._matrix(
-            f"{projection.name}.{FACTOR_B}",
-            (_length(projection.rows), full_shape[1]),
-            full_shape,
-            _quantization(projection, FACTOR_B),
+        full_rows, columns = _full_shape(projection, part)
+        width = _length(projection.second_rows)
+        quantization = _quantization(projection, part)
+        if quantization is not None and projection.description.layout == "pivoted":
+            # How many rows are not pivots is nobody's choice, and integer kernels take whole blocks only.
+            num_ranks = full_rows // width
+            width = -(-width // BLOCK) * BLOCK
+            full_rows = num_ranks * width
+        matrix = self._matrix(
+            f"{projection.name}.{part}", (width, columns), (full_rows, columns), quantization
         )
+        return _Second(matrix, width)
+
+    def _order_outputs(self, projections: Sequence[Projection]) -> list[OrderPlacement | None]:
+        """Make `order`, unless no projection is pivoted; return where their row orders go.
+
+        Until those are loaded, pivoted outputs are all taken from place 0: a place that exists.
+        """
+        first_starts: dict[int, int] = {}
+        start = 0
+        for stack in self._stacks:
+            for index, width in zip(stack.projections, stack.widths, strict=True):
+                first_starts[index] = start
+                start += width
+        orders: list[torch.Tensor] = []
+        placements: list[tuple[int, int] | None] = []
+        for index, projection in enumerate(projections):
+            second = self._seconds[index]
+            second_start = start
+            start += 0 if second is None else second.width
+            outputs = torch.arange(_length(projection.rows), dtype=torch.int32)
+            if projection.description.layout == "pivoted":
+                orders.append(torch.zeros_like(outputs))
+                placements.append((first_starts[index], second_start))
+            else:
+                orders.append(outputs + (first_starts[index] if second is None else second_start))
+                placements.append(None)
+        if not any(placements):
+            self.order = None
+            return [None] * len(projections)
+        self.register_buffer("order", torch.cat(orders), persistent=False)
+        assert self.order is not None
+        views = torch.split(self.order, [len(order) for order in orders])
+        return [
+            None if starts is None else OrderPlacement(view, *starts)
+            for view, starts in zip(views, placements, strict=True)
+        ]
 
     def _matrix(
         self,
@@ -137,8 +203,10 @@ class StackedLinear(nn.Module):
             )
         }
         second = self._seconds[index]
-        if second is not None:
-            placements[FACTOR_B] = Placement(second, projection.rows, slice(0, projection.description.rank))
+        if second is not None and projection.second_part is not None:
+            placements[projection.second_part] = Placement(
+                second.matrix, projection.second_rows, slice(0, projection.description.rank)
+            )
         return placements
 
 
