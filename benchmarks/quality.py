@@ -30,19 +30,19 @@ MODELS = {"tiny-llama": "examples/tiny-llama", "tiny-qwen2": "examples/tiny-qwen
 TEXTS = ("in_domain", "out_of_domain")
 RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6)
 BITS = (2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
-WINDOWS = 160  # of 256 tokens, of each text
+SAMPLES = 64  # of 256 tokens, for calibration
+WINDOWS = 96  # of 256 tokens, of each text
 
 OURS: dict[str, Any] = {
     "method": "svd_llm",
     "output_metric": "fisher",
     "allocation": "error_controlled",
-    "num_fisher_samples": 128,
+    "num_fisher_samples": 64,
 }
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"method": "svd", "num_compressed_layers": "all"},
     "asvd": {"method": "asvd", "num_compressed_layers": "all"},
     "svd_llm": {"method": "svd_llm", "num_compressed_layers": "all"},
-    "svd_llm, best k": {"method": "svd_llm", "num_compressed_layers": "auto"},
     "erc_svd, best k": {"method": "erc_svd", "num_compressed_layers": "auto"},
     "Fisher metric alone": {"method": "svd_llm", "output_metric": "fisher", "allocation": "uniform"},
     "error control alone": {"method": "svd_llm", "allocation": "error_controlled"},
@@ -135,7 +135,7 @@ def _recipe(point: Point) -> Any:
         "model": {"path": MODELS[point.model], "dtype": "bfloat16"},
         "calibration": {
             "dataset": {"text": "examples/text/calibration.txt"},
-            "num_samples": 128,
+            "num_samples": SAMPLES,
             "sequence_length": 256,
             "seed": 3,
         },
@@ -276,8 +276,8 @@ def main() -> None:
         parts.append(by_bits([row for row in own if row.table == "bits"], model))
     text = f"""# What compression costs
 
-ln(perplexity / dense perplexity) on {WINDOWS} windows of 256 tokens of each held-out text; calibration on 128
-sequences of Python source. "ours" is `method: svd_llm, output_metric: fisher, allocation: error_controlled`,
+ln(perplexity / dense perplexity) on {WINDOWS} windows of 256 tokens of each held-out text; calibration on
+{SAMPLES} sequences of Python source. "ours" is `method: svd_llm, output_metric: fisher, allocation: error_controlled`,
 with a `target` where bits are compared; int4 factors. Scales count as bits; embeddings do not.
 
 {chr(10).join(f"{part}{chr(10)}" for part in parts)}"""

@@ -48,8 +48,9 @@ def _problems(config: Mapping[str, Any], prefix: str) -> Iterator[str]:
         elif key in _LARGEST and isinstance(value, int) and not 1 <= value <= _LARGEST[key]:
             yield f"{prefix}{key} is {_shown(value)}; it must be from 1 to {_LARGEST[key]:,}"
     image, patch = config.get("image_size"), config.get("patch_size")
-    are_numbers = isinstance(image, int) and isinstance(patch, int)
-    if are_numbers and patch > 0 and (image // patch) ** 2 > _MOST_PATCHES:
+    if not isinstance(image, int) or not isinstance(patch, int) or patch < 1:
+        return
+    if (image // patch) ** 2 > _MOST_PATCHES:
         yield f"{prefix}image_size {_shown(image)} has more than {_MOST_PATCHES:,} patches of {patch}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from junitparser import Failure, JUnitXml, TestCase, TestSuite
 from ercsvd_deploy.recipe_fields import parse_size
 from ercsvd_deploy.recipe_gates import Gates
 
+_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _TASK_METRICS = ("acc_norm", "acc", "exact_match")  # what `task_drop` judges, the first that a task has
 
 
@@ -103,16 +105,21 @@ def judge_gates(gates: Gates, report: Mapping[str, Any]) -> list[GateResult]:
 
 def junit_xml(results: Iterable[GateResult], title: str) -> str:
     """Return verdicts as JUnit XML, one test case for each gate and subject."""
-    suite = TestSuite(title)
+    suite = TestSuite(_printable(title))
     for result in results:
-        case = TestCase(result.subject or "model", classname=f"gates.{result.gate}")
+        case = TestCase(_printable(result.subject or "model"), classname=f"gates.{result.gate}")
         if not result.passed:
-            case.result = [Failure(result.explain(), "GateMissed")]
+            case.result = [Failure(_printable(result.explain()), "GateMissed")]
         suite.add_testcase(case)
     document = JUnitXml("ercsvd gates")
     document.add_testsuite(suite)
     text: bytes = document.tostring()  # type: ignore[no-untyped-call]
     return text.decode("utf-8")
+
+
+def _printable(text: str) -> str:
+    """Return a text without the characters that XML cannot hold."""
+    return _NOT_IN_XML.sub("\ufffd", text)
 
 
 _ValueOf = Callable[[str], float | None]

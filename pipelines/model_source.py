@@ -97,7 +97,7 @@ def _refuse_original(source: ModelSource, path: str) -> None:
 
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=source.revision)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return  # whoever loads the config says what is wrong with it
     if is_original(raw):
         raise ArchitectureError(

@@ -109,19 +109,36 @@ class FuzzLog:
 
 
 def normalised(message: str) -> str:
-    """Return the first line of a message without what differs from case to case: names, values, places."""
-    line = message.strip().splitlines()[0]
+    """Return how a message begins, without what differs from case to case: names, values, places."""
+    line = message.strip().splitlines()[0].partition("; ")[0]
     line = re.sub(r"/\S+/", "", line)
     line = re.sub(r"\S*safetensor\S*", "FILE", line)
     line = re.sub(r"(quantization_config\.|is damaged: )[^:]*(?=: )", r"\1FIELD", line)
     line = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "'…'", line)
     line = re.sub(r"[\[{].*[\]}]", "[…]", line)
+    line = re.sub(r"[0#]x[0-9a-f]+", "#", line)
     line = re.sub(r"-?\d[\d,.]*(?:[eE][-+]?\d+)?", "#", line)
     return line.encode("ascii", "replace").decode()[:120]
 
 
 EXTREMES = st.sampled_from(
-    [0, -1, 1, 3, 2**31, 2**63, -(2**63), 10**9, 10**12, 10**30, 1e308, -0.5, float("nan"), float("inf")]
+    [
+        0,
+        -1,
+        1,
+        3,
+        2**31,
+        2**63,
+        -(2**63),
+        10**9,
+        10**12,
+        10**30,
+        10**400,
+        1e308,
+        -0.5,
+        float("nan"),
+        float("inf"),
+    ]
 )
 WORDS = st.sampled_from(
     ["", ".", "..", "/etc/passwd", "../x.safetensors", "a\0b", "\ud800", "x" * 300, "auto", "None", "🦙"]
