@@ -8,8 +8,8 @@
 #   docker build --target serve -t ercsvd-serve .
 #   docker run --rm --gpus all -p 8000:8000 -v "$PWD/out/tiny-llama-erc20:/model:ro" ercsvd-serve
 #
-# `compress` has everything that a recipe needs, on the CPU unless another torch is asked for:
-#   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130
+# `compress` has everything that a recipe needs. Which build of torch it gets is up to pip's settings, or
+# to --build-arg TORCH_INDEX=URL, the CPU or CUDA index of PyTorch.
 # `serve` is stock vLLM and the plugin, nothing else.
 
 ARG PYTHON_VERSION=3.11
@@ -28,10 +28,10 @@ RUN apt-get update \
 RUN python -m venv /opt/ercsvd
 ENV PATH=/opt/ercsvd/bin:$PATH
 ARG TORCH=torch==2.13.0
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX
 # torch in a layer of its own: it is large, and changes less often than the package.
 RUN pip install --no-cache-dir 'setuptools>=77' wheel \
-    && pip install --no-cache-dir --index-url "$TORCH_INDEX" "$TORCH"
+    && pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH"
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir "$(ls /wheels/*.whl)[compress,hub,report,eval]"
 

@@ -82,6 +82,11 @@ class Gates(Section):
         """Whether the package's own text is judged too."""
         return self.built_in_text and self.judges_texts
 
+    def without_export(self) -> Gates | None:
+        """Return the gates that can be judged without an export; None if there are none."""
+        kept = self.model_dump(exclude_none=True, exclude={"serving_parity", "task_drop"})
+        return Gates.model_validate(kept) if set(kept) - {"built_in_text"} else None
+
     @property
     def text_limits(self) -> dict[str, float | Mapping[str, float]]:
         """Gate -> limit of those that hold for texts and can name them."""

@@ -17,6 +17,7 @@ from rich.table import Table
 from ercsvd_deploy import __version__
 from ercsvd_deploy.pipelines.cli_check import Junit, check, end_with_gates
 from ercsvd_deploy.pipelines.cli_host import bench_host
+from ercsvd_deploy.pipelines.cli_sweep import sweep
 from ercsvd_deploy.pipelines.command_line import (
     EXIT_FAILED,
     AsJson,
@@ -285,6 +286,7 @@ def verify(
 
 
 app.command("check")(check)
+app.command("sweep")(sweep)
 app.command("bench-host")(bench_host)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ercsvd_deploy.checkpoint_schema import ModuleDescription
+from ercsvd_deploy.pipelines.factorize import EXACT_RESIDUAL_UP_TO
 from ercsvd_deploy.pipelines.host_speed import HostSpeed
 from ercsvd_deploy.pipelines.resources import StageResources
 from ercsvd_deploy.pipelines.workload import Sequences, Workload
@@ -18,7 +19,6 @@ from ercsvd_deploy.rank import LinearShape
 
 # Operations that gptqmodel's column loop starts for one column, and values of the column's block it touches.
 _OPERATIONS_OF_COLUMN = 45
-_EXACT_RESIDUAL_UP_TO = 1024
 _SUBSPACE_PASSES = 14  # over the matrix, of a randomized residual
 
 
@@ -77,9 +77,7 @@ def eigh_seconds(side: int, speed: HostSpeed) -> float:
     (small, quick), (large, slow) = sorted(speed.eigh_seconds.items())
     share = (math.log(side) - math.log(small)) / (math.log(large) - math.log(small))
     share = min(1.0, max(0.0, share))
-    coefficient = math.exp(
-        (1 - share) * math.log(quick / small**3) + share * math.log(slow / large**3)
-    )
+    coefficient = math.exp((1 - share) * math.log(quick / small**3) + share * math.log(slow / large**3))
     return coefficient * side**3
 
 
@@ -99,20 +97,30 @@ def stage_seconds(
         resources: The stages; their scratch is what they write.
         speed: Of this machine.
     """
-    counted = {
-        "sensitivity": _sensitivity,
-        "factorize": _factorize,
-        "quantize": lambda each: _quantize(each, described[-1]),
-        "evaluate": _evaluate,
-        "export": lambda _: Work(read=2 * final_bytes, written=final_bytes),
-    }
     found = {}
     before = 0
     for needs in resources:
-        written = Work(written=max(0, needs.scratch_bytes - before)) if needs.stage != "export" else Work()
-        found[needs.stage] = (counted[needs.stage](work) + written).seconds(speed)
+        counted = _counted(needs.stage, work, described[-1], final_bytes)
+        if needs.stage != "export":
+            counted += Work(written=max(0, needs.scratch_bytes - before))
+        found[needs.stage] = counted.seconds(speed)
         before = needs.scratch_bytes
     return found
+
+
+def _counted(
+    stage: str, work: Workload, described: Mapping[str, ModuleDescription], final_bytes: int
+) -> Work:
+    if stage == "sensitivity":
+        return _sensitivity(work)
+    if stage == "factorize":
+        return _factorize(work)
+    if stage == "quantize":
+        return _quantize(work, described)
+    if stage == "evaluate":
+        return _evaluate(work)
+    assert stage == "export", "every stage is counted"
+    return Work(read=2 * final_bytes, written=final_bytes)  # read again for the checksums
 
 
 def _pass(work: Workload, sequences: Sequences | None, *, observed: bool = False) -> Work:
@@ -140,7 +148,13 @@ def _sensitivity(work: Workload) -> Work:
     layers = work.architecture.num_layers
     outputs = sum(2 * linear.out_features**2 for linear in work.largest_layer.linears)
     forward = _pass(work, sequences)
-    return forward + forward + forward + _head(work, sequences) + Work(single=outputs * sequences.tokens * layers)
+    return (
+        forward
+        + forward
+        + forward
+        + _head(work, sequences)
+        + Work(single=outputs * sequences.tokens * layers)
+    )
 
 
 def _factorize(work: Workload) -> Work:
@@ -161,7 +175,7 @@ def _factorize(work: Workload) -> Work:
                 continue
             total += _decomposing(linear)
             total += _truncating(linear, rank, exact=True, residual=settings.method == "erc_svd")
-            is_small = min(linear.out_features, linear.in_features) <= _EXACT_RESIDUAL_UP_TO
+            is_small = min(linear.out_features, linear.in_features) <= EXACT_RESIDUAL_UP_TO
             for _ in range(trials):
                 total += _truncating(linear, rank, exact=is_small, residual=settings.method == "erc_svd")
                 total += _measuring(linear, rank)
@@ -200,7 +214,10 @@ def _quantize(work: Workload, described: Mapping[str, ModuleDescription]) -> Wor
         if rank is not None:
             # Losses of the whole Linear, the re-fit, and the second matrix under a Gram of its own.
             total += _rounding(m, rank) + Work(
-                single=20 * m * n * n, double=4 * n * n * rank + 8 * m * n * rank, eigh=(rank,), moved=64 * m * n
+                single=20 * m * n * n,
+                double=4 * n * n * rank + 8 * m * n * rank,
+                eigh=(rank,),
+                moved=64 * m * n,
             )
     return total
 

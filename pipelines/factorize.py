@@ -51,7 +51,7 @@ from ercsvd_deploy.tensor_store import FileStore
 
 # Beyond this side the residual's exact decomposition is made once, for the chosen k, and the search
 # over k uses a randomized one.
-_EXACT_RESIDUAL_UP_TO = 1024
+EXACT_RESIDUAL_UP_TO = 1024
 
 
 class FactorizationError(ValueError):
@@ -442,7 +442,7 @@ def truncate_linear(
         rank,
         residual_rank=residual_rank,
         residual_space=settings.residual_space,
-        exact_residual=exact or min(weight.shape) <= _EXACT_RESIDUAL_UP_TO,
+        exact_residual=exact or min(weight.shape) <= EXACT_RESIDUAL_UP_TO,
     )
 
 

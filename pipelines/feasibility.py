@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ercsvd_deploy.checkpoint_schema import ModuleDescription
+from ercsvd_deploy.exporters.vllm.writer import ExportError, check_target
 from ercsvd_deploy.pipelines.cost_model import stage_seconds
 from ercsvd_deploy.pipelines.host_speed import remembered_speed
 from ercsvd_deploy.pipelines.machine import Machine, look_around
@@ -91,7 +92,7 @@ def estimate(
         problems=(),
         assumptions=work.assumptions,
     )
-    return replace(found, problems=tuple(_problems(found, target)))
+    return replace(found, problems=(*_target_problems(work, target), *_problems(found, target)))
 
 
 def check_resources(plan: Plan) -> list[str]:
@@ -111,6 +112,17 @@ def check_resources(plan: Plan) -> list[str]:
     return [f"this machine may not suffice: {problem}" for problem in needs.problems]
 
 
+def _target_problems(work: Workload, target: Path | None) -> list[str]:
+    """Say why nothing may be written where the recipe says."""
+    if target is None:
+        return []
+    try:
+        check_target(target, Path(work.recipe.model.path))
+    except ExportError as error:
+        return [str(error)]
+    return []
+
+
 def _problems(needs: Estimate, target: Path | None) -> Iterable[str]:
     machine = needs.machine
     if machine.memory_bytes is not None and needs.peak_host_bytes > machine.memory_bytes:
@@ -125,9 +137,10 @@ def _problems(needs: Estimate, target: Path | None) -> Iterable[str]:
             f"{stage} needs about {_gib(needs.peak_device_bytes)} of GPU memory, {_gib(machine.gpu_bytes)} "
             f"are free: {_remedy(stage)}, or use --device cpu"
         )
-    if target is not None and machine.disk_bytes is not None:
-        if needs.scratch_bytes > machine.disk_bytes + _already_written(target):
-            yield _disk_problem(needs, target)
+    if target is None or machine.disk_bytes is None:
+        return
+    if needs.scratch_bytes > machine.disk_bytes + _already_written(target):
+        yield _disk_problem(needs, target)
 
 
 def _disk_problem(needs: Estimate, target: Path) -> str:

@@ -21,8 +21,8 @@ from ercsvd_deploy.checkpoint_schema import ModuleDescription
 from ercsvd_deploy.exporters.vllm.kernel_choice import KernelUse, choose_kernels
 from ercsvd_deploy.pipelines.allocation_options import AllocationTask, allocation_task
 from ercsvd_deploy.pipelines.components import Component, describe_components
-from ercsvd_deploy.pipelines.feasibility import Estimate, estimate
 from ercsvd_deploy.pipelines.factorize_vision import describe_vision, plan_vision_ranks
+from ercsvd_deploy.pipelines.feasibility import Estimate, estimate
 from ercsvd_deploy.pipelines.model_source import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.quantize_plan import (
     PatternMatch,
@@ -97,7 +97,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
-        return asdict(self)
+        return asdict(self) | {"problems": list(self.estimate.problems)}
 
 
 def rank_plans(recipe: Recipe, architecture: Architecture, element: int) -> dict[int, RankPlan]:

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ercsvd_deploy.exporters.vllm.kernel_choice import KernelUse
 from ercsvd_deploy.pipelines.plan import CandidatePlan, Plan
 from ercsvd_deploy.pipelines.quantize_plan import PatternMatch
 from ercsvd_deploy.pipelines.report import component_table
@@ -101,17 +102,20 @@ def _rank_table(candidate: CandidatePlan) -> Table:
 
 
 def _kernel_table(plan: Plan) -> Table:
+    """Matrices that are stored alike and have the same kernels in one row; `--json` has every shape."""
     table = Table(title="Matrices on each GPU, and vLLM's kernels for them", title_justify="left")
-    for column in ("tensor parallel", "matrices", "shape", "stored as", "layers", "Hopper", "other GPUs", "CPU"):
-        table.add_column(column, justify="right" if column in ("tensor parallel", "shape", "layers") else "left")
-    alike: dict[tuple[str, ...], list[str]] = {}
+    numbers = ("tensor parallel", "matrices", "smallest", "largest")
+    for column in (*numbers, "stored as", "Hopper", "other GPUs", "CPU"):
+        table.add_column(column, justify="right" if column in numbers else "left")
+    alike: dict[tuple[int, str, str, str, str], list[KernelUse]] = {}
     for use in plan.kernels:
-        names = " + ".join(name.partition(".")[2] or name for name in use.matrices)
-        figures = (f"{use.rows} x {use.columns}", use.storage, str(use.layers))
-        key = (str(use.tensor_parallel_size), *figures, use.hopper, use.other_gpu, use.cpu)
-        alike.setdefault(key, []).append(names)
-    for (size, shape, storage, layers, *kernels), names in alike.items():
-        table.add_row(size, ", ".join(names), shape, storage, layers, *kernels)
+        key = (use.tensor_parallel_size, use.storage, use.hopper, use.other_gpu, use.cpu)
+        alike.setdefault(key, []).append(use)
+    for (size, storage, *kernels), uses in alike.items():
+        smallest, *_, largest = sorted(2 * [(use.rows * use.columns, use.rows, use.columns) for use in uses])
+        count = sum(use.layers for use in uses)
+        shapes = (f"{rows} x {columns}" for _, rows, columns in (smallest, largest))
+        table.add_row(str(size), str(count), *shapes, storage, *kernels)
     return table
 
 

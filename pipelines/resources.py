@@ -1,20 +1,22 @@
 """What a run needs of a machine, stage by stage: memory at its highest, and room in the work directory.
 
-The stages are followed as they run: what waits in memory all the while, and beside it the worst moment of each
-step (`working_memory`). On a GPU the working set is there, and the host holds what is read and written; on a
-CPU both are the same memory.
+The stages are followed as they run: what waits in memory all the while, and beside it the worst moment of
+each step (`working_memory`). On a GPU the working set is there, and the host holds what is read and written;
+on a CPU both are the same memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ercsvd_deploy.architecture import LayerLinears
 from ercsvd_deploy.checkpoint_schema import ModuleDescription
 from ercsvd_deploy.pipelines import working_memory
+from ercsvd_deploy.pipelines.factorize import EXACT_RESIDUAL_UP_TO
 from ercsvd_deploy.pipelines.sizes import module_bytes
+from ercsvd_deploy.pipelines.working_memory import Held, blocks, highest
 from ercsvd_deploy.pipelines.workload import Sequences, Workload
 from ercsvd_deploy.rank import LinearShape
 
@@ -25,9 +27,9 @@ _IMPORTS, _GPTQ_IMPORTS, _CUDA_IMPORTS = 640 * MIB, 90 * MIB, 1800 * MIB
 _CUDA_CONTEXT = 600 * MIB  # of GPU memory, cuBLAS and cuSOLVER workspaces included
 # What tokenizing a million characters leaves in the heap; a text is read up to its limit at once.
 _READ_TEXT = 60 * MIB
-# glibc gives back blocks of 32 MiB and more at once, smaller ones when they are the heap's last: what is
-# freed in between stays, up to about one layer's working set, in the heap.
-_LARGEST_BLOCK_KEPT = 32 * MIB
+# Blocks of many sizes leave gaps between them: in the runs of benchmarks/plan_accuracy.py the heap was 1.0 to
+# 2.1 times what was alive in it. Only tensors below 32 MiB lie there.
+HEAP_GAPS = 1.4
 _SINGLE = 4  # bytes of a float32
 _FINDINGS_OF_LINEAR = 8192  # bytes of JSON that tell a Linear's errors and spectrum
 
@@ -50,10 +52,10 @@ class StageResources:
 
 
 @dataclass(frozen=True)
-class _Moment:
+class _Highest:
     """The highest memory of a stage: where layers run, and on the host beside a GPU."""
 
-    working: int
+    working: Held
     beside: int  # what the host holds if `working` is on a GPU: tensors on their way to and from disk
 
 
@@ -68,44 +70,45 @@ def stage_resources(
         final_bytes: Of the largest candidate's export.
         on_gpu: Whether layers run on a GPU.
     """
-    recipe = work.recipe
     found: list[StageResources] = []
-    kept = 0  # what finished stages leave in the work directory
-
-    def add(stage: str, moment: _Moment, scratch: int) -> None:
-        base = _IMPORTS + _READ_TEXT + _pixels(work)
-        if recipe.quantize is not None and stage in ("quantize", "evaluate", "export"):
+    base = _IMPORTS + _READ_TEXT + _pixels(work)
+    heap = 0  # at its highest so far: it does not shrink
+    for stage, needs, scratch in _stages(work, described, final_bytes):
+        if stage == "quantize":
             base += _GPTQ_IMPORTS
+        heap = max(heap, needs.working.heap)
         if on_gpu:
-            host, device = base + _CUDA_IMPORTS + moment.beside, _CUDA_CONTEXT + moment.working
+            host, device = base + _CUDA_IMPORTS + needs.beside, _CUDA_CONTEXT + needs.working.mapped + heap
         else:
-            host, device = base + moment.working, 0
+            host, device = base + needs.working.mapped + int(HEAP_GAPS * heap), 0
         found.append(StageResources(stage, host, device, scratch))
-
-    if recipe.factorize is not None and work.compressed_layers():
-        factors = max(_factor_bytes(work, each) for each in described)
-        if recipe.factorize.needs_sensitivity:
-            metrics = sum(map(_metric_bytes, work.architecture.layers))
-            states = _states(work, _fisher(work))
-            add("sensitivity", _sensitivity(work), (work.architecture.num_layers + 3) * states + metrics)
-            kept += metrics
-        waiting = sum(_waiting_bytes(work, layer) for layer in work.compressed_layers())
-        add("factorize", _factorize(work), kept + waiting + factors)
-        kept += factors
-    if recipe.quantize is not None and work.calibration is not None:
-        ranks = _highest_ranks(described)
-        kept += max(_integer_bytes(work, each) for each in described)
-        add("quantize", _quantize(work, ranks), kept)
-    if work.judged:
-        add("evaluate", _evaluate(work), kept)
-    source_bytes = max(_untouched_bytes(work, each) for each in described)
-    add("export", _export(work, final_bytes, source_bytes), kept + final_bytes)
     return tuple(found)
 
 
-def _states(work: Workload, sequences: Sequences | None) -> int:
-    """Activations of all sequences between two layers."""
-    return 0 if sequences is None else sequences.tokens * work.hidden * work.computed
+def _stages(
+    work: Workload, described: Sequence[Mapping[str, ModuleDescription]], final_bytes: int
+) -> Iterator[tuple[str, _Highest, int]]:
+    """Yield name, memory and the work directory's highest size of every stage."""
+    recipe = work.recipe
+    kept = 0  # what finished stages leave in the work directory
+    if recipe.factorize is not None and work.compressed_layers():
+        factors = max(_factor_bytes(work, each) for each in described)
+        if recipe.factorize.needs_sensitivity:
+            metrics = working_memory.output_metrics(work).total * work.architecture.num_layers
+            states = working_memory.states(work, _fisher(work)).total
+            # Inputs of every layer and outputs of the last; gradients behind a layer and before it.
+            yield "sensitivity", _sensitivity(work), (work.architecture.num_layers + 3) * states + metrics
+            kept += metrics
+        waiting = sum(_waiting_bytes(work, layer) for layer in work.compressed_layers())
+        yield "factorize", _factorize(work), kept + waiting + factors
+        kept += factors
+    if recipe.quantize is not None and work.calibration is not None:
+        kept += max(_integer_bytes(work, each) for each in described)
+        yield "quantize", _quantize(work, _highest_ranks(described)), kept
+    if work.judged:
+        yield "evaluate", _evaluate(work), kept
+    source_bytes = max(_untouched_bytes(work, each) for each in described)
+    yield "export", _export(work, final_bytes, source_bytes), kept + final_bytes
 
 
 def _pixels(work: Workload) -> int:
@@ -117,13 +120,13 @@ def _pixels(work: Workload) -> int:
     return pictures * work.tower.pixels * _SINGLE
 
 
-def _embedding(work: Workload, sequences: Iterable[Sequences]) -> int:
+def _embedding(work: Workload, sequences: Iterable[Sequences]) -> Held:
     """What stands before the layers, loaded, and a batch on its way through the vision tower."""
-    loaded = work.embedding_parameters * work.computed
+    loaded = blocks(work.embedding_parameters, work.computed)
     if work.tower is None:
         return loaded
-    pictures = max((math.ceil(each.pictures / max(1, each.count)) * each.batch_rows for each in sequences))
-    return loaded + pictures * work.tower.tokens * work.tower.widest * work.computed
+    pictures = max(math.ceil(each.pictures / max(1, each.count)) * each.batch_rows for each in sequences)
+    return loaded + blocks(pictures * work.tower.tokens * work.tower.widest, work.computed)
 
 
 def _fisher(work: Workload) -> Sequences:
@@ -132,122 +135,129 @@ def _fisher(work: Workload) -> Sequences:
     return work.calibration.first(work.recipe.factorize.num_fisher_samples)
 
 
-def _sensitivity(work: Workload) -> _Moment:
+def _sensitivity(work: Workload) -> _Highest:
     sequences = _fisher(work)
-    states = _states(work, sequences)
-    weights = work.layer_parameters * work.computed
+    states = working_memory.states(work, sequences)
+    weights = working_memory.layer_weights(work)
+    passing = working_memory.layer_pass(work, sequences)
     # Inputs as read and their file's pages, gradients; the layer's graph keeps every intermediate.
-    graph = 3 * working_memory.layer_pass(work, sequences)
-    backward = 3 * states + weights + _metric_bytes(work.largest_layer) + graph
-    outside = work.outside_parameters * work.computed
-    head = 2 * states + outside + 5 * working_memory.logits(work, sequences)
-    forward = states + _embedding(work, [sequences])
-    return _Moment(max(forward, backward, head), 2 * states + weights)
+    backward = (
+        states + states + states + weights + working_memory.output_metrics(work) + passing + passing + passing
+    )
+    outside = blocks(work.outside_parameters, work.computed)
+    # Logits, their softmax, log-softmax and gradients.
+    part = working_memory.logits(work, sequences)
+    head = states + states + outside + part + part + part
+    forward = states + highest(_embedding(work, [sequences]), weights + passing)
+    return _Highest(highest(forward, backward, head), 2 * states.total + weights.total)
 
 
-def _factorize(work: Workload) -> _Moment:
+def _factorize(work: Workload) -> _Highest:
     settings = work.recipe.factorize
     assert settings is not None
     if settings.allocation == "error_controlled":
         return _factorize_allocated(work)
     layer = work.largest_layer
-    weights = work.layer_parameters * work.computed
-    calibration = work.calibration if settings.calibration_need else work.calibration
-    states = searched = passing = trying = 0
-    grams = 0
-    if calibration is not None:
-        sample = calibration.first(settings.num_search_samples)
-        states = _states(work, calibration)
-        # The layer's inputs are kept while its outputs are made, and every candidate has activations of its own.
-        searched = _states(work, sample) * (1 + len(work.rank_plans))
-        passing = working_memory.layer_pass(work, calibration, observed=True)
+    weights = working_memory.layer_weights(work)
+    states = grams = passing = trying = embedding = Held()
+    if work.calibration is not None:
+        sample = work.calibration.first(settings.num_search_samples)
+        # A layer's inputs are kept while its outputs are made, and every candidate has its own activations.
+        states = working_memory.states(work, work.calibration)
+        embedding = states + _embedding(work, [work.calibration])
+        states += working_memory.states(work, sample, 1 + len(work.rank_plans))
+        passing = working_memory.layer_pass(work, work.calibration, observed=True)
         trying = working_memory.layer_pass(work, sample)
         grams = working_memory.grams(work)
     with_metric = settings.output_metric == "fisher"
-    waiting = _waiting_bytes(work, layer)
-    steps = [passing]
-    done = 0
+    has_residual = settings.method == "erc_svd"
+    steps, emitting, waiting = [passing], [], Held()
     for linear in _ranked(work, layer):
         rank = work.highest_rank(linear)
-        steps.append(done + working_memory.decomposing(linear, rank, with_metric=with_metric))
-        done += working_memory.decomposition(linear, rank, with_metric=with_metric)
+        steps.append(waiting + working_memory.decomposing(linear, rank, with_metric=with_metric))
+        waiting += working_memory.decomposition(linear, rank, with_metric=with_metric)
+        emitting.append(working_memory.truncating(linear, rank, exact_residual=has_residual))
+    for linear in _ranked(work, layer):
+        exact = has_residual and min(linear.out_features, linear.in_features) <= EXACT_RESIDUAL_UP_TO
+        truncating = working_memory.truncating(linear, work.highest_rank(linear), exact_residual=exact)
         # Layers compressed on trial stand beside the original ones.
-        exact = min(linear.out_features, linear.in_features) <= 1024
-        trial = max(
-            working_memory.truncating(linear, rank, exact_residual=exact and settings.method == "erc_svd"),
-            working_memory.measuring(linear),
-            trying,
-        )
-        steps.append(waiting + weights + trial)
-    during = states + searched + weights + grams + max(steps)
-    loading = states + searched + working_memory.layer_load(work)
-    embedding = states + (_embedding(work, [calibration]) if calibration else 0)
-    emitting = 2 * waiting + weights + max(
-        working_memory.truncating(linear, work.highest_rank(linear), exact_residual=True)
-        for linear in _ranked(work, layer)
-    )
-    return _Moment(max(during, loading, embedding, emitting), 2 * waiting + weights)
+        steps.append(waiting + weights + highest(truncating, working_memory.measuring(linear), trying))
+    during = states + weights + grams + highest(*steps)
+    loading = states + working_memory.layer_load(work)
+    emission = waiting + waiting + weights + highest(*emitting)  # decompositions, and their file's pages
+    return _Highest(highest(during, loading, embedding, emission), 2 * waiting.total + weights.total)
 
 
-def _factorize_allocated(work: Workload) -> _Moment:
-    layer = work.largest_layer
-    weights = work.layer_parameters * work.computed
-    states = _states(work, work.calibration)
-    grams = working_memory.grams(work)
-    waiting = _waiting_bytes(work, layer)
+def _factorize_allocated(work: Workload) -> _Highest:
     assert work.calibration is not None, "the schema asks for calibration where errors are to be controlled"
+    layer = work.largest_layer
+    weights, grams = working_memory.layer_weights(work), working_memory.grams(work)
+    states = working_memory.states(work, work.calibration)
     steps, probing = [working_memory.layer_pass(work, work.calibration, observed=True)], []
+    waiting = grams  # as means, beside the sums
     for linear in layer.linears:
         rank = work.highest_rank(linear)
-        steps.append(grams + waiting + working_memory.decomposing(linear, rank, with_metric=True))
+        steps.append(waiting + working_memory.decomposing(linear, rank, with_metric=True))
         own = working_memory.decomposition(linear, rank, with_metric=True)
-        trials = [working_memory.truncating(linear, rank, exact_residual=True), working_memory.measuring(linear)]
+        waiting += own
+        trials = [
+            working_memory.truncating(linear, rank, exact_residual=True),
+            working_memory.measuring(linear),
+        ]
         if work.recipe.quantize is not None:
             trials.append(working_memory.quantizing(linear, rank))
-        probing.append(2 * own + max(trials))
-    observing = states + weights + grams + max(steps)
-    return _Moment(max(observing, weights + max(probing)), grams + waiting + weights)
+        probing.append(own + own + highest(*trials))
+    observing = states + weights + grams + highest(*steps)
+    return _Highest(highest(observing, weights + highest(*probing)), waiting.total + weights.total)
 
 
-def _quantize(work: Workload, ranks: Mapping[str, int | None]) -> _Moment:
-    layer = work.largest_layer
+def _quantize(work: Workload, ranks: Mapping[str, int | None]) -> _Highest:
     assert work.calibration is not None, "the schema asks for calibration where GPTQ needs it"
-    weights = work.layer_parameters * work.computed
-    states = 2 * _states(work, work.calibration)  # with the unquantized and the quantized layer behind it
-    grams = working_memory.grams(work)
+    layer = work.largest_layer
+    weights = working_memory.layer_weights(work)
+    # Behind the unquantized layer, and before it or behind the quantized one.
+    states = working_memory.states(work, work.calibration, 2)
     steps = [working_memory.layer_pass(work, work.calibration, observed=True)]
     steps += [working_memory.quantizing(linear, ranks.get(linear.name)) for linear in layer.linears]
-    during = states + weights + grams + max(steps)
+    during = states + weights + working_memory.grams(work) + highest(*steps)
     loading = states + working_memory.layer_load(work)
-    embedding = states // 2 + _embedding(work, [work.calibration])
-    return _Moment(max(during, loading, embedding), 2 * weights)
+    embedding = working_memory.states(work, work.calibration) + _embedding(work, [work.calibration])
+    return _Highest(highest(during, loading, embedding), 2 * weights.total)
 
 
-def _evaluate(work: Workload) -> _Moment:
-    # Both models' activations of everything that is judged.
-    states = 2 * sum(_states(work, each) for each in work.judged)
-    passing = max(working_memory.layer_pass(work, each) for each in work.judged)
-    comparing = max(each.batch_tokens for each in work.judged) * work.hidden * (_SINGLE + 2 * 8)
-    during = states + work.layer_parameters * work.computed + max(passing, comparing)
-    loading = states + working_memory.layer_load(work)
-    outside = work.outside_parameters * work.computed
-    judging = 0
+def _evaluate(work: Workload) -> _Highest:
+    states = Held()
+    for each in work.judged:
+        states += working_memory.states(work, each, 2)  # of both models
+    weights = working_memory.layer_weights(work)
+    passing = [working_memory.layer_pass(work, each) for each in work.judged]
+    # Batches are compared in float64: the difference, widened, squared.
+    passing += [
+        blocks(each.batch_tokens * work.hidden, _SINGLE) + blocks(each.batch_tokens * work.hidden, 8, 2)
+        for each in work.judged
+    ]
+    outside = blocks(work.outside_parameters, work.computed, 2)
+    judging = []
     for each in work.judged:
         part = working_memory.logits(work, each)
-        parts = math.ceil(each.tokens * work.architecture.vocab_size * _SINGLE / part)
-        # Of both models, and those before until the next are there; log-probabilities of one window.
-        window = 5 * each.length * work.architecture.vocab_size * _SINGLE
-        judging = max(judging, (4 if parts > 1 else 2) * part + window)
-    embedding = states + _embedding(work, work.judged)
-    highest = max(during, loading, embedding, states + 2 * outside + judging)
-    return _Moment(highest, 2 * work.layer_parameters * work.computed)
+        # Of both models, and log-probabilities of one window.
+        judging.append(part + part + blocks(each.length * work.architecture.vocab_size, _SINGLE, 5))
+    return _Highest(
+        highest(
+            states + weights + highest(*passing),
+            states + working_memory.layer_load(work),
+            states + _embedding(work, work.judged),
+            states + outside + highest(*judging),
+        ),
+        2 * weights.total,
+    )
 
 
-def _export(work: Workload, final_bytes: int, source_bytes: int) -> _Moment:
+def _export(work: Workload, final_bytes: int, source_bytes: int) -> _Highest:
     shard = min(final_bytes, max(work.recipe.export.max_shard_bytes, _largest_tensor(work)))
     # Tensors are copied out of a mapped file, whose pages count until it is closed.
     held = shard + min(shard, source_bytes)
-    return _Moment(held, held)
+    return _Highest(Held(held), held)
 
 
 def _ranked(work: Workload, layer: LayerLinears) -> list[LinearShape]:
@@ -264,14 +274,10 @@ def _waiting_bytes(work: Workload, layer: LayerLinears) -> int:
     total = len(layer.linears) * _FINDINGS_OF_LINEAR
     for linear in layer.linears:
         rank = max(1, work.highest_rank(linear))
-        total += working_memory.decomposition(linear, rank, with_metric=with_metric)
+        total += working_memory.decomposition(linear, rank, with_metric=with_metric).total
     if allocated:
         total += sum(_SINGLE * group[0].in_features ** 2 for group in layer.groups)
     return total
-
-
-def _metric_bytes(layer: LayerLinears) -> int:
-    return sum(_SINGLE * linear.out_features**2 for linear in layer.linears)
 
 
 def _factor_bytes(work: Workload, described: Mapping[str, ModuleDescription]) -> int:

@@ -216,14 +216,14 @@ def _compare(
     """Return what both models are worth on the recipe's texts and questions, or what an earlier run found."""
     if not data.texts and not data.questions:
         return Comparison()
-    finished = work.stage("quality", work.fingerprints.quality)
-    found = finished.findings("quality")
-    if found is None:
-        with progress("quality", original.num_layers) as on_layer:
-            found = _COMPARISON.dump_python(
-                compare_models(original, candidate, data.texts, data.questions, on_layer)
-            )
-        finished.finish("quality", found)
+    with work.stage("quality", work.fingerprints.quality) as finished:
+        found = finished.findings("quality")
+        if found is None:
+            with progress("quality", original.num_layers) as on_layer:
+                found = _COMPARISON.dump_python(
+                    compare_models(original, candidate, data.texts, data.questions, on_layer)
+                )
+            finished.finish("quality", found)
     return _COMPARISON.validate_python(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,14 +97,19 @@ class RunWork:
     shared: Path | None = None  # of runs that have stages in common
     notes: list[str] = field(default_factory=list)  # what was found of an earlier run
 
-    def stage(self, name: str, fingerprint: Mapping[str, Any]) -> FinishedWork:
-        """Open a stage's folder; a shared one is named by the stage's fingerprint too."""
+    @contextmanager
+    def stage(self, name: str, fingerprint: Mapping[str, Any]) -> Iterator[FinishedWork]:
+        """Open a stage's folder; a shared one is named by the fingerprint too, and one run's at a time."""
         if self.shared is None:
             finished = FinishedWork(self.directory / name, fingerprint)
-        else:
-            finished = FinishedWork(self.shared / f"{name}-{short_digest(fingerprint)}", fingerprint)
-        self.notes += finished.notes
-        return finished
+            self.notes += finished.notes
+            yield finished
+            return
+        folder = self.shared / f"{name}-{short_digest(fingerprint)}"
+        self.shared.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, however that happens
+            yield FinishedWork(folder, fingerprint)
 
 
 @dataclass
@@ -151,13 +157,12 @@ def run_stages(
     outcomes = StageOutcomes()
     settings = recipe.factorize
     if settings is not None and plan.vision_ranks:
-        with timed(outcomes.seconds, "factorize vision"):
+        with (
+            timed(outcomes.seconds, "factorize vision"),
+            work.stage("vision", work.fingerprints.factorize) as finished,
+        ):
             outcomes.vision = factorize_vision(
-                compressed.original,
-                samples,
-                settings,
-                plan.vision_ranks,
-                work.stage("vision", work.fingerprints.factorize),
+                compressed.original, samples, settings, plan.vision_ranks, finished
             )
         compressed.take([outcomes.vision.file], outcomes.vision.modules)
     if settings is not None:
@@ -186,20 +191,17 @@ def _factorize(
         assert samples is not None, "the schema asks for calibration where a stage needs it"
         with (
             timed(outcomes.seconds, "sensitivity"),
+            work.stage("sensitivity", work.fingerprints.sensitivity) as finished,
             progress("sensitivity", 2 * model.num_layers) as on_layer,
         ):
-            sensitivity = measure_sensitivity(
-                model,
-                samples[: settings.num_fisher_samples],
-                work.stage("sensitivity", work.fingerprints.sensitivity),
-                on_layer,
-            )
-    finished = work.stage("factorize", work.fingerprints.factorize)
+            fisher_samples = samples[: settings.num_fisher_samples]
+            sensitivity = measure_sensitivity(model, fisher_samples, finished, on_layer)
     if plan.allocation is not None:
         assert sensitivity is not None
         assert samples is not None
         with (
             timed(outcomes.seconds, "factorize"),
+            work.stage("factorize", work.fingerprints.factorize) as finished,
             progress(f"{settings.method}, error-controlled", 2 * model.num_layers) as on_layer,
         ):
             return factorize_allocated(
@@ -208,6 +210,7 @@ def _factorize(
     candidates = f"{len(plan.rank_plans)} candidate{'s' if len(plan.rank_plans) > 1 else ''}"
     with (
         timed(outcomes.seconds, "factorize"),
+        work.stage("factorize", work.fingerprints.factorize) as finished,
         progress(f"{settings.method}, {candidates}", model.num_layers) as on_layer,
     ):
         return factorize_decoder(model, samples, settings, plan.rank_plans, finished, on_layer, sensitivity)
@@ -230,6 +233,7 @@ def _quantize(
     model = compressed.stream()
     with (
         timed(outcomes.seconds, "quantize"),
+        work.stage("quantize", work.fingerprints.quantize) as finished,
         progress(f"{settings.method}, {settings.bits} bits", model.num_layers) as on_layer,
     ):
         quantized = quantize_decoder(
@@ -239,7 +243,7 @@ def _quantize(
             settings,
             described,
             plan.quantize.matches,
-            work.stage("quantize", work.fingerprints.quantize),
+            finished,
             on_layer,
         )
     integers = {

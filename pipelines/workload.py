@@ -1,4 +1,4 @@
-"""How much a recipe has to compute with: sequences, widths and precisions, from the recipe and the config alone.
+"""How much a recipe has to compute with: sequences, widths and precisions, from recipe and config alone.
 
 Resources and times are estimated from this. What only the data can tell (how many windows a text has) is
 assumed here, and said.
@@ -171,6 +171,8 @@ def measure_workload(
         _questions(name, asked.max_questions, tower, tiles, assumptions)
         for name, asked in recipe.evaluation.visual_questions.items()
     ]
+    if recipe.evaluation.lm_eval is not None:
+        assumptions.append("lm-eval, which loads both models whole, is not counted")
     return Workload(
         recipe,
         architecture,

@@ -1,9 +1,9 @@
 """Which of vLLM's kernels multiplies each matrix, said from shapes alone; no vLLM needed to ask.
 
-vLLM takes the first kernel of a list that its platform, the storage and the local shape allow (`kernels.linear`,
-0.32): on an NVIDIA GPU Machete (Hopper alone), then Marlin; on a CPU WNA16. Plain matrices go to cuBLAS or
-oneDNN. Projections that share an input are one layer in vLLM, and their first matrices, where stored alike, one
-matrix (`stacked_linear`).
+vLLM takes the first kernel of a list that its platform, the storage and the local shape allow
+(`kernels.linear`, 0.32): on an NVIDIA GPU Machete (Hopper alone), then Marlin; on a CPU WNA16. Plain matrices
+go to cuBLAS or oneDNN. Projections that share an input are one layer in vLLM, and their first matrices, where
+stored alike, one matrix (`stacked_linear`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class KernelUse:
 
 
 def choose_kernels(
-    described: Mapping[str, ModuleDescription], architecture: Architecture, tensor_parallel_sizes: Iterable[int]
+    described: Mapping[str, ModuleDescription],
+    architecture: Architecture,
+    tensor_parallel_sizes: Iterable[int],
 ) -> tuple[KernelUse, ...]:
     """Return every kind of decoder matrix at every tensor parallel size, with its kernels."""
     found: dict[KernelUse, int] = {}

@@ -57,10 +57,15 @@ def check_target(target: Path, source: Path) -> None:
     """Refuse a target that would overwrite something, before any work is done.
 
     Raises:
-        ExportError: the target exists and is not an earlier export, or lies inside the source model.
+        ExportError: the target exists and is not an earlier export, or it lies inside the source model or
+            around it.
     """
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise ExportError(f"output {target} lies inside the source model {source}: choose another directory")
+    if target.resolve() in source.resolve().parents:
+        raise ExportError(
+            f"output {target} would replace the source model {source}: choose another directory"
+        )
     if target.is_mount():
         raise ExportError(
             f"output {target} is a mount point, which cannot be replaced: choose a directory in it"
