@@ -10,11 +10,11 @@ import torch
 from ercsvd_deploy.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.evaluate import run_lm_eval
 from ercsvd_deploy.pipelines.gates import judge_gates
-from ercsvd_deploy.pipelines.report import REPORT_FILE, Report
+from ercsvd_deploy.pipelines.report import Report
+from ercsvd_deploy.pipelines.report_files import write_report_files
 from ercsvd_deploy.pipelines.run_data import RunData
 from ercsvd_deploy.pipelines.serving_parity import measure_parity
 from ercsvd_deploy.recipe_schema import LmEval, Recipe
-from ercsvd_deploy.tensor_store import write_json_atomically
 
 
 def finish_report(
@@ -26,7 +26,7 @@ def finish_report(
     compressed: LayerwiseModel,
     data: RunData,
 ) -> Report:
-    """Measure what needs the export, judge the gates, and write the report into the export again.
+    """Measure what needs the export, judge the gates, and write report, page and card into it again.
 
     The export is complete and sound: where a measurement fails, hours of work are not called failed with it.
     A warning says so, and a gate that wants the measurement is missed.
@@ -51,7 +51,7 @@ def finish_report(
             report.warnings.append(f"serving parity was not measured: {error}")
     if gates is not None:
         report = replace(report, gates=judge_gates(gates, report.as_json()))
-    write_json_atomically(export / REPORT_FILE, report.as_json())
+    report.warnings.extend(write_report_files(export, report.as_json()))
     return report
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from ercsvd_deploy import __version__
 from ercsvd_deploy.pipelines.cli_check import Junit, check, end_with_gates
 from ercsvd_deploy.pipelines.cli_host import bench_host
+from ercsvd_deploy.pipelines.cli_report import report_page
 from ercsvd_deploy.pipelines.cli_sweep import sweep
 from ercsvd_deploy.pipelines.command_line import (
     EXIT_FAILED,
@@ -265,9 +266,9 @@ def verify(
     """Compare every tensor and file of an export with the checksums it was written with."""
     with failures_explained(debug=debug):
         from ercsvd_deploy.exporters.vllm.manifest import verify_export
-        from ercsvd_deploy.pipelines.report import REPORT_FILE
+        from ercsvd_deploy.pipelines.report_files import REPORT_FILES
 
-        found = verify_export(directory, unlisted=frozenset({REPORT_FILE}))
+        found = verify_export(directory, unlisted=REPORT_FILES)
         if as_json:
             print_json(asdict(found) | {"directory": str(directory), "sound": not found.problems})
         elif not found.problems:
@@ -288,6 +289,7 @@ def verify(
 app.command("check")(check)
 app.command("sweep")(sweep)
 app.command("bench-host")(bench_host)
+app.command("report")(report_page)
 
 
 @app.command()

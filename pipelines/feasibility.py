@@ -41,6 +41,7 @@ class Estimate:
         peak_host_bytes: Highest resident memory of the process.
         peak_device_bytes: Highest GPU memory; 0 without one.
         scratch_bytes: Highest size of the work directory beside the output, unfinished export included.
+        least_scratch_bytes: The same if the search takes the candidate with the smallest files.
         final_bytes: Of the finished export's tensors, of the largest candidate.
         seconds: Stage -> about how long it takes; None until this machine has been measured.
         machine: What is here.
@@ -53,6 +54,7 @@ class Estimate:
     peak_host_bytes: int
     peak_device_bytes: int
     scratch_bytes: int
+    least_scratch_bytes: int
     final_bytes: int
     seconds: Mapping[str, float] | None
     machine: Machine
@@ -63,7 +65,7 @@ class Estimate:
 def estimate(
     work: Workload,
     described: Sequence[Mapping[str, ModuleDescription]],
-    final_bytes: Iterable[int],
+    final_bytes: Sequence[int],
     device: torch.device,
 ) -> Estimate:
     """Estimate a run on this machine.
@@ -75,7 +77,12 @@ def estimate(
         device: Where layers run.
     """
     largest = max(final_bytes)
-    stages = stage_resources(work, described, largest, on_gpu=device.type == "cuda")
+    on_gpu = device.type == "cuda"
+    stages = stage_resources(work, described, largest, on_gpu=on_gpu)
+    of_candidates = [
+        stage_resources(work, [modules], num_bytes, on_gpu=on_gpu)
+        for modules, num_bytes in zip(described, final_bytes, strict=True)
+    ]
     speed = remembered_speed(device)
     target = work.recipe.export.path
     target = None if target is None else target.absolute()
@@ -86,6 +93,7 @@ def estimate(
         peak_host_bytes=max(stage.host_bytes for stage in stages),
         peak_device_bytes=max(stage.device_bytes for stage in stages),
         scratch_bytes=max(stage.scratch_bytes for stage in stages),
+        least_scratch_bytes=min(max(each.scratch_bytes for each in one) for one in of_candidates),
         final_bytes=largest,
         seconds=None if speed is None else stage_seconds(work, described, largest, stages, speed),
         machine=machine,
@@ -104,7 +112,7 @@ def check_resources(plan: Plan) -> list[str]:
     needs = plan.estimate
     free = needs.machine.disk_bytes
     if free is not None and plan.output is not None:
-        missing = _CERTAINLY * needs.scratch_bytes - _already_written(Path(plan.output)) - free
+        missing = _CERTAINLY * needs.least_scratch_bytes - _already_written(Path(plan.output)) - free
         if missing > 0:
             raise TooLittleDiskError(
                 f"{_disk_problem(needs, Path(plan.output))}; nothing has been computed yet"

@@ -16,7 +16,7 @@ from rich.text import Text
 from ercsvd_deploy.checkpoint_schema import FACTOR_PARTS
 from ercsvd_deploy.comparison import Change
 from ercsvd_deploy.pipelines.components import Component
-from ercsvd_deploy.pipelines.factorize import FactorizedLinear, FactorizeOutcome
+from ercsvd_deploy.pipelines.factorize import AllocatedLinear, FactorizedLinear, FactorizeOutcome
 from ercsvd_deploy.pipelines.factorize_vision import VisionOutcome
 from ercsvd_deploy.pipelines.gates import GateResult
 from ercsvd_deploy.pipelines.quantize import QuantizedMatrix, QuantizeOutcome
@@ -83,6 +83,10 @@ class Report:
                     {**asdict(linear), "spectrum": self.factorize.spectra.get(linear.name, [])}
                     for linear in self.factorize.linears
                 ],
+                "allocation": [asdict(linear) for linear in self.factorize.allocation],
+                "predicted_kl": sum(linear.predicted_kl for linear in self.factorize.allocation)
+                if self.factorize.allocation
+                else None,
             }
         if self.quantize is not None:
             plain["quantize"] = {
@@ -118,6 +122,8 @@ def render(report: Report) -> RenderableType:
         if len(report.factorize.search) > 1:
             parts.append(_search_table(report.factorize))
         parts.append(_layer_table(report.factorize))
+        if report.factorize.allocation:
+            parts.append(_allocation_table(report.factorize.allocation))
     if report.quantize is not None:
         parts.append(_quantize_table(report.quantize))
     if report.gates:
@@ -232,6 +238,23 @@ def _layer_table(outcome: FactorizeOutcome) -> Table:
         table.add_column(linear.name.rpartition(".")[2], justify="right")
     for layer, linears in layers.items():
         table.add_row(layer, *(_rank_and_error(linear) for linear in linears))
+    return table
+
+
+def _allocation_table(linears: Sequence[AllocatedLinear]) -> Table:
+    """Summarise what error control chose; the report's JSON has every Linear with its alternatives."""
+    total = sum(linear.predicted_kl for linear in linears)
+    title = f"What error control chose; predicted log-prob KL {total:.4f} nats"
+    table = Table(title=title, title_justify="left")
+    for column in ("choice", "Linears", "bits per weight", "predicted KL, nats"):
+        table.add_column(column, justify="left" if column == "choice" else "right")
+    choices: dict[str, list[AllocatedLinear]] = {}
+    for linear in linears:
+        choices.setdefault(linear.chosen, []).append(linear)
+    for label, alike in sorted(choices.items(), key=lambda entry: -len(entry[1])):
+        bits = sum(linear.bits_per_weight for linear in alike) / len(alike)
+        damage = sum(linear.predicted_kl for linear in alike)
+        table.add_row(label, str(len(alike)), f"{bits:.2f}", f"{damage:.5f}")
     return table
 
 

@@ -15,9 +15,15 @@ from dataclasses import dataclass
 from html import escape
 from itertools import cycle
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ercsvd_deploy.pipelines.report_schema import FactorizedLinear, QuantizedMatrix, ReportDocument
+from ercsvd_deploy.pipelines.report_schema import (
+    FactorizedLinear,
+    Figures,
+    QuantizedMatrix,
+    Reference,
+    ReportDocument,
+)
 from ercsvd_deploy.pipelines.report_summary import readable_bytes
 
 if TYPE_CHECKING:  # matplotlib belongs to an extra
@@ -37,12 +43,12 @@ _VARIABLES = {
     "#0a0b15": "--series-5",
 }
 _INK, _QUIET, _LINE, _PAPER, *_SERIES = _VARIABLES
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ercsvd",  # the same plot has the same bytes
     "text.parse_math": False,  # a dollar sign in a file's name is a dollar sign
     "font.family": "DejaVu Sans",  # the one that comes with matplotlib; it is wide, so what fits it fits
-    "font.size": 9,
+    "font.size": 9.5,
     "axes.edgecolor": _LINE,
     "axes.labelcolor": _QUIET,
     "axes.spines.left": False,
@@ -72,6 +78,7 @@ _WIDTH, _HEIGHT = 4.7, 2.9  # inches; on the page about 340 to 520 pixels wide
 _SMALL = (2.3, 1.8)
 _MANY_LAYERS = 12  # beyond that, cells are too small for numbers
 _LONGEST_NAME = 26
+_SMALLEST_SHOWN = 1e-4  # of the largest singular value: below that there is only rounding
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -114,27 +121,34 @@ def kind_of(linear: str) -> str:
 
 
 def _perplexity_against_size(report: ReportDocument) -> Plot | None:
-    models = [report.original, report.compressed, *report.references]
+    models: list[Figures | Reference] = [report.original, report.compressed, *report.references]
     series = {
         text: [(model.num_bytes, model.perplexity.get(text)) for model in models]
         for text in report.original.perplexity
     }
     caption = "Perplexity of the next token; lower and further left is better."
-    return _against_size("Quality against size", caption, series, [r.label for r in report.references])
+    return _against_size(
+        "Quality against size", caption, series, [reference.label for reference in report.references]
+    )
 
 
 def _exact_match_against_size(report: ReportDocument) -> Plot | None:
-    models = [report.original, report.compressed, *report.references]
+    models: list[Figures | Reference] = [report.original, report.compressed, *report.references]
     series = {
         name: [(model.num_bytes, _times_100(model.exact_match.get(name))) for model in models]
         for name in report.original.exact_match
     }
     caption = "Questions about pictures answered word for word, in %; higher and further left is better."
-    return _against_size("Answers against size", caption, series, [r.label for r in report.references])
+    labels = [reference.label for reference in report.references]
+    return _against_size("Answers against size", caption, series, labels, highest=100.8)  # a dot's radius
 
 
 def _against_size(
-    title: str, caption: str, series: dict[str, list[tuple[int, float | None]]], references: list[str]
+    title: str,
+    caption: str,
+    series: dict[str, list[tuple[int, float | None]]],
+    references: list[str],
+    highest: float | None = None,
 ) -> Plot | None:
     """Draw original -> compressed for each text, and the references beside them."""
     if not any(value is not None for points in series.values() for _, value in points[1:]):
@@ -159,6 +173,9 @@ def _against_size(
         axes.set_xlabel(name)
         axes.set_xlim(left=0)
         axes.margins(x=0.08, y=0.15)
+        axes.locator_params(axis="x", nbins=6)
+        if highest is not None:
+            axes.set_ylim(top=min(highest, axes.get_ylim()[1]))
         _legend(axes, len(series))
 
     told = f"{caption} Filled: this model; hollow: the original" + (
@@ -243,8 +260,8 @@ def _ranks(report: ReportDocument) -> Plot | None:
         axes.set_xlim(0, len(layers))
         axes.set_ylim(len(kinds), 0)
         step = -(-len(layers) // _MANY_LAYERS)
-        axes.set_xticks([place + 0.5 for place in range(0, len(layers), step)], layers[::step])
-        axes.set_yticks([place + 0.5 for place in range(len(kinds))], kinds)
+        axes.set_xticks([place + 0.5 for place in range(0, len(layers), step)], map(str, layers[::step]))
+        axes.set_yticks([place + 0.5 for place in range(len(kinds))], map(_short, kinds))
         axes.tick_params(length=0)
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
@@ -299,8 +316,10 @@ def _spectra(report: ReportDocument) -> Plot | None:
             kinds[kind_of(linear.name)].append(linear)
     if not kinds:
         return None
+    values = [value for linears in kinds.values() for one in linears for _, value in one.spectrum]
+    lowest = max(_SMALLEST_SHOWN, 0.8 * min(_positive(values), default=0.0))
     pictures = tuple(
-        _picture(_spectrum_drawing(linears), f"Singular values of {kind}", _SMALL, kind)
+        _picture(_spectrum_drawing(linears, lowest), f"Singular values of {kind}", _SMALL, _short(kind))
         for kind, linears in kinds.items()
     )
     caption = (
@@ -310,7 +329,9 @@ def _spectra(report: ReportDocument) -> Plot | None:
     return Plot("Spectra", caption, pictures)
 
 
-def _spectrum_drawing(linears: Sequence[FactorizedLinear]) -> Callable[[Axes], None]:
+def _spectrum_drawing(linears: Sequence[FactorizedLinear], lowest: float) -> Callable[[Axes], None]:
+    """Return the drawing of one kind of Linear; all kinds have the same heights."""
+
     def draw(axes: Axes) -> None:
         for place, linear in enumerate(linears):
             known = [(at, value) for at, value in linear.spectrum if value is not None and value > 0]
@@ -320,6 +341,7 @@ def _spectrum_drawing(linears: Sequence[FactorizedLinear]) -> Callable[[Axes], N
         ranks = [linear.rank for linear in linears if linear.rank]
         if ranks:
             axes.axvline(median(ranks), color=_SERIES[1], linewidth=1, linestyle=(0, (3, 2)))
+        axes.set_ylim(lowest, 1.15)
         _logarithmic(axes, "x")
         _logarithmic(axes, "y")
         axes.tick_params(labelsize=8)
@@ -347,7 +369,7 @@ def _picture(
         axes = figure.add_subplot()
         draw(axes)
         if heading is not None:
-            axes.set_title(heading, fontsize=9, loc="left")
+            axes.set_title(heading, fontsize=9.5, loc="left")
         return _themed(figure, label)
 
 
@@ -358,9 +380,8 @@ def _themed(figure: Figure, label: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(
-        r"font(?:-family)?: ([\d.]+px)?[^;\"]*", lambda f: f"font-size: {f[1]}" if f[1] else "", text
-    )
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)  # matplotlib before 3.11
+    text = re.sub(r" ?font-family: [^;\"]*;?", "", text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     opening, _, rest = text.partition(">")
@@ -373,6 +394,8 @@ def _themed(figure: Figure, label: str) -> str:
 
 
 def _legend(axes: Axes, columns: int) -> None:
+    if not axes.get_legend_handles_labels()[1]:
+        return
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(columns, 2), borderaxespad=0.1)
 
 

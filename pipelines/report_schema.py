@@ -131,6 +131,9 @@ class FactorizeOutcome(Part):
     allocation: list[AllocatedLinear] = Field(
         default=[], description="What error-controlled allocation chose; empty without it."
     )
+    predicted_kl: float | None = Field(
+        default=None, description="What its choices add together, in nats per token; null without it."
+    )
 
 
 class QuantizedMatrix(Part):

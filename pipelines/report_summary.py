@@ -13,6 +13,16 @@ from typing import Any
 from ercsvd_deploy.pipelines.report_schema import Figures, GateResult, ReportDocument
 
 _METHODS = {"svd": "SVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "erc_svd": "ERC-SVD"}
+_GATES = {
+    "perplexity_increase": "Increase of perplexity",
+    "logprob_kl": "Log-prob KL",
+    "final_layer_error": "Final-layer error",
+    "exact_match_drop": "Loss of exact match",
+    "task_drop": "Loss of accuracy",
+    "max_size": "Size",
+    "max_size_ratio": "Size against the original",
+    "serving_parity": "Difference of vLLM's log-probs",
+}
 _HUB_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _UNITS = ("B", "KB", "MB", "GB", "TB")
@@ -101,29 +111,32 @@ def describe_gates(gates: list[GateResult]) -> str:
     return "Gate passed" if len(gates) == 1 else f"All {len(gates)} gates passed"
 
 
-def serve_commands(report: ReportDocument, directory: Path) -> list[str]:
+def serve_commands(report: ReportDocument, path: str) -> list[str]:
     """Return the shell lines that serve the model: the installation, and `vllm serve` with its flags.
 
     Args:
         report: The model's report.
-        directory: Where the model is.
+        path: Where the model is.
     """
-    recipe = report.recipe
-    words = ["vllm", "serve", served_path(report, directory)]
-    if _section(recipe, "model").get("trust_remote_code"):
+    words = ["vllm", "serve", path]
+    if _section(report.recipe, "model").get("trust_remote_code"):
         words.append("--trust-remote-code")
-    sizes = _section(recipe, "serving").get("tensor_parallel_sizes")
-    smallest = min((size for size in sizes or () if isinstance(size, int)), default=1)
+    smallest = min(tensor_parallel_sizes(report), default=1)
     if smallest > 1:
         words += ["--tensor-parallel-size", str(smallest)]
     return ["pip install 'vllm>=0.29' ercsvd-deploy", shlex.join(words)]
 
 
-def served_path(report: ReportDocument, directory: Path) -> str:
-    """Return the path to serve: the recipe's if relative, so that no one's home appears in a model card."""
+def tensor_parallel_sizes(report: ReportDocument) -> list[int]:
+    """Return the sizes for which the ranks were made to divide."""
+    sizes = _section(report.recipe, "serving").get("tensor_parallel_sizes")
+    return [size for size in sizes if isinstance(size, int)] if isinstance(sizes, list) else []
+
+
+def export_path(report: ReportDocument, directory: Path) -> Path:
+    """Return the export's path as the recipe has it, or where it is if it was moved or written elsewhere."""
     named = _section(report.recipe, "export").get("path")
-    relative = named is not None and not Path(named).is_absolute() and Path(named).name == directory.name
-    return str(named) if relative else directory.name
+    return Path(named) if isinstance(named, str) and Path(named).name == directory.name else directory
 
 
 def size_rows(report: ReportDocument) -> list[Row]:
@@ -182,6 +195,12 @@ def _distance_rows(report: ReportDocument) -> Iterator[Row]:
         yield Row(f"Final-layer error, {text}", "", number(found, 4))
 
 
+def gate_name(gate: GateResult) -> str:
+    """Return what a gate limits, and on what, for people."""
+    limited = _GATES.get(gate.gate, gate.gate)
+    return limited if gate.subject is None else f"{limited}, {gate.subject}"
+
+
 def gate_value(gate: GateResult, value: float | None) -> str:
     """Return a gate's limit or measurement with its unit."""
     if value is None:
@@ -198,9 +217,9 @@ def gate_value(gate: GateResult, value: float | None) -> str:
 def readable_bytes(size: float) -> str:
     """Return bytes in decimal units: 4.94 MB."""
     unit = 0
-    while size >= 1000 and unit < len(_UNITS) - 1:
+    while size >= 999.5 and unit < len(_UNITS) - 1:
         size, unit = size / 1000, unit + 1
-    return f"{size:.3g} {_UNITS[unit]}" if unit else f"{size:.0f} B"
+    return f"{size:#.3g}".removesuffix(".") + f" {_UNITS[unit]}" if unit else f"{size:.0f} B"
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -23,17 +23,20 @@ from ercsvd_deploy.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.after_export import finish_report
 from ercsvd_deploy.pipelines.components import describe_components
 from ercsvd_deploy.pipelines.evaluate import check_tasks
+from ercsvd_deploy.pipelines.feasibility import check_resources
 from ercsvd_deploy.pipelines.fingerprints import take_fingerprints
 from ercsvd_deploy.pipelines.model_source import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.plan import (
     PlanError,
     check_vision,
+    make_plan,
     planned_dtype,
     refuse_compressed,
 )
 from ercsvd_deploy.pipelines.progress import ProgressReporter, silent
 from ercsvd_deploy.pipelines.provenance import describe_provenance
-from ercsvd_deploy.pipelines.report import REPORT_FILE, ModelFigures, Report
+from ercsvd_deploy.pipelines.report import ModelFigures, Report
+from ercsvd_deploy.pipelines.report_files import REPORT_FILES, carry_over_card, write_report_files
 from ercsvd_deploy.pipelines.run_data import RunData, load_run_data
 from ercsvd_deploy.pipelines.serving_parity import check_serving
 from ercsvd_deploy.pipelines.sizes import linear_bits_per_weight, planned_bytes, stored_bytes, sum_by_part
@@ -49,7 +52,6 @@ from ercsvd_deploy.pipelines.texts import check_length
 from ercsvd_deploy.pipelines.work_directory import resumable_directory
 from ercsvd_deploy.recipe import canonical, check_files
 from ercsvd_deploy.recipe_schema import Recipe
-from ercsvd_deploy.tensor_store import write_json_atomically
 
 _COMPARISON = TypeAdapter(Comparison)
 _LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "gptqmodel")
@@ -111,8 +113,8 @@ def run_recipe(
             architecture=prepared.original.architecture,
             compressed=CheckpointConfig(modules=judged.compressed.modules),
             max_shard_bytes=recipe.export.max_shard_bytes,
-            add_files=lambda made: write_json_atomically(made / REPORT_FILE, report.as_json()),
-            unlisted=frozenset({REPORT_FILE}),  # what is measured on the export itself comes later
+            add_files=lambda made: _add_report_files(made, report, prepared.opened.directory, target),
+            unlisted=REPORT_FILES,  # what is measured on the export itself comes later
         )
         # Within the lock: the stages' files in `directory` are still needed.
         report = finish_report(
@@ -126,6 +128,12 @@ def run_recipe(
     return report, export.directory
 
 
+def _add_report_files(made: Path, report: Report, source: Path, target: Path) -> None:
+    """Complete an export before it appears; what cannot be made is told when it is written again."""
+    carry_over_card(source, made)
+    write_report_files(made, report.as_json(), target)
+
+
 def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | None = None) -> PreparedRun:
     """Check a recipe, open its model, read its data and plan its stages.
 
@@ -136,6 +144,7 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
     """
     device = device or default_device()
     opened = _open_checked(recipe, target)
+    short = check_resources(make_plan(recipe, device=device))
     data = load_run_data(recipe, opened)
     original = stream(opened, device)
     element = getattr(torch, planned_dtype(recipe, opened.config)).itemsize
@@ -144,6 +153,7 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
         *data.warnings,
         *_surplus_warning(original),
         *stages.warnings(data.samples, planned_dtype(recipe, opened.config)),
+        *short,
     )
     return PreparedRun(recipe, device, opened, data, original, stages, warnings)
 

@@ -62,7 +62,7 @@ def test_runs_on_a_disk_that_is_full_again_and_again(
     disk.free = 1000
     code, _, error = invoke("run", recipe)
     assert code == 0, error
-    assert disk.writes > 2 * free  # so that no run gets to the end by itself
+    assert disk.writes > free  # so that no run gets to the end by itself
     expected = hashes(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "undisturbed")
     for _ in range(MOST_RUNS):
@@ -73,7 +73,8 @@ def test_runs_on_a_disk_that_is_full_again_and_again(
         assert code == 1
         assert "No space left on device" in error
         assert "Traceback" not in error + output
-        assert not (tmp_path / "out").exists()
+        # Only the last report may lack room after the export has appeared, whole.
+        assert not (tmp_path / "out").exists() or hashes(tmp_path / "out") == expected
         assert not list(tmp_path.rglob("*.partial"))
         kept = list((tmp_path / ".out.work").rglob("*.findings.json"))
         assert ("the same command goes on from there" in error) == bool(kept)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from ercsvd_deploy.exporters.vllm.manifest import MANIFEST_FILE, write_manifest
 from ercsvd_deploy.pipelines.cli import app

@@ -213,6 +213,14 @@ def test_activations_count_in_full(write_recipe: RecipeWriter) -> None:
     assert grown == pytest.approx(HEAP_GAPS * added, abs=1)
 
 
+def test_search_may_end_in_smaller_files(write_recipe: RecipeWriter) -> None:
+    stage = {"method": "svd_llm", "compression_ratio": 0.2, "rank_multiple": 8}
+    searching = planned(write_recipe({"factorize": stage})).estimate
+    assert searching.least_scratch_bytes < searching.scratch_bytes
+    fixed = planned(write_recipe({"factorize": stage | {"num_compressed_layers": "all"}})).estimate
+    assert fixed.least_scratch_bytes == fixed.scratch_bytes
+
+
 def test_little_memory_is_a_warning_and_little_disk_an_error(write_recipe: RecipeWriter) -> None:
     plan = planned(write_recipe())
     needs = plan.estimate

@@ -20,7 +20,7 @@ import torch
 
 from ercsvd_deploy.pipelines import run as run_module
 from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.report import REPORT_FILE
+from ercsvd_deploy.pipelines.report_files import REPORT_FILES
 from ercsvd_deploy.pipelines.run import run_recipe
 from ercsvd_deploy.recipe import load_recipe
 from tests.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe  # noqa: F401 - fixtures
@@ -32,11 +32,11 @@ KILLS = 20
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    """Return the export's contents; the report alone holds times."""
+    """Return the export's contents; report, page and card hold times or the export's name."""
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != REPORT_FILE
+        if path.is_file() and path.name not in REPORT_FILES
     }
 
 
