@@ -305,8 +305,18 @@ def make_plan(recipe: Recipe, *, device: torch.device | None = None) -> Plan:
         kernels=choose_kernels(described[-1], architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=quantize_plan.matches,
-        warnings=tuple(serving_warnings(quantize_plan, dtype)),
+        warnings=(*_allocation_note(recipe), *serving_warnings(quantize_plan, dtype)),
     )
+
+
+def _allocation_note(recipe: Recipe) -> list[str]:
+    if recipe.factorize is None or recipe.factorize.allocation != "error_controlled":
+        return []
+    chosen = "ranks" if recipe.target is None else "ranks, and which matrices stay dense,"
+    return [
+        f"{chosen} are chosen by measurement when the recipe runs, under the same budget; "
+        "what is shown here are equal shares of it"
+    ]
 
 
 def refuse_compressed(config: Any) -> None:

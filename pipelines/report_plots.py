@@ -167,9 +167,14 @@ def _against_size(
             for label, (size, value) in zip(references, points[2:], strict=True):
                 if value is not None:
                     axes.plot([size / unit], [value], "D", color=colour, markersize=4, alpha=0.7)
-                    axes.annotate(
-                        _short(label), (size / unit, value), (5, 4), textcoords="offset points", fontsize=8
-                    )
+                    if colour == _SERIES[0]:  # the others are above and below it
+                        axes.annotate(
+                            _short(label),
+                            (size / unit, value),
+                            (5, 4),
+                            textcoords="offset points",
+                            fontsize=8,
+                        )
         axes.set_xlabel(name)
         axes.set_xlim(left=0)
         axes.margins(x=0.08, y=0.15)
@@ -222,7 +227,7 @@ def _search(report: ReportDocument) -> Plot | None:
                 axes.plot([layers], [error], "o", color=_SERIES[1], markersize=8)
                 side = "right" if layers == points[-1][0] else "center"
                 axes.annotate(
-                    f"chosen: {layers}", (layers, error), (0, 9), textcoords="offset points", ha=side
+                    f"chosen: {layers}", (layers, error), (0, -15), textcoords="offset points", ha=side
                 )
         axes.set_xlabel("last k layers compressed")
         axes.set_ylim(bottom=0)

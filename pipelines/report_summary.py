@@ -151,14 +151,14 @@ def size_rows(report: ReportDocument) -> list[Row]:
         ),
         Row(
             "Parameters",
-            f"{before.parameters:,}",
-            f"{after.parameters:,}",
+            readable_count(before.parameters),
+            readable_count(after.parameters),
             relative(before.parameters, after.parameters),
         ),
         Row(
             "Parameters of decoder Linears",
-            f"{before.linear_parameters:,}",
-            f"{after.linear_parameters:,}",
+            readable_count(before.linear_parameters),
+            readable_count(after.linear_parameters),
             relative(before.linear_parameters, after.linear_parameters),
         ),
         Row(
@@ -220,6 +220,13 @@ def readable_bytes(size: float) -> str:
     while size >= 999.5 and unit < len(_UNITS) - 1:
         size, unit = size / 1000, unit + 1
     return f"{size:#.3g}".removesuffix(".") + f" {_UNITS[unit]}" if unit else f"{size:.0f} B"
+
+
+def readable_count(count: int) -> str:
+    """Return a count: 1,234,567 or, where nobody counts digits any more, 7.24 billion."""
+    if count >= 1e9:
+        return f"{count / 1e9:,.2f} billion"
+    return f"{count / 1e6:.1f} million" if count >= 1e8 else f"{count:,}"
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -165,10 +165,9 @@ def test_it_is_worth_it_on_a_trained_model(write_recipe: RecipeWriter) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("layout", ["low_rank", "pivoted"])
-def test_vllm_serves_what_was_chosen(write_recipe: RecipeWriter, tmp_path: Path, layout: str) -> None:
+def test_vllm_serves_what_was_chosen(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     recipe = write_recipe(
-        controlled(layout=layout, rank_multiple="auto"),
+        controlled(rank_multiple="auto"),
         {"quantize": {"bits": 4, "group_size": 64}},
         model={"path": TINY_LLAMA},
         target={"overall_bits": 3.2, "group_sizes": [32, 64, 128]},

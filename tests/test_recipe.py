@@ -378,13 +378,16 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
     jsonschema.Draft202012Validator(recipe_json_schema()).validate(yaml.safe_load(text))
     assert recipe.export.path is not None
     assert recipe.factorize is not None
-    assert recipe.factorize.method == "erc_svd"
+    assert recipe.factorize.method == ("erc_svd" if recipe.target is None else "svd_llm")
     assert recipe.calibration is not None
     assert recipe.calibration.seed == 3
 
 
 def test_the_recipes_we_promise_are_shipped() -> None:
-    promised = "demo llama-2-7b llama-2-13b llama-3-8b mistral-7b opt-6.7b qwen2.5-7b qwen3-8b vicuna-7b"
+    promised = (
+        "demo demo-3bit llama-2-7b llama-2-13b llama-3-8b llama-3-8b-3bit mistral-7b opt-6.7b qwen2.5-7b "
+        "qwen3-8b vicuna-7b"
+    )
     assert set(promised.split()) <= {path.stem for path in SHIPPED}
 
 
