@@ -5,11 +5,14 @@ row one run of the pipeline. Beside the published methods stand plain GPTQ at 4 
 and at 3 and 2 bits, by a textbook implementation below, since no serving kernel stores those.
 
     python benchmarks/quality.py --jobs 3
+
+Rows are kept in a file of JSON lines as they are measured; a run that was stopped goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import tempfile
@@ -62,6 +65,11 @@ class Point:
     stages: tuple[dict[str, Any], ...]
     target: dict[str, Any] | None = None
     textbook_bits: tuple[int, int] | None = None  # bits and group size of the textbook's GPTQ
+
+    @property
+    def label(self) -> str:
+        """The name, told apart from that of another target."""
+        return self.name if self.target is None else f"{self.name}, {self.target['overall_bits']:g} asked"
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ def measure(point: Point) -> Row:
     removed = 1 - report.compressed.linear_parameters / report.original.linear_parameters
     divergence = {text: report.change[text].logprob_kl for text in TEXTS}
     bits = report.compressed.linear_bits_per_weight
-    return Row(point.model, point.name, point.table, removed, bits, excess, divergence)
+    return Row(point.model, point.label, point.table, removed, bits, excess, divergence)
 
 
 def _recipe(point: Point) -> Any:
@@ -185,7 +193,7 @@ def _measure_textbook(point: Point, prepared: Any, work: Path) -> Row:
         for text in TEXTS
     }
     divergence = {text: found.change[text].logprob_kl for text in TEXTS}
-    return Row(point.model, point.name, point.table, 0.0, bits + 16 / group, excess, divergence)
+    return Row(point.model, point.label, point.table, 0.0, bits + 16 / group, excess, divergence)
 
 
 def textbook_gptq(weight: torch.Tensor, gram: torch.Tensor, bits: int, group: int) -> torch.Tensor:
@@ -215,7 +223,8 @@ def by_parameters(rows: Sequence[Row], model: str, text: str) -> str:
     cells = []
     for name in METHODS:
         own = {row.name.partition("|")[2]: row for row in rows if row.name.startswith(f"{name}|")}
-        cells.append([name, *(f"{own[str(ratio)].excess[text]:.4f}" for ratio in RATIOS)])
+        if len(own) == len(RATIOS):
+            cells.append([name, *(f"{own[str(ratio)].excess[text]:.4f}" for ratio in RATIOS)])
     published = next(row for row in cells if row[0].startswith("erc_svd"))
     for name in ("ours, two factors", "ours, pivoted"):
         ours = next(row for row in cells if row[0] == name)
@@ -258,13 +267,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=3, help="processes of one thread each")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rows", type=Path, default=Path("out/quality.jsonl"), help="rows measured so far")
     parser.add_argument("--name", default="quality", help="name of the results files")
     arguments = parser.parse_args()
-    wanted = [point for point in points() if point.model in arguments.models]
     rows = []
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        for row in pool.map(measure, wanted):
+    if arguments.rows.exists():
+        rows = [Row(**json.loads(line)) for line in arguments.rows.read_text().splitlines()]
+    measured = {(row.model, row.table, row.name) for row in rows}
+    wanted = [point for point in points() if point.model in arguments.models]
+    missing = [point for point in wanted if (point.model, point.table, point.label) not in measured]
+    with (
+        ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool,
+        arguments.rows.open("a") as file,
+    ):
+        for row in pool.map(measure, missing):
             rows.append(row)
+            file.write(json.dumps(asdict(row)) + "\n")
+            file.flush()
             print(row, flush=True)
     parts = []
     for model in arguments.models:
@@ -277,8 +296,9 @@ def main() -> None:
     text = f"""# What compression costs
 
 ln(perplexity / dense perplexity) on {WINDOWS} windows of 256 tokens of each held-out text; calibration on
-{SAMPLES} sequences of Python source. "ours" is `method: svd_llm, output_metric: fisher, allocation: error_controlled`,
-with a `target` where bits are compared; int4 factors. Scales count as bits; embeddings do not.
+{SAMPLES} sequences of Python source. "ours" is `method: svd_llm, output_metric: fisher, allocation:
+error_controlled`, with a `target` where bits are compared; int4 factors. Scales count as bits, embeddings
+do not.
 
 {chr(10).join(f"{part}{chr(10)}" for part in parts)}"""
     made_by = environment(f".venv/bin/python benchmarks/quality.py --jobs {arguments.jobs}", threads=1)

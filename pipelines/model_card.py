@@ -18,6 +18,7 @@ from ercsvd_deploy.pipelines.report_schema import ReportDocument
 from ercsvd_deploy.pipelines.report_summary import (
     Row,
     describe_treatment,
+    encodable,
     export_path,
     gate_name,
     gate_value,
@@ -62,7 +63,7 @@ def make_card(report: ReportDocument, directory: Path, target: Path | None = Non
         _limits(report),
         _licence(directory),
     ]
-    return "\n".join(filter(None, sections))
+    return encodable("\n".join(sections))
 
 
 def escaped(text: str) -> str:

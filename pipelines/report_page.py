@@ -20,6 +20,7 @@ from ercsvd_deploy.pipelines.report_summary import (
     Row,
     describe_gates,
     describe_treatment,
+    encodable,
     export_path,
     gate_name,
     gate_value,
@@ -95,7 +96,7 @@ def make_page(report: ReportDocument, directory: Path) -> str:
     page = environment.get_template("report.html.j2").render(
         **_contents(report, directory), plots=draw_plots(report)
     )
-    return page.lstrip() + "\n"
+    return encodable(page.lstrip() + "\n")
 
 
 def _contents(report: ReportDocument, directory: Path) -> dict[str, Any]:

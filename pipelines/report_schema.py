@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ercsvd_deploy.pipelines.report import REPORT_FILE, REPORT_VERSION
 from ercsvd_deploy.tensor_store import read_json
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Shape = Annotated[tuple[Count, Count], Field(description="Outputs and inputs.")]
 
 
@@ -26,7 +26,7 @@ class ReportError(ValueError):
 class Part(BaseModel):
     """One part of a report."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class Figures(Part):

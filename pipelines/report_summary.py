@@ -214,6 +214,11 @@ def gate_value(gate: GateResult, value: float | None) -> str:
     return f"{value:.4f} nats" if gate.gate in ("logprob_kl", "serving_parity") else f"{value:.4f}"
 
 
+def encodable(text: str) -> str:
+    """Return text that UTF-8 can hold: names of files may have bytes in them that are no characters."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def readable_bytes(size: float) -> str:
     """Return bytes in decimal units: 4.94 MB."""
     unit = 0

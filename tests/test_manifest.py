@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ercsvd_deploy.exporters.vllm.manifest import MANIFEST_FILE, ManifestError, verify_export, write_manifest
 from ercsvd_deploy.pipelines.report import REPORT_FILE
+from ercsvd_deploy.pipelines.report_files import REPORT_FILES
 from ercsvd_deploy.pipelines.run import run_recipe
 from ercsvd_deploy.recipe import load_recipe
 from tests.test_run import RecipeWriter, factorize, invoke, llama, write_recipe  # noqa: F401 - fixtures
@@ -109,7 +110,7 @@ def test_resharded_copies_are_recognised(export: Path) -> None:
     weight_map = {name: file for file, held in halves.items() for name in held}
     index = {"metadata": {}, "weight_map": weight_map}
     (export / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert not verify_export(export, unlisted=frozenset({REPORT_FILE})).problems
+    assert not verify_export(export, unlisted=REPORT_FILES).problems
 
 
 @pytest.mark.parametrize(

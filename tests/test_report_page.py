@@ -13,7 +13,7 @@ import pytest
 
 from ercsvd_deploy.exporters.vllm.manifest import verify_export
 from ercsvd_deploy.pipelines import report_files, report_page
-from ercsvd_deploy.pipelines.report import REPORT_FILE
+from ercsvd_deploy.pipelines.report import REPORT_FILE, finite
 from ercsvd_deploy.pipelines.report_files import REPORT_FILES, write_report_files
 from ercsvd_deploy.pipelines.report_page import PAGE_FILE, make_page
 from ercsvd_deploy.pipelines.report_plots import draw_plots
@@ -275,6 +275,15 @@ def test_what_only_the_page_cannot_show_does_not_fail_a_run(
     assert "too strange to draw" in note
     assert json.loads((tmp_path / REPORT_FILE).read_text()) == sample_report()
     assert not (tmp_path / PAGE_FILE).exists()
+
+
+def test_names_that_are_no_characters_are_written_all_the_same(tmp_path: Path) -> None:
+    undecodable = "text-\udcff.txt"
+    report = sample_report(warnings=[undecodable])
+    report["original"]["perplexity"] = report["compressed"]["perplexity"] = {undecodable: 3.0}
+    assert write_report_files(tmp_path, finite(report), tmp_path / undecodable) == []
+    assert "text-?.txt" in (tmp_path / PAGE_FILE).read_text(encoding="utf-8")
+    assert "text-?.txt" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_core_of_the_page_needs_no_pyplot() -> None:

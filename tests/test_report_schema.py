@@ -102,6 +102,8 @@ def test_unknown_keys_are_ignored() -> None:
         ({"original": {"num_bytes": "many"}}, "is damaged: original.num_bytes"),
         ({"gates": [{}]}, "is damaged: gates.0.gate: Field required"),
         ({"warnings": "one"}, "is damaged: warnings"),
+        ({"seconds": {"factorize": float("inf")}}, "is damaged: seconds.factorize"),
+        ({"components": [{"num_bytes": 10**400}]}, "is damaged: components.0"),
     ],
 )
 def test_what_cannot_be_read_is_named(changed: dict[str, Any], said: str) -> None:
