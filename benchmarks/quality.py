@@ -163,6 +163,7 @@ def _recipe(point: Point) -> Any:
 
 def _measure_textbook(point: Point, prepared: Any, work: Path) -> Row:
     """Quantize all decoder Linears by textbook GPTQ, layer by layer on the quantized prefix."""
+    from ercsvd_deploy.checkpoint_schema import ModuleDescription
     from ercsvd_deploy.comparison import compare_models
     from ercsvd_deploy.pipelines.model_source import stream
     from ercsvd_deploy.tensor_store import FileStore, OverlayStore
@@ -184,8 +185,11 @@ def _measure_textbook(point: Point, prepared: Any, work: Path) -> Row:
                     weights[f"{linear.name}.weight"] = found.weight.data
             model.advance(layer.index, hidden, module=module)
     save_file(weights, work / "weights.safetensors")
-    names = [linear.name for linear in model.architecture.linears]
-    store = OverlayStore(model.store, FileStore([work / "weights.safetensors"]), names)
+    dense = {
+        linear.name: ModuleDescription(layout="dense", shape=(linear.out_features, linear.in_features))
+        for linear in model.architecture.linears
+    }
+    store = OverlayStore(model.store, FileStore([work / "weights.safetensors"]), dense)
     quantized = stream(prepared.opened, prepared.device, store)
     found = compare_models(model, quantized, prepared.data.texts, {})
     excess = {

@@ -59,19 +59,23 @@ def draw_sweep(result: SweepResult, directory: Path, stem: str = "pareto") -> li
 
 
 def _draw_text(panel: Axes, result: SweepResult, text: str, ink: str) -> None:
-    series: dict[str, list[PointResult]] = {}
+    series: dict[tuple[str, str], list[PointResult]] = {}
     for point in result.points:
         if point.recipe is not None and not point.name.startswith(_PLAIN):
             series.setdefault(_series_of(point.recipe), []).append(point)
-    for number, (name, points) in enumerate(series.items()):
+    methods = list(dict.fromkeys(method for method, _ in series))
+    storages = list(dict.fromkeys(storage for _, storage in series))
+    for (method, storage), points in series.items():
+        colour = _SERIES[methods.index(method) % len(_SERIES)]
+        number = storages.index(storage)
         panel.scatter(
             [point.num_bytes / 1e6 for point in points],
             [point.perplexity[text] for point in points],
-            color=_SERIES[number % len(_SERIES)],
+            facecolors=colour if number == 0 else "none",
+            edgecolors=colour,
             marker=_MARKERS[number % len(_MARKERS)],
             s=34,
-            alpha=0.9,
-            label=name,
+            label=", ".join(filter(None, (method, storage))),
         )
     front = [result.point(name) for name in result.front[text]]
     panel.plot(
@@ -90,9 +94,9 @@ def _draw_text(panel: Axes, result: SweepResult, text: str, ink: str) -> None:
             panel.annotate(
                 point.name,
                 where,
-                xytext=(0, 9),
+                xytext=(5, -14),
                 textcoords="offset points",
-                ha="center",
+                ha="left",
                 fontsize=9,
                 color=ink,
             )
@@ -103,7 +107,7 @@ def _draw_text(panel: Axes, result: SweepResult, text: str, ink: str) -> None:
     panel.margins(x=0.09, y=0.1)
 
 
-def _series_of(recipe: dict[str, Any]) -> str:
+def _series_of(recipe: dict[str, Any]) -> tuple[str, str]:
     """Return what a point is called in the legend: its method, and how it is stored."""
     stages: dict[str, dict[str, Any]] = {
         name: settings for stage in recipe["stages"] for name, settings in stage.items()
@@ -115,9 +119,7 @@ def _series_of(recipe: dict[str, Any]) -> str:
         words += ["Fisher metric"] * (settings.get("output_metric") == "fisher")
         words += ["error control"] * (settings.get("allocation") == "error_controlled")
         words += ["pivoted"] * (settings.get("layout") == "pivoted")
-    if "quantize" in stages:
-        words.append(f"int{stages['quantize']['bits']}")
-    return ", ".join(words)
+    return ", ".join(words), f"int{stages['quantize']['bits']}" if "quantize" in stages else ""
 
 
 def sweep_rows(result: SweepResult) -> tuple[list[str], list[list[str]]]:
