@@ -223,17 +223,18 @@ def textbook_gptq(weight: torch.Tensor, gram: torch.Tensor, bits: int, group: in
 
 
 def by_parameters(rows: Sequence[Row], model: str, text: str) -> str:
-    """Return the table at equal parameters of one model and text."""
+    """Return the table at equal parameters of one model and text; of the methods measured at every ratio."""
     cells = []
     for name in METHODS:
         own = {row.name.partition("|")[2]: row for row in rows if row.name.startswith(f"{name}|")}
         if len(own) == len(RATIOS):
             cells.append([name, *(f"{own[str(ratio)].excess[text]:.4f}" for ratio in RATIOS)])
-    published = next(row for row in cells if row[0].startswith("erc_svd"))
+    by_name = {row[0]: row[1:] for row in cells}
+    published = by_name.get("erc_svd, best k")
     for name in ("ours, two factors", "ours, pivoted"):
-        ours = next(row for row in cells if row[0] == name)
-        shares = (float(a) / float(b) for a, b in zip(ours[1:], published[1:], strict=True))
-        cells.append([f"{name} / erc_svd", *(f"{share:.2f}" for share in shares)])
+        if published is not None and name in by_name:
+            shares = (float(a) / float(b) for a, b in zip(by_name[name], published, strict=True))
+            cells.append([f"{name} / erc_svd", *(f"{share:.2f}" for share in shares)])
     columns = [f"{model}, {text}", *(f"{100 * ratio:.0f} % removed" for ratio in RATIOS)]
     return markdown_table(columns, cells)
 
