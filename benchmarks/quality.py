@@ -223,18 +223,20 @@ def textbook_gptq(weight: torch.Tensor, gram: torch.Tensor, bits: int, group: in
 
 
 def by_parameters(rows: Sequence[Row], model: str, text: str) -> str:
-    """Return the table at equal parameters of one model and text; of the methods measured at every ratio."""
+    """Return the table at equal parameters of one model and text; "-" is not measured."""
     cells = []
     for name in METHODS:
         own = {row.name.partition("|")[2]: row for row in rows if row.name.startswith(f"{name}|")}
-        if len(own) == len(RATIOS):
-            cells.append([name, *(f"{own[str(ratio)].excess[text]:.4f}" for ratio in RATIOS)])
+        found = [own.get(str(ratio)) for ratio in RATIOS]
+        if own:
+            cells.append([name, *("-" if row is None else f"{row.excess[text]:.4f}" for row in found)])
     by_name = {row[0]: row[1:] for row in cells}
     published = by_name.get("erc_svd, best k")
     for name in ("ours, two factors", "ours, pivoted"):
         if published is not None and name in by_name:
-            shares = (float(a) / float(b) for a, b in zip(by_name[name], published, strict=True))
-            cells.append([f"{name} / erc_svd", *(f"{share:.2f}" for share in shares)])
+            pairs = zip(by_name[name], published, strict=True)
+            shares = ["-" if "-" in (a, b) else f"{float(a) / float(b):.2f}" for a, b in pairs]
+            cells.append([f"{name} / erc_svd", *shares])
     columns = [f"{model}, {text}", *(f"{100 * ratio:.0f} % removed" for ratio in RATIOS)]
     return markdown_table(columns, cells)
 
