@@ -15,8 +15,8 @@ from tests.test_vllm_serving import REPOSITORY, Deviation, deviation, engine, ge
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-# The demo's own settings but for its length: less calibration, one candidate, no evaluation.
-SHORTER = ("calibration.num_samples=32", "evaluation={}")
+# The demo's own settings but for its length: less calibration, one candidate, no judgement.
+SHORTER = ("calibration.num_samples=32", "evaluation={}", "gates=null")
 FACTORS = ("stages.0.factorize.num_compressed_layers=6",)
 DENSE_INT4 = ("stages=[{quantize: {method: gptq, bits: 4, group_size: 32}}]",)
 # Factors of the last six layers as integers, some of them and of the dense layers left in bfloat16.
