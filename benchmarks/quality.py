@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ OURS: dict[str, Any] = {
     "allocation": "error_controlled",
     "num_fisher_samples": 64,
 }
+OURS_BY_LAYOUT = {"ours, two factors": OURS, "ours, pivoted": OURS | {"layout": "pivoted"}}
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"method": "svd", "num_compressed_layers": "all"},
     "asvd": {"method": "asvd", "num_compressed_layers": "all"},
@@ -50,9 +52,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "Fisher metric alone": {"method": "svd_llm", "output_metric": "fisher", "allocation": "uniform"},
     "error control alone": {"method": "svd_llm", "allocation": "error_controlled"},
     "pivoted alone": {"method": "svd_llm", "layout": "pivoted", "allocation": "uniform"},
-    "ours, two factors": OURS,
-    "ours, pivoted": OURS | {"layout": "pivoted"},
+    **OURS_BY_LAYOUT,
 }
+# Recovery trains on more sequences than a Gram needs: each of these is seen about once.
+RECOVER: dict[str, Any] = {"recover": {"steps": 256, "batch_size": 4}}
+RECOVERY_SAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Point:
     stages: tuple[dict[str, Any], ...]
     target: dict[str, Any] | None = None
     textbook_bits: tuple[int, int] | None = None  # bits and group size of the textbook's GPTQ
+    samples: int = SAMPLES
 
     @property
     def label(self) -> str:
@@ -93,6 +98,11 @@ def points() -> list[Point]:
             for name, settings in METHODS.items():
                 stage = {"factorize": {**settings, "compression_ratio": ratio, "rank_multiple": 8}}
                 made.append(Point(model, f"{name}|{ratio}", "parameters", (stage,)))
+            for name, settings in OURS_BY_LAYOUT.items():
+                stage = {"factorize": settings | {"compression_ratio": ratio, "rank_multiple": 8}}
+                for suffix, stages in (("more sequences", (stage,)), ("recovered", (stage, RECOVER))):
+                    label = f"{name}, {suffix}|{ratio}"
+                    made.append(Point(model, label, "parameters", stages, samples=RECOVERY_SAMPLES))
         for bits, group in ((4, 32), (4, 64), (8, 64)):
             stage = {"quantize": {"bits": bits, "group_size": group}}
             made.append(Point(model, f"plain GPTQ-{bits}, groups of {group}", "bits", (stage,)))
@@ -113,8 +123,8 @@ def points() -> list[Point]:
     return made
 
 
-def measure(point: Point) -> Row:
-    """Run the pipeline for one row; nothing is exported."""
+def measure(point: Point, shared: Path | None = None) -> Row:
+    """Run the pipeline for one row; nothing is exported, and stages in `shared` are not repeated."""
     torch.set_num_threads(1)
     from ercsvd_deploy.pipelines.run import compress_and_judge, prepare_run
 
@@ -123,7 +133,7 @@ def measure(point: Point) -> Row:
     with tempfile.TemporaryDirectory() as work:
         if point.textbook_bits is not None:
             return _measure_textbook(point, prepared, Path(work))
-        report = compress_and_judge(prepared, Path(work)).report
+        report = compress_and_judge(prepared, Path(work), shared=shared).report
     excess = {
         text: math.log(report.compressed.perplexity[text] / report.original.perplexity[text])
         for text in TEXTS
@@ -143,7 +153,7 @@ def _recipe(point: Point) -> Any:
         "model": {"path": MODELS[point.model], "dtype": "bfloat16"},
         "calibration": {
             "dataset": {"text": "examples/text/calibration.txt"},
-            "num_samples": SAMPLES,
+            "num_samples": point.samples,
             "sequence_length": 256,
             "seed": 3,
         },
@@ -225,14 +235,14 @@ def textbook_gptq(weight: torch.Tensor, gram: torch.Tensor, bits: int, group: in
 def by_parameters(rows: Sequence[Row], model: str, text: str) -> str:
     """Return the table at equal parameters of one model and text; "-" is not measured."""
     cells = []
-    for name in METHODS:
+    for name in dict.fromkeys(row.name.partition("|")[0] for row in rows):
         own = {row.name.partition("|")[2]: row for row in rows if row.name.startswith(f"{name}|")}
         found = [own.get(str(ratio)) for ratio in RATIOS]
         if own:
             cells.append([name, *("-" if row is None else f"{row.excess[text]:.4f}" for row in found)])
     by_name = {row[0]: row[1:] for row in cells}
     published = by_name.get("erc_svd, best k")
-    for name in ("ours, two factors", "ours, pivoted"):
+    for name in (name for name in by_name if name.startswith("ours")):
         if published is not None and name in by_name:
             pairs = zip(by_name[name], published, strict=True)
             shares = ["-" if "-" in (a, b) else f"{float(a) / float(b):.2f}" for a, b in pairs]
@@ -284,10 +294,11 @@ def main() -> None:
     wanted = [point for point in points() if point.model in arguments.models]
     missing = [point for point in wanted if (point.model, point.table, point.label) not in measured]
     with (
+        tempfile.TemporaryDirectory() as shared,
         ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool,
         arguments.rows.open("a") as file,
     ):
-        for row in pool.map(measure, missing):
+        for row in pool.map(partial(measure, shared=Path(shared)), missing):
             rows.append(row)
             file.write(json.dumps(asdict(row)) + "\n")
             file.flush()
@@ -303,9 +314,10 @@ def main() -> None:
     text = f"""# What compression costs
 
 ln(perplexity / dense perplexity) on {WINDOWS} windows of 256 tokens of each held-out text; calibration on
-{SAMPLES} sequences of Python source. "ours" is `method: svd_llm, output_metric: fisher, allocation:
-error_controlled`, with a `target` where bits are compared; int4 factors. Scales count as bits, embeddings
-do not.
+{SAMPLES} sequences of Python source; on {RECOVERY_SAMPLES} for "more sequences" and with recovery, which
+has {RECOVER["recover"]["steps"]} steps of {RECOVER["recover"]["batch_size"]} sequences a layer. "ours" is
+`method: svd_llm, output_metric: fisher, allocation: error_controlled`, with a `target` where bits are
+compared; int4 factors. Scales count as bits, embeddings do not.
 
 {chr(10).join(f"{part}{chr(10)}" for part in parts)}"""
     made_by = environment(f".venv/bin/python benchmarks/quality.py --jobs {arguments.jobs}", threads=1)

@@ -40,6 +40,8 @@ from ercsvd_deploy.recipe_stages import (
     Quantize,
     QuantizeOverride,
     QuantizeStage,
+    Recover,
+    RecoverStage,
     Stage,
 )
 from ercsvd_deploy.recipe_vision import ConversationFile, ImageFolder, PictureDataset
@@ -59,6 +61,8 @@ __all__ = [
     "QuantizeStage",
     "Recipe",
     "RecipeError",
+    "Recover",
+    "RecoverStage",
     "Serving",
     "Stage",
     "TextDataset",

@@ -26,7 +26,7 @@ from ercsvd_deploy.recipe_schema import (
     Target,
     TextFile,
 )
-from ercsvd_deploy.recipe_stages import Factorize, Quantize, QuantizeOverride
+from ercsvd_deploy.recipe_stages import Factorize, Quantize, QuantizeOverride, Recover
 from ercsvd_deploy.recipe_vision import (
     ConversationFile,
     HubConversations,
@@ -52,6 +52,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "A dataset of pictures: `folder`": ImageFolder,
     "A dataset of pictures: `hub`": HubConversations,
     "Stage `factorize`": Factorize,
+    "Stage `recover`": Recover,
     "Stage `quantize`": Quantize,
     "`quantize.overrides`": QuantizeOverride,
     "`target`": Target,

@@ -35,7 +35,16 @@ from ercsvd_deploy.recipe_fields import (
     told_apart_by,
 )
 from ercsvd_deploy.recipe_gates import BUILT_IN_TEXT, Gates
-from ercsvd_deploy.recipe_stages import Factorize, FactorizeStage, Quantize, QuantizeStage, Stage
+from ercsvd_deploy.recipe_stages import (
+    Factorize,
+    FactorizeStage,
+    Quantize,
+    QuantizeStage,
+    Recover,
+    RecoverStage,
+    Stage,
+    kind_of,
+)
 from ercsvd_deploy.recipe_vision import Vision, VisualQuestions
 
 
@@ -211,7 +220,7 @@ class Recipe(Section):
     stages: ListOf[Stage] = Field(
         min_length=1,
         description="What is done to the model, in order: each entry is one stage. Factorization comes "
-        "before quantization; each at most once.",
+        "before quantization, each at most once; a recovery may stand behind either or both.",
     )
     target: Target | None = Field(
         default=None,
@@ -231,6 +240,23 @@ class Recipe(Section):
     def factorize(self) -> Factorize | None:
         """The factorization, if the recipe has one."""
         return next((stage.factorize for stage in self.stages if isinstance(stage, FactorizeStage)), None)
+
+    @property
+    def recover(self) -> Recover | None:
+        """The recovery of plain factors, if the recipe has one."""
+        return self._recovery(quantized=False)
+
+    @property
+    def recover_quantized(self) -> Recover | None:
+        """The recovery behind the quantization, if the recipe has one."""
+        return self._recovery(quantized=True)
+
+    def _recovery(self, *, quantized: bool) -> Recover | None:
+        kinds = [kind_of(stage) for stage in self.stages]
+        for number, stage in enumerate(self.stages):
+            if isinstance(stage, RecoverStage) and ("quantize" in kinds[:number]) is quantized:
+                return stage.recover
+        return None
 
     @property
     def quantize(self) -> Quantize | None:
@@ -267,19 +293,7 @@ class Recipe(Section):
 
 def _find_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     """Yield the location and the message of everything in which sections contradict each other."""
-    first_of: dict[str, int] = {}
-    for number, stage in enumerate(recipe.stages):
-        kind = "factorize" if isinstance(stage, FactorizeStage) else "quantize"
-        if kind in first_of:
-            yield ("stages", number, kind), f"repeats stages.{first_of[kind]}.{kind}; keep one of the two"
-        elif kind == "factorize" and "quantize" in first_of:
-            yield (
-                ("stages", number, kind),
-                f"comes after stages.{first_of['quantize']}.quantize, and integers cannot be factorized; "
-                "move it before",
-            )
-        first_of.setdefault(kind, number)
-
+    yield from _find_disorder(recipe.stages)
     needs = [(number, stage.calibration_need) for number, stage in enumerate(recipe.stages)]
     reasons = [f"{need} (stages.{number})" for number, need in needs if need]
     if recipe.calibration is None and reasons:
@@ -423,9 +437,37 @@ def _find_idle_gates(recipe: Recipe) -> Iterator[tuple[Location, str]]:
                     yield ("gates", gate, name), f"is not measured; {section} has {listed or 'nothing'}"
 
 
-def _find_too_few_samples(stages: tuple[Stage, ...], num_samples: int) -> Iterator[tuple[Location, str]]:
-    """Yield the searches that want more sequences than calibration draws."""
+def _find_disorder(stages: tuple[Stage, ...]) -> Iterator[tuple[Location, str]]:
+    """Yield the stages that are there twice, or stand where they have nothing to work on."""
+    first_of: dict[str, int] = {}
     for number, stage in enumerate(stages):
+        kind = kind_of(stage)
+        where = ("stages", number, kind)
+        if kind == "recover":
+            if not first_of:
+                yield where, "has nothing to train yet; put a factorize or quantize stage before it"
+            elif kind_of(stages[number - 1]) == "recover":
+                yield where, f"repeats stages.{number - 1}.recover; keep one of the two"
+        elif kind in first_of:
+            yield where, f"repeats stages.{first_of[kind]}.{kind}; keep one of the two"
+        elif kind == "factorize" and "quantize" in first_of:
+            yield (
+                where,
+                f"comes after stages.{first_of['quantize']}.quantize, and integers cannot be factorized; "
+                "move it before",
+            )
+        first_of.setdefault(kind, number)
+
+
+def _find_too_few_samples(stages: tuple[Stage, ...], num_samples: int) -> Iterator[tuple[Location, str]]:
+    """Yield the stages that want more sequences than calibration draws."""
+    for number, stage in enumerate(stages):
+        if isinstance(stage, RecoverStage) and 2 * stage.recover.batch_size > num_samples:
+            yield (
+                ("stages", number, "recover", "batch_size"),
+                f"is {stage.recover.batch_size}, but calibration.num_samples is {num_samples}, which is not "
+                "two batches: one to train on, one to judge by; lower batch_size, or draw more samples",
+            )
         if isinstance(stage, FactorizeStage) and stage.factorize.searches_layers:
             wanted = stage.factorize.num_search_samples
             if wanted > num_samples:

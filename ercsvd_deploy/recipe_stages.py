@@ -226,6 +226,34 @@ class Quantize(Section):
         return f"method {self.method} measures activations"
 
 
+class Recover(Section):
+    """Train what is in floating point for a while on the outputs of the original layers.
+
+    Behind a factorize stage these are the factors, behind a quantize stage the scales.
+    """
+
+    steps: PositiveInt = Field(
+        default=256, description="Steps of the optimizers for each compressed decoder layer."
+    )
+    batch_size: PositiveInt = Field(
+        default=8,
+        description="Calibration sequences in one step. One batch in sixteen, at least one, is not trained "
+        "on: a layer whose error there does not fall stays as it was.",
+    )
+    learning_rate: float = Field(
+        default=2e-3,
+        gt=0,
+        lt=1,
+        description="Highest learning rate, of Muon (scaled like Adam) for factors and, as a share of their "
+        "mean, of Adam for scales; it falls to 0 by half a cosine.",
+    )
+
+    @property
+    def calibration_need(self) -> str:
+        """Why calibration data is needed."""
+        return "recover trains on activations"
+
+
 class FactorizeStage(Section):
     """The one-key mapping of a factorization in the list of stages."""
 
@@ -235,6 +263,17 @@ class FactorizeStage(Section):
     def calibration_need(self) -> str | None:
         """Why calibration data is needed; None if it is not."""
         return self.factorize.calibration_need
+
+
+class RecoverStage(Section):
+    """The one-key mapping of a recovery in the list of stages."""
+
+    recover: Recover = Field(description="Train factors or scales on the original layers' outputs.")
+
+    @property
+    def calibration_need(self) -> str:
+        """Why calibration data is needed."""
+        return self.recover.calibration_need
 
 
 class QuantizeStage(Section):
@@ -249,6 +288,17 @@ class QuantizeStage(Section):
 
 
 Stage = Annotated[
-    Annotated[FactorizeStage, Tag("FactorizeStage")] | Annotated[QuantizeStage, Tag("QuantizeStage")],
-    *told_apart_by({"factorize": "FactorizeStage", "quantize": "QuantizeStage"}, "a stage"),
+    Annotated[FactorizeStage, Tag("FactorizeStage")]
+    | Annotated[RecoverStage, Tag("RecoverStage")]
+    | Annotated[QuantizeStage, Tag("QuantizeStage")],
+    *told_apart_by(
+        {"factorize": "FactorizeStage", "recover": "RecoverStage", "quantize": "QuantizeStage"}, "a stage"
+    ),
 ]
+
+
+def kind_of(stage: Stage) -> str:
+    """Return the one key of a stage."""
+    if isinstance(stage, FactorizeStage):
+        return "factorize"
+    return "recover" if isinstance(stage, RecoverStage) else "quantize"

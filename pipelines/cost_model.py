@@ -7,7 +7,7 @@ a factor of two at most on an otherwise idle machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ercsvd_deploy.checkpoint_schema import ModuleDescription
@@ -16,6 +16,7 @@ from ercsvd_deploy.pipelines.host_speed import HostSpeed
 from ercsvd_deploy.pipelines.resources import StageResources
 from ercsvd_deploy.pipelines.workload import Sequences, Workload
 from ercsvd_deploy.rank import LinearShape
+from ercsvd_deploy.recipe_stages import Recover
 
 # Operations that gptqmodel's column loop starts for one column, and values of the column's block it touches.
 _OPERATIONS_OF_COLUMN = 45
@@ -111,16 +112,19 @@ def stage_seconds(
 def _counted(
     stage: str, work: Workload, described: Mapping[str, ModuleDescription], final_bytes: int
 ) -> Work:
-    if stage == "sensitivity":
-        return _sensitivity(work)
-    if stage == "factorize":
-        return _factorize(work)
-    if stage == "quantize":
-        return _quantize(work, described)
-    if stage == "evaluate":
-        return _evaluate(work)
-    assert stage == "export", "every stage is counted"
-    return Work(read=2 * final_bytes, written=final_bytes)  # read again for the checksums
+    recipe = work.recipe
+    count: dict[str, Callable[[], Work]] = {
+        "sensitivity": lambda: _sensitivity(work),
+        "factorize": lambda: _factorize(work),
+        "recover": lambda: _recover(work, recipe.recover, described, trains_factors=True),
+        "quantize": lambda: _quantize(work, described),
+        "recover quantized": lambda: _recover(
+            work, recipe.recover_quantized, described, trains_factors=False
+        ),
+        "evaluate": lambda: _evaluate(work),
+        "export": lambda: Work(read=2 * final_bytes, written=final_bytes),  # read again for the checksums
+    }
+    return count[stage]()
 
 
 def _pass(work: Workload, sequences: Sequences | None, *, observed: bool = False) -> Work:
@@ -201,6 +205,30 @@ def _truncating(linear: LinearShape, rank: int, *, exact: bool, residual: bool) 
 def _measuring(linear: LinearShape, rank: int) -> Work:
     m, n = linear.out_features, linear.in_features
     return Work(double=4 * m * n * rank + 4 * m * n * n, moved=128 * m * n)
+
+
+def _recover(
+    work: Workload,
+    settings: Recover | None,
+    described: Mapping[str, ModuleDescription],
+    *,
+    trains_factors: bool,
+) -> Work:
+    assert settings is not None
+    assert work.calibration is not None
+    total = _pass(work, work.calibration) + _pass(work, work.calibration)
+    # A step is a pass forward and back of one batch.
+    one = _pass(work, work.calibration.first(settings.batch_size))
+    total += Work(passing=3 * one.passing * settings.steps, moved=3 * one.moved * settings.steps)
+    for linear in work.architecture.linears:
+        description = described.get(linear.name)
+        for (rows, columns), _ in description.parts.values() if description else ():
+            # Muon orthogonalizes a factor's update: five iterations of three products with its smaller side.
+            # Integers are unpacked and scaled.
+            smaller = min(rows, columns)
+            products = 5 * (4 * smaller * rows * columns + 2 * smaller**3) if trains_factors else 0
+            total += Work(passing=products * settings.steps, moved=40.0 * rows * columns * settings.steps)
+    return total
 
 
 def _quantize(work: Workload, described: Mapping[str, ModuleDescription]) -> Work:

@@ -38,7 +38,9 @@ class Fingerprints:
 
     sensitivity: Mapping[str, Any]
     factorize: Mapping[str, Any]  # of the vision parts and the decoder
+    recover: Mapping[str, Any]
     quantize: Mapping[str, Any]
+    recover_quantized: Mapping[str, Any]
     quality: Mapping[str, Any]  # of the comparison with the original
 
 
@@ -55,7 +57,10 @@ def take_fingerprints(
         work: Where file hashes are remembered.
     """
     settings = canonical(recipe)
-    stages = {name: stage for entry in settings["stages"] for name, stage in entry.items()}
+    stages: dict[str, Any] = {}
+    for entry in settings["stages"]:
+        [(kind, stage)] = entry.items()
+        stages["recover_quantized" if kind == "recover" and "quantize" in stages else kind] = stage
     base = {
         "model": _model_files(opened.directory, work),
         "model_dtype": recipe.model.dtype,
@@ -80,14 +85,16 @@ def take_fingerprints(
             "serving": settings["serving"],
         }
     sensitive = calibrated | {"num_fisher_samples": (stages.get("factorize") or {}).get("num_fisher_samples")}
-    quantize = factors | {"quantize": stages.get("quantize")}
+    recover = factors | {"recover": stages.get("recover")}
+    quantize = recover | {"quantize": stages.get("quantize")}
+    finished = quantize | {"recover_quantized": stages.get("recover_quantized")}
     judged = {
         "texts": {name: _digest([windows]) for name, windows in data.texts.items()},
         "questions": {
             name: _samples([question.sample for question in asked]) for name, asked in data.questions.items()
         },
     }
-    return Fingerprints(sensitive, factors, quantize, quantize | judged)
+    return Fingerprints(sensitive, factors, recover, quantize, finished, finished | judged)
 
 
 def short_digest(fingerprint: Mapping[str, Any]) -> str:

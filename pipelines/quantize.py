@@ -96,6 +96,7 @@ class _Stage:
     settings: Quantize
     original: TensorStore
     outcome: QuantizeOutcome
+    refits_to_factors: bool
 
 
 def quantize_decoder(
@@ -107,6 +108,8 @@ def quantize_decoder(
     matches: tuple[PatternMatch, ...],
     work: FinishedWork,
     on_layer: Callable[[], None] = lambda: None,
+    *,
+    refits_to_factors: bool = False,
 ) -> QuantizeOutcome:
     """Quantize the decoder; layers that are finished in `work` are not computed again.
 
@@ -121,11 +124,14 @@ def quantize_decoder(
         matches: What the stage's patterns matched, for the report.
         work: Receives `layer-<index>`, the integers of every layer.
         on_layer: Called after every decoder layer.
+        refits_to_factors: Second factors are re-fitted to the product of the pair as it comes, and losses
+            are relative to that: trained factors are nearer to the original's outputs than its weight is.
 
     Raises:
         QuantizationError: a weight or Gram is not finite, or a scale leaves its precision's range.
     """
-    stage = _Stage(settings, original, QuantizeOutcome(dict(modules), [], [], matches, []))
+    outcome = QuantizeOutcome(dict(modules), [], [], matches, [])
+    stage = _Stage(settings, original, outcome, refits_to_factors)
     pieces = {layer.index: f"layer-{layer.index:05d}" for layer in model.architecture.layers}
     found = {index: work.findings(piece) for index, piece in pieces.items()}
     if None not in found.values():
@@ -169,7 +175,7 @@ def _finish_layer(
     piece: str,
 ) -> dict[str, Any]:
     """Quantize a loaded layer in place and write it down; return what was found out."""
-    own = _Stage(stage.settings, stage.original, replace(stage.outcome, matrices=[], linears=[], files=[]))
+    own = replace(stage, outcome=replace(stage.outcome, matrices=[], linears=[], files=[]))
     tensors = _quantize_layer(model, own, layer, module, statistics)
     findings = {
         "matrices": _MATRICES.dump_python(own.outcome.matrices),
@@ -224,10 +230,8 @@ def _quantize_layer(
             found = module.get_submodule(layer.local_name(linear))
             try:
                 if isinstance(found, LowRankLinear | PivotedLinear):
-                    weight = stage.original.read([f"{linear.name}.{WEIGHT}"])[f"{linear.name}.{WEIGHT}"]
-                    parts = _quantize_factors(
-                        stage, linear, description, found, weight.to(model.device, model.dtype), gram, dtype
-                    )
+                    weight = _target_of(stage, linear, found).to(model.device, model.dtype)
+                    parts = _quantize_factors(stage, linear, description, found, weight, gram, dtype)
                 else:
                     assert isinstance(found, nn.Linear)
                     parts = _quantize_dense(stage, linear, description, found, gram, dtype)
@@ -289,6 +293,14 @@ def _quantize_factors(
         matrix.weight = nn.Parameter(served, requires_grad=False)
     stage.outcome.linears.append(QuantizedLinear(linear.name, pair.report.loss, pair.report))
     return parts
+
+
+def _target_of(stage: _Stage, linear: LinearShape, module: LowRankLinear | PivotedLinear) -> torch.Tensor:
+    """Return the weight [out, in] that a quantized pair is to come near."""
+    if stage.refits_to_factors:
+        return _pair_of(module).product()
+    name = f"{linear.name}.{WEIGHT}"
+    return stage.original.read([name])[name]
 
 
 def _pair_of(module: LowRankLinear | PivotedLinear) -> Factors | PivotedFactors:

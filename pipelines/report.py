@@ -20,6 +20,7 @@ from ercsvd_deploy.pipelines.factorize import AllocatedLinear, FactorizedLinear,
 from ercsvd_deploy.pipelines.factorize_vision import VisionOutcome
 from ercsvd_deploy.pipelines.gates import GateResult
 from ercsvd_deploy.pipelines.quantize import QuantizedMatrix, QuantizeOutcome
+from ercsvd_deploy.pipelines.recover import RecoverOutcome
 from ercsvd_deploy.pipelines.serving_parity import ServingParity
 
 REPORT_FILE = "ercsvd_report.json"
@@ -52,7 +53,9 @@ class Report:
     change: Mapping[str, Change]  # held-out text -> how far the outputs are from the original's
     vision: VisionOutcome | None
     factorize: FactorizeOutcome | None
+    recover: RecoverOutcome | None
     quantize: QuantizeOutcome | None
+    recover_quantized: RecoverOutcome | None
     seconds: dict[str, float]
     provenance: dict[str, Any] = field(default_factory=dict)
     serving: ServingParity | None = None
@@ -88,6 +91,9 @@ class Report:
                 if self.factorize.allocation
                 else None,
             }
+        for name, recovered in (("recover", self.recover), ("recover_quantized", self.recover_quantized)):
+            if recovered is not None:
+                plain[name] = {"layers": [asdict(layer) for layer in recovered.layers]}
         if self.quantize is not None:
             plain["quantize"] = {
                 "matrices": [asdict(matrix) for matrix in self.quantize.matrices],
@@ -129,8 +135,12 @@ def render(report: Report) -> RenderableType:
         parts.append(_layer_table(report.factorize))
         if report.factorize.allocation:
             parts.append(_allocation_table(report.factorize.allocation))
+    if report.recover is not None:
+        parts.append(_recover_table("factors", report.recover))
     if report.quantize is not None:
         parts.append(_quantize_table(report.quantize))
+    if report.recover_quantized is not None:
+        parts.append(_recover_table("scales", report.recover_quantized))
     if report.gates:
         parts.append(gate_table(report.gates))
     parts.extend(Text(note) for note in report.resumed)
@@ -260,6 +270,19 @@ def _allocation_table(linears: Sequence[AllocatedLinear]) -> Table:
         bits = sum(linear.bits_per_weight for linear in alike) / len(alike)
         damage = sum(linear.predicted_kl for linear in alike)
         table.add_row(label, str(len(alike)), f"{bits:.2f}", f"{damage:.5f}")
+    return table
+
+
+def _recover_table(trained: str, outcome: RecoverOutcome) -> Table:
+    table = Table(title=f"Recovery of {trained}: squared error of outputs", title_justify="left")
+    for column in ("layer", "before", "after", "change", ""):
+        table.add_column(column, justify="right" if column else "left")
+    for layer in outcome.layers:
+        change = _percent(layer.error_after / layer.error_before - 1) if layer.error_before else ""
+        verdict = "" if layer.is_kept else "left as it was"
+        table.add_row(
+            str(layer.layer), f"{layer.error_before:.5f}", f"{layer.error_after:.5f}", change, verdict
+        )
     return table
 
 

@@ -15,7 +15,12 @@ from typing import Any
 
 import yaml
 
-from ercsvd_deploy.pipelines.report_schema import FactorizedLinear, GateResult, ReportDocument
+from ercsvd_deploy.pipelines.report_schema import (
+    FactorizedLinear,
+    GateResult,
+    RecoverOutcome,
+    ReportDocument,
+)
 from ercsvd_deploy.pipelines.report_summary import (
     Row,
     describe_gates,
@@ -201,6 +206,8 @@ def _tables(report: ReportDocument) -> Iterator[DetailTable]:
         )
     if report.vision is not None:
         yield _factorized_table(report, "Factorized vision Linears", report.vision.linears)
+    if report.recover is not None:
+        yield _recovery_table("factors", report.recover)
     if report.quantize is not None:
         yield DetailTable(
             "Quantized matrices",
@@ -218,6 +225,24 @@ def _tables(report: ReportDocument) -> Iterator[DetailTable]:
                 for matrix in report.quantize.matrices
             ],
         )
+    if report.recover_quantized is not None:
+        yield _recovery_table("scales", report.recover_quantized)
+
+
+def _recovery_table(trained: str, outcome: RecoverOutcome) -> DetailTable:
+    return DetailTable(
+        f"Recovery of {trained}",
+        ("layer", "error before", "error after", ""),
+        [
+            (
+                str(layer.layer),
+                number(layer.error_before, 5),
+                number(layer.error_after, 5),
+                "" if layer.is_kept else "left as it was",
+            )
+            for layer in outcome.layers
+        ],
+    )
 
 
 def _factorized_table(report: ReportDocument, title: str, linears: list[FactorizedLinear]) -> DetailTable:

@@ -136,6 +136,24 @@ class FactorizeOutcome(Part):
     )
 
 
+class RecoveredLayer(Part):
+    """What training made of one layer."""
+
+    layer: Count = Field(description="Index of the decoder layer.")
+    error_before: float | None = Field(
+        description="Mean over held-out tokens of |o - t|^2 / |t|^2, o the layer's output, t the original's, "
+        "with the layer as it came."
+    )
+    error_after: float | None = Field(description="The same after training.")
+    is_kept: bool = Field(description="Whether the trained layer was taken.")
+
+
+class RecoverOutcome(Part):
+    """What the recover stage did."""
+
+    layers: list[RecoveredLayer] = Field(description="Every compressed layer.")
+
+
 class QuantizedMatrix(Part):
     """What became of one matrix: a dense weight, or one factor."""
 
@@ -252,8 +270,14 @@ class ReportDocument(Part):
     vision: VisionOutcome | None = Field(
         default=None, description="Factorized vision parts; null if they were left alone."
     )
+    recover: RecoverOutcome | None = Field(
+        default=None, description="The recovery of plain factors; null without one."
+    )
     quantize: QuantizeOutcome | None = Field(
         default=None, description="The quantize stage; null without one."
+    )
+    recover_quantized: RecoverOutcome | None = Field(
+        default=None, description="The recovery behind quantization, of scales; null without one."
     )
     serving: ServingParity | None = Field(
         default=None, description="The export in vLLM; null if the recipe has no such gate."

@@ -19,6 +19,7 @@ from ercsvd_deploy.pipelines.sizes import module_bytes
 from ercsvd_deploy.pipelines.working_memory import Held, blocks, highest
 from ercsvd_deploy.pipelines.workload import Sequences, Workload
 from ercsvd_deploy.rank import LinearShape
+from ercsvd_deploy.recipe_stages import Recover
 
 MIB = 2**20
 # Resident memory of a run that has imported its libraries and computed something small, without and with
@@ -102,9 +103,15 @@ def _stages(
         waiting = sum(_waiting_bytes(work, layer) for layer in work.compressed_layers())
         yield "factorize", _factorize(work), kept + waiting + factors
         kept += factors
+        if recipe.recover is not None:
+            kept += factors
+            yield "recover", _recover(work, recipe.recover, described), kept
     if recipe.quantize is not None and work.calibration is not None:
         kept += max(_integer_bytes(work, each) for each in described)
         yield "quantize", _quantize(work, _highest_ranks(described)), kept
+        if recipe.recover_quantized is not None:
+            kept += max(_integer_bytes(work, each) for each in described)
+            yield "recover quantized", _recover(work, recipe.recover_quantized, described), kept
     if work.judged:
         yield "evaluate", _evaluate(work), kept
     source_bytes = max(_untouched_bytes(work, each) for each in described)
@@ -209,6 +216,24 @@ def _factorize_allocated(work: Workload) -> _Highest:
         probing.append(own + own + highest(*trials))
     observing = states + weights + grams + highest(*steps)
     return _Highest(highest(observing, weights + highest(*probing)), waiting.total + weights.total)
+
+
+def _recover(
+    work: Workload, settings: Recover, described: Sequence[Mapping[str, ModuleDescription]]
+) -> _Highest:
+    assert work.calibration is not None, "the schema asks for calibration where a stage trains"
+    # Targets, and inputs from the compressed layers; while one layer is passed, its outputs too.
+    states = working_memory.states(work, work.calibration, 2)
+    weights = working_memory.layer_weights(work)
+    passing = working_memory.layer_pass(work, work.calibration.first(settings.batch_size))
+    # What a step trains: as it came, trained in float32, its gradient and momentum, and what Muon makes of
+    # it. Integers are dequantized on the way, so that a layer of them takes as much as its weights.
+    matrices = max((working_memory.layer_matrices(work, each) for each in described), key=lambda it: it.total)
+    # The layer's graph keeps every intermediate.
+    during = states + weights + matrices + matrices + matrices + matrices + passing + passing + passing
+    loading = states + working_memory.layer_load(work)
+    embedding = states + _embedding(work, [work.calibration])
+    return _Highest(highest(during, loading, embedding), 2 * weights.total)
 
 
 def _quantize(work: Workload, ranks: Mapping[str, int | None]) -> _Highest:

@@ -178,6 +178,8 @@ def compress_and_judge(
     with timed(outcomes.seconds, "evaluate"):
         candidate = compressed.stream()
         comparison = _compare(original, candidate, prepared.data, work, progress)
+    recoveries = [each for each in (outcomes.recovered, outcomes.recovered_quantized) if each is not None]
+    not_recovered = [warning for each in recoveries for warning in each.warnings()]
     report = Report(
         recipe=canonical(recipe),
         environment=_environment(prepared.device),
@@ -190,9 +192,11 @@ def compress_and_judge(
         ),
         vision=outcomes.vision,
         factorize=outcomes.factorized,
+        recover=outcomes.recovered,
         quantize=outcomes.quantized,
+        recover_quantized=outcomes.recovered_quantized,
         seconds=outcomes.seconds,
-        warnings=[*prepared.warnings, *off_plan],
+        warnings=[*prepared.warnings, *off_plan, *not_recovered],
         resumed=work.notes,
     )
     return Judged(report, compressed)

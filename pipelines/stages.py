@@ -1,4 +1,4 @@
-"""The stages of a recipe in order: vision parts, decoder, integers; each reads what the one before left."""
+"""The stages of a recipe in order: vision parts, decoder, recovery, integers; each reads what came before."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from ercsvd_deploy.pipelines.plan import plan_allocation, plan_quantize_stage, p
 from ercsvd_deploy.pipelines.progress import ProgressReporter
 from ercsvd_deploy.pipelines.quantize import QuantizeOutcome, quantize_decoder
 from ercsvd_deploy.pipelines.quantize_plan import QuantizePlan, check_num_tokens, serving_warnings
+from ercsvd_deploy.pipelines.recover import RecoverOutcome, recover_decoder
 from ercsvd_deploy.pipelines.sensitivity import measure_sensitivity
 from ercsvd_deploy.rank import RankPlan
 from ercsvd_deploy.recipe_schema import Recipe
-from ercsvd_deploy.recipe_stages import Factorize, Quantize
+from ercsvd_deploy.recipe_stages import Factorize, Quantize, Recover
 from ercsvd_deploy.samples import Sample
 from ercsvd_deploy.tensor_store import FileStore, OverlayStore, TensorStore
 
@@ -118,7 +119,9 @@ class StageOutcomes:
 
     vision: VisionOutcome | None = None
     factorized: FactorizeOutcome | None = None
+    recovered: RecoverOutcome | None = None
     quantized: QuantizeOutcome | None = None
+    recovered_quantized: RecoverOutcome | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -170,8 +173,16 @@ def run_stages(
             settings, recipe, plan, compressed, samples, outcomes, work, progress
         )
         compressed.take(outcomes.factorized.files, outcomes.factorized.modules)
+    if recipe.recover is not None:
+        with work.stage("recover", work.fingerprints.recover) as finished:
+            outcomes.recovered = _recover(recipe.recover, compressed, samples, outcomes, finished, progress)
     if recipe.quantize is not None:
         outcomes.quantized = _quantize(recipe.quantize, plan, compressed, samples, outcomes, work, progress)
+    if recipe.recover_quantized is not None:
+        with work.stage("recover-quantized", work.fingerprints.recover_quantized) as finished:
+            outcomes.recovered_quantized = _recover(
+                recipe.recover_quantized, compressed, samples, outcomes, finished, progress
+            )
     return outcomes
 
 
@@ -216,6 +227,25 @@ def _factorize(
         return factorize_decoder(model, samples, settings, plan.rank_plans, finished, on_layer, sensitivity)
 
 
+def _recover(
+    settings: Recover,
+    compressed: CompressedModel,
+    samples: Sequence[Sample] | None,
+    outcomes: StageOutcomes,
+    finished: FinishedWork,
+    progress: ProgressReporter,
+) -> RecoverOutcome:
+    assert samples is not None, "the schema asks for calibration where a stage needs it"
+    model = compressed.stream()
+    name = "recover" if outcomes.quantized is None else "recover quantized"
+    with timed(outcomes.seconds, name), progress(name, model.num_layers) as on_layer:
+        recovered = recover_decoder(
+            compressed.original, model, samples, settings, compressed.modules, finished, on_layer
+        )
+    compressed.take(recovered.files, recovered.modules)
+    return recovered
+
+
 def _quantize(
     settings: Quantize,
     plan: StagePlan,
@@ -245,6 +275,7 @@ def _quantize(
             plan.quantize.matches,
             finished,
             on_layer,
+            refits_to_factors=outcomes.recovered is not None,
         )
     integers = {
         name: description

@@ -10,9 +10,10 @@ heap at its highest so far, and the large blocks alive now.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ercsvd_deploy.checkpoint_schema import ModuleDescription
 from ercsvd_deploy.layerwise import MAX_LOGITS_AT_ONCE
 from ercsvd_deploy.pipelines.workload import Sequences, Workload
 from ercsvd_deploy.rank import LinearShape
@@ -93,6 +94,20 @@ def layer_pass(work: Workload, sequences: Sequences, *, observed: bool = False) 
 def layer_weights(work: Workload) -> Held:
     """A loaded layer."""
     return _sum(blocks(linear.parameters, work.computed) for linear in work.largest_layer.linears)
+
+
+def layer_matrices(work: Workload, described: Mapping[str, ModuleDescription]) -> Held:
+    """The matrices of the compressed layer that has most of them, in float32."""
+    layers = [
+        [
+            rows * columns
+            for linear in layer.linears
+            if linear.name in described
+            for (rows, columns), _ in described[linear.name].parts.values()
+        ]
+        for layer in work.architecture.layers
+    ]
+    return _sum(blocks(values, _SINGLE) for values in max(layers, key=sum))
 
 
 def layer_load(work: Workload) -> Held:

@@ -229,7 +229,7 @@ def test_error_control_needs_the_inputs_metric(tmp_path: Path, method: str) -> N
         ("erc_svd", "ercsvd", "it must be 'svd', 'asvd', 'svd_llm' or 'erc_svd'; did you mean 'erc_svd'?"),
         ("erc_svd", "asvd, activation_exponent: 0", "is 0; it must be greater than 0"),
         ("- factorize", "- factorise", "did you mean 'factorize'?"),
-        ("- factorize: ", "- ", "a stage has exactly one of factorize, quantize: add one"),
+        ("- factorize: ", "- ", "a stage has exactly one of factorize, recover, quantize: add one"),
         (
             "- factorize",
             "- quantize: {}\n    factorize",
@@ -419,7 +419,7 @@ def test_the_reference_is_published_and_names_every_key() -> None:
     published = (ROOT / REFERENCE_FILE).read_text(encoding="utf-8")
     assert published.partition(REFERENCE_START)[2] == f"\n{recipe_reference()}", REPUBLISH
     definitions = recipe_json_schema()["$defs"]
-    one_key_stages = {"FactorizeStage", "QuantizeStage"}
+    one_key_stages = {"FactorizeStage", "RecoverStage", "QuantizeStage"}
     keys = {
         key
         for name, section in definitions.items()
