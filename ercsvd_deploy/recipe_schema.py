@@ -35,7 +35,14 @@ from ercsvd_deploy.recipe_fields import (
     told_apart_by,
 )
 from ercsvd_deploy.recipe_gates import BUILT_IN_TEXT, Gates
-from ercsvd_deploy.recipe_stages import Factorize, FactorizeStage, Quantize, QuantizeStage, Stage
+from ercsvd_deploy.recipe_stages import (
+    FEWEST_SAMPLES_TO_HOLD_OUT,
+    Factorize,
+    FactorizeStage,
+    Quantize,
+    QuantizeStage,
+    Stage,
+)
 from ercsvd_deploy.recipe_vision import Vision, VisualQuestions
 
 
@@ -426,6 +433,16 @@ def _find_idle_gates(recipe: Recipe) -> Iterator[tuple[Location, str]]:
 def _find_too_few_samples(stages: tuple[Stage, ...], num_samples: int) -> Iterator[tuple[Location, str]]:
     """Yield the searches that want more sequences than calibration draws."""
     for number, stage in enumerate(stages):
+        if (
+            isinstance(stage, FactorizeStage)
+            and stage.factorize.beta == "auto"
+            and num_samples < FEWEST_SAMPLES_TO_HOLD_OUT
+        ):
+            yield (
+                ("stages", number, "factorize", "beta"),
+                f"is auto, which holds out a quarter of the sequences, but calibration.num_samples is "
+                f"{num_samples}; draw at least {FEWEST_SAMPLES_TO_HOLD_OUT}",
+            )
         if isinstance(stage, FactorizeStage) and stage.factorize.searches_layers:
             wanted = stage.factorize.num_search_samples
             if wanted > num_samples:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ercsvd_deploy.checkpoint_schema import ModuleDescription
-from ercsvd_deploy.pipelines.factorize import EXACT_RESIDUAL_UP_TO
+from ercsvd_deploy.pipelines.factorize_linear import EXACT_RESIDUAL_UP_TO
 from ercsvd_deploy.pipelines.host_speed import HostSpeed
 from ercsvd_deploy.pipelines.resources import StageResources
 from ercsvd_deploy.pipelines.workload import Sequences, Workload

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ercsvd_deploy.architecture import LayerLinears
 from ercsvd_deploy.checkpoint_schema import ModuleDescription
 from ercsvd_deploy.pipelines import working_memory
-from ercsvd_deploy.pipelines.factorize import EXACT_RESIDUAL_UP_TO
+from ercsvd_deploy.pipelines.factorize_linear import EXACT_RESIDUAL_UP_TO
 from ercsvd_deploy.pipelines.sizes import module_bytes
 from ercsvd_deploy.pipelines.working_memory import Held, blocks, highest
 from ercsvd_deploy.pipelines.workload import Sequences, Workload

@@ -196,13 +196,14 @@ def _factorize(
         ):
             fisher_samples = samples[: settings.num_fisher_samples]
             sensitivity = measure_sensitivity(model, fisher_samples, finished, on_layer)
+    emitting = int(settings.compressed_prefix_inputs)  # one more pass
     if plan.allocation is not None:
         assert sensitivity is not None
         assert samples is not None
         with (
             timed(outcomes.seconds, "factorize"),
             work.stage("factorize", work.fingerprints.factorize) as finished,
-            progress(f"{settings.method}, error-controlled", 2 * model.num_layers) as on_layer,
+            progress(f"{settings.method}, error-controlled", (2 + emitting) * model.num_layers) as on_layer,
         ):
             return factorize_allocated(
                 model, samples, settings, plan.allocation, sensitivity, recipe.quantize, finished, on_layer
@@ -211,7 +212,7 @@ def _factorize(
     with (
         timed(outcomes.seconds, "factorize"),
         work.stage("factorize", work.fingerprints.factorize) as finished,
-        progress(f"{settings.method}, {candidates}", model.num_layers) as on_layer,
+        progress(f"{settings.method}, {candidates}", (1 + emitting) * model.num_layers) as on_layer,
     ):
         return factorize_decoder(model, samples, settings, plan.rank_plans, finished, on_layer, sensitivity)
 
