@@ -116,7 +116,7 @@ def test_the_last_layers_error_on_calibration_data_falls(
         errors[prefix] = float((last_layer_output(directory, tokens) - true).norm() / true.norm())
         kept[prefix] = report.factorize.plan.ranks
     assert kept[True] == kept[False]
-    assert errors[True] < 0.97 * errors[False]
+    assert errors[True] < 0.8 * errors[False]
 
 
 @pytest.mark.parametrize("settings", [ALL, CONTROLLED], ids=["all", "error_controlled"])
