@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "asvd": {"method": "asvd", "num_compressed_layers": "all"},
     "svd_llm": {"method": "svd_llm", "num_compressed_layers": "all"},
     "erc_svd, best k": {"method": "erc_svd", "num_compressed_layers": "auto"},
+    "erc_svd, best k, beta auto": {"method": "erc_svd", "num_compressed_layers": "auto", "beta": "auto"},
     "Fisher metric alone": {"method": "svd_llm", "output_metric": "fisher", "allocation": "uniform"},
     "error control alone": {"method": "svd_llm", "allocation": "error_controlled"},
     "pivoted alone": {"method": "svd_llm", "layout": "pivoted", "allocation": "uniform"},

@@ -225,6 +225,31 @@ def truncate(
     return Factors(factor_a.to(weight.dtype), factor_b.to(weight.dtype))
 
 
+def compensated_weight(
+    weight: Tensor, gram: Tensor, cross_moment: Tensor, *, damping: float = 0.01
+) -> Tensor:
+    """Return the weight M that best gives W x from other inputs x': [out, in], float64.
+
+    M = W (C + lambda I) (G' + lambda I)^-1 minimises sum |W x - M x'|^2 + lambda |W - M|^2. What M x' misses
+    is orthogonal to all that is linear in x', so that the best factors for W x are those of M under G'.
+    Source: AA-SVD and SAES-SVD, which calibrate on the compressed prefix in this way.
+
+    Args:
+        weight: W [out, in].
+        gram: G' [in, in], sum of x' x'^T.
+        cross_moment: C [in, in], sum of x x'^T.
+        damping: lambda, as a share of the mean of the diagonal of G'. Where no inputs were seen, W stays.
+    """
+    exact_weight, exact_gram = weight.double(), gram.double()
+    strength = damping * exact_gram.diagonal().mean()
+    if strength <= 0:
+        return exact_weight
+    ridge = strength * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    wanted = exact_weight @ (cross_moment.double() + ridge)
+    factor = torch.linalg.cholesky((exact_gram + exact_gram.T) / 2 + ridge)
+    return torch.cholesky_solve(wanted.T, factor).T.contiguous()
+
+
 def weight_error(weight: Tensor, factors: Factors) -> float:
     """Return ||W - B A||_F / ||W||_F, in float64; 0 for a zero weight reproduced exactly."""
     error = weight.double() - factors.factor_b.double() @ factors.factor_a.double()
@@ -245,6 +270,24 @@ def calibration_error(
     exact_weight, exact_gram = weight.to(dtype), gram.to(dtype)
     error = exact_weight - factors.factor_b.to(dtype) @ factors.factor_a.to(dtype)
     return _relative(((error @ exact_gram) * error).sum(), ((exact_weight @ exact_gram) * exact_weight).sum())
+
+
+def compensated_error(
+    weight: Tensor, factors: Factors, original: Tensor, gram: Tensor, cross_moment: Tensor
+) -> float:
+    """Return ||W X - B A X'||_F / ||W X||_F, in float64.
+
+    Args:
+        weight: W [out, in].
+        factors: A pair of its shape.
+        original: [in, in], sum of x x^T.
+        gram: [in, in], sum of x' x'^T.
+        cross_moment: [in, in], sum of x x'^T.
+    """
+    exact_weight, product = weight.double(), factors.factor_b.double() @ factors.factor_a.double()
+    whole = ((exact_weight @ original.double()) * exact_weight).sum()
+    shared = ((exact_weight @ cross_moment.double()) * product).sum()
+    return _relative(whole - 2 * shared + ((product @ gram.double()) * product).sum(), whole)
 
 
 def output_error(weight: Tensor, approximation: Tensor, gram: Tensor, output_metric: Tensor) -> float:

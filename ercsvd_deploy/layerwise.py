@@ -42,6 +42,10 @@ class _EmbeddingDone(Exception):  # noqa: N818 - not an error: it ends a forward
     """Every layer has been reached; the rest of the forward pass is not needed."""
 
 
+class _InputsReached(Exception):  # noqa: N818 - not an error: it ends a layer's pass early
+    """The wanted inputs are there; the rest of the layer is not needed."""
+
+
 class _RecordingLayer(nn.Module):
     """Stands in for a decoder layer: notes how it is called and passes its input on."""
 
@@ -92,6 +96,39 @@ class InputStatistics:
     def mean_absolute(self) -> torch.Tensor:
         """Mean |x| per input feature, [in]."""
         return self.absolute_sum / (self.num_tokens or 1)
+
+    def __add__(self, other: InputStatistics) -> InputStatistics:
+        """Return what was seen of both."""
+        return InputStatistics(
+            self.gram + other.gram,
+            self.absolute_sum + other.absolute_sum,
+            self.num_tokens + other.num_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class PairedStatistics:
+    """What was seen of the inputs x of a Linear in the original model beside x' in another; in float32."""
+
+    original: torch.Tensor  # sum of x x^T over tokens, [in, in]
+    gram: torch.Tensor  # sum of x' x'^T
+    cross_moment: torch.Tensor  # sum of x x'^T
+
+    @classmethod
+    def zeros(cls, in_features: int, device: torch.device) -> PairedStatistics:
+        """Start with nothing seen."""
+        return cls(*(torch.zeros(in_features, in_features, device=device) for _ in range(3)))
+
+    def add(self, original: torch.Tensor, other: torch.Tensor, token_weights: torch.Tensor | None) -> None:
+        """Take in both activations [..., in] of the same tokens, weighted as in `InputStatistics.add`."""
+        rows, others = (each.detach().flatten(0, -2).float() for each in (original, other))
+        weighted, weighted_others = rows, others
+        if token_weights is not None:
+            weights = token_weights.reshape(-1, 1).to(rows)
+            weighted, weighted_others = weights * rows, weights * others
+        self.original.addmm_(weighted.T, rows)
+        self.gram.addmm_(weighted_others.T, others)
+        self.cross_moment.addmm_(weighted.T, others)
 
 
 @dataclass
@@ -249,6 +286,7 @@ class LayerwiseModel:
         observe: Mapping[str, InputStatistics] | None = None,
         token_weights: Sequence[torch.Tensor | None] | None = None,
         module: nn.Module | None = None,
+        batches: range | None = None,
     ) -> None:
         """Replace every batch's activations by the output of layer `index`.
 
@@ -258,15 +296,49 @@ class LayerwiseModel:
             observe: Linear's name within the layer -> statistics of its input to accumulate.
             token_weights: How much each token of every batch counts in them; None: all count one.
             module: The layer, if it is loaded already.
+            batches: Positions of the batches to do this with; None: all.
         """
         if module is None:
             with self.layer(index) as loaded:
-                self.advance(index, hidden, observe=observe, token_weights=token_weights, module=loaded)
+                self.advance(
+                    index,
+                    hidden,
+                    observe=observe,
+                    token_weights=token_weights,
+                    module=loaded,
+                    batches=batches,
+                )
             return
-        for position, states in enumerate(hidden):
+        for position in range(len(hidden)) if batches is None else batches:
             weights = token_weights[position] if token_weights is not None else None
             with _observing(module, observe or {}, weights):
-                hidden[position] = self.run_layer(module, index, states)
+                hidden[position] = self.run_layer(module, index, hidden[position])
+
+    @torch.no_grad()
+    def linear_inputs(self, module: nn.Module, index: int, hidden: torch.Tensor, name: str) -> torch.Tensor:
+        """Return the inputs [batch, tokens, in] of the submodule `name` of a loaded layer.
+
+        The layer runs no further than to that submodule.
+
+        Args:
+            module: The layer.
+            index: Its index.
+            hidden: The layer's inputs of one batch.
+            name: Of a Linear within the layer.
+        """
+        found: list[torch.Tensor] = []
+
+        def stop(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            found.append(inputs[0])
+            raise _InputsReached
+
+        handle = module.get_submodule(name).register_forward_pre_hook(stop)
+        try:
+            with suppress(_InputsReached):
+                self.run_layer(module, index, hidden)
+        finally:
+            handle.remove()
+        return found[0]
 
     def retreat(
         self,

@@ -36,6 +36,7 @@ from ercsvd_deploy.recipe_fields import (
 )
 from ercsvd_deploy.recipe_gates import BUILT_IN_TEXT, Gates
 from ercsvd_deploy.recipe_stages import (
+    FEWEST_SAMPLES_TO_HOLD_OUT,
     Factorize,
     FactorizeStage,
     Quantize,
@@ -467,6 +468,16 @@ def _find_too_few_samples(stages: tuple[Stage, ...], num_samples: int) -> Iterat
                 ("stages", number, "recover", "batch_size"),
                 f"is {stage.recover.batch_size}, but calibration.num_samples is {num_samples}, which is not "
                 "two batches: one to train on, one to judge by; lower batch_size, or draw more samples",
+            )
+        if (
+            isinstance(stage, FactorizeStage)
+            and stage.factorize.beta == "auto"
+            and num_samples < FEWEST_SAMPLES_TO_HOLD_OUT
+        ):
+            yield (
+                ("stages", number, "factorize", "beta"),
+                f"is auto, which holds out a quarter of the sequences, but calibration.num_samples is "
+                f"{num_samples}; draw at least {FEWEST_SAMPLES_TO_HOLD_OUT}",
             )
         if isinstance(stage, FactorizeStage) and stage.factorize.searches_layers:
             wanted = stage.factorize.num_search_samples

@@ -19,6 +19,8 @@ from ercsvd_deploy.recipe_fields import (
 
 _WHITENING = ("svd_llm", "erc_svd")  # methods that weigh errors by the Gram of the inputs
 
+FEWEST_SAMPLES_TO_HOLD_OUT = 4  # calibration sequences with `beta: auto`, a quarter of which is held out
+
 
 class Factorize(Section):
     """Replace the Linears of decoder layers by two low-rank factors each."""
@@ -57,11 +59,14 @@ class Factorize(Section):
         description="How many of the last decoder layers are compressed. `auto` tries every admissible "
         "number and keeps the one with the smallest error of the final layer's output on calibration data.",
     )
-    beta: float = Field(
+    beta: Annotated[
+        Literal["auto"] | Annotated[float, Field(ge=0, lt=1)],
+        expects("'auto' or a number of at least 0 and less than 1"),
+    ] = Field(
         default=0.05,
-        ge=0,
-        lt=1,
-        description="Share of the break-even rank that is given to the residual (only `erc_svd`).",
+        description="Share of the break-even rank that is given to the residual (only `erc_svd`). `auto` "
+        "takes for every matrix that of 0, 0.02, 0.05, 0.1 and 0.2 with the smallest output error on the "
+        "last quarter of the calibration sequences, decomposed on the others.",
     )
     residual_space: Literal["weight", "whitened"] = Field(
         default="weight",
@@ -92,6 +97,17 @@ class Factorize(Section):
         le=1,
         description="Power of the mean absolute activation that scales each column (only `asvd`).",
     )
+    compressed_prefix_inputs: bool = Field(
+        default=False,
+        description="Make the factors that are written layer by layer: each matrix gives, from the inputs "
+        "that the layers compressed so far hand it, the outputs that the original gives from its own "
+        "(`svd_llm` and `erc_svd`; AA-SVD, SAES-SVD). Ranks are chosen as without it.",
+    )
+
+    @property
+    def planned_beta(self) -> float:
+        """The share of the break-even rank that every rank must leave room for beside the first stage."""
+        return 0.0 if self.method != "erc_svd" or self.beta == "auto" else self.beta
 
     @property
     def searches_layers(self) -> bool:
@@ -125,7 +141,8 @@ class Factorize(Section):
             if reader != self.method
         }
         if self.method not in _WHITENING:
-            unread["output_metric"] = f"methods svd_llm and erc_svd read it {own}"
+            for name in ("output_metric", "compressed_prefix_inputs"):
+                unread[name] = f"methods svd_llm and erc_svd read it {own}"
         if self.allocation != "last_k":
             unread["num_compressed_layers"] = f"allocation last_k reads it and it is {self.allocation}"
         if not self.needs_sensitivity:
@@ -145,13 +162,13 @@ class Factorize(Section):
         if self.allocation == "error_controlled" and self.method not in _WHITENING:
             text = f"is error_controlled, but method {self.method} does not weigh errors by the inputs; "
             refuse_together([(("allocation",), f"{text}use svd_llm or erc_svd")])
-        if (
-            self.method == "erc_svd"
-            and self.compression_ratio is not None
-            and self.compression_ratio >= 1 - self.beta
-        ):
-            text = f"is {self.compression_ratio:g}, but beta {self.beta:g} leaves room for less than "
-            refuse_together([(("compression_ratio",), f"{text}{1 - self.beta:g}; lower one of the two")])
+        if self.beta == "auto" and self.residual_space == "whitened":
+            text = "is auto, but a whitened residual makes all choices equal; "
+            refuse_together([(("beta",), f"{text}use residual_space weight, or method svd_llm")])
+        beta = self.planned_beta
+        if beta and self.compression_ratio is not None and self.compression_ratio >= 1 - beta:
+            text = f"is {self.compression_ratio:g}, but beta {beta:g} leaves room for less than "
+            refuse_together([(("compression_ratio",), f"{text}{1 - beta:g}; lower one of the two")])
         return self
 
     @model_serializer(mode="wrap")

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ercsvd_deploy.checkpoint_schema import ModuleDescription
-from ercsvd_deploy.pipelines.factorize import EXACT_RESIDUAL_UP_TO
+from ercsvd_deploy.pipelines.factorize_linear import EXACT_RESIDUAL_UP_TO
 from ercsvd_deploy.pipelines.host_speed import HostSpeed
+from ercsvd_deploy.pipelines.residual_choice import BETAS_ON_OFFER
 from ercsvd_deploy.pipelines.resources import StageResources
 from ercsvd_deploy.pipelines.workload import Sequences, Workload
 from ercsvd_deploy.rank import LinearShape
@@ -180,10 +181,40 @@ def _factorize(work: Workload) -> Work:
             total += _decomposing(linear)
             total += _truncating(linear, rank, exact=True, residual=settings.method == "erc_svd")
             is_small = min(linear.out_features, linear.in_features) <= EXACT_RESIDUAL_UP_TO
+            if settings.beta == "auto":
+                total += _decomposing(linear)
+                for _ in range(trials * len(BETAS_ON_OFFER)):
+                    total += _truncating(linear, rank, exact=is_small, residual=True)
+                    total += _measuring(linear, rank)
+            if settings.compressed_prefix_inputs:
+                total += _decomposing(linear) + _compensating(linear)
             for _ in range(trials):
                 total += _truncating(linear, rank, exact=is_small, residual=settings.method == "erc_svd")
                 total += _measuring(linear, rank)
+    if settings.compressed_prefix_inputs:
+        total += _two_trajectories(work)
     return total
+
+
+def _two_trajectories(work: Workload) -> Work:
+    """Passes of the original and the compressed layers, and of each as far as to every group of Linears."""
+    one, layer = _pass(work, work.calibration), work.largest_layer
+    before, partial = 0, 0
+    for group in layer.groups:
+        partial += before
+        before += sum(linear.parameters for linear in group)
+    share = len(work.compressed_layers()) / work.architecture.num_layers
+    passes = 1 + share * (1 + 2 * partial / work.layer_parameters)
+    tokens = work.calibration.tokens * len(work.compressed_layers()) if work.calibration else 0
+    moments = sum(3 * 2 * group[0].in_features ** 2 for group in layer.groups)
+    return Work(
+        passing=passes * one.passing, single=moments * tokens, moved=passes * one.moved, read=one.read
+    )
+
+
+def _compensating(linear: LinearShape) -> Work:
+    m, n = linear.out_features, linear.in_features
+    return Work(double=10 * m * n * n + n**3, moved=64 * (m * n + n * n))
 
 
 def _decomposing(linear: LinearShape) -> Work:

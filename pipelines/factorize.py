@@ -18,55 +18,39 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from ercsvd_deploy.architecture import LayerLinears
-from ercsvd_deploy.checkpoint_schema import (
-    FACTOR_A,
-    FACTOR_B,
-    GUARD,
-    GUARD_SHAPE,
-    OTHER_ROWS,
-    PIVOT_ROWS,
-    ROW_ORDER,
-    WEIGHT,
-    ModuleDescription,
-    WeightQuantization,
-)
-from ercsvd_deploy.factorize import (
-    Decomposition,
-    Factors,
-    Method,
-    calibration_error,
-    decompose,
-    truncate,
-    weight_error,
-)
+from ercsvd_deploy.checkpoint_schema import WEIGHT, ModuleDescription, WeightQuantization
+from ercsvd_deploy.factorize import Decomposition
 from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.compressed_prefix import ChosenRanks, emit_on_compressed_prefix
 from ercsvd_deploy.pipelines.descriptions import describe_factorized
+from ercsvd_deploy.pipelines.factorize_linear import (
+    LINEARS,
+    FactorizedLinear,
+    Spectrum,
+    decompose_linear,
+    decomposition_tensors,
+    factor_tensors,
+    factors_piece,
+    left_dense,
+    measure_linear,
+    planned_residual_rank,
+    read_decomposition,
+    thinned,
+    truncate_linear,
+)
 from ercsvd_deploy.pipelines.finished_work import FinishedWork
+from ercsvd_deploy.pipelines.residual_choice import (
+    DividedBatches,
+    ObservedInputs,
+    advance_observed,
+    choose_residual_ranks,
+    divide,
+)
 from ercsvd_deploy.pipelines.sensitivity import Sensitivity
-from ercsvd_deploy.pivoting import PivotError, to_pivoted
-from ercsvd_deploy.rank import LinearShape, RankPlan, split_rank
+from ercsvd_deploy.rank import LinearShape, RankPlan
 from ercsvd_deploy.recipe_stages import Factorize
-from ercsvd_deploy.samples import Batch, Sample
+from ercsvd_deploy.samples import Sample
 from ercsvd_deploy.tensor_store import FileStore
-
-# Beyond this side the residual's exact decomposition is made once, for the chosen k, and the search
-# over k uses a randomized one.
-EXACT_RESIDUAL_UP_TO = 1024
-
-
-class FactorizationError(ValueError):
-    """A weight or its calibration inputs cannot be factorized; the message names the Linear."""
-
-
-@dataclass(frozen=True)
-class FactorizedLinear:
-    """What became of one Linear of a compressed layer."""
-
-    name: str
-    shape: tuple[int, int]
-    rank: int | None  # None: left dense
-    weight_error: float  # ||W - BA||_F / ||W||_F
-    calibration_error: float | None  # ||(W - BA) X||_F / ||W X||_F
 
 
 @dataclass(frozen=True)
@@ -91,11 +75,7 @@ class SearchPoint:
 
 
 _OUTCOME = "outcome"
-LINEARS = TypeAdapter(list[FactorizedLinear])
 _SEARCH = TypeAdapter(list[SearchPoint])
-_SPECTRUM_POINTS = 48  # of each Linear's spectrum in the report, at even distances of the logarithm
-
-Spectrum = list[tuple[int, float]]  # position, from 1, and singular value as a share of the largest
 
 
 @dataclass
@@ -119,6 +99,7 @@ class _Candidate:
     plan: RankPlan
     hidden: list[torch.Tensor] | None = None  # activations of the search sequences, once it has diverged
     linears: list[FactorizedLinear] = field(default_factory=list)
+    residual_ranks: dict[str, int | None] = field(default_factory=dict)
 
 
 def factorize_decoder(
@@ -153,8 +134,7 @@ def factorize_decoder(
         search = stage.observe_and_try(samples, on_layer)
         measured = {point.num_compressed_layers: point.final_layer_error for point in search}
         best = min(plans, key=lambda k: (measured[k] or 0.0, -k))
-        stage.emit(best)
-        linears = stage.candidates[best].linears
+        linears = stage.emit(best, samples, on_layer)
         found = {
             "k": best,
             "linears": LINEARS.dump_python(linears),
@@ -176,11 +156,6 @@ def factorize_decoder(
 
 def _compressed_layers(model: LayerwiseModel, k: int) -> range:
     return range(model.num_layers - k, model.num_layers)
-
-
-def factors_piece(layer: int) -> str:
-    """Return the name of the piece that holds the factors of a layer."""
-    return f"layer-{layer:05d}"
 
 
 def _decompositions_piece(layer: int) -> str:
@@ -212,56 +187,50 @@ class _FactorizeStage:
         self.candidates = {k: _Candidate(plan) for k, plan in plans.items()}
         self.work = work
         self.first_compressed = model.num_layers - max(plans)
-        self.token_weights: list[torch.Tensor | None] = []
         self.spectra: dict[str, Spectrum] = {}
 
     def observe_and_try(
         self, samples: Sequence[Sample] | None, on_layer: Callable[[], None]
     ) -> list[SearchPoint]:
         """Pass once through the decoder; afterwards every decomposition is on disk."""
-        searched: list[Batch] = []
-        rest: list[Batch] = []
+        divided = DividedBatches([], 0, 0)
         if samples is not None:
-            searched = self.model.batches(samples[: self.settings.num_search_samples])
-            rest = self.model.batches(samples[self.settings.num_search_samples :])
-        hidden = self.model.embed(searched + rest)
-        num_search_batches = len(searched)
-        self.token_weights = [batch.token_weights for batch in searched + rest]
+            divided = divide(self.model, samples, self.settings, self.settings.num_search_samples)
+        hidden = self.model.embed(divided.batches)
         for layer in self.model.architecture.layers:
             with self.model.layer(layer.index) as module:
-                self._observe_and_try_layer(layer, module, hidden, num_search_batches)
+                if layer.index < self.first_compressed:
+                    self.model.advance(layer.index, hidden, module=module)
+                else:
+                    self._observe_and_try_layer(layer, module, hidden, divided)
             on_layer()
-        return [self._search_point(k, hidden[:num_search_batches]) for k in sorted(self.candidates)]
+        return [self._search_point(k, hidden[: divided.num_searched]) for k in sorted(self.candidates)]
 
     def _observe_and_try_layer(
-        self, layer: LayerLinears, module: nn.Module, hidden: list[torch.Tensor], num_search_batches: int
+        self, layer: LayerLinears, module: nn.Module, hidden: list[torch.Tensor], divided: DividedBatches
     ) -> None:
-        is_compressed = layer.index >= self.first_compressed
         piece = _decompositions_piece(layer.index)
-        known = self.work.findings(piece) if is_compressed else None
-        is_new = is_compressed and known is None
-        statistics = self.model.input_statistics(layer) if is_new and hidden else {}
-        entering = list(hidden[:num_search_batches])
-        self.model.advance(
-            layer.index, hidden, observe=statistics, token_weights=self.token_weights, module=module
-        )
-        if not is_compressed:
-            return
-        inputs = {
-            linear.name: statistics.get(layer.local_name(group[0]))
-            for group in layer.groups
-            for linear in group
-        }
+        known = self.work.findings(piece)
+        is_new = known is None
+        entering = list(hidden[: divided.num_searched])
+        originals = {linear.name: _weight(module, linear, layer) for linear in layer.linears}
+        inputs: dict[str, InputStatistics | None] = {}
         if known is None:
+            observed = advance_observed(self.model, layer, module, hidden, divided)
+            inputs = {
+                linear.name: observed[group[0].name].whole if observed else None
+                for group in layer.groups
+                for linear in group
+            }
             decompositions = {
-                linear.name: self._decompose(
-                    layer, linear, _weight(module, linear, layer), inputs[linear.name]
-                )
+                linear.name: self._decompose(layer, linear, originals[linear.name], inputs[linear.name])
                 for linear in layer.linears
             }
+            residual_ranks = self._choose_residual_ranks(layer, originals, observed)
         else:
+            self.model.advance(layer.index, hidden, module=module)
             decompositions = self._read_decompositions(layer)
-        originals = {linear.name: _weight(module, linear, layer) for linear in layer.linears}
+            residual_ranks = known["residual_ranks"]
         measured: dict[str, list[FactorizedLinear]] = {}
         for k, candidate in self.candidates.items():
             if layer.index < self.model.num_layers - k:
@@ -276,11 +245,15 @@ class _FactorizeStage:
                         measured[str(k)].append(left_dense(linear))
                     continue
                 weight = originals[linear.name]
-                factors = self._truncate(decompositions[linear.name], linear, weight, rank, exact=False)
+                residual_rank = residual_ranks[linear.name][str(rank)]
+                candidate.residual_ranks[linear.name] = residual_rank
+                factors = truncate_linear(
+                    self.settings, decompositions[linear.name], weight, rank, residual_rank, exact=False
+                )
                 # A pivoted product differs by rounding alone: pivots are only looked for in the chosen k.
                 factors = factors.rounded(self.model.stored_dtype(f"{linear.name}.{WEIGHT}"))
                 if is_new:
-                    found = measure_linear(linear, rank, weight, factors, inputs[linear.name])
+                    found = measure_linear(linear, rank, weight, factors, inputs[linear.name], residual_rank)
                     measured[str(k)].append(found)
                 _set_weight(module, linear, layer, factors.product().to(weight.dtype))
             candidate.linears += measured[str(k)]
@@ -297,7 +270,8 @@ class _FactorizeStage:
             }
             spectra = {name: thinned(made.singular_values) for name, made in decompositions.items()}
             candidates = {k: LINEARS.dump_python(linears) for k, linears in measured.items()}
-            self.work.finish(piece, {"candidates": candidates, "spectra": spectra}, waiting)
+            findings = {"candidates": candidates, "spectra": spectra, "residual_ranks": residual_ranks}
+            self.work.finish(piece, findings, waiting)
         self.spectra |= spectra if known is None else known["spectra"]
 
     def _decompose(
@@ -307,25 +281,53 @@ class _FactorizeStage:
         weight: torch.Tensor,
         statistics: InputStatistics | None,
     ) -> Decomposition:
-        ranks = [candidate.plan.ranks.get(linear.name) for candidate in self.candidates.values()]
-        highest = max((rank for rank in ranks if rank is not None), default=None)
-        metric = None
-        if self.sensitivity is not None:
-            metric = self.sensitivity.metric(layer, linear, self.model.device)
         return decompose_linear(
-            self.settings, linear, weight, statistics, max_rank=highest or 1, output_metric=metric
+            self.settings,
+            linear,
+            weight,
+            statistics,
+            max_rank=max(self._tried_ranks(linear), default=1),
+            output_metric=self._metric(layer, linear),
         )
 
-    def _truncate(
+    def _tried_ranks(self, linear: LinearShape) -> set[int]:
+        ranks = {candidate.plan.ranks.get(linear.name) for candidate in self.candidates.values()}
+        return {rank for rank in ranks if rank is not None}
+
+    def _metric(self, layer: LayerLinears, linear: LinearShape) -> torch.Tensor | None:
+        if self.sensitivity is None:
+            return None
+        return self.sensitivity.metric(layer, linear, self.model.device)
+
+    def _choose_residual_ranks(
         self,
-        decomposition: Decomposition,
-        linear: LinearShape,
-        weight: torch.Tensor,
-        rank: int,
-        *,
-        exact: bool,
-    ) -> Factors:
-        return truncate_linear(self.settings, decomposition, linear, weight, rank, exact=exact)
+        layer: LayerLinears,
+        weights: Mapping[str, torch.Tensor],
+        observed: Mapping[str, ObservedInputs],
+    ) -> dict[str, dict[str, int | None]]:
+        """Return Linear -> each tried rank, as JSON has it -> what of it the residual gets."""
+        found: dict[str, dict[str, int | None]] = {}
+        for group in layer.groups:
+            for linear in group:
+                ranks = self._tried_ranks(linear)
+                chosen: Mapping[int, int | None] = {
+                    rank: planned_residual_rank(self.settings, linear, rank) for rank in ranks
+                }
+                if self.settings.beta == "auto":
+                    inputs = observed[group[0].name]
+                    assert inputs.fitting is not None
+                    assert inputs.held_out is not None
+                    chosen = choose_residual_ranks(
+                        self.settings,
+                        linear,
+                        weights[linear.name],
+                        inputs.fitting,
+                        inputs.held_out.gram,
+                        ranks,
+                        self._metric(layer, linear),
+                    )
+                found[linear.name] = {str(rank): residual for rank, residual in chosen.items()}
+        return found
 
     def _search_point(self, k: int, original: list[torch.Tensor]) -> SearchPoint:
         candidate = self.candidates[k]
@@ -347,10 +349,20 @@ class _FactorizeStage:
             for linear in layer.linears
         }
 
-    def emit(self, k: int) -> None:
-        """Write the factors of the last k layers, as far as an earlier run has not."""
+    def emit(
+        self, k: int, samples: Sequence[Sample] | None, on_layer: Callable[[], None]
+    ) -> list[FactorizedLinear]:
+        """Write the factors of the last k layers, as far as an earlier run has not; return what is lost."""
         plan = self.candidates[k].plan
         described = _descriptions(self.model, plan)
+        residual_ranks = self.candidates[k].residual_ranks
+        if self.settings.compressed_prefix_inputs:
+            assert samples is not None, "the schema asks for calibration where a stage needs it"
+            layers = [self.model.architecture.layers[index] for index in _compressed_layers(self.model, k)]
+            chosen = ChosenRanks(layers, described, residual_ranks)
+            return emit_on_compressed_prefix(
+                self.model, samples, self.settings, chosen, self.work, self.sensitivity, on_layer
+            )
         for index in _compressed_layers(self.model, k):
             layer = self.model.architecture.layers[index]
             if self.work.findings(factors_piece(index)) is not None:
@@ -363,143 +375,23 @@ class _FactorizeStage:
                     if rank is None:
                         continue
                     weight = _weight(module, linear, layer)
-                    factors = self._truncate(decompositions[linear.name], linear, weight, rank, exact=True)
+                    factors = truncate_linear(
+                        self.settings,
+                        decompositions[linear.name],
+                        weight,
+                        rank,
+                        residual_ranks[linear.name],
+                        exact=True,
+                    )
                     stored = self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
                     tensors |= factor_tensors(linear.name, factors, described[linear.name], stored)
             self.work.finish(factors_piece(index), {}, tensors)
+        return self.candidates[k].linears
 
     def forget_decompositions(self) -> None:
         """Remove what waited for the choice of k."""
         for index in range(self.first_compressed, self.model.num_layers):
             self.work.forget(_decompositions_piece(index))
-
-
-def decomposition_tensors(name: str, made: Decomposition) -> dict[str, torch.Tensor]:
-    """Return the tensors in which a Linear's decomposition waits on disk; `read_decomposition` takes them."""
-    tensors = {f"{name}.basis": made.basis, f"{name}.singular_values": made.singular_values}
-    return tensors if made.projection is None else tensors | {f"{name}.projection": made.projection}
-
-
-def read_decomposition(
-    name: str, method: Method, tensors: Mapping[str, torch.Tensor], device: torch.device
-) -> Decomposition:
-    """Return a Linear's decomposition from its tensors; the inverse of `decomposition_tensors`."""
-    projection = tensors.get(f"{name}.projection")
-    return Decomposition(
-        method,
-        tensors[f"{name}.basis"].to(device),
-        tensors[f"{name}.singular_values"].to(device),
-        None if projection is None else projection.to(device),
-    )
-
-
-def decompose_linear(
-    settings: Factorize,
-    linear: LinearShape,
-    weight: torch.Tensor,
-    statistics: InputStatistics | None,
-    *,
-    max_rank: int,
-    output_metric: torch.Tensor | None = None,
-) -> Decomposition:
-    """Decompose a Linear's weight [out, in] by the stage's method, for every rank up to `max_rank`.
-
-    `output_metric` [out, out] is used where the stage asks for it.
-
-    Raises:
-        FactorizationError: the weight or its inputs are not finite, say; the message names the Linear.
-    """
-    try:
-        return decompose(
-            weight,
-            method=settings.method,
-            gram=None if statistics is None else statistics.gram,
-            mean_abs_activation=None if statistics is None else statistics.mean_absolute,
-            activation_exponent=settings.activation_exponent,
-            output_metric=output_metric if settings.output_metric == "fisher" else None,
-            max_rank=max_rank,
-        )
-    except ValueError as error:
-        raise FactorizationError(f"{linear.name}: {error}") from error
-
-
-def truncate_linear(
-    settings: Factorize,
-    decomposition: Decomposition,
-    linear: LinearShape,
-    weight: torch.Tensor,
-    rank: int,
-    *,
-    exact: bool,
-) -> Factors:
-    """Return factors of a rank, in the precision of the computation."""
-    residual_rank = 0
-    if settings.method == "erc_svd":
-        _, residual_rank = split_rank(rank, linear.out_features, linear.in_features, settings.beta)
-    return truncate(
-        decomposition,
-        weight,
-        rank,
-        residual_rank=residual_rank,
-        residual_space=settings.residual_space,
-        exact_residual=exact or min(weight.shape) <= EXACT_RESIDUAL_UP_TO,
-    )
-
-
-def factor_tensors(
-    name: str, factors: Factors, description: ModuleDescription, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Return the tensors that store a factorized Linear in the layout of its description, guard included.
-
-    Raises:
-        FactorizationError: the product has no rows that can serve as pivots.
-    """
-    guard = {f"{name}.{GUARD}": torch.empty(GUARD_SHAPE, dtype=dtype)}
-    if description.pivot_blocks is None:
-        return guard | {
-            f"{name}.{FACTOR_A}.{WEIGHT}": factors.factor_a.to(dtype),
-            f"{name}.{FACTOR_B}.{WEIGHT}": factors.factor_b.to(dtype),
-        }
-    try:
-        pivoted = to_pivoted(factors, description.pivot_blocks)
-    except PivotError as error:
-        raise FactorizationError(f"{name}: {error}") from error
-    return guard | {
-        f"{name}.{PIVOT_ROWS}.{WEIGHT}": pivoted.pivot_rows.to(dtype),
-        f"{name}.{OTHER_ROWS}.{WEIGHT}": pivoted.other_rows.to(dtype),
-        f"{name}.{ROW_ORDER}": pivoted.row_order,
-    }
-
-
-def measure_linear(
-    linear: LinearShape,
-    rank: int,
-    weight: torch.Tensor,
-    factors: Factors,
-    statistics: InputStatistics | None,
-) -> FactorizedLinear:
-    """Return what a Linear lost to its factors."""
-    return FactorizedLinear(
-        linear.name,
-        (linear.out_features, linear.in_features),
-        rank,
-        weight_error(weight, factors),
-        None if statistics is None else calibration_error(weight, factors, statistics.gram),
-    )
-
-
-def thinned(singular_values: torch.Tensor) -> Spectrum:
-    """Return some of the values [n], descending, as shares of the first."""
-    count = len(singular_values)
-    steps = torch.linspace(0, 1, _SPECTRUM_POINTS, dtype=torch.float64)
-    positions = sorted({round(count**step) for step in steps.tolist()})
-    shares = singular_values / singular_values[0].clamp(min=torch.finfo(singular_values.dtype).tiny)
-    return [(position, float(shares[position - 1])) for position in positions]
-
-
-def left_dense(linear: LinearShape) -> FactorizedLinear:
-    """Return what is told of a Linear that has no rank."""
-    return FactorizedLinear(linear.name, (linear.out_features, linear.in_features), None, 0.0, 0.0)
 
 
 def _linear_of(module: nn.Module, linear: LinearShape, layer: LayerLinears) -> nn.Linear:

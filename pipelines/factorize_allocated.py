@@ -28,12 +28,12 @@ from ercsvd_deploy.factorize import Decomposition, output_error
 from ercsvd_deploy.gptq import quantize_better
 from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
 from ercsvd_deploy.pipelines.allocation_options import AllocationTask, Storage
+from ercsvd_deploy.pipelines.compressed_prefix import ChosenRanks, emit_on_compressed_prefix
 from ercsvd_deploy.pipelines.descriptions import describe_factorized
-from ercsvd_deploy.pipelines.factorize import (
+from ercsvd_deploy.pipelines.factorize import AllocatedLinear, FactorizeOutcome
+from ercsvd_deploy.pipelines.factorize_linear import (
     LINEARS,
-    AllocatedLinear,
     FactorizedLinear,
-    FactorizeOutcome,
     Spectrum,
     decompose_linear,
     decomposition_tensors,
@@ -41,12 +41,19 @@ from ercsvd_deploy.pipelines.factorize import (
     factors_piece,
     left_dense,
     measure_linear,
+    planned_residual_rank,
     read_decomposition,
     thinned,
     truncate_linear,
 )
 from ercsvd_deploy.pipelines.finished_work import FinishedWork
 from ercsvd_deploy.pipelines.quantize_pair import dequantized_product, quantization_settings, quantize_pair
+from ercsvd_deploy.pipelines.residual_choice import (
+    ObservedInputs,
+    advance_observed,
+    choose_residual_ranks,
+    divide,
+)
 from ercsvd_deploy.pipelines.sensitivity import Sensitivity
 from ercsvd_deploy.pivoting import to_pivoted
 from ercsvd_deploy.rank import LinearShape, RankPlan
@@ -67,6 +74,7 @@ class _Waiting:
     gram: torch.Tensor  # mean of x x^T, [in, in]
     metric: torch.Tensor  # Fisher information of the outputs, [out, out]
     decomposition: Decomposition
+    held_out: torch.Tensor | None  # with `beta: auto`, the held-out sequences' share of `gram`, [in, in]
 
 
 def factorize_allocated(
@@ -113,7 +121,7 @@ def factorize_allocated(
         picks = {name: option.choice for name, option in picked.items()}
         found = {
             "picks": picks,
-            "linears": LINEARS.dump_python(stage.emit(picks)),
+            "linears": LINEARS.dump_python(stage.emit(picks, samples, on_layer)),
             "spectra": spectra,
             "allocation": [asdict(each) for each in stage.explain(picks, damages)],
         }
@@ -150,31 +158,32 @@ class _AllocatedStage:
 
     def observe(self, samples: Sequence[Sample], on_layer: Callable[[], None]) -> None:
         """Pass once through the decoder; afterwards decompositions and Grams of every layer are on disk."""
-        batches = self.model.batches(samples)
-        hidden = self.model.embed(batches)
-        token_weights = [batch.token_weights for batch in batches]
+        divided = divide(self.model, samples, self.settings, len(samples))
+        hidden = self.model.embed(divided.batches)
         for layer in self.model.architecture.layers:
             is_new = self.work.findings(_decompositions_piece(layer.index)) is None
             with self.model.layer(layer.index) as module:
-                statistics = self.model.input_statistics(layer) if is_new else {}
-                self.model.advance(
-                    layer.index, hidden, observe=statistics, token_weights=token_weights, module=module
-                )
                 if is_new:
-                    self._decompose(layer, module, statistics)
+                    observed = advance_observed(self.model, layer, module, hidden, divided)
+                    self._decompose(layer, module, observed)
+                else:
+                    self.model.advance(layer.index, hidden, module=module)
             on_layer()
 
     def _decompose(
-        self, layer: LayerLinears, module: nn.Module, statistics: Mapping[str, InputStatistics]
+        self, layer: LayerLinears, module: nn.Module, observed: Mapping[str, ObservedInputs]
     ) -> None:
         tensors = {}
         for group in layer.groups:
-            seen = statistics[layer.local_name(group[0])]
+            seen = observed[group[0].name].whole
             # Means, not sums: squared singular values are then in the unit of the damages.
             mean = InputStatistics(
                 seen.gram / (seen.num_tokens or 1), seen.mean_absolute, 1 if seen.num_tokens else 0
             )
             tensors[f"{group[0].name}.gram"] = mean.gram
+            held_out = observed[group[0].name].held_out
+            if held_out is not None:
+                tensors[f"{group[0].name}.held_out_gram"] = held_out.gram / (seen.num_tokens or 1)
             for linear in group:
                 weight = _weight(module, layer, linear)
                 metric = self.sensitivity.metric(layer, linear, self.model.device)
@@ -210,14 +219,16 @@ class _AllocatedStage:
     def _waiting(self, layer: LayerLinears, linear: LinearShape, module: nn.Module) -> _Waiting:
         store = FileStore([self.work.tensors_file(_decompositions_piece(layer.index))])
         group = next(group for group in layer.groups if linear in group)
-        gram_name = f"{group[0].name}.gram"
+        gram_name, held_out_name = (f"{group[0].name}.{end}" for end in ("gram", "held_out_gram"))
         own = [name for name in store.names() if name.startswith(f"{linear.name}.")]
-        tensors = store.read({*own, gram_name})
+        tensors = store.read({*own, *({gram_name, held_out_name} & store.names())})
+        held_out = tensors.get(held_out_name)
         return _Waiting(
             _weight(module, layer, linear),
             tensors[gram_name].to(self.model.device),
             self.sensitivity.metric(layer, linear, self.model.device),
             read_decomposition(linear.name, self.settings.method, tensors, self.model.device),
+            None if held_out is None else held_out.to(self.model.device),
         )
 
     def _damages_of(self, linear: LinearShape, waiting: _Waiting) -> list[float]:
@@ -269,8 +280,9 @@ class _AllocatedStage:
         scale_dtype: torch.dtype,
     ) -> torch.Tensor:
         assert self.quantize is not None
+        residual_rank = planned_residual_rank(self.settings, linear, rank)
         factors = truncate_linear(
-            self.settings, waiting.decomposition, linear, waiting.weight, rank, exact=False
+            self.settings, waiting.decomposition, waiting.weight, rank, residual_rank, exact=False
         )
         description = describe_factorized(
             linear, rank, self.task.layout, self.model.architecture, storage, fits_groups=True
@@ -284,36 +296,90 @@ class _AllocatedStage:
         )
         return dequantized_product(quantized, pair)
 
-    def emit(self, chosen: Mapping[str, int]) -> list[FactorizedLinear]:
+    def emit(
+        self, chosen: Mapping[str, int], samples: Sequence[Sample], on_layer: Callable[[], None]
+    ) -> list[FactorizedLinear]:
         """Write the factors of the chosen ranks, as far as an earlier run has not; return what is lost."""
+        ranks = {name: self.task.options[name][index].rank for name, index in chosen.items()}
+        residual_ranks: dict[str, int | None] = {}
+        for layer in self.model.architecture.layers:
+            residual_ranks |= self._residual_ranks(layer, ranks)
+        if self.settings.compressed_prefix_inputs:
+            described = {
+                linear.name: describe_factorized(linear, rank, self.task.layout, self.model.architecture)
+                for linear in self.model.architecture.linears
+                if (rank := ranks[linear.name]) is not None
+            }
+            task = ChosenRanks(self.model.architecture.layers, described, residual_ranks)
+            return emit_on_compressed_prefix(
+                self.model, samples, self.settings, task, self.work, self.sensitivity, on_layer
+            )
         linears: list[FactorizedLinear] = []
         for layer in self.model.architecture.layers:
             piece = factors_piece(layer.index)
             found = self.work.findings(piece)
             if found is None:
-                found = self._emit_layer(layer, chosen, piece)
+                found = self._emit_layer(layer, ranks, residual_ranks, piece)
             linears += LINEARS.validate_python(found)
         return linears
 
-    def _emit_layer(self, layer: LayerLinears, chosen: Mapping[str, int], piece: str) -> list[object]:
+    def _residual_ranks(self, layer: LayerLinears, ranks: Mapping[str, int | None]) -> dict[str, int | None]:
+        """Return what of the chosen ranks of a layer the residuals get."""
+        ranked = [(linear, rank) for linear in layer.linears if (rank := ranks[linear.name]) is not None]
+        if self.settings.beta != "auto":
+            return {
+                linear.name: planned_residual_rank(self.settings, linear, rank) for linear, rank in ranked
+            }
+        piece = f"residual-ranks-{layer.index:05d}"
+        found: dict[str, int | None] | None = self.work.findings(piece)
+        if found is not None:
+            return found
+        found = {}
+        with self.model.layer(layer.index) as module:
+            for linear, rank in ranked:
+                waiting = self._waiting(layer, linear, module)
+                assert waiting.held_out is not None
+                fitting = InputStatistics(waiting.gram - waiting.held_out, waiting.gram.diagonal(), 1)
+                chosen = choose_residual_ranks(
+                    self.settings,
+                    linear,
+                    waiting.weight,
+                    fitting,
+                    waiting.held_out,
+                    [rank],
+                    waiting.metric,
+                )
+                found[linear.name] = chosen[rank]
+        self.work.finish(piece, found)
+        return found
+
+    def _emit_layer(
+        self,
+        layer: LayerLinears,
+        ranks: Mapping[str, int | None],
+        residual_ranks: Mapping[str, int | None],
+        piece: str,
+    ) -> list[object]:
         tensors: dict[str, torch.Tensor] = {}
         linears = []
         with self.model.layer(layer.index) as module:
             for linear in layer.linears:
-                rank = self.task.options[linear.name][chosen[linear.name]].rank
+                rank = ranks[linear.name]
                 if rank is None:
                     linears.append(left_dense(linear))
                     continue
                 waiting = self._waiting(layer, linear, module)
+                residual_rank = residual_ranks[linear.name]
                 factors = truncate_linear(
-                    self.settings, waiting.decomposition, linear, waiting.weight, rank, exact=True
+                    self.settings, waiting.decomposition, waiting.weight, rank, residual_rank, exact=True
                 )
                 stored = self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
                 description = describe_factorized(linear, rank, self.task.layout, self.model.architecture)
                 tensors |= factor_tensors(linear.name, factors, description, stored)
                 statistics = InputStatistics(waiting.gram, waiting.gram.diagonal(), 1)
+                rounded = factors.rounded(stored)
                 linears.append(
-                    measure_linear(linear, rank, waiting.weight, factors.rounded(stored), statistics)
+                    measure_linear(linear, rank, waiting.weight, rounded, statistics, residual_rank)
                 )
         found: list[object] = LINEARS.dump_python(linears)
         self.work.finish(piece, found, tensors)
@@ -346,7 +412,8 @@ def _truncation_damages(stage: _AllocatedStage, linear: LinearShape, waiting: _W
     with basis vector b_i and singular value s_i costs s_i^2 b_i^T F b_i / 2.
     """
     made = waiting.decomposition
-    last = truncate_linear(stage.settings, made, linear, waiting.weight, made.max_rank, exact=False)
+    residual_rank = planned_residual_rank(stage.settings, linear, made.max_rank)
+    last = truncate_linear(stage.settings, made, waiting.weight, made.max_rank, residual_rank, exact=False)
     least = _damage(waiting, last.product())
     metric = waiting.metric.to(made.basis)
     sensitivities = ((metric @ made.basis) * made.basis).sum(0)

@@ -18,14 +18,16 @@ from ercsvd_deploy.architecture import PROJECTOR_PART, TOWER_PART, Architecture
 from ercsvd_deploy.checkpoint_schema import WEIGHT, LowRankLayout, ModuleDescription
 from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
 from ercsvd_deploy.pipelines.descriptions import describe_factorized
-from ercsvd_deploy.pipelines.factorize import (
+from ercsvd_deploy.pipelines.factorize_linear import (
     FactorizedLinear,
     decompose_linear,
     factor_tensors,
     measure_linear,
+    planned_residual_rank,
     truncate_linear,
 )
 from ercsvd_deploy.pipelines.finished_work import FinishedWork
+from ercsvd_deploy.pipelines.residual_choice import choose_residual_ranks, num_fitting_samples
 from ercsvd_deploy.rank import LinearShape, RankError, allocate_ranks
 from ercsvd_deploy.recipe_stages import Factorize
 from ercsvd_deploy.recipe_vision import Vision
@@ -67,7 +69,7 @@ def plan_vision_ranks(
                 compression_ratio=settings.compression_ratio,
                 num_compressed_layers=len(layers),
                 rank_multiple=rank_multiple,
-                beta=settings.beta if settings.method == "erc_svd" else 0.0,
+                beta=settings.planned_beta,
                 layout=settings.layout,
             )
         except RankError as error:
@@ -126,11 +128,18 @@ def _factorize(
 ) -> tuple[list[FactorizedLinear], dict[str, torch.Tensor]]:
     groups = _groups(model.architecture, ranks)
     statistics: dict[str, InputStatistics] = {}
+    parts: list[
+        dict[str, InputStatistics]
+    ] = []  # with `beta: auto`, what to decompose by and what to judge on
     if samples is not None:
-        statistics = {
-            group[0].name: InputStatistics.zeros(group[0].in_features, model.device) for group in groups
-        }
-        model.embed(model.batches([sample for sample in samples if sample.images]), observe=statistics)
+        pictures = [sample for sample in samples if sample.images]
+        fitting = num_fitting_samples(settings, len(pictures))
+        for part in filter(None, (pictures[:fitting], pictures[fitting:])):
+            parts.append(
+                {group[0].name: InputStatistics.zeros(group[0].in_features, model.device) for group in groups}
+            )
+            model.embed(model.batches(part), observe=parts[-1])
+        statistics = {name: sum((part[name] for part in parts[1:]), seen) for name, seen in parts[0].items()}
     described = describe_vision(ranks, settings.layout, model.architecture)
     tensors: dict[str, torch.Tensor] = {}
     linears = []
@@ -140,9 +149,16 @@ def _factorize(
             name = f"{linear.name}.{WEIGHT}"
             weight = model.store.read([name])[name].to(model.device, model.dtype)
             stored, rank = model.stored_dtype(name), ranks[linear.name]
+            residual_rank = planned_residual_rank(settings, linear, rank)
+            if settings.beta == "auto":
+                fitting_part, held_out = (part[group[0].name] for part in parts)
+                residual_rank = choose_residual_ranks(
+                    settings, linear, weight, fitting_part, held_out.gram, [rank], None
+                )[rank]
             decomposition = decompose_linear(settings, linear, weight, seen, max_rank=rank)
-            factors = truncate_linear(settings, decomposition, linear, weight, rank, exact=True)
-            linears.append(measure_linear(linear, rank, weight, factors.rounded(stored), seen))
+            factors = truncate_linear(settings, decomposition, weight, rank, residual_rank, exact=True)
+            measured = measure_linear(linear, rank, weight, factors.rounded(stored), seen, residual_rank)
+            linears.append(measured)
             tensors |= factor_tensors(linear.name, factors, described[linear.name], stored)
     return linears, tensors
 

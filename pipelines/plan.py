@@ -110,14 +110,13 @@ def rank_plans(recipe: Recipe, architecture: Architecture, element: int) -> dict
     if settings is None:
         return {}
     rank_multiple = resolve_rank_multiple(recipe, architecture)
-    beta = settings.beta if settings.method == "erc_svd" else 0.0
     linears, num_layers = architecture.linears, architecture.num_layers
     ratio = _planned_ratio(recipe, architecture, element)
     if ratio is None:
         return {}
     if settings.searches_layers:
         candidates = admissible_num_compressed_layers(
-            linears, num_layers, ratio, rank_multiple, beta, settings.layout
+            linears, num_layers, ratio, rank_multiple, settings.planned_beta, settings.layout
         )
     elif settings.allocation == "last_k" and isinstance(settings.num_compressed_layers, int):
         candidates = [settings.num_compressed_layers]
@@ -126,7 +125,7 @@ def rank_plans(recipe: Recipe, architecture: Architecture, element: int) -> dict
     if not candidates:
         raise PlanError(
             f"no number of layers can reach compression_ratio {ratio:g} with "
-            f"rank_multiple {rank_multiple} and beta {beta}: lower one of them"
+            f"rank_multiple {rank_multiple} and beta {settings.planned_beta}: lower one of them"
         )
     try:
         return {
@@ -136,7 +135,7 @@ def rank_plans(recipe: Recipe, architecture: Architecture, element: int) -> dict
                 compression_ratio=ratio,
                 num_compressed_layers=k,
                 rank_multiple=rank_multiple,
-                beta=beta,
+                beta=settings.planned_beta,
                 layout=settings.layout,
             )
             for k in candidates

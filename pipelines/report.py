@@ -16,7 +16,8 @@ from rich.text import Text
 from ercsvd_deploy.checkpoint_schema import FACTOR_PARTS
 from ercsvd_deploy.comparison import Change
 from ercsvd_deploy.pipelines.components import Component
-from ercsvd_deploy.pipelines.factorize import AllocatedLinear, FactorizedLinear, FactorizeOutcome
+from ercsvd_deploy.pipelines.factorize import AllocatedLinear, FactorizeOutcome
+from ercsvd_deploy.pipelines.factorize_linear import FactorizedLinear
 from ercsvd_deploy.pipelines.factorize_vision import VisionOutcome
 from ercsvd_deploy.pipelines.gates import GateResult
 from ercsvd_deploy.pipelines.quantize import QuantizedMatrix, QuantizeOutcome

@@ -249,12 +249,13 @@ def _factorized_table(report: ReportDocument, title: str, linears: list[Factoriz
     losses = {linear.name: linear.loss for linear in report.quantize.linears} if report.quantize else {}
     return DetailTable(
         title,
-        ("Linear", "shape", "rank", "weight error", "output error", "quantization loss"),
+        ("Linear", "shape", "rank", "of it residual", "weight error", "output error", "quantization loss"),
         [
             (
                 linear.name,
                 _shape(linear.shape),
                 "dense" if linear.rank is None else str(linear.rank),
+                "" if linear.residual_rank is None else str(linear.residual_rank),
                 number(linear.weight_error, 4),
                 number(linear.calibration_error, 4),
                 number(losses.get(linear.name), 5),

@@ -79,9 +79,14 @@ class FactorizedLinear(Part):
     name: str = Field(description="The module's name.")
     shape: Shape = Field(description="Outputs and inputs.")
     rank: Count | None = Field(description="Rank of its factors; null where it was left dense.")
+    residual_rank: Count | None = Field(
+        default=None, description="What of the rank belongs to the residual; null where there is none."
+    )
     weight_error: float | None = Field(description="||W - BA|| / ||W|| (Frobenius).")
     calibration_error: float | None = Field(
-        default=None, description="||(W - BA) X|| / ||W X|| on the calibration data; null without such data."
+        default=None,
+        description="||(W - BA) X|| / ||W X|| on the calibration data; null without such data. With "
+        "`compressed_prefix_inputs` ||W X - BA X'|| / ||W X||, X' the inputs from compressed layers.",
     )
     spectrum: list[tuple[Count, float | None]] = Field(
         default=[],

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ercsvd_deploy.architecture import LayerLinears
 from ercsvd_deploy.checkpoint_schema import ModuleDescription
 from ercsvd_deploy.pipelines import working_memory
-from ercsvd_deploy.pipelines.factorize import EXACT_RESIDUAL_UP_TO
+from ercsvd_deploy.pipelines.factorize_linear import EXACT_RESIDUAL_UP_TO
 from ercsvd_deploy.pipelines.sizes import module_bytes
 from ercsvd_deploy.pipelines.working_memory import Held, blocks, highest
 from ercsvd_deploy.pipelines.workload import Sequences, Workload
@@ -189,10 +189,42 @@ def _factorize(work: Workload) -> _Highest:
         truncating = working_memory.truncating(linear, work.highest_rank(linear), exact_residual=exact)
         # Layers compressed on trial stand beside the original ones.
         steps.append(waiting + weights + highest(truncating, working_memory.measuring(linear), trying))
+        if settings.beta == "auto":
+            fitted = working_memory.decomposition(linear, work.highest_rank(linear), with_metric=with_metric)
+            steps.append(waiting + fitted + highest(truncating, working_memory.measuring(linear)))
+    if settings.beta == "auto":
+        grams = grams + grams + grams  # of both parts of the sequences, and together
     during = states + weights + grams + highest(*steps)
     loading = states + working_memory.layer_load(work)
     emission = waiting + waiting + weights + highest(*emitting)  # decompositions, and their file's pages
-    return _Highest(highest(during, loading, embedding, emission), 2 * waiting.total + weights.total)
+    held = highest(during, loading, embedding, emission, _compressed_prefix(work))
+    return _Highest(held, 2 * waiting.total + weights.total)
+
+
+def _compressed_prefix(work: Workload) -> Held:
+    """Memory of making factors on two trajectories (`compressed_prefix.emit_on_compressed_prefix`)."""
+    settings = work.recipe.factorize
+    assert settings is not None
+    if not settings.compressed_prefix_inputs or work.calibration is None:
+        return Held()
+    with_metric = settings.output_metric == "fisher"
+    states = working_memory.states(work, work.calibration, 2)
+    weights = working_memory.layer_weights(work)
+    moments, steps = Held(), [working_memory.layer_pass(work, work.calibration)]
+    for group in work.largest_layer.groups:
+        moments = highest(moments, blocks(group[0].in_features ** 2, _SINGLE, 3))
+    for linear in _ranked(work, work.largest_layer):
+        rank = work.highest_rank(linear)
+        target = blocks(linear.parameters, 8)
+        made = working_memory.decomposition(linear, rank, with_metric=with_metric)
+        steps += [
+            working_memory.compensating(linear),
+            target + working_memory.decomposing(linear, rank, with_metric=with_metric),
+            target
+            + made
+            + working_memory.truncating(linear, rank, exact_residual=settings.method == "erc_svd"),
+        ]
+    return states + weights + weights + moments + highest(*steps)
 
 
 def _factorize_allocated(work: Workload) -> _Highest:
@@ -214,8 +246,12 @@ def _factorize_allocated(work: Workload) -> _Highest:
         if work.recipe.quantize is not None:
             trials.append(working_memory.quantizing(linear, rank))
         probing.append(own + own + highest(*trials))
+    if work.recipe.factorize is not None and work.recipe.factorize.beta == "auto":
+        # Of both parts of the sequences, and together; what is held out also waits.
+        grams, waiting = grams + grams + grams, waiting + grams
     observing = states + weights + grams + highest(*steps)
-    return _Highest(highest(observing, weights + highest(*probing)), waiting.total + weights.total)
+    held = highest(observing, weights + highest(*probing), _compressed_prefix(work))
+    return _Highest(held, waiting.total + weights.total)
 
 
 def _recover(
@@ -301,7 +337,8 @@ def _waiting_bytes(work: Workload, layer: LayerLinears) -> int:
         rank = max(1, work.highest_rank(linear))
         total += working_memory.decomposition(linear, rank, with_metric=with_metric).total
     if allocated:
-        total += sum(_SINGLE * group[0].in_features ** 2 for group in layer.groups)
+        grams = sum(_SINGLE * group[0].in_features ** 2 for group in layer.groups)
+        total += grams * (2 if settings.beta == "auto" else 1)  # what is held out, a second time
     return total
 
 

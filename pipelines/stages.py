@@ -177,7 +177,10 @@ def run_stages(
         with work.stage("recover", work.fingerprints.recover) as finished:
             outcomes.recovered = _recover(recipe.recover, compressed, samples, outcomes, finished, progress)
     if recipe.quantize is not None:
-        outcomes.quantized = _quantize(recipe.quantize, plan, compressed, samples, outcomes, work, progress)
+        on_prefix = settings is not None and settings.compressed_prefix_inputs
+        outcomes.quantized = _quantize(
+            recipe.quantize, plan, compressed, samples, outcomes, work, progress, on_prefix
+        )
     if recipe.recover_quantized is not None:
         with work.stage("recover-quantized", work.fingerprints.recover_quantized) as finished:
             outcomes.recovered_quantized = _recover(
@@ -207,13 +210,14 @@ def _factorize(
         ):
             fisher_samples = samples[: settings.num_fisher_samples]
             sensitivity = measure_sensitivity(model, fisher_samples, finished, on_layer)
+    emitting = int(settings.compressed_prefix_inputs)  # one more pass
     if plan.allocation is not None:
         assert sensitivity is not None
         assert samples is not None
         with (
             timed(outcomes.seconds, "factorize"),
             work.stage("factorize", work.fingerprints.factorize) as finished,
-            progress(f"{settings.method}, error-controlled", 2 * model.num_layers) as on_layer,
+            progress(f"{settings.method}, error-controlled", (2 + emitting) * model.num_layers) as on_layer,
         ):
             return factorize_allocated(
                 model, samples, settings, plan.allocation, sensitivity, recipe.quantize, finished, on_layer
@@ -222,7 +226,7 @@ def _factorize(
     with (
         timed(outcomes.seconds, "factorize"),
         work.stage("factorize", work.fingerprints.factorize) as finished,
-        progress(f"{settings.method}, {candidates}", model.num_layers) as on_layer,
+        progress(f"{settings.method}, {candidates}", (1 + emitting) * model.num_layers) as on_layer,
     ):
         return factorize_decoder(model, samples, settings, plan.rank_plans, finished, on_layer, sensitivity)
 
@@ -254,6 +258,7 @@ def _quantize(
     outcomes: StageOutcomes,
     work: RunWork,
     progress: ProgressReporter,
+    factors_are_for_served_inputs: bool,
 ) -> QuantizeOutcome:
     assert samples is not None, "the schema asks for calibration where a stage needs it"
     ranks = outcomes.factorized.plan.ranks if outcomes.factorized else {}
@@ -275,7 +280,7 @@ def _quantize(
             plan.quantize.matches,
             finished,
             on_layer,
-            refits_to_factors=outcomes.recovered is not None,
+            refits_to_factors=outcomes.recovered is not None or factors_are_for_served_inputs,
         )
     integers = {
         name: description

@@ -169,6 +169,15 @@ def measuring(linear: LinearShape) -> Held:
     return blocks(m * n, _DOUBLE, 4) + blocks(n * n, _DOUBLE)
 
 
+def compensating(linear: LinearShape) -> Held:
+    """`factorize.compensated_weight`, and `compensated_error` of what comes of it, all in float64."""
+    m, n = linear.out_features, linear.in_features
+    # Gram, ridge, a sum of theirs, the factor; weight, what is wanted, what is solved for.
+    solving = blocks(n * n, _DOUBLE, 4) + blocks(m * n, _DOUBLE, 3)
+    judging = blocks(n * n, _DOUBLE) + blocks(m * n, _DOUBLE, 4)
+    return highest(solving, judging)
+
+
 def rounding(rows: int, columns: int) -> Held:
     """`gptq.quantize_better` of one matrix: Hessians as they come, normalised, ordered, inverted."""
     normalising = blocks(columns**2, _DOUBLE, 2) + blocks(columns**2, _SINGLE)

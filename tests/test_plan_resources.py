@@ -18,12 +18,19 @@ from typer.testing import CliRunner
 
 from ercsvd_deploy.checkpoint_schema import WeightQuantization
 from ercsvd_deploy.exporters.vllm.kernel_choice import NO_KERNEL, cpu_kernel, gpu_kernel, hopper_kernel
-from ercsvd_deploy.factorize import Factors, calibration_error, decompose
+from ercsvd_deploy.factorize import (
+    Factors,
+    calibration_error,
+    compensated_error,
+    compensated_weight,
+    decompose,
+)
 from ercsvd_deploy.gptq import QuantizationSettings, quantize_factors, quantize_weight
 from ercsvd_deploy.pipelines import feasibility, machine, working_memory
 from ercsvd_deploy.pipelines.cli import app
 from ercsvd_deploy.pipelines.factorize import _FactorizeStage
 from ercsvd_deploy.pipelines.feasibility import TooLittleDiskError, check_resources
+from ercsvd_deploy.pipelines.host_speed import HostSpeed
 from ercsvd_deploy.pipelines.machine import Machine
 from ercsvd_deploy.pipelines.plan import Plan, make_plan
 from ercsvd_deploy.pipelines.resources import HEAP_GAPS
@@ -118,6 +125,39 @@ def test_measuring_holds_what_is_counted() -> None:
     factors = Factors(torch.randn(32, 128, generator=generator), torch.randn(192, 32, generator=generator))
     seen = most_alive(lambda: calibration_error(weight, factors, gram))
     assert working_memory.measuring(LinearShape("linear", 0, 192, 128)).total == pytest.approx(seen, rel=0.25)
+
+
+@pytest.mark.parametrize("shape", [(192, 128), (128, 192)], ids=["tall", "wide"])
+def test_compensating_holds_what_is_counted(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    gram = random_gram(shape[1])
+    seen = most_alive(lambda: compensated_weight(weight, gram, gram))
+    factors = Factors(torch.zeros(32, shape[1]), torch.zeros(shape[0], 32))
+    seen = max(seen, most_alive(lambda: compensated_error(weight, factors, gram, gram, gram)))
+    counted = working_memory.compensating(LinearShape("linear", 0, *shape)).total
+    assert seen <= counted <= 1.4 * seen
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "error_controlled"])
+def test_held_out_samples_and_second_trajectories_cost_memory_and_time(
+    allocation: str, write_recipe: RecipeWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = HostSpeed(1e9, 2e9, 5e8, {10: 1.0, 100: 500.0}, 1e8, 1e-3, 1e7, 2e7)
+    monkeypatch.setattr(feasibility, "remembered_speed", lambda _device: speed)
+    stage = {
+        "method": "erc_svd",
+        "compression_ratio": 0.3,
+        "rank_multiple": 8,
+        "allocation": allocation,
+        "output_metric": "fisher",
+    }
+    fixed = planned(write_recipe({"factorize": stage})).estimate
+    for option in ({"beta": "auto"}, {"compressed_prefix_inputs": True}):
+        dearer = planned(write_recipe({"factorize": stage | option})).estimate
+        assert fixed.seconds is not None
+        assert dearer.seconds is not None
+        assert dearer.seconds["factorize"] > 1.2 * fixed.seconds["factorize"]
+        assert dearer.peak_host_bytes >= fixed.peak_host_bytes
 
 
 def test_quantizing_holds_what_is_counted() -> None:

@@ -86,6 +86,7 @@ def test_defaults_of_a_minimal_recipe(tmp_path: Path) -> None:
                     "layout": "low_rank",
                     "rank_multiple": 32,
                     "num_search_samples": 16,
+                    "compressed_prefix_inputs": False,
                 }
             }
         ],
@@ -199,6 +200,16 @@ def test_ratio_and_target_do_not_contradict(
     assert any(expected in problem for problem in problems), problems
 
 
+def test_beta_auto_takes_any_ratio_and_needs_sequences_to_hold_out(tmp_path: Path) -> None:
+    text = MINIMAL.replace("0.2", "0.97, beta: auto")
+    recipe = load_recipe(written(tmp_path, text))
+    assert canonical(recipe)["stages"][0]["factorize"]["beta"] == "auto"
+    few = text.replace("{dataset:", "{num_samples: 3, dataset:")
+    few = few.replace("beta: auto", "beta: auto, num_search_samples: 2")
+    [problem] = problems_of(written(tmp_path, few))
+    assert "calibration.num_samples is 3; draw at least 4" in problem
+
+
 @pytest.mark.parametrize("method", ["svd", "asvd"])
 def test_error_control_needs_the_inputs_metric(tmp_path: Path, method: str) -> None:
     text = MINIMAL.replace("method: erc_svd", f"method: {method}, allocation: error_controlled")
@@ -214,7 +225,15 @@ def test_error_control_needs_the_inputs_metric(tmp_path: Path, method: str) -> N
         ("0.2", "true", "is true; it must be a number"),
         ("0.2", "null", "compression_ratio' is missing; add it, or a target"),
         ("0.2", "0.96", "is 0.96, but beta 0.05 leaves room for less than 0.95; lower one of the two"),
-        ("0.2", "0.2, beta: 1", "'stages.0.factorize.beta' is 1; it must be less than 1"),
+        ("0.2", "0.2, beta: 1", "is 1; it must be 'auto' or a number of at least 0 and less than 1"),
+        ("0.2", "0.2, beta: best", "is 'best'; it must be 'auto' or a number"),
+        ("0.2", "0.2, beta: auto, residual_space: whitened", "makes all choices equal; use residual_space"),
+        ("erc_svd", "svd_llm, beta: auto", "'stages.0.factorize.beta' is given, but only method erc_svd"),
+        (
+            "erc_svd",
+            "svd, compressed_prefix_inputs: true",
+            "only methods svd_llm and erc_svd read it and the",
+        ),
         ("0.2", "0.2, num_compressed_layers: 0", "is 0; it must be 'auto', 'all' or a whole number of at"),
         ("0.2", "0.2, num_compressed_layers: most", "is 'most'; it must be 'auto', 'all' or a whole"),
         ("0.2", "0.2, rank_multiple: 1.5", "is 1.5; it must be 'auto' or a whole number"),

@@ -285,6 +285,7 @@ factorizations = st.sampled_from(["svd", "asvd", "svd_llm", "erc_svd"]).flatmap(
             **({"beta": st.floats(0, 0.09)} if method == "erc_svd" else {}),
             **({"residual_space": st.sampled_from(["weight", "whitened"])} if method == "erc_svd" else {}),
             **({"activation_exponent": shares} if method == "asvd" else {}),
+            **({"compressed_prefix_inputs": st.booleans()} if method in ("svd_llm", "erc_svd") else {}),
         },
     )
 )

@@ -20,9 +20,12 @@ import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed check
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig
 from ercsvd_deploy.llava_names import to_checkpoint
 from ercsvd_deploy.pipelines.components import LEFT_ALONE
+from ercsvd_deploy.pipelines.factorize_linear import FactorizationError
 from ercsvd_deploy.pipelines.model_source import open_model, stream
 from ercsvd_deploy.pipelines.plan import make_plan
+from ercsvd_deploy.pipelines.residual_choice import residual_ranks_on_offer
 from ercsvd_deploy.pipelines.run import run_recipe
+from ercsvd_deploy.rank import LinearShape
 from ercsvd_deploy.recipe import load_recipe
 from ercsvd_deploy.recipe_schema import ModelSource
 from tests.conftest import ModelDirectory
@@ -198,6 +201,21 @@ def test_compressed_vision_parts(layout: str, write_recipe: RecipeWriter, tiny_m
     assert all(0 < (linear.calibration_error or 0) < 1 for linear in report.vision.linears)
     original, compressed = logits(tiny_model("llava"))[0], logits(directory)[0]
     assert 0 < float((original - compressed).abs().max()) < 100
+
+
+def test_residuals_of_vision_parts_are_chosen_on_held_out_pictures(write_recipe: RecipeWriter) -> None:
+    stage = factorize(method="erc_svd", beta="auto", num_compressed_layers="all")
+    path = write_recipe(stage)
+    vision = yaml.safe_load(path.read_text())["vision"] | {"compress_tower": True, "compress_projector": True}
+    report, _ = run_recipe(load_recipe(write_recipe(stage, vision=vision)))
+    assert report.vision is not None
+    for linear in report.vision.linears:
+        assert linear.rank is not None
+        assert linear.residual_rank is not None
+        shape = LinearShape(linear.name, 0, *linear.shape)
+        assert linear.residual_rank in residual_ranks_on_offer(shape, linear.rank)
+    with pytest.raises(FactorizationError, match=r"there are 3; use at least 4"):
+        run_recipe(load_recipe(write_recipe(stage, vision=vision | {"share": 0.19})))
 
 
 def test_token_weight_zero_ignores_what_images_show(write_recipe: RecipeWriter, tmp_path: Path) -> None:
