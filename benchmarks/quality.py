@@ -44,6 +44,7 @@ OURS: dict[str, Any] = {
     "num_fisher_samples": 64,
 }
 OURS_BY_LAYOUT = {"ours, two factors": OURS, "ours, pivoted": OURS | {"layout": "pivoted"}}
+PREFIX = {"compressed_prefix_inputs": True}
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"method": "svd", "num_compressed_layers": "all"},
     "asvd": {"method": "asvd", "num_compressed_layers": "all"},
@@ -54,6 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "error control alone": {"method": "svd_llm", "allocation": "error_controlled"},
     "pivoted alone": {"method": "svd_llm", "layout": "pivoted", "allocation": "uniform"},
     **OURS_BY_LAYOUT,
+    **{f"{name}, prefix": settings | PREFIX for name, settings in OURS_BY_LAYOUT.items()},
 }
 # Recovery trains on more sequences than a Gram needs: each of these is seen about once.
 RECOVER: dict[str, Any] = {"recover": {"steps": 256, "batch_size": 4}}
@@ -100,10 +102,10 @@ def points() -> list[Point]:
                 stage = {"factorize": {**settings, "compression_ratio": ratio, "rank_multiple": 8}}
                 made.append(Point(model, f"{name}|{ratio}", "parameters", (stage,)))
             for name, settings in OURS_BY_LAYOUT.items():
-                stage = {"factorize": settings | {"compression_ratio": ratio, "rank_multiple": 8}}
-                for suffix, stages in (("more sequences", (stage,)), ("recovered", (stage, RECOVER))):
-                    label = f"{name}, {suffix}|{ratio}"
-                    made.append(Point(model, label, "parameters", stages, samples=RECOVERY_SAMPLES))
+                stage = {"factorize": settings | PREFIX | {"compression_ratio": ratio, "rank_multiple": 8}}
+                stages = (stage, RECOVER)
+                label = f"{name}, prefix, recovered|{ratio}"
+                made.append(Point(model, label, "parameters", stages, samples=RECOVERY_SAMPLES))
         for bits, group in ((4, 32), (4, 64), (8, 64)):
             stage = {"quantize": {"bits": bits, "group_size": group}}
             made.append(Point(model, f"plain GPTQ-{bits}, groups of {group}", "bits", (stage,)))
@@ -121,6 +123,15 @@ def points() -> list[Point]:
                 stages = ({"factorize": OURS | {"rank_multiple": 32, "layout": layout}}, quantize)
                 target = {"overall_bits": bits, "group_sizes": [32, 64]}
                 made.append(Point(model, f"ours, {layout}", "bits", stages, target))
+        for bits in BITS:
+            stage = {"factorize": OURS | PREFIX | {"rank_multiple": 32}}
+            target = {"overall_bits": bits, "group_sizes": [32, 64]}
+            made.append(Point(model, "ours, low_rank, prefix", "bits", (stage, quantize), target))
+            stages = (stage, quantize, RECOVER)
+            name = "ours, low_rank, prefix, recovered"
+            made.append(Point(model, name, "bits", stages, target, samples=RECOVERY_SAMPLES))
+        name = "plain GPTQ-4, groups of 64; recovered"
+        made.append(Point(model, name, "bits", (quantize, RECOVER), samples=RECOVERY_SAMPLES))
     return made
 
 
@@ -258,9 +269,8 @@ def by_bits(rows: Sequence[Row], model: str) -> str:
     cells = []
     for row in ordered:
         line = {text: plain_line(rows, row.bits, text) for text in TEXTS}
-        is_plain = row.name.startswith("plain")
         against = [
-            "" if is_plain or line[text] is None else f"{row.excess[text] - line[text]:+.4f}"  # type: ignore[operator]
+            "" if is_plain(row) or line[text] is None else f"{row.excess[text] - line[text]:+.4f}"  # type: ignore[operator]
             for text in TEXTS
         ]
         cells.append([row.name, f"{row.bits:.2f}", *(f"{row.excess[text]:.4f}" for text in TEXTS), *against])
@@ -268,9 +278,14 @@ def by_bits(rows: Sequence[Row], model: str) -> str:
     return markdown_table(columns, cells)
 
 
+def is_plain(row: Row) -> bool:
+    """Whether a row is GPTQ alone, of which the line is made."""
+    return row.name.startswith("plain") and "recovered" not in row.name
+
+
 def plain_line(rows: Sequence[Row], bits: float, text: str) -> float | None:
     """Return what plain GPTQ would lose at so many bits: straight between its neighbours."""
-    plain = sorted((row.bits, row.excess[text]) for row in rows if row.name.startswith("plain"))
+    plain = sorted((row.bits, row.excess[text]) for row in rows if is_plain(row))
     below = [each for each in plain if each[0] <= bits]
     above = [each for each in plain if each[0] >= bits]
     if not below or not above:
@@ -312,13 +327,14 @@ def main() -> None:
         parts += [by_parameters(equal, model, text) for text in TEXTS]
         parts.append(f"## {model}, at equal bits")
         parts.append(by_bits([row for row in own if row.table == "bits"], model))
+    steps, batch_size = RECOVER["recover"]["steps"], RECOVER["recover"]["batch_size"]
     text = f"""# What compression costs
 
 ln(perplexity / dense perplexity) on {WINDOWS} windows of 256 tokens of each held-out text; calibration on
-{SAMPLES} sequences of Python source; on {RECOVERY_SAMPLES} for "more sequences" and with recovery, which
-has {RECOVER["recover"]["steps"]} steps of {RECOVER["recover"]["batch_size"]} sequences a layer. "ours" is
-`method: svd_llm, output_metric: fisher, allocation: error_controlled`, with a `target` where bits are
-compared; int4 factors. Scales count as bits, embeddings do not.
+{SAMPLES} sequences of Python source. "ours" is `method: svd_llm, output_metric: fisher, allocation:
+error_controlled`, "prefix" with `compressed_prefix_inputs`, "recovered" with a recover stage of
+{steps} steps of {batch_size} sequences and everything calibrated on {RECOVERY_SAMPLES} sequences. Where
+bits are compared there is a `target`, and factors are int4; scales count as bits, embeddings do not.
 
 {chr(10).join(f"{part}{chr(10)}" for part in parts)}"""
     made_by = environment(f".venv/bin/python benchmarks/quality.py --jobs {arguments.jobs}", threads=1)

@@ -34,12 +34,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ercsvd_deploy.symmetric import descending_eigh, leading_eigh, symmetric_product
+
 Method = Literal["svd", "asvd", "svd_llm", "erc_svd"]
 ResidualSpace = Literal["weight", "whitened"]
 
 # Randomized subspace iteration: extra columns, and passes over the matrix (Halko et al., arXiv 0909.4061).
 _OVERSAMPLING = 32
 _POWER_ITERATIONS = 6
+
+# Ratio of the pivots of a Cholesky factor below which its columns count as near to dependent.
+_SMALLEST_PIVOT = 1e-4
 
 # Share of its mean added to the diagonal of an output metric: outputs that no sample was sensitive to count.
 _METRIC_DAMPING = 0.01
@@ -134,22 +139,21 @@ def decompose(
     rows: Tensor | None = None
     if out_features > in_features:
         # W = Q R gives W G W^T = Q (R G R^T) Q^T: the same eigenvectors from an [in, in] problem.
-        rows, wide = torch.linalg.qr(wide)
+        rows, wide = _orthogonal_columns(wide)
     factor: Tensor | None = None
     if output_metric is not None:
         factor = _metric_factor(output_metric.to(wide), rows)
         wide = factor.T @ wide
     metric_product = _apply_metric(wide, method, gram, mean_abs_activation, activation_exponent)
-    eigenvalues, vectors = _descending_eigh(metric_product @ wide.T)
+    eigenvalues, vectors, noise = leading_eigh(symmetric_product(metric_product, wide.T), max_rank)
 
     # Directions without any calibration output are all equally good for the method; take them in the
     # order in which they carry the weight itself, so that unseen inputs lose least.
-    precision = torch.finfo(dtype).eps * full_rank**0.5
-    resolved = int((eigenvalues > precision * eigenvalues[0]).sum())
+    resolved = int((eigenvalues > noise).sum())
     if resolved < max_rank:
         rest = vectors[:, resolved:]
         rest_of_weight = rest.T @ wide
-        _, rotation = _descending_eigh(rest_of_weight @ rest_of_weight.T)
+        _, rotation = descending_eigh(rest_of_weight @ rest_of_weight.T)
         vectors = torch.cat([vectors[:, :resolved], rest @ rotation], dim=1)
 
     basis, projection = vectors[:, :max_rank], None
@@ -303,6 +307,21 @@ def output_error(weight: Tensor, approximation: Tensor, gram: Tensor, output_met
     return float(((output_metric.double() @ error) * (error @ gram.double())).sum())
 
 
+def _orthogonal_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Q [m, n] with orthonormal columns and R [n, n] such that a tall matrix [m, n] is Q R.
+
+    By the Cholesky factor of matrix^T matrix, which takes products instead of reflections. That squares the
+    condition number, so that columns near to dependent get a QR decomposition after all.
+    """
+    upper, failed = torch.linalg.cholesky_ex(symmetric_product(matrix.T, matrix), upper=True)
+    diagonal = upper.diagonal().abs()
+    if int(failed) or float(diagonal.min()) < _SMALLEST_PIVOT * float(diagonal.max()):
+        orthogonal, triangular = torch.linalg.qr(matrix)
+        return orthogonal, triangular
+    orthogonal = torch.linalg.solve_triangular(upper, matrix, upper=True, left=False)
+    return orthogonal, upper
+
+
 def _metric_factor(output_metric: Tensor, rows: Tensor | None) -> Tensor:
     """Return the lower Cholesky factor of a damped output metric, seen by the columns of `rows` if given."""
     size = output_metric.shape[0]
@@ -346,9 +365,9 @@ def _truncate_plain(matrix: Tensor, rank: int, *, exact: bool) -> tuple[Tensor, 
     if not exact and rank + _OVERSAMPLING < min(out_features, in_features):
         left = _leading_left_basis(matrix, rank)
     elif out_features <= in_features:
-        left = _descending_eigh(matrix @ matrix.T)[1][:, :rank]
+        left = leading_eigh(symmetric_product(matrix, matrix.T), rank)[1][:, :rank]
     else:
-        right = _descending_eigh(matrix.T @ matrix)[1][:, :rank]
+        right = leading_eigh(symmetric_product(matrix.T, matrix), rank)[1][:, :rank]
         return right.T, matrix @ right
     return left.T @ matrix, left
 
@@ -364,15 +383,9 @@ def _leading_left_basis(matrix: Tensor, rank: int) -> Tensor:
         basis = torch.linalg.qr(matrix.T @ basis).Q
         basis = torch.linalg.qr(matrix @ basis).Q
     projected = basis.T @ matrix
-    _, vectors = _descending_eigh(projected @ projected.T)
+    _, vectors = descending_eigh(projected @ projected.T)
     leading: Tensor = basis @ vectors[:, :rank]
     return leading
-
-
-def _descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, largest first, and eigenvectors in columns, of a nearly symmetric matrix."""
-    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return eigenvalues.flip(0), vectors.flip(1)
 
 
 def _balance(factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:

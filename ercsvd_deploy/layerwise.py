@@ -29,6 +29,7 @@ from ercsvd_deploy.architecture import (
 )
 from ercsvd_deploy.lowrank_linear import replace_linears
 from ercsvd_deploy.samples import Batch, Sample, make_batches
+from ercsvd_deploy.symmetric import add_symmetric_product
 from ercsvd_deploy.tensor_store import CheckpointError, RenamedStore, TensorStore, torch_dtype
 
 MAX_TOKENS_PER_BATCH = 8192
@@ -83,12 +84,12 @@ class InputStatistics:
         """Take in activations [..., in], each token counted once or by `token_weights` [...]."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if token_weights is None:
-            self.gram.addmm_(rows.T, rows)
+            add_symmetric_product(self.gram, rows.T, rows)
             self.absolute_sum += rows.abs().sum(0)
             self.num_tokens += len(rows)
             return
         weights = token_weights.reshape(-1, 1).to(rows)
-        self.gram.addmm_((weights * rows).T, rows)
+        add_symmetric_product(self.gram, (weights * rows).T, rows)
         self.absolute_sum += (weights * rows.abs()).sum(0)
         self.num_tokens += float(weights.sum())
 
@@ -126,8 +127,8 @@ class PairedStatistics:
         if token_weights is not None:
             weights = token_weights.reshape(-1, 1).to(rows)
             weighted, weighted_others = weights * rows, weights * others
-        self.original.addmm_(weighted.T, rows)
-        self.gram.addmm_(weighted_others.T, others)
+        add_symmetric_product(self.original, weighted.T, rows)
+        add_symmetric_product(self.gram, weighted_others.T, others)
         self.cross_moment.addmm_(weighted.T, others)
 
 

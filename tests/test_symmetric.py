@@ -1,0 +1,125 @@
+"""Symmetric products and eigenvectors against plain ones, on easy and on hostile spectra."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ercsvd_deploy import symmetric
+from ercsvd_deploy.factorize import calibration_error, decompose, truncate
+from ercsvd_deploy.symmetric import (
+    MIXED_FROM,
+    add_symmetric_product,
+    descending_eigh,
+    leading_eigh,
+    symmetric_product,
+)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def with_spectrum(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return a symmetric float64 matrix [n, n] with these eigenvalues [n]."""
+    size = len(values)
+    noise = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    vectors: torch.Tensor = torch.linalg.qr(noise).Q
+    return (vectors * values.double()) @ vectors.T
+
+
+@pytest.mark.parametrize("size", [1, 7, 127, 300, 1100])
+def test_products_are_whole_and_symmetric(size: int, generator: torch.Generator) -> None:
+    rows = torch.randn(size, 40, generator=generator, dtype=torch.float64)
+    weights = torch.rand(40, generator=generator, dtype=torch.float64)
+    found = symmetric_product(rows * weights, rows.T)
+    torch.testing.assert_close(found, found.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, (rows * weights) @ rows.T)
+    add_symmetric_product(found, rows, rows.T)
+    torch.testing.assert_close(found, (rows * (weights + 1)) @ rows.T)
+
+
+SPECTRA = {
+    "slow": lambda n: torch.arange(1, n + 1).double().pow(-1.0),
+    "one activation a million times the others": lambda n: torch.cat(
+        [torch.tensor([1e6, 3e5, 1e4]).double(), torch.linspace(1, 0.01, n - 3).double()]
+    ),
+    "rank deficient": lambda n: torch.cat(
+        [torch.linspace(1, 0.5, n // 2).double(), torch.zeros(n - n // 2).double()]
+    ),
+    "of rank 3": lambda n: torch.cat([torch.tensor([3.0, 2.0, 1.0]), torch.zeros(n - 3)]).double(),
+    "far down": lambda n: torch.logspace(0, -14, n).double(),
+    "zero": lambda n: torch.zeros(n).double(),
+}
+
+
+@pytest.mark.parametrize("case", SPECTRA)
+def test_leading_eigenvectors_lose_no_more_than_exact_ones(case: str, generator: torch.Generator) -> None:
+    """What the leading ones leave of the trace is the sum of the other eigenvalues, for every count."""
+    size = MIXED_FROM
+    values = SPECTRA[case](size)
+    matrix = with_spectrum(values, generator)
+    count = size * 2 // 5
+    found, vectors, noise = leading_eigh(matrix, count)
+    assert found.shape == (size,)
+    assert vectors.dtype == torch.float64
+    assert bool((found[1:] <= found[:-1]).all())
+    torch.testing.assert_close(found, values.sort(descending=True).values, rtol=1e-5, atol=max(noise, 1e-12))
+    identity = torch.eye(size, dtype=torch.float64)
+    torch.testing.assert_close(vectors.T @ vectors, identity, rtol=0, atol=1e-5)
+    for leading in (1, 50, count):
+        chosen = vectors[:, :leading]
+        left = float(matrix.trace() - ((matrix @ chosen) * chosen).sum())
+        best = float(values.sum() - values.sort(descending=True).values[:leading].sum())
+        assert left <= best * (1 + 1e-5) + 1e-9 * float(values.sum())
+
+
+def test_eigenvalues_out_of_single_precisions_reach_are_found_in_double(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = with_spectrum(torch.logspace(0, -14, MIXED_FROM), generator)
+    exact, _ = descending_eigh(matrix)
+    precisions = []
+
+    def watched(of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        precisions.append((of.dtype, len(of)))
+        return descending_eigh(of)
+
+    monkeypatch.setattr(symmetric, "descending_eigh", watched)
+    found, _, noise = leading_eigh(matrix, MIXED_FROM // 2)
+    assert precisions[-1] == (torch.float64, MIXED_FROM)
+    assert torch.equal(found, exact)
+    assert noise < 1e-13
+    precisions.clear()
+    leading_eigh(matrix, 100)
+    assert (torch.float64, MIXED_FROM) not in precisions
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (1500, 1024), (1024, 1500)])
+def test_large_weights_lose_as_little_as_by_exact_decomposition(
+    shape: tuple[int, int], generator: torch.Generator
+) -> None:
+    _, in_features = shape
+    weight = torch.randn(*shape, generator=generator)
+    mixing = torch.randn(in_features, in_features, generator=generator) / in_features**0.5
+    inputs = torch.randn(2000, in_features, generator=generator) * torch.logspace(1, -1, in_features)
+    inputs = inputs @ mixing
+    inputs[0] *= 300  # the token that attention looks at
+    gram = inputs.double().T @ inputs.double()
+    rank = 300
+    made = decompose(weight, method="svd_llm", gram=gram, max_rank=rank)
+    found = calibration_error(weight, truncate(made, weight, rank), gram)
+    root = torch.linalg.svdvals(weight.double() @ torch.linalg.qr(inputs.double(), mode="r").R.T)
+    best = float((root[rank:].square().sum() / root.square().sum()).sqrt())
+    assert found == pytest.approx(best, rel=2e-5)
+    torch.testing.assert_close(made.singular_values[:rank], root[:rank], rtol=1e-4, atol=0)
+
+
+def test_dependent_columns_are_no_obstacle(generator: torch.Generator) -> None:
+    """A tall weight whose columns repeat has no Cholesky factor; it is decomposed all the same."""
+    half = torch.randn(60, 10, generator=generator, dtype=torch.float64)
+    weight = torch.cat([half, half], dim=1)
+    inputs = torch.randn(100, 20, generator=generator, dtype=torch.float64)
+    made = decompose(weight, method="svd_llm", gram=inputs.T @ inputs)
+    assert calibration_error(weight, truncate(made, weight, 10), inputs.T @ inputs) < 1e-6
