@@ -140,7 +140,7 @@ def measure(point: Point, shared: Path | None = None) -> Row:
     torch.set_num_threads(1)
     from ercsvd_deploy.pipelines.run import compress_and_judge, prepare_run
 
-    recipe = _recipe(point)
+    recipe = recipe_of(point)
     prepared = prepare_run(recipe, None, device=torch.device("cpu"))
     with tempfile.TemporaryDirectory() as work:
         if point.textbook_bits is not None:
@@ -156,7 +156,16 @@ def measure(point: Point, shared: Path | None = None) -> Row:
     return Row(point.model, point.label, point.table, removed, bits, excess, divergence)
 
 
-def _recipe(point: Point) -> Any:
+def excess_of(report: Any) -> dict[str, float]:
+    """Return ln(perplexity / dense) on each text."""
+    return {
+        text: math.log(report.compressed.perplexity[text] / report.original.perplexity[text])
+        for text in TEXTS
+    }
+
+
+def recipe_of(point: Point) -> Any:
+    """Return the recipe of a row, without an export."""
     import yaml
 
     from ercsvd_deploy.recipe import load_recipe
