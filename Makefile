@@ -35,8 +35,9 @@ demo-llava: $(READY)
 	$(BIN)/python examples/serve_and_ask.py out/tiny-llava-erc20-int4 \
 	  --image examples/pictures/held_out/0000.png --question 'What color is the circle?'
 
+# Files side by side, on up to four cores: each of the slowest waits for an engine of its own.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # The same serving tests through another vLLM release, in an environment of its own.
 OLDER := .venv-older-vllm
