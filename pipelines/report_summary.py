@@ -80,6 +80,15 @@ def describe_treatment(report: ReportDocument) -> str:
         sizes = " and ".join("whole rows" if size < 0 else str(size) for size in groups)
         in_groups = f"in groups of {sizes}" if groups != [-1] else "by whole rows"
         sentences.append(f"GPTQ stores what is left of them as {stored}, {in_groups}.")
+    trained = [
+        what
+        for what, recovered in (("factors", report.recover), ("scales", report.recover_quantized))
+        if recovered is not None and any(layer.is_kept for layer in recovered.layers)
+    ]
+    if trained:
+        sentences.append(
+            f"{' and '.join(trained).capitalize()} were trained on the original layers' outputs."
+        )
     return " ".join(sentences) or "The tensors are the original's."
 
 
