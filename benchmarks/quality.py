@@ -50,6 +50,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "asvd": {"method": "asvd", "num_compressed_layers": "all"},
     "svd_llm": {"method": "svd_llm", "num_compressed_layers": "all"},
     "erc_svd, best k": {"method": "erc_svd", "num_compressed_layers": "auto"},
+    "svd_llm, prefix": {
+        "method": "svd_llm",
+        "num_compressed_layers": "all",
+        "compressed_prefix_inputs": True,
+    },
+    "erc_svd, best k, prefix": {
+        "method": "erc_svd",
+        "num_compressed_layers": "auto",
+        "compressed_prefix_inputs": True,
+    },
     "erc_svd, best k, beta auto": {"method": "erc_svd", "num_compressed_layers": "auto", "beta": "auto"},
     "Fisher metric alone": {"method": "svd_llm", "output_metric": "fisher", "allocation": "uniform"},
     "error control alone": {"method": "svd_llm", "allocation": "error_controlled"},
@@ -256,7 +266,8 @@ def textbook_gptq(weight: torch.Tensor, gram: torch.Tensor, bits: int, group: in
 def by_parameters(rows: Sequence[Row], model: str, text: str) -> str:
     """Return the table at equal parameters of one model and text; "-" is not measured."""
     cells = []
-    for name in dict.fromkeys(row.name.partition("|")[0] for row in rows):
+    known = dict.fromkeys(point.name.partition("|")[0] for point in points())
+    for name in known:
         own = {row.name.partition("|")[2]: row for row in rows if row.name.startswith(f"{name}|")}
         found = [own.get(str(ratio)) for ratio in RATIOS]
         if own:
