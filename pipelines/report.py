@@ -275,8 +275,8 @@ def _allocation_table(linears: Sequence[AllocatedLinear]) -> Table:
 
 
 def _recover_table(trained: str, outcome: RecoverOutcome) -> Table:
-    table = Table(title=f"Recovery of {trained}: squared error of outputs", title_justify="left")
-    for column in ("layer", "before", "after", "change", ""):
+    table = Table(title=f"Recovery of {trained}", title_justify="left")
+    for column in ("layer", "error before", "error after", "change", ""):
         table.add_column(column, justify="right" if column else "left")
     for layer in outcome.layers:
         change = _percent(layer.error_after / layer.error_before - 1) if layer.error_before else ""
