@@ -34,7 +34,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.symmetric import descending_eigh, leading_eigh, symmetric_product
+from ercsvd_deploy.symmetric import (
+    MIXED_FROM,
+    ROUNDING_PROBES,
+    congruence_in_single,
+    descending_eigh,
+    leading_eigh,
+    product_to_store,
+    symmetric_product,
+)
 
 Method = Literal["svd", "asvd", "svd_llm", "erc_svd"]
 ResidualSpace = Literal["weight", "whitened"]
@@ -45,6 +53,9 @@ _POWER_ITERATIONS = 6
 
 # Ratio of the pivots of a Cholesky factor below which its columns count as near to dependent.
 _SMALLEST_PIVOT = 1e-4
+# What a basis that float32 products made may lose by not being orthonormal: as a share of the energy that is
+# lost anyway, and of all energy, for ranks at which nothing is.
+_LOST_TO_DEPARTURE = (1e-5, 1e-10)
 
 # Share of its mean added to the diagonal of an output metric: outputs that no sample was sensitive to count.
 _METRIC_DAMPING = 0.01
@@ -135,17 +146,64 @@ def decompose(
             f"max_rank is {max_rank}; for a weight of shape {list(weight.shape)} use 1..{full_rank}"
         )
 
+    metric = _input_metric(weight, method, gram, mean_abs_activation, activation_exponent)
+    if output_metric is not None:
+        _check_finite("output_metric", output_metric, (out_features, out_features))
     wide = weight.to(dtype)
-    rows: Tensor | None = None
-    if out_features > in_features:
-        # W = Q R gives W G W^T = Q (R G R^T) Q^T: the same eigenvectors from an [in, in] problem.
-        rows, wide = _orthogonal_columns(wide)
+    if out_features <= in_features:
+        return _decompose(wide, None, metric, output_metric, method, max_rank)
+    # W = Q R gives W G W^T = Q (R G R^T) Q^T: the same eigenvectors from an [in, in] problem.
+    if in_features >= MIXED_FROM and weight.dtype.itemsize <= torch.float32.itemsize:
+        made = _decompose_by_single_products(wide, metric, output_metric, method, max_rank)
+        if made is not None:
+            return made
+    return _decompose(wide, _OrthogonalColumns.of(wide), metric, output_metric, method, max_rank)
+
+
+def _decompose_by_single_products(
+    wide: Tensor, metric: Tensor | None, output_metric: Tensor | None, method: Method, max_rank: int
+) -> Decomposition | None:
+    """Return what `_decompose` does for a tall weight, if float32 products make its basis well enough."""
+    columns = _OrthogonalColumns.by_single_products(wide)
+    if columns is None:
+        return None
+    try:
+        made = _decompose(wide, columns, metric, output_metric, method, max_rank)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the output metric, by rounding
+        return None
+    return made if _is_orthonormal_enough(made) else None
+
+
+def _is_orthonormal_enough(made: Decomposition) -> bool:
+    """Whether projection^T basis is I as far as it matters: in random directions, sized as they carry."""
+    basis, sizes = made.basis, made.singular_values
+    projection = basis if made.projection is None else made.projection
+    generator = torch.Generator(basis.device).manual_seed(0)
+    size = (made.max_rank, ROUNDING_PROBES)
+    probes = torch.randn(size, generator=generator, dtype=basis.dtype, device=basis.device)
+    probes *= sizes[: made.max_rank, None]
+    energy = float((projection.T @ (basis @ probes) - probes).square().sum()) / ROUNDING_PROBES
+    of_lost, of_all = _LOST_TO_DEPARTURE
+    lost, whole = float(sizes[made.max_rank :].square().sum()), float(sizes.square().sum())
+    return energy <= of_lost * lost + of_all * whole
+
+
+def _decompose(
+    wide: Tensor,
+    columns: _OrthogonalColumns | None,
+    metric: Tensor | None,
+    output_metric: Tensor | None,
+    method: Method,
+    max_rank: int,
+) -> Decomposition:
+    """Return what `decompose` does for checked inputs; of a tall weight given its orthonormal columns."""
+    if columns is not None:
+        wide = columns.triangle
     factor: Tensor | None = None
     if output_metric is not None:
-        factor = _metric_factor(output_metric.to(wide), rows)
+        factor = _metric_factor(output_metric.to(wide) if columns is None else columns.seen(output_metric))
         wide = factor.T @ wide
-    metric_product = _apply_metric(wide, method, gram, mean_abs_activation, activation_exponent)
-    eigenvalues, vectors, noise = leading_eigh(symmetric_product(metric_product, wide.T), max_rank)
+    eigenvalues, vectors, noise = leading_eigh(wide, max_rank, metric=metric)
 
     # Directions without any calibration output are all equally good for the method; take them in the
     # order in which they carry the weight itself, so that unseen inputs lose least.
@@ -160,9 +218,9 @@ def decompose(
     if factor is not None:
         projection = factor @ basis
         basis = torch.linalg.solve_triangular(factor.T, basis, upper=True)
-    if rows is not None:
-        basis = rows @ basis
-        projection = None if projection is None else rows @ projection
+    if columns is not None:
+        basis = columns.times(basis)
+        projection = None if projection is None else columns.times(projection)
     return Decomposition(
         method=method,
         basis=basis.contiguous(),
@@ -215,13 +273,12 @@ def truncate(
             f"residual_rank is {residual_rank}; only erc_svd has a residual, not {decomposition.method}"
         )
 
-    exact_weight = weight.to(decomposition.basis.dtype)
     intermediate_rank = rank if residual_space == "whitened" else rank - residual_rank
     factor_b = decomposition.basis[:, :intermediate_rank]
     projection = factor_b if decomposition.projection is None else decomposition.projection
-    factor_a = projection[:, :intermediate_rank].T @ exact_weight
+    factor_a = product_to_store(projection[:, :intermediate_rank].T, weight, weight.dtype)
     if intermediate_rank < rank:
-        residual = exact_weight - factor_b @ factor_a
+        residual = weight.to(factor_b) - factor_b @ factor_a
         residual_a, residual_b = _truncate_plain(residual, residual_rank, exact=exact_residual)
         factor_a = torch.cat([factor_a, residual_a])
         factor_b = torch.cat([factor_b, residual_b], dim=1)
@@ -307,26 +364,69 @@ def output_error(weight: Tensor, approximation: Tensor, gram: Tensor, output_met
     return float(((output_metric.double() @ error) * (error @ gram.double())).sum())
 
 
-def _orthogonal_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q [m, n] with orthonormal columns and R [n, n] such that a tall matrix [m, n] is Q R.
+@dataclass(frozen=True, eq=False)
+class _OrthogonalColumns:
+    """A tall matrix [m, n] as Q R: Q [m, n] with orthonormal columns, R [n, n] upper triangular.
 
     By the Cholesky factor of matrix^T matrix, which takes products instead of reflections. That squares the
     condition number, so that columns near to dependent get a QR decomposition after all.
     """
-    upper, failed = torch.linalg.cholesky_ex(symmetric_product(matrix.T, matrix), upper=True)
-    diagonal = upper.diagonal().abs()
-    if int(failed) or float(diagonal.min()) < _SMALLEST_PIVOT * float(diagonal.max()):
+
+    matrix: Tensor
+    triangle: Tensor  # R
+    orthogonal: Tensor | None = None  # Q, where it had to be computed
+    in_single: bool = False  # R is from a float32 product, and Q is not to be more exact
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> _OrthogonalColumns:
+        """Decompose a tall matrix."""
+        upper, failed = torch.linalg.cholesky_ex(symmetric_product(matrix.T, matrix), upper=True)
+        pivots = upper.diagonal().abs()
+        if not int(failed) and float(pivots.min()) >= _SMALLEST_PIVOT * float(pivots.max()):
+            return cls(matrix, upper)
         orthogonal, triangular = torch.linalg.qr(matrix)
-        return orthogonal, triangular
-    orthogonal = torch.linalg.solve_triangular(upper, matrix, upper=True, left=False)
-    return orthogonal, upper
+        return cls(matrix, triangular, orthogonal)
+
+    @classmethod
+    def by_single_products(cls, matrix: Tensor) -> _OrthogonalColumns | None:
+        """Decompose a tall matrix of float32 numbers as well as float32 does; None if that is not at all.
+
+        Singular values below its rounding are raised to it, so that most matrices have a Cholesky factor.
+        """
+        single = matrix.float()
+        product = symmetric_product(single.T, single).to(matrix.dtype)
+        rounding = torch.finfo(torch.float32).eps
+        for shift in (product.diagonal().max(), torch.linalg.matrix_norm(product)):
+            product.diagonal().add_(rounding * shift)
+            upper, failed = torch.linalg.cholesky_ex(product, upper=True)
+            if not int(failed):
+                return cls(matrix, upper, in_single=True)
+        return None
+
+    def times(self, right: Tensor) -> Tensor:
+        """Return Q @ right [m, k]."""
+        if self.orthogonal is not None:
+            return self.orthogonal @ right
+        solved: Tensor = torch.linalg.solve_triangular(self.triangle, right, upper=True)
+        if self.in_single:
+            return product_to_store(self.matrix, solved, torch.float32)
+        return self.matrix @ solved
+
+    def seen(self, output_metric: Tensor) -> Tensor:
+        """Return Q^T F Q [n, n] for a metric F [m, m]."""
+        if self.orthogonal is not None:
+            return self.orthogonal.T @ output_metric.to(self.matrix) @ self.orthogonal
+        if self.in_single:
+            inside = congruence_in_single(self.matrix.T, output_metric)
+        else:
+            inside = symmetric_product(self.matrix.T @ output_metric.to(self.matrix), self.matrix)
+        half = torch.linalg.solve_triangular(self.triangle, inside, upper=True, left=False)
+        whole: Tensor = torch.linalg.solve_triangular(self.triangle.T, half, upper=False)
+        return whole
 
 
-def _metric_factor(output_metric: Tensor, rows: Tensor | None) -> Tensor:
-    """Return the lower Cholesky factor of a damped output metric, seen by the columns of `rows` if given."""
-    size = output_metric.shape[0]
-    _check_finite("output_metric", output_metric, (size, size))
-    metric = output_metric if rows is None else rows.T @ output_metric @ rows
+def _metric_factor(metric: Tensor) -> Tensor:
+    """Return the lower Cholesky factor of a damped output metric."""
     mean = metric.diagonal().mean()
     if mean <= 0:
         return torch.eye(metric.shape[0], dtype=metric.dtype, device=metric.device)
@@ -335,27 +435,27 @@ def _metric_factor(output_metric: Tensor, rows: Tensor | None) -> Tensor:
     return lower
 
 
-def _apply_metric(
+def _input_metric(
     matrix: Tensor,
     method: Method,
     gram: Tensor | None,
     mean_abs_activation: Tensor | None,
     activation_exponent: float,
-) -> Tensor:
-    """Return `matrix` @ G for the method's metric G; matrix: [rows, in]."""
+) -> Tensor | None:
+    """Return the method's metric G for a matrix [rows, in]: [in, in], its diagonal [in], or None for I."""
     in_features = matrix.shape[1]
     if method == "svd":
-        return matrix
+        return None
     if method == "asvd":
         if mean_abs_activation is None:
             raise ValueError("asvd scales columns by the size of their inputs: pass mean_abs_activation")
         _check_finite("mean_abs_activation", mean_abs_activation, (in_features,))
-        return matrix * mean_abs_activation.to(matrix).abs().pow(2 * activation_exponent)
+        return mean_abs_activation.to(matrix).abs().pow(2 * activation_exponent)
     if method in ("svd_llm", "erc_svd"):
         if gram is None:
             raise ValueError(f"{method} weighs errors by the calibration inputs: pass gram")
         _check_finite("gram", gram, (in_features, in_features))
-        return matrix @ gram.to(matrix)
+        return gram
     raise ValueError(f"method is {method!r}; use svd, asvd, svd_llm or erc_svd")
 
 
@@ -365,9 +465,9 @@ def _truncate_plain(matrix: Tensor, rank: int, *, exact: bool) -> tuple[Tensor, 
     if not exact and rank + _OVERSAMPLING < min(out_features, in_features):
         left = _leading_left_basis(matrix, rank)
     elif out_features <= in_features:
-        left = leading_eigh(symmetric_product(matrix, matrix.T), rank)[1][:, :rank]
+        left = leading_eigh(matrix, rank)[1][:, :rank]
     else:
-        right = leading_eigh(symmetric_product(matrix.T, matrix), rank)[1][:, :rank]
+        right = leading_eigh(matrix.T, rank)[1][:, :rank]
         return right.T, matrix @ right
     return left.T @ matrix, left
 

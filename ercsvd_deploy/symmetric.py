@@ -1,10 +1,10 @@
 """Symmetric matrices, on which factorization spends its time: products of half the work, eigenvectors.
 
-Eigenvectors of large matrices are found in mixed precision. What rounds in float32 rounds at the size of the
-largest eigenvalue, which in Grams of activations is often thousands of times the others. So directions that
-stand out are found first, in float64 by block power iteration, and moved out of the way; what remains is
-decomposed in float32, in which an eigenvalue a ten-thousandth of the largest left still has its direction. If
-those that are wanted reach further down, the whole is decomposed in float64 after all.
+Large matrices are multiplied and decomposed in mixed precision. What rounds in float32 rounds at the size of
+the largest eigenvalue, which in Grams of activations is often thousands of times the others. So directions
+that stand out are found first, in float64 by block power iteration, and moved out of the way; what remains is
+treated in float32, in which an eigenvalue a ten-thousandth of the largest left still has its direction. If
+those that are wanted reach further down, all is done in float64 after all.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ _BLOCKS = 8  # of columns, in products of which one half is computed
 _SMALLEST_BLOCK = 128  # below, one product is faster than several
 
 MIXED_FROM = 1024  # side; smaller matrices are quick in float64
+_LAPACK_INT_LIMIT = 32_000  # side; the workspace of larger ones overflows what scipy passes to LAPACK
 _BLOCK = 64  # directions of the power iteration
 _POWER_ITERATIONS = 4
 _CONVERGED = 1e-5  # residual of an eigenvector, as a share of its eigenvalue; what it costs is the square
 # Mixing by rounding adds about (rounding / eigenvalue)^2 of what is lost anyway: here less than 1e-5 of it.
 _SMALLEST_IN_SINGLE = 1e-4
+_SMALLEST_TO_ROUNDING = 1e3  # an eigenvalue, to what a product's rounding makes of a random direction
+ROUNDING_PROBES = 8  # random directions in which rounding is measured
+_PRODUCT_BLOCK = 32  # directions of a metric that are multiplied in float64
+_ROWS_AT_ONCE = 512  # of a metric, in float64
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
@@ -43,35 +48,138 @@ def add_symmetric_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, largest first, and eigenvectors in columns, of a nearly symmetric matrix."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = _eigh((matrix + matrix.T) / 2)
     return values.flip(0), vectors.flip(1)
 
 
-def leading_eigh(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
-    """Return all eigenvalues and eigenvectors of a positive semi-definite float64 matrix, the leading exact.
+def product_to_store(left: Tensor, right: Tensor, stored: torch.dtype) -> Tensor:
+    """Return left @ right [m, n] in the type of `left`; if large, no more exactly than `stored` holds."""
+    small = min(left.shape[0], right.shape[1]) < MIXED_FROM
+    # TF32 or bfloat16 may stand in for float32, where someone allowed that.
+    coarse = torch.get_float32_matmul_precision() != "highest"
+    if small or coarse or stored.itemsize > torch.float32.itemsize:
+        return left @ right.to(left)
+    return (left.float() @ right.float()).to(left.dtype)
+
+
+def congruence_in_single(matrix: Tensor, metric: Tensor | None) -> Tensor:
+    """Return W G W^T [m, m] by float32 products.
+
+    With Q directions that stand out in G and P = I - Q Q^T, G is P G P and terms of small rank. Those are
+    multiplied in float64, so that float32 rounds at the size of what is left of G.
+    """
+    if metric is None or metric.dim() == 1:
+        rows = (matrix if metric is None else matrix * metric.to(matrix).clamp(min=0).sqrt()).float()
+        return symmetric_product(rows, rows.T).to(matrix.dtype)
+    size = (len(metric), min(_PRODUCT_BLOCK, len(metric)))
+    block = torch.linalg.qr(_metric_times(metric, _random(size, matrix))).Q
+    image = _metric_times(metric, block)
+    # G = P G P + Q Z^T + Z Q^T with Z = G Q - Q (Q^T G Q) / 2
+    half = image - block @ (block.T @ image / 2)
+    rest = _without_pairs(metric, block, half)
+    rows = matrix.float()
+    product = symmetric_product(rows @ rest, rows.T).to(matrix.dtype)
+    apart = (matrix @ block) @ (matrix @ half).T
+    product += apart
+    product += apart.T
+    return product
+
+
+def leading_eigh(matrix: Tensor, count: int, *, metric: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    """Return all eigenvalues and eigenvectors of W G W^T, the leading ones exact.
 
     Args:
-        matrix: [n, n], nearly symmetric.
+        matrix: W [m, n].
         count: How many leading eigenvectors have to be right.
+        metric: G, symmetric and positive semi-definite: [n, n], or [n] for its diagonal; None for I.
 
     Returns:
-        Eigenvalues [n], largest first; eigenvectors [n, n] in columns; and the size below which eigenvalues
+        Eigenvalues [m], largest first; eigenvectors [m, m] in columns; and the size below which eigenvalues
         are rounding.
     """
     size = matrix.shape[0]
-    if size >= MIXED_FROM and matrix.dtype == torch.float64 and float(matrix.trace()) > 0:
-        values, vectors, largest_in_single = _mixed_eigh((matrix + matrix.T) / 2)
-        if float(values[count - 1]) > _SMALLEST_IN_SINGLE * largest_in_single:
-            return values, vectors, torch.finfo(torch.float32).eps * size**0.5 * largest_in_single
-    values, vectors = descending_eigh(matrix)
+    if size >= MIXED_FROM and matrix.dtype == torch.float64:
+        product = congruence_in_single(matrix, metric)
+        rounding = _rounding(product, matrix, metric)
+        found = _mixed_eigh(product, count, _SMALLEST_TO_ROUNDING * rounding)
+        if found is not None:
+            return found
+        product = _exact_product(matrix, metric)
+        found = _mixed_eigh(product, count)
+        if found is not None:
+            return found
+    else:
+        product = _exact_product(matrix, metric)
+    values, vectors = descending_eigh(product)
     return values, vectors, torch.finfo(matrix.dtype).eps * size**0.5 * float(values[0])
 
 
-def _mixed_eigh(matrix: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Return eigenvalues and eigenvectors, and the largest eigenvalue that was found in float32."""
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `torch.linalg.eigh` does, of which a large matrix is overwritten.
+
+    On a CPU that is scipy's OpenBLAS: on AMD processors MKL, which torch uses, takes 1.7 times as long.
+    """
+    if matrix.device.type != "cpu" or not MIXED_FROM <= len(matrix) <= _LAPACK_INT_LIMIT:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors
+    from scipy.linalg import eigh
+
+    found = eigh(matrix.T.numpy(), lower=False, driver="evd", overwrite_a=True, check_finite=False)
+    values, vectors = (torch.from_numpy(each) for each in found)
+    return values, vectors
+
+
+def _exact_product(matrix: Tensor, metric: Tensor | None) -> Tensor:
+    """Return W G W^T [m, m] in the type of W."""
+    if metric is None:
+        return symmetric_product(matrix, matrix.T)
+    exact = metric.to(matrix)
+    scaled = matrix * exact if exact.dim() == 1 else matrix @ exact
+    return symmetric_product(scaled, matrix.T)
+
+
+def _rounding(product: Tensor, matrix: Tensor, metric: Tensor | None) -> float:
+    """Return how far `product` [m, m] is from W G W^T: the size of its error in random directions."""
+    probes = _random((len(product), ROUNDING_PROBES), matrix)
+    image = matrix.T @ probes
+    if metric is not None:
+        image = metric.to(image)[:, None] * image if metric.dim() == 1 else _metric_times(metric, image)
+    return float((product @ probes - matrix @ image).norm() / probes.norm())
+
+
+def _without_pairs(matrix: Tensor, block: Tensor, half: Tensor) -> Tensor:
+    """Return M - Q Z^T - Z Q^T [n, n] in float32, computed as Q and Z [n, k] are, a part at a time."""
+    left, right = torch.cat([block, half], dim=1), torch.cat([half, block], dim=1).T
+    rest = torch.empty_like(matrix, dtype=torch.float32)
+    for part in _slices(len(matrix)):
+        rest[part] = torch.addmm(matrix[part].to(left), left[part], right, alpha=-1)
+    return rest
+
+
+def _metric_times(metric: Tensor, right: Tensor) -> Tensor:
+    """Return G @ right [n, k] in the type of `right`, in which there is never more than a part of G."""
+    return torch.cat([metric[part].to(right) @ right for part in _slices(len(metric))])
+
+
+def _slices(size: int) -> list[slice]:
+    return [slice(start, start + _ROWS_AT_ONCE) for start in range(0, size, _ROWS_AT_ONCE)]
+
+
+def _random(size: tuple[int, int], like: Tensor) -> Tensor:
+    """Return numbers of a normal distribution, always the same ones."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def _mixed_eigh(matrix: Tensor, count: int, smallest: float = 0.0) -> tuple[Tensor, Tensor, float] | None:
+    """Return what `leading_eigh` does, of a float64 matrix that itself resolves eigenvalues above `smallest`.
+
+    None if float32 does not resolve as many as are asked for.
+    """
     size = matrix.shape[0]
-    generator = torch.Generator(matrix.device).manual_seed(0)
-    block = torch.randn(size, _BLOCK, generator=generator, dtype=matrix.dtype, device=matrix.device)
+    if float(matrix.trace()) <= 0:
+        return None
+    block = _random((size, _BLOCK), matrix)
     for _ in range(_POWER_ITERATIONS):
         block = torch.linalg.qr(matrix @ block).Q
     ritz_values, rotation = descending_eigh(block.T @ matrix @ block)
@@ -84,12 +192,20 @@ def _mixed_eigh(matrix: Tensor) -> tuple[Tensor, Tensor, float]:
     # below: float32 rounds at the size of the largest.
     shift = max(float(ritz_values[min(converged, _BLOCK - 1)]), 1e-12 * float(ritz_values[0]))
     image = matrix @ leading
-    inside = leading.T @ image
-    inside.diagonal().sub_(shift)
-    rest = matrix - image @ leading.T - leading @ (image.T - inside @ leading.T)
-    found = (each.to(matrix.dtype) for each in descending_eigh(rest.float()))
-    rest_values, rest_vectors = (each[..., : size - converged] for each in found)
-    rest_vectors = rest_vectors - leading @ (leading.T @ rest_vectors)
-    values, order = torch.cat([leading_values, rest_values]).sort(descending=True)
-    vectors = torch.cat([leading, rest_vectors], dim=1)[:, order]
-    return values, vectors, max(float(rest_values[0]), 0.0)
+    half = image - leading @ (leading.T @ image / 2) + leading * (shift / 2)
+    rest_values, rest_vectors = _eigh(_without_pairs(matrix, leading, half))
+    rest_values = rest_values[converged:].flip(0).to(matrix.dtype)
+    vectors = torch.empty_like(matrix).T  # as LAPACK orders them
+    vectors[:, :converged] = leading
+    vectors[:, converged:] = rest_vectors[:, converged:].flip(1)
+    if converged:
+        vectors[:, converged:] -= leading @ (leading.T @ vectors[:, converged:])
+    values = torch.cat([leading_values, rest_values])
+    if bool((values[1:] > values[:-1]).any()):
+        values, order = values.sort(descending=True)
+        vectors = vectors[:, order]
+    largest_in_single = max(float(rest_values[0]), 0.0)
+    if float(values[count - 1]) <= max(_SMALLEST_IN_SINGLE * largest_in_single, smallest):
+        return None
+    noise = torch.finfo(torch.float32).eps * size**0.5 * largest_in_single
+    return values, vectors, max(noise, smallest)

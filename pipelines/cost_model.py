@@ -18,6 +18,7 @@ from ercsvd_deploy.pipelines.resources import StageResources
 from ercsvd_deploy.pipelines.workload import Sequences, Workload
 from ercsvd_deploy.rank import LinearShape
 from ercsvd_deploy.recipe_stages import Recover
+from ercsvd_deploy.symmetric import MIXED_FROM
 
 # Operations that gptqmodel's column loop starts for one column, and values of the column's block it touches.
 _OPERATIONS_OF_COLUMN = 45
@@ -219,8 +220,11 @@ def _compensating(linear: LinearShape) -> Work:
 
 def _decomposing(linear: LinearShape) -> Work:
     m, n, smaller = linear.out_features, linear.in_features, min(linear.out_features, linear.in_features)
-    qr = 6 * m * n * n if m > n else 0
-    return Work(double=qr + 2 * smaller * n * n + 2 * smaller**2 * n, eigh=(smaller,), moved=24 * m * n)
+    columns = 3 * m * n * n if m > n else 0  # R of a tall weight, and its columns times the eigenvectors
+    products = columns + 2 * smaller * n * n + smaller**2 * n
+    if smaller < MIXED_FROM:
+        return Work(double=products, eigh=(smaller,), moved=24 * m * n)
+    return Work(single=products, double=smaller**3, eigh=(smaller,), moved=48 * m * n)
 
 
 def _truncating(linear: LinearShape, rank: int, *, exact: bool, residual: bool) -> Work:

@@ -37,7 +37,7 @@ class HostSpeed:
         matmul_flops: Float32 operations a second of a matrix product; bfloat16 ones on a GPU.
         single_flops: Float32 operations a second of a matrix product.
         double_flops: The same in float64.
-        eigh_seconds: Side of a symmetric float64 matrix -> seconds to decompose it.
+        eigh_seconds: Side of a symmetric float64 matrix -> seconds to make it of its root and decompose it.
         copy_bytes: Bytes a second read and written in memory.
         small_operation: Seconds of an operation on a few values.
         disk_write_bytes: Bytes a second to a file, flushed to the disk.
@@ -133,7 +133,6 @@ def _matmul_flops(device: torch.device, dtype: torch.dtype, side: int = _MATMUL_
 
 def _eigh_seconds(device: torch.device, side: int) -> float:
     matrix = _random(device, side, torch.float64)
-    matrix = matrix @ matrix.T
     return _fastest(lambda: leading_eigh(matrix, side // 2), device)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from ercsvd_deploy import symmetric
-from ercsvd_deploy.factorize import calibration_error, decompose, truncate
+from ercsvd_deploy import factorize, symmetric
+from ercsvd_deploy.factorize import Decomposition, calibration_error, decompose, output_error, truncate
 from ercsvd_deploy.symmetric import (
     MIXED_FROM,
     add_symmetric_product,
@@ -54,14 +56,24 @@ SPECTRA = {
 }
 
 
+@pytest.mark.parametrize("side", ["metric", "weight"])
 @pytest.mark.parametrize("case", SPECTRA)
-def test_leading_eigenvectors_lose_no_more_than_exact_ones(case: str, generator: torch.Generator) -> None:
+def test_leading_eigenvectors_lose_no_more_than_exact_ones(
+    case: str, side: str, generator: torch.Generator
+) -> None:
     """What the leading ones leave of the trace is the sum of the other eigenvalues, for every count."""
     size = MIXED_FROM
     values = SPECTRA[case](size)
-    matrix = with_spectrum(values, generator)
     count = size * 2 // 5
-    found, vectors, noise = leading_eigh(matrix, count)
+    if side == "metric":
+        metric = with_spectrum(values, generator)
+        weight = with_spectrum(torch.ones(size), generator)
+        matrix = weight @ metric @ weight.T
+        found, vectors, noise = leading_eigh(weight, count, metric=metric)
+    else:
+        weight = with_spectrum(values.sqrt(), generator)
+        matrix = weight @ weight.T
+        found, vectors, noise = leading_eigh(weight, count)
     assert found.shape == (size,)
     assert vectors.dtype == torch.float64
     assert bool((found[1:] <= found[:-1]).all())
@@ -78,8 +90,8 @@ def test_leading_eigenvectors_lose_no_more_than_exact_ones(case: str, generator:
 def test_eigenvalues_out_of_single_precisions_reach_are_found_in_double(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    matrix = with_spectrum(torch.logspace(0, -14, MIXED_FROM), generator)
-    exact, _ = descending_eigh(matrix)
+    matrix = with_spectrum(torch.logspace(0, -7, MIXED_FROM), generator)
+    exact, _ = descending_eigh(symmetric_product(matrix, matrix.T))
     precisions = []
 
     def watched(of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,3 +135,46 @@ def test_dependent_columns_are_no_obstacle(generator: torch.Generator) -> None:
     inputs = torch.randn(100, 20, generator=generator, dtype=torch.float64)
     made = decompose(weight, method="svd_llm", gram=inputs.T @ inputs)
     assert calibration_error(weight, truncate(made, weight, 10), inputs.T @ inputs) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(1500, 1024), (1024, 1500)])
+def test_output_metrics_lose_as_little_as_by_exact_products(
+    shape: tuple[int, int], generator: torch.Generator
+) -> None:
+    """Of a float32 weight some products are float32; of the same in float64 none."""
+    out_features, in_features = shape
+    weight = torch.randn(*shape, generator=generator)
+    inputs = torch.randn(2000, in_features, generator=generator) * torch.logspace(1, -1, in_features)
+    gradients = torch.randn(600, out_features, generator=generator) * torch.logspace(0, -2, out_features)
+    gradients[:, 7] *= 1000
+    gram, output_metric = inputs.T @ inputs, gradients.T @ gradients
+    damped = output_metric + 0.01 * output_metric.diagonal().mean() * torch.eye(out_features)
+    losses = []
+    for each in (weight, weight.double()):
+        made = decompose(each, method="svd_llm", gram=gram, output_metric=output_metric, max_rank=300)
+        factors = truncate(made, weight.double(), 300)
+        losses.append(output_error(weight, factors.product(), gram, damped))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("smallest", "in_single"), [(1e-1, True), (1e-7, False)])
+def test_tall_weights_are_decomposed_again_where_float32_did_not_do(
+    smallest: float, in_single: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = MIXED_FROM
+    root = with_spectrum(torch.logspace(0, math.log10(smallest), size), generator)
+    weight = (torch.linalg.qr(torch.randn(1300, size, generator=generator).double()).Q @ root).float()
+    verdicts = []
+    original = factorize._is_orthonormal_enough
+
+    def watched(made: Decomposition) -> bool:
+        verdicts.append(original(made))
+        return verdicts[-1]
+
+    monkeypatch.setattr(factorize, "_is_orthonormal_enough", watched)
+    made = decompose(weight, method="svd")
+    assert verdicts == [in_single]
+    torch.testing.assert_close(
+        made.basis.T @ made.basis, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-4
+    )
+    assert calibration_error(weight, truncate(made, weight, size), torch.eye(size)) < 1e-5
