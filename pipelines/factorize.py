@@ -74,7 +74,7 @@ class SearchPoint:
     final_layer_error: float | None  # relative Frobenius error of the last layer's output
 
 
-_OUTCOME = "outcome"
+OUTCOME = "outcome"
 _SEARCH = TypeAdapter(list[SearchPoint])
 
 
@@ -100,6 +100,11 @@ class _Candidate:
     hidden: list[torch.Tensor] | None = None  # activations of the search sequences, once it has diverged
     linears: list[FactorizedLinear] = field(default_factory=list)
     residual_ranks: dict[str, int | None] = field(default_factory=dict)
+
+
+def is_factorized(work: FinishedWork) -> bool:
+    """Whether a factorize stage, of whichever kind, has nothing left to compute."""
+    return work.findings(OUTCOME) is not None
 
 
 def factorize_decoder(
@@ -128,7 +133,7 @@ def factorize_decoder(
     Returns:
         The outcome for the best k: its descriptions, errors, files, and the whole search.
     """
-    found = work.findings(_OUTCOME)
+    found = work.findings(OUTCOME)
     if found is None:
         stage = _FactorizeStage(model, settings, plans, work, sensitivity)
         search = stage.observe_and_try(samples, on_layer)
@@ -141,7 +146,7 @@ def factorize_decoder(
             "search": _SEARCH.dump_python(search),
             "spectra": stage.spectra,
         }
-        work.finish(_OUTCOME, found)
+        work.finish(OUTCOME, found)
         stage.forget_decompositions()
     plan = plans[found["k"]]
     return FactorizeOutcome(

@@ -30,7 +30,7 @@ from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
 from ercsvd_deploy.pipelines.allocation_options import AllocationTask, Storage
 from ercsvd_deploy.pipelines.compressed_prefix import ChosenRanks, emit_on_compressed_prefix
 from ercsvd_deploy.pipelines.descriptions import describe_factorized
-from ercsvd_deploy.pipelines.factorize import AllocatedLinear, FactorizeOutcome
+from ercsvd_deploy.pipelines.factorize import OUTCOME, AllocatedLinear, FactorizeOutcome
 from ercsvd_deploy.pipelines.factorize_linear import (
     LINEARS,
     FactorizedLinear,
@@ -62,7 +62,6 @@ from ercsvd_deploy.samples import Sample
 from ercsvd_deploy.tensor_store import FileStore
 
 _PROBED_RANKS = 3  # at which the damage of quantizing factors is measured
-_OUTCOME = "outcome"
 _ALLOCATION = TypeAdapter(list[AllocatedLinear])
 
 
@@ -82,7 +81,7 @@ def factorize_allocated(
     samples: Sequence[Sample],
     settings: Factorize,
     task: AllocationTask,
-    sensitivity: Sensitivity,
+    sensitivity: Sensitivity | None,
     quantize: Quantize | None,
     work: FinishedWork,
     on_layer: Callable[[], None] = lambda: None,
@@ -94,7 +93,7 @@ def factorize_allocated(
         samples: Calibration sequences.
         settings: The recipe's stage.
         task: Options and budget.
-        sensitivity: Fisher information of the Linears' outputs.
+        sensitivity: Fisher information of the Linears' outputs; not needed if all is finished in `work`.
         quantize: The quantize stage that follows, whose damage counts if the budget is in bits.
         work: Receives `layer-<index>`, the factors of every layer, and `outcome` at the end.
         on_layer: Called after every decoder layer, of the pass and of the damages.
@@ -103,9 +102,10 @@ def factorize_allocated(
         AllocationError: the cheapest options do not fit the budget.
         FactorizationError: a weight or its inputs are not finite, say.
     """
-    stage = _AllocatedStage(model, settings, task, sensitivity, quantize, work)
-    found = work.findings(_OUTCOME)
+    found = work.findings(OUTCOME)
     if found is None:
+        assert sensitivity is not None, "measured where the stage is not finished"
+        stage = _AllocatedStage(model, settings, task, sensitivity, quantize, work)
         stage.observe(samples, on_layer)
         damages, spectra = stage.measure_damages(on_layer)
         picked = allocate(
@@ -125,7 +125,7 @@ def factorize_allocated(
             "spectra": spectra,
             "allocation": [asdict(each) for each in stage.explain(picks, damages)],
         }
-        work.finish(_OUTCOME, found)
+        work.finish(OUTCOME, found)
         stage.forget_decompositions()
     chosen = {name: task.options[name][index] for name, index in found["picks"].items()}
     plan = _rank_plan(model, task, chosen)

@@ -94,14 +94,14 @@ def _stages(
     kept = 0  # what finished stages leave in the work directory
     if recipe.factorize is not None and work.compressed_layers():
         factors = max(_factor_bytes(work, each) for each in described)
+        metrics = 0
         if recipe.factorize.needs_sensitivity:
             metrics = working_memory.output_metrics(work).total * work.architecture.num_layers
             states = working_memory.states(work, _fisher(work)).total
             # Inputs of every layer and outputs of the last; gradients behind a layer and before it.
             yield "sensitivity", _sensitivity(work), (work.architecture.num_layers + 3) * states + metrics
-            kept += metrics
         waiting = sum(_waiting_bytes(work, layer) for layer in work.compressed_layers())
-        yield "factorize", _factorize(work), kept + waiting + factors
+        yield "factorize", _factorize(work), kept + metrics + waiting + factors
         kept += factors
         if recipe.recover is not None:
             kept += factors

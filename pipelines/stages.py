@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from ercsvd_deploy.architecture import Architecture
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.allocation_options import AllocationTask
-from ercsvd_deploy.pipelines.factorize import FactorizeOutcome, factorize_decoder
+from ercsvd_deploy.pipelines.factorize import FactorizeOutcome, factorize_decoder, is_factorized
 from ercsvd_deploy.pipelines.factorize_allocated import factorize_allocated
 from ercsvd_deploy.pipelines.factorize_vision import VisionOutcome, factorize_vision
 from ercsvd_deploy.pipelines.fingerprints import Fingerprints, short_digest
@@ -112,6 +113,11 @@ class RunWork:
             fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, however that happens
             yield FinishedWork(folder, fingerprint)
 
+    def discard(self, name: str) -> None:
+        """Remove a stage's folder, which nothing that is left to do reads; a shared one serves other runs."""
+        if self.shared is None:
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+
 
 @dataclass
 class StageOutcomes:
@@ -200,35 +206,42 @@ def _factorize(
     progress: ProgressReporter,
 ) -> FactorizeOutcome:
     model = compressed.stream()
-    sensitivity = None
-    if settings.needs_sensitivity:
-        assert samples is not None, "the schema asks for calibration where a stage needs it"
-        with (
-            timed(outcomes.seconds, "sensitivity"),
-            work.stage("sensitivity", work.fingerprints.sensitivity) as finished,
-            progress("sensitivity", 2 * model.num_layers) as on_layer,
-        ):
-            fisher_samples = samples[: settings.num_fisher_samples]
-            sensitivity = measure_sensitivity(model, fisher_samples, finished, on_layer)
     emitting = int(settings.compressed_prefix_inputs)  # one more pass
-    if plan.allocation is not None:
-        assert sensitivity is not None
-        assert samples is not None
-        with (
-            timed(outcomes.seconds, "factorize"),
-            work.stage("factorize", work.fingerprints.factorize) as finished,
-            progress(f"{settings.method}, error-controlled", (2 + emitting) * model.num_layers) as on_layer,
-        ):
-            return factorize_allocated(
-                model, samples, settings, plan.allocation, sensitivity, recipe.quantize, finished, on_layer
-            )
-    candidates = f"{len(plan.rank_plans)} candidate{'s' if len(plan.rank_plans) > 1 else ''}"
-    with (
-        timed(outcomes.seconds, "factorize"),
-        work.stage("factorize", work.fingerprints.factorize) as finished,
-        progress(f"{settings.method}, {candidates}", (1 + emitting) * model.num_layers) as on_layer,
-    ):
-        return factorize_decoder(model, samples, settings, plan.rank_plans, finished, on_layer, sensitivity)
+    with work.stage("factorize", work.fingerprints.factorize) as finished:
+        sensitivity = None
+        if settings.needs_sensitivity and not is_factorized(finished):
+            assert samples is not None, "the schema asks for calibration where a stage needs it"
+            with (
+                timed(outcomes.seconds, "sensitivity"),
+                work.stage("sensitivity", work.fingerprints.sensitivity) as measured,
+                progress("sensitivity", 2 * model.num_layers) as on_layer,
+            ):
+                fisher_samples = samples[: settings.num_fisher_samples]
+                sensitivity = measure_sensitivity(model, fisher_samples, measured, on_layer)
+        with timed(outcomes.seconds, "factorize"):
+            if plan.allocation is not None:
+                assert samples is not None
+                title, passes = f"{settings.method}, error-controlled", 2 + emitting
+                with progress(title, passes * model.num_layers) as on_layer:
+                    outcome = factorize_allocated(
+                        model,
+                        samples,
+                        settings,
+                        plan.allocation,
+                        sensitivity,
+                        recipe.quantize,
+                        finished,
+                        on_layer,
+                    )
+            else:
+                count = len(plan.rank_plans)
+                title = f"{settings.method}, {count} candidate{'s' if count > 1 else ''}"
+                with progress(title, (1 + emitting) * model.num_layers) as on_layer:
+                    outcome = factorize_decoder(
+                        model, samples, settings, plan.rank_plans, finished, on_layer, sensitivity
+                    )
+    work.discard("sensitivity")
+    return outcome
 
 
 def _recover(

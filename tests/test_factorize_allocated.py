@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.checkpoint_schema import CheckpointConfig
+from ercsvd_deploy.pipelines import stages
 from ercsvd_deploy.pipelines.factorize_allocated import _interpolate, _spread
 from ercsvd_deploy.pipelines.finished_work import FinishedWork
 from ercsvd_deploy.pipelines.report import REPORT_FILE, Report
@@ -141,6 +143,26 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert hashes(tmp_path / "out") == expected
     assert computed < everything
     assert notes
+
+
+def test_metrics_leave_the_disk_with_the_last_stage_that_reads_them(
+    write_recipe: RecipeWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted behind factorize, a run has no metrics left, and goes on without measuring them again."""
+    quantize = {"quantize": {"bits": 4, "group_size": 32}}
+    recipe = write_recipe(controlled(compression_ratio=0.3, rank_multiple=32), quantize)
+    run(recipe)
+    expected = hashes(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "quantize_decoder", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe)
+    kept = {folder.name for folder in (tmp_path / ".out.work").iterdir() if folder.is_dir()}
+    assert "factorize" in kept
+    assert "sensitivity" not in kept
+    monkeypatch.setattr(stages, "measure_sensitivity", Mock(side_effect=AssertionError))
+    run(recipe)
+    assert hashes(tmp_path / "out") == expected
 
 
 def test_it_is_worth_it_on_a_trained_model(write_recipe: RecipeWriter) -> None:
