@@ -69,6 +69,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # Recovery trains on more sequences than a Gram needs: each of these is seen about once.
 RECOVER: dict[str, Any] = {"recover": {"steps": 256, "batch_size": 4}}
+RECOVER_REPLACED: dict[str, Any] = {"recover": RECOVER["recover"] | {"replaced_tokens": 0.3}}
+RECOVERIES = {"recovered": RECOVER, "recovered, tokens replaced": RECOVER_REPLACED}
 RECOVERY_SAMPLES = 1000
 
 
@@ -113,9 +115,9 @@ def points() -> list[Point]:
                 made.append(Point(model, f"{name}|{ratio}", "parameters", (stage,)))
             for name, settings in OURS_BY_LAYOUT.items():
                 stage = {"factorize": settings | PREFIX | {"compression_ratio": ratio, "rank_multiple": 8}}
-                stages = (stage, RECOVER)
-                label = f"{name}, prefix, recovered|{ratio}"
-                made.append(Point(model, label, "parameters", stages, samples=RECOVERY_SAMPLES))
+                for way, recover in RECOVERIES.items():
+                    label, stages = f"{name}, prefix, {way}|{ratio}", (stage, recover)
+                    made.append(Point(model, label, "parameters", stages, samples=RECOVERY_SAMPLES))
         for bits, group in ((4, 32), (4, 64), (8, 64)):
             stage = {"quantize": {"bits": bits, "group_size": group}}
             made.append(Point(model, f"plain GPTQ-{bits}, groups of {group}", "bits", (stage,)))
@@ -137,11 +139,12 @@ def points() -> list[Point]:
             stage = {"factorize": OURS | PREFIX | {"rank_multiple": 32}}
             target = {"overall_bits": bits, "group_sizes": [32, 64]}
             made.append(Point(model, "ours, low_rank, prefix", "bits", (stage, quantize), target))
-            stages = (stage, quantize, RECOVER)
-            name = "ours, low_rank, prefix, recovered"
-            made.append(Point(model, name, "bits", stages, target, samples=RECOVERY_SAMPLES))
-        name = "plain GPTQ-4, groups of 64; recovered"
-        made.append(Point(model, name, "bits", (quantize, RECOVER), samples=RECOVERY_SAMPLES))
+            for way, recover in RECOVERIES.items():
+                name, stages = f"ours, low_rank, prefix, {way}", (stage, quantize, recover)
+                made.append(Point(model, name, "bits", stages, target, samples=RECOVERY_SAMPLES))
+        for way, recover in RECOVERIES.items():
+            name, stages = f"plain GPTQ-4, groups of 64; {way}", (quantize, recover)
+            made.append(Point(model, name, "bits", stages, samples=RECOVERY_SAMPLES))
     return made
 
 
@@ -353,7 +356,8 @@ def main() -> None:
 ln(perplexity / dense perplexity) on {WINDOWS} windows of 256 tokens of each held-out text; calibration on
 {SAMPLES} sequences of Python source. "ours" is `method: svd_llm, output_metric: fisher, allocation:
 error_controlled`, "prefix" with `compressed_prefix_inputs`, "recovered" with a recover stage of
-{steps} steps of {batch_size} sequences and everything calibrated on {RECOVERY_SAMPLES} sequences. Where
+{steps} steps of {batch_size} sequences and everything calibrated on {RECOVERY_SAMPLES} sequences, "tokens
+replaced" with `replaced_tokens: 0.3` in that stage. Where
 bits are compared there is a `target`, and factors are int4; scales count as bits, embeddings do not.
 
 {chr(10).join(f"{part}{chr(10)}" for part in parts)}"""

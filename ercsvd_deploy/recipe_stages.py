@@ -264,6 +264,13 @@ class Recover(Section):
         description="Highest learning rate, of Muon (scaled like Adam) for factors and, as a share of their "
         "mean, of Adam for scales; it falls to 0 by half a cosine.",
     )
+    replaced_tokens: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="In every second batch of text, replace this share of the tokens by any of the "
+        "vocabulary, so that layers are trained on more than the calibration text; 0.3 is a good value.",
+    )
 
     @property
     def calibration_need(self) -> str:

@@ -8,7 +8,8 @@ No labels and no gradient through more than one layer are needed. Layer by layer
 
 so that a layer also makes up for the errors of those before it. The loss is the squared error of a token as a
 share of its target's energy: the few tokens with huge activations count no more than others. A last part of
-the sequences is not trained on: a layer whose error there does not fall stays as it was.
+the sequences is not trained on: a layer whose error there does not fall stays as it was. Of the others some
+may have tokens replaced: targets are the original's for whatever stands there, so that no text is too odd.
 
 What is trained are the factors of factorized Linears, and of quantized matrices the scales: format and sizes
 stay as they are, and nothing is added that would have to be merged or served. Sources: block-wise
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -214,11 +215,15 @@ class _RecoverStage:
         longest = max(len(sample.tokens) for sample in samples)
         batches = make_batches(samples, self.settings.batch_size * longest)
         order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
-        return [batches[index] for index in order]
+        shuffled = [batches[index] for index in order]
+        training = len(shuffled) - _num_held_out(len(shuffled))
+        vocab_size = self.original.architecture.vocab_size
+        replaced = _with_replaced_tokens(shuffled[:training], self.settings.replaced_tokens, vocab_size)
+        return replaced + shuffled[training:]
 
     def _finish_layer(self, layer: LayerLinears, module: nn.Module, examples: list[_Example]) -> Any:
         """Train a loaded layer and write it down, or what it was if that is better."""
-        held_out = max(1, round(len(examples) * _HELD_OUT_SHARE))
+        held_out = _num_held_out(len(examples))
         training, judging = examples[:-held_out], examples[-held_out:]
         found = [
             _Trained.find(module.get_submodule(layer.local_name(each))) for each in self.trainable(layer)
@@ -316,6 +321,24 @@ class _RecoverStage:
         held = module.state_dict()
         for name, tensor in store.read(store.names()).items():
             held[name.removeprefix(f"{layer.prefix}.")].copy_(tensor)
+
+
+def _num_held_out(batches: int) -> int:
+    """Return how many of so many batches are not trained on: the last ones."""
+    return max(1, round(batches * _HELD_OUT_SHARE))
+
+
+def _with_replaced_tokens(batches: Sequence[Batch], share: float, vocab_size: int) -> list[Batch]:
+    """Return batches of which every second, if it has no pictures, has a share of its tokens drawn anew."""
+    found = list(batches)
+    generator = torch.Generator().manual_seed(0)
+    for index in range(0, len(batches), 2):
+        tokens = batches[index].tokens
+        if share and not batches[index].images:
+            drawn = torch.randint(vocab_size, tokens.shape, generator=generator)
+            is_replaced = torch.rand(tokens.shape, generator=generator) < share
+            found[index] = replace(batches[index], tokens=torch.where(is_replaced, drawn, tokens))
+    return found
 
 
 def _examples(

@@ -18,12 +18,12 @@ from ercsvd_deploy.layerwise import LayerwiseModel
 from ercsvd_deploy.lowrank_linear import LowRankLinear, PivotedLinear, unpack_integers
 from ercsvd_deploy.pipelines.finished_work import FinishedWork
 from ercsvd_deploy.pipelines.model_source import open_model, stream
-from ercsvd_deploy.pipelines.recover import RecoverOutcome, recover_decoder
+from ercsvd_deploy.pipelines.recover import RecoverOutcome, _with_replaced_tokens, recover_decoder
 from ercsvd_deploy.pipelines.report import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.run import run_recipe
 from ercsvd_deploy.pipelines.texts import calibration_windows
 from ercsvd_deploy.recipe import ModelSource, Recover, load_recipe
-from ercsvd_deploy.samples import Sample, make_batches, text_samples
+from ercsvd_deploy.samples import Batch, Sample, make_batches, text_samples
 from ercsvd_deploy.tensor_store import FileStore
 from tests.test_resume import half_run, hashes, whole_run
 from tests.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe
@@ -85,9 +85,13 @@ def test_factors_alone_change_and_outputs_come_nearer(
 PARTS = {"low_rank": ("factor_a", "factor_b"), "pivoted": ("pivot_rows", "other_rows")}
 
 
-def test_reported_errors_are_those_of_the_models(write_recipe: RecipeWriter, llama: Path) -> None:
+@pytest.mark.parametrize("replaced_tokens", [0.0, 0.5])
+def test_reported_errors_are_those_of_the_models(
+    replaced_tokens: float, write_recipe: RecipeWriter, llama: Path
+) -> None:
     """The last layer's error after training, from both whole models' hidden states on the held-out batch."""
-    recipe = load_recipe(write_recipe(HARD, recover(), calibration=CALIBRATION))
+    stage = recover(replaced_tokens=replaced_tokens)
+    recipe = load_recipe(write_recipe(HARD, stage, calibration=CALIBRATION))
     report, directory = run_recipe(recipe)
     assert recipe.calibration is not None
     assert report.recover is not None
@@ -127,7 +131,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 ) -> None:
     hard = {"factorize": HARD["factorize"] | {"rank_multiple": 32}}
     quantize = {"quantize": {"bits": 8, "group_size": 32, "ignore": ["*.layers.0.*"]}}
-    recipe = write_recipe(hard, recover(), quantize, calibration=CALIBRATION)
+    recipe = write_recipe(hard, recover(replaced_tokens=0.3), quantize, calibration=CALIBRATION)
     everything, _ = whole_run(recipe, monkeypatch)
     expected = hashes(tmp_path / "out")
     half_run(recipe, monkeypatch, pieces)
@@ -278,6 +282,28 @@ def test_tokens_of_no_weight_do_not_count(
     for weighed, other, unweighed in zip(*found, strict=True):
         assert asdict(weighed) == pytest.approx(asdict(other), rel=1e-3)
         assert weighed.error_after != pytest.approx(unweighed.error_after, rel=1e-3)
+
+
+def test_replaced_tokens_are_of_the_vocabulary_and_leave_pictures_alone() -> None:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(10, 200, (7, 4, 50), generator=generator)
+    picture = {"pixel_values": torch.zeros(4, 3)}
+    batches = [
+        Batch(each, picture if index == 2 else {}, torch.rand(4, 50), tuple(range(4)))
+        for index, each in enumerate(tokens)
+    ]
+    found = _with_replaced_tokens(batches, 0.3, 250)
+    assert [index for index in range(7) if found[index] is not batches[index]] == [0, 4, 6]
+    for index in (0, 4, 6):
+        changed = found[index].tokens != batches[index].tokens
+        assert 0.2 < float(changed.float().mean()) < 0.4
+        assert 200 <= int(found[index].tokens.max()) < 250
+        assert found[index].token_weights is batches[index].token_weights
+    again = _with_replaced_tokens(batches, 0.3, 250)
+    assert all(torch.equal(one.tokens, other.tokens) for one, other in zip(found, again, strict=True))
+    assert all(
+        one is other for one, other in zip(_with_replaced_tokens(batches, 0.0, 250), batches, strict=True)
+    )
 
 
 REFUSED = {
