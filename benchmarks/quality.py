@@ -16,7 +16,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -107,45 +107,49 @@ class Row:
 
 def points() -> list[Point]:
     """Return everything to measure."""
-    made = []
-    for model in MODELS:
-        for ratio in RATIOS:
-            for name, settings in METHODS.items():
-                stage = {"factorize": {**settings, "compression_ratio": ratio, "rank_multiple": 8}}
-                made.append(Point(model, f"{name}|{ratio}", "parameters", (stage,)))
-            for name, settings in OURS_BY_LAYOUT.items():
-                stage = {"factorize": settings | PREFIX | {"compression_ratio": ratio, "rank_multiple": 8}}
-                for way, recover in RECOVERIES.items():
-                    label, stages = f"{name}, prefix, {way}|{ratio}", (stage, recover)
-                    made.append(Point(model, label, "parameters", stages, samples=RECOVERY_SAMPLES))
-        for bits, group in ((4, 32), (4, 64), (8, 64)):
-            stage = {"quantize": {"bits": bits, "group_size": group}}
-            made.append(Point(model, f"plain GPTQ-{bits}, groups of {group}", "bits", (stage,)))
-        for bits, group in ((3, 64), (2, 64)):
-            name = f"plain GPTQ-{bits}, groups of {group} (no kernel)"
-            made.append(Point(model, name, "bits", (), None, (bits, group)))
-        quantize = {"quantize": {"bits": 4, "group_size": 64}}
-        for ratio in (0.2, 0.4):
-            for method in ("svd_llm", "erc_svd"):
-                settings = {"method": method, "compression_ratio": ratio, "rank_multiple": 32}
-                stages = ({"factorize": settings}, {"quantize": {"bits": 4, "group_size": 32}})
-                made.append(Point(model, f"{method}, best k, {100 * ratio:.0f} % removed", "bits", stages))
-        for layout in ("low_rank", "pivoted"):
-            for bits in BITS:
-                stages = ({"factorize": OURS | {"rank_multiple": 32, "layout": layout}}, quantize)
-                target = {"overall_bits": bits, "group_sizes": [32, 64]}
-                made.append(Point(model, f"ours, {layout}", "bits", stages, target))
-        for bits in BITS:
-            stage = {"factorize": OURS | PREFIX | {"rank_multiple": 32}}
-            target = {"overall_bits": bits, "group_sizes": [32, 64]}
-            made.append(Point(model, "ours, low_rank, prefix", "bits", (stage, quantize), target))
+    return [
+        point for model in MODELS for points_of in (_in_parameters, _in_bits) for point in points_of(model)
+    ]
+
+
+def _in_parameters(model: str) -> Iterator[Point]:
+    for ratio in RATIOS:
+        for name, settings in METHODS.items():
+            stage = {"factorize": {**settings, "compression_ratio": ratio, "rank_multiple": 8}}
+            yield Point(model, f"{name}|{ratio}", "parameters", (stage,))
+        for name, settings in OURS_BY_LAYOUT.items():
+            stage = {"factorize": settings | PREFIX | {"compression_ratio": ratio, "rank_multiple": 8}}
             for way, recover in RECOVERIES.items():
-                name, stages = f"ours, low_rank, prefix, {way}", (stage, quantize, recover)
-                made.append(Point(model, name, "bits", stages, target, samples=RECOVERY_SAMPLES))
+                label, stages = f"{name}, prefix, {way}|{ratio}", (stage, recover)
+                yield Point(model, label, "parameters", stages, samples=RECOVERY_SAMPLES)
+
+
+def _in_bits(model: str) -> Iterator[Point]:
+    for bits, group in ((4, 32), (4, 64), (8, 64)):
+        stage = {"quantize": {"bits": bits, "group_size": group}}
+        yield Point(model, f"plain GPTQ-{bits}, groups of {group}", "bits", (stage,))
+    for bits, group in ((3, 64), (2, 64)):
+        name = f"plain GPTQ-{bits}, groups of {group} (no kernel)"
+        yield Point(model, name, "bits", (), None, (bits, group))
+    quantize = {"quantize": {"bits": 4, "group_size": 64}}
+    for ratio in (0.2, 0.4):
+        for method in ("svd_llm", "erc_svd"):
+            settings = {"method": method, "compression_ratio": ratio, "rank_multiple": 32}
+            stages = ({"factorize": settings}, {"quantize": {"bits": 4, "group_size": 32}})
+            yield Point(model, f"{method}, best k, {100 * ratio:.0f} % removed", "bits", stages)
+    for bits in BITS:
+        target = {"overall_bits": bits, "group_sizes": [32, 64]}
+        for layout in ("low_rank", "pivoted"):
+            stages = ({"factorize": OURS | {"rank_multiple": 32, "layout": layout}}, quantize)
+            yield Point(model, f"ours, {layout}", "bits", stages, target)
+        stage = {"factorize": OURS | PREFIX | {"rank_multiple": 32}}
+        yield Point(model, "ours, low_rank, prefix", "bits", (stage, quantize), target)
         for way, recover in RECOVERIES.items():
-            name, stages = f"plain GPTQ-4, groups of 64; {way}", (quantize, recover)
-            made.append(Point(model, name, "bits", stages, samples=RECOVERY_SAMPLES))
-    return made
+            name, stages = f"ours, low_rank, prefix, {way}", (stage, quantize, recover)
+            yield Point(model, name, "bits", stages, target, samples=RECOVERY_SAMPLES)
+    for way, recover in RECOVERIES.items():
+        name, stages = f"plain GPTQ-4, groups of 64; {way}", (quantize, recover)
+        yield Point(model, name, "bits", stages, samples=RECOVERY_SAMPLES)
 
 
 def measure(point: Point, shared: Path | None = None) -> Row:
