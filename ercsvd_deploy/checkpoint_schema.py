@@ -213,6 +213,10 @@ class CheckpointConfig(BaseModel):
         dict[str, ModuleDescription],
         Field(description="Checkpoint tensor-name prefix of every altered Linear -> what became of it."),
     ]
+    require_kernels: bool = Field(
+        default=False,
+        description="Refuse integer matrices that no kernel multiplies; else they become plain ones.",
+    )
 
     @classmethod
     def read(cls, quantization_config: Any) -> CheckpointConfig:
@@ -245,4 +249,7 @@ class CheckpointConfig(BaseModel):
 
     def write(self) -> dict[str, Any]:
         """Return the JSON object that `read` takes back; the inverse of `read`."""
-        return self.model_dump(mode="json", exclude_none=True)
+        written = self.model_dump(mode="json", exclude_none=True)
+        if not self.require_kernels:  # what says nothing stays readable to earlier releases
+            del written["require_kernels"]
+        return written

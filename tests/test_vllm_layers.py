@@ -353,6 +353,7 @@ def test_integer_matrices_that_no_kernel_takes_are_named(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("ERCSVD_REQUIRE_KERNELS", "1")
     with pytest.raises(ValueError, match=r"q_proj.*16-bit activations: start vLLM with --dtype float16"):
         Served(mixed_model("llama"), torch.float32, monkeypatch)
     compress_at_random(
@@ -365,6 +366,139 @@ def test_integer_matrices_that_no_kernel_takes_are_named(
     )
     with pytest.raises(ValueError, match=r"q_proj.factor_a.* int8 in groups of 32: (?s:.*)CPUWNA16"):
         Served(tmp_path / "int8", torch.float16, monkeypatch)
+
+
+# What no kernel of vLLM's CPU engine takes, beside float32 activations.
+WITHOUT_KERNELS = [
+    {"bits": 8, "group_size": 32, "sym": True},
+    {"bits": 8, "group_size": -1, "sym": True},
+    {"bits": 8, "group_size": 32, "sym": False},
+]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    [(quantization, torch.float16) for quantization in WITHOUT_KERNELS]
+    + [({"bits": 4, "group_size": 32, "sym": sym}, torch.float32) for sym in (True, False)],
+    ids=str,
+)
+def test_matrices_without_a_kernel_are_served_as_plain_ones(
+    quantization: dict[str, Any],
+    dtype: torch.dtype,
+    size: int,
+    tiny_model: ModelDirectory,
+    materialised: Callable[[Path], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told: list[str],
+) -> None:
+    compress_at_random(tiny_model("llama"), tmp_path, quantization=quantization)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    for rank in range(size):
+        for name, layer in Served(tmp_path, dtype, monkeypatch, (rank, size)).ready().items():
+            if ROW_PARALLEL.search(name):
+                continue
+            x = inputs(name, dtype)
+            expected = split_like_vllm(name, expected_outputs(materialised(tmp_path), name, x), rank, size)
+            torch.testing.assert_close(layer(x)[0].double(), expected, rtol=tolerance, atol=tolerance)
+    assert len(told) == size
+    assert "matrices are served as plain" in told[0]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect what the plugin says through vLLM's log."""
+    from ercsvd_deploy.exporters.vllm import quantization_config
+
+    lines: list[str] = []
+    monkeypatch.setattr(quantization_config, "init_logger", lambda _: Mock(warning=lines.append))
+    return lines
+
+
+def _without_operator(*_: Any, **__: Any) -> torch.Tensor:
+    raise AttributeError("'_OpNamespace' '_C' object has no attribute 'cpu_gemm_wna16'")
+
+
+def _wrong_product(x: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.ones(*x.shape[:-1], rows, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("fault", ["no operator", "wrong product", "fails to repack"])
+def test_a_kernel_that_does_not_work_in_this_build_is_not_used(
+    fault: str,
+    mixed_model: ModelDirectory,
+    materialised: Callable[[Path], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    told: list[str],
+) -> None:
+    """`can_implement` says yes on every CPU, but the operator exists in vLLM's AVX-512 builds only."""
+    from vllm.model_executor.kernels.linear.mixed_precision import cpu
+
+    kernel = cpu.CPUWNA16LinearKernel
+    monkeypatch.setattr(kernel, "process_weights_after_loading", lambda *_: None)
+    if fault == "no operator":
+        monkeypatch.setattr(kernel, "apply_weights", _without_operator)
+    elif fault == "wrong product":
+        monkeypatch.setattr(
+            kernel, "apply_weights", lambda _, layer, x, __: _wrong_product(x, layer.output_size)
+        )
+    else:
+        monkeypatch.setattr(
+            kernel, "process_weights_after_loading", lambda _, layer: delattr(layer, "weight_packed")
+        )
+    directory = mixed_model("llama")
+    for name, layer in Served(directory, torch.float16, monkeypatch).ready().items():
+        x = inputs(name, torch.float16)
+        expected = expected_outputs(materialised(directory), name, x)
+        torch.testing.assert_close(layer(x)[0].double(), expected, rtol=2e-2, atol=2e-2)
+    assert len(told) == 1
+    assert "CPUWNA16LinearKernel" in told[0]
+    monkeypatch.setenv("ERCSVD_REQUIRE_KERNELS", "1")
+    served = Served(directory, torch.float16, monkeypatch)
+    served.load()
+    with pytest.raises(ValueError, match="CPUWNA16LinearKernel"):
+        served.finalize()
+
+
+def test_what_plain_matrices_cost_is_told_to_the_byte(
+    mixed_model: ModelDirectory, monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
+    """Against the bytes of all tensors, integers before and plain matrices after."""
+    served = Served(mixed_model("llama"), torch.float32, monkeypatch)
+    before, integers = held(served), 0
+    for layer in served.layers.values():
+        integers += sum(name.endswith("weight_packed") for name, p in layer.named_parameters() if p.numel())
+    monkeypatch.setattr(
+        "vllm.model_executor.layers.linear.UnquantizedLinearMethod.process_weights_after_loading",
+        lambda *_: None,  # vLLM's own repacking would hide the plain matrices
+    )
+    served.ready()
+    assert re.search(rf"{integers} of {integers} integer", told[0])
+    cost = re.search(r"take ([0-9.,]+) MiB more", told[0])
+    assert cost is not None
+    assert float(cost[1]) == round((held(served) - before) / 2**20, 1)
+
+
+def held(served: Served) -> int:
+    """Return the bytes of the layers' parameters."""
+    return sum(p.nbytes for layer in served.layers.values() for p in layer.parameters())
+
+
+def test_config_json_can_require_kernels(
+    mixed_model: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ercsvd_deploy.checkpoint_schema import CheckpointConfig
+
+    described = json.loads((mixed_model("llama") / "config.json").read_text())["quantization_config"]
+    assert "require_kernels" not in CheckpointConfig.read(described).write()
+    required = CheckpointConfig.read(described | {"require_kernels": True})
+    assert CheckpointConfig.read(required.write()).require_kernels
+    monkeypatch.setattr(
+        "ercsvd_deploy.exporters.vllm.quantization_config.CheckpointConfig.read", lambda _: required
+    )
+    with pytest.raises(ValueError, match=r"q_proj.*16-bit activations"):
+        Served(mixed_model("llama"), torch.float32, monkeypatch)
 
 
 def test_weights_cannot_be_replaced_once_served(
@@ -381,7 +515,7 @@ def test_weights_cannot_be_replaced_once_served(
 def test_packing_zero_points_round_trips(bits: int, rows: int) -> None:
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
-    from ercsvd_deploy.exporters.vllm.matrix_kernels import pack_rows, unpack_rows
+    from ercsvd_deploy.exporters.vllm.integer_words import pack_rows, unpack_rows
 
     values = torch.randint(2**bits, (rows, 3), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     packed = pack_rows(values, bits)

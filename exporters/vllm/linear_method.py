@@ -12,15 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from vllm import envs
-from vllm.model_executor.layers.linear import (
+
+from ercsvd_deploy.checkpoint_schema import GUARD, GUARD_SHAPE, CheckpointFormatError, ModuleDescription
+from ercsvd_deploy.exporters.vllm.compatibility import (
     LinearMethodBase,
     QKVParallelLinear,
     UnquantizedLinearMethod,
+    envs,
     register_weight_loader_v2_supported_method,
 )
-
-from ercsvd_deploy.checkpoint_schema import GUARD, GUARD_SHAPE, CheckpointFormatError, ModuleDescription
+from ercsvd_deploy.exporters.vllm.kernel_record import KernelRecord
 from ercsvd_deploy.exporters.vllm.shard_loading import (
     Projection,
     ProjectionLoader,
@@ -40,16 +41,25 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
     Args:
         projections: checkpoint prefix and description (None: as the original model stores it) of each of the
             layer's projections, in output order.
+        record: of the model's kernels.
         check_model: called before the first weight is processed, when all tensors have been loaded; raises if
             any layer of the model lacks one.
+        tell_ready: called when the layer's matrices are in their kernels' layouts.
     """
 
     def __init__(
-        self, projections: Sequence[tuple[str, ModuleDescription | None]], check_model: Callable[[], None]
+        self,
+        projections: Sequence[tuple[str, ModuleDescription | None]],
+        record: KernelRecord,
+        *,
+        check_model: Callable[[], None],
+        tell_ready: Callable[[], None],
     ) -> None:
         super().__init__()
         self._described = list(projections)
+        self._record = record
         self._check_model = check_model
+        self._tell_ready = tell_ready
         self._loaders: list[ProjectionLoader] = []
         self._stacked: StackedLinear | None = None
 
@@ -67,7 +77,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
 
         Raises:
             CheckpointFormatError: config.json describes other projections or shapes than the model has.
-            ValueError: vLLM has no kernel for one of the integer matrices.
+            ValueError: this rank's columns cut a group of an integer matrix, or kernels are required and vLLM
+                has none for one.
         """
         full_sizes = _full_output_sizes(layer, output_size)
         names = [name for name, _ in self._described]
@@ -91,7 +102,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
             projection = Projection(name, description, rows, columns)
             projection.check_pivots()
             projections.append(projection)
-        stacked = StackedLinear(projections, params_dtype, allow_op=not envs.VLLM_BATCH_INVARIANT)
+        stacked = StackedLinear(
+            projections, params_dtype, self._record, allow_op=not envs.VLLM_BATCH_INVARIANT
+        )
         layer.register_module(_STACKED, stacked)
         self._stacked, self._loaders = stacked, stacked.loaders
         add_gates(layer, params_dtype, self._load)
@@ -109,6 +122,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
         self._check_model()
         getattr(layer, _STACKED).finalize()
         self._stacked, self._loaders = None, []
+        self._tell_ready()
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return the layer's output on this rank, [..., sum of local outputs]."""

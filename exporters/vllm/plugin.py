@@ -9,15 +9,23 @@ A user who sets `VLLM_PLUGINS` must name `ercsvd` in it.
 
 from __future__ import annotations
 
+import multiprocessing
+
 from ercsvd_deploy.checkpoint_schema import QUANT_METHOD
 
 
 def register() -> None:
-    """Make `quant_method: ercsvd` known to vLLM; further calls change nothing."""
-    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+    """Make `quant_method: ercsvd` known to vLLM; further calls change nothing.
 
-    if QUANT_METHOD in QUANTIZATION_METHODS:
+    A release of vLLM that was not tested is told once, in one line, and tried all the same.
+    """
+    from ercsvd_deploy.exporters.vllm import compatibility
+
+    if QUANT_METHOD in compatibility.QUANTIZATION_METHODS:
         return
+    untested = compatibility.untested_release()
+    if untested and multiprocessing.parent_process() is None:  # vLLM's children need not repeat it
+        compatibility.init_logger("vllm.ercsvd").warning("%s; it may work all the same", untested)
     from ercsvd_deploy.exporters.vllm.quantization_config import ErcSvdConfig
 
-    register_quantization_config(QUANT_METHOD)(ErcSvdConfig)
+    compatibility.register_quantization_config(QUANT_METHOD)(ErcSvdConfig)

@@ -11,7 +11,6 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from ercsvd_deploy.checkpoint_schema import (
     QUANT_METHOD,
@@ -19,6 +18,14 @@ from ercsvd_deploy.checkpoint_schema import (
     CheckpointFormatError,
     ModuleDescription,
 )
+from ercsvd_deploy.exporters.vllm.compatibility import (
+    QuantizationConfig,
+    get_current_vllm_config_or_none,
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    init_logger,
+)
+from ercsvd_deploy.exporters.vllm.kernel_record import KernelRecord
 
 if TYPE_CHECKING:
     from ercsvd_deploy.exporters.vllm.linear_method import LowRankLinearMethod, UnalteredLinearMethod
@@ -31,6 +38,7 @@ _USUAL_FUSIONS = {
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
 _MOST_PROBLEMS_SHOWN = 40
+_LOGGER = "vllm.ercsvd"  # below vLLM's own, so that its level and format hold
 
 
 class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes are Any to mypy
@@ -55,6 +63,8 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         self._matched: set[str] = set()
         self._layers_here: set[str] = set()
         self._reads_checkpoint = True
+        self._kernels = KernelRecord(is_required=checkpoint.require_kernels)
+        self._num_unready = 0
 
     @classmethod
     def get_name(cls) -> str:
@@ -62,7 +72,7 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Return the activation dtypes; int4 and int8 matrices refuse float32 when they are created."""
+        """Return the activation dtypes; in float32 integer matrices are served as plain ones."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
@@ -90,8 +100,7 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         Attention, embeddings and the LM head get None, vLLM's sign for "not quantized".
         """
         # Imported here: they load vLLM's kernels, which the processes that only read the config do not need.
-        from vllm.model_executor.layers.linear import LinearBase
-
+        from ercsvd_deploy.exporters.vllm.compatibility import LinearBase
         from ercsvd_deploy.exporters.vllm.linear_method import LowRankLinearMethod, UnalteredLinearMethod
 
         if not isinstance(layer, LinearBase):
@@ -106,7 +115,10 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         method: LowRankLinearMethod | UnalteredLinearMethod
         if any(described):
             projections = [found or (name, None) for name, found in zip(names, described, strict=True)]
-            method = LowRankLinearMethod(projections, self.check_loaded)
+            method = LowRankLinearMethod(
+                projections, self._kernels, check_model=self.check_loaded, tell_ready=self._layer_is_ready
+            )
+            self._num_unready += 1
         else:
             method = UnalteredLinearMethod(names, self.check_loaded)
         self._unchecked.append(method)
@@ -140,6 +152,13 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
                 + "\nThe directory is incomplete or was edited: export or copy it again."
             )
 
+    def _layer_is_ready(self) -> None:
+        """Say in one line, behind the last layer, what is served without a kernel."""
+        self._num_unready -= 1
+        summary = self._kernels.summary() if self._num_unready == 0 else None
+        if summary and get_tensor_model_parallel_rank() == 0:
+            init_logger(_LOGGER).warning(summary)
+
     def _projection_names(self, prefix: str) -> list[str]:
         if canonical_name(prefix) in self._modules:
             return [prefix]
@@ -149,8 +168,6 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
 
     def _may_be_elsewhere(self, canonical: str) -> bool:
         """Whether a module may live on another pipeline-parallel rank."""
-        from vllm.distributed import get_pp_group
-
         layer_path = _LAYER_PATH.match(canonical)
         is_absent = layer_path is None or layer_path[0] not in self._layers_here
         return get_pp_group().world_size > 1 and is_absent
@@ -163,7 +180,5 @@ def canonical_name(name: str) -> str:
 
 def _load_format() -> str:
     """Return vLLM's --load-format; `dummy` loads no tensors at all (vLLM's benchmarks use it)."""
-    from vllm.config import get_current_vllm_config_or_none
-
     config = get_current_vllm_config_or_none()
     return "auto" if config is None else str(config.load_config.load_format)

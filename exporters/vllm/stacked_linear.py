@@ -13,7 +13,7 @@ sums the ranks' outputs, which is right because B is linear. The same goes for p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from torch import nn
 from ercsvd_deploy.checkpoint_schema import WeightQuantization
 from ercsvd_deploy.exporters.vllm import ops  # noqa: F401 - defines torch.ops.ercsvd
 from ercsvd_deploy.exporters.vllm.kernel_limits import BLOCK
+from ercsvd_deploy.exporters.vllm.kernel_record import KernelRecord
 from ercsvd_deploy.exporters.vllm.matrix_kernels import Matrix, PackedMatrix, PlainMatrix
 from ercsvd_deploy.exporters.vllm.shard_loading import (
     OrderPlacement,
@@ -49,6 +50,7 @@ class StackedLinear(nn.Module):
     Args:
         projections: the layer's projections, in output order.
         dtype: of the activations.
+        record: of the model's kernels.
         allow_op: whether the registered operator may be used.
 
     Raises:
@@ -57,16 +59,17 @@ class StackedLinear(nn.Module):
 
     order: torch.Tensor | None
 
-    def __init__(self, projections: Sequence[Projection], dtype: torch.dtype, *, allow_op: bool) -> None:
+    def __init__(
+        self, projections: Sequence[Projection], dtype: torch.dtype, record: KernelRecord, *, allow_op: bool
+    ) -> None:
         super().__init__()
+        self._record = record
         self._dtype = dtype
         self._allow_op = allow_op
         self._uses_op = False
         self._stacks = [self._stack(projections, members) for members in _alike(projections)]
         self._seconds = [self._second(projection) for projection in projections]
-        self._matrices = [stack.matrix for stack in self._stacks]
-        self._matrices += [second.matrix for second in self._seconds if second is not None]
-        self.matrices = nn.ModuleList(self._matrices)
+        self._register_matrices()
         orders = self._order_outputs(projections)
         self.loaders = [
             ProjectionLoader(projection, self._placements(index, projection), orders[index])
@@ -74,13 +77,17 @@ class StackedLinear(nn.Module):
         ]
 
     def finalize(self) -> None:
-        """Bring every loaded matrix into its kernel's layout."""
-        for matrix in self._matrices:
-            matrix.finalize()
+        """Bring every loaded matrix into its kernel's layout, or into a plain one where no kernel works."""
+        self._stacks = [replace(stack, matrix=stack.matrix.finalize()) for stack in self._stacks]
+        self._seconds = [
+            None if second is None else replace(second, matrix=second.matrix.finalize())
+            for second in self._seconds
+        ]
+        self._register_matrices()
         self._uses_op = (
             self._allow_op
             and len(self._stacks) == 1
-            and all(matrix.is_plain_tensor for matrix in self._matrices)
+            and all(matrix.is_plain_tensor for matrix in self._matrices())
         )
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -111,6 +118,13 @@ class StackedLinear(nn.Module):
             joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         # added here rather than by a GEMM: vLLM's repacking changes the dtype of a bias it is told of
         return joined if bias is None else joined + bias
+
+    def _matrices(self) -> list[Matrix]:
+        seconds = [second.matrix for second in self._seconds if second is not None]
+        return [stack.matrix for stack in self._stacks] + seconds
+
+    def _register_matrices(self) -> None:
+        self.matrices = nn.ModuleList(self._matrices())
 
     def _stack(self, projections: Sequence[Projection], members: Sequence[int]) -> _Stack:
         stacked = [projections[index] for index in members]
@@ -186,13 +200,7 @@ class StackedLinear(nn.Module):
     ) -> Matrix:
         if quantization is None:
             return PlainMatrix(*shape, self._dtype)
-        try:
-            return PackedMatrix(shape, full_shape, quantization, self._dtype)
-        except ValueError as error:
-            raise ValueError(
-                f"{name}: cannot serve {list(shape)} (of {list(full_shape)} over all ranks) with "
-                f"int{quantization.bits} in groups of {quantization.group_size}: {error}"
-            ) from error
+        return PackedMatrix(name, shape, full_shape, quantization, self._dtype, self._record)
 
     def _placements(self, index: int, projection: Projection) -> dict[str, Placement]:
         stack = next(stack for stack in self._stacks if index in stack.projections)

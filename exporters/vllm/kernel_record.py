@@ -1,0 +1,81 @@
+"""Which integer matrices of a model have a working kernel, and what it costs to serve the others without one.
+
+vLLM says which kernel takes a matrix, but not whether what the kernel calls is there: its CPU builds share
+their Python and differ in their operators. So the first matrix of every kind is tried when it has been
+loaded, and a kind whose kernel fails, or gives other numbers than the stored integers stand for, is served as
+plain matrices. One record belongs to one served model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Hashable
+
+REQUIRE_KERNELS = "ERCSVD_REQUIRE_KERNELS"  # environment variable
+
+
+class KernelError(ValueError):
+    """An integer matrix has no working kernel, and one is required."""
+
+
+class KernelRecord:
+    """What is known of a model's integer matrices.
+
+    Args:
+        is_required: Whether a matrix without a kernel is an error; the environment variable
+            `ERCSVD_REQUIRE_KERNELS` says so too.
+    """
+
+    def __init__(self, is_required: bool = False) -> None:
+        self._is_required = is_required or os.environ.get(REQUIRE_KERNELS, "") not in ("", "0")
+        self._trials: dict[Hashable, str | None] = {}  # kind of matrix -> why its kernel failed
+        self._reasons: Counter[str] = Counter()
+        self._num_served = 0
+        self._dtype = ""
+        self._extra_bytes = 0
+
+    def was_tried(self, kind: Hashable) -> bool:
+        """Return whether a matrix of this kind has been tried."""
+        return kind in self._trials
+
+    def failure(self, kind: Hashable) -> str | None:
+        """Return why the kernel of this kind failed; None if it works or was not tried."""
+        return self._trials.get(kind)
+
+    def tried(self, kind: Hashable, failure: str | None) -> None:
+        """Note how the trial of a kind ended."""
+        self._trials[kind] = failure
+
+    def served_by_kernel(self) -> None:
+        """Count a matrix that its kernel multiplies."""
+        self._num_served += 1
+
+    def require(self, reason: str) -> None:
+        """Refuse a matrix without a kernel if kernels are required.
+
+        Raises:
+            KernelError: they are.
+        """
+        if self._is_required:
+            raise KernelError(
+                f"{reason}\n({REQUIRE_KERNELS}, or require_kernels in config.json, forbids plain ones)"
+            )
+
+    def served_plain(self, reason: str, dtype: str, extra_bytes: int) -> None:
+        """Count a matrix that is served as a plain one of `dtype`, for `extra_bytes` more on this rank."""
+        self._dtype = dtype
+        self._reasons[reason.splitlines()[0].rstrip(":")] += 1
+        self._extra_bytes += extra_bytes
+
+    def summary(self) -> str | None:
+        """Return one line on the matrices that are served without their integers; None if there are none."""
+        num_plain = sum(self._reasons.values())
+        if not num_plain:
+            return None
+        reasons = "; ".join(f"{reason} ({count} matrices)" for reason, count in self._reasons.most_common())
+        return (
+            f"ercsvd: {num_plain} of {num_plain + self._num_served} integer matrices are served as plain "
+            f"{self._dtype} ones, which take {self._extra_bytes / 2**20:,.1f} MiB more memory on each rank: "
+            f"{reasons}. The numbers are the same; {REQUIRE_KERNELS}=1 makes this an error."
+        )
