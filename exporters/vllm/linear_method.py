@@ -22,12 +22,11 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
     register_weight_loader_v2_supported_method,
 )
 from ercsvd_deploy.exporters.vllm.kernel_record import KernelRecord
+from ercsvd_deploy.exporters.vllm.layer_plan import Projection, keep_of_rank
 from ercsvd_deploy.exporters.vllm.shard_loading import (
-    Projection,
     ProjectionLoader,
     ShardId,
     add_gates,
-    keep_of_rank,
     shard_index,
 )
 from ercsvd_deploy.exporters.vllm.stacked_linear import StackedLinear
