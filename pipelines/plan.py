@@ -18,7 +18,7 @@ from ercsvd_deploy.architecture import (
     reads_images,
 )
 from ercsvd_deploy.checkpoint_schema import ModuleDescription
-from ercsvd_deploy.exporters.vllm.kernel_choice import KernelUse, choose_kernels
+from ercsvd_deploy.exporters.vllm.kernel_choice import KernelUse, ask_kernels, plan_matrices
 from ercsvd_deploy.pipelines.allocation_options import AllocationTask, allocation_task
 from ercsvd_deploy.pipelines.components import Component, describe_components
 from ercsvd_deploy.pipelines.factorize_vision import describe_vision, plan_vision_ranks
@@ -90,10 +90,19 @@ class Plan:
     num_bytes: int
     candidates: tuple[CandidatePlan, ...]
     estimate: Estimate  # of memory, disk and time on this machine
-    kernels: tuple[KernelUse, ...]  # that vLLM will use, of the candidate with the most compressed layers
+    kernels: tuple[KernelUse, ...]  # matrices of the candidate with the most compressed layers
     output: str | None  # where the recipe writes to
     patterns: tuple[PatternMatch, ...] = ()  # what the quantize stage's patterns matched
     warnings: tuple[str, ...] = ()
+    kernel_source: str | None = None  # the vLLM that chose the kernels; None: it was not asked
+    kernel_problem: str | None = None  # why it gave no answer
+
+    def with_kernels(self) -> Plan:
+        """Return the plan with the kernels that vLLM chooses; asking takes as long as importing vLLM."""
+        answers = ask_kernels(self.kernels, self.dtype)
+        return replace(
+            self, kernels=answers.uses, kernel_source=answers.source, kernel_problem=answers.problem
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
@@ -301,7 +310,7 @@ def make_plan(recipe: Recipe, *, device: torch.device | None = None) -> Plan:
         num_bytes=architecture.total_parameters * element,
         candidates=candidates,
         estimate=estimate(work, described, [each.num_bytes for each in candidates], device),
-        kernels=choose_kernels(described[-1], architecture, sizes),
+        kernels=plan_matrices(described[-1], architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=quantize_plan.matches,
         warnings=(*_allocation_note(recipe), *serving_warnings(quantize_plan, dtype)),
