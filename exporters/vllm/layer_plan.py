@@ -1,4 +1,4 @@
-"""Which matrices a layer multiplies on one tensor-parallel rank, as shapes and storage; no torch, no vLLM.
+"""Which matrices a layer multiplies on one tensor-parallel rank, as shapes and storage; vLLM is not needed.
 
 The plugin allocates what is planned here, and `ercsvd plan` asks vLLM for kernels for the same matrices.
 """
