@@ -98,6 +98,18 @@ def test_this_cpu_is_told_what_it_can_do(answers: dict[tuple[Any, ...], KernelUs
 
 
 @pytest.mark.vllm
+def test_rocm_can_be_asked_too() -> None:
+    int4, int8 = ({**storage.model_dump(), "shape": (128, 4096)} for storage in (STORAGES[3], STORAGES[11]))
+    matrices = [{**matrix, "full_shape": matrix["shape"]} for matrix in (int4, int8)]
+    question = {"kind": "ROCM", "capability": (9, 4), "dtype": "float16"}
+    [[for_int4, for_int8]] = kernel_choice._ask_vllm({"matrices": matrices, "questions": [question]})[
+        "answers"
+    ]
+    assert for_int4["kernel"] == "TritonW4A16LinearKernel"
+    assert for_int8["kernel"] == "ExllamaLinearKernel"
+
+
+@pytest.mark.vllm
 def test_a_cpu_without_avx512_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{LIMITED_CPU}:{Path(__file__).parents[1]}")
     monkeypatch.setenv("ERCSVD_TEST_CPU", "avx2")

@@ -12,6 +12,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 TESTED_RELEASES = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
@@ -186,6 +187,11 @@ def platform_of(kind: str, capability: tuple[int, int] | None) -> Any:
         from vllm.platforms.cpu import CpuPlatform
 
         return CpuPlatform()
+    if kind == "ROCM":
+        # kernels ask this module for the chip, and it asks the driver: here it is a data-centre one (MI300)
+        chip = ModuleType("vllm.platforms.rocm")
+        vars(chip)["__getattr__"] = lambda name: lambda *_: name == "on_mi3xx"
+        sys.modules[chip.__name__] = chip
 
     class StubbedPlatform(Platform):  # type: ignore[misc]  # vLLM's classes are Any to mypy
         _enum = PlatformEnum[kind]
