@@ -66,7 +66,7 @@ def materialised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], P
 @pytest.fixture(scope="session")
 def fuzz_log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FuzzLog]:
     """Count cases and distinct errors of the fuzz tests; they end in `fuzz.json` below pytest's basetemp."""
-    # here, so that the environments of other vLLM releases need neither hypothesis nor the pipelines' libraries
+    # here: environments of other vLLM releases have neither hypothesis nor the libraries of the pipelines
     from tests.fuzz_strategies import FuzzLog
 
     log = FuzzLog()
