@@ -154,10 +154,13 @@ def serving_warnings(plan: QuantizePlan, dtype: str) -> list[str]:
     stored = [storage for storage in plan.storage.values() if storage is not None]
     warnings = []
     if any(storage.bits == 8 for storage in stored):
-        warnings.append("quantize: vLLM's CPU build has no 8-bit kernel; this model needs a GPU")
+        warnings.append(
+            "quantize: vLLM has no kernel for 8-bit weights on a CPU; it would hold these matrices in 16 bits"
+        )
     if stored and dtype == "float32":
         warnings.append(
-            "quantize: integer kernels compute in 16 bits; serve with --dtype float16 or bfloat16"
+            "quantize: vLLM's integer kernels compute in 16 bits; served in float32 the matrices take 32. "
+            "Start vLLM with --dtype float16 or bfloat16"
         )
     return warnings
 
