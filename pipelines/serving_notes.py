@@ -37,7 +37,7 @@ def serving_warnings(
     if unaligned:
         first = unaligned[0]
         warnings.append(
-            f"quantize: {len(unaligned)} integer matrices have rows or columns on a rank that are no "
+            f"quantize: {len(unaligned)} integer matrices have rows or columns on a GPU that are no "
             f"multiple of {BLOCK} ({first.name} is {first.rows} x {first.columns} at tensor parallel size "
             f"{first.tensor_parallel_size}, say): GPU kernels pad them; where no kernel takes them, as on a "
             "CPU, they are served as plain ones"
@@ -95,8 +95,8 @@ def _fitting_notes(
         which = f"{len(names)} matrices ({names[0]}, say)"
         if storage is None:
             notes.append(
-                f"quantize: {which} stay plain: their columns on a rank are no whole {WORD_BITS}-bit words "
-                f"at tensor parallel sizes {sizes}"
+                f"quantize: {which} stay plain: columns on a GPU, or the rank, are no whole {WORD_BITS}-bit "
+                f"words at tensor parallel sizes {sizes}"
             )
             continue
         groups = "one scale a row, which may cost accuracy"
