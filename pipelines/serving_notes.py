@@ -28,10 +28,9 @@ def serving_warnings(
     """
     storages = [storage for each in described.values() for _, storage in each.parts.values() if storage]
     warnings = _fitting_notes(plan, described, tensor_parallel_sizes)
-    if any(storage.bits == 8 or not storage.sym for storage in storages):
+    if any(storage.bits == 8 for storage in storages):
         warnings.append(
-            "quantize: vLLM's CPU build has no kernel for 8-bit integers or zero points; on a CPU such "
-            "matrices are served as plain ones, in the memory that those take"
+            "quantize: vLLM has no kernel for 8-bit weights on a CPU; it would hold these matrices in 16 bits"
         )
     unaligned = find_unaligned(described, architecture, tensor_parallel_sizes)
     if unaligned:
@@ -44,8 +43,8 @@ def serving_warnings(
         )
     if storages and dtype == "float32":
         warnings.append(
-            "quantize: integer kernels compute in 16 bits; serve with --dtype float16 or bfloat16, or the "
-            "matrices are served as plain ones"
+            "quantize: vLLM's integer kernels compute in 16 bits; served in float32 the matrices take 32. "
+            "Start vLLM with --dtype float16 or bfloat16"
         )
     return warnings
 
