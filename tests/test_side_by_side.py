@@ -15,7 +15,7 @@ from ercsvd_deploy.layerwise import MAX_TOKENS_PER_BATCH, InputStatistics, Layer
 from ercsvd_deploy.pipelines.run import run_recipe
 from ercsvd_deploy.recipe import load_recipe
 from ercsvd_deploy.samples import Sample, text_samples
-from ercsvd_deploy.side_by_side import is_small, map_side_by_side
+from ercsvd_deploy.side_by_side import is_small, map_side_by_side, num_at_once
 from ercsvd_deploy.tensor_store import open_directory
 from tests.conftest import ModelDirectory
 from tests.test_resume import STAGES, hashes
@@ -74,6 +74,21 @@ def test_each_item_has_one_core_and_afterwards_all_is_as_before(cores: Callable[
     thread.start()
     thread.join()
     assert found == [3]
+
+
+def test_every_cpu_is_used_unless_fewer_threads_were_asked_for(
+    cores: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores(1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: {0, 1})  # one core, two CPUs
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("ercsvd_deploy.side_by_side._THREADS_AT_START", 1)
+    assert num_at_once() == 2
+    monkeypatch.setattr("ercsvd_deploy.side_by_side._THREADS_AT_START", 2)  # and then set to 1
+    assert num_at_once() == 1
+    monkeypatch.setattr("ercsvd_deploy.side_by_side._THREADS_AT_START", 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert num_at_once() == 1
 
 
 @pytest.mark.parametrize("recording", [True, False])
