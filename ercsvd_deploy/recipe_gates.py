@@ -89,7 +89,7 @@ class Gates(Section):
         description="The export is loaded in vLLM, which must be installed, at every size of "
         "`serving.tensor_parallel_sizes` for which this machine has the GPUs (or, for vLLM's CPU build, the "
         "cores), and must compute there what it should. A number is the `mean_difference` of the mapping "
-        "below.",
+        "below. Where vLLM fails, all it printed is kept beside the export, as `NAME.vllm.log`.",
     )
     built_in_text: bool = Field(
         default=True,

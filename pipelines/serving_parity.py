@@ -52,14 +52,6 @@ class ServingFailure:
     excerpt: str  # what it printed about that
     log: str | None  # file with all that vLLM printed; None if it was not started
 
-    def explain(self) -> str:
-        """Return the failure for people, the exception on as many lines as it has."""
-        first = f" ({self.process} failed first)" if self.process else ""
-        log = f"\nThe whole log: {self.log}" if self.log else ""
-        return (
-            f"vLLM failed at tensor-parallel size {self.tensor_parallel_size}{first}:\n{self.exception}{log}"
-        )
-
 
 @dataclass(frozen=True)
 class ServingParity:

@@ -40,7 +40,8 @@ def score(engine: dict[str, Any], prompts: list[dict[str, Any]], num_decoded: in
     answer = {
         "vllm": vllm.__version__,
         "compiled": int(compilation.mode or 0) > 0,
-        "cuda_graphs": bool(compilation.cudagraph_mode and compilation.cudagraph_capture_sizes),
+        "cuda_graphs": compilation.cudagraph_mode.name != "NONE"
+        and bool(compilation.cudagraph_capture_sizes),
         "outputs": [
             {
                 "prompt": list(output.prompt_token_ids),
