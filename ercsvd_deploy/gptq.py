@@ -20,6 +20,7 @@ import io
 import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -438,11 +439,21 @@ def _silenced_log() -> Iterator[None]:
 
 @functools.cache
 def _import_gptqmodel() -> tuple[Any, Any]:
-    """Import gptqmodel's GPTQ and QuantizeConfig and undo what the import does to the process.
+    """Import gptqmodel's GPTQ and QuantizeConfig on the first call.
 
-    The import takes ten seconds, so it waits for the first matrix. It prints a banner, configures the root
-    logger and points HF_HOME to a folder of its own; importing transformers first keeps the caches where
-    they are, and the rest is put back.
+    The import takes ten seconds, so it waits for the first matrix. In a thread of its own, because libraries
+    that it tries in vain leave an exception with its traceback behind, which holds every frame below, and so
+    the Grams and activations in them, until the process ends.
+    """
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(_import_undoing_side_effects).result()
+
+
+def _import_undoing_side_effects() -> tuple[Any, Any]:
+    """Import GPTQ and QuantizeConfig, and undo what the import does to the process.
+
+    It prints a banner, configures the root logger and points HF_HOME to a folder of its own; importing
+    transformers first keeps the caches where they are, and the rest is put back.
     """
     import transformers.utils.hub  # noqa: F401 - reads the cache locations before gptqmodel moves them
 

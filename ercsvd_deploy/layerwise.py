@@ -278,6 +278,13 @@ class LayerwiseModel:
                 self._layer_arguments.setdefault(batch.tokens.shape, calls)
         return hidden
 
+    def forget_inputs(self) -> None:
+        """Let go of what `embed` noted for the layers: masks and rotary embeddings on the device.
+
+        Nothing on the device is held between passes but these; the next `embed` notes them again.
+        """
+        self._layer_arguments.clear()
+
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Load decoder layer `index`; it is forgotten when the context ends.

@@ -10,10 +10,12 @@ import torch
 from ercsvd_deploy.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.evaluate import run_lm_eval
 from ercsvd_deploy.pipelines.gates import judge_gates
+from ercsvd_deploy.pipelines.parity_prompts import make_prompts
 from ercsvd_deploy.pipelines.report import Report
 from ercsvd_deploy.pipelines.report_files import write_report_files
 from ercsvd_deploy.pipelines.run_data import RunData
 from ercsvd_deploy.pipelines.serving_parity import measure_parity
+from ercsvd_deploy.pipelines.stages import timed
 from ercsvd_deploy.recipe_schema import LmEval, Recipe
 
 
@@ -38,15 +40,12 @@ def finish_report(
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             report.warnings.append(f"lm-eval did not finish: {error}")
     if gates is not None and gates.serving_parity is not None:
+        prompts = make_prompts(data.texts, data.picture_prompts, compressed.config)
         try:
-            parity = measure_parity(
-                export,
-                compressed,
-                data.texts,
-                min(recipe.serving.tensor_parallel_sizes),
-                recipe.model.trust_remote_code,
-            )
+            with timed(report.seconds, "serving parity"):
+                parity = measure_parity(export, compressed, prompts, recipe)
             report = replace(report, serving=parity)
+            report.warnings.extend(parity.warnings())
         except (ValueError, OSError, RuntimeError) as error:
             report.warnings.append(f"serving parity was not measured: {error}")
     if gates is not None:

@@ -178,6 +178,7 @@ def compress_and_judge(
     with timed(outcomes.seconds, "evaluate"):
         candidate = compressed.stream()
         comparison = _compare(original, candidate, prepared.data, work, progress)
+    original.forget_inputs()  # it has been run for the last time: vLLM, later, is to find the GPU empty
     recoveries = [each for each in (outcomes.recovered, outcomes.recovered_quantized) if each is not None]
     not_recovered = [warning for each in recoveries for warning in each.warnings()]
     report = Report(
