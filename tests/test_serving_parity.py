@@ -395,7 +395,11 @@ def test_memory_is_given_back_before_it_is_counted(
     events: list[str] = []
 
     def note(event: str, answer: Any = None) -> Callable[..., Any]:
-        return lambda *_arguments: events.append(event) or answer
+        def noting(*_arguments: Any) -> Any:
+            events.append(event)
+            return answer
+
+        return noting
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
