@@ -70,7 +70,7 @@ def factor_hessian(hessian: Tensor, *, damping: float, desc_act: bool) -> Hessia
         # Pivots of a positive semi-definite matrix plus d I are at least d. Smaller ones are made of rounding
         # errors, which feedback would multiply.
         if not bool(failed) and bool((lower.diagonal().square() >= 0.5 * damping * mean).all()):
-            unit = (lower / lower.diagonal()).float()
+            unit = lower.div_(lower.diagonal().clone()).float()
             return HessianFactor(order, unit.flip(0, 1).T.contiguous())
         damping *= 10
     raise ValueError("the Gram is not positive semi-definite, so it is no sum of x x^T")
