@@ -1,11 +1,11 @@
 """GPTQ's column loop beside gptqmodel's, in one process: seconds and losses of the same work.
 
-Random weights; inputs whose features are correlated and unequally strong. Both get the weight and the Gram of
-the inputs and make 4-bit integers of it (symmetric, groups of 64, columns in order of falling activation
-energy): the grid, the factorization of the Gram, the loop. Matrices that share inputs are one call of ours and
-one call each of gptqmodel's. Runs of both take turns; of each, the fastest counts.
+Random weights; inputs whose features are correlated and unequally strong. Both get the weight and the Gram
+of the inputs and make 4-bit integers of it (symmetric, groups of 64, columns in order of falling activation
+energy): the grid, the factorization of the Gram, the loop. Matrices that share inputs are one call of ours
+and one call each of gptqmodel's. Runs of both take turns; of each, the fastest counts.
 
-    flock -n /tmp/lock .venv/bin/python benchmarks/gptq_loop.py
+    python benchmarks/gptq_loop.py
 """
 
 from __future__ import annotations
