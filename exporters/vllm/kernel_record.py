@@ -95,4 +95,6 @@ def _requires_kernels(value: str) -> bool:
         return False
     if word in ("1", "true", "yes", "on"):
         return True
-    raise ValueError(f"{REQUIRE_KERNELS} is {value!r}; set it to 1 to require kernels, to 0 or not at all if not")
+    raise ValueError(
+        f"{REQUIRE_KERNELS} is {value!r}; set it to 1 to require kernels, to 0 or not at all if not"
+    )
