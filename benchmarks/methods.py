@@ -22,19 +22,19 @@ from pathlib import Path
 import torch
 from results_file import environment, markdown_table, write_results
 
-from ercsvd_deploy.calibration import load_tokenizer
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig
-from ercsvd_deploy.evaluation import perplexities
-from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.pipelines.factorize import factorize_decoder
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.model_source import OpenedModel, open_model, stream
-from ercsvd_deploy.pipelines.plan import rank_plans
-from ercsvd_deploy.pipelines.texts import calibration_windows, evaluation_windows
-from ercsvd_deploy.recipe import load_recipe
-from ercsvd_deploy.recipe_schema import Recipe
-from ercsvd_deploy.samples import text_samples
-from ercsvd_deploy.tensor_store import FileStore, OverlayStore, TensorStore
+from ercsvd_deploy.data.samples import text_samples
+from ercsvd_deploy.data.texts import load_tokenizer
+from ercsvd_deploy.evaluation.perplexity import perplexities
+from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.format.tensor_store import FileStore, OverlayStore, TensorStore
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.inputs.model import OpenedModel, open_model, stream
+from ercsvd_deploy.pipelines.inputs.texts import calibration_windows, evaluation_windows
+from ercsvd_deploy.pipelines.planning.plan import rank_plans
+from ercsvd_deploy.pipelines.stages.factorize.last_layers import factorize_decoder
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.recipe.load import load_recipe
+from ercsvd_deploy.recipe.sections import Recipe
 
 RECIPE = Path("recipes/demo.yaml")
 METHODS = ("svd", "asvd", "svd_llm", "erc_svd")

@@ -14,33 +14,38 @@ import torch
 from pydantic import TypeAdapter
 
 from ercsvd_deploy import __version__
-from ercsvd_deploy.architecture import LANGUAGE_PART, component_of
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
-from ercsvd_deploy.comparison import Comparison, compare_models
-from ercsvd_deploy.evaluation import Quality
+from ercsvd_deploy.evaluation.comparison import Comparison, compare_models
+from ercsvd_deploy.evaluation.perplexity import Quality
 from ercsvd_deploy.exporters.vllm.writer import check_target, write_export
-from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.pipelines.after_export import finish_report
-from ercsvd_deploy.pipelines.components import describe_components
-from ercsvd_deploy.pipelines.evaluate import check_tasks
-from ercsvd_deploy.pipelines.feasibility import check_resources
-from ercsvd_deploy.pipelines.fingerprints import take_fingerprints
-from ercsvd_deploy.pipelines.model_source import OpenedModel, default_device, open_model, stream
-from ercsvd_deploy.pipelines.plan import (
+from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
+from ercsvd_deploy.models.families import LANGUAGE_PART, component_of
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.cli.progress import ProgressReporter, silent
+from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
+from ercsvd_deploy.pipelines.inputs.run_data import RunData, load_run_data
+from ercsvd_deploy.pipelines.inputs.texts import check_length
+from ercsvd_deploy.pipelines.judging.evaluate import check_tasks
+from ercsvd_deploy.pipelines.judging.serving_parity import check_serving
+from ercsvd_deploy.pipelines.planning.components import describe_components
+from ercsvd_deploy.pipelines.planning.feasibility import check_resources
+from ercsvd_deploy.pipelines.planning.plan import (
     PlanError,
     check_vision,
     make_plan,
     planned_dtype,
     refuse_compressed,
 )
-from ercsvd_deploy.pipelines.progress import ProgressReporter, silent
-from ercsvd_deploy.pipelines.provenance import describe_provenance
-from ercsvd_deploy.pipelines.report import ModelFigures, Report
-from ercsvd_deploy.pipelines.report_files import REPORT_FILES, carry_over_card, write_report_files
-from ercsvd_deploy.pipelines.run_data import RunData, load_run_data
-from ercsvd_deploy.pipelines.serving_parity import check_serving
-from ercsvd_deploy.pipelines.sizes import linear_bits_per_weight, planned_bytes, stored_bytes, sum_by_part
-from ercsvd_deploy.pipelines.stages import (
+from ercsvd_deploy.pipelines.planning.sizes import (
+    linear_bits_per_weight,
+    planned_bytes,
+    stored_bytes,
+    sum_by_part,
+)
+from ercsvd_deploy.pipelines.reporting.document import ModelFigures, Report
+from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES, carry_over_card, write_report_files
+from ercsvd_deploy.pipelines.reporting.provenance import describe_provenance
+from ercsvd_deploy.pipelines.stages.measured_export import finish_report
+from ercsvd_deploy.pipelines.stages.running import (
     CompressedModel,
     RunWork,
     StagePlan,
@@ -48,10 +53,10 @@ from ercsvd_deploy.pipelines.stages import (
     run_stages,
     timed,
 )
-from ercsvd_deploy.pipelines.texts import check_length
-from ercsvd_deploy.pipelines.work_directory import resumable_directory
-from ercsvd_deploy.recipe import canonical, check_files
-from ercsvd_deploy.recipe_schema import Recipe
+from ercsvd_deploy.pipelines.state.fingerprint import take_fingerprints
+from ercsvd_deploy.pipelines.state.lock import resumable_directory
+from ercsvd_deploy.recipe.load import canonical, check_files
+from ercsvd_deploy.recipe.sections import Recipe
 
 _COMPARISON = TypeAdapter(Comparison)
 _LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "gptqmodel")

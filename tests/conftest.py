@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fuzz_strategies import FuzzLog
+from tests.fuzz.strategies import FuzzLog
 from tests.tiny_models import compress_at_random, materialise, save_tiny_model
 
 ModelDirectory = Callable[[str], Path]

@@ -41,7 +41,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.format.schema import (
     FACTOR_A,
     FACTOR_B,
     GUARD,

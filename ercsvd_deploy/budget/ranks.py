@@ -29,7 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ercsvd_deploy.checkpoint_schema import LowRankLayout
+from ercsvd_deploy.format.schema import LowRankLayout
 
 # Tensor parallelism cuts outputs into this many parts at most: the degrees in use are its divisors.
 _MOST_PIVOT_BLOCKS = 8

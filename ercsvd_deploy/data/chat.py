@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ercsvd_deploy.calibration import CalibrationError
-from ercsvd_deploy.conversation_records import Turn
-from ercsvd_deploy.image_sources import DamagedImageError
-from ercsvd_deploy.samples import Sample
+from ercsvd_deploy.data.images import DamagedImageError
+from ercsvd_deploy.data.records import Turn
+from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.data.texts import CalibrationError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,16 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, overload
 
-from ercsvd_deploy.calibration import CalibrationError
-from ercsvd_deploy.conversation_records import (
-    PLACEHOLDER,
-    Conversation,
-    Turn,
-    describe,
-    encodable,
-    read_record,
-)
-from ercsvd_deploy.image_sources import (
+from ercsvd_deploy.data.images import (
     IMAGE_SUFFIXES,
     ImageContent,
     ImageFile,
@@ -26,6 +17,15 @@ from ercsvd_deploy.image_sources import (
     image_below,
     printable,
 )
+from ercsvd_deploy.data.records import (
+    PLACEHOLDER,
+    Conversation,
+    Turn,
+    describe,
+    encodable,
+    read_record,
+)
+from ercsvd_deploy.data.texts import CalibrationError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -16,7 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ercsvd_deploy.calibration import CalibrationError
+from ercsvd_deploy.data.texts import CalibrationError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

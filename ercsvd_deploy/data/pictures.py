@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.calibration import CalibrationError
-from ercsvd_deploy.chat_processor import encode_with_images, load_processor, render, reply_tokens
-from ercsvd_deploy.conversations import Conversation, open_images
-from ercsvd_deploy.image_sources import DamagedImageError
-from ercsvd_deploy.samples import QuestionSample, Sample
+from ercsvd_deploy.data.chat import encode_with_images, load_processor, render, reply_tokens
+from ercsvd_deploy.data.conversations import Conversation, open_images
+from ercsvd_deploy.data.images import DamagedImageError
+from ercsvd_deploy.data.samples import QuestionSample, Sample
+from ercsvd_deploy.data.texts import CalibrationError
 
 __all__ = [
     "LeftOut",

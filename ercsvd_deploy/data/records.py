@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ercsvd_deploy.calibration import CalibrationError
-from ercsvd_deploy.image_sources import ImageSource, printable
+from ercsvd_deploy.data.images import ImageSource, printable
+from ercsvd_deploy.data.texts import CalibrationError
 
 PLACEHOLDER = "<image>"
 Role = Literal["system", "user", "assistant"]

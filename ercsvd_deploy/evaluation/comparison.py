@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
-from ercsvd_deploy.evaluation import Loss, Quality, judge_questions
-from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.samples import Batch, QuestionSample, text_samples
+from ercsvd_deploy.data.samples import Batch, QuestionSample, text_samples
+from ercsvd_deploy.evaluation.perplexity import Loss, Quality, judge_questions
+from ercsvd_deploy.models.streaming import LayerwiseModel
 
 
 @dataclass(frozen=True)

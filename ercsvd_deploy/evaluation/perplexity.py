@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
-from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.samples import Batch, QuestionSample, text_samples
+from ercsvd_deploy.data.samples import Batch, QuestionSample, text_samples
+from ercsvd_deploy.models.streaming import LayerwiseModel
 
 _LARGEST_EXPONENT = 700  # beyond it exp leaves the range of a float
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ercsvd_deploy import __version__
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig, CheckpointFormatError
-from ercsvd_deploy.tensor_store import (
+from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
+from ercsvd_deploy.format.tensor_store import (
     INDEX_FILE,
     CheckpointError,
     FileStore,

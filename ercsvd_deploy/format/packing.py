@@ -11,14 +11,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.format.schema import (
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     WEIGHT_SHAPE,
     WEIGHT_ZERO_POINT,
     WeightQuantization,
 )
-from ercsvd_deploy.integer_grid import QuantizedWeight
+from ercsvd_deploy.quantization.grid import QuantizedWeight
 
 # compressed-tensors is imported inside the functions: it imports transformers, and planning needs neither.
 # Its bit packing is called on our integers directly. The compressor around it would divide a dense weight by

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ercsvd_deploy.checkpoint_schema import ModuleDescription
+from ercsvd_deploy.format.schema import ModuleDescription
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

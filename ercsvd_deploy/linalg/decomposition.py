@@ -34,7 +34,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.symmetric import (
+from ercsvd_deploy.linalg.symmetric import (
     MIXED_FROM,
     ROUNDING_PROBES,
     congruence_in_single,

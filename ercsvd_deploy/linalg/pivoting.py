@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.factorize import Factors
+from ercsvd_deploy.linalg.decomposition import Factors
 
 # Pivots far from dependent give single digits. Where h is rounded to 8 bits of mantissa, a thousand times
 # that error is no approximation any more.

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
-from ercsvd_deploy.config_sizes import impossible_sizes
-from ercsvd_deploy.llava_names import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, to_checkpoint
-from ercsvd_deploy.rank import LinearShape
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.format.names import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, to_checkpoint
+from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
+from ercsvd_deploy.models.config_sizes import impossible_sizes
 
 
 class ArchitectureError(ValueError):

@@ -29,7 +29,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.format.schema import (
     FACTOR_PARTS,
     QUANT_METHOD,
     ROW_ORDER,
@@ -40,8 +40,8 @@ from ercsvd_deploy.checkpoint_schema import (
     CheckpointConfig,
     CheckpointFormatError,
 )
-from ercsvd_deploy.lowrank_linear import PackedLinear, PivotedLinear, canonical_name, replace_linears
-from ercsvd_deploy.tensor_store import TensorInfo, read_header
+from ercsvd_deploy.format.tensor_store import TensorInfo, read_header
+from ercsvd_deploy.models.modules import PackedLinear, PivotedLinear, canonical_name, replace_linears
 
 _PACKED_LEAVES = (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE, WEIGHT_ZERO_POINT)
 # The module a tensor of the compressed format belongs to, whether or not the module is described.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  the name everyone knows it by
 
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.format.schema import (
     FACTOR_A,
     FACTOR_B,
     GUARD,
@@ -29,7 +29,7 @@ from ercsvd_deploy.checkpoint_schema import (
     ModuleDescription,
     WeightQuantization,
 )
-from ercsvd_deploy.pivoting import row_order_problem
+from ercsvd_deploy.linalg.pivoting import row_order_problem
 
 _LEAF_DTYPES = {WEIGHT_PACKED: torch.int32, WEIGHT_ZERO_POINT: torch.int32, WEIGHT_SHAPE: torch.int64}
 # Path parts that loaders move about: `language_model.model.layers` on disk is `model.language_model.layers`
@@ -217,7 +217,7 @@ def unpack_integers(words: torch.Tensor, bits: int, columns: int) -> torch.Tenso
     """Unpack int32 words [rows, words] into signed integers [rows, columns] (int32).
 
     The layout is compressed-tensors' pack-quantized one: v is stored as v + 2^(bits-1), the first column in
-    the lowest bits. `ercsvd_deploy.packing` is the inverse; it needs that library, reading does not.
+    the lowest bits. `ercsvd_deploy.format.packing` is the inverse; it needs that library, reading does not.
     """
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     unsigned = (words[..., None] >> shifts) & ((1 << bits) - 1)

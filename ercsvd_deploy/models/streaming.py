@@ -19,7 +19,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ercsvd_deploy.architecture import (
+from ercsvd_deploy.data.samples import Batch, Sample, make_batches
+from ercsvd_deploy.format.tensor_store import CheckpointError, RenamedStore, TensorStore, torch_dtype
+from ercsvd_deploy.linalg.symmetric import add_symmetric_product
+from ercsvd_deploy.models.families import (
     Architecture,
     LayerLinears,
     build_meta_model,
@@ -27,10 +30,7 @@ from ercsvd_deploy.architecture import (
     describe,
     tie_weights,
 )
-from ercsvd_deploy.lowrank_linear import replace_linears
-from ercsvd_deploy.samples import Batch, Sample, make_batches
-from ercsvd_deploy.symmetric import add_symmetric_product
-from ercsvd_deploy.tensor_store import CheckpointError, RenamedStore, TensorStore, torch_dtype
+from ercsvd_deploy.models.modules import replace_linears
 
 MAX_TOKENS_PER_BATCH = 8192
 MAX_LOGITS_AT_ONCE = 2**28

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.integer_grid import (
+from ercsvd_deploy.quantization.grid import (
     Grid,
     QuantizationSettings,
     QuantizedWeight,

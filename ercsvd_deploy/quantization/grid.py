@@ -16,7 +16,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.checkpoint_schema import WeightQuantization
+from ercsvd_deploy.format.schema import WeightQuantization
 
 _SEARCH_EXPONENT = 2.4  # of the |error| that the scale search minimises; gptqmodel's and GPTQ's own choice
 _SEARCH_SHRINKS = tuple(1 - step / 100 for step in range(80))

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.gptq import (
+from ercsvd_deploy.linalg.pivoting import PivotedFactors
+from ercsvd_deploy.quantization.gptq import (
     FactorsReport,
     MatrixReport,
     QuantizedFactors,
@@ -22,8 +23,7 @@ from ercsvd_deploy.gptq import (
     quantize_better,
     transform_gram,
 )
-from ercsvd_deploy.integer_grid import QuantizationSettings, check_weight
-from ercsvd_deploy.pivoting import PivotedFactors
+from ercsvd_deploy.quantization.grid import QuantizationSettings, check_weight
 
 # Share of the mean energy of the pivot outputs. On the embedded model (docs/decisions/0008) the loss after
 # quantization is smallest about here, and half as large again without damping.

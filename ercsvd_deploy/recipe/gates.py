@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from ercsvd_deploy.recipe_fields import Section, Size, Text, expects, refusal
+from ercsvd_deploy.recipe.fields import Section, Size, Text, expects, refusal
 
 BUILT_IN_TEXT = "built_in_prose"  # name of the text that comes with the package
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ercsvd_deploy.recipe_errors import explain, fields_at
-from ercsvd_deploy.recipe_fields import RecipeError, shown
-from ercsvd_deploy.recipe_overrides import parse_override, with_override
-from ercsvd_deploy.recipe_reference import recipe_json_schema
-from ercsvd_deploy.recipe_schema import (
+from ercsvd_deploy.recipe.fields import RecipeError, shown
+from ercsvd_deploy.recipe.messages import explain, fields_at
+from ercsvd_deploy.recipe.overrides import parse_override, with_override
+from ercsvd_deploy.recipe.reference import recipe_json_schema
+from ercsvd_deploy.recipe.sections import (
     Calibration,
     Evaluation,
     Export,
@@ -33,8 +33,7 @@ from ercsvd_deploy.recipe_schema import (
     TextDataset,
     TextFile,
 )
-from ercsvd_deploy.recipe_source import Node, read_yaml_file
-from ercsvd_deploy.recipe_stages import (
+from ercsvd_deploy.recipe.stages import (
     Factorize,
     FactorizeStage,
     Quantize,
@@ -44,7 +43,8 @@ from ercsvd_deploy.recipe_stages import (
     RecoverStage,
     Stage,
 )
-from ercsvd_deploy.recipe_vision import ConversationFile, ImageFolder, PictureDataset
+from ercsvd_deploy.recipe.vision import ConversationFile, ImageFolder, PictureDataset
+from ercsvd_deploy.recipe.yaml_source import Node, read_yaml_file
 
 __all__ = [
     "Calibration",

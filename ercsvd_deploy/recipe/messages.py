@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from ercsvd_deploy.recipe_fields import REFUSAL, Location, RecipeError, Section, did_you_mean, shown
-from ercsvd_deploy.recipe_schema import Recipe
+from ercsvd_deploy.recipe.fields import REFUSAL, Location, RecipeError, Section, did_you_mean, shown
+from ercsvd_deploy.recipe.sections import Recipe
 
 # pydantic's error type -> how the value should have been; braces hold the error's context.
 EXPECTATIONS = {

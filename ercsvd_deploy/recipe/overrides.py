@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ercsvd_deploy.recipe_fields import RecipeError, shown
-from ercsvd_deploy.recipe_source import Node, parse_yaml
+from ercsvd_deploy.recipe.fields import RecipeError, shown
+from ercsvd_deploy.recipe.yaml_source import Node, parse_yaml
 
 _PART = r'(?:"[^"]+"|[^."=]+)'
 _OVERRIDE = re.compile(rf"(?P<path>{_PART}(?:\.{_PART})*)=(?P<value>.*)", re.DOTALL)

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ercsvd_deploy.recipe_gates import Gates
-from ercsvd_deploy.recipe_schema import (
+from ercsvd_deploy.recipe.gates import Gates
+from ercsvd_deploy.recipe.sections import (
     Calibration,
     Evaluation,
     Export,
@@ -26,8 +26,8 @@ from ercsvd_deploy.recipe_schema import (
     Target,
     TextFile,
 )
-from ercsvd_deploy.recipe_stages import Factorize, Quantize, QuantizeOverride, Recover
-from ercsvd_deploy.recipe_vision import (
+from ercsvd_deploy.recipe.stages import Factorize, Quantize, QuantizeOverride, Recover
+from ercsvd_deploy.recipe.vision import (
     ConversationFile,
     HubConversations,
     ImageFolder,

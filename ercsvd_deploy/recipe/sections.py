@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from ercsvd_deploy.recipe_fields import (
+from ercsvd_deploy.recipe.fields import (
     ListOf,
     ListWithoutRepetition,
     LocalPath,
@@ -34,8 +34,8 @@ from ercsvd_deploy.recipe_fields import (
     refuse_together,
     told_apart_by,
 )
-from ercsvd_deploy.recipe_gates import BUILT_IN_TEXT, Gates
-from ercsvd_deploy.recipe_stages import (
+from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT, Gates
+from ercsvd_deploy.recipe.stages import (
     FEWEST_SAMPLES_TO_HOLD_OUT,
     Factorize,
     FactorizeStage,
@@ -46,7 +46,7 @@ from ercsvd_deploy.recipe_stages import (
     Stage,
     kind_of,
 )
-from ercsvd_deploy.recipe_vision import Vision, VisualQuestions
+from ercsvd_deploy.recipe.vision import Vision, VisualQuestions
 
 
 class ModelSource(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
 
-from ercsvd_deploy.recipe_fields import (
+from ercsvd_deploy.recipe.fields import (
     ListWithoutRepetition,
     Section,
     Text,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt, Tag
 
-from ercsvd_deploy.recipe_fields import LocalPath, Section, Text, told_apart_by
+from ercsvd_deploy.recipe.fields import LocalPath, Section, Text, told_apart_by
 
 
 class ConversationFile(Section):

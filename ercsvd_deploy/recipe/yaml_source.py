@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ercsvd_deploy.recipe_fields import Location, RecipeError, shown
+from ercsvd_deploy.recipe.fields import Location, RecipeError, shown
 
 MAX_BYTES = 2**20
 MAX_NODES = 10_000  # after aliases and merge keys are expanded

@@ -12,12 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ercsvd_deploy.checkpoint_schema import (
-    QUANT_METHOD,
-    CheckpointConfig,
-    CheckpointFormatError,
-    ModuleDescription,
-)
 from ercsvd_deploy.exporters.vllm.compatibility import (
     QuantizationConfig,
     get_current_vllm_config_or_none,
@@ -25,10 +19,16 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
     get_tensor_model_parallel_rank,
     init_logger,
 )
-from ercsvd_deploy.exporters.vllm.kernel_record import KernelRecord
+from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
+from ercsvd_deploy.format.schema import (
+    QUANT_METHOD,
+    CheckpointConfig,
+    CheckpointFormatError,
+    ModuleDescription,
+)
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.exporters.vllm.linear_method import LowRankLinearMethod, UnalteredLinearMethod
+    from ercsvd_deploy.exporters.vllm.method import LowRankLinearMethod, UnalteredLinearMethod
 
 _WRAPPER_PARTS = frozenset({"model", "language_model"})
 _LAYER_PATH = re.compile(r"^.*?\blayers\.\d+\b")
@@ -101,7 +101,7 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         """
         # Imported here: they load vLLM's kernels, which the processes that only read the config do not need.
         from ercsvd_deploy.exporters.vllm.compatibility import LinearBase
-        from ercsvd_deploy.exporters.vllm.linear_method import LowRankLinearMethod, UnalteredLinearMethod
+        from ercsvd_deploy.exporters.vllm.method import LowRankLinearMethod, UnalteredLinearMethod
 
         if not isinstance(layer, LinearBase):
             return None

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ercsvd_deploy.architecture import Architecture
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.format.schema import (
     FACTOR_A,
     FACTOR_B,
     OTHER_ROWS,
@@ -21,6 +20,7 @@ from ercsvd_deploy.checkpoint_schema import (
     ModuleDescription,
     WeightQuantization,
 )
+from ercsvd_deploy.models.families import Architecture
 
 BLOCK = 32
 GROUP_SIZES = (-1, 32, 64, 128)

@@ -18,17 +18,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ercsvd_deploy.checkpoint_schema import WeightQuantization
-from ercsvd_deploy.exporters.vllm import ops  # noqa: F401 - defines torch.ops.ercsvd
-from ercsvd_deploy.exporters.vllm.kernel_limits import BLOCK
-from ercsvd_deploy.exporters.vllm.kernel_record import KernelRecord
-from ercsvd_deploy.exporters.vllm.matrix_kernels import Matrix, PackedMatrix, PlainMatrix
-from ercsvd_deploy.exporters.vllm.shard_loading import (
+from ercsvd_deploy.exporters.vllm.cutting import BLOCK
+from ercsvd_deploy.exporters.vllm.kernels import lowrank_linear as ops  # noqa: F401 - defines torch.ops.ercsvd
+from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
+from ercsvd_deploy.exporters.vllm.loading import (
     OrderPlacement,
     Placement,
     Projection,
     ProjectionLoader,
 )
+from ercsvd_deploy.exporters.vllm.matrices import Matrix, PackedMatrix, PlainMatrix
+from ercsvd_deploy.format.schema import WeightQuantization
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.exporters.vllm.matrices import Matrix
+from ercsvd_deploy.format.schema import (
     FACTOR_A,
     FACTOR_B,
     FACTOR_PARTS,
@@ -33,8 +34,7 @@ from ercsvd_deploy.checkpoint_schema import (
     CheckpointFormatError,
     ModuleDescription,
 )
-from ercsvd_deploy.exporters.vllm.matrix_kernels import Matrix
-from ercsvd_deploy.pivoting import row_order_problem
+from ercsvd_deploy.linalg.pivoting import row_order_problem
 
 # vLLM's names of the projections in a fused layer: numbers, except for query, key and value
 _ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}

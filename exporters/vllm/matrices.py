@@ -12,13 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ercsvd_deploy.checkpoint_schema import (
-    WEIGHT,
-    WEIGHT_PACKED,
-    WEIGHT_SCALE,
-    WEIGHT_ZERO_POINT,
-    WeightQuantization,
-)
 from ercsvd_deploy.exporters.vllm.compatibility import (
     GroupQuantScaleParameter,
     PackedvLLMParameter,
@@ -27,8 +20,15 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
     current_platform,
     kernel_config,
 )
-from ercsvd_deploy.exporters.vllm.integer_words import WORD_BITS, dequantize, pack_rows, unpack_rows
-from ercsvd_deploy.exporters.vllm.kernel_record import KernelRecord
+from ercsvd_deploy.exporters.vllm.kernels.integer_words import WORD_BITS, dequantize, pack_rows, unpack_rows
+from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
+from ercsvd_deploy.format.schema import (
+    WEIGHT,
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    WEIGHT_ZERO_POINT,
+    WeightQuantization,
+)
 
 _TRIED_ROWS = 256  # of a kernel's first product are compared with the stored integers
 _TOLERANCE = 0.05  # of their norm: kernels that round activations to 8 bits are off by about a hundredth

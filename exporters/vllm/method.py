@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.checkpoint_schema import GUARD, GUARD_SHAPE, CheckpointFormatError, ModuleDescription
 from ercsvd_deploy.exporters.vllm.compatibility import (
     LinearMethodBase,
     QKVParallelLinear,
@@ -21,8 +20,9 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
     envs,
     register_weight_loader_v2_supported_method,
 )
-from ercsvd_deploy.exporters.vllm.kernel_record import KernelRecord
-from ercsvd_deploy.exporters.vllm.shard_loading import (
+from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
+from ercsvd_deploy.exporters.vllm.layer import StackedLinear
+from ercsvd_deploy.exporters.vllm.loading import (
     Projection,
     ProjectionLoader,
     ShardId,
@@ -30,7 +30,7 @@ from ercsvd_deploy.exporters.vllm.shard_loading import (
     keep_of_rank,
     shard_index,
 )
-from ercsvd_deploy.exporters.vllm.stacked_linear import StackedLinear
+from ercsvd_deploy.format.schema import GUARD, GUARD_SHAPE, CheckpointFormatError, ModuleDescription
 
 _STACKED = "ercsvd"  # the child module of the layer that holds its matrices
 

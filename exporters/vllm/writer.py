@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.architecture import Architecture
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig
-from ercsvd_deploy.exporters.vllm.manifest import write_manifest
-from ercsvd_deploy.tensor_store import RenamedStore, TensorStore, write_json_atomically, write_sharded
+from ercsvd_deploy.format.manifest import write_manifest
+from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.format.tensor_store import RenamedStore, TensorStore, write_json_atomically, write_sharded
+from ercsvd_deploy.models.families import Architecture
 
 CONFIG_FILE = "config.json"
 # What a tokenizer, a processor or a chat template may be stored in; weights and configs are not copied.

@@ -15,11 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ercsvd_deploy import __version__
-from ercsvd_deploy.pipelines.cli_check import Junit, check, end_with_gates
-from ercsvd_deploy.pipelines.cli_host import bench_host
-from ercsvd_deploy.pipelines.cli_report import report_page
-from ercsvd_deploy.pipelines.cli_sweep import sweep
-from ercsvd_deploy.pipelines.command_line import (
+from ercsvd_deploy.pipelines.cli.check import Junit, check, end_with_gates
+from ercsvd_deploy.pipelines.cli.host import bench_host
+from ercsvd_deploy.pipelines.cli.options import (
     EXIT_FAILED,
     AsJson,
     Debug,
@@ -34,7 +32,9 @@ from ercsvd_deploy.pipelines.command_line import (
     quiet_libraries,
     result_console,
 )
-from ercsvd_deploy.recipe import check_files, load_recipe, recipe_json_schema
+from ercsvd_deploy.pipelines.cli.report import report_page
+from ercsvd_deploy.pipelines.cli.sweep import sweep
+from ercsvd_deploy.recipe.load import check_files, load_recipe, recipe_json_schema
 
 app = typer.Typer(
     name="ercsvd",
@@ -72,13 +72,13 @@ def plan(
     with failures_explained(debug=debug):
         loaded = load_recipe(recipe, overrides or (), output)
         with quiet_libraries():
-            from ercsvd_deploy.pipelines.plan import make_plan
+            from ercsvd_deploy.pipelines.planning.plan import make_plan
 
             made = make_plan(loaded, device=find_device(device))
         if as_json:
             print_json(made.as_json())
         else:
-            from ercsvd_deploy.pipelines.plan_tables import render
+            from ercsvd_deploy.pipelines.reporting.plan_tables import render
 
             result_console().print(render(made))
         for problem in made.estimate.problems:
@@ -101,9 +101,9 @@ def run(
     with failures_explained(debug=debug):
         loaded = load_recipe(recipe, overrides or (), output)
         with quiet_libraries():
-            from ercsvd_deploy.pipelines.progress import on_terminal
-            from ercsvd_deploy.pipelines.report import render
-            from ercsvd_deploy.pipelines.run import run_recipe
+            from ercsvd_deploy.pipelines.cli.progress import on_terminal
+            from ercsvd_deploy.pipelines.flow import run_recipe
+            from ercsvd_deploy.pipelines.reporting.document import render
 
             report, directory = run_recipe(
                 loaded, device=find_device(device), progress=on_terminal(Console(stderr=True))
@@ -145,10 +145,10 @@ def evaluate(
 ) -> None:
     """Measure perplexity on texts, exact answers about pictures, and lm-eval tasks where it is installed."""
     with failures_explained(debug=debug):
-        from ercsvd_deploy.pipelines.evaluate import evaluate_model
+        from ercsvd_deploy.pipelines.judging.evaluate import evaluate_model
 
         with quiet_libraries():
-            from ercsvd_deploy.pipelines.progress import on_terminal
+            from ercsvd_deploy.pipelines.cli.progress import on_terminal
 
             found = evaluate_model(
                 model,
@@ -200,7 +200,7 @@ def import_llava(
         with quiet_libraries():
             from dataclasses import asdict
 
-            from ercsvd_deploy.pipelines.import_llava import import_llava as convert
+            from ercsvd_deploy.pipelines.importing.llava.convert import import_llava as convert
 
             imported = convert(source, target, vision_tower=vision_tower)
         if as_json:
@@ -222,7 +222,7 @@ def status(
 ) -> None:
     """Tell whether an output is finished, running or interrupted, and what of it is done."""
     with failures_explained(debug=debug):
-        from ercsvd_deploy.pipelines.status import output_status
+        from ercsvd_deploy.pipelines.state.status import output_status
 
         found = output_status(output)
         if as_json:
@@ -250,7 +250,7 @@ def clean(
 ) -> None:
     """Remove what an unfinished run left; a finished export stays."""
     with failures_explained(debug=debug):
-        from ercsvd_deploy.pipelines.work_directory import remove_unfinished, work_path
+        from ercsvd_deploy.pipelines.state.lock import remove_unfinished, work_path
 
         was_there = remove_unfinished(output.absolute())
         said = f"removed {work_path(output)}" if was_there else f"{output}: nothing to remove"
@@ -265,8 +265,8 @@ def verify(
 ) -> None:
     """Compare every tensor and file of an export with the checksums it was written with."""
     with failures_explained(debug=debug):
-        from ercsvd_deploy.exporters.vllm.manifest import verify_export
-        from ercsvd_deploy.pipelines.report_files import REPORT_FILES
+        from ercsvd_deploy.format.manifest import verify_export
+        from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
 
         found = verify_export(directory, unlisted=REPORT_FILES)
         if as_json:

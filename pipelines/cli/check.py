@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ercsvd_deploy.pipelines.command_line import (
+from ercsvd_deploy.pipelines.cli.options import (
     EXIT_GATE_MISSED,
     AsJson,
     Debug,
@@ -19,7 +19,7 @@ from ercsvd_deploy.pipelines.command_line import (
 )
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.pipelines.gates import GateResult
+    from ercsvd_deploy.pipelines.judging.gates import GateResult
 
 Junit = Annotated[
     Path | None, typer.Option("--junit", metavar="FILE", help="Write the gates' verdicts as JUnit XML.")
@@ -38,8 +38,8 @@ def check(
 ) -> None:
     """Judge an export's report by gates, without computing anything again."""
     with failures_explained(debug=debug):
-        from ercsvd_deploy.pipelines.check import check_export
-        from ercsvd_deploy.pipelines.report import gate_table
+        from ercsvd_deploy.pipelines.judging.check import check_export
+        from ercsvd_deploy.pipelines.reporting.document import gate_table
 
         results = check_export(directory, recipe)
         if as_json:
@@ -53,8 +53,8 @@ def check(
 
 def end_with_gates(results: list[GateResult], directory: Path, junit: Path | None) -> None:
     """Write the verdicts where asked, and leave with the exit code of a missed gate if there is one."""
-    from ercsvd_deploy.pipelines.gates import junit_xml
-    from ercsvd_deploy.tensor_store import write_text_atomically
+    from ercsvd_deploy.format.tensor_store import write_text_atomically
+    from ercsvd_deploy.pipelines.judging.gates import junit_xml
 
     if junit is not None:
         write_text_atomically(junit, junit_xml(results, str(directory)))

@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line; with the base install alone, which is vLLM's plugin, say what is missing."""
     try:
-        from ercsvd_deploy.pipelines.cli import main as run
+        from ercsvd_deploy.pipelines.cli.app import main as run
     except ModuleNotFoundError as error:
         missing = error.name or "a library"
         if missing.partition(".")[0] == "ercsvd_deploy":  # a defect of this package, not of the install

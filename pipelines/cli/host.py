@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ercsvd_deploy.pipelines.command_line import (
+from ercsvd_deploy.pipelines.cli.options import (
     AsJson,
     Debug,
     Device,
@@ -32,8 +32,8 @@ def bench_host(
     """Measure this machine's speed, in seconds; `plan` then tells times."""
     with failures_explained(debug=debug):
         with quiet_libraries():
-            from ercsvd_deploy.pipelines import host_speed
-            from ercsvd_deploy.pipelines.model_source import default_device
+            from ercsvd_deploy.pipelines.inputs.model import default_device
+            from ercsvd_deploy.pipelines.planning import host_speed
 
             used = find_device(device) or default_device()
             speed = host_speed.bench_host(used, directory)

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ercsvd_deploy.pipelines.report import finite
-from ercsvd_deploy.recipe import RecipeError
+from ercsvd_deploy.pipelines.reporting.document import finite
+from ercsvd_deploy.recipe.load import RecipeError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ercsvd_deploy.pipelines.command_line import (
+from ercsvd_deploy.pipelines.cli.options import (
     AsJson,
     Debug,
     failures_explained,
@@ -27,9 +27,9 @@ def report_page(
 ) -> None:
     """Make the HTML page of a run from its report, without computing anything again."""
     with failures_explained(debug=debug):
-        from ercsvd_deploy.pipelines.report_page import PAGE_FILE, make_page
-        from ercsvd_deploy.pipelines.report_schema import load_report
-        from ercsvd_deploy.tensor_store import write_text_atomically
+        from ercsvd_deploy.format.tensor_store import write_text_atomically
+        from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
+        from ercsvd_deploy.pipelines.reporting.schema import load_report
 
         page = make_page(load_report(directory), directory.absolute())
         file = output or directory / PAGE_FILE

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ercsvd_deploy.pipelines.command_line import (
+from ercsvd_deploy.pipelines.cli.options import (
     EXIT_GATE_MISSED,
     AsJson,
     Debug,
@@ -38,8 +38,8 @@ def sweep(
     """Run every point of a grid, share what they have in common, and pick the best."""
     with failures_explained(debug=debug):
         with quiet_libraries():
-            from ercsvd_deploy.pipelines.sweep import SweepError, run_sweep
-            from ercsvd_deploy.pipelines.sweep_file import load_sweep
+            from ercsvd_deploy.pipelines.sweeping.file import load_sweep
+            from ercsvd_deploy.pipelines.sweeping.points import SweepError, run_sweep
 
             loaded = load_sweep(file)
             directory = output or loaded.output
@@ -52,7 +52,7 @@ def sweep(
                 jobs=jobs,
                 on_point=lambda name, worked: told.print(f"{'done' if worked else 'FAILED'}: {name}"),
             )
-            from ercsvd_deploy.pipelines.sweep_plots import draw_sweep, missing_texts, sweep_rows
+            from ercsvd_deploy.pipelines.sweeping.plot import draw_sweep, missing_texts, sweep_rows
 
             drawn = [] if missing_texts(found.points) else draw_sweep(found, directory)
         columns, rows = sweep_rows(found)
@@ -85,9 +85,9 @@ def _export(settings: dict[str, Any] | None, directory: Path) -> None:
 
     from pydantic import TypeAdapter
 
-    from ercsvd_deploy.pipelines.progress import on_terminal
-    from ercsvd_deploy.pipelines.run import run_recipe
-    from ercsvd_deploy.recipe_schema import Recipe
+    from ercsvd_deploy.pipelines.cli.progress import on_terminal
+    from ercsvd_deploy.pipelines.flow import run_recipe
+    from ercsvd_deploy.recipe.sections import Recipe
 
     assert settings is not None, "the original is never picked"
     placed = settings | {"export": settings["export"] | {"path": str(directory)}}

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.architecture import ArchitectureError, load_config, reads_images
-from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.llava_names import to_module
-from ercsvd_deploy.pipelines.llava_original import is_original
-from ercsvd_deploy.recipe_schema import ModelSource
-from ercsvd_deploy.tensor_store import (
+from ercsvd_deploy.format.names import to_module
+from ercsvd_deploy.format.tensor_store import (
     CastingStore,
     CheckpointError,
     RenamedStore,
     TensorStore,
     open_directory,
 )
+from ercsvd_deploy.models.families import ArchitectureError, load_config, reads_images
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.importing.llava.config import is_original
+from ercsvd_deploy.recipe.sections import ModelSource
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 MODEL_FILES = (

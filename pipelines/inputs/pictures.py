@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ercsvd_deploy.calibration import CalibrationError
-from ercsvd_deploy.conversations import (
+from ercsvd_deploy.data.conversations import (
     Conversations,
     read_conversations,
     read_hub_conversations,
     read_image_folder,
 )
-from ercsvd_deploy.picture_samples import (
+from ercsvd_deploy.data.pictures import (
     LeftOut,
     PictureQuestions,
     PictureSamples,
     calibration_samples,
     question_samples,
 )
-from ercsvd_deploy.recipe_schema import Calibration
-from ercsvd_deploy.recipe_vision import (
+from ercsvd_deploy.data.texts import CalibrationError
+from ercsvd_deploy.recipe.sections import Calibration
+from ercsvd_deploy.recipe.vision import (
     ConversationFile,
     ImageFolder,
     PictureDataset,

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ercsvd_deploy.architecture import reads_images
-from ercsvd_deploy.calibration import load_tokenizer
-from ercsvd_deploy.chat_processor import check_processor
-from ercsvd_deploy.picture_samples import load_processor
-from ercsvd_deploy.pipelines.model_source import OpenedModel
-from ercsvd_deploy.pipelines.pictures import ask_questions, draw_pictures
-from ercsvd_deploy.pipelines.texts import calibration_windows, evaluation_windows
-from ercsvd_deploy.recipe_schema import Recipe
-from ercsvd_deploy.samples import QuestionSample, Sample, text_samples
+from ercsvd_deploy.data.chat import check_processor
+from ercsvd_deploy.data.pictures import load_processor
+from ercsvd_deploy.data.samples import QuestionSample, Sample, text_samples
+from ercsvd_deploy.data.texts import load_tokenizer
+from ercsvd_deploy.models.families import reads_images
+from ercsvd_deploy.pipelines.inputs.model import OpenedModel
+from ercsvd_deploy.pipelines.inputs.pictures import ask_questions, draw_pictures
+from ercsvd_deploy.pipelines.inputs.texts import calibration_windows, evaluation_windows
+from ercsvd_deploy.recipe.sections import Recipe
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import ercsvd_deploy
-from ercsvd_deploy.calibration import (
+from ercsvd_deploy.data.texts import (
     CalibrationError,
     Tokenizer,
     character_limit,
@@ -19,9 +19,9 @@ from ercsvd_deploy.calibration import (
     sample_windows,
     token_windows,
 )
-from ercsvd_deploy.recipe_schema import Calibration, HubDataset, JsonLines, Recipe, TextDataset, TextFile
+from ercsvd_deploy.recipe.sections import Calibration, HubDataset, JsonLines, Recipe, TextDataset, TextFile
 
-_BUILT_IN_PROSE = Path(ercsvd_deploy.__file__).with_name("built_in_prose.txt")
+_BUILT_IN_PROSE = Path(ercsvd_deploy.__file__).with_name("data") / "built_in_prose.txt"
 
 
 def read_dataset(dataset: TextDataset, max_characters: int | None = None) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ercsvd_deploy.pipelines.gates import GateResult, judge_gates
-from ercsvd_deploy.pipelines.report import REPORT_FILE, REPORT_VERSION
-from ercsvd_deploy.recipe import load_recipe
-from ercsvd_deploy.recipe_gates import Gates
-from ercsvd_deploy.tensor_store import read_json
+from ercsvd_deploy.format.tensor_store import read_json
+from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, REPORT_VERSION
+from ercsvd_deploy.recipe.gates import Gates
+from ercsvd_deploy.recipe.load import load_recipe
 
 
 class CheckError(ValueError):

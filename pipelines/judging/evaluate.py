@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.architecture import load_config, reads_images
-from ercsvd_deploy.calibration import CalibrationError, load_tokenizer, read_text, token_windows
-from ercsvd_deploy.chat_processor import check_processor
-from ercsvd_deploy.evaluation import Quality, measure_quality
-from ercsvd_deploy.picture_samples import load_processor
-from ercsvd_deploy.pipelines.model_source import OpenedModel, default_device, open_model, stream
-from ercsvd_deploy.pipelines.pictures import ask_questions
-from ercsvd_deploy.pipelines.progress import ProgressReporter, silent
-from ercsvd_deploy.pipelines.texts import check_length
-from ercsvd_deploy.recipe_schema import ModelSource
-from ercsvd_deploy.recipe_vision import ConversationFile, VisualQuestions
-from ercsvd_deploy.samples import QuestionSample
+from ercsvd_deploy.data.chat import check_processor
+from ercsvd_deploy.data.pictures import load_processor
+from ercsvd_deploy.data.samples import QuestionSample
+from ercsvd_deploy.data.texts import CalibrationError, load_tokenizer, read_text, token_windows
+from ercsvd_deploy.evaluation.perplexity import Quality, measure_quality
+from ercsvd_deploy.models.families import load_config, reads_images
+from ercsvd_deploy.pipelines.cli.progress import ProgressReporter, silent
+from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
+from ercsvd_deploy.pipelines.inputs.pictures import ask_questions
+from ercsvd_deploy.pipelines.inputs.texts import check_length
+from ercsvd_deploy.recipe.sections import ModelSource
+from ercsvd_deploy.recipe.vision import ConversationFile, VisualQuestions
 
 
 class EvaluationError(ValueError):

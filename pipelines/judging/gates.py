@@ -9,8 +9,8 @@ from typing import Any
 
 from junitparser import Failure, JUnitXml, TestCase, TestSuite
 
-from ercsvd_deploy.recipe_fields import parse_size
-from ercsvd_deploy.recipe_gates import Gates
+from ercsvd_deploy.recipe.fields import parse_size
+from ercsvd_deploy.recipe.gates import Gates
 
 _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _TASK_METRICS = ("acc_norm", "acc", "exact_match")  # what `task_drop` judges, the first that a task has

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.recipe_schema import Recipe
-from ercsvd_deploy.samples import text_samples
+from ercsvd_deploy.data.samples import text_samples
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.recipe.sections import Recipe
 
-_SCORER = "ercsvd_deploy.exporters.vllm.prompt_logprobs"
+_SCORER = "ercsvd_deploy.exporters.vllm.scoring"
 _MAX_WINDOWS, _MAX_TOKENS = 4, 512  # of each text: enough to see a wrong kernel, few enough to be quick
 _PATIENCE = 3600.0  # seconds for vLLM to load the model and score a few thousand tokens
 _LAST_LINES = 15

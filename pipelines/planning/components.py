@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ercsvd_deploy.architecture import (
+from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.models.families import (
     LANGUAGE_PART,
     Architecture,
     component_of,
 )
-from ercsvd_deploy.checkpoint_schema import ModuleDescription
 
 LEFT_ALONE = "left alone"
 

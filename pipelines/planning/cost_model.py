@@ -10,15 +10,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ercsvd_deploy.checkpoint_schema import ModuleDescription
-from ercsvd_deploy.pipelines.factorize_linear import EXACT_RESIDUAL_UP_TO
-from ercsvd_deploy.pipelines.host_speed import HostSpeed
-from ercsvd_deploy.pipelines.residual_choice import BETAS_ON_OFFER
-from ercsvd_deploy.pipelines.resources import StageResources
-from ercsvd_deploy.pipelines.workload import Sequences, Workload
-from ercsvd_deploy.rank import LinearShape
-from ercsvd_deploy.recipe_stages import Recover
-from ercsvd_deploy.symmetric import MIXED_FROM
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.linalg.symmetric import MIXED_FROM
+from ercsvd_deploy.pipelines.planning.host_speed import HostSpeed
+from ercsvd_deploy.pipelines.planning.resources import StageResources
+from ercsvd_deploy.pipelines.planning.workload import Sequences, Workload
+from ercsvd_deploy.pipelines.stages.factorize.linear import EXACT_RESIDUAL_UP_TO
+from ercsvd_deploy.pipelines.stages.factorize.residual import BETAS_ON_OFFER
+from ercsvd_deploy.recipe.stages import Recover
 
 # Operations that gptqmodel's column loop starts for one column, and values of the column's block it touches.
 _OPERATIONS_OF_COLUMN = 45

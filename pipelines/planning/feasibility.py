@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ercsvd_deploy.checkpoint_schema import ModuleDescription
 from ercsvd_deploy.exporters.vllm.writer import ExportError, check_target
-from ercsvd_deploy.pipelines.cost_model import stage_seconds
-from ercsvd_deploy.pipelines.host_speed import remembered_speed
-from ercsvd_deploy.pipelines.machine import Machine, look_around
-from ercsvd_deploy.pipelines.resources import StageResources, stage_resources
-from ercsvd_deploy.pipelines.work_directory import work_path
-from ercsvd_deploy.pipelines.workload import Workload
+from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.pipelines.planning.cost_model import stage_seconds
+from ercsvd_deploy.pipelines.planning.host_speed import remembered_speed
+from ercsvd_deploy.pipelines.planning.machine import Machine, look_around
+from ercsvd_deploy.pipelines.planning.resources import StageResources, stage_resources
+from ercsvd_deploy.pipelines.planning.workload import Workload
+from ercsvd_deploy.pipelines.state.lock import work_path
 
 if TYPE_CHECKING:  # a plan holds an estimate; only its type is needed here
-    from ercsvd_deploy.pipelines.plan import Plan
+    from ercsvd_deploy.pipelines.planning.plan import Plan
 
 _CERTAINLY = 0.85  # of an estimate: measured ones are within 15 %
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from ercsvd_deploy.symmetric import leading_eigh
-from ercsvd_deploy.tensor_store import read_json, write_json_atomically
+from ercsvd_deploy.format.tensor_store import read_json, write_json_atomically
+from ercsvd_deploy.linalg.symmetric import leading_eigh
 
 CACHE_FILE = "host-speed.json"
 _REPEATS = 3  # the fastest counts: everything else that runs can only slow it down

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ercsvd_deploy.checkpoint_schema import ModuleDescription
-from ercsvd_deploy.layerwise import MAX_LOGITS_AT_ONCE
-from ercsvd_deploy.pipelines.workload import Sequences, Workload
-from ercsvd_deploy.rank import LinearShape
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.models.streaming import MAX_LOGITS_AT_ONCE
+from ercsvd_deploy.pipelines.planning.workload import Sequences, Workload
 
 _DOUBLE, _SINGLE = 8, 4  # bytes of a float64 and a float32
 _LARGEST_IN_HEAP = 32 * 2**20

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.architecture import (
+from ercsvd_deploy.budget.ranks import RankError, RankPlan, admissible_num_compressed_layers, allocate_ranks
+from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, choose_kernels
+from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.models.families import (
     VISION_LANGUAGE_MODEL_TYPES,
     Architecture,
     ArchitectureError,
@@ -17,14 +20,19 @@ from ercsvd_deploy.architecture import (
     describe,
     reads_images,
 )
-from ercsvd_deploy.checkpoint_schema import ModuleDescription
-from ercsvd_deploy.exporters.vllm.kernel_choice import KernelUse, choose_kernels
-from ercsvd_deploy.pipelines.allocation_options import AllocationTask, allocation_task
-from ercsvd_deploy.pipelines.components import Component, describe_components
-from ercsvd_deploy.pipelines.factorize_vision import describe_vision, plan_vision_ranks
-from ercsvd_deploy.pipelines.feasibility import Estimate, estimate
-from ercsvd_deploy.pipelines.model_source import compute_dtype, default_device, open_config
-from ercsvd_deploy.pipelines.quantize_plan import (
+from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
+from ercsvd_deploy.pipelines.planning.components import Component, describe_components
+from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate
+from ercsvd_deploy.pipelines.planning.sizes import (
+    bytes_on_rank,
+    linear_bits_per_weight,
+    planned_bytes,
+    sum_by_part,
+)
+from ercsvd_deploy.pipelines.planning.workload import measure_workload
+from ercsvd_deploy.pipelines.stages.factorize.options import AllocationTask, allocation_task
+from ercsvd_deploy.pipelines.stages.factorize.vision import describe_vision, plan_vision_ranks
+from ercsvd_deploy.pipelines.stages.quantize.storage import (
     PatternMatch,
     QuantizePlan,
     automatic_rank_multiple,
@@ -33,15 +41,7 @@ from ercsvd_deploy.pipelines.quantize_plan import (
     serving_warnings,
     unquantized,
 )
-from ercsvd_deploy.pipelines.sizes import (
-    bytes_on_rank,
-    linear_bits_per_weight,
-    planned_bytes,
-    sum_by_part,
-)
-from ercsvd_deploy.pipelines.workload import measure_workload
-from ercsvd_deploy.rank import RankError, RankPlan, admissible_num_compressed_layers, allocate_ranks
-from ercsvd_deploy.recipe_schema import Recipe
+from ercsvd_deploy.recipe.sections import Recipe
 
 _MOST_REMOVED = 0.9  # share of the parameters in a plan that shows what a target may come to
 

@@ -11,15 +11,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ercsvd_deploy.architecture import LayerLinears
-from ercsvd_deploy.checkpoint_schema import ModuleDescription
-from ercsvd_deploy.pipelines import working_memory
-from ercsvd_deploy.pipelines.factorize_linear import EXACT_RESIDUAL_UP_TO
-from ercsvd_deploy.pipelines.sizes import module_bytes
-from ercsvd_deploy.pipelines.working_memory import Held, blocks, highest
-from ercsvd_deploy.pipelines.workload import Sequences, Workload
-from ercsvd_deploy.rank import LinearShape
-from ercsvd_deploy.recipe_stages import Recover
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.pipelines.planning import memory as working_memory
+from ercsvd_deploy.pipelines.planning.memory import Held, blocks, highest
+from ercsvd_deploy.pipelines.planning.sizes import module_bytes
+from ercsvd_deploy.pipelines.planning.workload import Sequences, Workload
+from ercsvd_deploy.pipelines.stages.factorize.linear import EXACT_RESIDUAL_UP_TO
+from ercsvd_deploy.recipe.stages import Recover
 
 MIB = 2**20
 # Resident memory of a run that has imported its libraries and computed something small, without and with

@@ -5,15 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ercsvd_deploy.architecture import (
-    LANGUAGE_PART,
-    PROJECTOR_PART,
-    TOWER_PART,
-    Architecture,
-    component_of,
-    dense_descriptions,
-)
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.exporters.vllm.cutting import local_shape
+from ercsvd_deploy.format.schema import (
     FACTOR_PARTS,
     ROW_ORDER,
     WEIGHT_PACKED,
@@ -22,8 +15,15 @@ from ercsvd_deploy.checkpoint_schema import (
     WEIGHT_ZERO_POINT,
     ModuleDescription,
 )
-from ercsvd_deploy.exporters.vllm.kernel_limits import local_shape
-from ercsvd_deploy.tensor_store import TensorStore
+from ercsvd_deploy.format.tensor_store import TensorStore
+from ercsvd_deploy.models.families import (
+    LANGUAGE_PART,
+    PROJECTOR_PART,
+    TOWER_PART,
+    Architecture,
+    component_of,
+    dense_descriptions,
+)
 
 _INTEGER_BYTES = {WEIGHT_PACKED: 4, WEIGHT_ZERO_POINT: 4, WEIGHT_SHAPE: 8, ROW_ORDER: 4}
 _SCALE_LEAVES = (WEIGHT_SCALE, WEIGHT_ZERO_POINT, WEIGHT_SHAPE)

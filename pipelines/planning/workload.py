@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.architecture import PROJECTOR_PART, TOWER_PART, Architecture, LayerLinears, component_of
-from ercsvd_deploy.layerwise import MAX_TOKENS_PER_BATCH
-from ercsvd_deploy.rank import LinearShape, RankPlan
-from ercsvd_deploy.recipe_schema import HeldOutText, Recipe, TextFile
+from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
+from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture, LayerLinears, component_of
+from ercsvd_deploy.models.streaming import MAX_TOKENS_PER_BATCH
+from ercsvd_deploy.recipe.sections import HeldOutText, Recipe, TextFile
 
 _CHARACTERS_PER_TOKEN = 4  # of ordinary text and a tokenizer of 32,000 tokens or more
 _TOKENS_OF_UNSEEN_TEXT = 350_000  # the size of WikiText-2's test split

@@ -14,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from ercsvd_deploy.pipelines.report_schema import ReportDocument
-from ercsvd_deploy.pipelines.report_summary import (
+from ercsvd_deploy.pipelines.reporting.rows import (
     Row,
     describe_treatment,
     encodable,
@@ -30,6 +29,7 @@ from ercsvd_deploy.pipelines.report_summary import (
     size_rows,
     tensor_parallel_sizes,
 )
+from ercsvd_deploy.pipelines.reporting.schema import ReportDocument
 
 CARD_FILE = "README.md"
 ORIGINAL_CARD_FILE = "README.original.md"

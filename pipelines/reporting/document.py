@@ -13,16 +13,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ercsvd_deploy.checkpoint_schema import FACTOR_PARTS
-from ercsvd_deploy.comparison import Change
-from ercsvd_deploy.pipelines.components import Component
-from ercsvd_deploy.pipelines.factorize import AllocatedLinear, FactorizeOutcome
-from ercsvd_deploy.pipelines.factorize_linear import FactorizedLinear
-from ercsvd_deploy.pipelines.factorize_vision import VisionOutcome
-from ercsvd_deploy.pipelines.gates import GateResult
-from ercsvd_deploy.pipelines.quantize import QuantizedMatrix, QuantizeOutcome
-from ercsvd_deploy.pipelines.recover import RecoverOutcome
-from ercsvd_deploy.pipelines.serving_parity import ServingParity
+from ercsvd_deploy.evaluation.comparison import Change
+from ercsvd_deploy.format.schema import FACTOR_PARTS
+from ercsvd_deploy.pipelines.judging.gates import GateResult
+from ercsvd_deploy.pipelines.judging.serving_parity import ServingParity
+from ercsvd_deploy.pipelines.planning.components import Component
+from ercsvd_deploy.pipelines.stages.factorize.last_layers import AllocatedLinear, FactorizeOutcome
+from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
+from ercsvd_deploy.pipelines.stages.factorize.vision import VisionOutcome
+from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizedMatrix, QuantizeOutcome
+from ercsvd_deploy.pipelines.stages.recover import RecoverOutcome
 
 REPORT_FILE = "ercsvd_report.json"
 REPORT_VERSION = 2

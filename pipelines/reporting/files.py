@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.pipelines.model_card import CARD_FILE, ORIGINAL_CARD_FILE, make_card
-from ercsvd_deploy.pipelines.report import REPORT_FILE
-from ercsvd_deploy.pipelines.report_page import PAGE_FILE, PAGE_NEEDS, can_make_page, make_page
-from ercsvd_deploy.pipelines.report_schema import ReportError, parse_report
-from ercsvd_deploy.tensor_store import write_json_atomically, write_text_atomically
+from ercsvd_deploy.format.tensor_store import write_json_atomically, write_text_atomically
+from ercsvd_deploy.pipelines.reporting.card import CARD_FILE, ORIGINAL_CARD_FILE, make_card
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, PAGE_NEEDS, can_make_page, make_page
+from ercsvd_deploy.pipelines.reporting.schema import ReportError, parse_report
 
 # Written again when the finished export has been measured, so the manifest has no checksums of them.
 REPORT_FILES = frozenset({REPORT_FILE, PAGE_FILE, CARD_FILE})

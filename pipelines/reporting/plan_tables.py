@@ -6,10 +6,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ercsvd_deploy.exporters.vllm.kernel_choice import KernelUse
-from ercsvd_deploy.pipelines.plan import CandidatePlan, Plan
-from ercsvd_deploy.pipelines.quantize_plan import PatternMatch
-from ercsvd_deploy.pipelines.report import component_table
+from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse
+from ercsvd_deploy.pipelines.planning.plan import CandidatePlan, Plan
+from ercsvd_deploy.pipelines.reporting.document import component_table
+from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch
 
 
 def render(plan: Plan) -> RenderableType:

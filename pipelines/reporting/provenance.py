@@ -6,9 +6,9 @@ import hashlib
 import json
 from typing import Any
 
-from ercsvd_deploy.pipelines.fingerprints import Fingerprints
-from ercsvd_deploy.recipe import canonical
-from ercsvd_deploy.recipe_schema import Recipe
+from ercsvd_deploy.pipelines.state.fingerprint import Fingerprints
+from ercsvd_deploy.recipe.load import canonical
+from ercsvd_deploy.recipe.sections import Recipe
 
 
 def describe_provenance(recipe: Recipe, fingerprints: Fingerprints) -> dict[str, Any]:

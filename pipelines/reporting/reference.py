@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.pipelines.report_schema import ReportDocument
+from ercsvd_deploy.pipelines.reporting.schema import ReportDocument
 
 SCHEMA_FILE = Path("docs/report.schema.json")
 REFERENCE_FILE = Path("docs/report.md")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ercsvd_deploy.pipelines.report_schema import Figures, GateResult, ReportDocument
+from ercsvd_deploy.pipelines.reporting.schema import Figures, GateResult, ReportDocument
 
 _METHODS = {"svd": "SVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "erc_svd": "ERC-SVD"}
 _GATES = {

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.pipelines.evaluate import run_lm_eval
-from ercsvd_deploy.pipelines.gates import judge_gates
-from ercsvd_deploy.pipelines.report import Report
-from ercsvd_deploy.pipelines.report_files import write_report_files
-from ercsvd_deploy.pipelines.run_data import RunData
-from ercsvd_deploy.pipelines.serving_parity import measure_parity
-from ercsvd_deploy.recipe_schema import LmEval, Recipe
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.inputs.run_data import RunData
+from ercsvd_deploy.pipelines.judging.evaluate import run_lm_eval
+from ercsvd_deploy.pipelines.judging.gates import judge_gates
+from ercsvd_deploy.pipelines.judging.serving_parity import measure_parity
+from ercsvd_deploy.pipelines.reporting.document import Report
+from ercsvd_deploy.pipelines.reporting.files import write_report_files
+from ercsvd_deploy.recipe.sections import LmEval, Recipe
 
 
 def finish_report(

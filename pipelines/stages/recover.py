@@ -29,15 +29,15 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from ercsvd_deploy.architecture import LayerLinears
-from ercsvd_deploy.checkpoint_schema import ModuleDescription
-from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.lowrank_linear import PackedLinear
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.rank import LinearShape
-from ercsvd_deploy.recipe_stages import Recover
-from ercsvd_deploy.samples import Batch, Sample, make_batches
-from ercsvd_deploy.tensor_store import FileStore
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.data.samples import Batch, Sample, make_batches
+from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.format.tensor_store import FileStore
+from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.modules import PackedLinear
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.recipe.stages import Recover
 
 _HELD_OUT_SHARE = 1 / 16  # of the batches, at least one
 _WARM_UP_SHARE = 1 / 20  # of the steps

@@ -14,27 +14,36 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.architecture import Architecture
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
-from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.pipelines.allocation_options import AllocationTask
-from ercsvd_deploy.pipelines.factorize import FactorizeOutcome, factorize_decoder, is_factorized
-from ercsvd_deploy.pipelines.factorize_allocated import factorize_allocated
-from ercsvd_deploy.pipelines.factorize_vision import VisionOutcome, factorize_vision
-from ercsvd_deploy.pipelines.fingerprints import Fingerprints, short_digest
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.model_source import OpenedModel, stream
-from ercsvd_deploy.pipelines.plan import plan_allocation, plan_quantize_stage, plan_vision, rank_plans
-from ercsvd_deploy.pipelines.progress import ProgressReporter
-from ercsvd_deploy.pipelines.quantize import QuantizeOutcome, quantize_decoder
-from ercsvd_deploy.pipelines.quantize_plan import QuantizePlan, check_num_tokens, serving_warnings
-from ercsvd_deploy.pipelines.recover import RecoverOutcome, recover_decoder
-from ercsvd_deploy.pipelines.sensitivity import measure_sensitivity
-from ercsvd_deploy.rank import RankPlan
-from ercsvd_deploy.recipe_schema import Recipe
-from ercsvd_deploy.recipe_stages import Factorize, Quantize, Recover
-from ercsvd_deploy.samples import Sample
-from ercsvd_deploy.tensor_store import FileStore, OverlayStore, TensorStore
+from ercsvd_deploy.budget.ranks import RankPlan
+from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
+from ercsvd_deploy.format.tensor_store import FileStore, OverlayStore, TensorStore
+from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.cli.progress import ProgressReporter
+from ercsvd_deploy.pipelines.inputs.model import OpenedModel, stream
+from ercsvd_deploy.pipelines.planning.plan import (
+    plan_allocation,
+    plan_quantize_stage,
+    plan_vision,
+    rank_plans,
+)
+from ercsvd_deploy.pipelines.stages.factorize.allocated import factorize_allocated
+from ercsvd_deploy.pipelines.stages.factorize.last_layers import (
+    FactorizeOutcome,
+    factorize_decoder,
+    is_factorized,
+)
+from ercsvd_deploy.pipelines.stages.factorize.options import AllocationTask
+from ercsvd_deploy.pipelines.stages.factorize.vision import VisionOutcome, factorize_vision
+from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome, quantize_decoder
+from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlan, check_num_tokens, serving_warnings
+from ercsvd_deploy.pipelines.stages.recover import RecoverOutcome, recover_decoder
+from ercsvd_deploy.pipelines.stages.sensitivity import measure_sensitivity
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.fingerprint import Fingerprints, short_digest
+from ercsvd_deploy.recipe.sections import Recipe
+from ercsvd_deploy.recipe.stages import Factorize, Quantize, Recover
 
 
 @dataclass

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ercsvd_deploy.architecture import LayerLinears
-from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.rank import LinearShape
-from ercsvd_deploy.samples import Batch, Sample
-from ercsvd_deploy.tensor_store import FileStore
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.data.samples import Batch, Sample
+from ercsvd_deploy.format.tensor_store import FileStore
+from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
 
 _SEED = 0  # of the drawn tokens
 

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 
 import ercsvd_deploy
-from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.pipelines.finished_work import file_digest
-from ercsvd_deploy.pipelines.model_source import OpenedModel
-from ercsvd_deploy.pipelines.plan import resolve_rank_multiple
-from ercsvd_deploy.pipelines.run_data import RunData
-from ercsvd_deploy.recipe import canonical
-from ercsvd_deploy.recipe_schema import Recipe
-from ercsvd_deploy.samples import Sample
-from ercsvd_deploy.tensor_store import read_json, write_json_atomically
+from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.tensor_store import read_json, write_json_atomically
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.inputs.model import OpenedModel
+from ercsvd_deploy.pipelines.inputs.run_data import RunData
+from ercsvd_deploy.pipelines.planning.plan import resolve_rank_multiple
+from ercsvd_deploy.pipelines.state.cache import file_digest
+from ercsvd_deploy.recipe.load import canonical
+from ercsvd_deploy.recipe.sections import Recipe
 
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "gptqmodel", "numpy")
 _HASHES_FILE = "model-files.json"

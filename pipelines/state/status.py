@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ercsvd_deploy.exporters.vllm.writer import is_export
-from ercsvd_deploy.pipelines.work_directory import is_in_use, work_path
+from ercsvd_deploy.pipelines.state.lock import is_in_use, work_path
 
 
 @dataclass(frozen=True)

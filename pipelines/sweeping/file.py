@@ -25,10 +25,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from ercsvd_deploy.recipe import RecipeError, canonical, load_recipe
-from ercsvd_deploy.recipe_fields import ListOf, LocalPath, Section, Size, Text, refusal
-from ercsvd_deploy.recipe_schema import Recipe
-from ercsvd_deploy.recipe_source import read_yaml_file
+from ercsvd_deploy.recipe.fields import ListOf, LocalPath, Section, Size, Text, refusal
+from ercsvd_deploy.recipe.load import RecipeError, canonical, load_recipe
+from ercsvd_deploy.recipe.sections import Recipe
+from ercsvd_deploy.recipe.yaml_source import read_yaml_file
 
 _MOST_POINTS = 1000
 

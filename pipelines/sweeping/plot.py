@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ercsvd_deploy.pipelines.sweep import DENSE, PointResult, SweepResult
+from ercsvd_deploy.pipelines.sweeping.points import DENSE, PointResult, SweepResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from ercsvd_deploy.pipelines.gates import GateResult, judge_gates
-from ercsvd_deploy.pipelines.pareto import pareto_front
-from ercsvd_deploy.pipelines.plan import make_plan
-from ercsvd_deploy.pipelines.report import ModelFigures, finite
-from ercsvd_deploy.pipelines.run import compress_and_judge, prepare_run
-from ercsvd_deploy.pipelines.sweep_file import Point, Sweep, sweep_points
-from ercsvd_deploy.pipelines.work_directory import resumable_directory
-from ercsvd_deploy.recipe import canonical
-from ercsvd_deploy.recipe_fields import parse_size
-from ercsvd_deploy.recipe_schema import Recipe
-from ercsvd_deploy.recipe_stages import Quantize, QuantizeStage
-from ercsvd_deploy.tensor_store import write_json_atomically
+from ercsvd_deploy.format.tensor_store import write_json_atomically
+from ercsvd_deploy.pipelines.flow import compress_and_judge, prepare_run
+from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
+from ercsvd_deploy.pipelines.planning.plan import make_plan
+from ercsvd_deploy.pipelines.reporting.document import ModelFigures, finite
+from ercsvd_deploy.pipelines.state.lock import resumable_directory
+from ercsvd_deploy.pipelines.sweeping.choice import pareto_front
+from ercsvd_deploy.pipelines.sweeping.file import Point, Sweep, sweep_points
+from ercsvd_deploy.recipe.fields import parse_size
+from ercsvd_deploy.recipe.load import canonical
+from ercsvd_deploy.recipe.sections import Recipe
+from ercsvd_deploy.recipe.stages import Quantize, QuantizeStage
 
 RESULTS_FILE = "sweep.json"
 DENSE = "dense"
@@ -164,8 +164,8 @@ def plain_gptq(sweep: Sweep) -> list[Point]:
 
 def _group_size(recipe: Recipe) -> int:
     """Return the largest group size that every Linear of the model can have."""
-    from ercsvd_deploy.architecture import build_meta_model, describe
-    from ercsvd_deploy.pipelines.model_source import open_config
+    from ercsvd_deploy.models.families import build_meta_model, describe
+    from ercsvd_deploy.pipelines.inputs.model import open_config
 
     config = open_config(recipe.model)
     architecture = describe(
@@ -179,7 +179,7 @@ def affordable_jobs(points: Sequence[Point]) -> int:
     """Return how many points fit beside each other into cores and memory; one on a GPU."""
     if torch.cuda.is_available():
         return 1
-    from ercsvd_deploy.pipelines.machine import available_memory
+    from ercsvd_deploy.pipelines.planning.machine import available_memory
 
     available = available_memory()
     if available is None:

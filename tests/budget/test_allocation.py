@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from ercsvd_deploy.allocation import AllocationError, Option, allocate
+from ercsvd_deploy.budget.allocation import AllocationError, Option, allocate
 
 Options = dict[str, list[Option[int]]]
 

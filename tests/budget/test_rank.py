@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ercsvd_deploy.rank import (
+from ercsvd_deploy.budget.ranks import (
     LinearShape,
     RankError,
     RankPlan,

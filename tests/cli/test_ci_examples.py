@@ -12,9 +12,9 @@ import pytest
 import typer.main
 import yaml
 
-from ercsvd_deploy.pipelines.cli import app
+from ercsvd_deploy.pipelines.cli.app import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = (ROOT / "docs" / "ci" / "github.yml", ROOT / "docs" / "ci" / "gitlab.yml")
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *EXAMPLES)
 _IN_TICKS = re.compile(r"`(ercsvd [^`]+)`")

@@ -11,11 +11,11 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
-from ercsvd_deploy.calibration import CalibrationError
-from ercsvd_deploy.chat_processor import encode_with_images, load_processor, render, reply_tokens
-from ercsvd_deploy.conversation_records import Turn
+from ercsvd_deploy.data.chat import encode_with_images, load_processor, render, reply_tokens
+from ercsvd_deploy.data.records import Turn
+from ercsvd_deploy.data.texts import CalibrationError
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "tiny-llava"
 
 

@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ercsvd_deploy.calibration import CalibrationError
-from ercsvd_deploy.conversations import (
+from ercsvd_deploy.data.conversations import (
     Conversation,
     Turn,
     open_images,
@@ -25,9 +24,10 @@ from ercsvd_deploy.conversations import (
     read_hub_conversations,
     read_image_folder,
 )
-from ercsvd_deploy.image_sources import DamagedImageError
+from ercsvd_deploy.data.images import DamagedImageError
+from ercsvd_deploy.data.texts import CalibrationError
 
-PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
+PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 ASKED = {"from": "human", "value": "<image>\nWhat is it?"}
 ANSWERED = {"from": "gpt", "value": "a star"}
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ercsvd_deploy.image_sources import DamagedImageError, ImageContent, ImageFile
+from ercsvd_deploy.data.images import DamagedImageError, ImageContent, ImageFile
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP")
 

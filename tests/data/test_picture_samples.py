@@ -25,18 +25,18 @@ from transformers import (
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from ercsvd_deploy.calibration import CalibrationError
-from ercsvd_deploy.conversations import Conversation, Turn, read_conversations
-from ercsvd_deploy.image_sources import ImageContent, ImageFile
-from ercsvd_deploy.picture_samples import (
+from ercsvd_deploy.data.conversations import Conversation, Turn, read_conversations
+from ercsvd_deploy.data.images import ImageContent, ImageFile
+from ercsvd_deploy.data.pictures import (
     PictureQuestions,
     PictureSamples,
     calibration_samples,
     load_processor,
     question_samples,
 )
+from ercsvd_deploy.data.texts import CalibrationError
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "tiny-llava"
 IMAGE, VOCABULARY = 4096, 4097
 PATCHES = 9

@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from ercsvd_deploy.evaluation import measure_quality
-from ercsvd_deploy.picture_samples import load_processor
-from ercsvd_deploy.pipelines.evaluate import open_for_lm_eval
-from ercsvd_deploy.pipelines.model_source import open_model, stream
-from ercsvd_deploy.pipelines.pictures import ask_questions
-from ercsvd_deploy.recipe_schema import ModelSource
-from ercsvd_deploy.recipe_vision import ConversationFile, VisualQuestions
-from ercsvd_deploy.samples import QuestionSample, Sample
-from tests.test_run import invoke
+from ercsvd_deploy.data.pictures import load_processor
+from ercsvd_deploy.data.samples import QuestionSample, Sample
+from ercsvd_deploy.evaluation.perplexity import measure_quality
+from ercsvd_deploy.pipelines.inputs.model import open_model, stream
+from ercsvd_deploy.pipelines.inputs.pictures import ask_questions
+from ercsvd_deploy.pipelines.judging.evaluate import open_for_lm_eval
+from ercsvd_deploy.recipe.sections import ModelSource
+from ercsvd_deploy.recipe.vision import ConversationFile, VisualQuestions
+from tests.flow.test_run import invoke
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "tiny-llava"
 HELD_OUT = EXAMPLES / "pictures" / "held_out.jsonl"
 

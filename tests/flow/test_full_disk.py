@@ -10,9 +10,9 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ercsvd_deploy.pipelines.stages import run_stages
-from tests.test_resume import STAGES, hashes
-from tests.test_run import RecipeWriter, invoke, llama, write_recipe  # noqa: F401 - fixtures
+from ercsvd_deploy.pipelines.stages.running import run_stages
+from tests.flow.test_run import RecipeWriter, invoke, llama, write_recipe  # noqa: F401 - fixtures
+from tests.state.test_resume import STAGES, hashes
 
 MOST_RUNS = 60
 
@@ -24,7 +24,7 @@ class Disk:
         self.free = 0
         self.writes = 0
         self._write_text = Path.write_text
-        monkeypatch.setattr("ercsvd_deploy.tensor_store.save_file", self._save_file)
+        monkeypatch.setattr("ercsvd_deploy.format.tensor_store.save_file", self._save_file)
 
         def write_text(path: Path, text: str, **options: Any) -> int:
             return self._write(path, text, **options)
@@ -110,7 +110,7 @@ def test_disk_full_while_gathering_results_is_told_like_any_other(
         raise OSError(28, "No space left on device", "somewhere")
 
     patched: Callable[..., None] = stages_on_a_full_disk
-    monkeypatch.setattr("ercsvd_deploy.pipelines.run.run_stages", patched)
+    monkeypatch.setattr("ercsvd_deploy.pipelines.flow.run_stages", patched)
     code, _, error = invoke("run", write_recipe(*STAGES))
     assert code == 1
     assert error.startswith("error: somewhere: No space left on device")

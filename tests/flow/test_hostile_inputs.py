@@ -21,13 +21,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ercsvd_deploy.config_sizes import impossible_sizes
 from ercsvd_deploy.exporters.vllm.writer import ExportError, check_target
+from ercsvd_deploy.models.config_sizes import impossible_sizes
 from tests.conftest import ModelDirectory
-from tests.fuzz_strategies import listing
-from tests.test_import_llava import OriginalWriter, convert, original  # noqa: F401 - a fixture
-from tests.test_resume import hashes
-from tests.test_run import RecipeWriter, factorize, invoke, llama, write_recipe  # noqa: F401 - fixtures
+from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe  # noqa: F401 - fixtures
+from tests.fuzz.strategies import listing
+from tests.importing.test_import_llava import OriginalWriter, convert, original  # noqa: F401 - a fixture
+from tests.state.test_resume import hashes
 from tests.tiny_models import WEIGHTS_FILE
 
 NOBODY = 65534
@@ -46,7 +46,7 @@ def model(llama: Path, tmp_path: Path) -> Path:  # noqa: F811
 def in_a_process(*arguments: object, memory: int = MEMORY) -> subprocess.CompletedProcess[str]:
     """Run a command line in a process of its own, with bounded memory and time."""
     return subprocess.run(
-        [sys.executable, "-m", "ercsvd_deploy.pipelines.cli", *map(str, arguments)],
+        [sys.executable, "-m", "ercsvd_deploy.pipelines.cli.app", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -375,7 +375,7 @@ def test_clocks_that_jump_change_nothing(
     generator = random.Random(5)
     monkeypatch.setattr(time, "time", lambda: generator.uniform(0, 2e10))
     with monkeypatch.context() as patched:
-        patched.setattr("ercsvd_deploy.pipelines.run.write_export", _interrupt)
+        patched.setattr("ercsvd_deploy.pipelines.flow.write_export", _interrupt)
         assert invoke("run", recipe)[0] == 130
     for moment in (0, 4_000_000_000):  # 1970 and 2096
         for path in [*model.iterdir(), *(tmp_path / ".out.work").rglob("*")]:
@@ -414,7 +414,7 @@ def test_damaged_memory_of_hashes_is_taken_again(
 def test_without_the_compress_extra_one_line_says_so() -> None:
     code = (
         "import sys; sys.modules['typer'] = None\n"
-        "from ercsvd_deploy.pipelines.entry_point import main\nmain()"
+        "from ercsvd_deploy.pipelines.cli.entry_point import main\nmain()"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False

@@ -20,15 +20,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig
-from ercsvd_deploy.pipelines.cli import app
-from ercsvd_deploy.pipelines.factorize import FactorizeOutcome
-from ercsvd_deploy.pipelines.report import REPORT_FILE, finite
-from ercsvd_deploy.pipelines.run import run_recipe
-from ercsvd_deploy.recipe import load_recipe
+from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.pipelines.cli.app import app
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, finite
+from ercsvd_deploy.pipelines.stages.factorize.last_layers import FactorizeOutcome
+from ercsvd_deploy.recipe.load import load_recipe
 from tests.tiny_models import save_tiny_model
 
-TEXT = Path(__file__).parent.parent / "examples" / "text"
+TEXT = Path(__file__).parents[2] / "examples" / "text"
 RecipeWriter = Callable[..., Path]
 
 
@@ -105,8 +105,8 @@ def test_searched_error_is_that_of_the_exported_model(
     """The search's figure for the chosen k must be reproducible from the export, by transformers alone."""
     recipe = load_recipe(write_recipe(factorize(method=method, num_compressed_layers=3)))
     report, directory = run_recipe(recipe)
-    from ercsvd_deploy.calibration import load_tokenizer
-    from ercsvd_deploy.pipelines.texts import calibration_windows
+    from ercsvd_deploy.data.texts import load_tokenizer
+    from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 
     assert recipe.calibration is not None
     assert report.factorize is not None
@@ -171,8 +171,8 @@ def test_shards_hold_whole_layers(write_recipe: RecipeWriter) -> None:
 @pytest.mark.parametrize(
     ("moment", "target"),
     [
-        ("while factorizing", "ercsvd_deploy.pipelines.finished_work.write_atomically"),
-        ("while writing shards", "ercsvd_deploy.tensor_store.save_file"),
+        ("while factorizing", "ercsvd_deploy.pipelines.state.cache.write_atomically"),
+        ("while writing shards", "ercsvd_deploy.format.tensor_store.save_file"),
         ("at the very end", "ercsvd_deploy.exporters.vllm.writer.write_json_atomically"),
     ],
 )
@@ -198,7 +198,8 @@ def test_failure_keeps_the_earlier_export(
     run_recipe(load_recipe(recipe))
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     monkeypatch.setattr(
-        "ercsvd_deploy.tensor_store.save_file", lambda *_a, **_k: (_ for _ in ()).throw(OSError(28, "full"))
+        "ercsvd_deploy.format.tensor_store.save_file",
+        lambda *_a, **_k: (_ for _ in ()).throw(OSError(28, "full")),
     )
     code, _, _ = invoke("run", recipe)
     assert code == 1
@@ -221,7 +222,7 @@ def test_two_runs_on_one_output_exclude_each_other(write_recipe: RecipeWriter, t
 
 def test_killed_run_leaves_nothing_that_looks_finished(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     recipe = write_recipe()
-    command = [sys.executable, "-m", "ercsvd_deploy.pipelines.cli", "run", str(recipe)]
+    command = [sys.executable, "-m", "ercsvd_deploy.pipelines.cli.app", "run", str(recipe)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob(".out.work/factorize/*")):

@@ -17,20 +17,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig
-from ercsvd_deploy.llava_names import to_checkpoint
-from ercsvd_deploy.pipelines.components import LEFT_ALONE
-from ercsvd_deploy.pipelines.factorize_linear import FactorizationError
-from ercsvd_deploy.pipelines.model_source import open_model, stream
-from ercsvd_deploy.pipelines.plan import make_plan
-from ercsvd_deploy.pipelines.residual_choice import residual_ranks_on_offer
-from ercsvd_deploy.pipelines.run import run_recipe
-from ercsvd_deploy.rank import LinearShape
-from ercsvd_deploy.recipe import load_recipe
-from ercsvd_deploy.recipe_schema import ModelSource
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.format.names import to_checkpoint
+from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.inputs.model import open_model, stream
+from ercsvd_deploy.pipelines.planning.components import LEFT_ALONE
+from ercsvd_deploy.pipelines.planning.plan import make_plan
+from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizationError
+from ercsvd_deploy.pipelines.stages.factorize.residual import residual_ranks_on_offer
+from ercsvd_deploy.recipe.load import load_recipe
+from ercsvd_deploy.recipe.sections import ModelSource
 from tests.conftest import ModelDirectory
-from tests.test_run import TEXT, factorize, invoke
-from tests.test_streamed_pictures import samples
+from tests.flow.test_run import TEXT, factorize, invoke
+from tests.models.test_streamed_pictures import samples
 from tests.tiny_models import VISION_FAMILIES
 from tests.tiny_vision import IMAGE_SIZE
 

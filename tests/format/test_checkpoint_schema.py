@@ -12,7 +12,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.format.schema import (
     FORMAT_VERSION,
     CheckpointConfig,
     CheckpointFormatError,
@@ -170,5 +170,5 @@ def test_what_this_version_cannot_read_is_refused(change: dict[str, Any], messag
 
 
 def test_the_schema_needs_no_torch() -> None:
-    script = "import sys, ercsvd_deploy.checkpoint_schema; sys.exit('torch' in sys.modules)"
+    script = "import sys, ercsvd_deploy.format.schema; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

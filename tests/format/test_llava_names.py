@@ -12,10 +12,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from ercsvd_deploy.architecture import build_meta_model, describe, load_config
-from ercsvd_deploy.llava_names import from_original, to_checkpoint, to_module
+from ercsvd_deploy.format.names import from_original, to_checkpoint, to_module
+from ercsvd_deploy.models.families import build_meta_model, describe, load_config
 from tests.conftest import ModelDirectory
-from tests.original_llava import original_name
+from tests.importing.original_llava import original_name
 from tests.tiny_models import VISION_FAMILIES, WEIGHTS_FILE
 
 # One tensor of each part: transformers' module, the hub's checkpoint, the authors' checkpoint.

@@ -10,15 +10,15 @@ import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.format.packing import pack, unpack
+from ercsvd_deploy.format.schema import (
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     WEIGHT_SHAPE,
     WEIGHT_ZERO_POINT,
     WeightQuantization,
 )
-from ercsvd_deploy.integer_grid import QuantizationSettings, QuantizedWeight, round_to_nearest
-from ercsvd_deploy.packing import pack, unpack
+from ercsvd_deploy.quantization.grid import QuantizationSettings, QuantizedWeight, round_to_nearest
 
 FORMATS = pytest.mark.parametrize(
     ("bits", "sym", "group_size"),

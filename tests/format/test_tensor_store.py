@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ercsvd_deploy.checkpoint_schema import ModuleDescription
-from ercsvd_deploy.tensor_store import (
+from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.format.tensor_store import (
     INDEX_FILE,
     SINGLE_FILE,
     CastingStore,
@@ -140,7 +140,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(
         partial.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ercsvd_deploy.tensor_store.save_file", full_disk)
+    monkeypatch.setattr("ercsvd_deploy.format.tensor_store.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(target, tensors_for("a", "b"))
     assert target.read_bytes() == before

@@ -17,15 +17,15 @@ from typing import Any, TypeVar
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from ercsvd_deploy.architecture import ArchitectureError
-from ercsvd_deploy.calibration import CalibrationError
-from ercsvd_deploy.checkpoint_schema import CheckpointFormatError
-from ercsvd_deploy.exporters.vllm.manifest import ManifestError
-from ercsvd_deploy.pipelines.check import CheckError
-from ercsvd_deploy.pipelines.plan import PlanError
-from ercsvd_deploy.pipelines.quantize_plan import QuantizePlanError
-from ercsvd_deploy.recipe import RecipeError
-from ercsvd_deploy.tensor_store import CheckpointError
+from ercsvd_deploy.data.texts import CalibrationError
+from ercsvd_deploy.format.manifest import ManifestError
+from ercsvd_deploy.format.schema import CheckpointFormatError
+from ercsvd_deploy.format.tensor_store import CheckpointError
+from ercsvd_deploy.models.families import ArchitectureError
+from ercsvd_deploy.pipelines.judging.check import CheckError
+from ercsvd_deploy.pipelines.planning.plan import PlanError
+from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlanError
+from ercsvd_deploy.recipe.load import RecipeError
 
 DOCUMENTED = (
     ArchitectureError,

@@ -14,14 +14,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig
-from ercsvd_deploy.exporters.vllm.manifest import MANIFEST_FILE, verify_export, write_manifest
-from ercsvd_deploy.pipelines.check import check_export
-from ercsvd_deploy.pipelines.gates import junit_xml
-from ercsvd_deploy.pipelines.report import REPORT_FILE, REPORT_VERSION
-from ercsvd_deploy.tensor_store import INDEX_FILE, SINGLE_FILE, FileStore, open_directory
+from ercsvd_deploy.format.manifest import MANIFEST_FILE, verify_export, write_manifest
+from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.format.tensor_store import INDEX_FILE, SINGLE_FILE, FileStore, open_directory
+from ercsvd_deploy.pipelines.judging.check import check_export
+from ercsvd_deploy.pipelines.judging.gates import junit_xml
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, REPORT_VERSION
 from tests.conftest import ModelDirectory
-from tests.fuzz_strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing
+from tests.fuzz.strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = {

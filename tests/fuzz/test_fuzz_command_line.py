@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from ercsvd_deploy.exporters.vllm.manifest import MANIFEST_FILE, write_manifest
-from ercsvd_deploy.pipelines.cli import app
-from ercsvd_deploy.pipelines.report import REPORT_FILE
-from ercsvd_deploy.tensor_store import SINGLE_FILE
+from ercsvd_deploy.format.manifest import MANIFEST_FILE, write_manifest
+from ercsvd_deploy.format.tensor_store import SINGLE_FILE
+from ercsvd_deploy.pipelines.cli.app import app
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from tests.conftest import ModelDirectory
-from tests.fuzz_strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing
-from tests.test_fuzz_checkpoints import REPORT
+from tests.fuzz.strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing
+from tests.fuzz.test_fuzz_checkpoints import REPORT
 
-TEXT = Path(__file__).parent.parent / "examples" / "text" / "in_domain.txt"
+TEXT = Path(__file__).parents[2] / "examples" / "text" / "in_domain.txt"
 
 
 @pytest.fixture(scope="module")

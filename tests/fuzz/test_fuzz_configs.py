@@ -13,13 +13,13 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ercsvd_deploy.pipelines.plan import make_plan
-from ercsvd_deploy.recipe import Recipe, check_files, load_recipe
+from ercsvd_deploy.pipelines.planning.plan import make_plan
+from ercsvd_deploy.recipe.load import Recipe, check_files, load_recipe
 from tests.conftest import ModelDirectory
-from tests.fuzz_strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values
+from tests.fuzz.strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values
 from tests.tiny_models import save_tiny_model
 
-TEXT = Path(__file__).parent.parent / "examples" / "text" / "in_domain.txt"
+TEXT = Path(__file__).parents[2] / "examples" / "text" / "in_domain.txt"
 MOST_GROWTH = 2**20  # KiB, so 1 GiB: what a plan of an absurd model may not reach
 
 

@@ -11,7 +11,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ercsvd_deploy.calibration import (
+from ercsvd_deploy.data.conversations import open_images, read_conversations
+from ercsvd_deploy.data.images import DamagedImageError
+from ercsvd_deploy.data.texts import (
     Tokenizer,
     load_tokenizer,
     read_jsonl,
@@ -19,14 +21,12 @@ from ercsvd_deploy.calibration import (
     sample_windows,
     token_windows,
 )
-from ercsvd_deploy.conversations import open_images, read_conversations
-from ercsvd_deploy.image_sources import DamagedImageError
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from tests.conftest import ModelDirectory
-from tests.fuzz_strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing
+from tests.fuzz.strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing
 from tests.tiny_models import VOCAB_SIZE
 
-PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
+PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 DOCUMENTS = [{"text": "def f(x):\n    return x + 1\n" * 3, "id": number} for number in range(4)]
 FINGERPRINT = {
     "model": {"model.safetensors": "0123"},

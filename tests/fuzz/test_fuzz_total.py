@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests import test_fuzz_checkpoints, test_fuzz_command_line, test_fuzz_configs, test_fuzz_data
-from tests.fuzz_strategies import CASES, DOCUMENTED, FuzzLog, normalised
+from tests.fuzz import test_fuzz_checkpoints, test_fuzz_command_line, test_fuzz_configs, test_fuzz_data
+from tests.fuzz.strategies import CASES, DOCUMENTED, FuzzLog, normalised
 
 MODULES = (test_fuzz_checkpoints, test_fuzz_command_line, test_fuzz_configs, test_fuzz_data)
 

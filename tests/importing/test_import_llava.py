@@ -20,16 +20,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
-from ercsvd_deploy.architecture import ArchitectureError
-from ercsvd_deploy.pipelines import llava_processor, model_source
-from ercsvd_deploy.pipelines.cli import app
-from ercsvd_deploy.pipelines.import_llava import import_llava
-from ercsvd_deploy.pipelines.llava_original import LlavaImportError, read_original
-from ercsvd_deploy.pipelines.model_source import open_config, open_model
-from ercsvd_deploy.recipe_schema import ModelSource
+from ercsvd_deploy.models.families import ArchitectureError
+from ercsvd_deploy.pipelines.cli.app import app
+from ercsvd_deploy.pipelines.importing.llava import processor as llava_processor
+from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError, read_original
+from ercsvd_deploy.pipelines.importing.llava.convert import import_llava
+from ercsvd_deploy.pipelines.inputs import model as model_source
+from ercsvd_deploy.pipelines.inputs.model import open_config, open_model
+from ercsvd_deploy.recipe.sections import ModelSource
 from tests import tiny_vision
 from tests.conftest import ModelDirectory
-from tests.original_llava import TOWER, save_original, save_tower
+from tests.importing.original_llava import TOWER, save_original, save_tower
 from tests.tiny_models import VISION_FAMILIES, VOCAB_SIZE, WEIGHTS_FILE
 
 OriginalWriter = Callable[..., Path]
@@ -368,7 +369,7 @@ def test_tower_is_fetched_from_the_hub_no_more_than_needed(
         asked.append((name, revision, tuple(files)))
         return source.parent / TOWER
 
-    monkeypatch.setattr("ercsvd_deploy.pipelines.llava_tower.fetch", fetch)
+    monkeypatch.setattr("ercsvd_deploy.pipelines.importing.llava.tower.fetch", fetch)
     done = import_llava(str(source), source.parent / "imported")
     assert asked[0] == ("openai/clip", None, ("config.json", "preprocessor_config.json"))
     # Weights are of the same commit as the config: the name of a snapshot's directory.
@@ -534,7 +535,7 @@ def test_interrupted_import_leaves_nothing(
         raise interruption
 
     with monkeypatch.context() as patched:
-        patched.setattr("ercsvd_deploy.pipelines.import_llava.save_processor", interrupted)
+        patched.setattr("ercsvd_deploy.pipelines.importing.llava.convert.save_processor", interrupted)
         with pytest.raises(type(interruption)):
             convert(source)
     assert sorted(path.name for path in source.parent.iterdir()) == ["original", TOWER]

@@ -12,19 +12,20 @@ from xml.etree import ElementTree as ET
 import pytest
 import yaml
 
-from ercsvd_deploy.pipelines import after_export, serving_parity
-from ercsvd_deploy.pipelines.gates import GateResult, judge_gates, junit_xml
-from ercsvd_deploy.pipelines.report import REPORT_FILE
-from ercsvd_deploy.pipelines.serving_parity import ServingError, ServingParity
-from ercsvd_deploy.recipe import RecipeError, load_recipe
-from ercsvd_deploy.recipe_fields import parse_size
-from ercsvd_deploy.recipe_gates import BUILT_IN_TEXT, Gates
-from tests.test_recipe import MINIMAL, problems_of, written
-from tests.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
+from ercsvd_deploy.pipelines.judging import serving_parity
+from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates, junit_xml
+from ercsvd_deploy.pipelines.judging.serving_parity import ServingError, ServingParity
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
+from ercsvd_deploy.pipelines.stages import measured_export as after_export
+from ercsvd_deploy.recipe.fields import parse_size
+from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT, Gates
+from ercsvd_deploy.recipe.load import RecipeError, load_recipe
+from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
+from tests.recipe.test_recipe import MINIMAL, problems_of, written
 
 __all__ = ["llama", "write_recipe"]  # fixtures
 
-MODEL = str(Path(__file__).parents[1] / "examples" / "tiny-llama")
+MODEL = str(Path(__file__).parents[2] / "examples" / "tiny-llama")
 REPORT: dict[str, Any] = {
     "report_version": 2,
     "recipe": {"gates": {"perplexity_increase": 0.1, "built_in_text": False}},
@@ -268,7 +269,7 @@ def test_real_vllm_agrees_with_the_reference(write_recipe: RecipeWriter, tmp_pat
         factorize(), gates={"serving_parity": 0.05}, model={"path": MODEL, "dtype": "bfloat16"}
     )
     ran = subprocess.run(
-        [sys.executable, "-m", "ercsvd_deploy.pipelines.cli", "run", str(recipe)],
+        [sys.executable, "-m", "ercsvd_deploy.pipelines.cli.app", "run", str(recipe)],
         capture_output=True,
         text=True,
         check=False,

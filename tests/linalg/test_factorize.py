@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ercsvd_deploy.factorize import (
+from ercsvd_deploy.linalg.decomposition import (
     Factors,
     Method,
     calibration_error,

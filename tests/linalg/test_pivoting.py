@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.factorize import Factors
-from ercsvd_deploy.pivoting import (
+from ercsvd_deploy.linalg.decomposition import Factors
+from ercsvd_deploy.linalg.pivoting import (
     PivotedFactors,
     PivotError,
     find_pivots,

@@ -7,9 +7,16 @@ import math
 import pytest
 import torch
 
-from ercsvd_deploy import factorize, symmetric
-from ercsvd_deploy.factorize import Decomposition, calibration_error, decompose, output_error, truncate
-from ercsvd_deploy.symmetric import (
+from ercsvd_deploy.linalg import decomposition as factorize
+from ercsvd_deploy.linalg import symmetric
+from ercsvd_deploy.linalg.decomposition import (
+    Decomposition,
+    calibration_error,
+    decompose,
+    output_error,
+    truncate,
+)
+from ercsvd_deploy.linalg.symmetric import (
     MIXED_FROM,
     add_symmetric_product,
     descending_eigh,

@@ -31,9 +31,9 @@ from transformers import (
 )
 
 import ercsvd_deploy.hf
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig, CheckpointFormatError
-from ercsvd_deploy.llava_names import to_module
-from ercsvd_deploy.lowrank_linear import LowRankLinear, PackedLinear, PivotedLinear
+from ercsvd_deploy.format.names import to_module
+from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
+from ercsvd_deploy.models.modules import LowRankLinear, PackedLinear, PivotedLinear
 from tests.tiny_models import (
     FAMILIES,
     HIDDEN_SIZE,

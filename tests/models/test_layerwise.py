@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ercsvd_deploy.architecture import ArchitectureError, load_config
-from ercsvd_deploy.evaluation import perplexities
-from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
-from ercsvd_deploy.samples import text_samples
-from ercsvd_deploy.tensor_store import SINGLE_FILE, CheckpointError, open_directory
+from ercsvd_deploy.data.samples import text_samples
+from ercsvd_deploy.evaluation.perplexity import perplexities
+from ercsvd_deploy.format.tensor_store import SINGLE_FILE, CheckpointError, open_directory
+from ercsvd_deploy.models.families import ArchitectureError, load_config
+from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
 from tests.tiny_models import FAMILIES, compress_at_random, save_tiny_model
 
 CPU = torch.device("cpu")

@@ -7,13 +7,13 @@ import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from torch import nn
 
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.format.schema import (
     CheckpointConfig,
     CheckpointFormatError,
     ModuleDescription,
     WeightQuantization,
 )
-from ercsvd_deploy.lowrank_linear import (
+from ercsvd_deploy.models.modules import (
     LowRankLinear,
     PackedLinear,
     PivotedLinear,

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ercsvd_deploy.architecture import PROJECTOR_PART, TOWER_PART
-from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
-from ercsvd_deploy.pipelines.model_source import open_model, stream
-from ercsvd_deploy.recipe_schema import ModelSource
-from ercsvd_deploy.samples import Sample
+from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART
+from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.inputs.model import open_model, stream
+from ercsvd_deploy.recipe.sections import ModelSource
 from tests.conftest import ModelDirectory
 from tests.tiny_models import VISION_FAMILIES
 from tests.tiny_vision import IMAGE_SIZE

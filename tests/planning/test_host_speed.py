@@ -11,12 +11,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ercsvd_deploy.pipelines import host_speed
-from ercsvd_deploy.pipelines.cli import app
-from ercsvd_deploy.pipelines.cost_model import Work, eigh_seconds
-from ercsvd_deploy.pipelines.host_speed import HostSpeed, bench_host, cache_path, host_key, remembered_speed
+from ercsvd_deploy.pipelines.cli.app import app
+from ercsvd_deploy.pipelines.planning import host_speed
+from ercsvd_deploy.pipelines.planning.cost_model import Work, eigh_seconds
+from ercsvd_deploy.pipelines.planning.host_speed import (
+    HostSpeed,
+    bench_host,
+    cache_path,
+    host_key,
+    remembered_speed,
+)
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SPEED = HostSpeed(
     matmul_flops=1e9,

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from ercsvd_deploy.architecture import LANGUAGE_PART, PROJECTOR_PART, TOWER_PART
-from ercsvd_deploy.pipelines.components import LEFT_ALONE
-from ercsvd_deploy.pipelines.plan import PlanError, make_plan
-from ercsvd_deploy.recipe import load_recipe
+from ercsvd_deploy.models.families import LANGUAGE_PART, PROJECTOR_PART, TOWER_PART
+from ercsvd_deploy.pipelines.planning.components import LEFT_ALONE
+from ercsvd_deploy.pipelines.planning.plan import PlanError, make_plan
+from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import ModelDirectory
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 # The published configs, as far as they matter. CLIP ViT-L/14 at 336 pixels in all of them.
 TOWER = {

@@ -16,32 +16,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
-from ercsvd_deploy.checkpoint_schema import WeightQuantization
-from ercsvd_deploy.exporters.vllm.kernel_choice import NO_KERNEL, cpu_kernel, gpu_kernel, hopper_kernel
-from ercsvd_deploy.factorize import (
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.exporters.vllm.kernels.choice import NO_KERNEL, cpu_kernel, gpu_kernel, hopper_kernel
+from ercsvd_deploy.format.schema import WeightQuantization
+from ercsvd_deploy.linalg.decomposition import (
     Factors,
     calibration_error,
     compensated_error,
     compensated_weight,
     decompose,
 )
-from ercsvd_deploy.gptq import QuantizationSettings, quantize_factors, quantize_weight
-from ercsvd_deploy.pipelines import feasibility, machine, working_memory
-from ercsvd_deploy.pipelines.cli import app
-from ercsvd_deploy.pipelines.factorize import _FactorizeStage
-from ercsvd_deploy.pipelines.feasibility import TooLittleDiskError, check_resources
-from ercsvd_deploy.pipelines.host_speed import HostSpeed
-from ercsvd_deploy.pipelines.machine import Machine
-from ercsvd_deploy.pipelines.plan import Plan, make_plan
-from ercsvd_deploy.pipelines.resources import HEAP_GAPS
-from ercsvd_deploy.pipelines.run import run_recipe
-from ercsvd_deploy.pipelines.work_directory import work_path
-from ercsvd_deploy.pipelines.working_memory import Held, blocks, highest
-from ercsvd_deploy.rank import LinearShape
-from ercsvd_deploy.recipe import load_recipe
+from ercsvd_deploy.pipelines.cli.app import app
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.planning import feasibility, machine
+from ercsvd_deploy.pipelines.planning import memory as working_memory
+from ercsvd_deploy.pipelines.planning.feasibility import TooLittleDiskError, check_resources
+from ercsvd_deploy.pipelines.planning.host_speed import HostSpeed
+from ercsvd_deploy.pipelines.planning.machine import Machine
+from ercsvd_deploy.pipelines.planning.memory import Held, blocks, highest
+from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan
+from ercsvd_deploy.pipelines.planning.resources import HEAP_GAPS
+from ercsvd_deploy.pipelines.stages.factorize.last_layers import _FactorizeStage
+from ercsvd_deploy.pipelines.state.lock import work_path
+from ercsvd_deploy.quantization.gptq import QuantizationSettings, quantize_factors, quantize_weight
+from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import ModelDirectory
 
-TEXT = Path(__file__).parents[1] / "examples" / "text"
+TEXT = Path(__file__).parents[2] / "examples" / "text"
 MIB = 2**20
 RecipeWriter = Callable[..., Path]
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ercsvd_deploy.gptq import (
+from ercsvd_deploy.quantization.gptq import (
     QuantizationSettings,
     QuantizedWeight,
     proxy_loss,
@@ -531,7 +531,7 @@ def test_refit_is_dropped_where_rounding_alone_would_make_it_worse() -> None:
 
 SIDE_EFFECTS = """
 import logging, os, sys, torch
-from ercsvd_deploy.gptq import QuantizationSettings, quantize_better
+from ercsvd_deploy.quantization.gptq import QuantizationSettings, quantize_better
 import transformers.utils.hub
 def state():
     root = logging.getLogger()

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.factorize import decompose, truncate
-from ercsvd_deploy.gptq import QuantizationSettings, quantize_weight
-from ercsvd_deploy.gptq_pivoted import quantize_pivoted, refit_other_rows
-from ercsvd_deploy.pivoting import PivotedFactors, to_pivoted
+from ercsvd_deploy.linalg.decomposition import decompose, truncate
+from ercsvd_deploy.linalg.pivoting import PivotedFactors, to_pivoted
+from ercsvd_deploy.quantization.gptq import QuantizationSettings, quantize_weight
+from ercsvd_deploy.quantization.pivoted import quantize_pivoted, refit_other_rows
 
 OUT, IN, RANK, TOKENS = 96, 64, 32, 512
 INT4 = QuantizationSettings(bits=4, group_size=32, sym=True)

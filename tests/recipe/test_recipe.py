@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ercsvd_deploy.recipe import (
+from ercsvd_deploy.recipe.load import (
     HubDataset,
     JsonLines,
     Recipe,
@@ -23,7 +23,7 @@ from ercsvd_deploy.recipe import (
     load_recipe,
     recipe_json_schema,
 )
-from ercsvd_deploy.recipe_reference import (
+from ercsvd_deploy.recipe.reference import (
     REFERENCE_FILE,
     REFERENCE_START,
     SCHEMA_FILE,
@@ -32,11 +32,11 @@ from ercsvd_deploy.recipe_reference import (
     recipe_schema_text,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 REPUBLISH = (
     'run: python -c "from pathlib import Path; '
-    'from ercsvd_deploy.recipe_reference import publish; publish(Path())"'
+    'from ercsvd_deploy.recipe.reference import publish; publish(Path())"'
 )
 
 MINIMAL = """\
@@ -460,7 +460,7 @@ def test_publish_keeps_the_hand_written_head(tmp_path: Path) -> None:
 
 
 def test_reading_a_recipe_imports_no_torch() -> None:
-    code = "import sys, ercsvd_deploy.recipe; sys.exit('torch' in sys.modules)"
+    code = "import sys, ercsvd_deploy.recipe.load; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

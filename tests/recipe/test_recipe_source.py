@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ercsvd_deploy.recipe import Recipe, RecipeError, canonical, load_recipe, recipe_json_schema
-from ercsvd_deploy.recipe_overrides import parse_override, with_override
-from ercsvd_deploy.recipe_source import MAX_BYTES, Node, parse_yaml, read_yaml_file
+from ercsvd_deploy.recipe.load import Recipe, RecipeError, canonical, load_recipe, recipe_json_schema
+from ercsvd_deploy.recipe.overrides import parse_override, with_override
+from ercsvd_deploy.recipe.yaml_source import MAX_BYTES, Node, parse_yaml, read_yaml_file
 
 VALIDATOR = jsonschema.Draft202012Validator(recipe_json_schema())
 BASE = {

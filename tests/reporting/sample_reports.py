@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ercsvd_deploy.pipelines.report_schema import ReportDocument, parse_report
+from ercsvd_deploy.pipelines.reporting.schema import ReportDocument, parse_report
 
 
 def sample_report(**changed: Any) -> dict[str, Any]:

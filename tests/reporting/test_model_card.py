@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import yaml
 
-from ercsvd_deploy.pipelines.model_card import (
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.reporting.card import (
     CARD_FILE,
     ORIGINAL_CARD_FILE,
     escaped,
     fenced,
     make_card,
 )
-from ercsvd_deploy.pipelines.report_schema import parse_report
-from ercsvd_deploy.pipelines.run import run_recipe
-from ercsvd_deploy.recipe import load_recipe
-from tests.sample_reports import sample_document, sample_report
-from tests.test_report_page import MINUS, everywhere_hostile
-from tests.test_run import RecipeWriter, llama, write_recipe
+from ercsvd_deploy.pipelines.reporting.schema import parse_report
+from ercsvd_deploy.recipe.load import load_recipe
+from tests.flow.test_run import RecipeWriter, llama, write_recipe
+from tests.reporting.sample_reports import sample_document, sample_report
+from tests.reporting.test_report_page import MINUS, everywhere_hostile
 
 __all__ = ["llama", "write_recipe"]  # fixtures
 
@@ -80,7 +80,7 @@ def test_card_of_a_vision_model(tmp_path: Path) -> None:
 def test_base_model_is_a_name_on_the_hub_or_absent(
     model: str, base: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(Path(__file__).parents[1])  # where examples/tiny-llama is a directory
+    monkeypatch.chdir(Path(__file__).parents[2])  # where examples/tiny-llama is a directory
     report = sample_document(recipe={"model": {"path": model}})
     assert front_matter(make_card(report, tmp_path)).get("base_model") == base
 

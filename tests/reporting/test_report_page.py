@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from ercsvd_deploy.exporters.vllm.manifest import verify_export
-from ercsvd_deploy.pipelines import report_files, report_page
-from ercsvd_deploy.pipelines.report import REPORT_FILE, finite
-from ercsvd_deploy.pipelines.report_files import REPORT_FILES, write_report_files
-from ercsvd_deploy.pipelines.report_page import PAGE_FILE, make_page
-from ercsvd_deploy.pipelines.report_plots import draw_plots
-from ercsvd_deploy.pipelines.report_schema import ReportDocument, parse_report
-from tests.sample_reports import sample_document, sample_report
-from tests.test_run import RecipeWriter, invoke, llama, write_recipe
+from ercsvd_deploy.format.manifest import verify_export
+from ercsvd_deploy.pipelines.reporting import files as report_files
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, finite
+from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES, write_report_files
+from ercsvd_deploy.pipelines.reporting.html import page as report_page
+from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
+from ercsvd_deploy.pipelines.reporting.html.plots import draw_plots
+from ercsvd_deploy.pipelines.reporting.schema import ReportDocument, parse_report
+from tests.flow.test_run import RecipeWriter, invoke, llama, write_recipe
+from tests.reporting.sample_reports import sample_document, sample_report
 
 __all__ = ["llama", "write_recipe"]  # fixtures
 
@@ -291,9 +292,9 @@ def test_the_core_of_the_page_needs_no_pyplot() -> None:
     import subprocess
 
     code = (
-        "import sys; from tests.sample_reports import sample_document;"
-        "from ercsvd_deploy.pipelines.report_plots import draw_plots; draw_plots(sample_document());"
+        "import sys; from tests.reporting.sample_reports import sample_document;"
+        "from ercsvd_deploy.pipelines.reporting.html.plots import draw_plots; draw_plots(sample_document());"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

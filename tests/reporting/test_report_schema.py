@@ -9,8 +9,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from ercsvd_deploy.pipelines.report import REPORT_FILE
-from ercsvd_deploy.pipelines.report_reference import (
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.reference import (
     REFERENCE_FILE,
     SCHEMA_FILE,
     publish,
@@ -18,15 +19,14 @@ from ercsvd_deploy.pipelines.report_reference import (
     report_reference,
     report_schema_text,
 )
-from ercsvd_deploy.pipelines.report_schema import ReportDocument, ReportError, load_report, parse_report
-from ercsvd_deploy.pipelines.run import run_recipe
-from ercsvd_deploy.recipe import load_recipe
-from tests.sample_reports import sample_report
-from tests.test_run import RecipeWriter, factorize, llama, write_recipe
+from ercsvd_deploy.pipelines.reporting.schema import ReportDocument, ReportError, load_report, parse_report
+from ercsvd_deploy.recipe.load import load_recipe
+from tests.flow.test_run import RecipeWriter, factorize, llama, write_recipe
+from tests.reporting.sample_reports import sample_report
 
 __all__ = ["llama", "write_recipe"]  # fixtures
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 INT4 = {"quantize": {"bits": 4, "group_size": 32, "ignore": ["*.k_proj"]}}
 
 
@@ -37,7 +37,7 @@ def as_read(report: dict[str, Any]) -> dict[str, Any]:
 
 def test_published_copies_are_current(tmp_path: Path) -> None:
     again = (
-        "run: python -c 'from ercsvd_deploy.pipelines.report_reference import publish; ...publish(Path())'"
+        "run: python -c 'from ercsvd_deploy.pipelines.reporting.reference import publish; ...publish(Path())'"
     )
     assert (ROOT / SCHEMA_FILE).read_text() == report_schema_text(), again
     assert (ROOT / REFERENCE_FILE).read_text() == report_reference(), again

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig
-from ercsvd_deploy.pipelines import stages
-from ercsvd_deploy.pipelines.factorize_allocated import _interpolate, _spread
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.report import REPORT_FILE, Report
-from ercsvd_deploy.pipelines.run import run_recipe
-from ercsvd_deploy.recipe import load_recipe
-from tests.test_resume import half_run, hashes, whole_run
-from tests.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe
+from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
+from ercsvd_deploy.pipelines.stages import running as stages
+from ercsvd_deploy.pipelines.stages.factorize.allocated import _interpolate, _spread
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.recipe.load import load_recipe
+from tests.flow.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe
+from tests.state.test_resume import half_run, hashes, whole_run
 
 __all__ = ["llama", "write_recipe"]  # fixtures
 

@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
-from ercsvd_deploy.architecture import build_meta_model, describe, load_config
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig, WeightQuantization
-from ercsvd_deploy.pipelines.quantize_plan import (
+from ercsvd_deploy.format.schema import CheckpointConfig, WeightQuantization
+from ercsvd_deploy.models.families import build_meta_model, describe, load_config
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.stages.quantize.storage import (
     QuantizePlanError,
     automatic_rank_multiple,
     check_num_tokens,
@@ -22,10 +23,9 @@ from ercsvd_deploy.pipelines.quantize_plan import (
     plan_quantization,
     unquantized,
 )
-from ercsvd_deploy.pipelines.run import run_recipe
-from ercsvd_deploy.recipe import load_recipe
-from ercsvd_deploy.recipe_stages import Quantize, QuantizeOverride
-from tests.test_run import RecipeWriter, factorize, llama, write_recipe
+from ercsvd_deploy.recipe.load import load_recipe
+from ercsvd_deploy.recipe.stages import Quantize, QuantizeOverride
+from tests.flow.test_run import RecipeWriter, factorize, llama, write_recipe
 
 __all__ = ["llama", "write_recipe"]
 
@@ -140,8 +140,8 @@ def test_whole_decoder_is_stored_as_integers(layout: str, write_recipe: RecipeWr
     assert report.quantize is not None
     assert len(report.quantize.matrices) == sum(len(d.parts) for d in config.modules.values())
     # The report's perplexity, streamed, is that of the model as transformers loads it.
-    from ercsvd_deploy.calibration import load_tokenizer
-    from ercsvd_deploy.pipelines.texts import evaluation_windows
+    from ercsvd_deploy.data.texts import load_tokenizer
+    from ercsvd_deploy.pipelines.inputs.texts import evaluation_windows
 
     tokens = evaluation_windows(
         load_recipe(write_recipe(*stages, quantize())), load_tokenizer(str(llama)), 256

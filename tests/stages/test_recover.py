@@ -13,20 +13,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
-from ercsvd_deploy.calibration import load_tokenizer
-from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.lowrank_linear import LowRankLinear, PivotedLinear, unpack_integers
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.model_source import open_model, stream
-from ercsvd_deploy.pipelines.recover import RecoverOutcome, _with_replaced_tokens, recover_decoder
-from ercsvd_deploy.pipelines.report import REPORT_FILE, Report
-from ercsvd_deploy.pipelines.run import run_recipe
-from ercsvd_deploy.pipelines.texts import calibration_windows
-from ercsvd_deploy.recipe import ModelSource, Recover, load_recipe
-from ercsvd_deploy.samples import Batch, Sample, make_batches, text_samples
-from ercsvd_deploy.tensor_store import FileStore
-from tests.test_resume import half_run, hashes, whole_run
-from tests.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe
+from ercsvd_deploy.data.samples import Batch, Sample, make_batches, text_samples
+from ercsvd_deploy.data.texts import load_tokenizer
+from ercsvd_deploy.format.tensor_store import FileStore
+from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear, unpack_integers
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.inputs.model import open_model, stream
+from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
+from ercsvd_deploy.pipelines.stages.recover import RecoverOutcome, _with_replaced_tokens, recover_decoder
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.recipe.load import ModelSource, Recover, load_recipe
+from tests.flow.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe
+from tests.state.test_resume import half_run, hashes, whole_run
 
 __all__ = ["llama", "write_recipe"]  # fixtures
 
@@ -227,7 +227,7 @@ def recovered_by_hand(
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> RecoverOutcome:
-    from ercsvd_deploy.checkpoint_schema import CheckpointConfig
+    from ercsvd_deploy.format.schema import CheckpointConfig
 
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     modules = CheckpointConfig.read(config).modules

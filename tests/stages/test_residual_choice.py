@@ -10,24 +10,24 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ercsvd_deploy.calibration import load_tokenizer
-from ercsvd_deploy.factorize import Factors, calibration_error, decompose, output_error, truncate
-from ercsvd_deploy.layerwise import InputStatistics
-from ercsvd_deploy.pipelines.factorize_linear import FactorizationError
-from ercsvd_deploy.pipelines.report import Report
-from ercsvd_deploy.pipelines.residual_choice import (
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.data.texts import load_tokenizer
+from ercsvd_deploy.linalg.decomposition import Factors, calibration_error, decompose, output_error, truncate
+from ercsvd_deploy.models.streaming import InputStatistics
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
+from ercsvd_deploy.pipelines.reporting.document import Report
+from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizationError
+from ercsvd_deploy.pipelines.stages.factorize.residual import (
     choose_residual_ranks,
     num_fitting_samples,
     residual_ranks_on_offer,
 )
-from ercsvd_deploy.pipelines.run import run_recipe
-from ercsvd_deploy.pipelines.texts import calibration_windows
-from ercsvd_deploy.rank import LinearShape
-from ercsvd_deploy.recipe import load_recipe
-from ercsvd_deploy.recipe_stages import Factorize
-from tests.test_factorize import random_inputs, random_weight
-from tests.test_resume import half_run, hashes, whole_run
-from tests.test_run import RecipeWriter, factorize, llama, write_recipe
+from ercsvd_deploy.recipe.load import load_recipe
+from ercsvd_deploy.recipe.stages import Factorize
+from tests.flow.test_run import RecipeWriter, factorize, llama, write_recipe
+from tests.linalg.test_factorize import random_inputs, random_weight
+from tests.state.test_resume import half_run, hashes, whole_run
 
 __all__ = ["llama", "write_recipe"]  # fixtures
 

@@ -9,17 +9,17 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from ercsvd_deploy.calibration import load_tokenizer, token_windows
-from ercsvd_deploy.comparison import compare_models
-from ercsvd_deploy.factorize import decompose, output_error, truncate
-from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.sensitivity import Sensitivity, measure_sensitivity
-from ercsvd_deploy.samples import text_samples
-from tests.test_layerwise import streamed
+from ercsvd_deploy.data.samples import text_samples
+from ercsvd_deploy.data.texts import load_tokenizer, token_windows
+from ercsvd_deploy.evaluation.comparison import compare_models
+from ercsvd_deploy.linalg.decomposition import decompose, output_error, truncate
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity, measure_sensitivity
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from tests.models.test_layerwise import streamed
 from tests.tiny_models import save_tiny_model
 
-TINY_LLAMA = Path(__file__).parents[1] / "examples" / "tiny-llama"
+TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Runs a recipe in child processes that may be killed: `python -m tests.killable_runs RECIPE OUTPUT`.
+"""Runs a recipe in child processes that may be killed: `python -m tests.state.killable_runs RECIPE OUTPUT`.
 
 Libraries are imported once; every line on stdin forks a child that runs the recipe, and the parent answers
 with its process id, then with its wait status. No tensor is made before a fork, so no thread pool is cut.
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import transformers.models.llama.modeling_llama  # noqa: F401 - imported once instead of in every child
 
-from ercsvd_deploy.pipelines.run import run_recipe
-from ercsvd_deploy.recipe import load_recipe
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.recipe.load import load_recipe
 
 
 def main() -> None:

@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 import torch
 
-from ercsvd_deploy.pipelines import run as run_module
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.report_files import REPORT_FILES
-from ercsvd_deploy.pipelines.run import run_recipe
-from ercsvd_deploy.recipe import load_recipe
-from tests.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe  # noqa: F401 - fixtures
+from ercsvd_deploy.pipelines import flow as run_module
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.recipe.load import load_recipe
+from tests.flow.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe  # noqa: F401 - fixtures
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 INT4 = {"quantize": {"bits": 4, "group_size": 32}}
 STAGES = (factorize(rank_multiple="auto", num_compressed_layers="auto", method="erc_svd"), INT4)
 KILLS = 20
@@ -65,7 +65,7 @@ def runner(tmp_path: Path) -> Iterator[Callable[[Path, Path], Runner]]:
     started: list[subprocess.Popen[str]] = []
 
     def start(recipe: Path, output: Path) -> Runner:
-        command = [sys.executable, "-m", "tests.killable_runs", str(recipe), str(output)]
+        command = [sys.executable, "-m", "tests.state.killable_runs", str(recipe), str(output)]
         log = (tmp_path / "runs.log").open("a")
         process = subprocess.Popen(
             command, cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
@@ -273,7 +273,7 @@ def test_full_disk_keeps_what_is_finished_and_says_so(
 
         from safetensors.torch import save_file
 
-        patched.setattr("ercsvd_deploy.tensor_store.save_file", full_after_five)
+        patched.setattr("ercsvd_deploy.format.tensor_store.save_file", full_after_five)
         code, _, error = invoke("run", recipe)
     assert code == 1
     assert "No space left on device" in error

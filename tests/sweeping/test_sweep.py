@@ -12,10 +12,12 @@ import torch
 import yaml
 from PIL import Image
 
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.gates import GateResult
-from ercsvd_deploy.pipelines.pareto import pareto_front
-from ercsvd_deploy.pipelines.sweep import (
+from ercsvd_deploy.pipelines.judging.gates import GateResult
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.sweeping.choice import pareto_front
+from ercsvd_deploy.pipelines.sweeping.file import Sweep, load_sweep, sweep_points
+from ercsvd_deploy.pipelines.sweeping.plot import draw_sweep, sweep_rows
+from ercsvd_deploy.pipelines.sweeping.points import (
     DENSE,
     PointResult,
     affordable_jobs,
@@ -24,10 +26,8 @@ from ercsvd_deploy.pipelines.sweep import (
     run_point,
     worst_increase,
 )
-from ercsvd_deploy.pipelines.sweep_file import Sweep, load_sweep, sweep_points
-from ercsvd_deploy.pipelines.sweep_plots import draw_sweep, sweep_rows
-from ercsvd_deploy.recipe import RecipeError, canonical
-from tests.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
+from ercsvd_deploy.recipe.load import RecipeError, canonical
+from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
 
 __all__ = ["llama", "write_recipe"]  # fixtures
 

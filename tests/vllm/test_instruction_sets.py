@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from tests.conftest import ModelDirectory
-from tests.test_vllm_serving import REPOSITORY, deviation, engine, run_engines
 from tests.tiny_models import compress_at_random
+from tests.vllm.test_serving import REPOSITORY, deviation, engine, run_engines
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

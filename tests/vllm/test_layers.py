@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ercsvd_deploy.checkpoint_schema import CheckpointFormatError
-from ercsvd_deploy.exporters.vllm import ops  # noqa: F401 - defines torch.ops.ercsvd
+from ercsvd_deploy.exporters.vllm.kernels import lowrank_linear as ops  # noqa: F401 - defines torch.ops.ercsvd
 from ercsvd_deploy.exporters.vllm.plugin import register
+from ercsvd_deploy.format.schema import CheckpointFormatError
 from tests.conftest import ModelDirectory
 from tests.tiny_models import (
     HEAD_DIM,
@@ -409,7 +409,7 @@ def test_matrices_without_a_kernel_are_served_as_plain_ones(
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collect what the plugin says through vLLM's log."""
-    from ercsvd_deploy.exporters.vllm import quantization_config
+    from ercsvd_deploy.exporters.vllm import config as quantization_config
 
     lines: list[str] = []
     monkeypatch.setattr(quantization_config, "init_logger", lambda _: Mock(warning=lines.append))
@@ -488,15 +488,13 @@ def held(served: Served) -> int:
 def test_config_json_can_require_kernels(
     mixed_model: ModelDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ercsvd_deploy.checkpoint_schema import CheckpointConfig
+    from ercsvd_deploy.format.schema import CheckpointConfig
 
     described = json.loads((mixed_model("llama") / "config.json").read_text())["quantization_config"]
     assert "require_kernels" not in CheckpointConfig.read(described).write()
     required = CheckpointConfig.read(described | {"require_kernels": True})
     assert CheckpointConfig.read(required.write()).require_kernels
-    monkeypatch.setattr(
-        "ercsvd_deploy.exporters.vllm.quantization_config.CheckpointConfig.read", lambda _: required
-    )
+    monkeypatch.setattr("ercsvd_deploy.exporters.vllm.config.CheckpointConfig.read", lambda _: required)
     with pytest.raises(ValueError, match=r"q_proj.*16-bit activations"):
         Served(mixed_model("llama"), torch.float32, monkeypatch)
 
@@ -515,7 +513,7 @@ def test_weights_cannot_be_replaced_once_served(
 def test_packing_zero_points_round_trips(bits: int, rows: int) -> None:
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
-    from ercsvd_deploy.exporters.vllm.integer_words import pack_rows, unpack_rows
+    from ercsvd_deploy.exporters.vllm.kernels.integer_words import pack_rows, unpack_rows
 
     values = torch.randint(2**bits, (rows, 3), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     packed = pack_rows(values, bits)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from ercsvd_deploy.exporters.vllm import ops  # noqa: F401 - defines torch.ops.ercsvd
+from ercsvd_deploy.exporters.vllm.kernels import lowrank_linear as ops  # noqa: F401 - defines torch.ops.ercsvd
 
 IN_FEATURES = 24
 # widths in the stacked first matrix, and out-dimensions of the second factors (None: dense)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent.parent / "examples/without_torchvision"
+FOLDER = Path(__file__).parents[2] / "examples/without_torchvision"
 TWIN_OF = "transformers.models.pixtral.image_processing_pixtral"
 HIDE_TORCHVISION = "import sys; sys.modules['torchvision'] = None; "
 ASK_THE_FINDER = (

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ercsvd_deploy.architecture import Architecture, LayerLinears
-from ercsvd_deploy.checkpoint_schema import ModuleDescription, WeightQuantization
-from ercsvd_deploy.exporters.vllm.kernel_limits import BLOCK, local_shape
+from ercsvd_deploy.exporters.vllm.cutting import BLOCK, local_shape
+from ercsvd_deploy.format.schema import ModuleDescription, WeightQuantization
+from ercsvd_deploy.models.families import Architecture, LayerLinears
 
 PLAIN = "plain"
 NO_KERNEL = "none"

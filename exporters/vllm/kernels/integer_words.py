@@ -1,6 +1,6 @@
 """Integers packed into 32-bit words as compressed-tensors packs them, and back; low bits first.
 
-Only torch is needed, since this runs in servers. `ercsvd_deploy.packing` writes these words.
+Only torch is needed, since this runs in servers. `ercsvd_deploy.format.packing` writes these words.
 """
 
 from __future__ import annotations

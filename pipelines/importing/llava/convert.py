@@ -10,26 +10,26 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ercsvd_deploy.architecture import build_meta_model, describe
 from ercsvd_deploy.exporters.vllm.writer import check_target, write_weights
-from ercsvd_deploy.pipelines.llava_original import LlavaImportError, OriginalLlava, read_original
-from ercsvd_deploy.pipelines.llava_processor import (
+from ercsvd_deploy.format.tensor_store import torch_dtype
+from ercsvd_deploy.models.families import build_meta_model, describe
+from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError, OriginalLlava, read_original
+from ercsvd_deploy.pipelines.importing.llava.processor import (
     IMAGE_TOKEN,
     make_processor,
     open_tokenizer,
     save_processor,
 )
-from ercsvd_deploy.pipelines.llava_tower import VisionTower, open_tower
-from ercsvd_deploy.pipelines.llava_weights import (
+from ercsvd_deploy.pipelines.importing.llava.tower import VisionTower, open_tower
+from ercsvd_deploy.pipelines.importing.llava.weights import (
     EMBEDDING,
     check_against,
     gather,
     holds_tower,
     open_weights,
 )
-from ercsvd_deploy.pipelines.model_source import fetch
-from ercsvd_deploy.pipelines.work_directory import work_directory
-from ercsvd_deploy.tensor_store import torch_dtype
+from ercsvd_deploy.pipelines.inputs.model import fetch
+from ercsvd_deploy.pipelines.state.lock import work_directory
 
 _MAX_SHARD_BYTES = 5 * 10**9
 # Matrices whose sides are multiples of this are what GPUs, and tensor parallelism, like.

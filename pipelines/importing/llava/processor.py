@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.pipelines.llava_original import Conversation, LlavaImportError, OriginalLlava
-from ercsvd_deploy.pipelines.llava_tower import VisionTower
-from ercsvd_deploy.tensor_store import write_json_atomically
+from ercsvd_deploy.format.tensor_store import write_json_atomically
+from ercsvd_deploy.pipelines.importing.llava.config import Conversation, LlavaImportError, OriginalLlava
+from ercsvd_deploy.pipelines.importing.llava.tower import VisionTower
 
 IMAGE_TOKEN = "<image>"  # noqa: S105 - not a secret
 PAD_TOKEN = "<pad>"  # noqa: S105

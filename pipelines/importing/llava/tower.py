@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.llava_names import VISION_TOWER
-from ercsvd_deploy.pipelines.llava_original import LlavaImportError, build_config, read_json_object
-from ercsvd_deploy.pipelines.model_source import WEIGHT_FILES, fetch
-from ercsvd_deploy.tensor_store import CheckpointError, RenamedStore, TensorStore, open_directory
+from ercsvd_deploy.format.names import VISION_TOWER
+from ercsvd_deploy.format.tensor_store import CheckpointError, RenamedStore, TensorStore, open_directory
+from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError, build_config, read_json_object
+from ercsvd_deploy.pipelines.inputs.model import WEIGHT_FILES, fetch
 
 _CONFIG_FILE = "config.json"
 _IMAGE_PROCESSOR_FILE = "preprocessor_config.json"

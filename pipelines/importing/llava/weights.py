@@ -9,10 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ercsvd_deploy.llava_names import LANGUAGE_MODEL, VISION_TOWER, from_original
-from ercsvd_deploy.pipelines.llava_original import LlavaImportError
-from ercsvd_deploy.pipelines.llava_tower import VisionTower
-from ercsvd_deploy.tensor_store import (
+from ercsvd_deploy.format.names import LANGUAGE_MODEL, VISION_TOWER, from_original
+from ercsvd_deploy.format.tensor_store import (
     CastingStore,
     CheckpointError,
     TensorInfo,
@@ -20,6 +18,8 @@ from ercsvd_deploy.tensor_store import (
     open_directory,
     torch_dtype,
 )
+from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError
+from ercsvd_deploy.pipelines.importing.llava.tower import VisionTower
 
 EMBEDDING = f"{LANGUAGE_MODEL}embed_tokens.weight"
 OUTPUT_LAYER = "lm_head.weight"

@@ -15,13 +15,7 @@ from typing import Any
 
 import yaml
 
-from ercsvd_deploy.pipelines.report_schema import (
-    FactorizedLinear,
-    GateResult,
-    RecoverOutcome,
-    ReportDocument,
-)
-from ercsvd_deploy.pipelines.report_summary import (
+from ercsvd_deploy.pipelines.reporting.rows import (
     Row,
     describe_gates,
     describe_treatment,
@@ -37,6 +31,12 @@ from ercsvd_deploy.pipelines.report_summary import (
     serve_commands,
     size_rows,
     tensor_parallel_sizes,
+)
+from ercsvd_deploy.pipelines.reporting.schema import (
+    FactorizedLinear,
+    GateResult,
+    RecoverOutcome,
+    ReportDocument,
 )
 
 PAGE_FILE = "ercsvd_report.html"
@@ -89,7 +89,7 @@ def make_page(report: ReportDocument, directory: Path) -> str:
         raise ImportError(f"the HTML report needs matplotlib and jinja2: {PAGE_NEEDS}")
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from ercsvd_deploy.pipelines.report_plots import draw_plots
+    from ercsvd_deploy.pipelines.reporting.html.plots import draw_plots
 
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),

@@ -17,14 +17,14 @@ from itertools import cycle
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
-from ercsvd_deploy.pipelines.report_schema import (
+from ercsvd_deploy.pipelines.reporting.rows import readable_bytes
+from ercsvd_deploy.pipelines.reporting.schema import (
     FactorizedLinear,
     Figures,
     QuantizedMatrix,
     Reference,
     ReportDocument,
 )
-from ercsvd_deploy.pipelines.report_summary import readable_bytes
 
 if TYPE_CHECKING:  # matplotlib belongs to an extra
     from matplotlib.axes import Axes

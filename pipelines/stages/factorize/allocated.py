@@ -3,7 +3,7 @@
     pass        original activations give every layer's Grams; each Linear is decomposed once, at all ranks
     damages     of every option, in nats per token: tr(F E G E^T) / 2 with E the option's error, F the Fisher
                 information of the Linear's outputs and G the mean of x x^T over its inputs (`sensitivity`)
-    allocation  the options whose damages sum to the least under the budget (`ercsvd_deploy.allocation`)
+    allocation  the options whose damages sum to the least under the budget (`budget.allocation`)
     factors     of the chosen ranks, written layer by layer
 
 The damage of a rank follows from the spectrum alone. Where the budget is in bits, so that integers compete
@@ -21,17 +21,18 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from ercsvd_deploy.allocation import Option, allocate
-from ercsvd_deploy.architecture import LayerLinears
-from ercsvd_deploy.checkpoint_schema import WEIGHT, WeightQuantization
-from ercsvd_deploy.factorize import Decomposition, output_error
-from ercsvd_deploy.gptq import quantize_better
-from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
-from ercsvd_deploy.pipelines.allocation_options import AllocationTask, Storage
-from ercsvd_deploy.pipelines.compressed_prefix import ChosenRanks, emit_on_compressed_prefix
-from ercsvd_deploy.pipelines.descriptions import describe_factorized
-from ercsvd_deploy.pipelines.factorize import OUTCOME, AllocatedLinear, FactorizeOutcome
-from ercsvd_deploy.pipelines.factorize_linear import (
+from ercsvd_deploy.budget.allocation import Option, allocate
+from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
+from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.schema import WEIGHT, WeightQuantization
+from ercsvd_deploy.format.tensor_store import FileStore
+from ercsvd_deploy.linalg.decomposition import Decomposition, output_error
+from ercsvd_deploy.linalg.pivoting import to_pivoted
+from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
+from ercsvd_deploy.pipelines.stages.factorize.last_layers import OUTCOME, AllocatedLinear, FactorizeOutcome
+from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
     FactorizedLinear,
     Spectrum,
@@ -46,20 +47,23 @@ from ercsvd_deploy.pipelines.factorize_linear import (
     thinned,
     truncate_linear,
 )
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.quantize_pair import dequantized_product, quantization_settings, quantize_pair
-from ercsvd_deploy.pipelines.residual_choice import (
+from ercsvd_deploy.pipelines.stages.factorize.options import AllocationTask, Storage
+from ercsvd_deploy.pipelines.stages.factorize.prefix import ChosenRanks, emit_on_compressed_prefix
+from ercsvd_deploy.pipelines.stages.factorize.residual import (
     ObservedInputs,
     advance_observed,
     choose_residual_ranks,
     divide,
 )
-from ercsvd_deploy.pipelines.sensitivity import Sensitivity
-from ercsvd_deploy.pivoting import to_pivoted
-from ercsvd_deploy.rank import LinearShape, RankPlan
-from ercsvd_deploy.recipe_stages import Factorize, Quantize
-from ercsvd_deploy.samples import Sample
-from ercsvd_deploy.tensor_store import FileStore
+from ercsvd_deploy.pipelines.stages.quantize.pair import (
+    dequantized_product,
+    quantization_settings,
+    quantize_pair,
+)
+from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.quantization.gptq import quantize_better
+from ercsvd_deploy.recipe.stages import Factorize, Quantize
 
 _PROBED_RANKS = 3  # at which the damage of quantizing factors is measured
 _ALLOCATION = TypeAdapter(list[AllocatedLinear])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from ercsvd_deploy.architecture import Architecture
-from ercsvd_deploy.checkpoint_schema import LowRankLayout, ModuleDescription, WeightQuantization
-from ercsvd_deploy.rank import LinearShape, count_pivot_blocks
+from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
+from ercsvd_deploy.format.schema import LowRankLayout, ModuleDescription, WeightQuantization
+from ercsvd_deploy.models.families import Architecture
 
 
 def describe_factorized(

@@ -17,13 +17,15 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from ercsvd_deploy.architecture import LayerLinears
-from ercsvd_deploy.checkpoint_schema import WEIGHT, ModuleDescription, WeightQuantization
-from ercsvd_deploy.factorize import Decomposition
-from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
-from ercsvd_deploy.pipelines.compressed_prefix import ChosenRanks, emit_on_compressed_prefix
-from ercsvd_deploy.pipelines.descriptions import describe_factorized
-from ercsvd_deploy.pipelines.factorize_linear import (
+from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
+from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.schema import WEIGHT, ModuleDescription, WeightQuantization
+from ercsvd_deploy.format.tensor_store import FileStore
+from ercsvd_deploy.linalg.decomposition import Decomposition
+from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
+from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
     FactorizedLinear,
     Spectrum,
@@ -38,19 +40,17 @@ from ercsvd_deploy.pipelines.factorize_linear import (
     thinned,
     truncate_linear,
 )
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.residual_choice import (
+from ercsvd_deploy.pipelines.stages.factorize.prefix import ChosenRanks, emit_on_compressed_prefix
+from ercsvd_deploy.pipelines.stages.factorize.residual import (
     DividedBatches,
     ObservedInputs,
     advance_observed,
     choose_residual_ranks,
     divide,
 )
-from ercsvd_deploy.pipelines.sensitivity import Sensitivity
-from ercsvd_deploy.rank import LinearShape, RankPlan
-from ercsvd_deploy.recipe_stages import Factorize
-from ercsvd_deploy.samples import Sample
-from ercsvd_deploy.tensor_store import FileStore
+from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.recipe.stages import Factorize
 
 
 @dataclass(frozen=True)

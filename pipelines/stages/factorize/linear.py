@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from pydantic import TypeAdapter
 
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.budget.ranks import LinearShape, split_rank
+from ercsvd_deploy.format.schema import (
     FACTOR_A,
     FACTOR_B,
     GUARD,
@@ -23,7 +24,7 @@ from ercsvd_deploy.checkpoint_schema import (
     WEIGHT,
     ModuleDescription,
 )
-from ercsvd_deploy.factorize import (
+from ercsvd_deploy.linalg.decomposition import (
     Decomposition,
     Factors,
     Method,
@@ -32,10 +33,9 @@ from ercsvd_deploy.factorize import (
     truncate,
     weight_error,
 )
-from ercsvd_deploy.layerwise import InputStatistics
-from ercsvd_deploy.pivoting import PivotedFactors, PivotError, find_pivots, to_pivoted
-from ercsvd_deploy.rank import LinearShape, split_rank
-from ercsvd_deploy.recipe_stages import Factorize
+from ercsvd_deploy.linalg.pivoting import PivotedFactors, PivotError, find_pivots, to_pivoted
+from ercsvd_deploy.models.streaming import InputStatistics
+from ercsvd_deploy.recipe.stages import Factorize
 
 # Beyond this side the residual's exact decomposition is made once, for the chosen k, and the search
 # over k uses a randomized one.

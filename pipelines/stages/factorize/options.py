@@ -6,15 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ercsvd_deploy.architecture import Architecture
-from ercsvd_deploy.checkpoint_schema import LowRankLayout, ModuleDescription, WeightQuantization
-from ercsvd_deploy.exporters.vllm.kernel_limits import find_unservable
-from ercsvd_deploy.pipelines.descriptions import describe_factorized
-from ercsvd_deploy.pipelines.quantize_plan import QuantizePlan
-from ercsvd_deploy.pipelines.sizes import module_bytes, planned_bytes
-from ercsvd_deploy.rank import LinearShape
-from ercsvd_deploy.recipe_fields import parse_size
-from ercsvd_deploy.recipe_schema import Recipe, Target
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.exporters.vllm.cutting import find_unservable
+from ercsvd_deploy.format.schema import LowRankLayout, ModuleDescription, WeightQuantization
+from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.pipelines.planning.sizes import module_bytes, planned_bytes
+from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
+from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlan
+from ercsvd_deploy.recipe.fields import parse_size
+from ercsvd_deploy.recipe.sections import Recipe, Target
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ercsvd_deploy.architecture import LayerLinears
-from ercsvd_deploy.checkpoint_schema import WEIGHT, ModuleDescription
-from ercsvd_deploy.factorize import compensated_error, compensated_weight, weight_error
-from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel, PairedStatistics
-from ercsvd_deploy.pipelines.factorize_linear import (
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.schema import WEIGHT, ModuleDescription
+from ercsvd_deploy.format.tensor_store import FileStore
+from ercsvd_deploy.linalg.decomposition import compensated_error, compensated_weight, weight_error
+from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel, PairedStatistics
+from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
     FactorizationError,
     FactorizedLinear,
@@ -37,12 +40,9 @@ from ercsvd_deploy.pipelines.factorize_linear import (
     stored_product,
     truncate_linear,
 )
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.sensitivity import Sensitivity
-from ercsvd_deploy.rank import LinearShape
-from ercsvd_deploy.recipe_stages import Factorize
-from ercsvd_deploy.samples import Sample
-from ercsvd_deploy.tensor_store import FileStore
+from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.recipe.stages import Factorize
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,17 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ercsvd_deploy.architecture import LayerLinears
-from ercsvd_deploy.factorize import calibration_error, output_error
-from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
-from ercsvd_deploy.pipelines.factorize_linear import FactorizationError, decompose_linear, truncate_linear
-from ercsvd_deploy.rank import LinearShape, split_rank
-from ercsvd_deploy.recipe_stages import FEWEST_SAMPLES_TO_HOLD_OUT, Factorize
-from ercsvd_deploy.samples import Batch, Sample
+from ercsvd_deploy.budget.ranks import LinearShape, split_rank
+from ercsvd_deploy.data.samples import Batch, Sample
+from ercsvd_deploy.linalg.decomposition import calibration_error, output_error
+from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.stages.factorize.linear import (
+    FactorizationError,
+    decompose_linear,
+    truncate_linear,
+)
+from ercsvd_deploy.recipe.stages import FEWEST_SAMPLES_TO_HOLD_OUT, Factorize
 
 BETAS_ON_OFFER = (0.0, 0.02, 0.05, 0.1, 0.2)
 _SHARE_HELD_OUT = 4  # one sequence in so many

@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
-from ercsvd_deploy.architecture import PROJECTOR_PART, TOWER_PART, Architecture
-from ercsvd_deploy.checkpoint_schema import WEIGHT, LowRankLayout, ModuleDescription
-from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
-from ercsvd_deploy.pipelines.descriptions import describe_factorized
-from ercsvd_deploy.pipelines.factorize_linear import (
+from ercsvd_deploy.budget.ranks import LinearShape, RankError, allocate_ranks
+from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.schema import WEIGHT, LowRankLayout, ModuleDescription
+from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture
+from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
+from ercsvd_deploy.pipelines.stages.factorize.linear import (
     FactorizedLinear,
     decompose_linear,
     factor_tensors,
@@ -26,12 +28,10 @@ from ercsvd_deploy.pipelines.factorize_linear import (
     planned_residual_rank,
     truncate_linear,
 )
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.residual_choice import choose_residual_ranks, num_fitting_samples
-from ercsvd_deploy.rank import LinearShape, RankError, allocate_ranks
-from ercsvd_deploy.recipe_stages import Factorize
-from ercsvd_deploy.recipe_vision import Vision
-from ercsvd_deploy.samples import Sample
+from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ranks, num_fitting_samples
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.recipe.stages import Factorize
+from ercsvd_deploy.recipe.vision import Vision
 
 _PIECE = "factors"
 _LINEARS = TypeAdapter(list[FactorizedLinear])

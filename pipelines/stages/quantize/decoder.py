@@ -17,8 +17,10 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from ercsvd_deploy.architecture import LayerLinears
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.packing import pack, unpack
+from ercsvd_deploy.format.schema import (
     GUARD,
     GUARD_SHAPE,
     ROW_ORDER,
@@ -26,25 +28,23 @@ from ercsvd_deploy.checkpoint_schema import (
     ModuleDescription,
     WeightQuantization,
 )
-from ercsvd_deploy.factorize import Factors
-from ercsvd_deploy.gptq import (
+from ercsvd_deploy.format.tensor_store import FileStore, TensorStore, torch_dtype
+from ercsvd_deploy.linalg.decomposition import Factors
+from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
+from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
+from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings, quantize_pair
+from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.quantization.gptq import (
     FactorsReport,
     MatrixReport,
     QuantizedWeight,
     proxy_loss,
     quantize_better,
 )
-from ercsvd_deploy.layerwise import InputStatistics, LayerwiseModel
-from ercsvd_deploy.lowrank_linear import LowRankLinear, PivotedLinear
-from ercsvd_deploy.packing import pack, unpack
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.quantize_pair import quantization_settings, quantize_pair
-from ercsvd_deploy.pipelines.quantize_plan import PatternMatch
-from ercsvd_deploy.pivoting import PivotedFactors, find_pivots
-from ercsvd_deploy.rank import LinearShape
-from ercsvd_deploy.recipe_stages import Quantize
-from ercsvd_deploy.samples import Sample
-from ercsvd_deploy.tensor_store import FileStore, TensorStore, torch_dtype
+from ercsvd_deploy.recipe.stages import Quantize
 
 
 class QuantizationError(ValueError):

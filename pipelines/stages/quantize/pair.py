@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ercsvd_deploy.checkpoint_schema import WeightQuantization
-from ercsvd_deploy.factorize import Factors
-from ercsvd_deploy.gptq import QuantizationSettings, QuantizedFactors, quantize_factors
-from ercsvd_deploy.gptq_pivoted import quantize_pivoted
-from ercsvd_deploy.pivoting import PivotedFactors, order_rows
-from ercsvd_deploy.recipe_stages import Quantize
+from ercsvd_deploy.format.schema import WeightQuantization
+from ercsvd_deploy.linalg.decomposition import Factors
+from ercsvd_deploy.linalg.pivoting import PivotedFactors, order_rows
+from ercsvd_deploy.quantization.gptq import QuantizationSettings, QuantizedFactors, quantize_factors
+from ercsvd_deploy.quantization.pivoted import quantize_pivoted
+from ercsvd_deploy.recipe.stages import Quantize
 
 
 def quantization_settings(stage: Quantize, storage: WeightQuantization) -> QuantizationSettings:

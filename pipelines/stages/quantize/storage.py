@@ -11,11 +11,11 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ercsvd_deploy.architecture import Architecture
-from ercsvd_deploy.checkpoint_schema import LowRankLayout, ModuleDescription, WeightQuantization
-from ercsvd_deploy.exporters.vllm.kernel_limits import find_unservable
-from ercsvd_deploy.pipelines.descriptions import describe_factorized
-from ercsvd_deploy.recipe_stages import Quantize
+from ercsvd_deploy.exporters.vllm.cutting import find_unservable
+from ercsvd_deploy.format.schema import LowRankLayout, ModuleDescription, WeightQuantization
+from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
+from ercsvd_deploy.recipe.stages import Quantize
 
 
 class QuantizePlanError(ValueError):

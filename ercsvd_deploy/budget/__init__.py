@@ -1,0 +1,1 @@
+"""One budget for many matrices: a rank each, or an option each."""

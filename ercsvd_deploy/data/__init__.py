@@ -1,0 +1,1 @@
+"""What models read: texts, pictures and conversations, as sequences of token ids."""

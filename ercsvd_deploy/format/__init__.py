@@ -1,0 +1,1 @@
+"""What stands on disk: names and shapes of compressed checkpoints, packed integers, files, checksums."""
