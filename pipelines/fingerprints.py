@@ -28,7 +28,7 @@ from ercsvd_deploy.recipe_schema import Recipe
 from ercsvd_deploy.samples import Sample
 from ercsvd_deploy.tensor_store import read_json, write_json_atomically
 
-_LIBRARIES = ("torch", "transformers", "compressed-tensors", "gptqmodel", "numpy")
+_LIBRARIES = ("torch", "transformers", "compressed-tensors", "numpy")
 _HASHES_FILE = "model-files.json"
 
 

@@ -54,7 +54,7 @@ from ercsvd_deploy.recipe import canonical, check_files
 from ercsvd_deploy.recipe_schema import Recipe
 
 _COMPARISON = TypeAdapter(Comparison)
-_LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "gptqmodel")
+_LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Before anything imports transformers, datasets or gptqmodel: these are read at import.
+# Before anything imports transformers or datasets: these are read at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The matrices here are tiny: more threads only wait for each other, above all on a busy machine.

@@ -25,7 +25,7 @@ from ercsvd_deploy.factorize import (
     compensated_weight,
     decompose,
 )
-from ercsvd_deploy.gptq import QuantizationSettings, quantize_factors, quantize_weight
+from ercsvd_deploy.gptq import QuantizationSettings, quantize_factors
 from ercsvd_deploy.pipelines import feasibility, machine, working_memory
 from ercsvd_deploy.pipelines.cli import app
 from ercsvd_deploy.pipelines.factorize import _FactorizeStage
@@ -165,13 +165,12 @@ def test_quantizing_holds_what_is_counted() -> None:
     settings = QuantizationSettings(bits=4, group_size=32, sym=True)
     weight, gram = torch.randn(192, 256, generator=generator), random_gram(256)
     pair = torch.randn(64, 256, generator=generator), torch.randn(192, 64, generator=generator)
-    quantize_weight(weight, gram, settings, scale_dtype=torch.bfloat16)  # imports what it needs
     seen = most_alive(
         lambda: quantize_factors(
             weight, *pair, gram, settings_a=settings, settings_b=settings, scale_dtype=torch.bfloat16
         )
     )
-    counted = working_memory.quantizing(LinearShape("linear", 0, 192, 256), 64).total
+    counted = working_memory.quantizing([LinearShape("linear", 0, 192, 256)], {"linear": 64}).total
     assert counted == pytest.approx(seen, rel=0.35)
 
 
