@@ -299,7 +299,7 @@ class _AllocatedStage:
             self.settings, waiting.decomposition, waiting.weight, rank, residual_rank, exact=False
         )
         description = describe_factorized(
-            linear, rank, self.task.layout, self.model.architecture, storage, fits_groups=True
+            linear, rank, self.task.layout, self.model.architecture, storage, fitted_to=self.task.fitted_to
         )
         first, second = (each for _, each in description.parts.values())
         assert first is not None

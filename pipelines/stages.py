@@ -24,12 +24,19 @@ from ercsvd_deploy.pipelines.factorize_vision import VisionOutcome, factorize_vi
 from ercsvd_deploy.pipelines.fingerprints import Fingerprints, short_digest
 from ercsvd_deploy.pipelines.finished_work import FinishedWork
 from ercsvd_deploy.pipelines.model_source import OpenedModel, stream
-from ercsvd_deploy.pipelines.plan import plan_allocation, plan_quantize_stage, plan_vision, rank_plans
+from ercsvd_deploy.pipelines.plan import (
+    check_tensor_parallel_sizes,
+    plan_allocation,
+    plan_quantize_stage,
+    plan_vision,
+    rank_plans,
+)
 from ercsvd_deploy.pipelines.progress import ProgressReporter
 from ercsvd_deploy.pipelines.quantize import QuantizeOutcome, quantize_decoder
-from ercsvd_deploy.pipelines.quantize_plan import QuantizePlan, check_num_tokens, serving_warnings
+from ercsvd_deploy.pipelines.quantize_plan import QuantizePlan, check_num_tokens
 from ercsvd_deploy.pipelines.recover import RecoverOutcome, recover_decoder
 from ercsvd_deploy.pipelines.sensitivity import measure_sensitivity
+from ercsvd_deploy.pipelines.serving_notes import serving_warnings
 from ercsvd_deploy.rank import RankPlan
 from ercsvd_deploy.recipe_schema import Recipe
 from ercsvd_deploy.recipe_stages import Factorize, Quantize, Recover
@@ -74,6 +81,7 @@ class StagePlan:
     rank_plans: Mapping[int, RankPlan]
     quantize: QuantizePlan
     settings: Quantize | None
+    tensor_parallel_sizes: Sequence[int]
     allocation: AllocationTask | None = None  # what error control chooses from
 
     def warnings(self, samples: Sequence[Sample] | None, dtype: str) -> list[str]:
@@ -87,7 +95,11 @@ class StagePlan:
         assert samples is not None, "the schema asks for calibration where a stage needs it"
         num_tokens = sum(len(sample.tokens) for sample in samples)
         found = check_num_tokens(self.quantize, self.settings, self.architecture, num_tokens)
-        return found + serving_warnings(self.quantize, dtype)
+        ranks = [plan.ranks for plan in self.rank_plans.values()]
+        described = self.quantize.describe(ranks[-1] if ranks else {}, self.architecture)
+        return found + serving_warnings(
+            self.quantize, described, self.architecture, self.tensor_parallel_sizes, dtype
+        )
 
 
 @dataclass
@@ -137,6 +149,7 @@ def plan_stages(recipe: Recipe, architecture: Architecture, element: int) -> Sta
     Raises:
         PlanError, QuantizePlanError: the recipe cannot work on this model.
     """
+    check_tensor_parallel_sizes(recipe, architecture)
     ranks = rank_plans(recipe, architecture, element)
     return StagePlan(
         architecture=architecture,
@@ -144,6 +157,7 @@ def plan_stages(recipe: Recipe, architecture: Architecture, element: int) -> Sta
         rank_plans=ranks,
         quantize=plan_quantize_stage(recipe, ranks, architecture),
         settings=recipe.quantize,
+        tensor_parallel_sizes=recipe.serving.tensor_parallel_sizes,
         allocation=plan_allocation(recipe, architecture, element)
         if recipe.factorize is not None and recipe.factorize.allocation == "error_controlled"
         else None,
