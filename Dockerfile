@@ -20,11 +20,8 @@ WORKDIR /src
 COPY . .
 RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
-# Compilers stay in this stage: some dependencies come as source, the image only needs what was built.
+# Nothing needs a compiler: dependencies are wheels, or sources in plain Python.
 FROM python:${PYTHON_VERSION}-slim AS environment
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends build-essential git \
-    && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/ercsvd
 ENV PATH=/opt/ercsvd/bin:$PATH
 ARG TORCH=torch==2.13.0
@@ -36,11 +33,7 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir "$(ls /wheels/*.whl)[compress,hub,report,eval]"
 
 FROM python:${PYTHON_VERSION}-slim AS compress
-# What the stage above compiled links against OpenMP.
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends libgomp1 \
-    && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 10001 ercsvd \
+RUN useradd --create-home --uid 10001 ercsvd \
     && install --directory --owner ercsvd --mode 0777 /work /cache
 COPY --from=environment /opt/ercsvd /opt/ercsvd
 # /cache is writable for any user: --user with one's own id keeps the results one's own.

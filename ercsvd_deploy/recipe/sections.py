@@ -150,7 +150,7 @@ class Evaluation(Section):
 
 
 class Serving(Section):
-    """How the model is meant to be served; the plan refuses shapes that no kernel takes."""
+    """How the model is meant to be served; the plan refuses what cannot be cut into so many parts."""
 
     tensor_parallel_sizes: ListWithoutRepetition[PositiveInt] = Field(
         default=(1,), min_length=1, description="Tensor-parallel sizes the result must work with."
@@ -192,7 +192,8 @@ class Target(Section):
     bits: ListWithoutRepetition[Literal[4, 8]] = Field(
         default=(4,),
         min_length=1,
-        description="Bits that a quantized matrix may have. vLLM has kernels for 8 bits on GPUs only.",
+        description="Bits that a quantized matrix may have. vLLM has kernels for 8 bits on GPUs only; on a "
+        "CPU such a matrix takes 16.",
     )
     group_sizes: ListWithoutRepetition[Literal[32, 64, 128, -1]] | None = Field(
         default=None, description="Group sizes that a dense quantized matrix may have; null: the stage's own."

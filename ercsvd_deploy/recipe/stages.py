@@ -82,9 +82,10 @@ class Factorize(Section):
     rank_multiple: Annotated[
         Literal["auto"] | PositiveInt, expects("'auto' or a whole number of at least 1")
     ] = Field(
-        default=32,
-        description="Ranks are rounded down to a multiple of this. `auto` takes the smallest multiple that "
-        "the quantize stage's group sizes and vLLM's integer kernels allow, 32 without quantization.",
+        default="auto",
+        description="Ranks are multiples of this. `auto` takes for every matrix what GPU kernels like, 128 "
+        "where the matrix is large enough and else a smaller power of two, and makes groups of integers fit "
+        "the ranks; a number holds for all matrices.",
     )
     num_search_samples: PositiveInt = Field(
         default=16,
@@ -204,8 +205,9 @@ class Quantize(Section):
     bits: Literal[4, 8] = Field(default=4, description="Bits of one stored value.")
     group_size: Literal[32, 64, 128, -1] = Field(
         default=128,
-        description="Input columns that share a scale; -1 for one scale per row. It must divide the "
-        "in-dimension of every matrix; for a second factor that is the rank.",
+        description="Input columns that share a scale; -1 for one scale per row. A matrix whose columns on "
+        "a GPU it does not divide gets smaller groups (the columns of a second factor are its rank), but is "
+        "refused where the recipe says what ranks are multiples of.",
     )
     sym: bool = Field(default=True, description="Symmetric: no zero point is stored.")
     damping: float = Field(

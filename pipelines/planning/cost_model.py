@@ -20,8 +20,7 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import EXACT_RESIDUAL_UP_TO
 from ercsvd_deploy.pipelines.stages.factorize.residual import BETAS_ON_OFFER
 from ercsvd_deploy.recipe.stages import Recover
 
-# Operations that gptqmodel's column loop starts for one column, and values of the column's block it touches.
-_OPERATIONS_OF_COLUMN = 45
+_OPERATIONS_OF_COLUMN = 5  # that GPTQ's loop starts for one column
 _SUBSPACE_PASSES = 14  # over the matrix, of a randomized residual
 
 
@@ -288,7 +287,8 @@ def _quantize(work: Workload, described: Mapping[str, ModuleDescription]) -> Wor
 def _rounding(rows: int, columns: int) -> Work:
     """GPTQ and rounding to nearest of one matrix, and their losses."""
     return Work(
-        single=9 * rows * columns * columns + 2 * columns**3,
+        single=9 * rows * columns * columns,
+        double=columns**3 / 3,
         moved=40 * rows * columns + 40 * columns**2 + 24.0 * rows * columns,
         columns=columns,
     )

@@ -10,7 +10,7 @@ heap at its highest so far, and the large blocks alive now.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ercsvd_deploy.budget.ranks import LinearShape
@@ -179,23 +179,26 @@ def compensating(linear: LinearShape) -> Held:
 
 
 def rounding(rows: int, columns: int) -> Held:
-    """`gptq.quantize_better` of one matrix: Hessians as they come, normalised, ordered, inverted."""
-    normalising = blocks(columns**2, _DOUBLE, 2) + blocks(columns**2, _SINGLE)
-    solving = blocks(columns**2, _SINGLE, 5) + blocks(rows * columns, _SINGLE, 5)
-    judging = blocks(rows * columns, _SINGLE, 2 + _LOSSES)
-    return highest(normalising, solving, judging)
+    """`gptq.quantize_together`: the Gram ordered and factored, the loop, the losses."""
+    factoring = blocks(columns**2, _DOUBLE, 3)
+    solving = blocks(columns**2, _SINGLE) + blocks(rows * columns, _SINGLE, 5)
+    judging = blocks(columns**2, _SINGLE) + blocks(rows * columns, _SINGLE, 2 + _LOSSES)
+    return highest(factoring + blocks(rows * columns, _SINGLE), solving, judging)
 
 
-def quantizing(linear: LinearShape, rank: int | None) -> Held:
-    """`gptq.quantize_factors` of one Linear, or `quantize_better` of a dense one."""
-    m, n = linear.out_features, linear.in_features
-    if rank is None:
-        return rounding(m, n)
-    held = blocks(m * n, _SINGLE, 2) + blocks(rank * m, _DOUBLE, 2) + blocks(rank * n, _DOUBLE, 2)
-    # The re-fit in float64: weight, residual, a product of theirs, the Gram.
-    refitting = blocks(m * n, _DOUBLE, 3) + blocks(n * n, _DOUBLE)
-    judging = blocks(m * n, _SINGLE, _LOSSES)
-    return held + highest(rounding(rank, n), rounding(m, rank), refitting, judging)
+def quantizing(linears: Sequence[LinearShape], ranks: Mapping[str, int | None]) -> Held:
+    """GPTQ of Linears with the same inputs: their weights or first factors at once, then pair by pair."""
+    held, moments, stacked = Held(), [], 0
+    for linear in linears:
+        m, n, rank = linear.out_features, linear.in_features, ranks.get(linear.name)
+        stacked += rank or m
+        if rank is None:
+            continue
+        held += blocks(m * n, _SINGLE) + blocks(rank * m, _DOUBLE, 2) + blocks(rank * n, _DOUBLE, 2)
+        # The re-fit in float64: weight, residual, a product of theirs, the Gram.
+        moments.append(blocks(m * n, _DOUBLE, 3) + blocks(n * n, _DOUBLE))
+        moments += [blocks(m * n, _SINGLE, 2 + _LOSSES), rounding(m, rank)]
+    return held + highest(rounding(stacked, linears[0].in_features), *moments)
 
 
 def logits(work: Workload, sequences: Sequences) -> Held:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from ercsvd_deploy.budget.rank_steps import RankSteps
 from ercsvd_deploy.budget.ranks import RankError, RankPlan, admissible_num_compressed_layers, allocate_ranks
+from ercsvd_deploy.exporters.vllm.cutting import find_uncuttable
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, choose_kernels
 from ercsvd_deploy.format.schema import ModuleDescription
 from ercsvd_deploy.models.families import (
@@ -23,6 +25,8 @@ from ercsvd_deploy.models.families import (
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.components import Component, describe_components
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate
+from ercsvd_deploy.pipelines.planning.rank_steps import resolve_rank_steps, resolve_vision_steps
+from ercsvd_deploy.pipelines.planning.serving_notes import gpu_warnings, serving_warnings
 from ercsvd_deploy.pipelines.planning.sizes import (
     bytes_on_rank,
     linear_bits_per_weight,
@@ -35,13 +39,11 @@ from ercsvd_deploy.pipelines.stages.factorize.vision import describe_vision, pla
 from ercsvd_deploy.pipelines.stages.quantize.storage import (
     PatternMatch,
     QuantizePlan,
-    automatic_rank_multiple,
     check_shapes,
-    plan_quantization,
-    serving_warnings,
-    unquantized,
+    quantize_plan_of,
 )
 from ercsvd_deploy.recipe.sections import Recipe
+from ercsvd_deploy.recipe.stages import Factorize
 
 _MOST_REMOVED = 0.9  # share of the parameters in a plan that shows what a target may come to
 
@@ -73,6 +75,7 @@ class CandidatePlan:
     bytes_by_part: Mapping[str, int]
     linear_bits_per_weight: float  # stored bits of the decoder Linears per weight of the original ones
     gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of weights on each GPU
+    gpu_share: Mapping[int, float]  # tensor parallel size -> these as a share of the dense model's there
     components: tuple[Component, ...]
     layers: tuple[LayerPlan, ...]
 
@@ -88,6 +91,7 @@ class Plan:
     linear_parameters: int
     model_parameters: int
     num_bytes: int
+    gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of the dense model's weights on each GPU
     candidates: tuple[CandidatePlan, ...]
     estimate: Estimate  # of memory, disk and time on this machine
     kernels: tuple[KernelUse, ...]  # that vLLM will use, of the candidate with the most compressed layers
@@ -109,39 +113,66 @@ def rank_plans(recipe: Recipe, architecture: Architecture, element: int) -> dict
     settings = recipe.factorize
     if settings is None:
         return {}
-    rank_multiple = resolve_rank_multiple(recipe, architecture)
-    linears, num_layers = architecture.linears, architecture.num_layers
     ratio = _planned_ratio(recipe, architecture, element)
     if ratio is None:
         return {}
+    steps = resolve_rank_steps(recipe, architecture)
+    refusal = PlanError(f"compression_ratio {ratio:g} leaves no ranks")
+    for level in steps.coarse_to_fine():
+        try:
+            return _rank_plans(settings, architecture, ratio, level)
+        except RankError as error:
+            remedy = _layout_remedy(recipe)
+            refusal = PlanError(f"{error}{remedy}")
+            refusal.__cause__ = error
+    raise refusal
+
+
+def _layout_remedy(recipe: Recipe) -> str:
+    """Say what else than the ratio keeps automatic ranks from being smaller."""
+    settings, sizes = recipe.factorize, recipe.serving.tensor_parallel_sizes
+    assert settings is not None
+    if settings.rank_multiple != "auto" or settings.layout != "pivoted" or max(sizes) == 1:
+        return ""
+    return (
+        f"; with layout low_rank ranks can be lower, since tensor parallel size {max(sizes)} cuts no pivots"
+    )
+
+
+def _rank_plans(
+    settings: Factorize, architecture: Architecture, ratio: float, steps: RankSteps
+) -> dict[int, RankPlan]:
+    """Return the ranks for every number of compressed layers to consider.
+
+    Raises:
+        RankError: no number of layers, or not the wanted one, can reach the ratio in these steps.
+    """
+    linears, num_layers = architecture.linears, architecture.num_layers
+    multiples, beta, layout = steps.steps, settings.planned_beta, settings.layout
     if settings.searches_layers:
-        candidates = admissible_num_compressed_layers(
-            linears, num_layers, ratio, rank_multiple, settings.planned_beta, settings.layout
-        )
+        candidates = admissible_num_compressed_layers(linears, num_layers, ratio, multiples, beta, layout)
     elif settings.allocation == "last_k" and isinstance(settings.num_compressed_layers, int):
         candidates = [settings.num_compressed_layers]
     else:
         candidates = [num_layers]
     if not candidates:
-        raise PlanError(
-            f"no number of layers can reach compression_ratio {ratio:g} with "
-            f"rank_multiple {rank_multiple} and beta {settings.planned_beta}: lower one of them"
+        wanted = "" if settings.rank_multiple == "auto" else f"rank_multiple {settings.rank_multiple} and "
+        raise RankError(
+            f"no number of layers can reach compression_ratio {ratio:g} with {wanted}beta {beta}: "
+            "lower one of them"
         )
-    try:
-        return {
-            k: allocate_ranks(
-                linears,
-                num_layers=num_layers,
-                compression_ratio=ratio,
-                num_compressed_layers=k,
-                rank_multiple=rank_multiple,
-                beta=settings.planned_beta,
-                layout=settings.layout,
-            )
-            for k in candidates
-        }
-    except RankError as error:
-        raise PlanError(str(error)) from error
+    return {
+        k: allocate_ranks(
+            linears,
+            num_layers=num_layers,
+            compression_ratio=ratio,
+            num_compressed_layers=k,
+            rank_multiple=multiples,
+            beta=beta,
+            layout=layout,
+        )
+        for k in candidates
+    }
 
 
 def _planned_ratio(recipe: Recipe, architecture: Architecture, element: int) -> float | None:
@@ -166,31 +197,19 @@ def plan_allocation(recipe: Recipe, architecture: Architecture, element: int) ->
     Raises:
         PlanError: even the cheapest options do not fit the budget.
     """
-    task = allocation_task(
-        recipe,
-        architecture,
-        _quantize_plan(recipe, architecture),
-        {},
-        rank_multiple=resolve_rank_multiple(recipe, architecture),
-        element=element,
-    )
-    least = sum(options[0].cost for options in task.options.values())
-    if least > task.budget:
-        unit = "bits" if task.is_in_bits else "parameters"
-        raise PlanError(
-            f"the budget is {task.budget:,} {unit} for all decoder Linears, and the least that is possible "
-            f"is {least:,}: allow more, or a smaller rank_multiple"
-        )
-    return task
-
-
-def resolve_rank_multiple(recipe: Recipe, architecture: Architecture) -> int:
-    """Return the step of the ranks; `auto` takes the smallest that the quantize stage's kernels take."""
+    storing = quantize_plan_of(recipe, architecture)
+    for steps in resolve_rank_steps(recipe, architecture).coarse_to_fine():
+        task = allocation_task(recipe, architecture, storing, {}, rank_steps=steps, element=element)
+        least = sum(options[0].cost for options in task.options.values())
+        if least <= task.budget:
+            return task
+    unit = "bits" if task.is_in_bits else "parameters"
     assert recipe.factorize is not None
-    wanted = recipe.factorize.rank_multiple
-    if wanted != "auto":
-        return wanted
-    return automatic_rank_multiple(_quantize_plan(recipe, architecture))
+    remedy = "" if recipe.factorize.rank_multiple == "auto" else ", or a smaller rank_multiple"
+    raise PlanError(
+        f"the budget is {task.budget:,} {unit} for all decoder Linears, and the least that is possible "
+        f"is {least:,}: allow more{remedy}"
+    )
 
 
 def plan_quantize_stage(
@@ -201,7 +220,7 @@ def plan_quantize_stage(
     Raises:
         QuantizePlanError: a pattern matches nothing, or a shape cannot be served as integers.
     """
-    plan = _quantize_plan(recipe, architecture)
+    plan = quantize_plan_of(recipe, architecture)
     sizes = recipe.serving.tensor_parallel_sizes
     for ranks in [plan_for_k.ranks for plan_for_k in ranks_by_k.values()] or [{}]:
         check_shapes(plan, ranks, architecture, sizes)
@@ -216,10 +235,9 @@ def plan_vision(recipe: Recipe, architecture: Architecture) -> dict[str, int]:
     """
     if recipe.factorize is None or recipe.vision is None:
         return {}
+    steps = resolve_vision_steps(recipe, architecture)
     try:
-        return plan_vision_ranks(
-            recipe.vision, recipe.factorize, architecture, resolve_rank_multiple(recipe, architecture)
-        )
+        return plan_vision_ranks(recipe.vision, recipe.factorize, architecture, steps)
     except RankError as error:
         raise PlanError(f"vision: {error}; leave this part alone, or lower compression_ratio") from error
 
@@ -242,16 +260,15 @@ def check_vision(recipe: Recipe, config: Any) -> None:
         )
 
 
-def _quantize_plan(recipe: Recipe, architecture: Architecture) -> QuantizePlan:
-    names = [linear.name for linear in architecture.linears]
-    layout = recipe.factorize.layout if recipe.factorize else "low_rank"
-    if recipe.quantize is None:
-        return replace(unquantized(names), layout=layout)
-    return replace(
-        plan_quantization(recipe.quantize, names, architecture.checkpoint_name),
-        layout=layout,
-        fits_groups=recipe.target is not None,
-    )
+def check_tensor_parallel_sizes(recipe: Recipe, architecture: Architecture) -> None:
+    """Refuse tensor parallel sizes that vLLM refuses for this model, however it is stored.
+
+    Raises:
+        PlanError: heads, inputs or outputs cannot be shared out evenly.
+    """
+    problems = find_uncuttable(architecture, recipe.serving.tensor_parallel_sizes)
+    if problems:
+        raise PlanError("serving.tensor_parallel_sizes: " + "\n  ".join(problems))
 
 
 def make_plan(recipe: Recipe, *, device: torch.device | None = None) -> Plan:
@@ -271,6 +288,7 @@ def make_plan(recipe: Recipe, *, device: torch.device | None = None) -> Plan:
     architecture = describe(
         build_meta_model(config, trust_remote_code=recipe.model.trust_remote_code), config
     )
+    check_tensor_parallel_sizes(recipe, architecture)
     dtype = planned_dtype(recipe, config)
     element = getattr(torch, dtype).itemsize
     plans = rank_plans(recipe, architecture, element)
@@ -283,8 +301,9 @@ def make_plan(recipe: Recipe, *, device: torch.device | None = None) -> Plan:
         for plan in plans.values() or [None]
     ]
     sizes = recipe.serving.tensor_parallel_sizes
+    dense_on_gpu = {size: bytes_on_rank(architecture, {}, element, size) for size in sizes}
     candidates = tuple(
-        _candidate(plan, architecture, modules, element, sizes)
+        _candidate(plan, architecture, modules, element, dense_on_gpu)
         for plan, modules in zip(plans.values() or [None], described, strict=True)
     )
     device = device or default_device()
@@ -299,12 +318,21 @@ def make_plan(recipe: Recipe, *, device: torch.device | None = None) -> Plan:
         linear_parameters=architecture.linear_parameters,
         model_parameters=architecture.total_parameters,
         num_bytes=architecture.total_parameters * element,
+        gpu_bytes=dense_on_gpu,
         candidates=candidates,
         estimate=estimate(work, described, [each.num_bytes for each in candidates], device),
         kernels=choose_kernels(described[-1], architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=quantize_plan.matches,
-        warnings=(*_allocation_note(recipe), *serving_warnings(quantize_plan, dtype)),
+        warnings=(
+            *_allocation_note(recipe),
+            *serving_warnings(quantize_plan, described[-1], architecture, sizes, dtype),
+            *gpu_warnings(
+                dense_on_gpu,
+                {each.num_compressed_layers: each.gpu_bytes for each in candidates},
+                is_quantized=recipe.quantize is not None,
+            ),
+        ),
     )
 
 
@@ -341,9 +369,10 @@ def _candidate(
     architecture: Architecture,
     described: Mapping[str, ModuleDescription],
     element: int,
-    tensor_parallel_sizes: Iterable[int],
+    dense_on_gpu: Mapping[int, int],
 ) -> CandidatePlan:
     ranks = plan.ranks if plan else {}
+    gpu_bytes = {size: bytes_on_rank(architecture, described, element, size) for size in dense_on_gpu}
     sizes = planned_bytes(architecture, described, element)
     by_part = sum_by_part(sizes, architecture)
     layers = []
@@ -372,9 +401,8 @@ def _candidate(
         num_bytes=sum(sizes.values()),
         bytes_by_part=by_part,
         linear_bits_per_weight=linear_bits_per_weight(by_part, architecture),
-        gpu_bytes={
-            size: bytes_on_rank(architecture, described, element, size) for size in tensor_parallel_sizes
-        },
+        gpu_bytes=gpu_bytes,
+        gpu_share={size: num_bytes / dense_on_gpu[size] for size, num_bytes in gpu_bytes.items()},
         components=components,
         layers=tuple(layers),
     )

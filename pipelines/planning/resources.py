@@ -22,9 +22,9 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import EXACT_RESIDUAL_UP_TO
 from ercsvd_deploy.recipe.stages import Recover
 
 MIB = 2**20
-# Resident memory of a run that has imported its libraries and computed something small, without and with
-# gptqmodel's GPTQ, and with a CUDA context; measured on x86-64 with torch 2.13 and transformers 5.19.
-_IMPORTS, _GPTQ_IMPORTS, _CUDA_IMPORTS = 640 * MIB, 90 * MIB, 1800 * MIB
+# Resident memory of a run that has imported its libraries and computed something small, without and with a
+# CUDA context; measured on x86-64 with torch 2.13 and transformers 5.19.
+_IMPORTS, _CUDA_IMPORTS = 640 * MIB, 1800 * MIB
 _CUDA_CONTEXT = 600 * MIB  # of GPU memory, cuBLAS and cuSOLVER workspaces included
 # What tokenizing a million characters leaves in the heap; a text is read up to its limit at once.
 _READ_TEXT = 60 * MIB
@@ -75,8 +75,6 @@ def stage_resources(
     base = _IMPORTS + _READ_TEXT + _pixels(work)
     heap = 0  # at its highest so far: it does not shrink
     for stage, needs, scratch in _stages(work, described, final_bytes):
-        if stage == "quantize":
-            base += _GPTQ_IMPORTS
         heap = max(heap, needs.working.heap)
         if on_gpu:
             host, device = base + _CUDA_IMPORTS + needs.beside, _CUDA_CONTEXT + needs.working.mapped + heap
@@ -244,7 +242,7 @@ def _factorize_allocated(work: Workload) -> _Highest:
             working_memory.measuring(linear),
         ]
         if work.recipe.quantize is not None:
-            trials.append(working_memory.quantizing(linear, rank))
+            trials.append(working_memory.quantizing([linear], {linear.name: rank}))
         probing.append(own + own + highest(*trials))
     if work.recipe.factorize is not None and work.recipe.factorize.beta == "auto":
         # Of both parts of the sequences, and together; what is held out also waits.
@@ -279,7 +277,7 @@ def _quantize(work: Workload, ranks: Mapping[str, int | None]) -> _Highest:
     # Behind the unquantized layer, and before it or behind the quantized one.
     states = working_memory.states(work, work.calibration, 2)
     steps = [working_memory.layer_pass(work, work.calibration, observed=True)]
-    steps += [working_memory.quantizing(linear, ranks.get(linear.name)) for linear in layer.linears]
+    steps += [working_memory.quantizing(group, ranks) for group in layer.groups]
     during = states + weights + working_memory.grams(work) + highest(*steps)
     loading = states + working_memory.layer_load(work)
     embedding = working_memory.states(work, work.calibration) + _embedding(work, [work.calibration])

@@ -15,6 +15,7 @@ from typing import Any
 from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
 from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture, LayerLinears, component_of
 from ercsvd_deploy.models.streaming import MAX_TOKENS_PER_BATCH
+from ercsvd_deploy.pipelines.planning.rank_steps import resolve_rank_steps
 from ercsvd_deploy.recipe.sections import HeldOutText, Recipe, TextFile
 
 _CHARACTERS_PER_TOKEN = 4  # of ordinary text and a tokenizer of 32,000 tokens or more
@@ -77,6 +78,7 @@ class Workload:
         judged: What both models are compared on.
         tower: None for text models.
         assumptions: What was taken for granted, for people.
+        rank_steps: Linear -> what its rank is a multiple of; empty where nothing is factorized.
     """
 
     recipe: Recipe
@@ -88,6 +90,7 @@ class Workload:
     judged: tuple[Sequences, ...]
     tower: Tower | None
     assumptions: tuple[str, ...]
+    rank_steps: Mapping[str, int]
 
     @property
     def largest_layer(self) -> LayerLinears:
@@ -133,8 +136,8 @@ class Workload:
         """Return the largest rank of a Linear that its decomposition must be good for; 0 for none."""
         settings = self.recipe.factorize
         if settings is not None and settings.allocation == "error_controlled":
-            multiple = settings.rank_multiple if settings.rank_multiple != "auto" else 32
-            return linear.largest_rank(multiple, settings.layout)
+            step = self.rank_steps[linear.name]
+            return linear.largest_rank(step, settings.layout)
         ranks = [plan.ranks.get(linear.name) for plan in self.rank_plans.values()]
         return max((rank for rank in ranks if rank is not None), default=0)
 
@@ -183,6 +186,7 @@ def measure_workload(
         tuple(judged),
         tower,
         tuple(assumptions),
+        resolve_rank_steps(recipe, architecture).steps if recipe.factorize is not None else {},
     )
 
 

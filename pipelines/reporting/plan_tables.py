@@ -24,11 +24,10 @@ def render(plan: Plan) -> RenderableType:
         parts.append(
             Text("\nThe run tries all of these on calibration data. Ranks of the first and the last:")
         )
-    shown = {id(candidate): candidate for candidate in (plan.candidates[0], plan.candidates[-1])}
-    parts.extend(_rank_table(candidate) for candidate in shown.values())
+    parts.extend(_rank_table(candidate) for candidate in _shown(plan).values())
     if len(plan.candidates[-1].components) > 1:
         parts.append(component_table(plan.candidates[-1].components))
-    parts.append(_size_table(plan))
+    parts += [_size_table(plan), _gpu_table(plan)]
     if plan.patterns:
         parts.append(_pattern_table(plan.patterns))
     parts += [_kernel_table(plan), _resource_table(plan), Text(_machine_line(plan))]
@@ -63,8 +62,8 @@ def _candidate_table(plan: Plan) -> Table:
 
 
 def _size_table(plan: Plan) -> Table:
-    """Bytes by part of the smallest and the largest k, on disk and on each GPU."""
-    shown = {c.num_compressed_layers: c for c in (plan.candidates[0], plan.candidates[-1])}
+    """Bytes by part of the smallest and the largest k, on disk."""
+    shown = _shown(plan)
     table = Table(title="Bytes", title_justify="left")
     table.add_column("")
     for k in shown:
@@ -73,10 +72,30 @@ def _size_table(plan: Plan) -> Table:
         if any(c.bytes_by_part[part] for c in shown.values()):
             table.add_row(part, *(f"{c.bytes_by_part[part]:,}" for c in shown.values()))
     table.add_row("on disk", *(f"{c.num_bytes:,}" for c in shown.values()), style="bold")
-    for size in plan.candidates[0].gpu_bytes:
-        label = f"weights on each GPU, tensor parallel {size}"
-        table.add_row(label, *(f"{c.gpu_bytes[size]:,}" for c in shown.values()))
     return table
+
+
+def _gpu_table(plan: Plan) -> Table:
+    """Bytes on each GPU beside those of the dense model, of the smallest and the largest k."""
+    shown = _shown(plan)
+    table = Table(title="Bytes of weights on each GPU", title_justify="left")
+    table.add_column("tensor parallel", justify="right")
+    table.add_column("dense model", justify="right")
+    for k in shown:
+        table.add_column(f"k = {k}" if k else "this model", justify="right")
+        table.add_column("of dense", justify="right")
+    for size, dense in plan.gpu_bytes.items():
+        cells: list[str | Text] = []
+        for candidate in shown.values():
+            share = candidate.gpu_share[size]
+            cells += [f"{candidate.gpu_bytes[size]:,}", Text(f"{share:.2f} x", "yellow" if share > 1 else "")]
+        table.add_row(str(size), f"{dense:,}", *cells)
+    return table
+
+
+def _shown(plan: Plan) -> dict[int, CandidatePlan]:
+    """Return the candidates with the fewest and the most compressed layers."""
+    return {c.num_compressed_layers: c for c in (plan.candidates[0], plan.candidates[-1])}
 
 
 def _pattern_table(patterns: tuple[PatternMatch, ...]) -> Table:

@@ -23,11 +23,13 @@ from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.cli.progress import ProgressReporter
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, stream
 from ercsvd_deploy.pipelines.planning.plan import (
+    check_tensor_parallel_sizes,
     plan_allocation,
     plan_quantize_stage,
     plan_vision,
     rank_plans,
 )
+from ercsvd_deploy.pipelines.planning.serving_notes import serving_warnings
 from ercsvd_deploy.pipelines.stages.factorize.allocated import factorize_allocated
 from ercsvd_deploy.pipelines.stages.factorize.last_layers import (
     FactorizeOutcome,
@@ -37,7 +39,7 @@ from ercsvd_deploy.pipelines.stages.factorize.last_layers import (
 from ercsvd_deploy.pipelines.stages.factorize.options import AllocationTask
 from ercsvd_deploy.pipelines.stages.factorize.vision import VisionOutcome, factorize_vision
 from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome, quantize_decoder
-from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlan, check_num_tokens, serving_warnings
+from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlan, check_num_tokens
 from ercsvd_deploy.pipelines.stages.recover import RecoverOutcome, recover_decoder
 from ercsvd_deploy.pipelines.stages.sensitivity import measure_sensitivity
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
@@ -83,6 +85,7 @@ class StagePlan:
     rank_plans: Mapping[int, RankPlan]
     quantize: QuantizePlan
     settings: Quantize | None
+    tensor_parallel_sizes: Sequence[int]
     allocation: AllocationTask | None = None  # what error control chooses from
 
     def warnings(self, samples: Sequence[Sample] | None, dtype: str) -> list[str]:
@@ -96,7 +99,11 @@ class StagePlan:
         assert samples is not None, "the schema asks for calibration where a stage needs it"
         num_tokens = sum(len(sample.tokens) for sample in samples)
         found = check_num_tokens(self.quantize, self.settings, self.architecture, num_tokens)
-        return found + serving_warnings(self.quantize, dtype)
+        ranks = [plan.ranks for plan in self.rank_plans.values()]
+        described = self.quantize.describe(ranks[-1] if ranks else {}, self.architecture)
+        return found + serving_warnings(
+            self.quantize, described, self.architecture, self.tensor_parallel_sizes, dtype
+        )
 
 
 @dataclass
@@ -146,6 +153,7 @@ def plan_stages(recipe: Recipe, architecture: Architecture, element: int) -> Sta
     Raises:
         PlanError, QuantizePlanError: the recipe cannot work on this model.
     """
+    check_tensor_parallel_sizes(recipe, architecture)
     ranks = rank_plans(recipe, architecture, element)
     return StagePlan(
         architecture=architecture,
@@ -153,6 +161,7 @@ def plan_stages(recipe: Recipe, architecture: Architecture, element: int) -> Sta
         rank_plans=ranks,
         quantize=plan_quantize_stage(recipe, ranks, architecture),
         settings=recipe.quantize,
+        tensor_parallel_sizes=recipe.serving.tensor_parallel_sizes,
         allocation=plan_allocation(recipe, architecture, element)
         if recipe.factorize is not None and recipe.factorize.allocation == "error_controlled"
         else None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ from ercsvd_deploy.format.tensor_store import read_json, write_json_atomically
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
-from ercsvd_deploy.pipelines.planning.plan import resolve_rank_multiple
+from ercsvd_deploy.pipelines.planning.rank_steps import resolve_rank_steps, resolve_vision_steps
 from ercsvd_deploy.pipelines.state.cache import file_digest
 from ercsvd_deploy.recipe.load import canonical
 from ercsvd_deploy.recipe.sections import Recipe
 
-_LIBRARIES = ("torch", "transformers", "compressed-tensors", "gptqmodel", "numpy")
+_LIBRARIES = ("torch", "transformers", "compressed-tensors", "numpy")
 _HASHES_FILE = "model-files.json"
 
 
@@ -70,12 +70,17 @@ def take_fingerprints(
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }
     calibrated = base | {"calibration_samples": _samples(data.samples or ())}
-    # An `auto` rank multiple follows from the quantize stage; what else that says, factors do not depend on.
-    multiple = resolve_rank_multiple(recipe, model.architecture) if recipe.factorize else None
+    # What ranks are multiples of follows from the quantize stage, and for pivots from tensor parallel sizes;
+    # what else those say, factors do not depend on.
+    steps = [
+        asdict(resolve(recipe, model.architecture))
+        for resolve in (resolve_rank_steps, resolve_vision_steps)
+        if recipe.factorize
+    ]
     factors = calibrated | {
         "vision": _switches(settings["vision"]),
         "factorize": stages.get("factorize"),
-        "rank_multiple": multiple,
+        "rank_steps": _digest_of(steps),
     }
     if settings["target"] is not None:
         # Ranks then depend on what quantization does, and on which shapes can be served.
@@ -99,7 +104,7 @@ def take_fingerprints(
 
 def short_digest(fingerprint: Mapping[str, Any]) -> str:
     """Return 16 hexadecimal digits that tell fingerprints apart."""
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+    return _digest_of(fingerprint)[:16]
 
 
 def _switches(vision: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -147,6 +152,10 @@ def _samples(samples: Sequence[Sample]) -> str:
         tensors += [sample.tokens, *(sample.images[name] for name in sorted(sample.images))]
         tensors += [] if sample.token_weights is None else [sample.token_weights]
     return _digest(tensors)
+
+
+def _digest_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> str:

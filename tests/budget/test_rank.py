@@ -46,7 +46,10 @@ class Case:
     num_layers: int
     compression_ratio: float
     num_compressed_layers: int
-    rank_multiple: int
+    rank_multiple: int | dict[str, int]
+
+    def step(self, shape: LinearShape) -> int:
+        return self.rank_multiple if isinstance(self.rank_multiple, int) else self.rank_multiple[shape.name]
 
     def plan(self, compression_ratio: float | None = None) -> RankPlan:
         return allocate_ranks(
@@ -81,12 +84,20 @@ def cases(draw: st.DrawFn, max_matrices: int = 4, alike: bool = False) -> Case:
         for layer in range(num_layers)
         for name, (out_features, in_features) in templates[layer % len(templates)].items()
     ]
+    multiples = st.sampled_from([1, 2, 3, 8, 16])
+    # One number for all matrices, or a number for each kind.
+    rank_multiple: int | dict[str, int] = draw(multiples)
+    if not draw(st.booleans()):
+        of_kind = {name: draw(multiples) for name in templates[0]}
+        rank_multiple = {
+            shape.name: of_kind.get(shape.name.partition(".")[2], of_kind["m0"]) for shape in shapes
+        }
     return Case(
         shapes,
         num_layers,
         draw(st.integers(0, 95)) / 100,
         draw(st.integers(1, num_layers)),
-        draw(st.sampled_from([1, 2, 3, 8, 16])),
+        rank_multiple,
     )
 
 
@@ -110,7 +121,7 @@ def naive_allocation(case: Case) -> dict[str, int | None] | None:
     total = sum(cost(shape, None) for shape in case.shapes)
     budget = (1 - ratio) * total
     layer_share = 1 - ratio * total / sum(cost(shape, None) for shape in case.compressed)
-    forms = {shape.name: chain(shape, case.rank_multiple) for shape in case.compressed}
+    forms = {shape.name: chain(shape, case.step(shape)) for shape in case.compressed}
     place = {}
     for shape in case.compressed:
         ideal = layer_share * shape.out_features * shape.in_features
@@ -181,7 +192,7 @@ def test_budget_is_met_exactly_and_used_up(case: Case) -> None:
     compressed = {shape.name for shape in case.compressed}
     for shape in case.shapes:
         rank = plan.ranks[shape.name]
-        forms: list[int | None] = chain(shape, case.rank_multiple) if shape.name in compressed else [None]
+        forms: list[int | None] = chain(shape, case.step(shape)) if shape.name in compressed else [None]
         assert rank in forms
         if rank is not None:
             dearer = forms[forms.index(rank) + 1]
@@ -195,11 +206,11 @@ def test_equal_matrices_get_equal_ranks_up_to_one_step(case: Case) -> None:
         ranks = case.plan().ranks
     except RankError:
         assume(False)
-    by_shape: dict[tuple[int, int], list[int]] = {}
+    by_shape: dict[tuple[int, int, int], list[int]] = {}
     for shape in case.compressed:
         # Dense stands for one step beyond the last rank: never further than the last, shorter step.
-        forms = chain(shape, case.rank_multiple)
-        by_shape.setdefault((shape.out_features, shape.in_features), []).append(
+        forms = chain(shape, case.step(shape))
+        by_shape.setdefault((shape.out_features, shape.in_features, case.step(shape)), []).append(
             min(forms.index(ranks[shape.name]), len(forms) - 2)
         )
     assert all(max(places) - min(places) <= 1 for places in by_shape.values())
@@ -354,6 +365,17 @@ def test_refusal_names_the_matrix_that_is_too_small() -> None:
         )
 
 
+def test_refusal_does_not_ask_for_other_steps_than_the_recipe_named() -> None:
+    with pytest.raises(RankError, match=r"ideally has rank 1, below 4, its least, .*: use a smaller compr"):
+        allocate_ranks(
+            decoder(1, {"q": (64, 64), "k": (16, 64)}),
+            num_layers=1,
+            compression_ratio=0.9,
+            num_compressed_layers=1,
+            rank_multiple={"layers.0.q": 8, "layers.0.k": 4},
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -363,6 +385,8 @@ def test_refusal_names_the_matrix_that_is_too_small() -> None:
         ({"num_compressed_layers": 0}, r"can have 1\.\.2 of them compressed; .*layers: 1\.\.2"),
         ({"num_compressed_layers": 3}, r"can have 1\.\.2 of them compressed"),
         ({"rank_multiple": 0}, "rank_multiple is 0"),
+        ({"rank_multiple": {"layers.0.m": 4}}, r"rank_multiple of layers\.1\.m is None"),
+        ({"rank_multiple": {"layers.0.m": 0, "layers.1.m": 4}}, r"rank_multiple of layers\.0\.m is 0"),
         ({"beta": 1.0}, r"beta is 1\.0"),
         ({"num_layers": 1}, "layers.1.m is in layer 1, the model has 1 layers"),
         ({"shapes": []}, "no decoder Linears"),
@@ -421,8 +445,8 @@ def test_ranks_within_a_number_of_parameters_are_exact(
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(cases(), st.sampled_from([0.0, 0.05, 0.3]))
 def test_pivoted_ranks_meet_the_budget_and_leave_no_step_that_fits(case: Case, beta: float) -> None:
-    k, multiple = case.num_compressed_layers, case.rank_multiple
-    options: dict[str, Any] = {"rank_multiple": multiple, "beta": beta, "layout": "pivoted"}
+    k = case.num_compressed_layers
+    options: dict[str, Any] = {"rank_multiple": case.rank_multiple, "beta": beta, "layout": "pivoted"}
     try:
         plan = allocate_ranks(
             case.shapes,
@@ -448,6 +472,7 @@ def test_pivoted_ranks_meet_the_budget_and_leave_no_step_that_fits(case: Case, b
         rank = plan.ranks[shape.name]
         if rank is None:
             continue
+        multiple = case.step(shape)
         assert rank % multiple == 0
         assert 0 < rank < min(shape.out_features, shape.in_features)
         step = (

@@ -38,7 +38,7 @@ from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan
 from ercsvd_deploy.pipelines.planning.resources import HEAP_GAPS
 from ercsvd_deploy.pipelines.stages.factorize.last_layers import _FactorizeStage
 from ercsvd_deploy.pipelines.state.lock import work_path
-from ercsvd_deploy.quantization.gptq import QuantizationSettings, quantize_factors, quantize_weight
+from ercsvd_deploy.quantization.gptq import QuantizationSettings, quantize_factors
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import ModelDirectory
 
@@ -166,13 +166,12 @@ def test_quantizing_holds_what_is_counted() -> None:
     settings = QuantizationSettings(bits=4, group_size=32, sym=True)
     weight, gram = torch.randn(192, 256, generator=generator), random_gram(256)
     pair = torch.randn(64, 256, generator=generator), torch.randn(192, 64, generator=generator)
-    quantize_weight(weight, gram, settings, scale_dtype=torch.bfloat16)  # imports what it needs
     seen = most_alive(
         lambda: quantize_factors(
             weight, *pair, gram, settings_a=settings, settings_b=settings, scale_dtype=torch.bfloat16
         )
     )
-    counted = working_memory.quantizing(LinearShape("linear", 0, 192, 256), 64).total
+    counted = working_memory.quantizing([LinearShape("linear", 0, 192, 256)], {"linear": 64}).total
     assert counted == pytest.approx(seen, rel=0.35)
 
 

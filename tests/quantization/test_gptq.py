@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -532,17 +531,14 @@ def test_refit_is_dropped_where_rounding_alone_would_make_it_worse() -> None:
 SIDE_EFFECTS = """
 import logging, os, sys, torch
 from ercsvd_deploy.quantization.gptq import QuantizationSettings, quantize_better
-import transformers.utils.hub
 def state():
     root = logging.getLogger()
     return (dict(os.environ), root.level, root.handlers[:], root.manager.disable, torch.get_num_threads(),
             torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), sys.stdout,
             torch.get_rng_state().tolist())
-assert "gptqmodel" not in sys.modules
 weight, gram = torch.randn(8, 64), torch.eye(64)
 before = state()
 quantize_better(weight, gram, QuantizationSettings(), scale_dtype=torch.float32)
-assert "gptqmodel" in sys.modules
 gram[0, 1] = gram[1, 0] = 100
 try:
     quantize_better(weight, gram, QuantizationSettings(), scale_dtype=torch.float32)
@@ -552,19 +548,14 @@ else:
     raise AssertionError("an indefinite Gram was accepted")
 changed = [index for index, (old, new) in enumerate(zip(before, state())) if old != new]
 assert not changed, changed
+slow = {"gptqmodel", "transformers", "datasets", "torchao"} & sys.modules.keys()
+assert not slow, slow
 """
 
 
-@pytest.mark.slow
-def test_the_library_stays_quiet_and_leaves_the_process_as_it_was() -> None:
-    set_by_library = ("HF_", "TRANSFORMERS_", "PYTORCH_", "CUDA_DEVICE_ORDER", "GPTQMODEL_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(set_by_library)}
-    result = subprocess.run(
-        [sys.executable, "-c", SIDE_EFFECTS], capture_output=True, text=True, check=False, env=environment
-    )
-    assert (result.returncode, result.stdout) == (0, ""), result.stderr
-    for source in ("QModel", "Hessian", "torchao", "logbar"):
-        assert source not in result.stderr
+def test_quantizing_is_quiet_leaves_the_process_as_it_was_and_imports_no_slow_library() -> None:
+    result = subprocess.run([sys.executable, "-c", SIDE_EFFECTS], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_rotated_factors_have_the_same_product_and_orthonormal_columns() -> None:

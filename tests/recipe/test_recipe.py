@@ -84,7 +84,7 @@ def test_defaults_of_a_minimal_recipe(tmp_path: Path) -> None:
                     "beta": 0.05,
                     "residual_space": "weight",
                     "layout": "low_rank",
-                    "rank_multiple": 32,
+                    "rank_multiple": "auto",
                     "num_search_samples": 16,
                     "compressed_prefix_inputs": False,
                 }

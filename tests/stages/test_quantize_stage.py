@@ -15,9 +15,10 @@ import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed check
 from ercsvd_deploy.format.schema import CheckpointConfig, WeightQuantization
 from ercsvd_deploy.models.families import build_meta_model, describe, load_config
 from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.planning.plan import make_plan
+from ercsvd_deploy.pipelines.planning.serving_notes import serving_warnings
 from ercsvd_deploy.pipelines.stages.quantize.storage import (
     QuantizePlanError,
-    automatic_rank_multiple,
     check_num_tokens,
     check_shapes,
     plan_quantization,
@@ -74,7 +75,7 @@ def test_pattern_that_matches_nothing_names_near_misses(purpose: str) -> None:
         plan_quantization(Quantize(**{purpose: value}), NAMES)
 
 
-def test_shapes_that_no_kernel_takes_are_refused_with_what_works(llama: Path) -> None:
+def test_shapes_that_cannot_be_loaded_are_refused_with_what_works(llama: Path) -> None:
     config = load_config(str(llama))
     architecture = describe(build_meta_model(config), config)
     names = [linear.name for linear in architecture.linears]
@@ -83,21 +84,44 @@ def test_shapes_that_no_kernel_takes_are_refused_with_what_works(llama: Path) ->
     check_shapes(fitting, dense, architecture, [1, 2])  # o_proj: 128 / 2 = 64 columns on a rank
     with pytest.raises(QuantizePlanError, match=r"128 does not divide its 64 columns.*group_size -1, 32, 64"):
         check_shapes(plan_quantization(Quantize(group_size=128), names), dense, architecture, [1, 2])
-    with pytest.raises(QuantizePlanError, match=r"q_proj at tensor parallel size 8: 16 rows on a rank"):
+    with pytest.raises(
+        QuantizePlanError, match=r"o_proj at tensor parallel size 8: .* divide its 16 columns"
+    ):
         check_shapes(plan_quantization(Quantize(group_size=32), names), dense, architecture, [8])
+    with pytest.raises(
+        QuantizePlanError, match=r"o_proj at tensor parallel size 32: its 4 .* no whole words of 8"
+    ):
+        check_shapes(plan_quantization(Quantize(group_size=-1), names), dense, architecture, [32])
     odd_rank = {"model.layers.3.mlp.up_proj": 96}
     check_shapes(plan_quantization(Quantize(group_size=32), names), odd_rank, architecture, [1, 2])
     with pytest.raises(QuantizePlanError, match=r"up_proj\.factor_b.*rank_multiple 64"):
         check_shapes(fitting, odd_rank, architecture, [1])
+    with pytest.raises(QuantizePlanError, match=r"up_proj\.factor_b .*its 12 .*rank_multiple 8 or auto"):
+        check_shapes(
+            plan_quantization(Quantize(group_size=-1), names),
+            {"model.layers.3.mlp.up_proj": 12},
+            architecture,
+            [1],
+        )
 
 
-def test_automatic_rank_multiple_is_the_largest_group() -> None:
-    overrides = {"mlp.down_proj": QuantizeOverride(group_size=128)}
-    assert automatic_rank_multiple(plan_quantization(Quantize(group_size=32), NAMES)) == 32
-    assert (
-        automatic_rank_multiple(plan_quantization(Quantize(group_size=64, overrides=overrides), NAMES)) == 128
-    )
-    assert automatic_rank_multiple(plan_quantization(Quantize(group_size=-1), NAMES)) == 32
+def test_shapes_that_kernels_pad_or_leave_are_a_warning(llama: Path) -> None:
+    config = load_config(str(llama))
+    architecture = describe(build_meta_model(config), config)
+    names = [linear.name for linear in architecture.linears]
+    plan = plan_quantization(Quantize(group_size=-1), names)
+
+    def warnings(ranks: dict[str, int | None], sizes: list[int]) -> list[str]:
+        check_shapes(plan, ranks, architecture, sizes)
+        described = plan.describe(ranks, architecture)
+        return serving_warnings(plan, described, architecture, sizes, "bfloat16")
+
+    assert warnings({}, [1, 2]) == []
+    [warning] = warnings({}, [1, 2, 8])
+    assert "q_proj is 16 x 128 at tensor parallel size 8, say): GPU kernels pad them" in warning
+    [warning] = warnings({"model.layers.3.mlp.up_proj": 48}, [1])
+    assert "2 integer matrices" in warning
+    assert "up_proj.factor_a is 48 x 128" in warning
 
 
 def test_too_little_calibration_is_refused_and_little_warned_of(llama: Path) -> None:
@@ -149,6 +173,41 @@ def test_whole_decoder_is_stored_as_integers(layout: str, write_recipe: RecipeWr
     with torch.no_grad():
         loss = model(input_ids=tokens["held_out"], labels=tokens["held_out"]).loss
     assert report.compressed.perplexity["held_out"] == pytest.approx(float(loss.exp()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "target"),
+    [
+        ({"compression_ratio": 0.95, "num_compressed_layers": "all"}, None),
+        ({"compression_ratio": 0.95, "num_compressed_layers": "all", "layout": "pivoted"}, None),
+        ({"compression_ratio": 0.95, "allocation": "error_controlled"}, None),
+        ({"compression_ratio": None, "allocation": "error_controlled"}, {"overall_bits": 0.45}),
+    ],
+)
+def test_ranks_below_a_word_of_integers_stay_plain(
+    stage: dict[str, Any], target: dict[str, Any] | None, write_recipe: RecipeWriter
+) -> None:
+    """A ratio that no group of 32 can be afforded at: ranks down to a few, and the file still loads."""
+    stages = (factorize(rank_multiple="auto", **stage), quantize())
+    path = write_recipe(*stages, target=target, serving={"tensor_parallel_sizes": [1, 2]})
+    planned = make_plan(load_recipe(path))
+    if target is None:
+        assert any("stay plain: their columns on a rank" in warning for warning in planned.warnings)
+    report, directory = run_recipe(load_recipe(path))
+    config = CheckpointConfig.read(json.loads((directory / "config.json").read_text())["quantization_config"])
+    ranks = {each.rank for each in config.modules.values()}
+    assert min(rank for rank in ranks if rank is not None) < 8
+    for description in config.modules.values():
+        for (_, columns), storage in description.parts.values():
+            assert storage is None or columns % 8 == 0
+        is_plain = {storage is None for _, storage in description.parts.values()}
+        assert is_plain == {description.rank is not None and description.rank % 8 > 0}
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    assert torch.isfinite(model(torch.arange(16)[None]).logits).all()
+    if target is None and stage.get("allocation") is None:
+        assert planned.candidates[-1].num_bytes == report.compressed.num_bytes
+    else:
+        assert report.compressed.num_bytes < 0.9 * planned.num_bytes
 
 
 def test_int8_is_closer_to_the_original_than_int4(write_recipe: RecipeWriter) -> None:

@@ -26,8 +26,8 @@ from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import WEIGHT, WeightQuantization
 from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.linalg.decomposition import Decomposition, output_error
-from ercsvd_deploy.linalg.pivoting import to_pivoted
+from ercsvd_deploy.linalg.decomposition import Decomposition, Factors, output_error
+from ercsvd_deploy.linalg.pivoting import PivotedFactors, to_pivoted
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
@@ -58,11 +58,13 @@ from ercsvd_deploy.pipelines.stages.factorize.residual import (
 from ercsvd_deploy.pipelines.stages.quantize.pair import (
     dequantized_product,
     quantization_settings,
-    quantize_pair,
+    start_pair,
 )
 from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
-from ercsvd_deploy.quantization.gptq import quantize_better
+from ercsvd_deploy.quantization.gptq import FactorsTask, quantize_together
+from ercsvd_deploy.quantization.grid import put_on_grid
+from ercsvd_deploy.quantization.pivoted import PivotedTask
 from ercsvd_deploy.recipe.stages import Factorize, Quantize
 
 _PROBED_RANKS = 3  # at which the damage of quantizing factors is measured
@@ -251,54 +253,63 @@ class _AllocatedStage:
         if self.quantize is None or not self.task.is_in_bits:
             return {}
         scale_dtype = self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
-        added: dict[tuple[int | None, WeightQuantization | None], float] = {}
+        dense: list[WeightQuantization] = []
         by_storage: dict[WeightQuantization, list[int]] = {}
         for option in self.task.options[linear.name]:
-            if option.quantization is None:
-                continue
-            if option.rank is not None:
+            if option.quantization is not None and option.rank is not None:
                 by_storage.setdefault(option.quantization, []).append(option.rank)
-                continue
-            quantized, *_ = quantize_better(
-                waiting.weight,
-                waiting.gram,
-                quantization_settings(self.quantize, option.quantization),
-                scale_dtype=scale_dtype,
-                method=self.quantize.method,
-            )
-            added[None, option.quantization] = _damage(waiting, quantized.dequantize())
+            elif option.quantization is not None:
+                dense.append(option.quantization)
+        probes = [
+            (rank, storage, *self._start_probe(linear, waiting, rank, storage, scale_dtype))
+            for storage, ranks in by_storage.items()
+            for rank in _spread(ranks, _PROBED_RANKS)
+        ]
+        matrices = [
+            put_on_grid(waiting.weight, quantization_settings(self.quantize, storage), scale_dtype)
+            for storage in dense
+        ]
+        matrices += [probe.first for *_, probe in probes]
+        if not matrices:
+            return {}
+        # One factorization of the Gram serves all bits and ranks.
+        quantized = quantize_together(matrices, waiting.gram, method=self.quantize.method)
+        added: dict[tuple[int | None, WeightQuantization | None], float] = {
+            (None, storage): _damage(waiting, weight.dequantize())
+            for storage, (weight, _) in zip(dense, quantized, strict=False)
+        }
+        probed: dict[WeightQuantization, dict[int, float]] = {storage: {} for storage in by_storage}
+        for (rank, storage, pair, probe), (first, report) in zip(
+            probes, quantized[len(dense) :], strict=True
+        ):
+            product = dequantized_product(probe.finish(first, report, waiting.gram), pair)
+            probed[storage][rank] = max(0.0, _damage(waiting, product) - truncating[rank])
         for storage, ranks in by_storage.items():
-            probed = {}
-            for rank in _spread(ranks, _PROBED_RANKS):
-                product = self._quantized_product(linear, waiting, rank, storage, scale_dtype)
-                probed[rank] = max(0.0, _damage(waiting, product) - truncating[rank])
-            added |= {(rank, storage): _interpolate(probed, rank) for rank in ranks}
+            added |= {(rank, storage): _interpolate(probed[storage], rank) for rank in ranks}
         return added
 
-    def _quantized_product(
+    def _start_probe(
         self,
         linear: LinearShape,
         waiting: _Waiting,
         rank: int,
         storage: WeightQuantization,
         scale_dtype: torch.dtype,
-    ) -> torch.Tensor:
+    ) -> tuple[Factors | PivotedFactors, FactorsTask | PivotedTask]:
+        """Truncate to a rank, to see what quantizing adds to the damage."""
         assert self.quantize is not None
         residual_rank = planned_residual_rank(self.settings, linear, rank)
         factors = truncate_linear(
             self.settings, waiting.decomposition, waiting.weight, rank, residual_rank, exact=False
         )
         description = describe_factorized(
-            linear, rank, self.task.layout, self.model.architecture, storage, fits_groups=True
+            linear, rank, self.task.layout, self.model.architecture, storage, fitted_to=self.task.fitted_to
         )
         first, second = (each for _, each in description.parts.values())
         assert first is not None
         assert second is not None
         pair = factors if description.pivot_blocks is None else to_pivoted(factors, description.pivot_blocks)
-        quantized = quantize_pair(
-            self.quantize, waiting.weight, pair, waiting.gram, (first, second), scale_dtype
-        )
-        return dequantized_product(quantized, pair)
+        return pair, start_pair(self.quantize, waiting.weight, pair, (first, second), scale_dtype)
 
     def emit(
         self, chosen: Mapping[str, int], samples: Sequence[Sample], on_layer: Callable[[], None]

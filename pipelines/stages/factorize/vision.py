@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
+from ercsvd_deploy.budget.rank_steps import RankSteps
 from ercsvd_deploy.budget.ranks import LinearShape, RankError, allocate_ranks
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import WEIGHT, LowRankLayout, ModuleDescription
@@ -47,7 +48,7 @@ class VisionOutcome:
 
 
 def plan_vision_ranks(
-    vision: Vision | None, settings: Factorize | None, architecture: Architecture, rank_multiple: int
+    vision: Vision | None, settings: Factorize | None, architecture: Architecture, rank_steps: RankSteps
 ) -> dict[str, int]:
     """Return the rank of every vision Linear to factorize; empty if the recipe leaves vision alone.
 
@@ -62,18 +63,23 @@ def plan_vision_ranks(
         if not wanted[part]:
             continue
         assert settings.compression_ratio is not None, "the schema refuses a target with vision parts"
-        try:
-            plan = allocate_ranks(
-                [linear for layer in layers for linear in layer.linears],
-                num_layers=len(layers),
-                compression_ratio=settings.compression_ratio,
-                num_compressed_layers=len(layers),
-                rank_multiple=rank_multiple,
-                beta=settings.planned_beta,
-                layout=settings.layout,
-            )
-        except RankError as error:
-            raise RankError(f"{part}: {error}") from error
+        refusal = None
+        for steps in rank_steps.coarse_to_fine():
+            try:
+                plan = allocate_ranks(
+                    [linear for layer in layers for linear in layer.linears],
+                    num_layers=len(layers),
+                    compression_ratio=settings.compression_ratio,
+                    num_compressed_layers=len(layers),
+                    rank_multiple=steps.steps,
+                    beta=settings.planned_beta,
+                    layout=settings.layout,
+                )
+                break
+            except RankError as error:
+                refusal = error
+        else:
+            raise RankError(f"{part}: {refusal}")
         ranks |= {name: rank for name, rank in plan.ranks.items() if rank is not None}
     return ranks
 

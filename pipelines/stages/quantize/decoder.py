@@ -8,7 +8,8 @@ first one's quantized output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from ercsvd_deploy.format.schema import (
     ROW_ORDER,
     WEIGHT,
     ModuleDescription,
-    WeightQuantization,
 )
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore, torch_dtype
 from ercsvd_deploy.linalg.decomposition import Factors
@@ -34,16 +34,19 @@ from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
 from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
-from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings, quantize_pair
+from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings, start_pair
 from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.quantization.gptq import (
     FactorsReport,
+    FactorsTask,
     MatrixReport,
     QuantizedWeight,
     proxy_loss,
-    quantize_better,
+    quantize_together,
 )
+from ercsvd_deploy.quantization.grid import GriddedWeight, put_on_grid
+from ercsvd_deploy.quantization.pivoted import PivotedTask
 from ercsvd_deploy.recipe.stages import Quantize
 
 
@@ -211,6 +214,18 @@ def _load_integers(
             matrix.weight = nn.Parameter(weight.to(matrix.weight.device), requires_grad=False)
 
 
+@dataclass(frozen=True)
+class _Started:
+    """A Linear of a loaded layer whose weight, or first matrix, is about to be quantized."""
+
+    linear: LinearShape
+    description: ModuleDescription
+    module: nn.Module
+    dtype: torch.dtype  # of the original weight; scales and plain tensors are stored in it
+    matrix: GriddedWeight
+    pair: FactorsTask | PivotedTask | None  # of a factorized Linear
+
+
 def _quantize_layer(
     model: LayerwiseModel,
     stage: _Stage,
@@ -222,77 +237,104 @@ def _quantize_layer(
     tensors: dict[str, torch.Tensor] = {}
     for group in layer.groups:
         gram = statistics[layer.local_name(group[0])].gram
+        started = []
         for linear in group:
             description = stage.outcome.modules.get(linear.name)
-            if description is None or not any(storage for _, storage in description.parts.values()):
-                continue
-            dtype = _stored_dtype(stage.original, linear)
-            found = module.get_submodule(layer.local_name(linear))
-            try:
-                if isinstance(found, LowRankLinear | PivotedLinear):
-                    weight = _target_of(stage, linear, found).to(model.device, model.dtype)
-                    parts = _quantize_factors(stage, linear, description, found, weight, gram, dtype)
-                else:
-                    assert isinstance(found, nn.Linear)
-                    parts = _quantize_dense(stage, linear, description, found, gram, dtype)
-            except ValueError as error:
-                raise QuantizationError(f"{linear.name}: {error}") from error
-            tensors[f"{linear.name}.{GUARD}"] = torch.empty(GUARD_SHAPE, dtype=dtype)
-            if isinstance(found, PivotedLinear):
-                tensors[f"{linear.name}.{ROW_ORDER}"] = found.row_order.cpu()
-            for part, quantized in parts.items():
-                prefix = f"{linear.name}.{part}" if part else linear.name
-                tensors |= {f"{prefix}.{leaf}": tensor for leaf, tensor in pack(quantized, dtype).items()}
+            if description is not None and any(storage for _, storage in description.parts.values()):
+                found = module.get_submodule(layer.local_name(linear))
+                with _naming(linear):
+                    started.append(_start(model, stage, linear, description, found))
+        if not started:
+            continue
+        with _naming(started[0].linear):
+            quantized = quantize_together(
+                [each.matrix for each in started], gram, method=stage.settings.method
+            )
+        for each, (first, report) in zip(started, quantized, strict=True):
+            with _naming(each.linear):
+                parts = _finish(stage, each, first, report, gram)
+            tensors[f"{each.linear.name}.{GUARD}"] = torch.empty(GUARD_SHAPE, dtype=each.dtype)
+            if isinstance(each.module, PivotedLinear):
+                tensors[f"{each.linear.name}.{ROW_ORDER}"] = each.module.row_order.cpu()
+            for part, weight in parts.items():
+                prefix = f"{each.linear.name}.{part}" if part else each.linear.name
+                tensors |= {f"{prefix}.{leaf}": tensor for leaf, tensor in pack(weight, each.dtype).items()}
     return tensors
 
 
-def _quantize_dense(
+@contextmanager
+def _naming(linear: LinearShape) -> Iterator[None]:
+    """Tell which Linear cannot be quantized."""
+    try:
+        yield
+    except ValueError as error:
+        raise QuantizationError(f"{linear.name}: {error}") from error
+
+
+def _start(
+    model: LayerwiseModel,
     stage: _Stage,
     linear: LinearShape,
     description: ModuleDescription,
-    module: nn.Linear,
-    gram: torch.Tensor,
-    scale_dtype: torch.dtype,
-) -> dict[str, QuantizedWeight]:
+    module: nn.Module,
+) -> _Started:
+    """Put the weight, or the first of a pair of matrices, on its grid."""
+    dtype = _stored_dtype(stage.original, linear)
+    if isinstance(module, LowRankLinear | PivotedLinear):
+        target = _target_of(stage, linear, module).to(model.device, model.dtype)
+        first, second = (storage for _, storage in description.parts.values())
+        assert first is not None
+        assert second is not None
+        pair = start_pair(stage.settings, target, _pair_of(module), (first, second), dtype)
+        return _Started(linear, description, module, dtype, pair.first, pair)
+    assert isinstance(module, nn.Linear)
     assert description.weight is not None
-    weight = module.weight.data
     settings = quantization_settings(stage.settings, description.weight)
-    quantized, *losses = quantize_better(
-        weight, gram, settings, scale_dtype=scale_dtype, method=stage.settings.method
-    )
-    report = MatrixReport(*losses)
-    served = quantized.dequantize(weight.dtype)
-    stage.outcome.matrices.append(_matrix(stage, linear.name, weight, description.weight, report))
-    stage.outcome.linears.append(QuantizedLinear(linear.name, proxy_loss(weight, served, gram), None))
-    module.weight = nn.Parameter(served, requires_grad=False)
-    return {"": quantized}
+    matrix = put_on_grid(module.weight.data, settings, dtype)
+    return _Started(linear, description, module, dtype, matrix, None)
 
 
-def _quantize_factors(
-    stage: _Stage,
-    linear: LinearShape,
-    description: ModuleDescription,
-    module: LowRankLinear | PivotedLinear,
-    weight: torch.Tensor,
-    gram: torch.Tensor,
-    scale_dtype: torch.dtype,
+def _finish(
+    stage: _Stage, started: _Started, first: QuantizedWeight, report: MatrixReport, gram: torch.Tensor
 ) -> dict[str, QuantizedWeight]:
-    names = list(description.parts)
-    matrices = [module.get_submodule(part) for part in names]
-    first, second = (storage for _, storage in description.parts.values())
-    assert first is not None
-    assert second is not None
-    storages = (first, second)
-    pair = quantize_pair(stage.settings, weight, _pair_of(module), gram, storages, scale_dtype)
-    parts = dict(zip(names, (pair.factor_a, pair.factor_b), strict=True))
+    """Give a Linear its integers, the second matrix of a pair included; return them by part."""
+    name, outcome = started.linear.name, stage.outcome
+    if started.pair is None:
+        assert isinstance(started.module, nn.Linear)
+        weight = started.module.weight.data
+        _install(stage, name, started.module, first, report)
+        loss = proxy_loss(weight, started.module.weight.data, gram)
+        outcome.linears.append(QuantizedLinear(name, loss, None))
+        return {"": first}
+    pair = started.pair.finish(first, report, gram)
+    parts = dict(zip(started.description.parts, (pair.factor_a, pair.factor_b), strict=True))
     reports = (pair.report.factor_a, pair.report.factor_b)
-    for part, matrix, storage, report in zip(names, matrices, storages, reports, strict=True):
+    for (part, quantized), each in zip(parts.items(), reports, strict=True):
+        matrix = started.module.get_submodule(part)
         assert isinstance(matrix, nn.Linear)
-        stage.outcome.matrices.append(_matrix(stage, f"{linear.name}.{part}", matrix.weight, storage, report))
-        served = parts[part].dequantize(matrix.weight.dtype)
-        matrix.weight = nn.Parameter(served, requires_grad=False)
-    stage.outcome.linears.append(QuantizedLinear(linear.name, pair.report.loss, pair.report))
+        _install(stage, f"{name}.{part}", matrix, quantized, each)
+    outcome.linears.append(QuantizedLinear(name, pair.report.loss, pair.report))
     return parts
+
+
+def _install(
+    stage: _Stage, name: str, matrix: nn.Linear, quantized: QuantizedWeight, report: MatrixReport
+) -> None:
+    """Give a matrix the weights that will be served, and note what became of it."""
+    storage = quantized.storage
+    stage.outcome.matrices.append(
+        QuantizedMatrix(
+            name=name,
+            shape=(quantized.values.shape[0], quantized.values.shape[1]),
+            bits=storage.bits,
+            group_size=storage.group_size,
+            sym=storage.sym,
+            method="rtn" if stage.settings.method == "rtn" else report.method,
+            gptq_loss=report.gptq_loss,
+            rtn_loss=report.rtn_loss,
+        )
+    )
+    matrix.weight = nn.Parameter(quantized.dequantize(matrix.weight.dtype), requires_grad=False)
 
 
 def _target_of(stage: _Stage, linear: LinearShape, module: LowRankLinear | PivotedLinear) -> torch.Tensor:
@@ -311,21 +353,6 @@ def _pair_of(module: LowRankLinear | PivotedLinear) -> Factors | PivotedFactors:
         pivots = find_pivots(module.row_order, module.rank)
         return PivotedFactors(first.weight.data, second.weight.data, pivots)
     return Factors(first.weight.data, second.weight.data)
-
-
-def _matrix(
-    stage: _Stage, name: str, weight: torch.Tensor, storage: WeightQuantization, report: MatrixReport
-) -> QuantizedMatrix:
-    return QuantizedMatrix(
-        name=name,
-        shape=(weight.shape[0], weight.shape[1]),
-        bits=storage.bits,
-        group_size=storage.group_size,
-        sym=storage.sym,
-        method="rtn" if stage.settings.method == "rtn" else report.method,
-        gptq_loss=report.gptq_loss,
-        rtn_loss=report.rtn_loss,
-    )
 
 
 def _stored_dtype(store: TensorStore, linear: LinearShape) -> torch.dtype:

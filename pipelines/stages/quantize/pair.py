@@ -7,8 +7,8 @@ import torch
 from ercsvd_deploy.format.schema import WeightQuantization
 from ercsvd_deploy.linalg.decomposition import Factors
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, order_rows
-from ercsvd_deploy.quantization.gptq import QuantizationSettings, QuantizedFactors, quantize_factors
-from ercsvd_deploy.quantization.pivoted import quantize_pivoted
+from ercsvd_deploy.quantization.gptq import FactorsTask, QuantizationSettings, QuantizedFactors, start_factors
+from ercsvd_deploy.quantization.pivoted import PivotedTask, start_pivoted
 from ercsvd_deploy.recipe.stages import Quantize
 
 
@@ -24,42 +24,41 @@ def quantization_settings(stage: Quantize, storage: WeightQuantization) -> Quant
     )
 
 
-def quantize_pair(
+def start_pair(
     stage: Quantize,
     weight: torch.Tensor,
     pair: Factors | PivotedFactors,
-    gram: torch.Tensor,
     storages: tuple[WeightQuantization, WeightQuantization],
     scale_dtype: torch.dtype,
-) -> QuantizedFactors:
-    """Quantize both matrices in the order in which their errors arise.
+) -> FactorsTask | PivotedTask:
+    """Prepare both matrices to be quantized in the order in which their errors arise.
 
     Args:
         stage: The recipe's stage.
         weight: The original weight [out, in].
         pair: What stands for it.
-        gram: Of the Linear's inputs, [in, in], at any scale.
         storages: Of the first and the second matrix.
         scale_dtype: Precision in which scales are stored.
+
+    Returns:
+        What quantizes the second matrix once the first is quantized, with those that share its inputs.
     """
     first, second = (quantization_settings(stage, storage) for storage in storages)
     uses_gptq = stage.method == "gptq"
     if isinstance(pair, PivotedFactors):
-        return quantize_pivoted(
+        return start_pivoted(
             weight,
             pair,
-            gram,
             settings_pivots=first,
             settings_others=second,
             scale_dtype=scale_dtype,
             refit=stage.refit_second_factor and uses_gptq,
             method=stage.method,
         )
-    return quantize_factors(
+    return start_factors(
         weight,
         pair.factor_a,
         pair.factor_b,
-        gram,
         settings_a=first,
         settings_b=second,
         scale_dtype=scale_dtype,

@@ -1,7 +1,7 @@
 """Decide, from names and shapes alone, how every matrix of a recipe's quantize stage is stored.
 
 Patterns and shapes are judged here, before any long work: a pattern that matches nothing, a group size
-that does not divide, or a shape that no serving kernel takes ends the run with the nearest that works.
+that does not divide, or a shape that vLLM cannot load ends the run with the nearest that works.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.format.schema import LowRankLayout, ModuleDescription, WeightQuantization
 from ercsvd_deploy.models.families import Architecture
-from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
+from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_dense, describe_factorized
+from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.stages import Quantize
 
 
@@ -38,7 +39,8 @@ class QuantizePlan:
     storage: Mapping[str, WeightQuantization | None]
     matches: tuple[PatternMatch, ...]
     layout: LowRankLayout = "low_rank"  # of the Linears that have a rank
-    fits_groups: bool = False  # whether a second factor may have smaller groups than the first
+    # Tensor parallel sizes to which groups are made to fit (`descriptions`); None: they stay as they are.
+    fitted_to: tuple[int, ...] | None = None
 
     def describe(
         self, ranks: Mapping[str, int | None], architecture: Architecture
@@ -47,19 +49,41 @@ class QuantizePlan:
         described = {}
         for linear in architecture.linears:
             rank, storage = ranks.get(linear.name), self.storage[linear.name]
-            shape = (linear.out_features, linear.in_features)
             if rank is not None:
                 described[linear.name] = describe_factorized(
-                    linear, rank, self.layout, architecture, storage, fits_groups=self.fits_groups
+                    linear, rank, self.layout, architecture, storage, fitted_to=self.fitted_to
                 )
             elif storage is not None:
-                described[linear.name] = ModuleDescription(layout="dense", shape=shape, weight=storage)
+                dense = describe_dense(linear, architecture, storage, fitted_to=self.fitted_to)
+                if dense.weight is not None:
+                    described[linear.name] = dense
         return described
 
 
 def unquantized(names: Sequence[str]) -> QuantizePlan:
     """Return the plan of a recipe without a quantize stage."""
     return QuantizePlan(dict.fromkeys(names), ())
+
+
+def quantize_plan_of(recipe: Recipe, architecture: Architecture) -> QuantizePlan:
+    """Return how a recipe stores every decoder Linear.
+
+    Groups are made to fit, unless the recipe says what ranks are multiples of and has no target: then it
+    means what it says, and `check_shapes` tells what does not go together.
+
+    Raises:
+        QuantizePlanError: a pattern matches nothing, or nothing is left to quantize.
+    """
+    names = [linear.name for linear in architecture.linears]
+    layout = recipe.factorize.layout if recipe.factorize else "low_rank"
+    if recipe.quantize is None:
+        return replace(unquantized(names), layout=layout)
+    names_ranks = recipe.factorize is not None and recipe.factorize.rank_multiple != "auto"
+    return replace(
+        plan_quantization(recipe.quantize, names, architecture.checkpoint_name),
+        layout=layout,
+        fitted_to=recipe.serving.tensor_parallel_sizes if recipe.target or not names_ranks else None,
+    )
 
 
 def plan_quantization(
@@ -131,7 +155,7 @@ def check_shapes(
     architecture: Architecture,
     tensor_parallel_sizes: Iterable[int],
 ) -> None:
-    """Refuse shapes that cannot be stored, or that no int kernel of vLLM takes.
+    """Refuse shapes that cannot be stored, or that cannot be loaded at some tensor parallel size.
 
     Raises:
         QuantizePlanError: names the matrices, the reason, and the nearest group size or rank that works.
@@ -142,40 +166,6 @@ def check_shapes(
         raise QuantizePlanError(
             f"{len(problems)} matrices cannot be served:\n  " + "\n  ".join(problems[:8]) + more
         )
-
-
-def serving_warnings(plan: QuantizePlan, dtype: str) -> list[str]:
-    """Return what about the plan not every build of vLLM can serve.
-
-    Args:
-        plan: How every matrix is stored.
-        dtype: Precision of the other tensors, "bfloat16" say.
-    """
-    stored = [storage for storage in plan.storage.values() if storage is not None]
-    warnings = []
-    if any(storage.bits == 8 for storage in stored):
-        warnings.append("quantize: vLLM's CPU build has no 8-bit kernel; this model needs a GPU")
-    if stored and dtype == "float32":
-        warnings.append(
-            "quantize: integer kernels compute in 16 bits; serve with --dtype float16 or bfloat16"
-        )
-    return warnings
-
-
-def automatic_rank_multiple(plan: QuantizePlan) -> int:
-    """Return the smallest rank step that every quantized second factor and int kernel takes.
-
-    A second factor's in-dimension is the rank, so its group size must divide it; the kernels work on
-    blocks of 32. 32 without quantization.
-    """
-    if plan.fits_groups:
-        return 32
-    sizes = {
-        storage.group_size
-        for storage in plan.storage.values()
-        if storage is not None and storage.group_size != -1
-    }
-    return max({32} | sizes)  # the allowed group sizes are powers of two
 
 
 def check_num_tokens(
