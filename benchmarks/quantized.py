@@ -24,9 +24,9 @@ from ercsvd_deploy.evaluation.perplexity import perplexities
 from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.format.tensor_store import FileStore, OverlayStore, TensorStore
 from ercsvd_deploy.pipelines.planning.plan import plan_quantize_stage, rank_plans
-from ercsvd_deploy.pipelines.planning.sizes import linear_bits_per_weight, stored_bytes, sum_by_part
 from ercsvd_deploy.pipelines.stages.factorize.last_layers import factorize_decoder
 from ercsvd_deploy.pipelines.stages.quantize.decoder import quantize_decoder
+from ercsvd_deploy.pipelines.stages.sizes import linear_bits_per_weight, stored_bytes, sum_by_part
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe
 

@@ -178,6 +178,14 @@ class LayerwiseModel:
         assert isinstance(stack, nn.ModuleList)
         self._layers = list(stack)
 
+    def surplus_warnings(self) -> list[str]:
+        """Say which stored tensors the model does not have; they are not carried into an export."""
+        surplus = self.surplus_tensors
+        if not surplus:
+            return []
+        named = ", ".join(surplus[:3]) + (f" and {len(surplus) - 3} more" if surplus[3:] else "")
+        return [f"stored tensors that the model does not use are left out of the export: {named}"]
+
     def _check_store(self) -> frozenset[str]:
         """Compare names and shapes with the store's before anything is loaded; return the model's names."""
         stored = self.store.names()

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from ercsvd_deploy import __version__
 from ercsvd_deploy.pipelines.cli.check import Junit, check, end_with_gates
-from ercsvd_deploy.pipelines.cli.host import bench_host
 from ercsvd_deploy.pipelines.cli.options import (
     EXIT_FAILED,
     AsJson,
@@ -288,7 +287,6 @@ def verify(
 
 app.command("check")(check)
 app.command("sweep")(sweep)
-app.command("bench-host")(bench_host)
 app.command("report")(report_page)
 
 

@@ -14,8 +14,6 @@ import torch
 
 from ercsvd_deploy.exporters.vllm.writer import ExportError, check_target
 from ercsvd_deploy.format.schema import ModuleDescription
-from ercsvd_deploy.pipelines.planning.cost_model import stage_seconds
-from ercsvd_deploy.pipelines.planning.host_speed import remembered_speed
 from ercsvd_deploy.pipelines.planning.machine import Machine, look_around
 from ercsvd_deploy.pipelines.planning.resources import StageResources, stage_resources
 from ercsvd_deploy.pipelines.planning.workload import Workload
@@ -43,7 +41,6 @@ class Estimate:
         scratch_bytes: Highest size of the work directory beside the output, unfinished export included.
         least_scratch_bytes: The same if the search takes the candidate with the smallest files.
         final_bytes: Of the finished export's tensors, of the largest candidate.
-        seconds: Stage -> about how long it takes; None until this machine has been measured.
         machine: What is here.
         problems: Why the run cannot work here, one line each.
         assumptions: What the estimate takes for granted.
@@ -56,7 +53,6 @@ class Estimate:
     scratch_bytes: int
     least_scratch_bytes: int
     final_bytes: int
-    seconds: Mapping[str, float] | None
     machine: Machine
     problems: tuple[str, ...]
     assumptions: tuple[str, ...]
@@ -83,7 +79,6 @@ def estimate(
         stage_resources(work, [modules], num_bytes, on_gpu=on_gpu)
         for modules, num_bytes in zip(described, final_bytes, strict=True)
     ]
-    speed = remembered_speed(device)
     target = work.recipe.export.path
     target = None if target is None else target.absolute()
     machine = look_around(device, target)
@@ -95,7 +90,6 @@ def estimate(
         scratch_bytes=max(stage.scratch_bytes for stage in stages),
         least_scratch_bytes=min(max(each.scratch_bytes for each in one) for one in of_candidates),
         final_bytes=largest,
-        seconds=None if speed is None else stage_seconds(work, described, largest, stages, speed),
         machine=machine,
         problems=(),
         assumptions=work.assumptions,

@@ -16,9 +16,9 @@ from ercsvd_deploy.format.schema import ModuleDescription
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.pipelines.planning import memory as working_memory
 from ercsvd_deploy.pipelines.planning.memory import Held, blocks, highest
-from ercsvd_deploy.pipelines.planning.sizes import module_bytes
 from ercsvd_deploy.pipelines.planning.workload import Sequences, Workload
 from ercsvd_deploy.pipelines.stages.factorize.linear import EXACT_RESIDUAL_UP_TO
+from ercsvd_deploy.pipelines.stages.sizes import module_bytes
 from ercsvd_deploy.recipe.stages import Recover
 
 MIB = 2**20
@@ -170,7 +170,7 @@ def _factorize(work: Workload) -> _Highest:
         # A layer's inputs are kept while its outputs are made, and every candidate has its own activations.
         states = working_memory.states(work, work.calibration)
         embedding = states + _embedding(work, [work.calibration])
-        states += working_memory.states(work, sample, 1 + len(work.rank_plans))
+        states += working_memory.states(work, sample, 1 + len(work.described))
         passing = working_memory.layer_pass(work, work.calibration, observed=True)
         trying = working_memory.layer_pass(work, sample)
         grams = working_memory.grams(work)

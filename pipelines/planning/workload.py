@@ -7,15 +7,16 @@ assumed here, and said.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.format.schema import ModuleDescription
 from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture, LayerLinears, component_of
 from ercsvd_deploy.models.streaming import MAX_TOKENS_PER_BATCH
-from ercsvd_deploy.pipelines.planning.rank_steps import resolve_rank_steps
+from ercsvd_deploy.pipelines.stages.factorize.rank_steps import resolve_rank_steps
 from ercsvd_deploy.recipe.sections import HeldOutText, Recipe, TextFile
 
 _CHARACTERS_PER_TOKEN = 4  # of ordinary text and a tokenizer of 32,000 tokens or more
@@ -71,7 +72,7 @@ class Workload:
     Attributes:
         recipe: The recipe.
         architecture: The model's.
-        rank_plans: Ranks for every number of compressed layers to try.
+        described: For every candidate, the final description of every altered Linear.
         stored: Bytes of a value in the files.
         computed: Bytes of a value where layers run.
         calibration: What the stages are calibrated on; None where nothing is.
@@ -83,7 +84,7 @@ class Workload:
 
     recipe: Recipe
     architecture: Architecture
-    rank_plans: Mapping[int, RankPlan]
+    described: Sequence[Mapping[str, ModuleDescription]]
     stored: int
     computed: int
     calibration: Sequences | None
@@ -126,11 +127,13 @@ class Workload:
     def compressed_layers(self) -> tuple[LayerLinears, ...]:
         """Return the layers that the factorize stage decomposes."""
         settings = self.recipe.factorize
-        if settings is None or not (self.rank_plans or settings.allocation == "error_controlled"):
+        if settings is None:
             return ()
         if settings.allocation == "error_controlled":
             return self.architecture.layers
-        return self.architecture.layers[self.architecture.num_layers - max(self.rank_plans) :]
+        return tuple(
+            layer for layer in self.architecture.layers if any(map(self.highest_rank, layer.linears))
+        )
 
     def highest_rank(self, linear: LinearShape) -> int:
         """Return the largest rank of a Linear that its decomposition must be good for; 0 for none."""
@@ -138,14 +141,14 @@ class Workload:
         if settings is not None and settings.allocation == "error_controlled":
             step = self.rank_steps[linear.name]
             return linear.largest_rank(step, settings.layout)
-        ranks = [plan.ranks.get(linear.name) for plan in self.rank_plans.values()]
-        return max((rank for rank in ranks if rank is not None), default=0)
+        found = [modules[linear.name] for modules in self.described if linear.name in modules]
+        return max((description.rank or 0 for description in found), default=0)
 
 
 def measure_workload(
     recipe: Recipe,
     architecture: Architecture,
-    rank_plans: Mapping[int, RankPlan],
+    described: Sequence[Mapping[str, ModuleDescription]],
     config: Any,
     *,
     stored: int,
@@ -156,7 +159,7 @@ def measure_workload(
     Args:
         recipe: The recipe.
         architecture: The model's.
-        rank_plans: Ranks for every candidate (`plan.rank_plans`).
+        described: For every candidate, the final description of every altered Linear.
         config: The model's.
         stored: Bytes of a value in the files.
         computed: Bytes of a value where layers run.
@@ -179,7 +182,7 @@ def measure_workload(
     return Workload(
         recipe,
         architecture,
-        rank_plans,
+        described,
         stored,
         computed,
         calibration,

@@ -5,24 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from ercsvd_deploy.evaluation.comparison import Change
-from ercsvd_deploy.format.schema import FACTOR_PARTS
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.judging.serving_parity import ServingParity
 from ercsvd_deploy.pipelines.planning.components import Component
-from ercsvd_deploy.pipelines.stages.factorize.last_layers import AllocatedLinear, FactorizeOutcome
-from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
-from ercsvd_deploy.pipelines.stages.factorize.vision import VisionOutcome
-from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizedMatrix, QuantizeOutcome
-from ercsvd_deploy.pipelines.stages.recover import RecoverOutcome
+from ercsvd_deploy.pipelines.stages.contract import Table
 
 REPORT_FILE = "ercsvd_report.json"
 REPORT_VERSION = 2
@@ -44,7 +39,13 @@ class ModelFigures:
 
 @dataclass
 class Report:
-    """Everything a run tells."""
+    """Everything a run tells.
+
+    Attributes:
+        results: Stage -> its result, for Python.
+        stages: Stage -> what of its result is kept, as JSON values.
+        tables: What people are shown of the stages.
+    """
 
     recipe: dict[str, Any]
     environment: dict[str, str]
@@ -52,12 +53,10 @@ class Report:
     compressed: ModelFigures
     components: tuple[Component, ...]
     change: Mapping[str, Change]  # held-out text -> how far the outputs are from the original's
-    vision: VisionOutcome | None
-    factorize: FactorizeOutcome | None
-    recover: RecoverOutcome | None
-    quantize: QuantizeOutcome | None
-    recover_quantized: RecoverOutcome | None
     seconds: dict[str, float]
+    results: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, Any] = field(default_factory=dict)
+    tables: list[Table] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     serving: ServingParity | None = None
     gates: list[GateResult] = field(default_factory=list)
@@ -66,42 +65,16 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
-        plain: dict[str, Any] = asdict(self)
+        plain: dict[str, Any] = asdict(replace(self, results={}, stages={}, tables=[]))
+        for name in ("results", "stages", "tables"):
+            del plain[name]
         plain["report_version"] = REPORT_VERSION
         plain["change"] = {
             "layer_errors": {text: list(found.layer_errors) for text, found in self.change.items()},
             "final_layer_error": {text: found.final_layer_error for text, found in self.change.items()},
             "logprob_kl": {text: found.logprob_kl for text, found in self.change.items()},
         }
-        if self.vision is not None:
-            plain["vision"] = {"linears": [asdict(linear) for linear in self.vision.linears]}
-        if self.factorize is not None:
-            plain["factorize"] = {
-                "num_compressed_layers": self.factorize.plan.num_compressed_layers,
-                "layer_ratio": self.factorize.plan.layer_ratio,
-                "parameter_budget": self.factorize.plan.parameter_budget,
-                "kept_parameters": self.factorize.plan.kept_parameters,
-                "achieved_compression_ratio": self.factorize.plan.achieved_compression_ratio,
-                "search": [asdict(point) for point in self.factorize.search],
-                "linears": [
-                    {**asdict(linear), "spectrum": self.factorize.spectra.get(linear.name, [])}
-                    for linear in self.factorize.linears
-                ],
-                "allocation": [asdict(linear) for linear in self.factorize.allocation],
-                "predicted_kl": sum(linear.predicted_kl for linear in self.factorize.allocation)
-                if self.factorize.allocation
-                else None,
-            }
-        for name, recovered in (("recover", self.recover), ("recover_quantized", self.recover_quantized)):
-            if recovered is not None:
-                plain[name] = {"layers": [asdict(layer) for layer in recovered.layers]}
-        if self.quantize is not None:
-            plain["quantize"] = {
-                "matrices": [asdict(matrix) for matrix in self.quantize.matrices],
-                "linears": [asdict(linear) for linear in self.quantize.linears],
-                "patterns": [asdict(match) for match in self.quantize.matches],
-            }
-        valid: dict[str, Any] = finite(plain)
+        valid: dict[str, Any] = finite(plain | self.stages)
         return valid
 
 
@@ -130,18 +103,7 @@ def render(report: Report) -> RenderableType:
     parts: list[RenderableType] = [_summary_table(report)]
     if len(report.components) > 1:
         parts.append(component_table(report.components))
-    if report.factorize is not None:
-        if len(report.factorize.search) > 1:
-            parts.append(_search_table(report.factorize))
-        parts.append(_layer_table(report.factorize))
-        if report.factorize.allocation:
-            parts.append(_allocation_table(report.factorize.allocation))
-    if report.recover is not None:
-        parts.append(_recover_table("factors", report.recover))
-    if report.quantize is not None:
-        parts.append(_quantize_table(report.quantize))
-    if report.recover_quantized is not None:
-        parts.append(_recover_table("scales", report.recover_quantized))
+    parts.extend(rich_table(table) for table in report.tables)
     if report.gates:
         parts.append(gate_table(report.gates))
     parts.extend(Text(note) for note in report.resumed)
@@ -149,8 +111,8 @@ def render(report: Report) -> RenderableType:
     return Group(*parts)
 
 
-def _summary_table(report: Report) -> Table:
-    table = Table(title="What was gained and lost", title_justify="left")
+def _summary_table(report: Report) -> RichTable:
+    table = RichTable(title="What was gained and lost", title_justify="left")
     table.add_column("")
     for column in ("original", "compressed", "change"):
         table.add_column(column, justify="right")
@@ -193,9 +155,9 @@ def _summary_table(report: Report) -> Table:
     return table
 
 
-def gate_table(gates: Sequence[GateResult]) -> Table:
+def gate_table(gates: Sequence[GateResult]) -> RichTable:
     """Return one row for each gate and what it was judged on."""
-    table = Table(title="Gates", title_justify="left")
+    table = RichTable(title="Gates", title_justify="left")
     for column in ("gate", "measured", "limit", ""):
         table.add_column(column, justify="left" if column in ("gate", "") else "right")
     for gate in gates:
@@ -205,9 +167,9 @@ def gate_table(gates: Sequence[GateResult]) -> Table:
     return table
 
 
-def component_table(components: Sequence[Component]) -> Table:
+def component_table(components: Sequence[Component]) -> RichTable:
     """Return one row for each part of a vision-language model."""
-    table = Table(title="Parts of the model", title_justify="left")
+    table = RichTable(title="Parts of the model", title_justify="left")
     for column in ("part", "parameters", "afterwards", "bytes afterwards", "treatment"):
         table.add_column(column, justify="left" if column in ("part", "treatment") else "right")
     for part in components:
@@ -225,95 +187,11 @@ def _percent(change: float) -> str:
     return f"{100 * change:+.1f} %"
 
 
-def _search_table(outcome: FactorizeOutcome) -> Table:
-    table = Table(title="Search over the number of compressed layers", title_justify="left")
-    for column in ("last k layers", "removed in each", "final-layer error", ""):
-        table.add_column(column, justify="right" if column else "left")
-    for point in outcome.search:
-        is_chosen = point.num_compressed_layers == outcome.plan.num_compressed_layers
-        error = "-" if point.final_layer_error is None else f"{point.final_layer_error:.4f}"
-        table.add_row(
-            str(point.num_compressed_layers),
-            f"{100 * point.layer_ratio:.1f} %",
-            error,
-            "chosen" if is_chosen else "",
-            style="bold" if is_chosen else None,
-        )
-    return table
-
-
-def _layer_table(outcome: FactorizeOutcome) -> Table:
-    """One row a compressed layer: rank and relative output error of every Linear."""
-    layers: dict[str, list[FactorizedLinear]] = {}
-    for linear in outcome.linears:
-        layers.setdefault(_layer_of(linear.name), []).append(linear)
-    table = Table(title="Rank and relative output error of every Linear", title_justify="left")
-    table.add_column("layer", justify="right")
-    first = next(iter(layers.values()), [])
-    for linear in first:
-        table.add_column(linear.name.rpartition(".")[2], justify="right")
-    for layer, linears in layers.items():
-        table.add_row(layer, *(_rank_and_error(linear) for linear in linears))
-    return table
-
-
-def _allocation_table(linears: Sequence[AllocatedLinear]) -> Table:
-    """Summarise what error control chose; the report's JSON has every Linear with its alternatives."""
-    total = sum(linear.predicted_kl for linear in linears)
-    title = f"What error control chose; predicted log-prob KL {total:.4f} nats"
-    table = Table(title=title, title_justify="left")
-    for column in ("choice", "Linears", "bits per weight", "predicted KL, nats"):
-        table.add_column(column, justify="left" if column == "choice" else "right")
-    choices: dict[str, list[AllocatedLinear]] = {}
-    for linear in linears:
-        choices.setdefault(linear.chosen, []).append(linear)
-    for label, alike in sorted(choices.items(), key=lambda entry: -len(entry[1])):
-        bits = sum(linear.bits_per_weight for linear in alike) / len(alike)
-        damage = sum(linear.predicted_kl for linear in alike)
-        table.add_row(label, str(len(alike)), f"{bits:.2f}", f"{damage:.5f}")
-    return table
-
-
-def _recover_table(trained: str, outcome: RecoverOutcome) -> Table:
-    table = Table(title=f"Recovery of {trained}", title_justify="left")
-    for column in ("layer", "error before", "error after", "change", ""):
-        table.add_column(column, justify="right" if column else "left")
-    for layer in outcome.layers:
-        change = _percent(layer.error_after / layer.error_before - 1) if layer.error_before else ""
-        verdict = "" if layer.is_kept else "left as it was"
-        table.add_row(
-            str(layer.layer), f"{layer.error_before:.5f}", f"{layer.error_after:.5f}", change, verdict
-        )
-    return table
-
-
-def _quantize_table(outcome: QuantizeOutcome) -> Table:
-    """Summarise the proxy losses by kind of matrix; report.json has every one."""
-    kinds: dict[str, list[QuantizedMatrix]] = {}
-    for matrix in outcome.matrices:
-        end = matrix.name.rpartition(".")[2]
-        kinds.setdefault(end if end in FACTOR_PARTS else "dense", []).append(matrix)
-    table = Table(title="Quantized matrices, mean relative proxy loss", title_justify="left")
-    for column in ("matrix", "count", "GPTQ", "rounding", "GPTQ taken"):
-        table.add_column(column, justify="left" if column == "matrix" else "right")
-    for kind, matrices in kinds.items():
-        count = len(matrices)
-        table.add_row(
-            kind,
-            str(count),
-            f"{sum(matrix.gptq_loss for matrix in matrices) / count:.5f}",
-            f"{sum(matrix.rtn_loss for matrix in matrices) / count:.5f}",
-            str(sum(matrix.method == "gptq" for matrix in matrices)),
-        )
-    return table
-
-
-def _layer_of(name: str) -> str:
-    return next((part for part in name.split(".") if part.isdigit()), name)
-
-
-def _rank_and_error(linear: FactorizedLinear) -> str:
-    if linear.rank is None:
-        return "dense"
-    error = linear.weight_error if linear.calibration_error is None else linear.calibration_error
-    return f"{linear.rank}  {error:.3f}"
+def rich_table(table: Table) -> RichTable:
+    """Return a table as the terminal shows it."""
+    shown = RichTable(title=table.title, title_justify="left")
+    for column in table.columns:
+        shown.add_column(column, justify="right" if column in table.numbers else "left")
+    for number, row in enumerate(table.rows):
+        shown.add_row(*row, style="bold" if number in table.bold_rows else None)
+    return shown

@@ -32,6 +32,7 @@ def render(plan: Plan) -> RenderableType:
         parts.append(_pattern_table(plan.patterns))
     parts += [_kernel_table(plan), _resource_table(plan), Text(_machine_line(plan))]
     parts.extend(Text(f"assumed: {assumption}") for assumption in plan.estimate.assumptions)
+    parts.extend(Text(f"note: {note}") for note in plan.notes)
     parts.extend(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings)
     return Group(*parts)
 
@@ -146,18 +147,14 @@ def _resource_table(plan: Plan) -> Table:
     if needs.peak_device_bytes:
         table.add_column("GPU memory", justify="right")
     table.add_column("work directory", justify="right")
-    if needs.seconds is not None:
-        table.add_column("time, about", justify="right")
     for stage in needs.stages:
         cells = [stage.stage, _size(stage.host_bytes)]
         cells += [_size(stage.device_bytes)] if needs.peak_device_bytes else []
         cells.append(_size(stage.scratch_bytes))
-        cells += [duration(needs.seconds[stage.stage])] if needs.seconds is not None else []
         table.add_row(*cells)
     total = ["the run", _size(needs.peak_host_bytes)]
     total += [_size(needs.peak_device_bytes)] if needs.peak_device_bytes else []
     total.append(_size(needs.scratch_bytes))
-    total += [duration(sum(needs.seconds.values()))] if needs.seconds is not None else []
     table.add_row(*total, style="bold")
     return table
 
@@ -173,17 +170,7 @@ def _machine_line(plan: Plan) -> str:
         )
         if num_bytes is not None
     ]
-    lines = [f"This machine has {', '.join(here)} to spare."] if here else []
-    if plan.estimate.seconds is None:
-        lines.append("`ercsvd bench-host` measures this machine, once; plans then tell times.")
-    return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Write a rough time."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"This machine has {', '.join(here)} to spare." if here else ""
 
 
 def _size(num_bytes: int) -> str:

@@ -1,77 +1,98 @@
-"""What is measured on the finished export itself: lm-eval's tasks, serving parity, and then the gates."""
+"""What is measured on the finished export itself: lm-eval's tasks, and serving parity with a real vLLM."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self
 
-import torch
-
-from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.inputs.run_data import RunData
 from ercsvd_deploy.pipelines.judging.evaluate import run_lm_eval
-from ercsvd_deploy.pipelines.judging.gates import judge_gates
-from ercsvd_deploy.pipelines.judging.serving_parity import measure_parity
-from ercsvd_deploy.pipelines.reporting.document import Report
-from ercsvd_deploy.pipelines.reporting.files import write_report_files
-from ercsvd_deploy.recipe.sections import LmEval, Recipe
+from ercsvd_deploy.pipelines.judging.serving_parity import ServingParity, measure_parity
+from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.recipe.sections import LmEval
+
+Tasks = Mapping[str, Mapping[str, float]]  # lm-eval task -> metric -> value
 
 
-def finish_report(
-    report: Report,
-    recipe: Recipe,
-    *,
-    source: Path,
-    export: Path,
-    compressed: LayerwiseModel,
-    data: RunData,
-) -> Report:
-    """Measure what needs the export, judge the gates, and write report, page and card into it again.
+@dataclass
+class MeasuredExport:
+    """What the export turned out to be worth; what could not be measured is told in `problems`."""
+
+    original_tasks: Tasks = field(default_factory=dict)
+    compressed_tasks: Tasks = field(default_factory=dict)
+    serving: ServingParity | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MeasuredExportStage(Stage):
+    """What is to be measured.
 
     The export is complete and sound: where a measurement fails, hours of work are not called failed with it.
     A warning says so, and a gate that wants the measurement is missed.
+
+    Attributes:
+        lm_eval: The recipe's tasks.
+        tensor_parallel_size: At which vLLM serves it; None: it is not served.
     """
-    settings, gates = recipe.evaluation.lm_eval, recipe.gates
-    if settings is not None:
-        try:
-            report = _with_tasks(report, settings, source, export, compressed.device)
-        except (ValueError, OSError, RuntimeError, ImportError) as error:
-            report.warnings.append(f"lm-eval did not finish: {error}")
-    if gates is not None and gates.serving_parity is not None:
-        try:
-            parity = measure_parity(
-                export,
-                compressed,
-                data.texts,
-                min(recipe.serving.tensor_parallel_sizes),
-                recipe.model.trust_remote_code,
-            )
-            report = replace(report, serving=parity)
-        except (ValueError, OSError, RuntimeError) as error:
-            report.warnings.append(f"serving parity was not measured: {error}")
-    if gates is not None:
-        report = replace(report, gates=judge_gates(gates, report.as_json()))
-    report.warnings.extend(write_report_files(export, report.as_json()))
-    return report
 
+    lm_eval: LmEval | None
+    tensor_parallel_size: int | None
 
-def _with_tasks(
-    report: Report, settings: LmEval, original: Path, compressed: Path, device: torch.device
-) -> Report:
-    """Return the report with lm-eval's results for both models."""
+    name = "measured_export"
 
-    def measure(directory: Path) -> dict[str, dict[str, float]]:
+    @classmethod
+    def plan(cls, context: PlanningContext) -> Self | None:
+        """Return the stage; None if there is no export, or nothing to measure on it."""
+        recipe = context.recipe
+        is_served = recipe.gates is not None and recipe.gates.serving_parity is not None
+        if recipe.export.path is None or (recipe.evaluation.lm_eval is None and not is_served):
+            return None
+        sizes = recipe.serving.tensor_parallel_sizes
+        return cls(recipe.evaluation.lm_eval, min(sizes) if is_served else None)
+
+    def settings(self) -> Any:
+        """Return the tasks and the size."""
+        return {
+            "lm_eval": self.lm_eval and self.lm_eval.model_dump(mode="json"),
+            "tensor_parallel_size": self.tensor_parallel_size,
+        }
+
+    def run(self, run: StageRun) -> MeasuredExport:
+        """Measure, in processes of their own where vLLM is needed."""
+        measured = MeasuredExport()
+        export: Path = run.results["export"].directory
+        if self.lm_eval is not None:
+            try:
+                measured.original_tasks = self._tasks(self.lm_eval, run, run.model.opened.directory)
+                measured.compressed_tasks = self._tasks(self.lm_eval, run, export)
+            except (ValueError, OSError, RuntimeError, ImportError) as error:
+                measured.problems.append(f"lm-eval did not finish: {error}")
+        if self.tensor_parallel_size is not None:
+            try:
+                measured.serving = measure_parity(
+                    export,
+                    run.model.stream(),
+                    run.data.texts,
+                    self.tensor_parallel_size,
+                    run.recipe.model.trust_remote_code,
+                )
+            except (ValueError, OSError, RuntimeError) as error:
+                measured.problems.append(f"serving parity was not measured: {error}")
+        return measured
+
+    def _tasks(self, settings: LmEval, run: StageRun, directory: Path) -> Tasks:
         return run_lm_eval(
             directory,
             settings.tasks,
             num_fewshot=settings.num_fewshot,
             limit=settings.limit,
             batch_size=settings.batch_size,
-            device=device,
+            device=run.model.device,
         )
 
-    return replace(
-        report,
-        original=replace(report.original, tasks=measure(original)),
-        compressed=replace(report.compressed, tasks=measure(compressed)),
-    )
+    def warnings(self, result: MeasuredExport) -> Iterable[str]:
+        """Say what could not be measured."""
+        return result.problems

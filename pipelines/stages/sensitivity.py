@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 
@@ -21,6 +22,8 @@ from ercsvd_deploy.data.samples import Batch, Sample
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.work import StageRun
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 
 _SEED = 0  # of the drawn tokens
@@ -141,3 +144,35 @@ def _inputs_piece(layer: int) -> str:
 
 def _gradients_piece(layer: int) -> str:
     return f"gradients-{layer:05d}"
+
+
+@dataclass(frozen=True)
+class SensitivityStage(Stage):
+    """The Fisher information of every decoder Linear's output, for the factorize stage alone.
+
+    Attributes:
+        num_samples: How many of the calibration samples it is measured on.
+    """
+
+    num_samples: int
+
+    name = "sensitivity"
+    temporary_for = "factorize"
+
+    @classmethod
+    def plan(cls, context: PlanningContext) -> Self | None:
+        """Return the stage; None if nothing asks for Fisher information."""
+        factorize = context.recipe.factorize
+        if factorize is None or not factorize.needs_sensitivity:
+            return None
+        return cls(factorize.num_fisher_samples)
+
+    def settings(self) -> Any:
+        """Return the number of samples."""
+        return {"num_fisher_samples": self.num_samples}
+
+    def run(self, run: StageRun) -> Sensitivity:
+        """Pass forward and back."""
+        model = run.model.stream()
+        with run.progress(self.title, 2 * model.num_layers) as on_layer:
+            return measure_sensitivity(model, run.samples[: self.num_samples], run.cache, on_layer)

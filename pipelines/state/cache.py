@@ -21,6 +21,7 @@ import torch
 from ercsvd_deploy.format.tensor_store import read_json, write_atomically, write_json_atomically
 
 FINGERPRINT_FILE = "fingerprint.json"
+OUTCOME = "outcome"  # the last piece of a stage
 _MOST_NAMED = 3
 
 
@@ -31,16 +32,23 @@ class FinishedWork:
         notes: What was found of an earlier run, for people: reused, or why not.
     """
 
-    def __init__(self, directory: Path, fingerprint: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, directory: Path, fingerprint: Mapping[str, Any] | None = None, *, is_reading: bool = False
+    ) -> None:
         """Open or create a stage's folder.
 
         Args:
             directory: The folder; its name is the stage's.
             fingerprint: What the results depend on, as JSON values; None for work that nobody resumes.
+            is_reading: Nothing is created or removed; a folder with another fingerprint counts as empty.
         """
         self._directory = directory
         self.notes: list[str] = []
-        self._reused: set[str] = set()
+        self._is_foreign = False
+        if is_reading:
+            stored = read_json(directory / FINGERPRINT_FILE)
+            self._is_foreign = stored != json.loads(json.dumps(fingerprint))
+            return
         if fingerprint is not None:
             self._settle(json.loads(json.dumps(fingerprint)))
         directory.mkdir(parents=True, exist_ok=True)
@@ -68,13 +76,18 @@ class FinishedWork:
             )
         shutil.rmtree(self._directory)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the stage has finished: its last piece is there."""
+        return self.findings(OUTCOME) is not None
+
     def tensors_file(self, piece: str) -> Path:
         """Return the path of a piece's tensors."""
         return self._directory / f"{piece}.safetensors"
 
     def findings(self, piece: str) -> Any | None:
         """Return what was found out in a piece; None if it is not finished or its tensors are damaged."""
-        record = read_json(self._findings_file(piece))
+        record = None if self._is_foreign else read_json(self._findings_file(piece))
         if not isinstance(record, dict) or record.pop("sha256", None) != _value_digest(record):
             return None
         if record.get("tensors_sha256") is not None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,7 +23,6 @@ from ercsvd_deploy.format.tensor_store import read_json, write_json_atomically
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
-from ercsvd_deploy.pipelines.planning.rank_steps import resolve_rank_steps, resolve_vision_steps
 from ercsvd_deploy.pipelines.state.cache import file_digest
 from ercsvd_deploy.recipe.load import canonical
 from ercsvd_deploy.recipe.sections import Recipe
@@ -32,35 +31,69 @@ _LIBRARIES = ("torch", "transformers", "compressed-tensors", "numpy")
 _HASHES_FILE = "model-files.json"
 
 
+class FingerprintedStage(Protocol):
+    """What a fingerprint needs of a stage (`stages.contract.Stage`)."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def temporary_for(self) -> str | None:
+        """The one later stage that reads its result, if it changes no model."""
+        ...
+
+    def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what its result depends on."""
+        ...
+
+
 @dataclass(frozen=True)
 class Fingerprints:
-    """One fingerprint for each stage of a run."""
+    """What the result of each stage of a run depends on.
 
-    sensitivity: Mapping[str, Any]
-    factorize: Mapping[str, Any]  # of the vision parts and the decoder
-    recover: Mapping[str, Any]
-    quantize: Mapping[str, Any]
-    recover_quantized: Mapping[str, Any]
-    quality: Mapping[str, Any]  # of the comparison with the original
+    Attributes:
+        by_stage: Stage -> JSON values.
+        base: What all have in common: model, device, code and libraries.
+        data: Digests of the calibration samples, texts and questions.
+    """
+
+    by_stage: Mapping[str, Mapping[str, Any]]
+    base: Mapping[str, Any]
+    data: Mapping[str, Any]
+
+    def provenance(self, recipe: Recipe) -> dict[str, Any]:
+        """Return SHA-256 sums and the seed, for the report."""
+        return {
+            "seed": recipe.calibration.seed if recipe.calibration else None,
+            "recipe_sha256": digest_of(canonical(recipe)),
+            "code_sha256": self.base["code"],
+            "model_files_sha256": dict(self.base["model"]),
+            "calibration_sha256": self.data["calibration_samples"],
+            "texts_sha256": dict(self.data["texts"]),
+            "questions_sha256": dict(self.data["questions"]),
+        }
 
 
 def take_fingerprints(
-    recipe: Recipe, opened: OpenedModel, data: RunData, model: LayerwiseModel, work: Path
+    stages: Sequence[FingerprintedStage],
+    recipe: Recipe,
+    opened: OpenedModel,
+    model: LayerwiseModel,
+    data: RunData,
+    work: Path,
 ) -> Fingerprints:
-    """Return the fingerprints of a run.
+    """Return the fingerprints of a run's stages.
 
     Args:
+        stages: In order; each adds its own to those of the stages before that change the model.
         recipe: The recipe.
         opened: Where the model's files are.
+        model: The original model; tells device and precision.
         data: What the recipe's texts and pictures became.
-        model: Tells device and precision.
         work: Where file hashes are remembered.
     """
-    settings = canonical(recipe)
-    stages: dict[str, Any] = {}
-    for entry in settings["stages"]:
-        [(kind, stage)] = entry.items()
-        stages["recover_quantized" if kind == "recover" and "quantize" in stages else kind] = stage
     base = {
         "model": _model_files(opened.directory, work),
         "model_dtype": recipe.model.dtype,
@@ -69,47 +102,25 @@ def take_fingerprints(
         "code": _own_code(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }
-    calibrated = base | {"calibration_samples": _samples(data.samples or ())}
-    # What ranks are multiples of follows from the quantize stage, and for pivots from tensor parallel sizes;
-    # what else those say, factors do not depend on.
-    steps = [
-        asdict(resolve(recipe, model.architecture))
-        for resolve in (resolve_rank_steps, resolve_vision_steps)
-        if recipe.factorize
-    ]
-    factors = calibrated | {
-        "vision": _switches(settings["vision"]),
-        "factorize": stages.get("factorize"),
-        "rank_steps": _digest_of(steps),
-    }
-    if settings["target"] is not None:
-        # Ranks then depend on what quantization does, and on which shapes can be served.
-        factors |= {
-            "target": settings["target"],
-            "quantized_as": stages.get("quantize"),
-            "serving": settings["serving"],
-        }
-    sensitive = calibrated | {"num_fisher_samples": (stages.get("factorize") or {}).get("num_fisher_samples")}
-    recover = factors | {"recover": stages.get("recover")}
-    quantize = recover | {"quantize": stages.get("quantize")}
-    finished = quantize | {"recover_quantized": stages.get("recover_quantized")}
-    judged = {
+    digests = {
+        "calibration_samples": _samples(data.samples or ()),
         "texts": {name: _digest([windows]) for name, windows in data.texts.items()},
         "questions": {
             name: _samples([question.sample for question in asked]) for name, asked in data.questions.items()
         },
     }
-    return Fingerprints(sensitive, factors, recover, quantize, finished, finished | judged)
+    before: Mapping[str, Any] = base | {"calibration_samples": digests["calibration_samples"]}
+    by_stage = {}
+    for stage in stages:
+        by_stage[stage.name] = stage.fingerprint(before, digests)
+        if stage.temporary_for is None:
+            before = by_stage[stage.name]
+    return Fingerprints(by_stage, base, digests)
 
 
 def short_digest(fingerprint: Mapping[str, Any]) -> str:
     """Return 16 hexadecimal digits that tell fingerprints apart."""
-    return _digest_of(fingerprint)[:16]
-
-
-def _switches(vision: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what of the vision section is not already in the samples."""
-    return vision and {name: vision[name] for name in ("compress_tower", "compress_projector")}
+    return digest_of(fingerprint)[:16]
 
 
 def _model_files(directory: Path, work: Path) -> dict[str, str]:
@@ -154,7 +165,8 @@ def _samples(samples: Sequence[Sample]) -> str:
     return _digest(tensors)
 
 
-def _digest_of(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

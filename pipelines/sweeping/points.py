@@ -22,7 +22,7 @@ import torch
 from pydantic import TypeAdapter
 
 from ercsvd_deploy.format.tensor_store import write_json_atomically
-from ercsvd_deploy.pipelines.flow import compress_and_judge, prepare_run
+from ercsvd_deploy.pipelines.flow import prepare_run, run_all_stages
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.reporting.document import ModelFigures, finite
@@ -222,7 +222,7 @@ def run_point(name: str, settings: dict[str, Any], work: str, threads: int) -> l
     recipe = _RECIPE.validate_json(json.dumps(settings))
     own = Path(work, "points", hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16])
     own.mkdir(parents=True, exist_ok=True)
-    report = compress_and_judge(prepare_run(recipe, None), own, shared=Path(work, "stages")).report
+    report = run_all_stages(prepare_run(recipe, None), own, shared=Path(work, "stages"))()
     gates = recipe.gates.without_export() if recipe.gates is not None else None
     return [
         _result(DENSE, report.original, [], None, []),

@@ -91,7 +91,7 @@ def test_export_is_a_model_that_transformers_loads(
 
 def test_search_tries_every_admissible_k_and_takes_the_best(write_recipe: RecipeWriter) -> None:
     report, _ = run_recipe(load_recipe(write_recipe(factorize(num_compressed_layers="auto"))))
-    outcome = report.factorize
+    outcome = report.results["factorize"]
     assert isinstance(outcome, FactorizeOutcome)
     errors = {point.num_compressed_layers: point.final_layer_error for point in outcome.search}
     assert sorted(errors) == [2, 3, 4]
@@ -109,7 +109,7 @@ def test_searched_error_is_that_of_the_exported_model(
     from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 
     assert recipe.calibration is not None
-    assert report.factorize is not None
+    assert report.results["factorize"] is not None
     tokens = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)[:4]
 
     def last_layer_output(path: Path) -> torch.Tensor:
@@ -122,7 +122,7 @@ def test_searched_error_is_that_of_the_exported_model(
 
     original, compressed = last_layer_output(llama), last_layer_output(directory)
     expected = float((compressed - original).norm() / original.norm())
-    assert report.factorize.search[0].final_layer_error == pytest.approx(expected, rel=1e-3)
+    assert report.results["factorize"].search[0].final_layer_error == pytest.approx(expected, rel=1e-3)
 
 
 def test_layers_before_the_last_k_are_untouched(write_recipe: RecipeWriter, llama: Path) -> None:
@@ -138,9 +138,9 @@ def test_layers_before_the_last_k_are_untouched(write_recipe: RecipeWriter, llam
 
 def test_budget_holds_in_the_written_files(write_recipe: RecipeWriter) -> None:
     report, _ = run_recipe(load_recipe(write_recipe(factorize(compression_ratio=0.4))))
-    assert report.factorize is not None
-    assert report.compressed.linear_parameters <= report.factorize.plan.parameter_budget
-    assert report.compressed.linear_parameters == report.factorize.plan.kept_parameters
+    assert report.results["factorize"] is not None
+    assert report.compressed.linear_parameters <= report.results["factorize"].plan.parameter_budget
+    assert report.compressed.linear_parameters == report.results["factorize"].plan.kept_parameters
 
 
 def test_two_runs_write_the_same_bytes(write_recipe: RecipeWriter, tmp_path: Path) -> None:

@@ -194,11 +194,11 @@ def test_compressed_vision_parts(layout: str, write_recipe: RecipeWriter, tiny_m
     assert {description.layout for description in modules.values()} == {layout}
     # The last layer of the tower is not run: there is nothing to measure, and vLLM does not build it.
     assert not [name for name in tower if ".layers.2." in name]
-    assert report.vision is not None
-    assert {to_checkpoint(linear.name) for linear in report.vision.linears} == {
+    assert report.results["vision"] is not None
+    assert {to_checkpoint(linear.name) for linear in report.results["vision"].linears} == {
         name for name in modules if name.startswith(VISION_NAMES)
     }
-    assert all(0 < (linear.calibration_error or 0) < 1 for linear in report.vision.linears)
+    assert all(0 < (linear.calibration_error or 0) < 1 for linear in report.results["vision"].linears)
     original, compressed = logits(tiny_model("llava"))[0], logits(directory)[0]
     assert 0 < float((original - compressed).abs().max()) < 100
 
@@ -208,8 +208,8 @@ def test_residuals_of_vision_parts_are_chosen_on_held_out_pictures(write_recipe:
     path = write_recipe(stage)
     vision = yaml.safe_load(path.read_text())["vision"] | {"compress_tower": True, "compress_projector": True}
     report, _ = run_recipe(load_recipe(write_recipe(stage, vision=vision)))
-    assert report.vision is not None
-    for linear in report.vision.linears:
+    assert report.results["vision"] is not None
+    for linear in report.results["vision"].linears:
         assert linear.rank is not None
         assert linear.residual_rank is not None
         shape = LinearShape(linear.name, 0, *linear.shape)

@@ -23,7 +23,7 @@ from ercsvd_deploy.format.schema import CheckpointFormatError
 from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.models.families import ArchitectureError
 from ercsvd_deploy.pipelines.judging.check import CheckError
-from ercsvd_deploy.pipelines.planning.plan import PlanError
+from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlanError
 from ercsvd_deploy.recipe.load import RecipeError
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ercsvd_deploy.pipelines.stages.running import plan_stages
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -21,9 +22,9 @@ from ercsvd_deploy.models.families import Architecture, build_meta_model, descri
 from ercsvd_deploy.pipelines.cli.app import app
 from ercsvd_deploy.pipelines.planning import feasibility
 from ercsvd_deploy.pipelines.planning.machine import Machine
-from ercsvd_deploy.pipelines.planning.plan import PlanError, make_plan, plan_vision
+from ercsvd_deploy.pipelines.planning.plan import make_plan, plan_vision
+from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlanError
-from ercsvd_deploy.pipelines.stages.running import plan_stages
 from ercsvd_deploy.recipe.sections import Recipe
 from tests.planning.public_configs import LLAMA_3_8B, PUBLIC_MODELS, QWEN2_5_72B, SMOLLM2_135M, text_config
 

@@ -10,7 +10,8 @@ import pytest
 
 from ercsvd_deploy.models.families import LANGUAGE_PART, PROJECTOR_PART, TOWER_PART
 from ercsvd_deploy.pipelines.planning.components import LEFT_ALONE
-from ercsvd_deploy.pipelines.planning.plan import PlanError, make_plan
+from ercsvd_deploy.pipelines.planning.plan import make_plan
+from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import ModelDirectory
 

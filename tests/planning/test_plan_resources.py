@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from ercsvd_deploy.pipelines.planning.host_speed import HostSpeed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
@@ -31,7 +32,6 @@ from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning import feasibility, machine
 from ercsvd_deploy.pipelines.planning import memory as working_memory
 from ercsvd_deploy.pipelines.planning.feasibility import TooLittleDiskError, check_resources
-from ercsvd_deploy.pipelines.planning.host_speed import HostSpeed
 from ercsvd_deploy.pipelines.planning.machine import Machine
 from ercsvd_deploy.pipelines.planning.memory import Held, blocks, highest
 from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan

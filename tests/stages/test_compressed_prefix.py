@@ -55,8 +55,8 @@ def test_every_matrix_is_made_for_the_inputs_it_has_in_the_export(
 ) -> None:
     """The export's own inputs, seen by transformers, give the factors by the formula, Cholesky and SVD."""
     recipe, report, directory = run(write_recipe, ALL, compressed_prefix_inputs=True)
-    assert report.factorize is not None
-    ranks = {each.name: each for each in report.factorize.linears}
+    assert report.results["factorize"] is not None
+    ranks = {each.name: each for each in report.results["factorize"].linears}
     originals, written = load_file(llama / "model.safetensors"), load_file(directory / "model.safetensors")
     ends = ("q_proj", "o_proj", "up_proj", "down_proj")
     names = [name for name in ranks if name.endswith(ends)]
@@ -118,11 +118,11 @@ def test_the_last_layers_error_on_calibration_data_falls(
         recipe = load_recipe(write_recipe({"factorize": stage}, *further))
         report, directory = run_recipe(recipe)
         assert recipe.calibration is not None
-        assert report.factorize is not None
+        assert report.results["factorize"] is not None
         tokens = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)
         true = last_layer_output(llama, tokens)
         errors[prefix] = float((last_layer_output(directory, tokens) - true).norm() / true.norm())
-        kept[prefix] = report.factorize.plan.ranks
+        kept[prefix] = report.results["factorize"].plan.ranks
     assert kept[True] == kept[False]
     assert errors[True] < 0.8 * errors[False]
 

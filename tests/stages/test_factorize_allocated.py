@@ -43,8 +43,8 @@ def test_budget_in_parameters_is_kept_and_used(write_recipe: RecipeWriter, metri
     report, directory = run(
         write_recipe(controlled(compression_ratio=0.3, output_metric=metric, layout=layout))
     )
-    assert report.factorize is not None
-    plan = report.factorize.plan
+    assert report.results["factorize"] is not None
+    plan = report.results["factorize"].plan
     assert 0.3 <= plan.achieved_compression_ratio < 0.34
     assert len({rank for rank in plan.ranks.values() if rank is not None}) > 1
     assert all(rank is None or rank % 8 == 0 for rank in plan.ranks.values())
@@ -69,11 +69,11 @@ def test_predictions_are_the_sum_of_naive_damages(
 
     monkeypatch.setattr(FinishedWork, "forget", keep)
     report, directory = run(write_recipe(controlled(compression_ratio=0.4)))
-    assert report.factorize is not None
+    assert report.results["factorize"] is not None
     original = AutoModelForCausalLM.from_pretrained(llama)
     compressed = AutoModelForCausalLM.from_pretrained(directory)
     checked = 0
-    for linear in report.factorize.allocation:
+    for linear in report.results["factorize"].allocation:
         module = compressed.get_submodule(linear.name)
         if linear.chosen == "dense":
             assert linear.predicted_kl == 0
@@ -104,11 +104,11 @@ def test_target_in_bits_is_met_by_ranks_and_integers(write_recipe: RecipeWriter,
     report, directory = run(recipe)
     assert report.compressed.linear_bits_per_weight <= 4.2
     assert report.compressed.linear_bits_per_weight > 3.9
-    assert report.factorize is not None
+    assert report.results["factorize"] is not None
     described = CheckpointConfig.read(
         json.loads((directory / "config.json").read_text())["quantization_config"]
     )
-    chosen = {linear.name: linear.chosen for linear in report.factorize.allocation}
+    chosen = {linear.name: linear.chosen for linear in report.results["factorize"].allocation}
     assert len(set(chosen.values())) > 1
     for name, module in described.modules.items():
         label = "dense" if module.rank is None else f"rank {module.rank}"

@@ -16,7 +16,7 @@ from ercsvd_deploy.format.schema import CheckpointConfig, WeightQuantization
 from ercsvd_deploy.models.families import build_meta_model, describe, load_config
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
-from ercsvd_deploy.pipelines.planning.serving_notes import serving_warnings
+from ercsvd_deploy.pipelines.stages.quantize.serving_notes import serving_warnings
 from ercsvd_deploy.pipelines.stages.quantize.storage import (
     QuantizePlanError,
     check_num_tokens,
@@ -161,8 +161,8 @@ def test_whole_decoder_is_stored_as_integers(layout: str, write_recipe: RecipeWr
     assert {f"model.layers.{name.split('.')[2]}." for name in config.modules} == architecture_names
     assert {description.layout for description in config.modules.values()} == {"dense", layout}
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    assert report.quantize is not None
-    assert len(report.quantize.matrices) == sum(len(d.parts) for d in config.modules.values())
+    assert report.results["quantize"] is not None
+    assert len(report.results["quantize"].matrices) == sum(len(d.parts) for d in config.modules.values())
     # The report's perplexity, streamed, is that of the model as transformers loads it.
     from ercsvd_deploy.data.texts import load_tokenizer
     from ercsvd_deploy.pipelines.inputs.texts import evaluation_windows
@@ -214,8 +214,8 @@ def test_int8_is_closer_to_the_original_than_int4(write_recipe: RecipeWriter) ->
     losses = {}
     for bits in (4, 8):
         report, _ = run_recipe(load_recipe(write_recipe(quantize(bits=bits))))
-        assert report.quantize is not None
-        losses[bits] = sum(linear.loss for linear in report.quantize.linears)
+        assert report.results["quantize"] is not None
+        losses[bits] = sum(linear.loss for linear in report.results["quantize"].linears)
     assert losses[8] < losses[4] / 20
 
 
@@ -224,9 +224,9 @@ def test_rounding_baseline_loses_to_gptq(write_recipe: RecipeWriter) -> None:
     for method in ("gptq", "rtn"):
         stages = (factorize(num_compressed_layers=3, rank_multiple=32), quantize(method=method))
         report, _ = run_recipe(load_recipe(write_recipe(*stages)))
-        assert report.quantize is not None
-        assert {matrix.method for matrix in report.quantize.matrices} == {method}
-        losses[method] = sum(linear.loss for linear in report.quantize.linears)
+        assert report.results["quantize"] is not None
+        assert {matrix.method for matrix in report.results["quantize"].matrices} == {method}
+        losses[method] = sum(linear.loss for linear in report.results["quantize"].linears)
     assert losses["gptq"] < losses["rtn"]
 
 

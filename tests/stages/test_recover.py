@@ -70,9 +70,9 @@ def test_factors_alone_change_and_outputs_come_nearer(
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     factors = {name for name in after if name.rpartition(".")[0].endswith(tuple(PARTS[layout]))}
     assert changed == factors
-    assert recovered.recover is not None
-    assert [layer.layer for layer in recovered.recover.layers] == [1, 2, 3]
-    for layer in recovered.recover.layers:
+    assert recovered.results["recover"] is not None
+    assert [layer.layer for layer in recovered.results["recover"].layers] == [1, 2, 3]
+    for layer in recovered.results["recover"].layers:
         assert layer.is_kept
         assert layer.error_after < layer.error_before
     assert recovered.change["held_out"].final_layer_error < plain.change["held_out"].final_layer_error
@@ -94,7 +94,7 @@ def test_reported_errors_are_those_of_the_models(
     recipe = load_recipe(write_recipe(HARD, stage, calibration=CALIBRATION))
     report, directory = run_recipe(recipe)
     assert recipe.calibration is not None
-    assert report.recover is not None
+    assert report.results["recover"] is not None
     windows = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)
     batches = make_batches(text_samples(windows), 4 * 32)
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
@@ -107,7 +107,7 @@ def test_reported_errors_are_those_of_the_models(
             model(tokens)
     target, output = last
     expected = ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
-    assert report.recover.layers[-1].error_after == pytest.approx(float(expected), rel=1e-3)
+    assert report.results["recover"].layers[-1].error_after == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_a_layer_that_gets_worse_keeps_its_factors(write_recipe: RecipeWriter, tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_a_layer_that_gets_worse_keeps_its_factors(write_recipe: RecipeWriter, t
     report, directory = run(write_recipe(HARD, ruinous, calibration=CALIBRATION, export=export))
     after = tensors_of(directory)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items() if tensor.numel())
-    assert report.recover is not None
-    assert not any(layer.is_kept for layer in report.recover.layers)
+    assert report.results["recover"] is not None
+    assert not any(layer.is_kept for layer in report.results["recover"].layers)
     [warning] = [each for each in report.warnings if "recovery" in each]
     assert "layers 1, 2, 3" in warning
     assert "learning_rate" in warning
@@ -198,12 +198,12 @@ def test_scales_alone_change_behind_integers(
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     scales = {name for name in after if name.endswith("weight_scale")}
     assert changed == scales
-    outcome = recovered.recover_quantized
+    outcome = recovered.results["recover_quantized"]
     assert outcome is not None
     assert len(outcome.layers) == 4
     assert all(layer.is_kept and layer.error_after < layer.error_before for layer in outcome.layers)
     assert recovered.change["held_out"].final_layer_error < plain.change["held_out"].final_layer_error
-    assert (recovered.recover is None) == (len(stages) < 2)
+    assert (recovered.results["recover"] is None) == (len(stages) < 2)
     for file in ("ercsvd_report.html", "README.md"):
         told = (directory / file).read_text(encoding="utf-8")
         assert ("Factors and scales were" if len(stages) == 2 else "Scales were") in told

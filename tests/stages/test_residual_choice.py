@@ -44,8 +44,8 @@ BETAS = (0.0, 0.02, 0.05, 0.1, 0.2)
 
 
 def residual_ranks(report: Report) -> dict[str, int]:
-    assert report.factorize is not None
-    return {each.name: each.residual_rank or 0 for each in report.factorize.linears if each.rank}
+    assert report.results["factorize"] is not None
+    return {each.name: each.residual_rank or 0 for each in report.results["factorize"].linears if each.rank}
 
 
 def inputs_of(directory: Path, recipe_file: Path, names: list[str]) -> dict[str, torch.Tensor]:
@@ -92,8 +92,8 @@ def test_choice_and_factors_are_those_of_naive_truncations(write_recipe: RecipeW
     recipe = write_recipe(AUTO)
     report, directory = run_recipe(load_recipe(recipe))
     chosen = residual_ranks(report)
-    assert report.factorize is not None
-    ranks = {each.name: each.rank for each in report.factorize.linears}
+    assert report.results["factorize"] is not None
+    ranks = {each.name: each.rank for each in report.results["factorize"].linears}
     originals, written = load_file(llama / "model.safetensors"), load_file(directory / "model.safetensors")
     inputs = inputs_of(llama, recipe, list(chosen))
     for name, residual_rank in chosen.items():
@@ -183,12 +183,12 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 def test_every_k_of_the_search_and_every_allocation_has_its_choice(write_recipe: RecipeWriter) -> None:
     searched, _ = run_recipe(load_recipe(write_recipe(factorize(method="erc_svd", beta="auto"))))
-    assert searched.factorize is not None
-    assert len(searched.factorize.search) > 1
+    assert searched.results["factorize"] is not None
+    assert len(searched.results["factorize"].search) > 1
     controlled, _ = run_recipe(load_recipe(write_recipe(CONTROLLED)))
     for report in (searched, controlled):
-        assert report.factorize is not None
-        shapes = {each.name: each for each in report.factorize.linears if each.rank is not None}
+        assert report.results["factorize"] is not None
+        shapes = {each.name: each for each in report.results["factorize"].linears if each.rank is not None}
         for name, residual_rank in residual_ranks(report).items():
             out_features, in_features = shapes[name].shape
             rank = shapes[name].rank

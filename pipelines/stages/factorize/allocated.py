@@ -31,7 +31,7 @@ from ercsvd_deploy.linalg.pivoting import PivotedFactors, to_pivoted
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
-from ercsvd_deploy.pipelines.stages.factorize.last_layers import OUTCOME, AllocatedLinear, FactorizeOutcome
+from ercsvd_deploy.pipelines.stages.factorize.last_layers import AllocatedLinear, FactorizeOutcome
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
     FactorizedLinear,
@@ -61,7 +61,7 @@ from ercsvd_deploy.pipelines.stages.quantize.pair import (
     start_pair,
 )
 from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import OUTCOME, FinishedWork
 from ercsvd_deploy.quantization.gptq import FactorsTask, quantize_together
 from ercsvd_deploy.quantization.grid import put_on_grid
 from ercsvd_deploy.quantization.pivoted import PivotedTask

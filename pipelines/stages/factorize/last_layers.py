@@ -10,8 +10,9 @@ the search has decided. The k with the smallest error of the last layer's output
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -49,7 +50,7 @@ from ercsvd_deploy.pipelines.stages.factorize.residual import (
     divide,
 )
 from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import OUTCOME, FinishedWork
 from ercsvd_deploy.recipe.stages import Factorize
 
 
@@ -74,7 +75,6 @@ class SearchPoint:
     final_layer_error: float | None  # relative Frobenius error of the last layer's output
 
 
-OUTCOME = "outcome"
 _SEARCH = TypeAdapter(list[SearchPoint])
 
 
@@ -91,6 +91,25 @@ class FactorizeOutcome:
     storage: dict[str, WeightQuantization | None] | None = None  # Linear -> bits, if those were chosen too
     files: list[Path] = field(default_factory=list)
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what the report has of it."""
+        plan = self.plan
+        return {
+            "num_compressed_layers": plan.num_compressed_layers,
+            "layer_ratio": plan.layer_ratio,
+            "parameter_budget": plan.parameter_budget,
+            "kept_parameters": plan.kept_parameters,
+            "achieved_compression_ratio": plan.achieved_compression_ratio,
+            "search": [asdict(point) for point in self.search],
+            "linears": [
+                {**asdict(linear), "spectrum": self.spectra.get(linear.name, [])} for linear in self.linears
+            ],
+            "allocation": [asdict(linear) for linear in self.allocation],
+            "predicted_kl": sum(linear.predicted_kl for linear in self.allocation)
+            if self.allocation
+            else None,
+        }
+
 
 @dataclass
 class _Candidate:
@@ -100,11 +119,6 @@ class _Candidate:
     hidden: list[torch.Tensor] | None = None  # activations of the search sequences, once it has diverged
     linears: list[FactorizedLinear] = field(default_factory=list)
     residual_ranks: dict[str, int | None] = field(default_factory=dict)
-
-
-def is_factorized(work: FinishedWork) -> bool:
-    """Whether a factorize stage, of whichever kind, has nothing left to compute."""
-    return work.findings(OUTCOME) is not None
 
 
 def factorize_decoder(

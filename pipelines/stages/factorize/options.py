@@ -11,9 +11,9 @@ from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.exporters.vllm.cutting import find_unaligned, find_unservable
 from ercsvd_deploy.format.schema import LowRankLayout, ModuleDescription, WeightQuantization
 from ercsvd_deploy.models.families import Architecture
-from ercsvd_deploy.pipelines.planning.sizes import module_bytes, planned_bytes
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_dense, describe_factorized
 from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlan
+from ercsvd_deploy.pipelines.stages.sizes import module_bytes, planned_bytes
 from ercsvd_deploy.recipe.fields import parse_size
 from ercsvd_deploy.recipe.sections import Recipe, Target
 

@@ -8,8 +8,9 @@ The decoder is then calibrated on the features that the compressed parts give.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from pydantic import TypeAdapter
@@ -20,6 +21,7 @@ from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import WEIGHT, LowRankLayout, ModuleDescription
 from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture
 from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     FactorizedLinear,
@@ -29,12 +31,14 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
     planned_residual_rank,
     truncate_linear,
 )
+from ercsvd_deploy.pipelines.stages.factorize.rank_steps import resolve_vision_steps
 from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ranks, num_fitting_samples
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.state.cache import OUTCOME, FinishedWork
+from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.recipe.stages import Factorize
 from ercsvd_deploy.recipe.vision import Vision
 
-_PIECE = "factors"
 _LINEARS = TypeAdapter(list[FactorizedLinear])
 
 
@@ -44,7 +48,7 @@ class VisionOutcome:
 
     modules: dict[str, ModuleDescription]
     linears: list[FactorizedLinear]
-    file: Path
+    files: list[Path]
 
 
 def plan_vision_ranks(
@@ -114,15 +118,15 @@ def factorize_vision(
     Raises:
         FactorizationError: a weight or its inputs cannot be factorized.
     """
-    found = work.findings(_PIECE)
+    found = work.findings(OUTCOME)
     if found is None:
         linears, tensors = _factorize(model, samples, settings, ranks)
         found = _LINEARS.dump_python(linears)
-        work.finish(_PIECE, found, tensors)
+        work.finish(OUTCOME, found, tensors)
     return VisionOutcome(
         describe_vision(ranks, settings.layout, model.architecture),
         _LINEARS.validate_python(found),
-        work.tensors_file(_PIECE),
+        [work.tensors_file(OUTCOME)],
     )
 
 
@@ -178,3 +182,65 @@ def _groups(architecture: Architecture, ranks: Mapping[str, int]) -> list[list[L
         for group in layer.groups
     ]
     return [group for group in groups if group]
+
+
+@dataclass(frozen=True)
+class VisionStage(Stage):
+    """Factorization of vision tower and projector, where the recipe switches it on.
+
+    Attributes:
+        factorize: The recipe's factorize stage, whose method and ratio hold here too.
+        architecture: The model's.
+        ranks: Rank of every vision Linear that is factorized.
+        switches: Which parts the recipe asks for, as JSON values.
+        steps_digest: Of what ranks are multiples of.
+    """
+
+    factorize: Factorize
+    architecture: Architecture
+    ranks: Mapping[str, int]
+    switches: Mapping[str, bool]
+    steps_digest: str
+
+    name = "vision"
+
+    @classmethod
+    def plan(cls, context: PlanningContext) -> Self | None:
+        """Return the stage; None if the recipe leaves the vision parts alone."""
+        recipe, architecture = context.recipe, context.architecture
+        if recipe.factorize is None or recipe.vision is None:
+            return None
+        steps = resolve_vision_steps(recipe, architecture)
+        try:
+            ranks = plan_vision_ranks(recipe.vision, recipe.factorize, architecture, steps)
+        except RankError as error:
+            raise PlanError(f"vision: {error}; leave this part alone, or lower compression_ratio") from error
+        if not ranks:
+            return None
+        switches = recipe.vision.model_dump(mode="json", include={"compress_tower", "compress_projector"})
+        return cls(recipe.factorize, architecture, ranks, switches, digest_of(asdict(steps)))
+
+    def settings(self) -> Any:
+        """Return the factorize stage, and which parts it holds for."""
+        return {
+            "factorize": self.factorize.model_dump(mode="json"),
+            "parts": dict(self.switches),
+            "rank_steps": self.steps_digest,
+        }
+
+    def store(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Add the factorized vision Linears."""
+        described = describe_vision(self.ranks, self.factorize.layout, self.architecture)
+        return [replace(before, modules={**before.modules, **described}) for before in candidates]
+
+    def run(self, run: StageRun) -> VisionOutcome:
+        """Factorize both parts in one pass over the calibration pictures."""
+        outcome = factorize_vision(
+            run.model.original, run.data.samples, self.factorize, self.ranks, run.cache
+        )
+        run.model.overlay(outcome.files, outcome.modules)
+        return outcome
+
+    def as_json(self, result: VisionOutcome) -> Any:
+        """Return what every Linear lost."""
+        return {"linears": [asdict(linear) for linear in result.linears]}

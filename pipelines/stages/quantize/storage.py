@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.format.schema import LowRankLayout, ModuleDescription, WeightQuantization
 from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_dense, describe_factorized
 from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.stages import Quantize
 
 
-class QuantizePlanError(ValueError):
+class QuantizePlanError(PlanError):
     """The quantize stage cannot work on this model as written."""
 
 
