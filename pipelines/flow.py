@@ -64,16 +64,17 @@ def run_recipe(
     if recipe.export.path is None:
         raise PlanError("the recipe has no export.path: give one, or --output DIRECTORY")
     target = recipe.export.path.absolute()
-    run = prepare_run(recipe, target, device=device)
+    prepared = prepare_run(recipe, target, device=device)
     with resumable_directory(target) as directory:
+        run = start_run(prepared, directory)
 
         def complete_export(made: Path) -> None:
             """Put report, page and card into an export before it appears."""
-            carry_over_card(run.opened.directory, made)
-            write_report_files(made, report_so_far().as_json(), target)
+            carry_over_card(prepared.opened.directory, made)
+            write_report_files(made, run.report().as_json(), target)
 
-        report_so_far = run_all_stages(run, directory, progress, complete_export=complete_export)
-    report = report_so_far()
+        run.stages(progress, complete_export)
+        report = run.report()  # within the lock: the stages' files in `directory` are still needed
     report.warnings.extend(write_report_files(target, report.as_json()))
     return report, target
 
@@ -98,38 +99,59 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
     return PreparedRun(recipe, device, opened, data, original, plan, warnings)
 
 
-def run_all_stages(
-    run: PreparedRun,
-    directory: Path,
-    progress: ProgressReporter = silent,
-    *,
-    shared: Path | None = None,
-    complete_export: Callable[[Path], None] = lambda _made: None,
-) -> Callable[[], Report]:
-    """Run the stages as far as `directory` has not their results; return what reports on them.
+@dataclass(frozen=True)
+class Run:
+    """A prepared run with its place on disk, and how far it is."""
+
+    prepared: PreparedRun
+    fingerprints: Fingerprints
+    cache: StageCache
+    state: RunState
+
+    def stages(
+        self, progress: ProgressReporter, complete_export: Callable[[Path], None] = lambda _made: None
+    ) -> None:
+        """Run all stages in order, as far as their results are not there already.
+
+        Args:
+            progress: Told about long work.
+            complete_export: Writes further files into an export before it appears.
+        """
+        prepared = self.prepared
+        run_stages(
+            prepared.plan.stages,
+            prepared.recipe,
+            prepared.data,
+            self.state,
+            self.cache,
+            progress,
+            complete_export,
+        )
+
+    def report(self) -> Report:
+        """Return what is known so far."""
+        prepared = self.prepared
+        return collect_report(
+            prepared.recipe,
+            prepared.plan,
+            self.state,
+            provenance=self.fingerprints.provenance(prepared.recipe),
+            warnings=prepared.warnings,
+            resumed=self.cache.notes,
+        )
+
+
+def start_run(prepared: PreparedRun, directory: Path, shared: Path | None = None) -> Run:
+    """Give a prepared run its place on disk.
 
     Args:
-        run: What to do.
+        prepared: What to do.
         directory: Where results of stages are kept, and found again.
-        progress: Told about long work.
         shared: Where stages are kept that several runs have in common; None: in `directory`.
-        complete_export: Writes further files into an export before it appears.
     """
     fingerprints = take_fingerprints(
-        run.plan.stages, run.recipe, run.opened, run.original, run.data, directory
+        prepared.plan.stages, prepared.recipe, prepared.opened, prepared.original, prepared.data, directory
     )
     cache = StageCache(directory, fingerprints.by_stage, shared)
-    state = RunState(CompressedModel(run.opened, run.device, run.original))
-    run_stages(run.plan.stages, run.recipe, run.data, state, cache, progress, complete_export)
-    return lambda: _report(run, state, cache, fingerprints)
-
-
-def _report(run: PreparedRun, state: RunState, cache: StageCache, fingerprints: Fingerprints) -> Report:
-    return collect_report(
-        run.recipe,
-        run.plan,
-        state,
-        provenance=fingerprints.provenance(run.recipe),
-        warnings=run.warnings,
-        resumed=cache.notes,
-    )
+    model = CompressedModel(prepared.opened, prepared.device, prepared.original)
+    return Run(prepared, fingerprints, cache, RunState(model))

@@ -22,11 +22,12 @@ import torch
 from pydantic import TypeAdapter
 
 from ercsvd_deploy.format.tensor_store import write_json_atomically
-from ercsvd_deploy.pipelines.flow import prepare_run, run_all_stages
+from ercsvd_deploy.pipelines.flow import prepare_run, start_run
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.reporting.document import ModelFigures, finite
 from ercsvd_deploy.pipelines.state.lock import resumable_directory
+from ercsvd_deploy.pipelines.state.progress import silent
 from ercsvd_deploy.pipelines.sweeping.choice import pareto_front
 from ercsvd_deploy.pipelines.sweeping.file import Point, Sweep, sweep_points
 from ercsvd_deploy.recipe.fields import parse_size
@@ -222,7 +223,9 @@ def run_point(name: str, settings: dict[str, Any], work: str, threads: int) -> l
     recipe = _RECIPE.validate_json(json.dumps(settings))
     own = Path(work, "points", hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16])
     own.mkdir(parents=True, exist_ok=True)
-    report = run_all_stages(prepare_run(recipe, None), own, shared=Path(work, "stages"))()
+    run = start_run(prepare_run(recipe, None), own, shared=Path(work, "stages"))
+    run.stages(silent)
+    report = run.report()
     gates = recipe.gates.without_export() if recipe.gates is not None else None
     return [
         _result(DENSE, report.original, [], None, []),

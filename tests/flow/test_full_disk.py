@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ercsvd_deploy.pipelines.stages.running import run_stages
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ercsvd_deploy.pipelines.stages.cached import run_stages
 from tests.flow.test_run import RecipeWriter, invoke, llama, write_recipe  # noqa: F401 - fixtures
 from tests.state.test_resume import STAGES, hashes
 

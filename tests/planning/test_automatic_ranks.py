@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ercsvd_deploy.pipelines.stages.running import plan_stages
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -22,8 +21,10 @@ from ercsvd_deploy.models.families import Architecture, build_meta_model, descri
 from ercsvd_deploy.pipelines.cli.app import app
 from ercsvd_deploy.pipelines.planning import feasibility
 from ercsvd_deploy.pipelines.planning.machine import Machine
-from ercsvd_deploy.pipelines.planning.plan import make_plan, plan_vision
+from ercsvd_deploy.pipelines.planning.plan import make_plan, plan_stages
 from ercsvd_deploy.pipelines.stages.contract import PlanError
+from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
+from ercsvd_deploy.pipelines.stages.factorize.vision import VisionStage
 from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlanError
 from ercsvd_deploy.recipe.sections import Recipe
 from tests.planning.public_configs import LLAMA_3_8B, PUBLIC_MODELS, QWEN2_5_72B, SMOLLM2_135M, text_config
@@ -184,11 +185,12 @@ def test_groups_fit_what_a_gpu_holds(write_config: Callable[[Mapping[str, Any]],
 
     def groups(sizes: list[int]) -> tuple[set[int], set[int], tuple[str, ...]]:
         recipe = Recipe.model_validate(raw_recipe(directory, *NATURAL, INT4, sizes=sizes))
-        stages = plan_stages(recipe, architecture_of(directory), 2)
+        config = load_config(str(directory))
+        _, candidates = plan_stages(recipe, config, architecture_of(directory), "bfloat16")
         firsts: set[int] = set()
         others: set[int] = set()
-        for ranks in (plan.ranks for plan in stages.rank_plans.values()):
-            for name, description in stages.quantize.describe(ranks, stages.architecture).items():
+        for candidate in candidates:
+            for name, description in candidate.modules.items():
                 for part, ((_, columns), storage) in description.parts.items():
                     assert storage is not None
                     of_down_proj = name.endswith("down_proj") and part in ("", "factor_a")
@@ -242,8 +244,8 @@ def test_vision_parts_get_ranks_of_their_own(
     pictures = {"conversations": "examples/pictures/calibration.jsonl"}
     vision = {"compress_tower": True, "compress_projector": True, "share": 0.5, "calibration": pictures}
     recipe = Recipe.model_validate(raw_recipe(directory, stage, INT4, sizes=[1, 2, 4, 8], vision=vision))
-    make_plan(recipe)
-    ranks = plan_vision(recipe, architecture_of(directory))
+    [stage_of_vision] = [stage for stage in make_plan(recipe).stages if isinstance(stage, VisionStage)]
+    ranks = stage_of_vision.ranks
     assert ranks
     assert {rank % 64 for rank in ranks.values()} == {0}  # [1024, 1024] has its break-even at 512
 
@@ -374,9 +376,9 @@ def test_recipe_without_ranks_is_planned_if_its_ratio_is_possible(
             make_plan(recipe)
         return
     make_plan(recipe)
-    planned = plan_stages(recipe, architecture, 2)
-    for plan in planned.rank_plans.values():
-        for module, description in planned.quantize.describe(plan.ranks, architecture).items():
+    _, candidates = plan_stages(recipe, load_config(str(tmp_path)), architecture, "bfloat16")
+    for candidate in candidates:
+        for module, description in candidate.modules.items():
             for size in sizes:
                 problem = cannot_be_loaded(module, description, architecture, size)
                 assert problem is None, (module, size, problem)
@@ -392,8 +394,10 @@ def test_target_is_planned_without_ranks(
     directory = write_config(config)
     stage = {"factorize": {"method": "svd_llm", "allocation": "error_controlled", "layout": layout}}
     recipe = raw_recipe(directory, stage, INT4, sizes=sizes, target={"overall_bits": bits})
-    [candidate] = make_plan(Recipe.model_validate(recipe)).candidates
-    task = plan_stages(Recipe.model_validate(recipe), architecture_of(directory), 2).allocation
+    plan = make_plan(Recipe.model_validate(recipe))
+    [candidate] = plan.candidates
+    [factorize] = [stage for stage in plan.stages if isinstance(stage, FactorizeStage)]
+    task = factorize.allocation
     assert task is not None
     assert sum(options[0].cost for options in task.options.values()) <= task.budget
     assert candidate.num_compressed_layers == config["num_hidden_layers"]

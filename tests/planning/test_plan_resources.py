@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from ercsvd_deploy.pipelines.planning.host_speed import HostSpeed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
@@ -140,11 +139,9 @@ def test_compensating_holds_what_is_counted(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "error_controlled"])
-def test_held_out_samples_and_second_trajectories_cost_memory_and_time(
-    allocation: str, write_recipe: RecipeWriter, monkeypatch: pytest.MonkeyPatch
+def test_held_out_samples_and_second_trajectories_cost_memory(
+    allocation: str, write_recipe: RecipeWriter
 ) -> None:
-    speed = HostSpeed(1e9, 2e9, 5e8, {10: 1.0, 100: 500.0}, 1e8, 1e-3, 1e7, 2e7)
-    monkeypatch.setattr(feasibility, "remembered_speed", lambda _device: speed)
     stage = {
         "method": "erc_svd",
         "compression_ratio": 0.3,
@@ -155,9 +152,6 @@ def test_held_out_samples_and_second_trajectories_cost_memory_and_time(
     fixed = planned(write_recipe({"factorize": stage})).estimate
     for option in ({"beta": "auto"}, {"compressed_prefix_inputs": True}):
         dearer = planned(write_recipe({"factorize": stage | option})).estimate
-        assert fixed.seconds is not None
-        assert dearer.seconds is not None
-        assert dearer.seconds["factorize"] > 1.2 * fixed.seconds["factorize"]
         assert dearer.peak_host_bytes >= fixed.peak_host_bytes
 
 

@@ -16,8 +16,9 @@ import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed check
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
-from ercsvd_deploy.pipelines.stages import running as stages
+from ercsvd_deploy.pipelines.stages import sensitivity
 from ercsvd_deploy.pipelines.stages.factorize.allocated import _interpolate, _spread
+from ercsvd_deploy.pipelines.stages.quantize import stage as quantize_stage
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.flow.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe
@@ -154,13 +155,13 @@ def test_metrics_leave_the_disk_with_the_last_stage_that_reads_them(
     run(recipe)
     expected = hashes(tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "quantize_decoder", Mock(side_effect=KeyboardInterrupt))
+        patched.setattr(quantize_stage, "quantize_decoder", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(recipe)
     kept = {folder.name for folder in (tmp_path / ".out.work").iterdir() if folder.is_dir()}
     assert "factorize" in kept
     assert "sensitivity" not in kept
-    monkeypatch.setattr(stages, "measure_sensitivity", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(sensitivity, "measure_sensitivity", Mock(side_effect=AssertionError))
     run(recipe)
     assert hashes(tmp_path / "out") == expected
 
