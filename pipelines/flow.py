@@ -27,6 +27,7 @@ from ercsvd_deploy.pipelines.stages.work import CompressedModel
 from ercsvd_deploy.pipelines.state.fingerprint import Fingerprints, take_fingerprints
 from ercsvd_deploy.pipelines.state.lock import resumable_directory
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
+from ercsvd_deploy.recipe.load import check_files
 from ercsvd_deploy.recipe.sections import Recipe
 
 
@@ -88,9 +89,12 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
         device: Where layers run; default the GPU if there is one.
     """
     device = device or default_device()
+    check_files(recipe)
     opened = open_model(recipe.model)
-    check_inputs(recipe, opened, target)
     plan = make_plan(recipe, device=device, config=opened.config)
+    check_inputs(recipe, opened, target)
+    for stage in plan.stages:
+        stage.check_here()
     short = check_resources(plan)
     data = load_run_data(recipe, opened)
     original = stream(opened, device)

@@ -7,19 +7,16 @@ from pathlib import Path
 from ercsvd_deploy.exporters.vllm.writer import check_target
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel
 from ercsvd_deploy.pipelines.inputs.texts import check_length
-from ercsvd_deploy.recipe.load import check_files
 from ercsvd_deploy.recipe.sections import Recipe
 
 
 def check_inputs(recipe: Recipe, opened: OpenedModel, target: Path | None) -> None:
-    """Check the files, lengths and the output that a recipe names.
+    """Check the lengths and the output that a recipe names.
 
     Raises:
-        RecipeError: a file of the recipe is not there.
         ExportError: the output cannot be written to.
         CalibrationError: sequences are longer than the model's.
     """
-    check_files(recipe)
     if target is not None:
         check_target(target, opened.directory)
     if recipe.calibration is not None:

@@ -149,6 +149,13 @@ class Stage(ABC):
         del work, candidates
         return Needs()
 
+    def check_here(self) -> None:
+        """Refuse a run that lacks something on this machine, before any data is read.
+
+        Raises:
+            ValueError, RuntimeError: what it lacks, and how to get it.
+        """
+
     def check_data(self, data: RunData) -> Iterable[str]:
         """Return what about the calibration data may make the result worse than hoped.
 

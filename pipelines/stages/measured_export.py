@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from ercsvd_deploy.pipelines.judging.evaluate import run_lm_eval
-from ercsvd_deploy.pipelines.judging.serving_parity import ServingParity, measure_parity
+from ercsvd_deploy.pipelines.judging.evaluate import check_tasks, run_lm_eval
+from ercsvd_deploy.pipelines.judging.serving_parity import ServingParity, check_serving, measure_parity
 from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.work import StageRun
 from ercsvd_deploy.recipe.sections import LmEval
@@ -59,6 +59,18 @@ class MeasuredExportStage(Stage):
             "lm_eval": self.lm_eval and self.lm_eval.model_dump(mode="json"),
             "tensor_parallel_size": self.tensor_parallel_size,
         }
+
+    def check_here(self) -> None:
+        """Refuse tasks that lm-eval does not know, and a parity gate where vLLM is not installed.
+
+        Raises:
+            EvaluationError: lm-eval is not installed, or knows no such task.
+            ServingError: vLLM is not installed.
+        """
+        if self.lm_eval is not None:
+            check_tasks(self.lm_eval.tasks)
+        if self.tensor_parallel_size is not None:
+            check_serving()
 
     def run(self, run: StageRun) -> MeasuredExport:
         """Measure, in processes of their own where vLLM is needed."""
