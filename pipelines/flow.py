@@ -25,7 +25,7 @@ from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, op
 from ercsvd_deploy.pipelines.inputs.run_data import RunData, load_run_data
 from ercsvd_deploy.pipelines.inputs.texts import check_length
 from ercsvd_deploy.pipelines.judging.evaluate import check_tasks
-from ercsvd_deploy.pipelines.judging.serving_parity import check_serving
+from ercsvd_deploy.pipelines.judging.parity.measure import check_serving
 from ercsvd_deploy.pipelines.planning.components import describe_components
 from ercsvd_deploy.pipelines.planning.feasibility import check_resources
 from ercsvd_deploy.pipelines.planning.plan import (
@@ -183,6 +183,7 @@ def compress_and_judge(
     with timed(outcomes.seconds, "evaluate"):
         candidate = compressed.stream()
         comparison = _compare(original, candidate, prepared.data, work, progress)
+    original.forget_inputs()  # it has been run for the last time: vLLM, later, is to find the GPU empty
     recoveries = [each for each in (outcomes.recovered, outcomes.recovered_quantized) if each is not None]
     not_recovered = [warning for each in recoveries for warning in each.warnings()]
     report = Report(

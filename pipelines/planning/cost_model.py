@@ -287,7 +287,7 @@ def _quantize(work: Workload, described: Mapping[str, ModuleDescription]) -> Wor
 def _rounding(rows: int, columns: int) -> Work:
     """GPTQ and rounding to nearest of one matrix, and their losses."""
     return Work(
-        single=9 * rows * columns * columns,
+        single=7 * rows * columns * columns,
         double=columns**3 / 3,
         moved=40 * rows * columns + 40 * columns**2 + 24.0 * rows * columns,
         columns=columns,

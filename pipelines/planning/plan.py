@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from ercsvd_deploy.budget.rank_steps import RankSteps
 from ercsvd_deploy.budget.ranks import RankError, RankPlan, admissible_num_compressed_layers, allocate_ranks
 from ercsvd_deploy.exporters.vllm.cutting import find_uncuttable
-from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, choose_kernels
+from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, ask_kernels, plan_matrices
 from ercsvd_deploy.format.schema import ModuleDescription
 from ercsvd_deploy.models.families import (
     VISION_LANGUAGE_MODEL_TYPES,
@@ -94,10 +94,19 @@ class Plan:
     gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of the dense model's weights on each GPU
     candidates: tuple[CandidatePlan, ...]
     estimate: Estimate  # of memory, disk and time on this machine
-    kernels: tuple[KernelUse, ...]  # that vLLM will use, of the candidate with the most compressed layers
+    kernels: tuple[KernelUse, ...]  # matrices of the candidate with the most compressed layers
     output: str | None  # where the recipe writes to
     patterns: tuple[PatternMatch, ...] = ()  # what the quantize stage's patterns matched
     warnings: tuple[str, ...] = ()
+    kernel_source: str | None = None  # the vLLM that chose the kernels; None: it was not asked
+    kernel_problem: str | None = None  # why it gave no answer
+
+    def with_kernels(self) -> Plan:
+        """Return the plan with the kernels that vLLM chooses; asking takes as long as importing vLLM."""
+        answers = ask_kernels(self.kernels, self.dtype)
+        return replace(
+            self, kernels=answers.uses, kernel_source=answers.source, kernel_problem=answers.problem
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
@@ -321,7 +330,7 @@ def make_plan(recipe: Recipe, *, device: torch.device | None = None) -> Plan:
         gpu_bytes=dense_on_gpu,
         candidates=candidates,
         estimate=estimate(work, described, [each.num_bytes for each in candidates], device),
-        kernels=choose_kernels(described[-1], architecture, sizes),
+        kernels=plan_matrices(described[-1], architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=quantize_plan.matches,
         warnings=(
@@ -329,7 +338,7 @@ def make_plan(recipe: Recipe, *, device: torch.device | None = None) -> Plan:
             *serving_warnings(quantize_plan, described[-1], architecture, sizes, dtype),
             *gpu_warnings(
                 dense_on_gpu,
-                {each.num_compressed_layers: each.gpu_bytes for each in candidates},
+                [each.gpu_bytes for each in candidates],
                 is_quantized=recipe.quantize is not None,
             ),
         ),

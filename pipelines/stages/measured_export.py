@@ -11,9 +11,11 @@ from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
 from ercsvd_deploy.pipelines.judging.evaluate import run_lm_eval
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
-from ercsvd_deploy.pipelines.judging.serving_parity import measure_parity
+from ercsvd_deploy.pipelines.judging.parity.measure import measure_parity
+from ercsvd_deploy.pipelines.judging.parity.prompts import make_prompts
 from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.reporting.files import write_report_files
+from ercsvd_deploy.pipelines.stages.running import timed
 from ercsvd_deploy.recipe.sections import LmEval, Recipe
 
 
@@ -38,15 +40,12 @@ def finish_report(
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             report.warnings.append(f"lm-eval did not finish: {error}")
     if gates is not None and gates.serving_parity is not None:
+        prompts = make_prompts(data.texts, data.picture_prompts, compressed.config)
         try:
-            parity = measure_parity(
-                export,
-                compressed,
-                data.texts,
-                min(recipe.serving.tensor_parallel_sizes),
-                recipe.model.trust_remote_code,
-            )
+            with timed(report.seconds, "serving parity"):
+                parity = measure_parity(export, compressed, prompts, recipe)
             report = replace(report, serving=parity)
+            report.warnings.extend(parity.warnings())
         except (ValueError, OSError, RuntimeError) as error:
             report.warnings.append(f"serving parity was not measured: {error}")
     if gates is not None:
