@@ -1,11 +1,11 @@
 """GPTQ's column loop beside gptqmodel's, in one process: seconds and losses of the same work.
 
-Random weights; inputs whose features are correlated and unequally strong. Both get the weight and the Gram of
-the inputs and make 4-bit integers of it (symmetric, groups of 64, columns in order of falling activation
-energy): the grid, the factorization of the Gram, the loop. Matrices that share inputs are one call of ours and
-one call each of gptqmodel's. Runs of both take turns; of each, the fastest counts.
+Random weights; inputs whose features are correlated and unequally strong. Both get the weight and the Gram
+of the inputs and make 4-bit integers of it (symmetric, groups of 64, columns in order of falling activation
+energy): the grid, the factorization of the Gram, the loop. Matrices that share inputs are one call of ours
+and one call each of gptqmodel's. Runs of both take turns; of each, the fastest counts.
 
-    flock -n /tmp/lock .venv/bin/python benchmarks/gptq_loop.py
+    python benchmarks/gptq_loop.py
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ercsvd_deploy.quantization.gptq import proxy_loss
 from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_columns
 from ercsvd_deploy.quantization.grid import Grid, choose_grid, stack_grids
-from tests.gptqmodel_reference import run_gptqmodel
+from tests.quantization.gptqmodel_reference import run_gptqmodel
 
 GROUP_SIZE = 64
 # What shares inputs: rows and bits of each matrix, then the inputs they have.

@@ -14,6 +14,8 @@ import importlib.util
 import json
 import mimetypes
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +29,10 @@ from typing import Any
 
 PROMPT = "def read_lines(path):\n    with open(path) as "
 START_UP_SECONDS = 600
+LAST_LINES = 15
+# What vLLM's processes write before a line: "(EngineCore pid=7) ERROR 11-26 02:04:50 [core.py:844] ".
+LOG_PREFIX = re.compile(r"^(\([^()]*pid=\d+\) ?)?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
+EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b")
 WITHOUT_TORCHVISION = Path(__file__).resolve().parent / "without_torchvision"
 
 
@@ -56,14 +62,42 @@ def start_server(model: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], port: int) -> bool:
+    """Return whether the server came up, printing a dot every two seconds until it has."""
     deadline = time.monotonic() + START_UP_SECONDS
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return True
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    return False
+    next_dot = time.monotonic()
+    try:
+        while time.monotonic() < deadline and server.poll() is None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    return True
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.25)
+            if time.monotonic() >= next_dot:
+                print(".", end="", flush=True)
+                next_dot += 2
+        return False
+    finally:
+        print()
+
+
+def first_exception(log: str) -> str | None:
+    """Return the exception of the process that failed first; those of the others only follow from it."""
+    lines = [LOG_PREFIX.sub("", line) for line in log.splitlines()]
+    in_traceback = False
+    for line in lines:
+        in_traceback = in_traceback or line.startswith("Traceback (most recent call last)")
+        if in_traceback and EXCEPTION.match(line):
+            return line
+    return None
+
+
+def tell_failure(log: Path, what: str) -> None:
+    """Print what went wrong, and where vLLM's whole log is kept."""
+    text = log.read_text(errors="replace")
+    print("\n".join(text.splitlines()[-LAST_LINES:]), file=sys.stderr)
+    cause = first_exception(text)
+    print(f"error: {what}" + (f": {cause}" if cause else ""), file=sys.stderr)
+    print(f"vLLM's whole log is in {log}", file=sys.stderr)
 
 
 def post(port: int, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -105,35 +139,45 @@ def main() -> int:
         parser.error("--image and --question go together")
     if arguments.image and not arguments.image.is_file():
         parser.error(f"--image: {arguments.image} is no file")
-    with tempfile.TemporaryDirectory() as scratch:
-        log = Path(scratch) / "server.log"
-        port = free_port()
-        print(f"vllm serve {arguments.model} (127.0.0.1:{port}) ...", flush=True)
-        started = time.monotonic()
-        server = start_server(arguments.model, port, log)
-        try:
-            if not wait_until_ready(server, port):
-                print(log.read_text(errors="replace")[-4000:], file=sys.stderr)
-                print("error: the server did not start; its last words are above", file=sys.stderr)
-                return 1
-            ready = f"ready after {time.monotonic() - started:.0f} s"
-            if arguments.image:
-                print(f"{ready}; {arguments.image}: {arguments.question}\n")
-                print(ask_about(port, arguments.model.name, arguments.image, arguments.question))
-            else:
-                print(f"{ready}; prompt and completion:\n")
-                print(arguments.prompt + complete(port, arguments.model.name, arguments.prompt))
-            return 0
-        except urllib.error.HTTPError as error:
-            print(f"error: the server refused: {error.read().decode(errors='replace')}", file=sys.stderr)
+    return serve_and_ask(arguments)
+
+
+def serve_and_ask(arguments: argparse.Namespace) -> int:
+    scratch = Path(tempfile.mkdtemp(prefix="serve-and-ask-"))
+    log = scratch / "server.log"
+    port = free_port()
+    print(f"vllm serve {arguments.model} (127.0.0.1:{port}), ready in half a minute ", end="", flush=True)
+    started = time.monotonic()
+    server = start_server(arguments.model, port, log)
+    is_answered = False
+    try:
+        if not wait_until_ready(server, port):
+            tell_failure(log, "the server did not start")
             return 1
-        finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGTERM)
-                try:
-                    server.wait(timeout=30)
-                except subprocess.TimeoutExpired:
-                    os.killpg(server.pid, signal.SIGKILL)
+        print(f"ready after {time.monotonic() - started:.0f} s; ", end="")
+        if arguments.image:
+            print(f"{arguments.image}: {arguments.question}\n")
+            print(ask_about(port, arguments.model.name, arguments.image, arguments.question))
+        else:
+            print("prompt and completion:\n")
+            print(arguments.prompt + complete(port, arguments.model.name, arguments.prompt))
+        is_answered = True
+        return 0
+    except urllib.error.HTTPError as error:
+        tell_failure(log, f"the server refused: {error.read().decode(errors='replace')}")
+        return 1
+    except (urllib.error.URLError, OSError) as error:  # it went away, or took too long
+        tell_failure(log, f"the server did not answer ({error})")
+        return 1
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+        if is_answered:
+            shutil.rmtree(scratch)
 
 
 if __name__ == "__main__":

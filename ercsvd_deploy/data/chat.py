@@ -142,9 +142,7 @@ def encode_with_images(processor: Any, text: str, images: Sequence[Image], where
     Raises:
         DamagedImageError: the processor cannot make its tensors of a picture.
     """
-    start = processor.tokenizer.bos_token
-    # The template has put the first token there already.
-    options = {"add_special_tokens": False} if start is not None and text.startswith(start) else {}
+    options = _special_tokens(processor, text)
     try:
         encoded = processor(text=[text], images=list(images) or None, return_tensors="pt", **options)
     except (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -160,6 +158,22 @@ def encode_with_images(processor: Any, text: str, images: Sequence[Image], where
             if name not in _TEXT_INPUTS and isinstance(tensor, torch.Tensor)
         },
     )
+
+
+def encode_placeholders(processor: Any, text: str) -> list[int]:
+    """Return the tokens of a text with one image token for each picture, as a server is given them.
+
+    Args:
+        processor: As from `load_processor`.
+        text: From `render`.
+    """
+    return list(processor.tokenizer(text, **_special_tokens(processor, text))["input_ids"])
+
+
+def _special_tokens(processor: Any, text: str) -> dict[str, bool]:
+    """Return what a tokenizer has to be told if the template has put the first token there already."""
+    start = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if start is not None and text.startswith(start) else {}
 
 
 def reply_tokens(processor: Any, context: Sequence[Turn], prompt: str, answer: str, where: str) -> list[int]:

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ercsvd_deploy.data.chat import encode_with_images, load_processor, render, reply_tokens
+from ercsvd_deploy.data.chat import (
+    encode_placeholders,
+    encode_with_images,
+    load_processor,
+    render,
+    reply_tokens,
+)
 from ercsvd_deploy.data.conversations import Conversation, open_images
 from ercsvd_deploy.data.images import DamagedImageError
 from ercsvd_deploy.data.samples import QuestionSample, Sample
 from ercsvd_deploy.data.texts import CalibrationError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 __all__ = [
     "LeftOut",
+    "PicturePrompt",
     "PictureQuestions",
     "PictureSamples",
     "calibration_samples",
     "load_processor",
+    "picture_prompts",
     "question_samples",
 ]
 
@@ -64,6 +75,21 @@ class PictureQuestions(LeftOut):
     """Questions about pictures, at least one, in the order of the dataset."""
 
     questions: tuple[QuestionSample, ...]
+
+
+@dataclass(frozen=True)
+class PicturePrompt:
+    """A question about pictures without its answer, for this package and for a server.
+
+    Attributes:
+        sample: Prompt with a token for each image feature, and the pictures' tensors.
+        tokens: The same with one image token for each picture.
+        pictures: The pictures themselves, in the order of their tokens.
+    """
+
+    sample: Sample
+    tokens: tuple[int, ...]
+    pictures: tuple[Image, ...]
 
 
 def calibration_samples(
@@ -172,6 +198,52 @@ def question_samples(
     if not questions:
         raise CalibrationError(_none_usable("question", damaged, too_long, max_tokens))
     return PictureQuestions(questions=tuple(questions), damaged=tuple(damaged), too_long=too_long)
+
+
+def picture_prompts(
+    conversations: Sequence[Conversation],
+    processor: Any,
+    *,
+    num_prompts: int,
+    image_token_id: int,
+    vocab_size: int,
+    max_tokens: int | None = None,
+) -> list[PicturePrompt]:
+    """Return the first questions of conversations from all over a dataset; fewer if no more can be used.
+
+    Args:
+        conversations: Where to take them from.
+        processor: As from `load_processor`.
+        num_prompts: How many to return.
+        image_token_id: The token in whose places the model puts image features.
+        vocab_size: The model's.
+        max_tokens: Questions that are longer are left out; None: none is.
+
+    Raises:
+        CalibrationError: processor and model do not belong together, or the chat template refuses a turn.
+    """
+    spread = [index * len(conversations) // num_prompts for index in range(num_prompts)]
+    order = dict.fromkeys([*spread, *range(min(len(conversations), _MOST_USELESS))])
+    prompts: list[PicturePrompt] = []
+    for index in order if conversations else ():
+        if len(prompts) == num_prompts:
+            break
+        conversation = conversations[index]
+        turns, where = conversation.turns, conversation.where
+        answered = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+        asked = turns[: answered[0]] if answered else turns
+        text = render(processor, asked, where, for_generation=True)
+        try:
+            pictures = open_images(conversation)[: sum(turn.num_images for turn in asked)]
+            sample = encode_with_images(processor, text, pictures, where)
+        except DamagedImageError:
+            continue  # named where the dataset's samples are made
+        _check_tokens(sample.tokens, len(pictures), image_token_id, vocab_size, where)
+        if pictures and (max_tokens is None or len(sample.tokens) <= max_tokens):
+            prompts.append(
+                PicturePrompt(sample, tuple(encode_placeholders(processor, text)), tuple(pictures))
+            )
+    return prompts
 
 
 def _questions_of(

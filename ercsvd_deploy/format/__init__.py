@@ -1,1 +1,1 @@
-"""What stands on disk: names and shapes of compressed checkpoints, packed integers, tensor files, checksums."""
+"""What stands on disk: names and shapes of compressed checkpoints, integers, tensor files, checksums."""

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
 from ercsvd_deploy.format.tensor_store import CheckpointError, RenamedStore, TensorStore, torch_dtype
+from ercsvd_deploy.linalg.side_by_side import is_small, map_side_by_side
 from ercsvd_deploy.linalg.symmetric import add_symmetric_product
 from ercsvd_deploy.models.families import (
     Architecture,
@@ -33,10 +34,22 @@ from ercsvd_deploy.models.families import (
 from ercsvd_deploy.models.modules import replace_linears
 
 MAX_TOKENS_PER_BATCH = 8192
+_MAX_TOKENS_SIDE_BY_SIDE = 2048  # enough batches for all cores, each small enough for a core's cache
 MAX_LOGITS_AT_ONCE = 2**28
 _FLOATS = ("F32", "F16", "BF16")
 
 _OnCall = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
+
+
+def passes_side_by_side(architecture: Architecture, device: torch.device) -> bool:
+    """Whether batches pass through a layer side by side, each on one core, see `side_by_side`."""
+    linears = architecture.linears
+    return is_small((max(linear.out_features, linear.in_features) for linear in linears), device)
+
+
+def max_tokens_per_batch(architecture: Architecture, device: torch.device) -> int:
+    """Return how many tokens pass through a layer at once, unless one sequence has more."""
+    return _MAX_TOKENS_SIDE_BY_SIDE if passes_side_by_side(architecture, device) else MAX_TOKENS_PER_BATCH
 
 
 class _EmbeddingDone(Exception):  # noqa: N818 - not an error: it ends a forward pass early
@@ -92,6 +105,16 @@ class InputStatistics:
         add_symmetric_product(self.gram, (weights * rows).T, rows)
         self.absolute_sum += (weights * rows.abs()).sum(0)
         self.num_tokens += float(weights.sum())
+
+    def nothing_seen(self) -> InputStatistics:
+        """Return statistics of the same inputs at their start."""
+        return InputStatistics.zeros(len(self.absolute_sum), self.gram.device)
+
+    def take(self, other: InputStatistics) -> None:
+        """Take in what others have seen."""
+        self.gram += other.gram
+        self.absolute_sum += other.absolute_sum
+        self.num_tokens += other.num_tokens
 
     @property
     def mean_absolute(self) -> torch.Tensor:
@@ -218,13 +241,18 @@ class LayerwiseModel:
         """Number of decoder layers."""
         return len(self._layers)
 
+    @property
+    def is_small(self) -> bool:
+        """Whether batches and Linears are worked on side by side, each on one core, see `side_by_side`."""
+        return passes_side_by_side(self.architecture, self.device)
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the precision a tensor is stored in."""
         return torch_dtype(self.store.info(name).dtype)
 
     def batches(self, samples: Sequence[Sample]) -> list[Batch]:
         """Put samples into batches that fit comfortably through one layer."""
-        return make_batches(samples, MAX_TOKENS_PER_BATCH)
+        return make_batches(samples, max_tokens_per_batch(self.architecture, self.device))
 
     @torch.no_grad()
     def embed(
@@ -257,6 +285,13 @@ class LayerwiseModel:
                 # Without padding the arguments depend on the batch's shape alone.
                 self._layer_arguments.setdefault(batch.tokens.shape, calls)
         return hidden
+
+    def forget_inputs(self) -> None:
+        """Let go of what `embed` noted for the layers: masks and rotary embeddings on the device.
+
+        Nothing on the device is held between passes but these; the next `embed` notes them again.
+        """
+        self._layer_arguments.clear()
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -318,10 +353,27 @@ class LayerwiseModel:
                     batches=batches,
                 )
             return
-        for position in range(len(hidden)) if batches is None else batches:
-            weights = token_weights[position] if token_weights is not None else None
-            with _observing(module, observe or {}, weights):
-                hidden[position] = self.run_layer(module, index, hidden[position])
+        totals = observe or {}
+        positions = range(len(hidden)) if batches is None else batches
+        weights = token_weights if token_weights is not None else [None] * len(hidden)
+        if not self.is_small:
+            for position in positions:
+                with _observing(module, totals, weights[position]):
+                    hidden[position] = self.run_layer(module, index, hidden[position])
+            return
+
+        def run(position: int) -> dict[str, InputStatistics]:
+            """Pass one batch through a copy of the layer; return what was seen of its inputs alone."""
+            seen = {name: total.nothing_seen() for name, total in totals.items()}
+            alike = _sharing_tensors(module)
+            with _observing(alike, seen, weights[position]):
+                hidden[position] = self.run_layer(alike, index, hidden[position])
+            return seen
+
+        # Added up in the order of the batches, whichever is ready first.
+        for seen in map_side_by_side(run, positions, small=True):
+            for name, statistics in seen.items():
+                totals[name].take(statistics)
 
     @torch.no_grad()
     def linear_inputs(self, module: nn.Module, index: int, hidden: torch.Tensor, name: str) -> torch.Tensor:
@@ -498,6 +550,12 @@ class LayerwiseModel:
                 module.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.to(
                     self.device
                 )
+
+
+def _sharing_tensors(module: nn.Module) -> nn.Module:
+    """Return a copy of a module that has its tensors but can be observed for itself."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from ercsvd_deploy.quantization.grid import (
 __all__ = [
     "FactorsReport",
     "FactorsTask",
+    "LossOf",
     "MatrixReport",
     "QuantizationSettings",
     "QuantizedFactors",
@@ -126,6 +127,25 @@ def quantize_weight(
     return _run_loop([matrix], factor)[0]
 
 
+class LossOf:
+    """Relative proxy losses of several approximations of one weight, whose own energy is computed once."""
+
+    def __init__(self, weight: Tensor, gram: Tensor) -> None:
+        self._dtype = torch.promote_types(gram.dtype, torch.float32)
+        self._weight, self._gram = weight.detach().to(self._dtype), gram.to(self._dtype)
+        self._energy = self._weighted(self._weight)
+
+    def __call__(self, approximation: Tensor) -> float:
+        """Return `proxy_loss` of an approximation [out, in]."""
+        loss = self._weighted(self._weight - approximation.detach().to(self._dtype))
+        if self._energy > 0:
+            return max(loss, 0.0) / self._energy
+        return 0.0 if loss <= 0 else float("inf")
+
+    def _weighted(self, error: Tensor) -> float:
+        return float(((error @ self._gram) * error).sum())
+
+
 def proxy_loss(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
     """Return tr(E G E^T) / tr(W G W^T) for E = W - approximation: the relative error of the layer's output.
 
@@ -134,14 +154,7 @@ def proxy_loss(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
         approximation: [out, in].
         gram: [in, in], at any scale.
     """
-    dtype = torch.promote_types(gram.dtype, torch.float32)
-    weight, gram = weight.detach().to(dtype), gram.to(dtype)
-    error = weight - approximation.detach().to(dtype)
-    loss = float(((error @ gram) * error).sum())
-    norm = float(((weight @ gram) * weight).sum())
-    if norm > 0:
-        return max(loss, 0.0) / norm
-    return 0.0 if loss <= 0 else float("inf")
+    return LossOf(weight, gram)(approximation)
 
 
 def quantize_together(
@@ -176,11 +189,8 @@ def quantize_together(
     factor = factor or factor_hessian(gram, damping=damping, desc_act=desc_act)
     found = []
     for matrix, gptq in zip(matrices, _run_loop(matrices, factor), strict=True):
-        rtn = matrix.round_to_nearest()
-        report = MatrixReport(
-            gptq_loss=proxy_loss(matrix.dense, gptq.dequantize(), gram),
-            rtn_loss=proxy_loss(matrix.dense, rtn.dequantize(), gram),
-        )
+        rtn, loss_of = matrix.round_to_nearest(), LossOf(matrix.dense, gram)
+        report = MatrixReport(loss_of(gptq.dequantize()), loss_of(rtn.dequantize()))
         found.append((gptq if method == report.method == "gptq" else rtn, report))
     return found
 
@@ -292,13 +302,14 @@ class FactorsTask:
             report: Its losses.
             gram: Of the layer's inputs, [in, in].
         """
-        loss_unquantized = proxy_loss(self.weight, _product(*self.unquantized), gram)
+        loss_of = LossOf(self.weight, gram)
+        loss_unquantized = loss_of(_product(*self.unquantized))
         dense_a = first.dequantize()
         dense_b = self.factor_b.detach().float()
-        loss_first_quantized = loss_refitted = proxy_loss(self.weight, dense_b @ dense_a, gram)
+        loss_first_quantized = loss_refitted = loss_of(dense_b @ dense_a)
         if self.refit:
             refitted = refit_second_factor(self.weight, dense_a, gram, self.factor_b).float()
-            loss = proxy_loss(self.weight, refitted @ dense_a, gram)
+            loss = loss_of(refitted @ dense_a)
             # Equal at worst in exact arithmetic; a Gram at the edge of float32 must not make things worse.
             if loss < loss_first_quantized:
                 dense_b, loss_refitted = refitted, loss
@@ -318,7 +329,7 @@ class FactorsTask:
                 loss_unquantized=loss_unquantized,
                 loss_first_quantized=loss_first_quantized,
                 loss_refitted=loss_refitted,
-                loss=proxy_loss(self.weight, second.dequantize() @ dense_a, gram),
+                loss=loss_of(second.dequantize() @ dense_a),
             ),
         )
 

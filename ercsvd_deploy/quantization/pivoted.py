@@ -17,11 +17,11 @@ from torch import Tensor
 from ercsvd_deploy.linalg.pivoting import PivotedFactors
 from ercsvd_deploy.quantization.gptq import (
     FactorsReport,
+    LossOf,
     MatrixReport,
     QuantizedFactors,
     RoundingMethod,
     check_weight_and_gram,
-    proxy_loss,
     quantize_better,
     quantize_together,
     transform_gram,
@@ -58,10 +58,10 @@ class PivotedTask:
             report: Its losses.
             gram: Of the layer's inputs, [in, in].
         """
+        loss_of_weight = LossOf(self.weight, gram)
 
         def loss_of(pivot_rows: Tensor, other_rows: Tensor) -> float:
-            product = PivotedFactors(pivot_rows, other_rows, self.pivoted.pivots).product()
-            return proxy_loss(self.weight, product, gram)
+            return loss_of_weight(PivotedFactors(pivot_rows, other_rows, self.pivoted.pivots).product())
 
         pivot_rows, other_rows = first.dequantize(), self.pivoted.other_rows
         loss_first_quantized = loss_refitted = loss_of(pivot_rows, other_rows)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from ercsvd_deploy.recipe.fields import Section, Size, Text, expects, refusal
+from ercsvd_deploy.recipe.fields import Section, Size, Text, expects, refusal, shown
 
 BUILT_IN_TEXT = "built_in_prose"  # name of the text that comes with the package
 
@@ -15,6 +15,33 @@ Limit = Annotated[float, Field(ge=0)]
 LimitFor = Annotated[
     Limit | Mapping[Text, Limit], expects("a number of at least 0, or a mapping of names to such numbers")
 ]
+
+
+Difference = Annotated[float, Field(gt=0)]
+
+
+class ServingParityGate(Section):
+    """Whether vLLM computes what this package does: the limit, and how vLLM is run to find out."""
+
+    mean_difference: Difference = Field(
+        description="Largest mean absolute difference, in nats, between vLLM's log-probabilities of tokens "
+        "and this package's own. It holds for every tensor-parallel size that is measured, for texts and for "
+        "pictures, for the prompts' tokens and for those that vLLM generates greedily behind them. Two "
+        "correct bfloat16 programs differ by a few hundredths."
+    )
+    eager: bool = Field(
+        default=False,
+        description="Run vLLM with `enforce_eager`, which starts sooner, instead of as users do: compiled, "
+        "and with CUDA graphs where there are any.",
+    )
+
+
+def _number_means_limit(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"mean_difference": value}
+    if not isinstance(value, Mapping | ServingParityGate):
+        raise refusal(f"is {shown(value)}; it must be a number above 0, or a mapping with mean_difference")
+    return value
 
 
 class Gates(Section):
@@ -51,11 +78,18 @@ class Gates(Section):
     max_size_ratio: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Largest size of all tensors as a share of the original's."
     )
-    serving_parity: Annotated[float, Field(gt=0)] | None = Field(
+    serving_parity: (
+        Annotated[
+            ServingParityGate,
+            BeforeValidator(_number_means_limit, json_schema_input_type=Difference | ServingParityGate),
+        ]
+        | None
+    ) = Field(
         default=None,
-        description="Largest mean absolute difference, in nats, between vLLM's log-probabilities of the "
-        "tokens of a text and this package's own. The export is loaded in vLLM, which must be installed. "
-        "Two correct bfloat16 programs differ by a few hundredths.",
+        description="The export is loaded in vLLM, which must be installed, at every size of "
+        "`serving.tensor_parallel_sizes` for which this machine has the GPUs (or, for vLLM's CPU build, the "
+        "cores), and must compute there what it should. A number is the `mean_difference` of the mapping "
+        "below. Where vLLM fails, all it printed is kept beside the export, as `NAME.vllm.log`.",
     )
     built_in_text: bool = Field(
         default=True,

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ercsvd_deploy.recipe.gates import Gates
+from ercsvd_deploy.recipe.gates import Gates, ServingParityGate
 from ercsvd_deploy.recipe.sections import (
     Calibration,
     Evaluation,
@@ -60,6 +60,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`evaluation.visual_questions`": VisualQuestions,
     "`evaluation.lm_eval`": LmEval,
     "`gates`": Gates,
+    "`gates.serving_parity`": ServingParityGate,
     "`serving`": Serving,
     "`export`": Export,
 }

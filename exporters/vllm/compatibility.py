@@ -9,8 +9,10 @@ places are tried in order. To take in a new release, run `make test-vllm-matrix`
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 TESTED_RELEASES = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
@@ -38,6 +40,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     # kernels of integer matrices
     "MPLinearLayerConfig": ("vllm.model_executor.kernels.linear",),
     "choose_mp_linear_kernel": ("vllm.model_executor.kernels.linear",),
+    "marlin_padded_nk": (f"{_LAYERS}.quantization.utils.marlin_utils",),
     "scalar_types": ("vllm.scalar_type",),
     "current_platform": ("vllm.platforms",),
     "envs": ("vllm",),
@@ -119,3 +122,94 @@ def kernel_config(
     config_class = __getattr__("MPLinearLayerConfig")
     known = {field.name for field in dataclasses.fields(config_class)}
     return config_class(**{name: value for name, value in fields.items() if name in known})
+
+
+def padded_shape(kernel: str, shape: tuple[int, int], group_size: int) -> tuple[int, int]:
+    """Return the [rows, columns] to which a kernel fills a matrix up with zeros.
+
+    Args:
+        kernel: name of its class.
+        shape: [rows, columns] on a rank.
+        group_size: Columns that share a scale; -1 for one scale a row.
+    """
+    rows, columns = shape
+    if kernel == "MarlinLinearKernel":
+        try:
+            pad = __getattr__("marlin_padded_nk")
+        except ImportError:  # up to the release that taught Marlin to pad
+            return shape
+        padded: tuple[int, int] = pad(rows, columns, group_size)
+        return padded
+    if kernel == "HummingLinearKernel":  # written into `prepare_humming_linear_layer_config`
+        return -(-rows // 256) * 256, -(-columns // 128) * 128
+    return shape
+
+
+def missing_operator(kernel: str) -> str | None:
+    """Return the name of an operator that a CPU kernel calls and this build of vLLM lacks, else None."""
+    import torch
+
+    operator = {"CPUWNA16LinearKernel": "cpu_gemm_wna16"}.get(kernel)
+    return operator if operator and not hasattr(torch.ops._C, operator) else None
+
+
+def replace_platform(platform: Any) -> None:
+    """Put an object in the place of vLLM's platform, in every module that has it or will ask for it.
+
+    `has_humming` is replaced with it, since the CUDA wheel always brings that package: it then is true where
+    `platform.is_cuda()` is.
+    """
+    import vllm.platforms
+
+    def has_humming() -> bool:
+        return bool(platform.is_cuda())
+
+    real = __getattr__("current_platform")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.") and module is not None:
+            if vars(module).get("current_platform") is real:
+                vars(module)["current_platform"] = platform
+            if "has_humming" in vars(module) and name != "vllm.utils.import_utils":
+                vars(module)["has_humming"] = has_humming
+    vars(vllm.platforms)["current_platform"] = platform
+
+
+def platform_of(kind: str, capability: tuple[int, int] | None) -> Any:
+    """Return a platform of vLLM's that says what a machine with such an accelerator would say.
+
+    Args:
+        kind: vLLM's name of the platform: CUDA, ROCM or CPU.
+        capability: what `get_device_capability` returns, as (major, minor).
+    """
+    from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
+
+    if kind == "CPU":
+        from vllm.platforms.cpu import CpuPlatform
+
+        return CpuPlatform()
+    if kind == "ROCM":
+        # kernels ask this module for the chip, and it asks the driver: here it is a data-centre one (MI300)
+        chip = ModuleType("vllm.platforms.rocm")
+        vars(chip)["__getattr__"] = lambda name: lambda *_: name == "on_mi3xx"
+        sys.modules[chip.__name__] = chip
+
+    class StubbedPlatform(Platform):  # type: ignore[misc]  # vLLM's classes are Any to mypy
+        _enum = PlatformEnum[kind]
+        device_name = kind.lower()
+        device_type = "cpu"  # where tensors are
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> Any:
+            del device_id
+            return None if capability is None else DeviceCapability(*capability)
+
+        @classmethod
+        def get_device_name(cls, device_id: int = 0) -> str:
+            return f"stubbed {kind} {device_id}"
+
+        @classmethod
+        def num_compute_units(cls, device_id: int = 0) -> int:
+            del device_id
+            return 132
+
+    return StubbedPlatform()

@@ -146,7 +146,7 @@ def _uncuttable_pivots(
             return [
                 f"{name} at tensor parallel size {size}: its {description.rank} pivots lie in "
                 f"{description.pivot_blocks} equal blocks, which cannot be cut into {parts}; tensor parallel "
-                "sizes 1, 2, 4 and 8 can be had by a rank_multiple of auto or 8, others by layout low_rank"
+                "sizes 1, 2, 4 and 8 can be had by rank_multiple auto or 8, others by layout low_rank"
             ]
     return []
 

@@ -18,17 +18,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ercsvd_deploy.exporters.vllm.cutting import BLOCK
 from ercsvd_deploy.exporters.vllm.kernels import lowrank_linear as ops  # noqa: F401 - defines torch.ops.ercsvd
 from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
-from ercsvd_deploy.exporters.vllm.loading import (
-    OrderPlacement,
-    Placement,
-    Projection,
-    ProjectionLoader,
-)
+from ercsvd_deploy.exporters.vllm.layer_plan import PlannedMatrix, Projection, plan_second, plan_stacks
+from ercsvd_deploy.exporters.vllm.loading import OrderPlacement, Placement, ProjectionLoader
 from ercsvd_deploy.exporters.vllm.matrices import Matrix, PackedMatrix, PlainMatrix
-from ercsvd_deploy.format.schema import WeightQuantization
 
 
 @dataclass(frozen=True)
@@ -67,8 +61,14 @@ class StackedLinear(nn.Module):
         self._dtype = dtype
         self._allow_op = allow_op
         self._uses_op = False
-        self._stacks = [self._stack(projections, members) for members in _alike(projections)]
-        self._seconds = [self._second(projection) for projection in projections]
+        self._stacks = [
+            _Stack(self._matrix(stack.matrix), stack.projections, stack.widths)
+            for stack in plan_stacks(projections)
+        ]
+        self._seconds = [
+            None if second is None else _Second(self._matrix(second), second.shape[0])
+            for second in map(plan_second, projections)
+        ]
         self._register_matrices()
         orders = self._order_outputs(projections)
         self.loaders = [
@@ -126,36 +126,6 @@ class StackedLinear(nn.Module):
     def _register_matrices(self) -> None:
         self.matrices = nn.ModuleList(self._matrices())
 
-    def _stack(self, projections: Sequence[Projection], members: Sequence[int]) -> _Stack:
-        stacked = [projections[index] for index in members]
-        widths = [_length(projection.first_rows) for projection in stacked]
-        full_rows = sum(_full_shape(projection, projection.first_part)[0] for projection in stacked)
-        lead = stacked[0]
-        matrix = self._matrix(
-            ", ".join(f"{projection.name}.{projection.first_part}".rstrip(".") for projection in stacked),
-            (sum(widths), _length(lead.columns)),
-            (full_rows, lead.description.shape[1]),
-            _quantization(lead, lead.first_part),
-        )
-        return _Stack(matrix, tuple(members), tuple(widths))
-
-    def _second(self, projection: Projection) -> _Second | None:
-        part = projection.second_part
-        if part is None:
-            return None
-        full_rows, columns = _full_shape(projection, part)
-        width = _length(projection.second_rows)
-        quantization = _quantization(projection, part)
-        if quantization is not None and projection.description.layout == "pivoted":
-            # How many rows are not pivots is nobody's choice, and integer kernels take whole blocks only.
-            num_ranks = full_rows // width
-            width = -(-width // BLOCK) * BLOCK
-            full_rows = num_ranks * width
-        matrix = self._matrix(
-            f"{projection.name}.{part}", (width, columns), (full_rows, columns), quantization
-        )
-        return _Second(matrix, width)
-
     def _order_outputs(self, projections: Sequence[Projection]) -> list[OrderPlacement | None]:
         """Make `order`, unless no projection is pivoted; return where their row orders go.
 
@@ -191,16 +161,12 @@ class StackedLinear(nn.Module):
             for view, starts in zip(views, placements, strict=True)
         ]
 
-    def _matrix(
-        self,
-        name: str,
-        shape: tuple[int, int],
-        full_shape: tuple[int, int],
-        quantization: WeightQuantization | None,
-    ) -> Matrix:
-        if quantization is None:
-            return PlainMatrix(*shape, self._dtype)
-        return PackedMatrix(name, shape, full_shape, quantization, self._dtype, self._record)
+    def _matrix(self, planned: PlannedMatrix) -> Matrix:
+        if planned.quantization is None:
+            return PlainMatrix(*planned.shape, self._dtype)
+        return PackedMatrix(
+            planned.name, planned.shape, planned.full_shape, planned.quantization, self._dtype, self._record
+        )
 
     def _placements(self, index: int, projection: Projection) -> dict[str, Placement]:
         stack = next(stack for stack in self._stacks if index in stack.projections)
@@ -216,22 +182,6 @@ class StackedLinear(nn.Module):
                 second.matrix, projection.second_rows, slice(0, projection.description.rank)
             )
         return placements
-
-
-def _alike(projections: Sequence[Projection]) -> list[list[int]]:
-    """Return the projections' numbers, grouped by how their first matrix is stored."""
-    groups: dict[WeightQuantization | None, list[int]] = {}
-    for index, projection in enumerate(projections):
-        groups.setdefault(_quantization(projection, projection.first_part), []).append(index)
-    return list(groups.values())
-
-
-def _full_shape(projection: Projection, part: str) -> tuple[int, int]:
-    return projection.description.parts[part][0]
-
-
-def _quantization(projection: Projection, part: str) -> WeightQuantization | None:
-    return projection.description.parts[part][1]
 
 
 def _length(block: slice) -> int:

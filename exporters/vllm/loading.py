@@ -18,83 +18,22 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ercsvd_deploy.exporters.vllm.layer_plan import Projection
 from ercsvd_deploy.exporters.vllm.matrices import Matrix
 from ercsvd_deploy.format.schema import (
-    FACTOR_A,
-    FACTOR_B,
     FACTOR_PARTS,
-    OTHER_ROWS,
-    PIVOT_ROWS,
     ROW_ORDER,
     WEIGHT,
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     WEIGHT_SHAPE,
     WEIGHT_ZERO_POINT,
-    CheckpointFormatError,
-    ModuleDescription,
 )
 from ercsvd_deploy.linalg.pivoting import row_order_problem
 
 # vLLM's names of the projections in a fused layer: numbers, except for query, key and value
 _ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}
 ShardId = int | str | None
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One Linear of the checkpoint and the block of its weight that this rank holds.
-
-    Attributes:
-        name: its tensor-name prefix in the checkpoint, for messages.
-        description: what is stored; a plain dense matrix where config.json names none.
-        rows: kept outputs, of `description.shape[0]`.
-        columns: kept inputs, of `description.shape[1]`.
-    """
-
-    name: str
-    description: ModuleDescription
-    rows: slice
-    columns: slice
-
-    @property
-    def first_part(self) -> str:
-        """The part that multiplies the layer's input."""
-        return {"low_rank": FACTOR_A, "pivoted": PIVOT_ROWS, "dense": ""}[self.description.layout]
-
-    @property
-    def first_rows(self) -> slice:
-        """Rows of the first part on this rank: outputs that a second part reads are never split."""
-        return self.rows if self.description.rank is None else slice(0, self.description.rank)
-
-    @property
-    def second_part(self) -> str | None:
-        """The part that multiplies the first one's outputs, if there is one."""
-        return {"low_rank": FACTOR_B, "pivoted": OTHER_ROWS, "dense": None}[self.description.layout]
-
-    @property
-    def second_rows(self) -> slice:
-        """Rows of the second part on this rank; every block of outputs has the same number of pivots."""
-        if self.description.layout != "pivoted":
-            return self.rows
-        num_others = self.description.shape[0] - (self.description.rank or 0)
-        parts = self.description.shape[0] // (self.rows.stop - self.rows.start)
-        index = self.rows.start * parts // self.description.shape[0]
-        return slice(index * num_others // parts, (index + 1) * num_others // parts)
-
-    def check_pivots(self) -> None:
-        """Refuse a block of outputs that would not have its share of the pivots.
-
-        Raises:
-            CheckpointFormatError: it would not.
-        """
-        blocks = self.description.pivot_blocks
-        parts = self.description.shape[0] // (self.rows.stop - self.rows.start)
-        if blocks is not None and blocks % parts:
-            raise CheckpointFormatError(
-                f"{self.name}: its pivots lie in {blocks} equal blocks of outputs, which cannot be cut into "
-                f"{parts}: serve with a tensor_parallel_size that divides {blocks}"
-            )
 
 
 @dataclass(frozen=True)
@@ -190,15 +129,6 @@ class ProjectionLoader:
             self._refused.append(
                 f"mis-shaped: {self._name}.{leaf} says {stated}, config.json describes {list(expected)}"
             )
-
-
-def keep_of_rank(full: int, local: int, tp_rank: int, tp_size: int) -> slice:
-    """Return the block of a dimension that a tensor-parallel rank holds.
-
-    A dimension in fewer blocks than ranks is replicated: of 2 blocks, rank 3 of 4 holds block 1 (KV heads).
-    """
-    block = tp_rank * (full // local) // tp_size
-    return slice(block * local, (block + 1) * local)
 
 
 def add_gates(

@@ -22,12 +22,11 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
 )
 from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
 from ercsvd_deploy.exporters.vllm.layer import StackedLinear
+from ercsvd_deploy.exporters.vllm.layer_plan import Projection, keep_of_rank
 from ercsvd_deploy.exporters.vllm.loading import (
-    Projection,
     ProjectionLoader,
     ShardId,
     add_gates,
-    keep_of_rank,
     shard_index,
 )
 from ercsvd_deploy.format.schema import GUARD, GUARD_SHAPE, CheckpointFormatError, ModuleDescription

@@ -73,7 +73,7 @@ def plan(
         with quiet_libraries():
             from ercsvd_deploy.pipelines.planning.plan import make_plan
 
-            made = make_plan(loaded, device=find_device(device))
+            made = make_plan(loaded, device=find_device(device)).with_kernels()
         if as_json:
             print_json(made.as_json())
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ercsvd_deploy.data.conversations import (
@@ -13,13 +13,15 @@ from ercsvd_deploy.data.conversations import (
 )
 from ercsvd_deploy.data.pictures import (
     LeftOut,
+    PicturePrompt,
     PictureQuestions,
     PictureSamples,
     calibration_samples,
+    picture_prompts,
     question_samples,
 )
 from ercsvd_deploy.data.texts import CalibrationError
-from ercsvd_deploy.recipe.sections import Calibration
+from ercsvd_deploy.recipe.sections import Calibration, Recipe
 from ercsvd_deploy.recipe.vision import (
     ConversationFile,
     ImageFolder,
@@ -114,6 +116,41 @@ def ask_questions(
             raise CalibrationError(f"{where}: {error}") from error
         notes += _left_out(where, conversations, questions[name])
     return questions, notes
+
+
+def shown_to_vllm(recipe: Recipe) -> list[PictureDataset]:
+    """Return the datasets with whose pictures vLLM is tried: those of questions, else calibration's."""
+    if recipe.evaluation.visual_questions:
+        return [section.dataset for section in recipe.evaluation.visual_questions.values()]
+    calibration = recipe.vision.calibration if recipe.vision is not None else None
+    return [] if calibration is None else [calibration]
+
+
+def draw_prompts(
+    datasets: Sequence[PictureDataset],
+    processor: Any,
+    config: Any,
+    *,
+    num_prompts: int,
+    max_tokens: int | None,
+) -> list[PicturePrompt]:
+    """Return questions about pictures, in equal shares from every dataset, `num_prompts` or a few more.
+
+    Raises:
+        CalibrationError: a dataset cannot be read.
+    """
+    each = -(-num_prompts // len(datasets))
+    prompts = []
+    for dataset in datasets:
+        prompts += picture_prompts(
+            read_pictures(dataset, _SPARE_RECORDS * each),
+            processor,
+            num_prompts=each,
+            image_token_id=config.image_token_index,
+            vocab_size=config.get_text_config().vocab_size,
+            max_tokens=max_tokens,
+        )
+    return prompts
 
 
 def _left_out(field: str, conversations: Conversations, used: LeftOut) -> list[str]:

@@ -32,8 +32,16 @@ class _Change(BaseModel):
     logprob_kl: dict[str, float | None] = {}
 
 
+class _ServingFailure(BaseModel):
+    tensor_parallel_size: int
+    process: str = ""
+    exception: str = ""
+
+
 class _Serving(BaseModel):
     mean_difference: float | None = None
+    failures: list[_ServingFailure] = []  # this and the next are not in older reports
+    not_measured: dict[str, str] = {}
 
 
 class _Judged(BaseModel):

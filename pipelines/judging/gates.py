@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from junitparser import Failure, JUnitXml, TestCase, TestSuite
 
+from ercsvd_deploy.exporters.vllm.engines.failure import one_line
 from ercsvd_deploy.recipe.fields import parse_size
 from ercsvd_deploy.recipe.gates import Gates
 
@@ -25,6 +26,7 @@ class GateResult:
     limit: float
     value: float | None  # None: not measured, or not finite
     passed: bool
+    reason: str | None = None  # why nothing was measured, where that is known
 
     @property
     def name(self) -> str:
@@ -34,7 +36,8 @@ class GateResult:
     def explain(self) -> str:
         """Return the verdict in one line."""
         if self.value is None:
-            return f"{self.name}: not measured, or not finite; the limit is {self.limit:g}"
+            why = f" ({self.reason})" if self.reason else ", or not finite"
+            return f"{self.name}: not measured{why}; the limit is {self.limit:g}"
         sign = "<=" if self.passed else ">"
         return f"{self.name}: {self.value:.4g} {sign} {self.limit:.4g}"
 
@@ -98,8 +101,10 @@ def judge_gates(gates: Gates, report: Mapping[str, Any]) -> list[GateResult]:
         ratio = size / whole if size is not None and whole else None
         results.append(_result("max_size_ratio", None, gates.max_size_ratio, ratio))
     if gates.serving_parity is not None:
-        parity = (report.get("serving") or {}).get("mean_difference")
-        results.append(_result("serving_parity", None, gates.serving_parity, parity))
+        serving = report.get("serving") or {}
+        value = serving.get("mean_difference")
+        result = _result("serving_parity", None, gates.serving_parity.mean_difference, value)
+        results.append(result if value is not None else replace(result, reason=_why_not_served(serving)))
     return results
 
 
@@ -127,6 +132,17 @@ _ValueOf = Callable[[str], float | None]
 
 def _result(gate: str, subject: str | None, limit: float, value: float | None) -> GateResult:
     return GateResult(gate, subject, limit, value, value is not None and value <= limit)
+
+
+def _why_not_served(serving: Mapping[str, Any]) -> str | None:
+    """Return on one line why serving parity was not measured; None if the report does not say."""
+    failures = serving.get("failures") or ()
+    if failures:
+        first = failures[0]
+        where = f"vLLM failed at tensor-parallel size {first['tensor_parallel_size']}"
+        return f"{where}: {one_line(first['process'], first['exception'])}"
+    reasons = serving.get("not_measured") or {}
+    return "; ".join(f"tensor-parallel size {size}: {reason}" for size, reason in reasons.items()) or None
 
 
 def _increase(before: float | None, after: float | None) -> float | None:

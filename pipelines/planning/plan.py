@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ercsvd_deploy.exporters.vllm.cutting import find_uncuttable
-from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, choose_kernels
+from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, ask_kernels, plan_matrices
 from ercsvd_deploy.models.families import (
     VISION_LANGUAGE_MODEL_TYPES,
     Architecture,
@@ -78,13 +78,22 @@ class Plan:
     gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of the dense model's weights on each GPU
     candidates: tuple[CandidatePlan, ...]
     estimate: Estimate  # of memory, disk and time on this machine
-    kernels: tuple[KernelUse, ...]  # that vLLM will use, of the candidate with the most compressed layers
+    kernels: tuple[KernelUse, ...]  # matrices of the candidate with the most compressed layers
     output: str | None  # where the recipe writes to
     patterns: tuple[PatternMatch, ...] = ()  # what the quantize stage's patterns matched
     notes: tuple[str, ...] = ()  # what the run itself will decide
     warnings: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()  # in the order in which they run
     architecture: Architecture | None = None
+    kernel_source: str | None = None  # the vLLM that chose the kernels; None: it was not asked
+    kernel_problem: str | None = None  # why it gave no answer
+
+    def with_kernels(self) -> Plan:
+        """Return the plan with the kernels that vLLM chooses; asking takes as long as importing vLLM."""
+        answers = ask_kernels(self.kernels, self.dtype)
+        return replace(
+            self, kernels=answers.uses, kernel_source=answers.source, kernel_problem=answers.problem
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values; of stages, the names."""
@@ -170,7 +179,7 @@ def make_plan(recipe: Recipe, *, device: torch.device | None = None, config: Any
         gpu_bytes=dense_on_gpu,
         candidates=shown,
         estimate=estimate(work, described, [each.num_bytes for each in shown], device),
-        kernels=choose_kernels(described[-1], architecture, sizes),
+        kernels=plan_matrices(described[-1], architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=storing.matches,
         notes=_allocation_note(recipe),
@@ -178,7 +187,7 @@ def make_plan(recipe: Recipe, *, device: torch.device | None = None, config: Any
             *serving_warnings(storing, described[-1], architecture, sizes, dtype),
             *gpu_warnings(
                 dense_on_gpu,
-                {each.num_compressed_layers: each.gpu_bytes for each in shown},
+                [each.gpu_bytes for each in shown],
                 is_quantized=recipe.quantize is not None,
             ),
         ),

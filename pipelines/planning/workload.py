@@ -41,7 +41,10 @@ class Sequences:
 
     @property
     def batch_rows(self) -> int:
-        """Sequences that are computed at once."""
+        """Sequences that are computed at once.
+
+        A small model's pass in smaller batches side by side (`layerwise`): no more than this on four cores.
+        """
         return min(self.count, max(1, MAX_TOKENS_PER_BATCH // self.length))
 
     @property

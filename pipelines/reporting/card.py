@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.rows import (
     Row,
     describe_treatment,
@@ -222,9 +223,19 @@ def _limits(report: ReportDocument) -> str:
         "It answers differently from the original, by as much as the table says on what was measured there; "
         "what was not measured may have suffered more.",
         "It needs ercsvd-deploy: without it, vLLM and transformers refuse the directory.",
+        *_unserved(report),
         *(escaped(warning) for warning in report.warnings),
     ]
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _unserved(report: ReportDocument) -> list[str]:
+    """Say at which sizes vLLM failed; what it printed tells of a machine and not of the model."""
+    failures = report.serving.failures if report.serving is not None else []
+    if not failures:
+        return []
+    listed = " and ".join(str(failure.tensor_parallel_size) for failure in failures)
+    return [f"When it was made, vLLM failed to serve it at tensor-parallel size {listed}: see {REPORT_FILE}."]
 
 
 def _licence(directory: Path) -> str:

@@ -15,8 +15,15 @@ from rich.text import Text
 
 from ercsvd_deploy.evaluation.comparison import Change
 from ercsvd_deploy.pipelines.judging.gates import GateResult
-from ercsvd_deploy.pipelines.judging.serving_parity import ServingParity
+from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
 from ercsvd_deploy.pipelines.planning.components import Component
+from ercsvd_deploy.pipelines.reporting.serving import (
+    SERVING_HEADS,
+    SERVING_TITLE,
+    failure_text,
+    failure_title,
+    serving_rows,
+)
 from ercsvd_deploy.pipelines.stages.contract import Table
 
 REPORT_FILE = "ercsvd_report.json"
@@ -104,6 +111,8 @@ def render(report: Report) -> RenderableType:
     if len(report.components) > 1:
         parts.append(component_table(report.components))
     parts.extend(rich_table(table) for table in report.tables)
+    if report.serving is not None:
+        parts.extend(_serving_parts(report.serving))
     if report.gates:
         parts.append(gate_table(report.gates))
     parts.extend(Text(note) for note in report.resumed)
@@ -165,6 +174,24 @@ def gate_table(gates: Sequence[GateResult]) -> RichTable:
         style, verdict = (None, "passed") if gate.passed else ("red", "MISSED")
         table.add_row(gate.name, measured, f"{gate.limit:,.4g}", verdict, style=style)
     return table
+
+
+def _serving_parts(parity: ServingParity) -> list[RenderableType]:
+    """Return the table of what was measured in vLLM, and why it failed where it did."""
+    serving = finite(asdict(parity))
+    parts: list[RenderableType] = []
+    rows = serving_rows(serving)
+    if rows:
+        table = RichTable(title=SERVING_TITLE, title_justify="left")
+        for head in SERVING_HEADS:
+            table.add_column(head, justify="left" if head in SERVING_HEADS[:2] else "right")
+        for row in rows:
+            table.add_row(*row)
+        parts.append(table)
+    for failure in serving["failures"]:
+        said = f"{failure_title(failure)}:\n{failure_text(failure, with_excerpt=False)}"
+        parts.append(Text(said, style="red", overflow="fold"))
+    return parts
 
 
 def component_table(components: Sequence[Component]) -> RichTable:

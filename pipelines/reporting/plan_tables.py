@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse
+from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, columns_that_agree, without_shape
 from ercsvd_deploy.pipelines.planning.plan import CandidatePlan, Plan
 from ercsvd_deploy.pipelines.reporting.document import component_table
 from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch
@@ -30,7 +30,10 @@ def render(plan: Plan) -> RenderableType:
     parts += [_size_table(plan), _gpu_table(plan)]
     if plan.patterns:
         parts.append(_pattern_table(plan.patterns))
-    parts += [_kernel_table(plan), _resource_table(plan), Text(_machine_line(plan))]
+    parts.append(_kernel_table(plan))
+    if plan.kernel_problem:
+        parts.append(Text(f"vLLM is needed to say which kernels multiply them: {plan.kernel_problem}"))
+    parts += [_resource_table(plan), Text(_machine_line(plan))]
     parts.extend(Text(f"assumed: {assumption}") for assumption in plan.estimate.assumptions)
     parts.extend(Text(f"note: {note}") for note in plan.notes)
     parts.extend(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings)
@@ -123,19 +126,21 @@ def _rank_table(candidate: CandidatePlan) -> Table:
 
 def _kernel_table(plan: Plan) -> Table:
     """Matrices that are stored alike and have the same kernels in one row; `--json` has every shape."""
-    table = Table(title="Matrices on each GPU, and vLLM's kernels for them", title_justify="left")
+    kernels = columns_that_agree(plan.kernels)
+    named = f", and what multiplies them ({plan.kernel_source})" if plan.kernel_source else ""
+    table = Table(title=f"Matrices on each device{named}", title_justify="left")
     numbers = ("tensor parallel", "matrices", "smallest", "largest")
-    for column in (*numbers, "stored as", "Hopper", "other GPUs", "CPU"):
+    for column in (*numbers, "stored as", *(kernels if plan.kernel_source else ())):
         table.add_column(column, justify="right" if column in numbers else "left")
-    alike: dict[tuple[int, str, str, str, str], list[KernelUse]] = {}
+    alike: dict[tuple[int, str, tuple[str, ...]], list[KernelUse]] = {}
     for use in plan.kernels:
-        key = (use.tensor_parallel_size, use.storage, use.hopper, use.other_gpu, use.cpu)
-        alike.setdefault(key, []).append(use)
-    for (size, storage, *kernels), uses in alike.items():
+        chosen = tuple(without_shape(use.kernels[name]) for name in kernels.values())
+        alike.setdefault((use.tensor_parallel_size, use.storage, chosen), []).append(use)
+    for (size, storage, chosen), uses in alike.items():
         smallest, *_, largest = sorted(2 * [(use.rows * use.columns, use.rows, use.columns) for use in uses])
         count = sum(use.layers for use in uses)
         shapes = (f"{rows} x {columns}" for _, rows, columns in (smallest, largest))
-        table.add_row(str(size), str(count), *shapes, storage, *kernels)
+        table.add_row(str(size), str(count), *shapes, storage, *(chosen if plan.kernel_source else ()))
     return table
 
 

@@ -214,14 +214,71 @@ class QuantizeOutcome(Part):
     patterns: list[PatternMatch] = Field(default=[], description="What the recipe's patterns matched.")
 
 
-class ServingParity(Part):
-    """Difference between vLLM's log-probabilities of a text's tokens and this package's own."""
+class LogprobDifference(Part):
+    """Absolute differences between vLLM's log-probabilities and this package's own."""
 
-    mean_difference: float | None = Field(description="Mean of the absolute values, in nats.")
-    largest_difference: float | None = Field(description="Largest absolute value, in nats.")
+    mean: float | None = Field(description="Mean, in nats.")
+    largest: float | None = Field(description="Largest, in nats.")
     num_tokens: Count = Field(description="Tokens compared.")
-    tensor_parallel_size: Count = Field(description="Devices vLLM served on.")
-    vllm_version: str = Field(description="Version of vLLM.")
+
+
+class ServingAgreement(Part):
+    """How far vLLM is from this package on prompts of one kind."""
+
+    subject: Literal["texts", "pictures"] = Field(description="What the prompts are about.")
+    num_prompts: Count = Field(description="How many.")
+    prompt: LogprobDifference = Field(description="Of the prompts' own tokens, image tokens excepted.")
+    decoded: LogprobDifference = Field(
+        description="Of the tokens that vLLM generated greedily; this package has read the same ones before."
+    )
+    together: LogprobDifference = Field(description="Of both.")
+    greedy_agreeing: Count = Field(
+        description="How many of the generated tokens are this package's most probable ones too."
+    )
+
+
+class ServingSize(Part):
+    """What was measured at one tensor-parallel size."""
+
+    tensor_parallel_size: Count = Field(description="Devices, or workers on a CPU.")
+    mode: str = Field(description="How vLLM ran: `eager`, `compiled` or `compiled, with CUDA graphs`.")
+    seconds: float = Field(description="What it took, the start included.")
+    agreements: list[ServingAgreement] = Field(description="On texts, and on pictures if there were any.")
+
+
+class ServingFailure(Part):
+    """Why vLLM did not serve the export at one tensor-parallel size."""
+
+    tensor_parallel_size: Count = Field(description="Devices, or workers on a CPU.")
+    process: str = Field(
+        description="The process that failed first, as vLLM calls it; empty where that is not known."
+    )
+    exception: str = Field(description="Its exception, or how it died.")
+    excerpt: str = Field(description="What it printed about that, such as its traceback.")
+    log: str | None = Field(
+        description="File with all that vLLM printed, beside the export; null if it was not started."
+    )
+
+
+class ServingParity(Part):
+    """Difference between vLLM's log-probabilities of tokens and this package's own."""
+
+    mean_difference: float | None = Field(
+        description="What the gate judges: the largest of all means, of every size, of texts and pictures, "
+        "of prompts and of decoding, in nats; null if vLLM failed at a size. Reports without `sizes` have "
+        "the mean over the prompts' tokens at one size."
+    )
+    largest_difference: float | None = Field(description="Largest absolute value of all, in nats.")
+    num_tokens: Count = Field(description="Tokens compared, at all sizes together.")
+    tensor_parallel_size: Count | None = Field(
+        description="Where the mean is largest; null if nothing was measured."
+    )
+    vllm_version: str = Field(description="Version of vLLM; empty if it never started.")
+    sizes: list[ServingSize] = Field(default=[], description="Every size that was measured.")
+    failures: list[ServingFailure] = Field(default=[], description="Every size at which vLLM failed.")
+    not_measured: dict[str, str] = Field(
+        default={}, description="Tensor-parallel size that this machine cannot run -> why."
+    )
 
 
 class GateResult(Part):
@@ -232,6 +289,9 @@ class GateResult(Part):
     limit: float | None = Field(description="The largest value allowed.")
     value: float | None = Field(description="What was measured; null if nothing was.")
     passed: bool = Field(description="Whether the value is within the limit.")
+    reason: str | None = Field(
+        default=None, description="Why nothing was measured, on one line, where that is known."
+    )
 
     @property
     def name(self) -> str:

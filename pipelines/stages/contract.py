@@ -149,7 +149,7 @@ class Stage(ABC):
         del work, candidates
         return Needs()
 
-    def check_here(self) -> None:
+    def check_here(self) -> None:  # noqa: B027 - few stages have something to refuse
         """Refuse a run that lacks something on this machine, before any data is read.
 
         Raises:

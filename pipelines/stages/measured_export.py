@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from ercsvd_deploy.pipelines.judging.evaluate import check_tasks, run_lm_eval
-from ercsvd_deploy.pipelines.judging.serving_parity import ServingParity, check_serving, measure_parity
+from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity, check_serving, measure_parity
+from ercsvd_deploy.pipelines.judging.parity.prompts import make_prompts
 from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.work import StageRun
 from ercsvd_deploy.recipe.sections import LmEval
@@ -35,11 +36,11 @@ class MeasuredExportStage(Stage):
 
     Attributes:
         lm_eval: The recipe's tasks.
-        tensor_parallel_size: At which vLLM serves it; None: it is not served.
+        is_served: Whether it is served by vLLM, at every tensor-parallel size that this machine can run.
     """
 
     lm_eval: LmEval | None
-    tensor_parallel_size: int | None
+    is_served: bool
 
     name = "measured_export"
 
@@ -50,14 +51,13 @@ class MeasuredExportStage(Stage):
         is_served = recipe.gates is not None and recipe.gates.serving_parity is not None
         if recipe.export.path is None or (recipe.evaluation.lm_eval is None and not is_served):
             return None
-        sizes = recipe.serving.tensor_parallel_sizes
-        return cls(recipe.evaluation.lm_eval, min(sizes) if is_served else None)
+        return cls(recipe.evaluation.lm_eval, is_served)
 
     def settings(self) -> Any:
-        """Return the tasks and the size."""
+        """Return the tasks, and whether the export is served."""
         return {
             "lm_eval": self.lm_eval and self.lm_eval.model_dump(mode="json"),
-            "tensor_parallel_size": self.tensor_parallel_size,
+            "is_served": self.is_served,
         }
 
     def check_here(self) -> None:
@@ -69,7 +69,7 @@ class MeasuredExportStage(Stage):
         """
         if self.lm_eval is not None:
             check_tasks(self.lm_eval.tasks)
-        if self.tensor_parallel_size is not None:
+        if self.is_served:
             check_serving()
 
     def run(self, run: StageRun) -> MeasuredExport:
@@ -82,15 +82,13 @@ class MeasuredExportStage(Stage):
                 measured.compressed_tasks = self._tasks(self.lm_eval, run, export)
             except (ValueError, OSError, RuntimeError, ImportError) as error:
                 measured.problems.append(f"lm-eval did not finish: {error}")
-        if self.tensor_parallel_size is not None:
+        if self.is_served:
+            run.model.original.forget_inputs()  # its last run is over, and vLLM is to find the GPU empty
+            compressed = run.model.stream()
+            prompts = make_prompts(run.data.texts, run.data.picture_prompts, compressed.config)
             try:
-                measured.serving = measure_parity(
-                    export,
-                    run.model.stream(),
-                    run.data.texts,
-                    self.tensor_parallel_size,
-                    run.recipe.model.trust_remote_code,
-                )
+                measured.serving = measure_parity(export, compressed, prompts, run.recipe)
+                measured.problems += measured.serving.warnings()
             except (ValueError, OSError, RuntimeError) as error:
                 measured.problems.append(f"serving parity was not measured: {error}")
         return measured

@@ -32,6 +32,7 @@ from ercsvd_deploy.data.pictures import (
     PictureSamples,
     calibration_samples,
     load_processor,
+    picture_prompts,
     question_samples,
 )
 from ercsvd_deploy.data.texts import CalibrationError
@@ -519,3 +520,39 @@ def test_any_text_is_asked_as_it_is_or_refused(
         found.sample.tokens[found.answer_start : -1], clean_up_tokenization_spaces=False
     )
     assert reply.strip() == answer.strip()
+
+
+def prompts(
+    conversations: Sequence[Conversation], processor: Any, num_prompts: int, **options: Any
+) -> list[Any]:
+    model = {"image_token_id": IMAGE, "vocab_size": VOCABULARY}
+    return picture_prompts(conversations, processor, num_prompts=num_prompts, **model | options)
+
+
+def test_prompts_for_a_server_are_questions_from_all_over_the_dataset(
+    held_out: Sequence[Conversation], processor: Any
+) -> None:
+    made = prompts(held_out, processor, 8)
+    places = [index * len(held_out) // 8 for index in range(8)]
+    asked = ask([held_out[place] for place in places], processor).questions
+    firsts = [question for question in asked if len(question.sample.images) and question.answer_start]
+    by_place = {question.where: question for question in reversed(firsts)}
+    assert len(made) == 8
+    for place, prompt in zip(places, made, strict=True):
+        question = by_place[held_out[place].where]
+        assert torch.equal(prompt.sample.tokens, question.sample.tokens[: question.answer_start])
+        for name, tensor in question.sample.images.items():
+            assert torch.equal(prompt.sample.images[name], tensor)
+        # a server is given one token a picture, and puts the image features there itself
+        spread_out = [token for token in prompt.tokens for _ in range(PATCHES if token == IMAGE else 1)]
+        assert prompt.sample.tokens.tolist() == spread_out
+        assert prompt.tokens.count(IMAGE) == len(prompt.pictures) == 1
+
+
+def test_prompts_pass_over_what_cannot_be_used(processor: Any) -> None:
+    alone = talk(Turn("user", "Describe it.", 1))
+    long = about("word " * 300)
+    made = prompts([damaged("a"), about(), long, alone], processor, 3, max_tokens=100)
+    assert [len(prompt.pictures) for prompt in made] == [1, 1]
+    assert prompts([], processor, 3) == []
+    assert len(prompts([about()], processor, 8)) == 1

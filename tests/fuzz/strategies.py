@@ -38,7 +38,7 @@ DOCUMENTED = (
     QuantizePlanError,
     RecipeError,
 )
-# Test -> cases it draws; `tests/test_fuzz_total.py` adds them up.
+# Test -> cases it draws; `tests/fuzz/test_fuzz_total.py` adds them up.
 CASES: dict[str, int] = {}
 Result = TypeVar("Result")
 Test = TypeVar("Test", bound=Callable[..., None])

@@ -12,9 +12,9 @@ from xml.etree import ElementTree as ET
 import pytest
 import yaml
 
-from ercsvd_deploy.pipelines.judging import serving_parity
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates, junit_xml
-from ercsvd_deploy.pipelines.judging.serving_parity import ServingError, ServingParity
+from ercsvd_deploy.pipelines.judging.parity import measure as serving_parity
+from ercsvd_deploy.pipelines.judging.parity.measure import ServingError, ServingParity
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.stages import measured_export as after_export
 from ercsvd_deploy.recipe.fields import parse_size
@@ -255,12 +255,6 @@ def test_parity_that_cannot_be_measured_is_a_missed_gate_beside_a_finished_expor
     assert code == 3
     assert "serving parity was not measured: vLLM did not serve the export" in out
     assert invoke("verify", tmp_path / "out")[0] == 0
-
-
-def test_failed_engine_is_told_with_its_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving_parity, "_SCORER", "ercsvd_deploy.no_such_module")
-    with pytest.raises(ServingError, match=r"exit code 1(.|\n)*no_such_module"):
-        serving_parity._ask_vllm({})
 
 
 @pytest.mark.vllm

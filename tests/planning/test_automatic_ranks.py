@@ -440,12 +440,15 @@ def test_bytes_of_a_gpu_are_told_beside_those_of_the_dense_model(
                     held += rank * columns + rows // size * rank
         assert candidate.gpu_bytes[size] == 2 * held
         assert candidate.gpu_share[size] == held / dense
-    warned = {
-        size for size in sizes for each in plan.warnings if f"tensor parallel size {size} each GPU" in each
-    }
-    assert warned == {size for size, share in candidate.gpu_share.items() if share > 1}
-    assert 8 in warned
-    assert 1 not in warned
+    [warning] = [each for each in plan.warnings if each.startswith("serving: ")]
+    for size in sizes:
+        shares = [each.gpu_share[size] for each in plan.candidates]
+        told = f" {size} ({min(shares):.2f} to {max(shares):.2f} times)"
+        assert (told in warning) == (max(shares) > 1) == (size > 1)
+    assert "serve copies of the model at tensor parallel size 1, add a quantize stage, or" in warning
+    quantized = make_plan(Recipe.model_validate(raw_recipe(directory, *NATURAL, INT4, sizes=sizes)))
+    assert max(quantized.candidates[-1].gpu_share.values()) < 1
+    assert not any(each.startswith("serving: ") for each in quantized.warnings)
     assert plan.as_json()["gpu_bytes"] == plan.gpu_bytes
     (directory / "recipe.yaml").write_text(json.dumps(raw_recipe(directory, *NATURAL, sizes=[8])))
     shown = CliRunner().invoke(app, ["plan", str(directory / "recipe.yaml")], terminal_width=200).stdout

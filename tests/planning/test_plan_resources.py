@@ -17,8 +17,6 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.exporters.vllm.kernels.choice import NO_KERNEL, cpu_kernel, gpu_kernel, hopper_kernel
-from ercsvd_deploy.format.schema import WeightQuantization
 from ercsvd_deploy.linalg.decomposition import (
     Factors,
     calibration_error,
@@ -319,18 +317,6 @@ def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Monkey
     assert unlimited != 300 * MIB
 
 
-def test_kernels_follow_storage_and_shape() -> None:
-    int4 = WeightQuantization(bits=4, group_size=128, sym=True)
-    assert hopper_kernel(128, 4096, int4) == "Machete"
-    assert hopper_kernel(96, 4096, int4) == "Marlin"
-    assert hopper_kernel(128, 4096, int4.model_copy(update={"group_size": 32})) == "Marlin"
-    assert gpu_kernel(int4) == "Marlin"
-    assert cpu_kernel(96, 4096, int4) == "CPUWNA16"
-    assert hopper_kernel(96, 4096, None) == gpu_kernel(None) == "cuBLAS"
-    int8 = WeightQuantization(bits=8, group_size=128, sym=False)
-    assert (gpu_kernel(int8), cpu_kernel(128, 128, int8)) == (NO_KERNEL, NO_KERNEL)
-
-
 def test_projections_with_one_input_are_one_matrix(write_recipe: RecipeWriter) -> None:
     plan = planned(
         write_recipe(
@@ -354,30 +340,3 @@ def test_projections_with_one_input_are_one_matrix(write_recipe: RecipeWriter) -
         )
         if all(ranks[name] is not None for name in ("mlp.gate_proj", "mlp.up_proj")):
             assert uses[names].rows == sum(ranks[name] or 0 for name in ("mlp.gate_proj", "mlp.up_proj"))
-        assert all(use.cpu == "CPUWNA16" for use in uses.values())
-
-
-@pytest.mark.vllm
-@pytest.mark.parametrize(("rows", "columns"), [(96, 128), (100, 128), (96, 40)])
-@pytest.mark.parametrize(("bits", "sym"), [(4, True), (4, False), (8, True)])
-def test_vllm_agrees_on_a_cpu(rows: int, columns: int, bits: int, sym: bool) -> None:
-    from vllm.model_executor.kernels.linear import MPLinearLayerConfig
-    from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
-    from vllm.scalar_type import scalar_types
-
-    kinds = {
-        (4, True): scalar_types.uint4b8,
-        (4, False): scalar_types.uint4,
-        (8, True): scalar_types.uint8b128,
-    }
-    config = MPLinearLayerConfig(
-        full_weight_shape=(columns, rows),
-        partition_weight_shape=(columns, rows),
-        weight_type=kinds[bits, sym],
-        act_type=torch.bfloat16,
-        group_size=-1,
-        zero_points=not sym,
-    )
-    takes, _ = CPUWNA16LinearKernel.can_implement(config)
-    storage = WeightQuantization(bits=4 if bits == 4 else 8, group_size=-1, sym=sym)
-    assert takes == (cpu_kernel(rows, columns, storage) == "CPUWNA16")

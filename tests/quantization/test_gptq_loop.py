@@ -12,7 +12,7 @@ from torch import Tensor
 from ercsvd_deploy.quantization.gptq import proxy_loss, quantize_together
 from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_columns
 from ercsvd_deploy.quantization.grid import Grid, QuantizationSettings, choose_grid, put_on_grid, stack_grids
-from tests.gptqmodel_reference import import_gptqmodel, run_gptqmodel
+from tests.quantization.gptqmodel_reference import import_gptqmodel, run_gptqmodel
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("ordinary", "dead columns", "ill-conditioned", "few tokens")

@@ -87,6 +87,11 @@ def test_page_says_everything() -> None:
         "ab" * 32,
         "cd" * 32,
         "cpu (x86_64)",
+        "2, compiled, with CUDA graphs",
+        "0.0200, 0.2000",
+        "250 of 256",
+        "vLLM failed at tensor-parallel size 4; Worker_TP3 failed first",
+        "RuntimeError: no room\n\nThe whole log: out/small.vllm.log\n\nTraceback (most recent call last):\n",
         "12.5 s",
         "factorize: 2 of 3 layers",
         "method: erc_svd",
@@ -141,6 +146,9 @@ def everywhere_hostile() -> dict[str, Any]:
         {"label": HOSTILE, "num_bytes": 1500, "perplexity": {HOSTILE: 10.5}, "exact_match": {HOSTILE: 0.5}}
     ]
     report["gates"][0]["gate"] = HOSTILE
+    [failure] = report["serving"]["failures"]
+    failure |= dict.fromkeys(("process", "exception", "excerpt", "log"), HOSTILE)
+    report["serving"]["sizes"][0]["mode"] = HOSTILE
     return report
 
 

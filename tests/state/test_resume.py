@@ -181,6 +181,12 @@ def run_without_export(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 CHANGES = {
     "stages.1.quantize.damping=0.02": ("quantize: computed again, because quantize.damping", {"factorize"}),
+    "stages.1.quantize.group_size=-1": (
+        "quantize: computed again, because quantize.group_size",
+        {"factorize"},
+    ),
+    # Automatic ranks are whole groups of the second factor where the matrix is large enough.
+    "stages.1.quantize.group_size=64": ("factorize: computed again, because rank_steps", set()),
     "stages.0.factorize.beta=0.1": ("factorize: computed again, because factorize.beta", set()),
     "calibration.seed=4": ("factorize: computed again, because calibration_samples", set()),
     "evaluation.max_sequences=3": (

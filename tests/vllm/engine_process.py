@@ -1,4 +1,4 @@
-"""Runs vLLM engines in a process of their own: `python tests/vllm_engine.py` with a JSON request on stdin.
+"""Runs vLLM engines in a process of their own, by a JSON request on stdin.
 
 The request lists engines, built one after the other, and what each is to generate; the answer is written to a
 file as JSON. Only the standard library, vLLM and, for pictures, PIL are imported here, so that the

@@ -112,7 +112,7 @@ def test_required_kernels_stop_the_engine_with_the_reason(
 def answered(engines: list[dict[str, Any]], folder: Path, build: str) -> tuple[list[dict[str, Any]], str]:
     """Return what engines generated on a build, and what they printed."""
     answer = folder / "answer.json"
-    limits = str(REPOSITORY / "tests/limited_cpu")
+    limits = str(REPOSITORY / "tests/vllm/limited_cpu")
     status, printed = run_engines(engines, answer, PYTHONPATH=limits, ERCSVD_TEST_CPU=build)
     assert status == 0, printed[-8000:]
     answers: list[dict[str, Any]] = json.loads(answer.read_text())

@@ -86,7 +86,7 @@ def run_engines(
         "top": TOP,
         "answer": str(answer),
     }
-    command, log = [PYTHON, "tests/vllm_engine.py"], answer.with_suffix(".log")
+    command, log = [PYTHON, "tests/vllm/engine_process.py"], answer.with_suffix(".log")
     with process(command, log, num_ranks, **variables) as engine_process:
         engine_process.communicate(json.dumps(request).encode(), timeout=400)
     return engine_process.returncode, answer.with_suffix(".log").read_text()

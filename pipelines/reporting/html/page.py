@@ -38,6 +38,13 @@ from ercsvd_deploy.pipelines.reporting.schema import (
     RecoverOutcome,
     ReportDocument,
 )
+from ercsvd_deploy.pipelines.reporting.serving import (
+    SERVING_HEADS,
+    SERVING_TITLE,
+    failure_text,
+    failure_title,
+    serving_rows,
+)
 
 PAGE_FILE = "ercsvd_report.html"
 PAGE_NEEDS = "pip install 'ercsvd-deploy[report]'"
@@ -121,6 +128,10 @@ def _contents(report: ReportDocument, directory: Path) -> dict[str, Any]:
         "size_rows": size_rows(report),
         "quality_rows": quality_rows(report),
         "gates": [_gate_line(gate) for gate in report.gates],
+        "failures": [
+            (failure_title(failure), failure_text(failure, with_excerpt=True))
+            for failure in (_serving(report) or {}).get("failures", ())
+        ],
         "parts": list(_part_lines(report)),
         "tables": [_with_short_names(table) for table in _tables(report) if table.rows],
         "recipe_yaml": yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True, width=100),
@@ -227,6 +238,11 @@ def _tables(report: ReportDocument) -> Iterator[DetailTable]:
         )
     if report.recover_quantized is not None:
         yield _recovery_table("scales", report.recover_quantized)
+    yield DetailTable(SERVING_TITLE, SERVING_HEADS, serving_rows(_serving(report)))
+
+
+def _serving(report: ReportDocument) -> dict[str, Any] | None:
+    return None if report.serving is None else report.serving.model_dump()
 
 
 def _recovery_table(trained: str, outcome: RecoverOutcome) -> DetailTable:

@@ -63,6 +63,7 @@ from ercsvd_deploy.pipelines.stages.quantize.pair import (
 from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity
 from ercsvd_deploy.pipelines.state.cache import OUTCOME, FinishedWork
 from ercsvd_deploy.quantization.gptq import FactorsTask, quantize_together
+from ercsvd_deploy.quantization.gptq_loop import HessianFactor, factor_hessian
 from ercsvd_deploy.quantization.grid import put_on_grid
 from ercsvd_deploy.quantization.pivoted import PivotedTask
 from ercsvd_deploy.recipe.stages import Factorize, Quantize
@@ -212,10 +213,13 @@ class _AllocatedStage:
             if found is None:
                 found = {"damages": {}, "spectra": {}}
                 with self.model.layer(layer.index) as module:
-                    for linear in layer.linears:
-                        waiting = self._waiting(layer, linear, module)
-                        found["damages"][linear.name] = self._damages_of(linear, waiting)
-                        found["spectra"][linear.name] = thinned(waiting.decomposition.singular_values)
+                    for group in layer.groups:
+                        factor = None
+                        for linear in group:
+                            waiting = self._waiting(layer, linear, module)
+                            factor = factor or self._hessian_factor(waiting.gram)
+                            found["damages"][linear.name] = self._damages_of(linear, waiting, factor)
+                            found["spectra"][linear.name] = thinned(waiting.decomposition.singular_values)
                 self.work.finish(piece, found)
             damages |= found["damages"]
             spectra |= found["spectra"]
@@ -237,17 +241,29 @@ class _AllocatedStage:
             None if held_out is None else held_out.to(self.model.device),
         )
 
-    def _damages_of(self, linear: LinearShape, waiting: _Waiting) -> list[float]:
+    def _hessian_factor(self, gram: torch.Tensor) -> HessianFactor | None:
+        """Return what GPTQ needs of a Gram, for all bits and ranks of all Linears with these inputs."""
+        if self.quantize is None or not self.task.is_in_bits:
+            return None
+        return factor_hessian(gram, damping=self.quantize.damping, desc_act=self.quantize.desc_act)
+
+    def _damages_of(
+        self, linear: LinearShape, waiting: _Waiting, factor: HessianFactor | None
+    ) -> list[float]:
         options = self.task.options[linear.name]
         truncating = _truncation_damages(self, linear, waiting)
-        quantizing = self._quantization_damages(linear, waiting, truncating)
+        quantizing = self._quantization_damages(linear, waiting, truncating, factor)
         return [
             truncating.get(option.rank or 0, 0.0) + quantizing.get((option.rank, option.quantization), 0.0)
             for option in options
         ]
 
     def _quantization_damages(
-        self, linear: LinearShape, waiting: _Waiting, truncating: Mapping[int, float]
+        self,
+        linear: LinearShape,
+        waiting: _Waiting,
+        truncating: Mapping[int, float],
+        factor: HessianFactor | None,
     ) -> dict[tuple[int | None, WeightQuantization | None], float]:
         """Return what quantizing adds to the damage of options; nothing if the budget is in parameters."""
         if self.quantize is None or not self.task.is_in_bits:
@@ -272,8 +288,7 @@ class _AllocatedStage:
         matrices += [probe.first for *_, probe in probes]
         if not matrices:
             return {}
-        # One factorization of the Gram serves all bits and ranks.
-        quantized = quantize_together(matrices, waiting.gram, method=self.quantize.method)
+        quantized = quantize_together(matrices, waiting.gram, factor=factor, method=self.quantize.method)
         added: dict[tuple[int | None, WeightQuantization | None], float] = {
             (None, storage): _damage(waiting, weight.dequantize())
             for storage, (weight, _) in zip(dense, quantized, strict=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import WEIGHT, ModuleDescription, WeightQuantization
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.linalg.decomposition import Decomposition
+from ercsvd_deploy.linalg.side_by_side import map_side_by_side
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
@@ -241,10 +243,7 @@ class _FactorizeStage:
                 for group in layer.groups
                 for linear in group
             }
-            decompositions = {
-                linear.name: self._decompose(layer, linear, originals[linear.name], inputs[linear.name])
-                for linear in layer.linears
-            }
+            decompositions = self._decompose(layer, originals, inputs)
             residual_ranks = self._choose_residual_ranks(layer, originals, observed)
         else:
             self.model.advance(layer.index, hidden, module=module)
@@ -257,24 +256,15 @@ class _FactorizeStage:
             measured[str(k)] = (
                 LINEARS.validate_python(known["candidates"][str(k)]) if known is not None else []
             )
-            for linear in layer.linears:
-                rank = candidate.plan.ranks.get(linear.name)
-                if rank is None:
-                    if is_new:
-                        measured[str(k)].append(left_dense(linear))
-                    continue
-                weight = originals[linear.name]
-                residual_rank = residual_ranks[linear.name][str(rank)]
-                candidate.residual_ranks[linear.name] = residual_rank
-                factors = truncate_linear(
-                    self.settings, decompositions[linear.name], weight, rank, residual_rank, exact=False
-                )
-                # A pivoted product differs by rounding alone: pivots are only looked for in the chosen k.
-                factors = factors.rounded(self.model.stored_dtype(f"{linear.name}.{WEIGHT}"))
-                if is_new:
-                    found = measure_linear(linear, rank, weight, factors, inputs[linear.name], residual_rank)
-                    measured[str(k)].append(found)
-                _set_weight(module, linear, layer, factors.product().to(weight.dtype))
+            observed_inputs = inputs if is_new else None
+            compress = partial(
+                self._compress, candidate, originals, decompositions, residual_ranks, observed_inputs
+            )
+            compressed = map_side_by_side(compress, layer.linears, small=self.model.is_small)
+            for linear, (weight, lost) in zip(layer.linears, compressed, strict=True):
+                _set_weight(module, linear, layer, weight)
+                if lost is not None:
+                    measured[str(k)].append(lost)
             candidate.linears += measured[str(k)]
             if candidate.hidden is None:
                 candidate.hidden = list(entering)
@@ -296,18 +286,46 @@ class _FactorizeStage:
     def _decompose(
         self,
         layer: LayerLinears,
+        weights: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, InputStatistics | None],
+    ) -> dict[str, Decomposition]:
+        def decompose(linear: LinearShape) -> Decomposition:
+            return decompose_linear(
+                self.settings,
+                linear,
+                weights[linear.name],
+                inputs[linear.name],
+                max_rank=max(self._tried_ranks(linear), default=1),
+                output_metric=self._metric(layer, linear),
+            )
+
+        made = map_side_by_side(decompose, layer.linears, small=self.model.is_small)
+        return {linear.name: each for linear, each in zip(layer.linears, made, strict=True)}
+
+    def _compress(
+        self,
+        candidate: _Candidate,
+        weights: Mapping[str, torch.Tensor],
+        decompositions: Mapping[str, Decomposition],
+        residual_ranks: Mapping[str, Mapping[str, int | None]],
+        inputs: Mapping[str, InputStatistics | None] | None,
         linear: LinearShape,
-        weight: torch.Tensor,
-        statistics: InputStatistics | None,
-    ) -> Decomposition:
-        return decompose_linear(
-            self.settings,
-            linear,
-            weight,
-            statistics,
-            max_rank=max(self._tried_ranks(linear), default=1),
-            output_metric=self._metric(layer, linear),
+    ) -> tuple[torch.Tensor, FactorizedLinear | None]:
+        """Return the weight a candidate gives a Linear and, if its `inputs` are passed, what is lost."""
+        weight, rank = weights[linear.name], candidate.plan.ranks.get(linear.name)
+        if rank is None:
+            return weight, None if inputs is None else left_dense(linear)
+        residual_rank = residual_ranks[linear.name][str(rank)]
+        candidate.residual_ranks[linear.name] = residual_rank
+        factors = truncate_linear(
+            self.settings, decompositions[linear.name], weight, rank, residual_rank, exact=False
         )
+        # A pivoted product differs by rounding alone: pivots are only looked for in the chosen k.
+        factors = factors.rounded(self.model.stored_dtype(f"{linear.name}.{WEIGHT}"))
+        lost = None
+        if inputs is not None:
+            lost = measure_linear(linear, rank, weight, factors, inputs[linear.name], residual_rank)
+        return factors.product().to(weight.dtype), lost
 
     def _tried_ranks(self, linear: LinearShape) -> set[int]:
         ranks = {candidate.plan.ranks.get(linear.name) for candidate in self.candidates.values()}
@@ -387,13 +405,16 @@ class _FactorizeStage:
             if self.work.findings(factors_piece(index)) is not None:
                 continue
             decompositions = self._read_decompositions(layer)
-            tensors: dict[str, torch.Tensor] = {}
             with self.model.layer(layer.index) as module:
-                for linear in layer.linears:
-                    rank = plan.ranks.get(linear.name)
-                    if rank is None:
-                        continue
-                    weight = _weight(module, linear, layer)
+
+                def factorize(
+                    linear: LinearShape,
+                    layer: LayerLinears = layer,
+                    module: nn.Module = module,
+                    decompositions: Mapping[str, Decomposition] = decompositions,
+                ) -> dict[str, torch.Tensor]:
+                    weight, rank = _weight(module, linear, layer), plan.ranks[linear.name]
+                    assert rank is not None
                     factors = truncate_linear(
                         self.settings,
                         decompositions[linear.name],
@@ -403,7 +424,11 @@ class _FactorizeStage:
                         exact=True,
                     )
                     stored = self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
-                    tensors |= factor_tensors(linear.name, factors, described[linear.name], stored)
+                    return factor_tensors(linear.name, factors, described[linear.name], stored)
+
+                linears = [linear for linear in layer.linears if plan.ranks.get(linear.name) is not None]
+                made = map_side_by_side(factorize, linears, small=self.model.is_small)
+                tensors = {name: tensor for each in made for name, tensor in each.items()}
             self.work.finish(factors_piece(index), {}, tensors)
         return self.candidates[k].linears
 

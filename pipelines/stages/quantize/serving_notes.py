@@ -28,56 +28,52 @@ def serving_warnings(
     """
     storages = [storage for each in described.values() for _, storage in each.parts.values() if storage]
     warnings = _fitting_notes(plan, described, tensor_parallel_sizes)
-    if any(storage.bits == 8 or not storage.sym for storage in storages):
+    if any(storage.bits == 8 for storage in storages):
         warnings.append(
-            "quantize: vLLM's CPU build has no kernel for 8-bit integers or zero points; on a CPU such "
-            "matrices are served as plain ones, in the memory that those take"
+            "quantize: vLLM has no kernel for 8-bit weights on a CPU; it would hold these matrices in 16 bits"
         )
     unaligned = find_unaligned(described, architecture, tensor_parallel_sizes)
     if unaligned:
         first = unaligned[0]
         warnings.append(
-            f"quantize: {len(unaligned)} integer matrices have rows or columns on a rank that are no "
+            f"quantize: {len(unaligned)} integer matrices have rows or columns on a GPU that are no "
             f"multiple of {BLOCK} ({first.name} is {first.rows} x {first.columns} at tensor parallel size "
             f"{first.tensor_parallel_size}, say): GPU kernels pad them; where no kernel takes them, as on a "
             "CPU, they are served as plain ones"
         )
     if storages and dtype == "float32":
         warnings.append(
-            "quantize: integer kernels compute in 16 bits; serve with --dtype float16 or bfloat16, or the "
-            "matrices are served as plain ones"
+            "quantize: vLLM's integer kernels compute in 16 bits; served in float32 the matrices take 32. "
+            "Start vLLM with --dtype float16 or bfloat16"
         )
     return warnings
 
 
 def gpu_warnings(
-    dense: Mapping[int, int], candidates: Mapping[int, Mapping[int, int]], *, is_quantized: bool
+    dense: Mapping[int, int], candidates: Sequence[Mapping[int, int]], *, is_quantized: bool
 ) -> list[str]:
-    """Return a line for every tensor parallel size at which a GPU would hold more than of the dense model.
+    """Return a warning if a GPU would hold more than of the dense model, with the sizes at which it would.
 
     Args:
         dense: Tensor parallel size -> bytes of the dense model's weights on each GPU.
-        candidates: Number of compressed layers -> the same of the compressed model.
+        candidates: For every number of compressed layers the same of the compressed model.
         is_quantized: Whether the recipe quantizes.
     """
-    shares = {
-        size: {k: on_gpu[size] / num_bytes for k, on_gpu in candidates.items()}
-        for size, num_bytes in dense.items()
-    }
-    worth = [size for size, by_k in shares.items() if max(by_k.values()) <= 1]
-    fewer = f"serve on {max(worth)} or fewer, as several copies of the model," if worth else "serve on one"
-    remedy = fewer + ("" if is_quantized else ", add a quantize stage,") + " or remove more parameters"
-    warnings = []
-    for size, by_k in shares.items():
-        least, most = min(by_k.values()), max(by_k.values())
-        if most <= 1:
-            continue
-        times = f"{most:.2f}" if f"{least:.2f}" == f"{most:.2f}" else f"{least:.2f} to {most:.2f}"
-        warnings.append(
-            f"serving: at tensor parallel size {size} each GPU holds {times} times the bytes that it would "
-            f"hold of the dense model, because every GPU has one of the two factors whole: {remedy}"
-        )
-    return warnings
+    heavier = []
+    for size, num_bytes in dense.items():
+        shares = [on_gpu[size] / num_bytes for on_gpu in candidates]
+        least, most = f"{min(shares):.2f}", f"{max(shares):.2f}"
+        if max(shares) > 1:
+            heavier.append(f"{size} ({most if least == most else f'{least} to {most}'} times)")
+    if not heavier:
+        return []
+    lighter = [size for size in dense if max(on_gpu[size] / dense[size] for on_gpu in candidates) <= 1]
+    smaller = f"tensor parallel size {max(lighter)}" if lighter else "a smaller size"
+    return [
+        "serving: each GPU holds more bytes of weights than of the dense model at tensor parallel size "
+        f"{', '.join(heavier)}, because every GPU has one of two factors whole: serve copies of the model "
+        f"at {smaller}, {'' if is_quantized else 'add a quantize stage, '}or remove more parameters"
+    ]
 
 
 def _fitting_notes(
@@ -98,8 +94,8 @@ def _fitting_notes(
         which = f"{len(names)} matrices ({names[0]}, say)"
         if storage is None:
             notes.append(
-                f"quantize: {which} stay plain: their columns on a rank are no whole {WORD_BITS}-bit words "
-                f"at tensor parallel sizes {sizes}"
+                f"quantize: {which} stay plain: columns on a GPU, or the rank, are no whole {WORD_BITS}-bit "
+                f"words at tensor parallel sizes {sizes}"
             )
             continue
         groups = "one scale a row, which may cost accuracy"

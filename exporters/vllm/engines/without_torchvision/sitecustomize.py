@@ -32,7 +32,9 @@ class PilTwin:
             return None
         from importlib.util import find_spec
 
-        return None if find_spec("torchvision") else ModuleSpec(name, self)
+        if find_spec("torchvision"):
+            return None
+        return ModuleSpec(name, self)  # type: ignore[arg-type] # a loader without its base class's import
 
     def create_module(self, spec: ModuleSpec) -> None:
         """Leave it to Python to make an empty module."""
@@ -58,9 +60,11 @@ def shadowed() -> ModuleSpec | None:
 
 
 def run(spec: ModuleSpec) -> None:
+    """Execute a module that is not to be found under its name."""
     from importlib.util import module_from_spec
 
     module = module_from_spec(spec)
+    assert spec.loader is not None
     spec.loader.exec_module(module)
 
 

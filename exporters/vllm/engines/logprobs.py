@@ -1,0 +1,84 @@
+"""Score and continue prompts with vLLM, in its own process: `python -m ...served_logprobs REQUEST ANSWER`.
+
+REQUEST is a JSON file {"engine": keyword arguments of `vllm.LLM`, "prompts": a list of {"tokens": ids, one
+image token for each picture, "images": files of pictures}, "num_decoded": tokens to generate for each}.
+ANSWER receives what `score` returns. vLLM keeps memory and processes until its own process ends, hence the
+separate one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def score(engine: dict[str, Any], prompts: list[dict[str, Any]], num_decoded: int) -> dict[str, Any]:
+    """Return what vLLM thinks of every token of the prompts, and of their greedy continuations.
+
+    Returns:
+        {"vllm": its version, "compiled": whether torch.compile is used, "cuda_graphs": whether they are,
+        "outputs": for each prompt {"prompt": the ids that vLLM read, a token for each image feature,
+        "prompt_logprobs": of all of them but the first, "decoded": the ids it generated, "decoded_logprobs":
+        of those}}.
+    """
+    import vllm
+
+    llm = vllm.LLM(disable_log_stats=True, **engine)
+    sampling = vllm.SamplingParams(
+        temperature=0.0,
+        max_tokens=num_decoded,
+        ignore_eos=True,  # every step of decoding is to be compared
+        logprobs=0,  # of the token itself alone
+        prompt_logprobs=0,
+        detokenize=False,
+    )
+    outputs = llm.generate([_request(prompt) for prompt in prompts], sampling, use_tqdm=False)
+    compilation = llm.llm_engine.vllm_config.compilation_config
+    answer = {
+        "vllm": vllm.__version__,
+        "compiled": int(compilation.mode or 0) > 0,
+        "cuda_graphs": compilation.cudagraph_mode.name != "NONE"
+        and bool(compilation.cudagraph_capture_sizes),
+        "outputs": [
+            {
+                "prompt": list(output.prompt_token_ids),
+                "prompt_logprobs": _logprobs(output.prompt_token_ids[1:], output.prompt_logprobs[1:]),
+                "decoded": list(output.outputs[0].token_ids),
+                "decoded_logprobs": _logprobs(output.outputs[0].token_ids, output.outputs[0].logprobs),
+            }
+            for output in outputs
+        ],
+    }
+    llm.llm_engine.engine_core.shutdown()
+    return answer
+
+
+def _request(prompt: dict[str, Any]) -> dict[str, Any]:
+    """Return a prompt as vLLM takes it."""
+    if not prompt["images"]:
+        return {"prompt_token_ids": prompt["tokens"]}
+    from PIL import Image
+
+    pictures = [Image.open(file).convert("RGB") for file in prompt["images"]]
+    return {"prompt_token_ids": prompt["tokens"], "multi_modal_data": {"image": pictures}}
+
+
+def _logprobs(tokens: Any, positions: Any) -> list[float]:
+    """Return the log-probability of the token that stands at each position."""
+    return [position[token].logprob for token, position in zip(tokens, positions, strict=True)]
+
+
+def main() -> None:
+    """Answer one request."""
+    request, answer = (Path(argument) for argument in sys.argv[1:3])
+    asked = json.loads(request.read_text(encoding="utf-8"))
+    found = score(asked["engine"], asked["prompts"], asked["num_decoded"])
+    answer.write_text(json.dumps(found), encoding="utf-8")
+    os._exit(0)  # vLLM's exit handlers wait for processes that are gone already
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Which matrices a layer multiplies on one tensor-parallel rank, as shapes and storage; vLLM is not needed.
+
+The plugin allocates what is planned here, and `ercsvd plan` asks vLLM for kernels for the same matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ercsvd_deploy.exporters.vllm.cutting import BLOCK
+from ercsvd_deploy.format.schema import (
+    FACTOR_A,
+    FACTOR_B,
+    OTHER_ROWS,
+    PIVOT_ROWS,
+    CheckpointFormatError,
+    ModuleDescription,
+    WeightQuantization,
+)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One Linear of the checkpoint and the block of its weight that this rank holds.
+
+    Attributes:
+        name: its tensor-name prefix in the checkpoint, for messages.
+        description: what is stored; a plain dense matrix where config.json names none.
+        rows: kept outputs, of `description.shape[0]`.
+        columns: kept inputs, of `description.shape[1]`.
+    """
+
+    name: str
+    description: ModuleDescription
+    rows: slice
+    columns: slice
+
+    @property
+    def first_part(self) -> str:
+        """The part that multiplies the layer's input."""
+        return {"low_rank": FACTOR_A, "pivoted": PIVOT_ROWS, "dense": ""}[self.description.layout]
+
+    @property
+    def first_rows(self) -> slice:
+        """Rows of the first part on this rank: outputs that a second part reads are never split."""
+        return self.rows if self.description.rank is None else slice(0, self.description.rank)
+
+    @property
+    def second_part(self) -> str | None:
+        """The part that multiplies the first one's outputs, if there is one."""
+        return {"low_rank": FACTOR_B, "pivoted": OTHER_ROWS, "dense": None}[self.description.layout]
+
+    @property
+    def second_rows(self) -> slice:
+        """Rows of the second part on this rank; every block of outputs has the same number of pivots."""
+        if self.description.layout != "pivoted":
+            return self.rows
+        num_others = self.description.shape[0] - (self.description.rank or 0)
+        parts = self.description.shape[0] // (self.rows.stop - self.rows.start)
+        index = self.rows.start * parts // self.description.shape[0]
+        return slice(index * num_others // parts, (index + 1) * num_others // parts)
+
+    def check_pivots(self) -> None:
+        """Refuse a block of outputs that would not have its share of the pivots.
+
+        Raises:
+            CheckpointFormatError: it would not.
+        """
+        blocks = self.description.pivot_blocks
+        parts = self.description.shape[0] // (self.rows.stop - self.rows.start)
+        if blocks is not None and blocks % parts:
+            raise CheckpointFormatError(
+                f"{self.name}: its pivots lie in {blocks} equal blocks of outputs, which cannot be cut into "
+                f"{parts}: serve with a tensor_parallel_size that divides {blocks}"
+            )
+
+
+@dataclass(frozen=True)
+class PlannedMatrix:
+    """What one GEMM of a layer multiplies.
+
+    Attributes:
+        parts: what is stacked in it by rows: `<projection>.<part>`, or a dense projection's own name.
+        shape: [rows, columns] on this rank, rows that only fill a block included.
+        full_shape: [rows, columns] over all ranks.
+        quantization: None for a plain matrix.
+    """
+
+    parts: tuple[str, ...]
+    shape: tuple[int, int]
+    full_shape: tuple[int, int]
+    quantization: WeightQuantization | None
+
+    @property
+    def name(self) -> str:
+        """Name all parts, for messages."""
+        return ", ".join(self.parts)
+
+
+@dataclass(frozen=True)
+class PlannedStack:
+    """First parts that are stored alike, as rows of one matrix.
+
+    Attributes:
+        matrix: the whole of it.
+        projections: numbers of the projections, in order.
+        widths: rows of each.
+    """
+
+    matrix: PlannedMatrix
+    projections: tuple[int, ...]
+    widths: tuple[int, ...]
+
+
+def plan_stacks(projections: Sequence[Projection]) -> list[PlannedStack]:
+    """Return the matrices that read a layer's input: as few as the projections' storages allow."""
+    alike: dict[WeightQuantization | None, list[int]] = {}
+    for index, projection in enumerate(projections):
+        alike.setdefault(projection.description.parts[projection.first_part][1], []).append(index)
+    stacks = []
+    for quantization, members in alike.items():
+        stacked = [projections[index] for index in members]
+        widths = tuple(_length(projection.first_rows) for projection in stacked)
+        full_rows = sum(projection.description.parts[projection.first_part][0][0] for projection in stacked)
+        columns, full_columns = stacked[0].columns, stacked[0].description.shape[1]
+        matrix = PlannedMatrix(
+            tuple(f"{projection.name}.{projection.first_part}".rstrip(".") for projection in stacked),
+            (sum(widths), _length(columns)),
+            (full_rows, full_columns),
+            quantization,
+        )
+        stacks.append(PlannedStack(matrix, tuple(members), widths))
+    return stacks
+
+
+def plan_second(projection: Projection) -> PlannedMatrix | None:
+    """Return the matrix of a projection that reads its first part's outputs; None if it is dense."""
+    part = projection.second_part
+    if part is None:
+        return None
+    (full_rows, columns), quantization = projection.description.parts[part]
+    width = _length(projection.second_rows)
+    if quantization is not None and projection.description.layout == "pivoted":
+        # How many rows are not pivots is nobody's choice, and integer kernels take whole blocks only.
+        num_ranks = full_rows // width
+        width = -(-width // BLOCK) * BLOCK
+        full_rows = num_ranks * width
+    return PlannedMatrix((f"{projection.name}.{part}",), (width, columns), (full_rows, columns), quantization)
+
+
+def keep_of_rank(full: int, local: int, tp_rank: int, tp_size: int) -> slice:
+    """Return the block of a dimension that a tensor-parallel rank holds.
+
+    A dimension in fewer blocks than ranks is replicated: of 2 blocks, rank 3 of 4 holds block 1 (KV heads).
+    """
+    block = tp_rank * (full // local) // tp_size
+    return slice(block * local, (block + 1) * local)
+
+
+def _length(block: slice) -> int:
+    length: int = block.stop - block.start
+    return length
