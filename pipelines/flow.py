@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 from collections import Counter
@@ -16,11 +17,11 @@ from pydantic import TypeAdapter
 from ercsvd_deploy import __version__
 from ercsvd_deploy.evaluation.comparison import Comparison, compare_models
 from ercsvd_deploy.evaluation.perplexity import Quality
-from ercsvd_deploy.exporters.vllm.writer import check_target, write_export
+from ercsvd_deploy.exporters.vllm.target import check_target
+from ercsvd_deploy.exporters.vllm.writer import write_export
 from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.models.families import LANGUAGE_PART, component_of
 from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.cli.progress import ProgressReporter, silent
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.inputs.run_data import RunData, load_run_data
 from ercsvd_deploy.pipelines.inputs.texts import check_length
@@ -55,9 +56,11 @@ from ercsvd_deploy.pipelines.stages.running import (
 )
 from ercsvd_deploy.pipelines.state.fingerprint import take_fingerprints
 from ercsvd_deploy.pipelines.state.lock import resumable_directory
+from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
 from ercsvd_deploy.recipe.load import canonical, check_files
 from ercsvd_deploy.recipe.sections import Recipe
 
+logger = logging.getLogger(__name__)
 _COMPARISON = TypeAdapter(Comparison)
 _LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors")
 
@@ -106,6 +109,8 @@ def run_recipe(
         raise PlanError("the recipe has no export.path: give one, or --output DIRECTORY")
     target = target.absolute()
     prepared = prepare_run(recipe, target, device=device)
+    for warning in prepared.warnings:
+        logger.warning(warning)
     with resumable_directory(target) as directory:
         judged = compress_and_judge(prepared, directory, progress)
         report = judged.report

@@ -79,8 +79,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output: Path | None =
 
     Args:
         path: A YAML file.
-        overrides: `PATH=VALUE` each, applied in order; VALUE is YAML, and null removes the field. A path begins
-            with a section or with the name of a stage, such as `factorize.compression_ratio`.
+        overrides: `PATH=VALUE` each, applied in order; VALUE is YAML, and null removes the field. A path
+            begins with a section or with the name of a stage, such as `factorize.compression_ratio`.
         output: Takes the place of `export.path`.
 
     Raises:

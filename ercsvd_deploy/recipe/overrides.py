@@ -1,8 +1,8 @@
 """Put `--set factorize.beta=0.1` overrides into a recipe that has been read but not yet validated.
 
 An override may set any field, whether the file has it or not; whether the field exists is judged with
-the rest of the recipe afterwards. Null removes a field, so that its default holds. A stage is addressed by its
-name, or by its place in the list (`stages.0.factorize`). No torch here.
+the rest of the recipe afterwards. Null removes a field, so that its default holds. A stage is addressed by
+its name, or by its place in the list (`stages.0.factorize`). No torch here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Path = tuple[str, ...]
 
 
 def apply_override(root: Node, text: str) -> Node:
-    """Return the tree with one override applied; null for a field that could be there but is not changes nothing.
+    """Return the tree with one override applied; null for a field at its default changes nothing.
 
     Args:
         root: A recipe as read, a mapping.
@@ -49,9 +49,7 @@ def parse_override(text: str) -> tuple[Path, Node]:
     origin = f"--set {text if text.isprintable() else shown(text)}"
     match = _OVERRIDE.fullmatch(text)
     if match is None:
-        raise RecipeError(
-            [f"{origin}: is not PATH=VALUE; write it like factorize.compression_ratio=0.4"]
-        )
+        raise RecipeError([f"{origin}: is not PATH=VALUE; write it like factorize.compression_ratio=0.4"])
     path = tuple(part.strip('"') for part in re.findall(_PART, match["path"]))
     return path, parse_yaml(match["value"], lambda _line, _column: origin)
 
@@ -96,10 +94,10 @@ def _replace(node: Node, above: Path, path: Path, new: Node) -> Node | None:
 
 
 def _with_place_of_stage(root: Node, path: Path, value: Node) -> Path:
-    """Return the path with a stage's name replaced by its place in the list; null for a stage removes its entry.
+    """Return the path with a stage's name replaced by its place in the list; null for a stage removes it.
 
     Raises:
-        RecipeError: the recipe has no such stage, or two; or the path begins with no field, but one of a stage.
+        RecipeError: the recipe has no such stage, or two; or the path begins with a field of a stage.
     """
     name, below = path[0], path[1:]
     stage_names = fields_at(("stages", 0))

@@ -7,18 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from ercsvd_deploy.pipelines.cli.options import (
-    AsJson,
-    Debug,
-    Device,
-    failures_explained,
-    find_device,
-    print_json,
-    quiet_libraries,
-    result_console,
-)
+from ercsvd_deploy.pipelines.cli.failures import command
+from ercsvd_deploy.pipelines.cli.messages import print_json, result_console
+from ercsvd_deploy.pipelines.cli.options import AsJson, Debug, Device
 
 
 def bench_host(
@@ -30,13 +22,14 @@ def bench_host(
     debug: Debug = False,
 ) -> None:
     """Measure this machine's speed, in seconds; `plan` then tells times."""
-    with failures_explained(debug=debug):
-        with quiet_libraries():
-            from ercsvd_deploy.pipelines.inputs.model import default_device
-            from ercsvd_deploy.pipelines.planning import host_speed
+    with command(debug=debug):
+        from rich.table import Table
 
-            used = find_device(device) or default_device()
-            speed = host_speed.bench_host(used, directory)
+        from ercsvd_deploy.pipelines.inputs.model import default_device, find_device
+        from ercsvd_deploy.pipelines.planning import host_speed
+
+        used = find_device(device) or default_device()
+        speed = host_speed.bench_host(used, directory)
         found = {"host": host_speed.host_key(used), **asdict(speed), "kept_in": str(host_speed.cache_path())}
         if as_json:
             print_json(found)

@@ -25,6 +25,7 @@ from ercsvd_deploy.models.families import (
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.components import Component, describe_components
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate
+from ercsvd_deploy.pipelines.planning.machine import Machine
 from ercsvd_deploy.pipelines.planning.rank_steps import resolve_rank_steps, resolve_vision_steps
 from ercsvd_deploy.pipelines.planning.serving_notes import gpu_warnings, serving_warnings
 from ercsvd_deploy.pipelines.planning.sizes import (
@@ -93,7 +94,7 @@ class Plan:
     num_bytes: int
     gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of the dense model's weights on each GPU
     candidates: tuple[CandidatePlan, ...]
-    estimate: Estimate  # of memory, disk and time on this machine
+    estimate: Estimate  # of memory and disk, and what of it a machine lacks
     kernels: tuple[KernelUse, ...]  # that vLLM will use, of the candidate with the most compressed layers
     output: str | None  # where the recipe writes to
     patterns: tuple[PatternMatch, ...] = ()  # what the quantize stage's patterns matched
@@ -101,7 +102,8 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
-        return asdict(self) | {"problems": list(self.estimate.problems)}
+        lists = {"problems": list(self.estimate.problems), "shortages": list(self.estimate.shortages)}
+        return asdict(self) | lists
 
 
 def rank_plans(recipe: Recipe, architecture: Architecture, element: int) -> dict[int, RankPlan]:
@@ -271,12 +273,13 @@ def check_tensor_parallel_sizes(recipe: Recipe, architecture: Architecture) -> N
         raise PlanError("serving.tensor_parallel_sizes: " + "\n  ".join(problems))
 
 
-def make_plan(recipe: Recipe, *, device: torch.device | None = None) -> Plan:
+def make_plan(recipe: Recipe, *, device: torch.device | None = None, machine: Machine | None = None) -> Plan:
     """Plan a recipe from the model's config alone.
 
     Args:
         recipe: A validated recipe.
         device: Where layers would run; default the GPU if there is one.
+        machine: The machine asked about; None for this one.
 
     Raises:
         ArchitectureError: the config cannot be read or the architecture is not supported.
@@ -320,7 +323,7 @@ def make_plan(recipe: Recipe, *, device: torch.device | None = None) -> Plan:
         num_bytes=architecture.total_parameters * element,
         gpu_bytes=dense_on_gpu,
         candidates=candidates,
-        estimate=estimate(work, described, [each.num_bytes for each in candidates], device),
+        estimate=estimate(work, described, [each.num_bytes for each in candidates], device, machine),
         kernels=choose_kernels(described[-1], architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=quantize_plan.matches,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from ercsvd_deploy.format.schema import FACTOR_PARTS
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.judging.serving_parity import ServingParity
 from ercsvd_deploy.pipelines.planning.components import Component
+from ercsvd_deploy.pipelines.reporting.json_values import finite
 from ercsvd_deploy.pipelines.stages.factorize.last_layers import AllocatedLinear, FactorizeOutcome
 from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
 from ercsvd_deploy.pipelines.stages.factorize.vision import VisionOutcome
@@ -103,20 +103,6 @@ class Report:
             }
         valid: dict[str, Any] = finite(plain)
         return valid
-
-
-def finite(value: Any) -> Any:
-    """Return plain values as JSON can have them: no infinity, and no halves of characters.
-
-    A number that is not finite becomes null. Names of files may have bytes in them that are no characters.
-    """
-    if isinstance(value, dict):
-        return {finite(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_report(directory: Path) -> dict[str, Any]:

@@ -171,10 +171,11 @@ def _machine_line(plan: Plan) -> str:
             (machine.gpu_bytes, "of GPU memory"),
             (machine.disk_bytes, "on the output's disk"),
         )
-        if num_bytes is not None
+        if num_bytes
     ]
-    lines = [f"This machine has {', '.join(here)} to spare."] if here else []
-    if plan.estimate.seconds is None:
+    name = machine.name.capitalize()
+    lines = [f"{name} has {', '.join(here)} to spare."] if here else []
+    if plan.estimate.seconds is None and machine.is_this_one:
         lines.append("`ercsvd bench-host` measures this machine, once; plans then tell times.")
     return "\n".join(lines)
 

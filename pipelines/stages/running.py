@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import logging
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,6 @@ from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.format.tensor_store import FileStore, OverlayStore, TensorStore
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.cli.progress import ProgressReporter
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, stream
 from ercsvd_deploy.pipelines.planning.plan import (
     check_tensor_parallel_sizes,
@@ -44,8 +44,11 @@ from ercsvd_deploy.pipelines.stages.recover import RecoverOutcome, recover_decod
 from ercsvd_deploy.pipelines.stages.sensitivity import measure_sensitivity
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.pipelines.state.fingerprint import Fingerprints, short_digest
+from ercsvd_deploy.pipelines.state.progress import ProgressReporter
 from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.stages import Factorize, Quantize, Recover
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -121,6 +124,8 @@ class RunWork:
         if self.shared is None:
             finished = FinishedWork(self.directory / name, fingerprint)
             self.notes += finished.notes
+            for note in finished.notes:
+                logger.info(note)
             yield finished
             return
         folder = self.shared / f"{name}-{short_digest(fingerprint)}"
