@@ -94,32 +94,30 @@ def _replace(node: Node, above: Path, path: Path, new: Node) -> Node | None:
 
 
 def _with_place_of_stage(root: Node, path: Path, value: Node) -> Path:
-    """Return the path with a stage's name replaced by its place in the list; null for a stage removes it.
+    """Return the path with a stage's name replaced by its place in the list.
+
+    Null for a stage as a whole removes its entry.
 
     Raises:
         RecipeError: the recipe has no such stage, or two; or the path begins with a field of a stage.
     """
     name, below = path[0], path[1:]
-    stage_names = fields_at(("stages", 0))
     stages = _stages(root)
-    if name in stage_names:
+    if name in fields_at(("stages", 0)):
         places = [place for place, stage in stages if stage == name]
-        if len(places) == 1:
-            entry = ("stages", str(places[0]))
-            return entry if value.value is None and not below else (*entry, name, *below)
-        raise RecipeError([f"{value.origin}: {_unclear_stage(name, places, stages)}"])
+        if len(places) != 1:
+            raise RecipeError([f"{value.origin}: {_unclear_stage(name, places, stages)}"])
+        entry = ("stages", str(places[0]))
+        has_entry_alone = sum(place == places[0] for place, _ in stages) == 1
+        return entry if value.value is None and not below and has_entry_alone else (*entry, name, *below)
     if name not in fields_at(()):
-        rest = "".join(f".{part}" for part in path)
-        meant = [f"{stage}{rest}" for _, stage in stages if name in fields_at(("stages", 0, stage))]
+        meant = [(stage, *path) for _, stage in stages if name in fields_at(("stages", 0, stage))]
         close = did_you_mean(name, [stage for _, stage in stages])
-        meant += [".".join((close, *below))] if close else []
+        meant += [(close, *below)] if close else []
         if meant:
-            raise RecipeError(
-                [
-                    f"{value.origin}: {shown(name)} is no field of the recipe; "
-                    f"did you mean {' or '.join(dict.fromkeys(meant))}?"
-                ]
-            )
+            suggestions = " or ".join(dict.fromkeys(shown(".".join(each)) for each in meant))
+            problem = f"{shown(name)} is no field of the recipe; did you mean {suggestions}?"
+            raise RecipeError([f"{value.origin}: {problem}"])
     return path
 
 
@@ -128,7 +126,7 @@ def _unclear_stage(name: str, places: list[int], stages: list[tuple[int, str]]) 
     if places:
         paths = " and ".join(f"stages.{place}.{name}" for place in places)
         return f"the recipe has {len(places)} stages {name!r}: {paths}; write which one is meant"
-    there = ", ".join(f"{stage} (stages.{place})" for place, stage in stages) or "none"
+    there = ", ".join(f"{shown(stage)} (stages.{place})" for place, stage in stages) or "none"
     return f"the recipe has no stage {name!r}; its stages: {there}; stages.{len(stages)}.{name} adds one"
 
 

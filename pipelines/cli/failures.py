@@ -63,7 +63,8 @@ def command(
         signals_heeded(),
     ):
         if verbose and quiet:
-            raise typer.BadParameter("-v and -q exclude each other: give one of them")
+            complain("-v and -q exclude each other: give one of them")
+            raise typer.Exit(EXIT_USAGE)
         yield reporter(console, with_bars=with_bars)
 
 
@@ -72,7 +73,7 @@ def failures_explained(*, debug: bool) -> Iterator[None]:
     """Turn an error into one message and an exit code."""
     try:
         yield
-    except (typer.Exit, typer.BadParameter):  # the first is a RuntimeError
+    except typer.Exit:  # is a RuntimeError
         raise
     except KeyboardInterrupt as interrupt:
         is_terminated = isinstance(interrupt, Terminated)
@@ -94,7 +95,7 @@ def failures_explained(*, debug: bool) -> Iterator[None]:
 
 
 def _exit_code(error: Exception) -> int:
-    from ercsvd_deploy.recipe.fields import RecipeError  # --help and version do without pydantic
+    from ercsvd_deploy.recipe.fields import RecipeError  # which is pydantic and more
 
     return EXIT_USAGE if isinstance(error, RecipeError) else EXIT_FAILED
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ercsvd_deploy.pipelines.cli.failures import EXIT_FAILED, EXIT_GATE_MISSED, command
+from ercsvd_deploy.pipelines.cli.failures import EXIT_FAILED, EXIT_GATE_MISSED, EXIT_USAGE, command
 from ercsvd_deploy.pipelines.cli.messages import complain, print_json, result_console, warn
 from ercsvd_deploy.pipelines.cli.options import (
     AsJson,
@@ -52,7 +52,7 @@ def plan(
     machine: Annotated[
         str | None,
         typer.Option(
-            metavar="gpu=SIZE,memory=SIZE,disk=SIZE",
+            metavar="gpu=SIZE,...",
             help="Ask about another machine, e.g. gpu=80GiB,memory=512GiB,disk=1TiB or gpu=none; a key left "
             "out is not judged.",
         ),
@@ -70,7 +70,7 @@ def plan(
     """Show what a run makes and needs, from the model's config alone; fails if the recipe cannot work."""
     with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
         from ercsvd_deploy.pipelines.inputs.model import find_device, parse_device
-        from ercsvd_deploy.pipelines.planning.machine import parse_machine, planned_device
+        from ercsvd_deploy.pipelines.planning.machine import MachineError, parse_machine, planned_device
         from ercsvd_deploy.pipelines.planning.plan import make_plan
         from ercsvd_deploy.pipelines.reporting.plan_tables import render
         from ercsvd_deploy.recipe.load import load_recipe
@@ -79,8 +79,12 @@ def plan(
         if machine is None:
             planned = make_plan(loaded, device=find_device(device))
         else:
-            asked = parse_machine(machine)
-            there = planned_device(asked, parse_device(device) if device else None)
+            try:
+                asked = parse_machine(machine)
+                there = planned_device(asked, parse_device(device) if device else None)
+            except MachineError as error:
+                complain(str(error))
+                raise typer.Exit(EXIT_USAGE) from error
             planned = make_plan(loaded, device=there, machine=asked)
         if as_json:
             print_json(planned.as_json())

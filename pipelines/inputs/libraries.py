@@ -8,10 +8,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_WITH_HANDLERS = ("huggingface_hub", "torch", "transformers")  # write to standard error by themselves
+
 
 @functools.cache
 def import_transformers() -> None:
-    """Import what transformers builds models with; its own warnings then go where the program logs.
+    """Import what transformers builds models with.
+
+    Where the program has set up logging, the libraries' messages go there, and not to handlers of their own.
 
     On the way it imports torchao where that is installed. torchao warns that it cannot load its kernels for
     other GPUs than this machine's, and torch that torchao registers its Enums in an old way. Nothing here
@@ -21,10 +25,12 @@ def import_transformers() -> None:
     # on one text at a time, which takes one thread anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with _errors_alone("torchao", "torch.utils._pytree"):
-        import transformers.modeling_utils
-    if logging.getLogger().handlers:  # otherwise transformers' own handler is the only one there is
-        transformers.utils.logging.disable_default_handler()
-        transformers.utils.logging.enable_propagation()
+        import transformers.modeling_utils  # noqa: F401 - for what the import does
+    if logging.getLogger().handlers:
+        for name in _WITH_HANDLERS:
+            library = logging.getLogger(name)
+            library.handlers.clear()
+            library.propagate = True
 
 
 @contextmanager

@@ -141,8 +141,8 @@ def _shortages(needs: Estimate, target: Path | None) -> Iterable[str]:
     if machine.memory_bytes is not None and needs.peak_host_bytes > machine.memory_bytes:
         stage = max(needs.stages, key=lambda each: each.host_bytes).stage
         yield (
-            f"{stage} needs about {_size(needs.peak_host_bytes)} of memory, {_size(machine.memory_bytes)} are "
-            f"available: {_remedy(stage)}"
+            f"{stage} needs about {_size(needs.peak_host_bytes)} of memory, "
+            f"{_size(machine.memory_bytes)} are available: {_remedy(stage)}"
         )
     if machine.gpu_bytes and needs.peak_device_bytes > machine.gpu_bytes:
         stage = max(needs.stages, key=lambda each: each.device_bytes).stage
