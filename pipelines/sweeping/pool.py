@@ -29,6 +29,7 @@ def run_in_processes(
         tasks: Name -> the function's arguments.
         num_processes: At a time.
     """
+    others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
     messages: Queue[logging.LogRecord] = context.Queue()
     levels = logging.getLogger().level, logging.getLogger(_PACKAGE).getEffectiveLevel()
@@ -44,7 +45,8 @@ def run_in_processes(
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
-            process.terminate()
+            if process not in others:
+                process.terminate()
         raise
 
 
