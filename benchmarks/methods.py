@@ -126,7 +126,7 @@ class Workbench:
             "beta": beta if method == "erc_svd" else "null",
             "residual_space": residual_space if method == "erc_svd" else "null",
         }
-        stage = [f"stages.0.factorize.{name}={value}" for name, value in wanted.items()]
+        stage = [f"factorize.{name}={value}" for name, value in wanted.items()]
         return load_recipe(RECIPE, [*self.overrides, *stage])
 
     def compressed(self, store: TensorStore, described: CheckpointConfig) -> LayerwiseModel:

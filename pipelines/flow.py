@@ -6,6 +6,7 @@ The stages are listed in `stages/__init__.py`; each knows itself what it plans, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from ercsvd_deploy.pipelines.state.lock import resumable_directory
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
 from ercsvd_deploy.recipe.load import check_files
 from ercsvd_deploy.recipe.sections import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ def run_recipe(
         raise PlanError("the recipe has no export.path: give one, or --output DIRECTORY")
     target = recipe.export.path.absolute()
     prepared = prepare_run(recipe, target, device=device)
+    for warning in prepared.warnings:
+        logger.warning(warning)
     with resumable_directory(target) as directory:
         run = start_run(prepared, directory)
 

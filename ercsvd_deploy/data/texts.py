@@ -25,8 +25,8 @@ class CalibrationError(ValueError):
 class Tokenizer(Protocol):
     """What is used of a transformers tokenizer."""
 
-    def __call__(self, text: str) -> Any:
-        """Return a mapping with `input_ids`, a list of token ids."""
+    def __call__(self, text: str, *, verbose: bool = True) -> Any:
+        """Return a mapping with `input_ids`, a list of token ids; warn of a long text if `verbose`."""
         ...
 
 
@@ -151,7 +151,8 @@ def token_windows(text: str, tokenizer: Tokenizer, sequence_length: int, vocab_s
     Raises:
         CalibrationError: not one window comes out, or a token id is not below `vocab_size`.
     """
-    ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
+    # Not verbose: that the whole text is longer than the model's context means nothing to its windows.
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
     count = len(ids) // sequence_length
     if count == 0:
         raise CalibrationError(

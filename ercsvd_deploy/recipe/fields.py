@@ -161,12 +161,14 @@ _BYTES_PER_UNIT = {
     "KiB": 2**10,
     "MiB": 2**20,
     "GiB": 2**30,
+    "TB": 10**12,
+    "TiB": 2**40,
 }
 
 
 def parse_size(size: str) -> int:
-    """Return a `Size` such as `6MB` or `3.2GiB` in bytes; KB, MB, GB are decimal, KiB, MiB, GiB binary."""
-    number = size.rstrip("KMGiB")
+    """Return a `Size` such as `6MB` or `3.2GiB` in bytes; KB to TB are decimal, KiB to TiB binary."""
+    number = size.rstrip("KMGTiB")
     return int(float(number) * _BYTES_PER_UNIT[size[len(number) :]])
 
 

@@ -1,6 +1,6 @@
 """A recipe: the one YAML file that says which model is compressed, how, and where the result goes.
 
-    recipe = load_recipe(Path("recipes/demo.yaml"), ["stages.0.factorize.compression_ratio=0.4"])
+    recipe = load_recipe(Path("recipes/demo.yaml"), ["factorize.compression_ratio=0.4"])
     check_files(recipe)
 
 `recipe_schema` and `recipe_stages` define what a recipe may say, `recipe_source` and
@@ -17,8 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ercsvd_deploy.recipe.fields import RecipeError, shown
-from ercsvd_deploy.recipe.messages import explain, fields_at
-from ercsvd_deploy.recipe.overrides import parse_override, with_override
+from ercsvd_deploy.recipe.messages import explain
+from ercsvd_deploy.recipe.overrides import apply_override, with_override
 from ercsvd_deploy.recipe.reference import recipe_json_schema
 from ercsvd_deploy.recipe.sections import (
     Calibration,
@@ -79,7 +79,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output: Path | None =
 
     Args:
         path: A YAML file.
-        overrides: `a.b.0.c=VALUE` each, applied in order; VALUE is YAML, and null removes the field.
+        overrides: `PATH=VALUE` each, applied in order; VALUE is YAML, and null removes the field. A path
+            begins with a section or with the name of a stage, such as `factorize.compression_ratio`.
         output: Takes the place of `export.path`.
 
     Raises:
@@ -93,32 +94,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output: Path | None =
             [f"{root.origin}: the recipe is {shown(root.plain())}; it must be a mapping (key: value)"]
         )
     for text in overrides:
-        root = _override(root, text)
+        root = apply_override(root, text)
     if output is not None:
         root = with_override(root, ("export", "path"), Node(str(output), f"--output {output}"))
     try:
         return Recipe.model_validate(root.plain())
     except ValidationError as error:
         raise explain(error, root.origin_of) from error
-
-
-def _override(root: Node, text: str) -> Node:
-    """Apply one override; null for a field that could be there but is not changes nothing."""
-    path, value = parse_override(text)
-    if value.value is None and path[-1] in fields_at(path[:-1]) and not _contains(root, path):
-        return root
-    return with_override(root, path, value)
-
-
-def _contains(root: Node, path: tuple[str, ...]) -> bool:
-    node: Node | None = root
-    for part in path:
-        node = (
-            node.child(int(part) if part.isdecimal() and isinstance(node.value, tuple) else part)
-            if node
-            else None
-        )
-    return node is not None
 
 
 def canonical(recipe: Recipe) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ercsvd_deploy.exporters.vllm.writer import check_target
+from ercsvd_deploy.exporters.vllm.target import check_target
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel
 from ercsvd_deploy.pipelines.inputs.texts import check_length
 from ercsvd_deploy.recipe.sections import Recipe

@@ -20,6 +20,7 @@ from ercsvd_deploy.format.tensor_store import (
 from ercsvd_deploy.models.families import ArchitectureError, load_config, reads_images
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.importing.llava.config import is_original
+from ercsvd_deploy.pipelines.inputs.libraries import import_transformers
 from ercsvd_deploy.recipe.sections import ModelSource
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
@@ -68,6 +69,7 @@ def open_config(source: ModelSource) -> Any:
     Raises:
         ArchitectureError: it cannot be read, or is of a format that has to be imported first.
     """
+    import_transformers()
     _refuse_original(source, source.path)
     return load_config(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
@@ -79,6 +81,7 @@ def open_model(source: ModelSource) -> OpenedModel:
         ArchitectureError: no such directory or hub model, it cannot be fetched, or is of a format that has
             to be imported first.
     """
+    import_transformers()
     directory = Path(source.path)
     if not directory.is_dir():
         directory = fetch(source.path, revision=source.revision, named_by="model.path")
@@ -136,6 +139,32 @@ def fetch(
 def default_device() -> torch.device:
     """Return the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def find_device(name: str | None) -> torch.device | None:
+    """Return the device that `--device` names, or None for the default.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        return None
+    device = parse_device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def parse_device(name: str) -> torch.device:
+    """Return the device that `--device` names, whether it is here or not.
+
+    Raises:
+        ValueError: that is no device.
+    """
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from None
 
 
 def compute_dtype(config: Any, device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Can a recipe run here, how long will it take, and what will serve the result?
+"""What does a run need, and what of that is lacking on this machine, or another?
 
 Estimates are of one machine and one device; `plan` carries them.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ercsvd_deploy.exporters.vllm.writer import ExportError, check_target
+from ercsvd_deploy.exporters.vllm.target import ExportError, check_target
 from ercsvd_deploy.format.schema import ModuleDescription
 from ercsvd_deploy.pipelines.planning.machine import Machine, look_around
 from ercsvd_deploy.pipelines.planning.resources import StageResources, stage_resources
@@ -31,7 +31,7 @@ class TooLittleDiskError(ValueError):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run needs, and whether it is here.
+    """What a run needs, and whether it is there.
 
     Attributes:
         device: Where layers run, "cpu" or "cuda".
@@ -41,8 +41,9 @@ class Estimate:
         scratch_bytes: Highest size of the work directory beside the output, unfinished export included.
         least_scratch_bytes: The same if the search takes the candidate with the smallest files.
         final_bytes: Of the finished export's tensors, of the largest candidate.
-        machine: What is here.
-        problems: Why the run cannot work here, one line each.
+        machine: What there is: here, or on the machine asked about.
+        problems: Why the run cannot work on any machine, one line each.
+        shortages: What the machine lacks, one line each.
         assumptions: What the estimate takes for granted.
     """
 
@@ -55,6 +56,7 @@ class Estimate:
     final_bytes: int
     machine: Machine
     problems: tuple[str, ...]
+    shortages: tuple[str, ...]
     assumptions: tuple[str, ...]
 
 
@@ -63,14 +65,16 @@ def estimate(
     described: Sequence[Mapping[str, ModuleDescription]],
     final_bytes: Sequence[int],
     device: torch.device,
+    machine: Machine | None = None,
 ) -> Estimate:
-    """Estimate a run on this machine.
+    """Estimate a run on a machine.
 
     Args:
         work: What there is to compute.
         described: For every candidate, the final description of every altered Linear.
         final_bytes: Bytes of every candidate's export.
         device: Where layers run.
+        machine: The machine asked about; None for this one.
     """
     largest = max(final_bytes)
     on_gpu = device.type == "cuda"
@@ -81,7 +85,7 @@ def estimate(
     ]
     target = work.recipe.export.path
     target = None if target is None else target.absolute()
-    machine = look_around(device, target)
+    machine = machine or look_around(device, target)
     found = Estimate(
         device=device.type,
         stages=stages,
@@ -91,10 +95,11 @@ def estimate(
         least_scratch_bytes=min(max(each.scratch_bytes for each in one) for one in of_candidates),
         final_bytes=largest,
         machine=machine,
-        problems=(),
+        problems=tuple(_target_problems(work, target)),
+        shortages=(),
         assumptions=work.assumptions,
     )
-    return replace(found, problems=(*_target_problems(work, target), *_problems(found, target)))
+    return replace(found, shortages=tuple(_shortages(found, target)))
 
 
 def check_resources(plan: Plan) -> list[str]:
@@ -111,7 +116,7 @@ def check_resources(plan: Plan) -> list[str]:
             raise TooLittleDiskError(
                 f"{_disk_problem(needs, Path(plan.output))}; nothing has been computed yet"
             )
-    return [f"this machine may not suffice: {problem}" for problem in needs.problems]
+    return [f"{needs.machine.name} may not suffice: {shortage}" for shortage in needs.shortages]
 
 
 def _target_problems(work: Workload, target: Path | None) -> list[str]:
@@ -125,31 +130,33 @@ def _target_problems(work: Workload, target: Path | None) -> list[str]:
     return []
 
 
-def _problems(needs: Estimate, target: Path | None) -> Iterable[str]:
+def _shortages(needs: Estimate, target: Path | None) -> Iterable[str]:
     machine = needs.machine
     if machine.memory_bytes is not None and needs.peak_host_bytes > machine.memory_bytes:
         stage = max(needs.stages, key=lambda each: each.host_bytes).stage
         yield (
-            f"{stage} needs about {_gib(needs.peak_host_bytes)} of memory, {_gib(machine.memory_bytes)} are "
-            f"available: {_remedy(stage)}"
+            f"{stage} needs about {_size(needs.peak_host_bytes)} of memory, "
+            f"{_size(machine.memory_bytes)} are available: {_remedy(stage)}"
         )
-    if machine.gpu_bytes is not None and needs.peak_device_bytes > machine.gpu_bytes:
+    if machine.gpu_bytes and needs.peak_device_bytes > machine.gpu_bytes:
         stage = max(needs.stages, key=lambda each: each.device_bytes).stage
         yield (
-            f"{stage} needs about {_gib(needs.peak_device_bytes)} of GPU memory, {_gib(machine.gpu_bytes)} "
+            f"{stage} needs about {_size(needs.peak_device_bytes)} of GPU memory, {_size(machine.gpu_bytes)} "
             f"are free: {_remedy(stage)}, or use --device cpu"
         )
-    if target is None or machine.disk_bytes is None:
+    if machine.disk_bytes is None:
         return
-    if needs.scratch_bytes > machine.disk_bytes + _already_written(target):
+    written = _already_written(target) if machine.is_this_one and target is not None else 0
+    if needs.scratch_bytes > machine.disk_bytes + written:
         yield _disk_problem(needs, target)
 
 
-def _disk_problem(needs: Estimate, target: Path) -> str:
+def _disk_problem(needs: Estimate, target: Path | None) -> str:
     assert needs.machine.disk_bytes is not None
+    where = target or "the output"
     return (
-        f"the run writes up to {_gib(needs.scratch_bytes)} to the disk of {target}, which has "
-        f"{_gib(needs.machine.disk_bytes)} free: make room, or choose another output"
+        f"the run writes up to {_size(needs.scratch_bytes)} to the disk of {where}, which has "
+        f"{_size(needs.machine.disk_bytes)} free: make room, or choose another output"
     )
 
 
@@ -167,5 +174,5 @@ def _already_written(target: Path) -> int:
     return sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.1f} GiB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.0f} MiB"

@@ -22,6 +22,7 @@ from ercsvd_deploy.models.families import (
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.components import Component, describe_components
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate
+from ercsvd_deploy.pipelines.planning.machine import Machine
 from ercsvd_deploy.pipelines.planning.workload import measure_workload
 from ercsvd_deploy.pipelines.stages import STAGES
 from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
@@ -77,7 +78,7 @@ class Plan:
     num_bytes: int
     gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of the dense model's weights on each GPU
     candidates: tuple[CandidatePlan, ...]
-    estimate: Estimate  # of memory, disk and time on this machine
+    estimate: Estimate  # of memory and disk, and what of it a machine lacks
     kernels: tuple[KernelUse, ...]  # matrices of the candidate with the most compressed layers
     output: str | None  # where the recipe writes to
     patterns: tuple[PatternMatch, ...] = ()  # what the quantize stage's patterns matched
@@ -97,8 +98,9 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values; of stages, the names."""
+        lists = {"problems": list(self.estimate.problems), "shortages": list(self.estimate.shortages)}
         shown = replace(self, stages=(), architecture=None)
-        plain = asdict(shown) | {"problems": list(self.estimate.problems)}
+        plain = asdict(shown) | lists
         del plain["architecture"]
         return plain | {"stages": [stage.name for stage in self.stages]}
 
@@ -132,13 +134,20 @@ def check_tensor_parallel_sizes(recipe: Recipe, architecture: Architecture) -> N
         raise PlanError("serving.tensor_parallel_sizes: " + "\n  ".join(problems))
 
 
-def make_plan(recipe: Recipe, *, device: torch.device | None = None, config: Any = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    *,
+    device: torch.device | None = None,
+    config: Any = None,
+    machine: Machine | None = None,
+) -> Plan:
     """Plan a recipe from the model's config alone.
 
     Args:
         recipe: A validated recipe.
         device: Where layers run; default the GPU if there is one.
         config: The model's, if it is open already.
+        machine: The machine asked about; None for this one.
 
     Raises:
         ArchitectureError: the config cannot be read or the architecture is not supported.
@@ -178,7 +187,7 @@ def make_plan(recipe: Recipe, *, device: torch.device | None = None, config: Any
         num_bytes=architecture.total_parameters * element,
         gpu_bytes=dense_on_gpu,
         candidates=shown,
-        estimate=estimate(work, described, [each.num_bytes for each in shown], device),
+        estimate=estimate(work, described, [each.num_bytes for each in shown], device, machine),
         kernels=plan_matrices(described[-1], architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=storing.matches,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from ercsvd_deploy.evaluation.comparison import Change
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
 from ercsvd_deploy.pipelines.planning.components import Component
+from ercsvd_deploy.pipelines.reporting.json_values import finite
 from ercsvd_deploy.pipelines.reporting.serving import (
     SERVING_HEADS,
     SERVING_TITLE,
@@ -83,20 +83,6 @@ class Report:
         }
         valid: dict[str, Any] = finite(plain | self.stages)
         return valid
-
-
-def finite(value: Any) -> Any:
-    """Return plain values as JSON can have them: no infinity, and no halves of characters.
-
-    A number that is not finite becomes null. Names of files may have bytes in them that are no characters.
-    """
-    if isinstance(value, dict):
-        return {finite(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_report(directory: Path) -> dict[str, Any]:

@@ -173,9 +173,10 @@ def _machine_line(plan: Plan) -> str:
             (machine.gpu_bytes, "of GPU memory"),
             (machine.disk_bytes, "on the output's disk"),
         )
-        if num_bytes is not None
+        if num_bytes
     ]
-    return f"This machine has {', '.join(here)} to spare." if here else ""
+    name = machine.name.capitalize()
+    return f"{name} has {', '.join(here)} to spare." if here else ""
 
 
 def _size(num_bytes: int) -> str:

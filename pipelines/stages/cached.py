@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.pipelines.state.fingerprint import short_digest
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter
 from ercsvd_deploy.recipe.sections import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,6 +46,8 @@ class StageCache:
         if self.shared is None:
             finished = FinishedWork(self.directory / stage, fingerprint)
             self.notes += finished.notes
+            for note in finished.notes:
+                logger.info(note)
             yield finished
             return
         folder = self._shared_folder(stage)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from ercsvd_deploy.format.tensor_store import read_json, write_atomically, write_json_atomically
 
 FINGERPRINT_FILE = "fingerprint.json"
+logger = logging.getLogger(__name__)
 OUTCOME = "outcome"  # the last piece of a stage
 _MOST_NAMED = 3
 
@@ -94,6 +96,7 @@ class FinishedWork:
             tensors = self.tensors_file(piece)
             if not tensors.is_file() or file_digest(tensors) != record["tensors_sha256"]:
                 return None
+        logger.debug("%s: %s is reused", self._directory.name, piece)
         return record["findings"]
 
     def finish(self, piece: str, findings: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -116,6 +119,7 @@ class FinishedWork:
         record |= {"sha256": _value_digest(record)}
         # Python reads its own Infinity again: a perplexity can be that.
         write_json_atomically(self._findings_file(piece), record, allow_nan=True)
+        logger.debug("%s: %s is done", self._directory.name, piece)
 
     def forget(self, piece: str) -> None:
         """Remove a piece that is no longer needed."""

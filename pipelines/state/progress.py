@@ -1,4 +1,4 @@
-"""How long work tells how far it is; who shows it, and how, is the command line's."""
+"""How long work tells of its progress: the protocol, and the reporter that tells nothing."""
 
 from __future__ import annotations
 

@@ -3,15 +3,15 @@
     recipe: recipes/demo.yaml
     set: {calibration.num_samples: 64}
     grid:
-      stages.0.factorize.method: [svd_llm, erc_svd]
-      stages.0.factorize.compression_ratio: [0.2, 0.4]
+      factorize.method: [svd_llm, erc_svd]
+      factorize.compression_ratio: [0.2, 0.4]
     also:
-      - {name: not quantized, set: {stages.1: null}}
+      - {name: not quantized, set: {quantize: null}}
     output: out/sweep
     pick: {smallest: true}
 
 Every combination of the grid is one point, and every entry of `also` one more; `set` holds for all. A field
-is written as for `--set`; null removes it, so that `stages.1: null` is the recipe without its second stage.
+is written as for `--set`; null removes it, so that `quantize: null` is the recipe without its quantize stage.
 """
 
 from __future__ import annotations

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,16 @@ import torch
 from pydantic import TypeAdapter
 
 from ercsvd_deploy.format.tensor_store import write_json_atomically
-from ercsvd_deploy.pipelines.flow import prepare_run, start_run
+from ercsvd_deploy.pipelines.flow import prepare_run, run_recipe, start_run
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
 from ercsvd_deploy.pipelines.planning.plan import make_plan
-from ercsvd_deploy.pipelines.reporting.document import ModelFigures, finite
+from ercsvd_deploy.pipelines.reporting.document import ModelFigures
+from ercsvd_deploy.pipelines.reporting.json_values import finite
 from ercsvd_deploy.pipelines.state.lock import resumable_directory
-from ercsvd_deploy.pipelines.state.progress import silent
+from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
 from ercsvd_deploy.pipelines.sweeping.choice import pareto_front
 from ercsvd_deploy.pipelines.sweeping.file import Point, Sweep, sweep_points
+from ercsvd_deploy.pipelines.sweeping.pool import run_in_processes
 from ercsvd_deploy.recipe.fields import parse_size
 from ercsvd_deploy.recipe.load import canonical
 from ercsvd_deploy.recipe.sections import Recipe
@@ -39,6 +40,7 @@ RESULTS_FILE = "sweep.json"
 DENSE = "dense"
 _GROUP_SIZES = (128, 64, 32)
 _RECIPE = TypeAdapter(Recipe)
+logger = logging.getLogger(__name__)
 
 
 class SweepError(ValueError):
@@ -84,7 +86,7 @@ def run_sweep(
     output: Path,
     *,
     jobs: int | None = None,
-    on_point: Callable[[str, bool], None] = lambda _name, _worked: None,
+    progress: ProgressReporter = silent,
 ) -> SweepResult:
     """Run all points, dense and plain GPTQ among them, and pick the best.
 
@@ -92,7 +94,7 @@ def run_sweep(
         sweep: From `load_sweep`.
         output: Receives `sweep.json`; shared work stays beside it until the sweep has finished.
         jobs: Processes at a time; None for what cores and memory allow.
-        on_point: Told of every finished point, and whether it worked.
+        progress: Told about long work.
 
     Raises:
         RecipeError: a point's recipe is refused; before any work.
@@ -103,13 +105,25 @@ def run_sweep(
     output = output.absolute()
     jobs = jobs or affordable_jobs(points)
     with resumable_directory(output / "sweep") as work:
-        results, failures = _run_points(points, work, jobs, on_point)
+        results, failures = _run_points(points, work, jobs, progress)
         if not results:
             raise SweepError(f"no point worked; the first: {next(iter(failures.values()))}")
         found = judge_points(sweep, results, failures)
         output.mkdir(parents=True, exist_ok=True)
         write_json_atomically(output / RESULTS_FILE, finite(asdict(found)))
     return found
+
+
+def export_point(settings: Mapping[str, Any], directory: Path, progress: ProgressReporter = silent) -> None:
+    """Run a point's recipe again, to an export.
+
+    Args:
+        settings: The recipe as the point has it.
+        directory: To write.
+        progress: Told about long work.
+    """
+    placed = {**settings, "export": settings["export"] | {"path": str(directory)}}
+    run_recipe(_RECIPE.validate_json(json.dumps(placed)), progress=progress)
 
 
 def judge_points(sweep: Sweep, results: Sequence[PointResult], failures: dict[str, str]) -> SweepResult:
@@ -195,24 +209,22 @@ def _peak_memory(recipe: Recipe) -> int:
 
 
 def _run_points(
-    points: Sequence[Point], work: Path, jobs: int, on_point: Callable[[str, bool], None]
+    points: Sequence[Point], work: Path, jobs: int, progress: ProgressReporter
 ) -> tuple[list[PointResult], dict[str, str]]:
     """Run points in processes of their own; return their results in order, the original's first."""
     done: dict[str, list[PointResult]] = {}
     failures: dict[str, str] = {}
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = {
-            pool.submit(run_point, point.name, canonical(point.recipe), str(work), threads): point.name
-            for point in points
-        }
-        for future in as_completed(running):
-            name = running[future]
+    tasks = {point.name: (point.name, canonical(point.recipe), str(work), threads) for point in points}
+    with progress(f"{len(points)} models", len(points)) as on_point:
+        for name, future in run_in_processes(run_point, tasks, jobs):
             try:
                 done[name] = future.result()
-            except (ValueError, OSError, RuntimeError, MemoryError) as error:
+                logger.info("done: %s", name)
+            except Exception as error:  # noqa: BLE001 - many points survive any one of them
                 failures[name] = str(error) or type(error).__name__
-            on_point(name, name in done)
+                logger.warning("FAILED: %s", name)
+            on_point()
     ordered = [done[point.name] for point in points if point.name in done]
     return [*ordered[0][:1], *(pair[1] for pair in ordered)] if ordered else [], failures
 

@@ -21,7 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ercsvd_deploy.exporters.vllm.writer import ExportError, check_target
+from ercsvd_deploy.exporters.vllm.target import ExportError, check_target
 from ercsvd_deploy.models.config_sizes import impossible_sizes
 from tests.conftest import ModelDirectory
 from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe  # noqa: F401 - fixtures

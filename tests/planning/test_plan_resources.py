@@ -102,7 +102,7 @@ def planned(recipe: Path, *overrides: str) -> Plan:
 
 
 def on_machine(plan: Plan, **found: int | None) -> Plan:
-    here = Machine(**({"memory_bytes": None, "gpu_bytes": None, "disk_bytes": None} | found))
+    here = Machine(found.get("memory_bytes"), found.get("gpu_bytes"), found.get("disk_bytes"))
     return replace(plan, estimate=replace(plan.estimate, machine=here))
 
 
@@ -267,16 +267,19 @@ def test_little_memory_is_a_warning_and_little_disk_an_error(write_recipe: Recip
     assert check_resources(on_machine(plan, disk_bytes=needs.scratch_bytes // 2)) == []
 
 
-def test_plan_of_what_cannot_work_here_fails(
+def test_a_small_machine_is_a_warning_unless_strict(
     write_recipe: RecipeWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feasibility, "look_around", lambda *_: Machine(100 * MIB, None, 1000))
     result = CliRunner().invoke(app, ["plan", str(write_recipe()), "--json"])
-    assert result.exit_code == 1
-    memory, disk = json.loads(result.stdout)["estimate"]["problems"]
-    assert "0.1 GiB are available: lower" in memory
+    assert result.exit_code == 0
+    memory, disk = json.loads(result.stdout)["estimate"]["shortages"]
+    assert "100 MiB are available: lower" in memory
     assert "make room" in disk
-    assert "0.1 GiB are available" in result.stderr
+    assert "warning: this machine may not suffice: " in result.stderr
+    strict = CliRunner().invoke(app, ["plan", str(write_recipe()), "--json", "--strict-machine"])
+    assert strict.exit_code == 1
+    assert "error: this machine may not suffice: " in strict.stderr
     plan = planned(write_recipe())
     with pytest.raises(TooLittleDiskError):
         check_resources(plan)
@@ -285,7 +288,7 @@ def test_plan_of_what_cannot_work_here_fails(
         for warning in check_resources(
             replace(
                 plan,
-                estimate=replace(plan.estimate, machine=Machine(100 * MIB, None, None), problems=(memory,)),
+                estimate=replace(plan.estimate, machine=Machine(100 * MIB, None, None), shortages=(memory,)),
             )
         )
     ]

@@ -17,7 +17,7 @@ from ercsvd_deploy.recipe.overrides import parse_override, with_override
 from ercsvd_deploy.recipe.yaml_source import MAX_BYTES, Node, parse_yaml, read_yaml_file
 
 VALIDATOR = jsonschema.Draft202012Validator(recipe_json_schema())
-BASE = {
+BASE: dict[str, Any] = {
     "model": {"path": "m"},
     "calibration": {"dataset": {"text": "t"}, "num_samples": 32},
     "stages": [{"factorize": {"method": "erc_svd", "compression_ratio": 0.2}}],
@@ -255,6 +255,82 @@ def test_another_method_can_be_chosen_by_removing_what_only_the_first_reads(load
         load(text, "stages.0.factorize.method=svd_llm")
     recipe = load(text, "stages.0.factorize.method=svd_llm", "stages.0.factorize.beta=null")
     assert "beta" not in canonical(recipe)["stages"][0]["factorize"]
+
+
+RECOVERED_TWICE = BASE | {"stages": [BASE["stages"][0], {"recover": {}}, {"quantize": {}}, {"recover": {}}]}
+
+
+@pytest.mark.parametrize(
+    ("by_name", "by_place"),
+    [
+        ("factorize.compression_ratio=0.4", "stages.0.factorize.compression_ratio=0.4"),
+        ("quantize.bits=8", "stages.1.quantize.bits=8"),
+        ('quantize.overrides."mlp.*".bits=8', 'stages.1.quantize.overrides."mlp.*".bits=8'),
+        ("quantize={method: rtn}", "stages.1.quantize={method: rtn}"),
+        ("quantize=null", "stages.1=null"),
+        ("quantize.bits=null", "stages.1.quantize.bits=null"),
+    ],
+)
+def test_a_stage_is_addressed_by_its_name(load: Load, by_name: str, by_place: str) -> None:
+    raw = BASE | {"stages": [BASE["stages"][0], {"quantize": {"bits": 4}}]}
+    recipe = load(yaml.safe_dump(raw), by_name)
+    assert recipe == load(yaml.safe_dump(raw), by_place)
+    if by_name != "quantize.bits=null":  # null makes the default hold, which is 4
+        assert recipe != load(yaml.safe_dump(raw))
+
+
+def test_names_hold_when_an_override_has_moved_the_stages(load: Load) -> None:
+    raw = RECOVERED_TWICE | {"stages": RECOVERED_TWICE["stages"][:3]}
+    recipe = load(yaml.safe_dump(raw), "recover=null", "quantize.bits=8")
+    assert recipe.recover is None
+    assert recipe.quantize is not None
+    assert recipe.quantize.bits == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "recover.steps=3",
+            "--set recover.steps=3: the recipe has 2 stages 'recover': stages.1.recover and stages.3.recover",
+        ),
+        ("recover=null", "the recipe has 2 stages 'recover'"),
+        ("bits=8", "'bits' is no field of the recipe; did you mean 'quantize.bits'?"),
+        (
+            "method=rtn",
+            "'method' is no field of the recipe; did you mean 'factorize.method' or 'quantize.method'?",
+        ),
+        ("quantise.bits=8", "did you mean 'quantize.bits'?"),
+        ("quantize.bts=8", "field 'stages.2.quantize.bts' is unknown (value 8); did you mean 'bits'?"),
+        (
+            "factorize.compression_ratio=2",
+            "--set factorize.compression_ratio=2: field 'stages.0.factorize.comp",
+        ),
+        ("quantise\n.bits=8", "did you mean 'quantize.bits'?"),
+    ],
+)
+def test_an_unclear_stage_is_refused_with_the_candidates(load: Load, override: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(yaml.safe_dump(RECOVERED_TWICE), override)
+    assert expected in str(caught.value)
+    assert "\n" not in caught.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        (BASE["stages"], "its stages: 'factorize' (stages.0); stages.1.quantize adds one"),
+        ([{"fac\ntorise": {}}], r"its stages: 'fac\ntorise' (stages.0)"),
+        ([], "its stages: none; stages.0.quantize adds one"),
+        ("text", "its stages: none"),
+        ([1, ["factorize"], None], "its stages: none"),
+    ],
+)
+def test_a_stage_that_is_not_there_is_refused(load: Load, stages: Any, expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(yaml.safe_dump(BASE | {"stages": stages}), "quantize.bits=8")
+    assert f"the recipe has no stage 'quantize'; {expected}" in str(caught.value)
+    assert "\n" not in caught.value.problems[0]
 
 
 names = st.text("abcdefgh._-*", min_size=1, max_size=8)

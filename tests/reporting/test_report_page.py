@@ -13,11 +13,12 @@ import pytest
 
 from ercsvd_deploy.format.manifest import verify_export
 from ercsvd_deploy.pipelines.reporting import files as report_files
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, finite
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES, write_report_files
 from ercsvd_deploy.pipelines.reporting.html import page as report_page
 from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
 from ercsvd_deploy.pipelines.reporting.html.plots import draw_plots
+from ercsvd_deploy.pipelines.reporting.json_values import finite
 from ercsvd_deploy.pipelines.reporting.schema import ReportDocument, parse_report
 from tests.flow.test_run import RecipeWriter, invoke, llama, write_recipe
 from tests.reporting.sample_reports import sample_document, sample_report

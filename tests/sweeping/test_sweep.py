@@ -26,7 +26,7 @@ from ercsvd_deploy.pipelines.sweeping.points import (
     run_point,
     worst_increase,
 )
-from ercsvd_deploy.recipe.load import RecipeError, canonical
+from ercsvd_deploy.recipe.load import Recipe, RecipeError, canonical
 from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
 
 __all__ = ["llama", "write_recipe"]  # fixtures
@@ -74,6 +74,24 @@ def test_points_are_every_combination_and_the_single_ones(write_recipe: RecipeWr
     assert all(point.recipe.calibration and point.recipe.calibration.seed == 9 for point in points)
 
 
+def test_fields_are_those_of_overrides_stages_by_name_too(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    recipe = write_recipe(factorize(), {"quantize": {"group_size": 32}})
+
+    def points(ratio: str, bits: str, quantize: str) -> list[tuple[str, Recipe]]:
+        entries = {
+            "set": {"calibration.seed": 9},
+            "grid": {ratio: [0.2, 0.4], bits: [4, 8]},
+            "also": [{"name": "not quantized", "set": {quantize: None}}],
+        }
+        found = sweep_points(load_sweep(written(tmp_path, recipe, **entries)))
+        return [(point.name, point.recipe) for point in found]
+
+    by_name = points("factorize.compression_ratio", "quantize.bits", "quantize")
+    assert by_name == points(RATIO, "stages.1.quantize.bits", "stages.1")
+    assert by_name[0][0] == "compression_ratio 0.2, bits 4"
+    assert by_name[-1][1].quantize is None
+
+
 def test_equal_points_are_run_once(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     grid = {RATIO: [0.2, 0.2, 0.3]}
     assert len(sweep_points(load_sweep(written(tmp_path, write_recipe(factorize()), grid=grid)))) == 2
@@ -90,6 +108,10 @@ def test_equal_points_are_run_once(write_recipe: RecipeWriter, tmp_path: Path) -
         ({"gird": {RATIO: [0.2]}}, "field 'gird'"),
         ({"grid": {RATIO: [0.2, 1.5]}}, "point (compression_ratio 1.5): --set"),
         ({"grid": {"stages.0.factorize.ratio": [0.2]}}, "is unknown"),
+        (
+            {"grid": {"quantize.bits": [4]}},
+            "point (the recipe): --set quantize.bits=4: the recipe has no stage",
+        ),
     ],
 )
 def test_what_a_sweep_must_not_say(

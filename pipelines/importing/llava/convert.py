@@ -10,7 +10,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ercsvd_deploy.exporters.vllm.writer import check_target, write_weights
+from ercsvd_deploy.exporters.vllm.target import check_target
+from ercsvd_deploy.exporters.vllm.writer import write_weights
 from ercsvd_deploy.format.tensor_store import torch_dtype
 from ercsvd_deploy.models.families import build_meta_model, describe
 from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError, OriginalLlava, read_original
@@ -28,6 +29,7 @@ from ercsvd_deploy.pipelines.importing.llava.weights import (
     holds_tower,
     open_weights,
 )
+from ercsvd_deploy.pipelines.inputs.libraries import import_transformers
 from ercsvd_deploy.pipelines.inputs.model import fetch
 from ercsvd_deploy.pipelines.state.lock import work_directory
 
@@ -80,6 +82,7 @@ def import_llava(
         CheckpointError: weights are missing or damaged.
         ExportError, TargetInUseError: the target cannot be written to.
     """
+    import_transformers()
     directory = Path(source)
     if not directory.is_dir():
         directory = fetch(source, named_by="source")
