@@ -343,8 +343,24 @@ def alive_tensors() -> list[torch.Tensor]:
     return [found for found in gc.get_objects() if isinstance(found, torch.Tensor) and not found.is_meta]
 
 
+INT4 = {"quantize": {"method": "gptq", "bits": 4, "group_size": 32}}
+RECOVER = {"recover": {"steps": 2, "batch_size": 2}}
+FISHER = {"output_metric": "fisher", "allocation": "error_controlled", "compressed_prefix_inputs": True}
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [factorize(method="erc_svd", rank_multiple=32), INT4],
+        [factorize(rank_multiple=32, **FISHER), RECOVER, INT4, RECOVER],
+    ],
+    ids=["searched", "allocated and recovered"],
+)
 def test_nothing_is_held_when_vllm_starts(
-    write_recipe: RecipeWriter, in_place_of_vllm: Callable[..., StandIn], monkeypatch: pytest.MonkeyPatch
+    stages: list[dict[str, Any]],
+    write_recipe: RecipeWriter,
+    in_place_of_vllm: Callable[..., StandIn],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What a run has made on its device is gone by then: on a GPU vLLM would want that memory.
 
@@ -376,13 +392,7 @@ def test_nothing_is_held_when_vllm_starts(
         )
 
     vllm.before = look
-    recipe = load_recipe(
-        write_recipe(
-            factorize(method="erc_svd", rank_multiple=32),
-            {"quantize": {"method": "gptq", "bits": 4, "group_size": 32}},
-            gates={"serving_parity": 0.05, "logprob_kl": 100.0},
-        )
-    )
+    recipe = load_recipe(write_recipe(*stages, gates={"serving_parity": 0.05, "logprob_kl": 100.0}))
     before = alive_tensors()
     run_recipe(recipe, device=CPU)
     assert left == [[]]
@@ -401,7 +411,11 @@ def test_memory_is_given_back_before_it_is_counted(
     events: list[str] = []
 
     def note(event: str, answer: Any = None) -> Callable[..., Any]:
-        return lambda *_arguments: events.append(event) or answer
+        def noting(*_arguments: Any) -> Any:
+            events.append(event)
+            return answer
+
+        return noting
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

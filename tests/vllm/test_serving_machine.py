@@ -128,9 +128,7 @@ def test_gpus_need_no_cores() -> None:
 def test_the_stand_in_for_torchvision_only_where_there_is_none(
     is_installed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        serving_machine.importlib.util, "find_spec", lambda _name: object() if is_installed else None
-    )
+    monkeypatch.setattr(serving_machine, "find_spec", lambda _name: object() if is_installed else None)
     found = ServingMachine(0, (0,)).environment(1, {"PYTHONPATH": "mine"})
     expected = "mine" if is_installed else f"{WITHOUT_TORCHVISION}{os.pathsep}mine"
     assert found["PYTHONPATH"] == expected

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class ServingMachine:
             inherited: This process's variables; what the user has set for vLLM stays as far as it fits.
         """
         variables = dict(inherited)
-        if importlib.util.find_spec("torchvision") is None:
+        if find_spec("torchvision") is None:
             folders = [str(WITHOUT_TORCHVISION), variables.get("PYTHONPATH", "")]
             variables["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
         if not self.num_gpus:
