@@ -24,16 +24,10 @@ from ercsvd_deploy.format.schema import (
     WEIGHT,
     ModuleDescription,
 )
-from ercsvd_deploy.linalg.decomposition import (
-    Decomposition,
-    Factors,
-    Method,
-    calibration_error,
-    decompose,
-    truncate,
-    weight_error,
-)
+from ercsvd_deploy.linalg.decomposition import Decomposition, Method, decompose
+from ercsvd_deploy.linalg.errors import calibration_error, weight_error
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, PivotError, find_pivots, to_pivoted
+from ercsvd_deploy.linalg.truncation import Factors, truncate
 from ercsvd_deploy.models.streaming import InputStatistics
 from ercsvd_deploy.recipe.stages import Factorize
 

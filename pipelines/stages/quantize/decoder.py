@@ -29,8 +29,8 @@ from ercsvd_deploy.format.schema import (
     ModuleDescription,
 )
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore, torch_dtype
-from ercsvd_deploy.linalg.decomposition import Factors
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
+from ercsvd_deploy.linalg.truncation import Factors
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
 from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
