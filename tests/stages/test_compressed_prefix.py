@@ -24,7 +24,7 @@ from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.flow.test_run import RecipeWriter, factorize, llama, write_recipe
 from tests.linalg.references import random_inputs, random_weight
-from tests.models.test_layerwise import CPU, streamed
+from tests.models.test_streaming import CPU, streamed
 from tests.stages.test_residual_choice import gram, inputs_of, naive_erc
 from tests.state.test_resume import half_run, hashes, whole_run
 
