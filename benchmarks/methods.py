@@ -26,7 +26,8 @@ from ercsvd_deploy.data.samples import text_samples
 from ercsvd_deploy.data.texts import load_tokenizer
 from ercsvd_deploy.evaluation.perplexity import perplexities
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.format.tensor_store import FileStore, OverlayStore, TensorStore
+from ercsvd_deploy.format.store_views import OverlayStore
+from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, open_model, stream
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows, evaluation_windows

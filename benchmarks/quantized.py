@@ -22,7 +22,8 @@ from results_file import environment, markdown_table, write_results
 
 from ercsvd_deploy.evaluation.perplexity import perplexities
 from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
-from ercsvd_deploy.format.tensor_store import FileStore, OverlayStore, TensorStore
+from ercsvd_deploy.format.store_views import OverlayStore
+from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.pipelines.planning.plan import plan_quantize_stage, rank_plans
 from ercsvd_deploy.pipelines.planning.sizes import linear_bits_per_weight, stored_bytes, sum_by_part
 from ercsvd_deploy.pipelines.stages.factorize.last_layers import factorize_decoder

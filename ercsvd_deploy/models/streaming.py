@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn import functional
 
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
-from ercsvd_deploy.format.tensor_store import CheckpointError, RenamedStore, TensorStore, torch_dtype
+from ercsvd_deploy.format.store_views import RenamedStore
+from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore, torch_dtype
 from ercsvd_deploy.linalg.symmetric import add_symmetric_product
 from ercsvd_deploy.models.families import (
     Architecture,

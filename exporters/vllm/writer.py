@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ercsvd_deploy.format.atomic_files import write_json_atomically
 from ercsvd_deploy.format.manifest import write_manifest
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.format.tensor_store import RenamedStore, TensorStore, write_json_atomically, write_sharded
+from ercsvd_deploy.format.shards import write_sharded
+from ercsvd_deploy.format.store_views import RenamedStore
+from ercsvd_deploy.format.tensor_store import TensorStore
 from ercsvd_deploy.models.families import Architecture
 
 CONFIG_FILE = "config.json"

@@ -53,7 +53,7 @@ def check(
 
 def end_with_gates(results: list[GateResult], directory: Path, junit: Path | None) -> None:
     """Write the verdicts where asked, and leave with the exit code of a missed gate if there is one."""
-    from ercsvd_deploy.format.tensor_store import write_text_atomically
+    from ercsvd_deploy.format.atomic_files import write_text_atomically
     from ercsvd_deploy.pipelines.judging.gates import junit_xml
 
     if junit is not None:

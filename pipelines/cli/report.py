@@ -27,7 +27,7 @@ def report_page(
 ) -> None:
     """Make the HTML page of a run from its report, without computing anything again."""
     with failures_explained(debug=debug):
-        from ercsvd_deploy.format.tensor_store import write_text_atomically
+        from ercsvd_deploy.format.atomic_files import write_text_atomically
         from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
         from ercsvd_deploy.pipelines.reporting.schema import load_report
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from ercsvd_deploy.format.tensor_store import read_json, write_json_atomically
+from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically
 from ercsvd_deploy.linalg.symmetric import leading_eigh
 
 CACHE_FILE = "host-speed.json"

@@ -17,7 +17,8 @@ import torch
 from ercsvd_deploy.budget.ranks import RankPlan
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
-from ercsvd_deploy.format.tensor_store import FileStore, OverlayStore, TensorStore
+from ercsvd_deploy.format.store_views import OverlayStore
+from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.cli.progress import ProgressReporter

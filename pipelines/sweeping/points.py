@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from ercsvd_deploy.format.tensor_store import write_json_atomically
+from ercsvd_deploy.format.atomic_files import write_json_atomically
 from ercsvd_deploy.pipelines.flow import compress_and_judge, prepare_run
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
 from ercsvd_deploy.pipelines.planning.plan import make_plan
