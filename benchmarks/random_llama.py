@@ -22,7 +22,8 @@ from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.format.shards import write_sharded
 from ercsvd_deploy.format.store_views import OverlayStore
 from ercsvd_deploy.format.tensor_store import TensorInfo, TensorStore
-from ercsvd_deploy.models.families import Architecture, build_meta_model, describe
+from ercsvd_deploy.models.families import Architecture, describe
+from ercsvd_deploy.models.meta import build_meta_model
 
 _SHARD_BYTES = 200 * 10**6
 _STANDARD_DEVIATION = 0.02

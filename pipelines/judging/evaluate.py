@@ -13,7 +13,8 @@ from ercsvd_deploy.data.pictures import load_processor
 from ercsvd_deploy.data.samples import QuestionSample
 from ercsvd_deploy.data.texts import CalibrationError, load_tokenizer, read_text, token_windows
 from ercsvd_deploy.evaluation.perplexity import Quality, measure_quality
-from ercsvd_deploy.models.families import load_config, reads_images
+from ercsvd_deploy.models.families import reads_images
+from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.pipelines.cli.progress import ProgressReporter, silent
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.inputs.pictures import ask_questions

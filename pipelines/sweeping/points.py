@@ -164,7 +164,8 @@ def plain_gptq(sweep: Sweep) -> list[Point]:
 
 def _group_size(recipe: Recipe) -> int:
     """Return the largest group size that every Linear of the model can have."""
-    from ercsvd_deploy.models.families import build_meta_model, describe
+    from ercsvd_deploy.models.families import describe
+    from ercsvd_deploy.models.meta import build_meta_model
     from ercsvd_deploy.pipelines.inputs.model import open_config
 
     config = open_config(recipe.model)

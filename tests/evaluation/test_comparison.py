@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from ercsvd_deploy.evaluation.comparison import compare_models, relative_error
 from ercsvd_deploy.evaluation.perplexity import perplexities
-from tests.models.test_streaming import streamed
+from tests.models.streamed import streamed
 from tests.tiny_models import save_tiny_model
 
 

@@ -15,7 +15,7 @@ from ercsvd_deploy.data.texts import load_tokenizer
 from ercsvd_deploy.linalg.decomposition import decompose
 from ercsvd_deploy.linalg.errors import calibration_error, output_error
 from ercsvd_deploy.linalg.truncation import Factors, truncate
-from ercsvd_deploy.models.streaming import InputStatistics
+from ercsvd_deploy.models.statistics import InputStatistics
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 from ercsvd_deploy.pipelines.reporting.document import Report

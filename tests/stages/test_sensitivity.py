@@ -18,7 +18,7 @@ from ercsvd_deploy.linalg.truncation import truncate
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity, measure_sensitivity
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
-from tests.models.test_streaming import streamed
+from tests.models.streamed import streamed
 from tests.tiny_models import save_tiny_model
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"

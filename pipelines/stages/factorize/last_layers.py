@@ -23,7 +23,8 @@ from ercsvd_deploy.format.schema import WEIGHT, ModuleDescription, WeightQuantiz
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.linalg.decomposition import Decomposition
 from ercsvd_deploy.models.families import LayerLinears
-from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
