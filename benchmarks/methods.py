@@ -24,7 +24,7 @@ from results_file import environment, markdown_table, write_results
 
 from ercsvd_deploy.data.samples import text_samples
 from ercsvd_deploy.data.texts import load_tokenizer
-from ercsvd_deploy.evaluation.perplexity import perplexities
+from ercsvd_deploy.evaluation.quality import perplexities
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.format.store_views import OverlayStore
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore

@@ -20,7 +20,7 @@ import torch
 from methods import Workbench
 from results_file import environment, markdown_table, write_results
 
-from ercsvd_deploy.evaluation.perplexity import perplexities
+from ercsvd_deploy.evaluation.quality import perplexities
 from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.format.store_views import OverlayStore
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from ercsvd_deploy import __version__
 from ercsvd_deploy.evaluation.comparison import Comparison, compare_models
-from ercsvd_deploy.evaluation.perplexity import Quality
+from ercsvd_deploy.evaluation.quality import Quality
 from ercsvd_deploy.exporters.vllm.writer import check_target, write_export
 from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
 from ercsvd_deploy.models.families import LANGUAGE_PART, component_of

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ercsvd_deploy.evaluation.comparison import compare_models, relative_error
-from ercsvd_deploy.evaluation.perplexity import perplexities
+from ercsvd_deploy.evaluation.quality import perplexities
 from tests.models.streamed import streamed
 from tests.tiny_models import save_tiny_model
 

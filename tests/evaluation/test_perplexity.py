@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ercsvd_deploy.evaluation.perplexity import perplexities
+from ercsvd_deploy.evaluation.quality import perplexities
 from tests.models.streamed import streamed
 from tests.tiny_models import save_tiny_model
 
