@@ -19,8 +19,8 @@ from ercsvd_deploy.data.pictures import (
     question_samples,
 )
 from ercsvd_deploy.data.texts import CalibrationError
-from ercsvd_deploy.recipe.sections import Calibration
-from ercsvd_deploy.recipe.vision import (
+from ercsvd_deploy.recipe.sections import (
+    Calibration,
     ConversationFile,
     ImageFolder,
     PictureDataset,

@@ -19,8 +19,7 @@ from ercsvd_deploy.pipelines.cli.progress import ProgressReporter, silent
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.inputs.pictures import ask_questions
 from ercsvd_deploy.pipelines.inputs.texts import check_length
-from ercsvd_deploy.recipe.sections import ModelSource
-from ercsvd_deploy.recipe.vision import ConversationFile, VisualQuestions
+from ercsvd_deploy.recipe.sections import ConversationFile, ModelSource, VisualQuestions
 
 
 class EvaluationError(ValueError):

@@ -32,8 +32,8 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
 )
 from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ranks, num_fitting_samples
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.recipe.sections import Vision
 from ercsvd_deploy.recipe.stages import Factorize
-from ercsvd_deploy.recipe.vision import Vision
 
 _PIECE = "factors"
 _LINEARS = TypeAdapter(list[FactorizedLinear])
