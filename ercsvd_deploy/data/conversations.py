@@ -17,14 +17,7 @@ from ercsvd_deploy.data.images import (
     image_below,
     printable,
 )
-from ercsvd_deploy.data.records import (
-    PLACEHOLDER,
-    Conversation,
-    Turn,
-    describe,
-    encodable,
-    read_record,
-)
+from ercsvd_deploy.data.records import PLACEHOLDER, Conversation, Turn, describe, encodable, read_record
 from ercsvd_deploy.data.texts import CalibrationError
 
 if TYPE_CHECKING:

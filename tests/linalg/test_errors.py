@@ -7,12 +7,7 @@ import torch
 
 from ercsvd_deploy.linalg.errors import calibration_error, weight_error
 from ercsvd_deploy.linalg.truncation import Factors
-from tests.linalg.references import (
-    factor,
-    random_inputs,
-    random_weight,
-    relative_output_error,
-)
+from tests.linalg.references import factor, random_inputs, random_weight, relative_output_error
 
 
 def test_a_gram_that_rounding_left_indefinite_gives_no_negative_error() -> None:

@@ -7,12 +7,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from torch import nn
 
-from ercsvd_deploy.format.schema import (
-    CheckpointConfig,
-    CheckpointFormatError,
-    Storage,
-    WeightQuantization,
-)
+from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError, Storage, WeightQuantization
 from ercsvd_deploy.models.modules import (
     LowRankLinear,
     PackedLinear,
