@@ -20,9 +20,10 @@ import torch
 from methods import Workbench
 from results_file import environment, markdown_table, write_results
 
-from ercsvd_deploy.evaluation.perplexity import perplexities
+from ercsvd_deploy.evaluation.quality import perplexities
 from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
-from ercsvd_deploy.format.tensor_store import FileStore, OverlayStore, TensorStore
+from ercsvd_deploy.format.store_views import OverlayStore
+from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.pipelines.planning.plan import plan_quantize_stage, rank_plans
 from ercsvd_deploy.pipelines.stages.factorize.last_layers import factorize_decoder
 from ercsvd_deploy.pipelines.stages.quantize.decoder import quantize_decoder

@@ -1,1 +1,1 @@
-"""One budget for many matrices: a rank each, or an option each."""
+"""Share one budget between many matrices: by ranks, or by any options that have a cost and a damage."""

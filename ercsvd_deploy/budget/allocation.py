@@ -24,7 +24,7 @@ class AllocationError(ValueError):
 
 @dataclass(frozen=True)
 class Option(Generic[Choice]):
-    """One way to store a matrix."""
+    """One way to store a matrix: its cost, its damage, and the choice itself, a `Storage` for example."""
 
     cost: int
     damage: float
@@ -37,20 +37,20 @@ def allocate(options: Mapping[str, Sequence[Option[Choice]]], budget: int) -> di
     Deterministic; of equal options the first is taken.
 
     Args:
-        options: Matrix name -> its options, at least one each.
+        options: Matrix name -> its options, at least one.
         budget: In the unit of the costs.
 
     Raises:
         AllocationError: even the cheapest options cost more than the budget.
     """
-    cheapest = sum(min(option.cost for option in each) for each in options.values())
+    cheapest = sum(min(option.cost for option in candidates) for candidates in options.values())
     if cheapest > budget:
         raise AllocationError(f"the smallest that is possible is {cheapest:,}, the budget is {budget:,}")
 
     def pick(multiplier: float) -> dict[str, Option[Choice]]:
         return {
-            name: min(each, key=lambda option: (option.damage + multiplier * option.cost, option.cost))
-            for name, each in options.items()
+            name: min(candidates, key=lambda option: (option.damage + multiplier * option.cost, option.cost))
+            for name, candidates in options.items()
         }
 
     low, high = -80.0, 80.0  # of the multiplier's logarithm
@@ -61,8 +61,10 @@ def allocate(options: Mapping[str, Sequence[Option[Choice]]], budget: int) -> di
         else:
             high = middle
     picked = pick(math.exp(high))
-    if _cost(picked) > budget:  # damages beyond the range of multipliers: the cheapest of each
-        picked = {name: min(each, key=lambda option: option.cost) for name, each in options.items()}
+    if _cost(picked) > budget:  # damages beyond the range of multipliers: the cheapest options
+        picked = {
+            name: min(candidates, key=lambda option: option.cost) for name, candidates in options.items()
+        }
     return _spend_rest(options, picked, budget - _cost(picked))
 
 
@@ -73,8 +75,8 @@ def _spend_rest(
     while True:
         affordable = [
             ((picked[name].damage - option.damage) / max(1, option.cost - picked[name].cost), name, option)
-            for name, each in options.items()
-            for option in each
+            for name, candidates in options.items()
+            for option in candidates
             if option.damage < picked[name].damage and option.cost - picked[name].cost <= rest
         ]
         if not affordable:

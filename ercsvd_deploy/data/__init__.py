@@ -1,1 +1,1 @@
-"""What models read: texts, pictures and conversations, as sequences of token ids."""
+"""Inputs of models: texts, pictures and conversations, as sequences of token ids."""

@@ -1,6 +1,6 @@
-"""A vision-language model's processor: loaded, and asked to turn turns with pictures into tokens.
+"""Load the processor of a vision-language model, and turn conversations with pictures into tokens with it.
 
-The model's own chat template decides what a conversation looks like; no template or token is known by name.
+The chat template of the model decides the form of a conversation; no template or token is known here by name.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ercsvd_deploy.data.texts import CalibrationError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What a processor returns about the text; all other tensors are about the pictures.
+# A processor's outputs for the text; all other tensors are for the pictures.
 _TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 # Which of a processor's parts is in which files of a model directory; one of them is enough.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
-# Stands for an answer while it is found out what the chat template puts around one.
+# Placeholder for an answer, to learn what the chat template puts around one.
 _ANSWER = "ercsvd-deploy-answer"
 
 
@@ -87,9 +87,9 @@ def check_processor(processor: Any, config: Any) -> None:
     if crop is not None and getattr(processor.image_processor, "do_center_crop", False):
         settings["crop_size"] = ((crop["height"], crop["width"]), (vision.image_size, vision.image_size))
     wrong = [
-        f"{name} is {found}, the model needs {needed}"
-        for name, (found, needed) in settings.items()
-        if found != needed
+        f"{name} is {setting}, the model needs {needed}"
+        for name, (setting, needed) in settings.items()
+        if setting != needed
     ]
     if wrong:
         raise CalibrationError(f"processor and model do not belong together: {'; '.join(wrong)}")
@@ -194,9 +194,9 @@ def reply_tokens(processor: Any, context: Sequence[Turn], prompt: str, answer: s
 def _around_answer(processor: Any, context: Sequence[Turn], prompt: str, where: str) -> tuple[str, str]:
     """Return what the chat template puts between prompt and answer, and behind the answer."""
     rendered = render(processor, [*context, Turn("assistant", _ANSWER)], where)
-    before, found, after = rendered[len(prompt) :].partition(_ANSWER)
-    # Some templates end prompts with what they do not put in front of finished answers.
-    return (before, after) if found and rendered.startswith(prompt) else ("", "")
+    before, separator, after = rendered[len(prompt) :].partition(_ANSWER)
+    # Some templates end prompts with text that they do not put in front of answers.
+    return (before, after) if separator and rendered.startswith(prompt) else ("", "")
 
 
 def _end_of_turn(tokenizer: Any, after: str, where: str) -> int:
@@ -220,12 +220,12 @@ def _continuation(tokenizer: Any, prompt: str, text: str) -> list[int]:
     def encode(string: str) -> list[int]:
         return list(tokenizer(string, add_special_tokens=False)["input_ids"])
 
-    # Pictures are one placeholder each here: what stands so far from the border does not move it.
+    # Each picture is one placeholder here: text so far from the border does not move it.
     for context in (prompt, "\n"):
         together, alone = encode(context + text), encode(context)
         if together[: len(alone)] == alone:
             return together[len(alone) :]
-        # A token goes over the border: the text has to begin anew. The line break keeps tokenizers from
+        # A token crosses the border: the text is tokenized as a new one. The line break keeps tokenizers from
         # putting a space in front of the first word, as many do at the beginning of a text.
     return encode(text)
 

@@ -17,14 +17,7 @@ from ercsvd_deploy.data.images import (
     image_below,
     printable,
 )
-from ercsvd_deploy.data.records import (
-    PLACEHOLDER,
-    Conversation,
-    Turn,
-    describe,
-    encodable,
-    read_record,
-)
+from ercsvd_deploy.data.records import PLACEHOLDER, Conversation, Turn, describe, encodable, read_record
 from ercsvd_deploy.data.texts import CalibrationError
 
 if TYPE_CHECKING:
@@ -187,7 +180,7 @@ def open_images(conversation: Conversation) -> list[Image]:
 
 
 def _read_records(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield where a record stands, and the record."""
+    """Yield the place of each record, for messages, and the record."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             is_array = file.read(4096).lstrip().startswith("[")
@@ -259,6 +252,6 @@ def _collect(
         else:
             kept.append(conversation)
     if not kept:
-        found = f"; the first is {keys}" if keys else ""
-        raise CalibrationError(f"{source}: no record with an image in {image_field!r}{found}")
+        first = f"; the first is {keys}" if keys else ""
+        raise CalibrationError(f"{source}: no record with an image in {image_field!r}{first}")
     return Conversations(tuple(kept), without_image)

@@ -1,4 +1,4 @@
-"""Pictures that are opened when they are needed, from files and bytes that nobody vouches for.
+"""Pictures that are opened when they are needed, from untrusted files and bytes.
 
 A hostile or broken picture ends in a `DamagedImageError` that names it: formats whose decoders run other
 programs are not tried, sizes are judged before anything is decoded, only regular files are read.
@@ -27,7 +27,7 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _MOST_PIXELS = 100_000_000
 # Processors scale the shorter side to a few hundred pixels: a long strip would grow beyond all memory.
 _MOST_ELONGATED = 100
-# Decoders were written for good files: on bad ones they raise whatever their arithmetic runs into.
+# Decoders are written for intact files: on damaged ones they raise all kinds of errors.
 _DECODER_ERRORS = (
     ArithmeticError,
     AttributeError,

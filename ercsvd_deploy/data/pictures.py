@@ -35,16 +35,16 @@ __all__ = [
 ]
 
 _MOST_NAMED = 5
-# If none of so many conversations can be used, going on through all of a large dataset is in vain.
+# If none of so many conversations can be used, the rest of a large dataset is not tried.
 _MOST_USELESS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """What could not be used.
+    """Conversations that could not be used.
 
     Attributes:
-        damaged: What is wrong with which picture, a line for each conversation left out for it.
+        damaged: A line for each conversation left out because of a damaged picture, with the reason.
         too_long: Conversations, or questions, left out because they have too many tokens.
     """
 
@@ -105,8 +105,8 @@ def calibration_samples(
 ) -> PictureSamples:
     """Draw conversations, the same ones for the same seed, and render them, answers included.
 
-    For one that cannot be used the next in the drawn order is taken. There are fewer than `num_samples` in
-    the end if the dataset has no more that can be used.
+    A conversation that cannot be used is replaced by the next one in the drawn order. There are fewer than
+    `num_samples` samples if the dataset has no more that can be used.
 
     Args:
         conversations: Where to draw from.
@@ -117,7 +117,7 @@ def calibration_samples(
         seed: Of the order.
         image_token_id: The token in whose places the model puts image features.
         vocab_size: The model's.
-        token_weight: What an image token counts in a Gram; others count 1.
+        token_weight: Weight of an image token in a Gram; other tokens have weight 1.
 
     Raises:
         CalibrationError: there are fewer conversations than `num_samples`, none can be used, or processor and
@@ -132,8 +132,8 @@ def calibration_samples(
     damaged: list[str] = []
     too_long = 0
     order = torch.randperm(len(conversations), generator=torch.Generator().manual_seed(seed)).tolist()
-    for tried, index in enumerate(order):
-        if len(samples) == num_samples or (not samples and tried == max(num_samples, _MOST_USELESS)):
+    for num_tried, index in enumerate(order):
+        if len(samples) == num_samples or (not samples and num_tried == max(num_samples, _MOST_USELESS)):
             break
         conversation = conversations[index]
         text = render(processor, conversation.turns, conversation.where)

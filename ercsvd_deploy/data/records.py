@@ -1,7 +1,7 @@
 """One record of image-text data, in LLaVA's or OpenAI's format, turned into a conversation.
 
-LLaVA's own data mark the place of a picture by `<image>`; as in its code, the mark is taken out of the
-text, and the pictures of a turn stand in front of it.
+LLaVA's data mark the place of a picture by `<image>`. As in LLaVA's code, the mark is removed from the text,
+and the pictures of a turn are put in front of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ROLES: Mapping[str, Role] = {
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says at once.
+    """One message of a conversation.
 
     Attributes:
         role: Who speaks.
@@ -45,7 +45,7 @@ class Conversation:
     """Turns of user and assistant, after at most one of the system.
 
     Attributes:
-        where: Where it was read, for messages: `file:line`, `file[index]` or the picture's path.
+        where: The place it was read from, for messages: `file:line`, `file[index]` or the picture's path.
         turns: At least one; the first that is not the system's is the user's.
         images: As many pictures as the turns show, in their order, opened by `open_images`.
     """
@@ -111,7 +111,7 @@ def encodable(text: str, where: str) -> str:
 
 
 def describe(value: object) -> str:
-    """Say what a value is, with its keys or a bit of its text."""
+    """Return the kind of a value, with its keys or the beginning of its text."""
     if isinstance(value, dict):
         return f"an object with {printable(', '.join(map(str, value))) or 'nothing in it'}"
     if isinstance(value, list):
@@ -120,7 +120,7 @@ def describe(value: object) -> str:
 
 
 def _messages_of(record: dict[str, Any], field: str | None, num_images: int, where: str) -> list[Any]:
-    """Return the turns of a record as they stand there."""
+    """Return the messages of a record, not yet parsed."""
     names = (field,) if field is not None else ("conversations", "messages")
     value = next((record[name] for name in names if record.get(name) is not None), None)
     question, answer = record.get("question"), record.get("answer")
@@ -136,7 +136,7 @@ def _messages_of(record: dict[str, Any], field: str | None, num_images: int, whe
 
 
 def _show_images(messages: Iterable[Any]) -> bool:
-    """Tell whether some part of a turn is an image; a mere placeholder in a text does not count."""
+    """Whether some part of a message is an image; a placeholder in a text does not count."""
     parts = [part for message in messages if isinstance(message, dict) for part in _parts(message)]
     return any(isinstance(part, dict) and part.get("type") in ("image", "image_url") for part in parts)
 
@@ -147,7 +147,7 @@ def _parts(message: dict[str, Any]) -> list[Any]:
 
 
 def _turns_of(messages: Sequence[Any], where: str) -> tuple[tuple[Turn, ...], list[object]]:
-    """Return the turns, and for each image place a value, or None where the record's own images go."""
+    """Return the turns, and a value for each place of an image; None for an image of `image_field`."""
     turns: list[Turn] = []
     places: list[object] = []
     for position, message in enumerate(messages):
@@ -207,7 +207,7 @@ def _turn_of(message: Any, where: str) -> tuple[Role, str, list[object]]:
 
 
 def _image_value(part: dict[str, Any]) -> object:
-    """Return what an image part shows, None if it is only the place of one."""
+    """Return the image of an image part; None if it only marks the place of one."""
     for name in ("image_url", "image", "url", "path"):
         value = part.get(name)
         if isinstance(value, dict) and "url" in value:

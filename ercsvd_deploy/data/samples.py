@@ -1,4 +1,4 @@
-"""What a decoder is run on: sequences of token ids, some with pictures, batched without padding.
+"""Inputs of a decoder: sequences of token ids, some with pictures, batched without padding.
 
 Without padding, attention masks and rotary embeddings depend on a batch's shape alone, and every position
 counts in a Gram. Sequences of different lengths therefore never share a batch.
@@ -34,10 +34,10 @@ class QuestionSample:
 
     Attributes:
         sample: Prompt, reference answer and end of turn.
-        answer_start: Index of the answer's first token; from there to the end everything is to be predicted.
+        answer_start: Index of the answer's first token; it and all tokens after it are to be predicted.
         question: The question as text.
         answer: The reference answer as text.
-        where: The record it comes from, for messages.
+        where: The record that it was read from, for messages.
     """
 
     sample: Sample
@@ -55,7 +55,7 @@ class Batch:
         tokens: Token ids [rows, tokens].
         images: Inputs of all rows' pictures, in the order of the rows.
         token_weights: [rows, tokens] or None.
-        rows: Where each row stood in the list the batches were made from.
+        rows: Position of each row in the list of samples.
     """
 
     tokens: torch.Tensor
@@ -80,7 +80,7 @@ def text_samples(windows: torch.Tensor) -> list[Sample]:
 def make_batches(samples: Sequence[Sample], max_tokens: int) -> list[Batch]:
     """Return all samples in batches of at most `max_tokens` tokens, or of one sample.
 
-    Samples that fit into one batch need not stand side by side: those of equal shape are brought together.
+    Samples of equal shape share a batch even if they are not neighbours in the list.
     """
     alike: dict[object, list[int]] = {}
     for index, sample in enumerate(samples):

@@ -1,20 +1,21 @@
 """Turn calibration and evaluation texts into windows of token ids.
 
 As is customary in this family of methods the documents are joined into one stream of tokens, cut
-into windows of equal length, and the wanted number of windows is drawn by a seeded permutation.
+into windows of equal length, and a number of windows is drawn by a seeded permutation.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-# A tokenizer is given no more text than this many characters per wanted token: a huge file would
-# only make the start slow. Ordinary tokenizers need three to six.
+# Characters given to a tokenizer for each token that is needed: a huge file would only make the start slow.
+# Ordinary tokenizers need three to six.
 _CHARACTERS_PER_TOKEN = 64
 
 
@@ -23,7 +24,7 @@ class CalibrationError(ValueError):
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
+    """The part of a transformers tokenizer that is used here."""
 
     def __call__(self, text: str, *, verbose: bool = True) -> Any:
         """Return a mapping with `input_ids`, a list of token ids; warn of a long text if `verbose`."""
@@ -66,6 +67,12 @@ def read_text(path: Path, max_characters: int | None = None) -> str:
     return text
 
 
+def read_built_in_prose(max_characters: int | None = None) -> str:
+    """Return the beginning of the English prose that comes with the package."""
+    text = files("ercsvd_deploy.data").joinpath("built_in_prose.txt").read_text(encoding="utf-8")
+    return text if max_characters is None else text[:max_characters]
+
+
 def read_jsonl(path: Path, field: str, max_characters: int | None = None) -> str:
     """Return the `field` of every line of a JSON-lines file, joined by blank lines.
 
@@ -76,7 +83,7 @@ def read_jsonl(path: Path, field: str, max_characters: int | None = None) -> str
 
 
 def _jsonl_documents(path: Path, field: str, max_characters: int | None) -> Iterator[str]:
-    taken = 0
+    num_characters = 0
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -93,12 +100,12 @@ def _jsonl_documents(path: Path, field: str, max_characters: int | None) -> Iter
                 if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
                     raise CalibrationError(f"{path}:{number}: field {field!r} has half a surrogate pair")
                 yield value
-                taken += len(value)
-                if max_characters is not None and taken >= max_characters:
+                num_characters += len(value)
+                if max_characters is not None and num_characters >= max_characters:
                     return
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    if taken == 0:
+    if num_characters == 0:
         raise CalibrationError(f"{path}: no text in field {field!r}")
 
 
@@ -127,15 +134,15 @@ def read_hub_dataset(
     except (OSError, ValueError) as error:
         raise CalibrationError(f"calibration.dataset.hub {name}: {error}") from error
     documents: list[str] = []
-    taken = 0
+    num_characters = 0
     for row in rows:
         if field not in row:
             raise CalibrationError(
                 f"calibration.dataset.hub {name}: no field {field!r}; it has: {sorted(row)}"
             )
         documents.append(str(row[field]))
-        taken += len(documents[-1])
-        if max_characters is not None and taken >= max_characters:
+        num_characters += len(documents[-1])
+        if max_characters is not None and num_characters >= max_characters:
             break
     return "\n\n".join(documents)
 

@@ -1,1 +1,1 @@
-"""What a model is worth, alone and beside its original."""
+"""Quality of a model: perplexity, exact answers, and the distance from the original model."""

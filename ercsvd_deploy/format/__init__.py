@@ -1,1 +1,1 @@
-"""What stands on disk: names and shapes of compressed checkpoints, integers, tensor files, checksums."""
+"""The format on disk: names and shapes of a compressed checkpoint, packed integers, files, checksums."""

@@ -1,7 +1,7 @@
-"""The checksums of an export: written last of all, compared by `ercsvd verify`.
+"""The checksums of an export: written as its last file, compared by `ercsvd verify`.
 
-Files are listed by the SHA-256 of their contents; weights tensor by tensor, of dtype, shape and bytes, so
-that a report can name what is damaged, and a re-sharded copy is still recognised.
+Files are listed with the SHA-256 of their contents. Weights are listed tensor by tensor, with the SHA-256 of
+dtype, shape and bytes: a report can name the damaged tensor, and a re-sharded copy still verifies.
 """
 
 from __future__ import annotations
@@ -16,15 +16,9 @@ from typing import Any
 import torch
 
 from ercsvd_deploy import __version__
+from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
-from ercsvd_deploy.format.tensor_store import (
-    INDEX_FILE,
-    CheckpointError,
-    FileStore,
-    open_directory,
-    read_json,
-    write_json_atomically,
-)
+from ercsvd_deploy.format.tensor_store import INDEX_FILE, CheckpointError, FileStore, open_directory
 
 MANIFEST_FILE = "ercsvd_manifest.json"
 _MANIFEST_VERSION = 1
@@ -36,10 +30,10 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Verification:
-    """What comparing a directory with its manifest showed.
+    """Result of comparing a directory with its manifest.
 
     Attributes:
-        problems: One line for each missing, damaged or surplus tensor or file; none if all is well.
+        problems: One line for each missing, damaged or surplus tensor or file; empty if there are none.
         num_tensors: Tensors compared.
         num_files: Other files compared.
         written_by: Version that wrote the export.
@@ -52,7 +46,7 @@ class Verification:
 
 
 def write_manifest(directory: Path, *, unlisted: frozenset[str] = frozenset()) -> None:
-    """Write down the checksums of everything in `directory` but the files named in `unlisted`."""
+    """Write the checksums of every file and tensor in `directory` but the files named in `unlisted`."""
     store = open_directory(directory)
     manifest = {
         "manifest_version": _MANIFEST_VERSION,
@@ -70,7 +64,7 @@ def verify_export(directory: Path, *, unlisted: frozenset[str] = frozenset()) ->
 
     Args:
         directory: An export.
-        unlisted: Files that may differ, or be there or not; never taken from the directory itself.
+        unlisted: Files that may differ or be absent; never taken from the directory itself.
 
     Raises:
         ManifestError: there is no manifest, or it cannot be read.
@@ -103,18 +97,18 @@ def _tensor_problems(directory: Path, expected: dict[str, str]) -> list[str]:
             problems.append(f"tensor {name}: missing")
             continue
         try:
-            found = _tensor(store, name)
+            digest = _tensor(store, name)
         except CheckpointError as error:
             problems.append(f"tensor {name}: {error}")
             continue
-        if found != expected[name]:
+        if digest != expected[name]:
             problems.append(f"tensor {name}: changed since the export was written")
     surplus = sorted(store.names() - expected.keys())
     return problems + [f"tensor {name}: was not part of the export" for name in surplus]
 
 
 def _config_problems(directory: Path) -> list[str]:
-    """Say why this version's plugin and loader would refuse the directory's config."""
+    """Return why this version's plugin and loader would refuse the directory's config."""
     config = read_json(directory / "config.json")
     description = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(description, dict):
@@ -158,7 +152,7 @@ def _weight_files(directory: Path) -> frozenset[Path]:
     try:
         return open_directory(directory).files() | {directory / INDEX_FILE}
     except CheckpointError:
-        # That is reported where tensors are compared; these names are not surplus files besides.
+        # The tensor comparison reports this; the files must not be reported again as surplus.
         return frozenset(directory.glob("*.safetensors*"))
 
 

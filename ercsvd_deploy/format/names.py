@@ -1,7 +1,7 @@
 """The names of LLaVA's tensors: what checkpoints call them, and what transformers 5 calls them.
 
-Four layouts are in circulation. The one of the checkpoints on the hub is what transformers of every
-version and vLLM load, so it is what this package writes; all others are read.
+Four layouts are in circulation. Checkpoints on the hub use one that every version of transformers and vLLM
+load, so this package writes it; all others are read.
 
     part            hub (written)                transformers 5                 original (llava_llama)
     decoder         language_model.model.        model.language_model.          model.
@@ -47,10 +47,10 @@ _ORIGINAL_PROJECTOR_PARTS = {"0.": "linear_1.", "2.": "linear_2."}
 def to_module(name: str) -> str:
     """Return the name that transformers 5 gives to a tensor of a checkpoint in any layout but the original.
 
-    Names of no known part are returned as they are.
+    Names of any other part are returned unchanged.
     """
-    known = [(stored, module) for module, layouts in _PREFIXES for stored in layouts]
-    for stored, module in sorted(known, key=lambda pair: -len(pair[0])):
+    prefixes = [(stored, module) for module, layouts in _PREFIXES for stored in layouts]
+    for stored, module in sorted(prefixes, key=lambda pair: -len(pair[0])):
         if name.startswith(stored):
             return module + name.removeprefix(stored)
     return name

@@ -1,12 +1,14 @@
-"""Quantized matrices as checkpoint tensors and back: compressed-tensors' `pack-quantized` layout.
+"""Integer matrices, and their tensors in a checkpoint: compressed-tensors' `pack-quantized` layout.
 
 Four 8-bit or eight 4-bit values share an int32, the first in the lowest bits; values run along the row, zero
-points down the column. Leaf names and shapes are those of `checkpoint_schema`.
+points down the column. Leaf names and shapes are those of `format.schema`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,14 +20,64 @@ from ercsvd_deploy.format.schema import (
     WEIGHT_ZERO_POINT,
     WeightQuantization,
 )
-from ercsvd_deploy.quantization.grid import QuantizedWeight
 
 # compressed-tensors is imported inside the functions: it imports transformers, and planning needs neither.
 # Its bit packing is called on our integers directly. The compressor around it would divide a dense weight by
-# the scales again, and what was chosen by GPTQ must not be rounded twice.
+# the scales again, and a matrix rounded by GPTQ must not be rounded twice.
 
 
-def pack(quantized: QuantizedWeight, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+class IntegerMatrix(Protocol):
+    """The attributes of a `QuantizedWeight` that `pack` reads."""
+
+    @property
+    def values(self) -> Tensor:
+        """[out, in], int8."""
+        ...
+
+    @property
+    def scale(self) -> Tensor:
+        """[out, groups]."""
+        ...
+
+    @property
+    def zero_point(self) -> Tensor | None:
+        """[out, groups], int8; None if symmetric."""
+        ...
+
+    @property
+    def storage(self) -> WeightQuantization:
+        """Bits, group size and symmetry."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A matrix as integers: weight = (values - zero_point) * scale, group by group.
+
+    Integers are signed as compressed-tensors packs them: -8..7 for 4 bits, -128..127 for 8.
+
+    Attributes:
+        values: [out, in], int8.
+        scale: [out, groups] in the checkpoint's dtype; positive and finite.
+        zero_point: [out, groups], int8; None if symmetric.
+        storage: bits, group size and symmetry, as the checkpoint records them.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    storage: WeightQuantization
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the dense matrix [out, in]; it is rounded once, to `dtype`, as serving kernels do."""
+        out_features, groups = self.scale.shape
+        grouped = self.values.view(out_features, groups, -1).float()
+        if self.zero_point is not None:
+            grouped = grouped - self.zero_point.unsqueeze(2)
+        return (grouped * self.scale.float().unsqueeze(2)).view(self.values.shape).to(dtype)
+
+
+def pack(quantized: IntegerMatrix, scale_dtype: torch.dtype) -> dict[str, Tensor]:
     """Return leaf name -> tensor of a quantized matrix; the inverse of `unpack`.
 
     Args:
@@ -71,10 +123,10 @@ def unpack(
     from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 
     for leaf, expected in quantization.leaf_shapes(*shape).items():
-        found = tuple(leaves[leaf].shape) if leaf in leaves else None
-        if found != expected:
+        stored = tuple(leaves[leaf].shape) if leaf in leaves else None
+        if stored != expected:
             raise ValueError(
-                f"{leaf} is {'missing' if found is None else f'of shape {list(found)}'}; a matrix of shape "
+                f"{leaf} is {'missing' if stored is None else f'of shape {list(stored)}'}; a matrix of shape "
                 f"{list(shape)} stored as {quantization.bits}-bit integers needs {list(expected)}: "
                 "the checkpoint's description and its tensors disagree"
             )

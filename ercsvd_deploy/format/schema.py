@@ -1,4 +1,4 @@
-"""The names and shapes of a compressed checkpoint on disk: what every reader and writer agrees on.
+"""Names and shapes of a compressed checkpoint on disk, for every reader and writer.
 
 A compressed checkpoint is an ordinary Hugging Face directory. Its `config.json` carries
 
@@ -21,7 +21,7 @@ as the original model stores them. For a module `m` the tensors are
     dense      m.<leaf>, m.weight (the guard, empty), m.bias unchanged
     pivoted    m.pivot_rows.<leaf> [rank, in], m.other_rows.<leaf> [out - rank, rank], m.row_order,
                m.weight (the guard, empty), m.bias unchanged: h = pivot_rows x, o = other_rows h, and
-               output i is element row_order[i] (int32 [out]) of cat(h, o). See `pivoting`.
+               output i is element row_order[i] (int32 [out]) of cat(h, o). See `linalg.pivoting`.
 
 where `<leaf>` is `weight` for a plain matrix, and for an int4/int8 one the compressed-tensors
 `pack-quantized` tensors `weight_packed`, `weight_scale`, `weight_shape` and, if asymmetric,
@@ -35,6 +35,7 @@ No torch here: vLLM's front end and editors' tools read this module too.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -68,7 +69,7 @@ class CheckpointFormatError(ValueError):
 
 
 class WeightQuantization(BaseModel):
-    """How one matrix is stored as integers; the keys are GPTQ's."""
+    """Integers of one stored matrix: bits, groups of columns, symmetry; the keys are GPTQ's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -96,6 +97,12 @@ class WeightQuantization(BaseModel):
             )
         return in_features // self.group_size
 
+    def fitted(self, in_features: int) -> WeightQuantization:
+        """Return the same integers with the largest group size that divides `in_features` and this one."""
+        if self.group_size == -1:
+            return self
+        return self.model_copy(update={"group_size": math.gcd(self.group_size, in_features)})
+
     def leaf_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """Return leaf name -> shape of the tensors that store an [out, in] matrix."""
         values_per_word = 32 // self.bits
@@ -110,8 +117,8 @@ class WeightQuantization(BaseModel):
         return leaves
 
 
-class ModuleDescription(BaseModel):
-    """What became of one Linear."""
+class Storage(BaseModel):
+    """How the weight of one Linear is stored: its layout, its rank, and the integers of each matrix."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -132,12 +139,13 @@ class ModuleDescription(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _parts_fit_the_layout(self) -> ModuleDescription:
-        own = {"dense": (WEIGHT,), "low_rank": (FACTOR_A, FACTOR_B), "pivoted": (PIVOT_ROWS, OTHER_ROWS)}
+    def _parts_fit_the_layout(self) -> Storage:
+        parts = {"dense": (WEIGHT,), "low_rank": (FACTOR_A, FACTOR_B), "pivoted": (PIVOT_ROWS, OTHER_ROWS)}
+        allowed = parts[self.layout]
         for part in (WEIGHT, *FACTOR_PARTS):
-            if part not in own[self.layout] and getattr(self, part) is not None:
+            if part not in allowed and getattr(self, part) is not None:
                 raise ValueError(
-                    f"layout {self.layout} has no {part} to quantize, but {' and '.join(own[self.layout])}"
+                    f"layout {self.layout} has no {part} to quantize, but {' and '.join(allowed)}"
                 )
         if (self.pivot_blocks is None) == (self.layout == "pivoted"):
             raise ValueError(
@@ -161,6 +169,40 @@ class ModuleDescription(BaseModel):
                 )
         return self
 
+    @classmethod
+    def dense(cls, shape: tuple[int, int], weight: WeightQuantization | None = None) -> Storage:
+        """Return the storage of a weight as one matrix [out, in], of integers if `weight` is given."""
+        return cls(layout="dense", shape=shape, weight=weight)
+
+    @classmethod
+    def of_rank(
+        cls,
+        shape: tuple[int, int],
+        rank: int,
+        pivot_blocks: int | None = None,
+        first: WeightQuantization | None = None,
+        second: WeightQuantization | None = None,
+    ) -> Storage:
+        """Return the storage of a weight as two matrices.
+
+        Args:
+            shape: [out, in] of the original weight.
+            rank: Its rank.
+            pivot_blocks: Of the pivoted layout; None: the layout is low_rank.
+            first: Integers of the factor A, or of the pivot rows; None: floating point.
+            second: Integers of the factor B, or of the other rows; None: floating point.
+        """
+        if pivot_blocks is None:
+            return cls(layout="low_rank", shape=shape, rank=rank, factor_a=first, factor_b=second)
+        return cls(
+            layout="pivoted",
+            shape=shape,
+            rank=rank,
+            pivot_blocks=pivot_blocks,
+            pivot_rows=first,
+            other_rows=second,
+        )
+
     @property
     def parts(self) -> dict[str, tuple[tuple[int, int], WeightQuantization | None]]:
         """Part name ('' for the dense weight) -> ((rows, columns), quantization)."""
@@ -179,8 +221,21 @@ class ModuleDescription(BaseModel):
         }
 
     @property
+    def quantization(self) -> WeightQuantization | None:
+        """Integers of the dense weight, or of the first of two matrices; None for floating point."""
+        return next(quantization for _, quantization in self.parts.values())
+
+    @property
+    def label(self) -> str:
+        """The storage in a few words, such as `rank 96, int4 g64`."""
+        shape = "dense" if self.rank is None else f"rank {self.rank}"
+        if self.quantization is None:
+            return shape
+        return f"{shape}, int{self.quantization.bits} g{self.quantization.group_size}"
+
+    @property
     def is_altered(self) -> bool:
-        """Whether the stored tensors differ in name from the original Linear's."""
+        """Whether the names of the stored tensors differ from the original Linear's."""
         return self.layout != "dense" or self.weight is not None
 
     @property
@@ -210,8 +265,8 @@ class CheckpointConfig(BaseModel):
     # not "producer": vLLM takes that key for ModelOpt's, an object, and fails on a string
     written_by: str = f"ercsvd-deploy {__version__}"
     modules: Annotated[
-        dict[str, ModuleDescription],
-        Field(description="Checkpoint tensor-name prefix of every altered Linear -> what became of it."),
+        dict[str, Storage],
+        Field(description="Checkpoint tensor-name prefix of every altered Linear -> how it is stored."),
     ]
     require_kernels: bool = Field(
         default=False,
@@ -250,6 +305,10 @@ class CheckpointConfig(BaseModel):
     def write(self) -> dict[str, Any]:
         """Return the JSON object that `read` takes back; the inverse of `read`."""
         written = self.model_dump(mode="json", exclude_none=True)
-        if not self.require_kernels:  # what says nothing stays readable to earlier releases
+        if not self.require_kernels:  # a default is not written: earlier releases do not know the key
             del written["require_kernels"]
         return written
+
+
+# The name that the exporter and the pipelines still use.
+ModuleDescription = Storage

@@ -7,16 +7,16 @@ other rows are C V', a Linear is
     o = C h         the other outputs
     y = the rows of cat(h, o), put in order
 
-at r (out + in - r) parameters instead of r (out + in): at equal bytes the rank is higher, and nothing is lost
-but rounding. Source: Pivoting Factorization (PIFA, arXiv 2501.19090).
+at r (out + in - r) parameters instead of r (out + in): at equal bytes the rank is higher, and the product is
+the same up to rounding. Source: Pivoting Factorization (PIFA, arXiv 2501.19090).
 
 Any independent rows would do in exact arithmetic. In 16 bits C must be small, or errors of h grow in o.
 Pivots are taken greedily, always the row that is furthest from the span of those taken before: QR with
 column pivoting on B^T, B made orthonormal first. Tensor parallelism cuts outputs into consecutive blocks, so
 every one of `num_blocks` blocks gives equally many pivots, and all ranks hold matrices of one shape.
 
-Pivots and other rows keep the order they have in the matrix. So which rows are pivots says everything, a
-block of outputs is a block of both matrices, and a wrong order cannot be loaded unnoticed.
+Pivots and other rows keep their order in the matrix. So the set of pivots determines the layout, a block of
+outputs is a block of both matrices, and a wrong order is detected when it is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.linalg.decomposition import Factors
+from ercsvd_deploy.linalg.truncation import Factors
 
 # Pivots far from dependent give single digits. Where h is rounded to 8 bits of mantissa, a thousand times
 # that error is no approximation any more.
@@ -92,14 +92,14 @@ def to_pivoted(factors: Factors, num_blocks: int = 1) -> PivotedFactors:
         raise ValueError(
             f"num_blocks is {num_blocks}; it must divide the {out_features} rows and the rank {rank}"
         )
-    # An orthonormal basis of the columns: what is far from the span of other rows is then judged by the
-    # directions of the product, not by how the factors happen to share its size.
+    # An orthonormal basis of the columns: the distance of a row from the span of others then depends on the
+    # product alone, not on how its size is shared between the factors.
     basis, triangular = torch.linalg.qr(factors.factor_b.double())  # [out, r], [r, r]
     pivots = _choose_pivots(basis, num_blocks)
     is_other = torch.ones(out_features, dtype=torch.bool, device=basis.device)
     is_other[pivots] = False
     directions = triangular @ factors.factor_a.double()  # [r, in]
-    # Without the check of `solve`, dependent pivots give NaN or huge numbers, which the next lines refuse.
+    # `solve_ex` does not check: dependent pivots give NaN or huge numbers, which the next lines refuse.
     other_rows = torch.linalg.solve_ex(basis[pivots], basis[is_other], left=False).result
     if not other_rows.abs().max() <= _LARGEST_COMBINATION:
         where = f" in each of {num_blocks} blocks of outputs" if num_blocks > 1 else ""
@@ -132,7 +132,7 @@ def find_pivots(row_order: Tensor, rank: int) -> Tensor:
 
 
 def row_order_problem(row_order: Tensor, rank: int, num_blocks: int) -> str | None:
-    """Say what is wrong with a stored row order, or None: it must be one that `order_rows` makes."""
+    """Return what is wrong with a stored row order; None if `order_rows` could have written it."""
     pivots = find_pivots(row_order, rank)
     if len(pivots) != rank or not torch.equal(row_order.long(), order_rows(pivots, len(row_order)).long()):
         return f"is not an order of {rank} pivot rows and {len(row_order) - rank} others"
@@ -147,11 +147,11 @@ def _choose_pivots(basis: Tensor, num_blocks: int) -> Tensor:
     """Return the rows of an orthonormal basis [out, r] to take as pivots: [r], ascending.
 
     Greedy QR with column pivoting on the transpose, as a Cholesky factorization of basis basis^T of which
-    only the pivots' columns are ever computed. A block that has given its share is passed over.
+    only the pivots' columns are ever computed. A block that has its share of pivots is passed over.
     """
     out_features, rank = basis.shape
     block_of_row = torch.arange(out_features, device=basis.device) // (out_features // num_blocks)
-    open_places = torch.full((num_blocks,), rank // num_blocks)
+    pivots_left = torch.full((num_blocks,), rank // num_blocks)
     distance = basis.square().sum(dim=1)  # squared distance of every row to the span of the pivots
     cholesky = basis.new_zeros(rank, out_features)
     pivots: list[int] = []
@@ -160,11 +160,11 @@ def _choose_pivots(basis: Tensor, num_blocks: int) -> Tensor:
         block = pivot // (out_features // num_blocks)
         pivots.append(pivot)
         column = basis @ basis[pivot] - cholesky[:step, pivot] @ cholesky[:step]
-        # A row in the span of the others is noise; the check in `to_pivoted` speaks up.
+        # A row in the span of the others is noise; the check in `to_pivoted` refuses it.
         cholesky[step] = column / distance[pivot].clamp(min=torch.finfo(basis.dtype).eps).sqrt()
         distance -= cholesky[step].square()
         distance[pivot] = -torch.inf
-        open_places[block] -= 1
-        if open_places[block] == 0:
+        pivots_left[block] -= 1
+        if pivots_left[block] == 0:
             distance[block_of_row == block] = -torch.inf
     return torch.tensor(sorted(pivots), device=basis.device)

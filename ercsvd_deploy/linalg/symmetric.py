@@ -1,10 +1,10 @@
-"""Symmetric matrices, on which factorization spends its time: products of half the work, eigenvectors.
+"""Symmetric matrices: products at half the cost, and leading eigenvectors in mixed precision.
 
-Large matrices are multiplied and decomposed in mixed precision. What rounds in float32 rounds at the size of
-the largest eigenvalue, which in Grams of activations is often thousands of times the others. So directions
-that stand out are found first, in float64 by block power iteration, and moved out of the way; what remains is
-treated in float32, in which an eigenvalue a ten-thousandth of the largest left still has its direction. If
-those that are wanted reach further down, all is done in float64 after all.
+Large matrices are multiplied and decomposed in mixed precision. Float32 rounds relative to the largest
+eigenvalue, which in Grams of activations is often thousands of times the others. So the dominant directions
+are computed first, in float64 by block power iteration, and projected out; the rest is treated in float32,
+which resolves eigenvalues down to a ten-thousandth of the largest that remains. If smaller ones are needed,
+all is computed in float64.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCKS = 8  # of columns, in products of which one half is computed
+_BLOCKS = 8  # of columns, in symmetric products of which one half is computed
 _SMALLEST_BLOCK = 128  # below, one product is faster than several
 
 MIXED_FROM = 1024  # side; smaller matrices are quick in float64
 _LAPACK_INT_LIMIT = 32_000  # side; the workspace of larger ones overflows what scipy passes to LAPACK
 _BLOCK = 64  # directions of the power iteration
 _POWER_ITERATIONS = 4
-_CONVERGED = 1e-5  # residual of an eigenvector, as a share of its eigenvalue; what it costs is the square
-# Mixing by rounding adds about (rounding / eigenvalue)^2 of what is lost anyway: here less than 1e-5 of it.
+_CONVERGED = 1e-5  # residual of an eigenvector, as a share of its eigenvalue; the error is its square
+# Rounding mixes directions and adds about (rounding / eigenvalue)^2 to the truncation error: less than 1e-5.
 _SMALLEST_IN_SINGLE = 1e-4
-_SMALLEST_TO_ROUNDING = 1e3  # an eigenvalue, to what a product's rounding makes of a random direction
+_SMALLEST_TO_ROUNDING = 1e3  # smallest eigenvalue used, relative to a product's rounding error
 ROUNDING_PROBES = 8  # random directions in which rounding is measured
 _PRODUCT_BLOCK = 32  # directions of a metric that are multiplied in float64
 _ROWS_AT_ONCE = 512  # of a metric, in float64
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return left @ right where that is known to be symmetric: [n, k] x [k, n], 9/16 of a product's work."""
+    """Return left @ right, which must be symmetric: [n, k] x [k, n], at 9/16 of a full product's cost."""
     result = left.new_zeros(left.shape[0], right.shape[1])
     add_symmetric_product(result, left, right)
     return result
 
 
 def add_symmetric_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right, known to be symmetric, to a symmetric `total` [n, n] in place."""
+    """Add left @ right, which must be symmetric, to a symmetric `total` [n, n] in place."""
     size = total.shape[0]
     step = max(_SMALLEST_BLOCK, -(-size // _BLOCKS))
     for start in range(0, size, step):
@@ -53,7 +53,7 @@ def descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product_to_store(left: Tensor, right: Tensor, stored: torch.dtype) -> Tensor:
-    """Return left @ right [m, n] in the type of `left`; if large, no more exactly than `stored` holds."""
+    """Return left @ right [m, n] in the type of `left`; large products are as exact as `stored` needs."""
     small = min(left.shape[0], right.shape[1]) < MIXED_FROM
     # TF32 or bfloat16 may stand in for float32, where someone allowed that.
     coarse = torch.get_float32_matmul_precision() != "highest"
@@ -65,8 +65,8 @@ def product_to_store(left: Tensor, right: Tensor, stored: torch.dtype) -> Tensor
 def congruence_in_single(matrix: Tensor, metric: Tensor | None) -> Tensor:
     """Return W G W^T [m, m] by float32 products.
 
-    With Q directions that stand out in G and P = I - Q Q^T, G is P G P and terms of small rank. Those are
-    multiplied in float64, so that float32 rounds at the size of what is left of G.
+    With Q dominant directions of G and P = I - Q Q^T, G is P G P plus terms of small rank. Those terms are
+    multiplied in float64, so that float32 rounds relative to the rest of G.
     """
     if metric is None or metric.dim() == 1:
         rows = (matrix if metric is None else matrix * metric.to(matrix).clamp(min=0).sqrt()).float()
@@ -79,9 +79,9 @@ def congruence_in_single(matrix: Tensor, metric: Tensor | None) -> Tensor:
     rest = _without_pairs(metric, block, half)
     rows = matrix.float()
     product = symmetric_product(rows @ rest, rows.T).to(matrix.dtype)
-    apart = (matrix @ block) @ (matrix @ half).T
-    product += apart
-    product += apart.T
+    low_rank = (matrix @ block) @ (matrix @ half).T
+    product += low_rank
+    product += low_rank.T
     return product
 
 
@@ -90,24 +90,24 @@ def leading_eigh(matrix: Tensor, count: int, *, metric: Tensor | None = None) ->
 
     Args:
         matrix: W [m, n].
-        count: How many leading eigenvectors have to be right.
+        count: How many leading eigenvectors have to be exact.
         metric: G, symmetric and positive semi-definite: [n, n], or [n] for its diagonal; None for I.
 
     Returns:
         Eigenvalues [m], largest first; eigenvectors [m, m] in columns; and the size below which eigenvalues
-        are rounding.
+        are rounding noise.
     """
     size = matrix.shape[0]
     if size >= MIXED_FROM and matrix.dtype == torch.float64:
         product = congruence_in_single(matrix, metric)
         rounding = _rounding(product, matrix, metric)
-        found = _mixed_eigh(product, count, _SMALLEST_TO_ROUNDING * rounding)
-        if found is not None:
-            return found
+        resolved = _mixed_eigh(product, count, _SMALLEST_TO_ROUNDING * rounding)
+        if resolved is not None:
+            return resolved
         product = _exact_product(matrix, metric)
-        found = _mixed_eigh(product, count)
-        if found is not None:
-            return found
+        resolved = _mixed_eigh(product, count)
+        if resolved is not None:
+            return resolved
     else:
         product = _exact_product(matrix, metric)
     values, vectors = descending_eigh(product)
@@ -115,18 +115,17 @@ def leading_eigh(matrix: Tensor, count: int, *, metric: Tensor | None = None) ->
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `torch.linalg.eigh` does, of which a large matrix is overwritten.
+    """Return eigenvalues, smallest first, and eigenvectors; a large matrix is overwritten.
 
-    On a CPU that is scipy's OpenBLAS: on AMD processors MKL, which torch uses, takes 1.7 times as long.
+    Large matrices on a CPU go to scipy's OpenBLAS: MKL, which torch uses, takes 1.7 times as long on AMD.
     """
     if matrix.device.type != "cpu" or not MIXED_FROM <= len(matrix) <= _LAPACK_INT_LIMIT:
         values, vectors = torch.linalg.eigh(matrix)
         return values, vectors
     from scipy.linalg import eigh
 
-    found = eigh(matrix.T.numpy(), lower=False, driver="evd", overwrite_a=True, check_finite=False)
-    values, vectors = (torch.from_numpy(each) for each in found)
-    return values, vectors
+    values, vectors = eigh(matrix.T.numpy(), lower=False, driver="evd", overwrite_a=True, check_finite=False)
+    return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
 def _exact_product(matrix: Tensor, metric: Tensor | None) -> Tensor:
@@ -139,7 +138,7 @@ def _exact_product(matrix: Tensor, metric: Tensor | None) -> Tensor:
 
 
 def _rounding(product: Tensor, matrix: Tensor, metric: Tensor | None) -> float:
-    """Return how far `product` [m, m] is from W G W^T: the size of its error in random directions."""
+    """Return the size of the error of `product` [m, m] as W G W^T, measured in random directions."""
     probes = _random((len(product), ROUNDING_PROBES), matrix)
     image = matrix.T @ probes
     if metric is not None:
@@ -148,7 +147,7 @@ def _rounding(product: Tensor, matrix: Tensor, metric: Tensor | None) -> float:
 
 
 def _without_pairs(matrix: Tensor, block: Tensor, half: Tensor) -> Tensor:
-    """Return M - Q Z^T - Z Q^T [n, n] in float32, computed as Q and Z [n, k] are, a part at a time."""
+    """Return M - Q Z^T - Z Q^T [n, n] in float32, computed in the type of Q and Z [n, k] block by block."""
     left, right = torch.cat([block, half], dim=1), torch.cat([half, block], dim=1).T
     rest = torch.empty_like(matrix, dtype=torch.float32)
     for part in _slices(len(matrix)):
@@ -157,7 +156,7 @@ def _without_pairs(matrix: Tensor, block: Tensor, half: Tensor) -> Tensor:
 
 
 def _metric_times(metric: Tensor, right: Tensor) -> Tensor:
-    """Return G @ right [n, k] in the type of `right`, in which there is never more than a part of G."""
+    """Return G @ right [n, k] in the type of `right`; G is converted a block of rows at a time."""
     return torch.cat([metric[part].to(right) @ right for part in _slices(len(metric))])
 
 
@@ -166,15 +165,15 @@ def _slices(size: int) -> list[slice]:
 
 
 def _random(size: tuple[int, int], like: Tensor) -> Tensor:
-    """Return numbers of a normal distribution, always the same ones."""
+    """Return normally distributed numbers, the same in every call."""
     generator = torch.Generator(like.device).manual_seed(0)
     return torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def _mixed_eigh(matrix: Tensor, count: int, smallest: float = 0.0) -> tuple[Tensor, Tensor, float] | None:
-    """Return what `leading_eigh` does, of a float64 matrix that itself resolves eigenvalues above `smallest`.
+    """Return the results of `leading_eigh` for a float64 matrix; None if float32 does not resolve `count`.
 
-    None if float32 does not resolve as many as are asked for.
+    Eigenvalues of the matrix below `smallest` are rounding noise.
     """
     size = matrix.shape[0]
     if float(matrix.trace()) <= 0:
@@ -188,8 +187,8 @@ def _mixed_eigh(matrix: Tensor, count: int, smallest: float = 0.0) -> tuple[Tens
     converged = int((residuals <= _CONVERGED * ritz_values).cumprod(0).sum())
     leading_values, leading = ritz_values[:converged], leading[:, :converged]
 
-    # What is done is projected out and given an eigenvalue below all others, so that it comes last; not far
-    # below: float32 rounds at the size of the largest.
+    # Converged directions are projected out and given an eigenvalue below all others, so that they come last;
+    # not far below, since float32 rounds relative to the largest.
     shift = max(float(ritz_values[min(converged, _BLOCK - 1)]), 1e-12 * float(ritz_values[0]))
     image = matrix @ leading
     half = image - leading @ (leading.T @ image / 2) + leading * (shift / 2)

@@ -1,7 +1,7 @@
-"""Refuse a config.json whose sizes no model has, before a library allocates or loops for them.
+"""Refuse sizes in a config.json that no model has, before a library allocates memory for them.
 
-transformers reserves memory for some parameters on the way to the meta device, fills others, and makes lists
-as long as the model has layers. A config from a stranger may say 10**9 where these sizes stand.
+On the way to the meta device transformers allocates memory for some parameters, and makes lists as long as
+the model has layers. A config from a stranger may have 10**9 in the place of such a size.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# A few times what the largest published models have; a size has to be at least 1.
+# A few times the sizes of the largest published models; a size has to be at least 1.
 _LARGEST = {
     "num_hidden_layers": 2**10,
     "num_attention_heads": 2**12,
@@ -31,12 +31,12 @@ _MOST_PATCHES = 2**20  # CLIP numbers them in a real tensor
 
 
 def impossible_sizes(config: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the sizes in a config, one text each; none if a model could have them.
+    """Return one text for each impossible size in a config.
 
-    Values that are no integers are left to the config's own class.
+    Values that are not integers are left to the config's own class.
 
     Args:
-        config: What config.json holds; parts of it (`text_config`, `vision_config`) are configs themselves.
+        config: Contents of config.json; parts of it (`text_config`, `vision_config`) are configs themselves.
     """
     return list(_problems(config, ""))
 
@@ -46,14 +46,14 @@ def _problems(config: Mapping[str, Any], prefix: str) -> Iterator[str]:
         if isinstance(value, Mapping) and not prefix:
             yield from _problems(value, f"{key}.")
         elif key in _LARGEST and isinstance(value, int) and not 1 <= value <= _LARGEST[key]:
-            yield f"{prefix}{key} is {_shown(value)}; it must be from 1 to {_LARGEST[key]:,}"
+            yield f"{prefix}{key} is {_as_text(value)}; it must be from 1 to {_LARGEST[key]:,}"
     image, patch = config.get("image_size"), config.get("patch_size")
     if not isinstance(image, int) or not isinstance(patch, int) or patch < 1:
         return
     if (image // patch) ** 2 > _MOST_PATCHES:
-        yield f"{prefix}image_size {_shown(image)} has more than {_MOST_PATCHES:,} patches of {patch}"
+        yield f"{prefix}image_size {_as_text(image)} has more than {_MOST_PATCHES:,} patches of {patch}"
 
 
-def _shown(value: int) -> str:
-    """Return a number; one of thousands of digits, which Python would refuse to print, by its length."""
+def _as_text(value: int) -> str:
+    """Return a number as text; Python refuses to print thousands of digits, so a huge one by its length."""
     return f"{value:,}" if abs(value) < 10**30 else f"a number of {value.bit_length()} bits"

@@ -1,12 +1,12 @@
-"""Answer, from a model's config alone: which Linears, in which layers, and which of them share an input.
+"""Which Linears a model has, in which layers, and which of them share an input: from its config alone.
 
-An architecture is a small table, not a class hierarchy. Supporting another decoder means adding a row
-to `_STYLE_OF_MODEL_TYPE`; everything else is read off the model that transformers builds from the
-config without weights. A vision-language model is such a decoder behind `model.language_model.`, with a
-vision tower and a projector beside it.
+An architecture is a small table, not a class hierarchy. To support another decoder, add a row to
+`_STYLE_OF_MODEL_TYPE`; everything else is read from the model that transformers builds from the config
+without weights. A vision-language model is such a decoder behind `model.language_model.`, with a vision tower
+and a projector beside it.
 
-Names here are those of transformers' modules. For text models checkpoints use the same ones, for LLaVA
-they do not: `llava_names` translates where files are read and written, and nowhere else.
+Names here are those of transformers' modules. Checkpoints of text models use the same names, those of LLaVA
+do not: `format.names` translates where files are read and written, and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.names import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, to_checkpoint
-from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
-from ercsvd_deploy.models.config_sizes import impossible_sizes
+from ercsvd_deploy.format.schema import Storage
 
 
 class ArchitectureError(ValueError):
@@ -119,12 +116,12 @@ class Architecture:
     style: LayerStyle
     layers_prefix: str  # module name of the stack of decoder layers
     layers: tuple[LayerLinears, ...]
-    other_tensors: Mapping[str, tuple[int, ...]]  # what is no decoder Linear's weight; tied ones once
+    other_tensors: Mapping[str, tuple[int, ...]]  # all but the decoder Linears' weights; tied ones once
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
     image_token_id: int | None  # marks the places of image features; None: the model reads text only
-    # Part (`TOWER_PART`, `PROJECTOR_PART`) -> its layers, as far as they are run; empty for text models.
+    # Part (`TOWER_PART`, `PROJECTOR_PART`) -> its layers that are run; empty for text models.
     vision_layers: Mapping[str, tuple[LayerLinears, ...]]
 
     @property
@@ -160,7 +157,7 @@ class Architecture:
 
     @property
     def vision_linears(self) -> tuple[LinearShape, ...]:
-        """Every Linear of vision tower and projector that is run."""
+        """Every Linear of vision tower and projector that is run, in the order of the forward pass."""
         return tuple(
             linear for layers in self.vision_layers.values() for layer in layers for linear in layer.linears
         )
@@ -176,58 +173,6 @@ class Architecture:
         return sum(linear.parameters for linear in self.linears)
 
 
-def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Return the transformers config of a hub id or directory.
-
-    Raises:
-        ArchitectureError: the config is missing, malformed, of an unknown architecture or of absurd size.
-    """
-    from transformers import AutoConfig, PreTrainedConfig
-
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ArchitectureError(f"{path}: no config.json; is this a Hugging Face model directory?")
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-        problems = impossible_sizes(raw)
-        config = (
-            None
-            if problems
-            else AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        )
-    except Exception as error:
-        raise ArchitectureError(f"{path}: its config cannot be read: {_first_lines(error)}") from error
-    if problems:
-        raise ArchitectureError(f"{path}: no model has such a config: {'; '.join(problems)}")
-    return config
-
-
-def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
-    """Build the model on the meta device: shapes and module tree, no weights.
-
-    Buffers that a checkpoint does not hold (rotary frequencies) are real.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    auto = AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: nn.Module = auto.from_config(
-                config, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
-            )
-    except Exception as error:
-        where = getattr(config, "name_or_path", "") or "this config"
-        raise ArchitectureError(f"{where}: no model can be built from it: {_first_lines(error)}") from error
-    tie_weights(model)
-    return model.eval()
-
-
-def _first_lines(error: Exception) -> str:
-    """Return how a library's message begins; transformers names the field first, the reason next."""
-    lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
-    return " ".join(lines) or type(error).__name__
-
-
 def describe(model: nn.Module, config: Any) -> Architecture:
     """Describe the compressible Linears of a model built from `config`.
 
@@ -240,7 +185,7 @@ def describe(model: nn.Module, config: Any) -> Architecture:
     prefix = style.layers
     if reads_images(config):
         if style is not _LLAMA:
-            supported = ", ".join(name for name, known in _STYLE_OF_MODEL_TYPE.items() if known is _LLAMA)
+            supported = ", ".join(name for name, row in _STYLE_OF_MODEL_TYPE.items() if row is _LLAMA)
             raise ArchitectureError(
                 f"LLaVA on a language model of type {text_config.model_type} is not supported; "
                 f"supported: {supported}"
@@ -282,8 +227,8 @@ def component_of(name: str) -> str:
 
 
 def _within_layer(name: str) -> str:
-    found = _WITHIN_LAYER.match(name)
-    return found["local"] if found else name
+    match = _WITHIN_LAYER.match(name)
+    return match["local"] if match else name
 
 
 def _describe_vision(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, tuple[LayerLinears, ...]]:
@@ -293,12 +238,12 @@ def _describe_vision(config: Any, modules: Mapping[str, nn.Module]) -> dict[str,
         supported = ", ".join(sorted(_STYLE_OF_VISION_TOWER))
         raise ArchitectureError(f"vision tower {tower!r} is not supported; supported: {supported}")
     # Layers behind the one whose output the projector reads are not run, and vLLM does not even build them.
-    chosen = config.vision_feature_layer
+    feature_layer = config.vision_feature_layer
     num_hidden = config.vision_config.num_hidden_layers
-    indices = list(chosen) if isinstance(chosen, list | tuple) else [chosen]
+    indices = list(feature_layer) if isinstance(feature_layer, list | tuple) else [feature_layer]
     if not indices or not all(-num_hidden - 1 <= index <= num_hidden for index in indices):
         raise ArchitectureError(
-            f"vision_feature_layer {chosen} of config.json is not in the vision tower, which has "
+            f"vision_feature_layer {feature_layer} of config.json is not in the vision tower, which has "
             f"{num_hidden} layers"
         )
     num_run = max(index if index >= 0 else num_hidden + 1 + index for index in indices)
@@ -313,11 +258,11 @@ def _describe_vision(config: Any, modules: Mapping[str, nn.Module]) -> dict[str,
 def _style_of(model_type: str) -> LayerStyle:
     style = _STYLE_OF_MODEL_TYPE.get(model_type)
     if style is None:
-        known = sorted({*_STYLE_OF_MODEL_TYPE, *VISION_LANGUAGE_MODEL_TYPES})
-        near = difflib.get_close_matches(model_type, known, n=1)
+        supported = sorted({*_STYLE_OF_MODEL_TYPE, *VISION_LANGUAGE_MODEL_TYPES})
+        near = difflib.get_close_matches(model_type, supported, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ArchitectureError(
-            f"model_type {model_type!r} is not supported{hint}; supported: {', '.join(known)}"
+            f"model_type {model_type!r} is not supported{hint}; supported: {', '.join(supported)}"
         )
     return style
 
@@ -337,35 +282,9 @@ def _describe_layer(
     return LayerLinears(index, prefix, tuple(groups))
 
 
-def dense_descriptions(architecture: Architecture) -> dict[str, ModuleDescription]:
-    """Describe every Linear of decoder, vision tower and projector as the original model stores it."""
+def dense_descriptions(architecture: Architecture) -> dict[str, Storage]:
+    """Return the storage of every Linear of decoder, vision tower and projector in the original model."""
     return {
-        linear.name: ModuleDescription(layout="dense", shape=(linear.out_features, linear.in_features))
+        linear.name: Storage(layout="dense", shape=(linear.out_features, linear.in_features))
         for linear in (*architecture.linears, *architecture.vision_linears)
     }
-
-
-def compressed_config(config: Any) -> CheckpointConfig | None:
-    """Return the compressed-checkpoint description a config carries, None for an ordinary model.
-
-    Raises:
-        ArchitectureError: the model is already quantized by another tool.
-    """
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return None
-    as_dict = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    if as_dict.get("quant_method") != "ercsvd":
-        raise ArchitectureError(
-            f"the model is already quantized ({as_dict.get('quant_method')}); start from its original weights"
-        )
-    return CheckpointConfig.read(as_dict)
-
-
-def tie_weights(model: nn.Module) -> None:
-    """Share the embedding with the output layer where the config says so; a no-op otherwise."""
-    if getattr(model.config, "tie_word_embeddings", False):
-        source = model.get_input_embeddings()  # type: ignore[operator]
-        target = model.get_output_embeddings()  # type: ignore[operator]
-        if target is not None and isinstance(source.weight, torch.Tensor):
-            target.weight = source.weight

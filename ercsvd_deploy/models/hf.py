@@ -2,7 +2,7 @@
 
 Importing this module registers quant_method "ercsvd" with transformers' own quantizer registry, nothing else.
 Without it, transformers warns that the quantization type is unknown, looks for the original weights, finds
-the empty guards instead (see `checkpoint_schema`) and stops on a size mismatch. Its argument
+the empty guards instead (see `format.schema`) and stops on a size mismatch. Its argument
 `ignore_mismatched_sizes=True` switches that protection off: every compressed Linear is then filled with
 random numbers, and a warning says so. Never pass it where this module was not imported.
 
@@ -73,7 +73,7 @@ class ErcSvdConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transforme
 class ErcSvdQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped
     """Swaps the altered Linears in before loading, and refuses a checkpoint whose tensors do not fit."""
 
-    requires_calibration = True  # transformers' words for: only loads what was compressed before
+    requires_calibration = True  # transformers' name for: only loads checkpoints that are already compressed
     quantization_config: ErcSvdConfig
 
     def __init__(self, quantization_config: ErcSvdConfig, **kwargs: Any) -> None:
@@ -161,10 +161,10 @@ def find_tensor_problems(modules: Mapping[str, nn.Module], stored: Mapping[str, 
             problems.append(f"{stored_name}: shape {list(info.shape)}, expected {list(shape)}")
         elif info.dtype.startswith("I") != (kind == "integers"):
             problems.append(f"{stored_name}: dtype {info.dtype}, expected {kind}")
-    known = {canonical_name(name) for name in expected}
+    expected_names = {canonical_name(name) for name in expected}
     described = tuple(canonical_name(name) + "." for name in modules)
     for canonical, stored_name in stored_names.items():
-        if canonical in known:
+        if canonical in expected_names:
             continue
         if canonical.startswith(described):
             problems.append(f"{stored_name}: surplus, its module's description has no such tensor")

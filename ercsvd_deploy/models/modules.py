@@ -1,6 +1,6 @@
-"""The modules that stand in for a compressed Linear: low-rank, pivoted or dense, plain or integer matrices.
+"""Modules that replace a compressed Linear: low-rank, pivoted or dense, with plain or integer matrices.
 
-Their state dict has exactly the tensor names of `checkpoint_schema`, guard included, so that a model holding
+Their state dict has exactly the tensor names of `format.schema`, guard included, so that a model holding
 them is loaded from and saved to a compressed checkpoint by whatever loads and saves ordinary modules.
 This is the reference for every other reader: clear and portable, not fast. vLLM has its own kernels.
 """
@@ -11,7 +11,7 @@ import difflib
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812  the name everyone knows it by
+from torch.nn import functional as F  # noqa: N812 - the customary name
 
 from ercsvd_deploy.format.schema import (
     FACTOR_A,
@@ -26,13 +26,13 @@ from ercsvd_deploy.format.schema import (
     WEIGHT_ZERO_POINT,
     CheckpointConfig,
     CheckpointFormatError,
-    ModuleDescription,
+    Storage,
     WeightQuantization,
 )
 from ercsvd_deploy.linalg.pivoting import row_order_problem
 
 _LEAF_DTYPES = {WEIGHT_PACKED: torch.int32, WEIGHT_ZERO_POINT: torch.int32, WEIGHT_SHAPE: torch.int64}
-# Path parts that loaders move about: `language_model.model.layers` on disk is `model.language_model.layers`
+# Path parts in which loaders differ: `language_model.model.layers` on disk is `model.language_model.layers`
 # in transformers 5, `model.layers` is `layers` in a model without a head, and CLIP's `vision_model` is gone.
 _MOVABLE_PARTS = frozenset({"model", "language_model", "vision_model"})
 
@@ -98,10 +98,10 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the module in the manner of nn.Linear."""
-        stored = self.quantization
+        integers = self.quantization
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bits={stored.bits}, "
-            f"group_size={stored.group_size}, sym={stored.sym}, bias={self.bias is not None}"
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={integers.bits}, "
+            f"group_size={integers.group_size}, sym={integers.sym}, bias={self.bias is not None}"
         )
 
 
@@ -109,7 +109,7 @@ class LowRankLinear(nn.Module):
     """A Linear whose weight is the product of `factor_b` [out, rank] and `factor_a` [rank, in].
 
     Args:
-        description: shape, rank and quantization of the factors; its layout is low_rank.
+        storage: shape, rank and quantization of the factors; its layout is low_rank.
         bias: whether there is a bias.
         device: of all tensors.
         dtype: of all tensors but packed integers.
@@ -119,18 +119,18 @@ class LowRankLinear(nn.Module):
 
     def __init__(
         self,
-        description: ModuleDescription,
+        storage: Storage,
         *,
         bias: bool,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if description.layout != "low_rank":
-            raise ValueError(f"layout is {description.layout!r}; LowRankLinear needs 'low_rank'")
-        self.out_features, self.in_features = description.shape
-        self.rank = description.rank
-        _add_matrices(self, description, device, dtype)
+        if storage.layout != "low_rank":
+            raise ValueError(f"layout is {storage.layout!r}; LowRankLinear needs 'low_rank'")
+        self.out_features, self.in_features = storage.shape
+        self.rank = storage.rank
+        _add_matrices(self, storage, device, dtype)
         self.register_buffer(GUARD, torch.empty(GUARD_SHAPE, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
 
@@ -151,7 +151,7 @@ class PivotedLinear(nn.Module):
     """A Linear whose outputs are `pivot_rows` x and `other_rows` of that, in the order of `row_order`.
 
     Args:
-        description: shape, rank and quantization of the matrices; its layout is pivoted.
+        storage: shape, rank and quantization of the matrices; its layout is pivoted.
         bias: whether there is a bias.
         device: of all tensors.
         dtype: of all tensors but integers.
@@ -162,18 +162,18 @@ class PivotedLinear(nn.Module):
 
     def __init__(
         self,
-        description: ModuleDescription,
+        storage: Storage,
         *,
         bias: bool,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if description.pivot_blocks is None or description.rank is None:
-            raise ValueError(f"layout is {description.layout!r}; PivotedLinear needs 'pivoted'")
-        self.out_features, self.in_features = description.shape
-        self.rank, self.pivot_blocks = description.rank, description.pivot_blocks
-        _add_matrices(self, description, device, dtype)
+        if storage.pivot_blocks is None or storage.rank is None:
+            raise ValueError(f"layout is {storage.layout!r}; PivotedLinear needs 'pivoted'")
+        self.out_features, self.in_features = storage.shape
+        self.rank, self.pivot_blocks = storage.rank, storage.pivot_blocks
+        _add_matrices(self, storage, device, dtype)
         self.register_buffer(ROW_ORDER, torch.zeros(self.out_features, device=device, dtype=torch.int32))
         self.register_buffer(GUARD, torch.empty(GUARD_SHAPE, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
@@ -186,7 +186,7 @@ class PivotedLinear(nn.Module):
         return outputs if self.bias is None else outputs + self.bias
 
     def row_order_problem(self) -> str | None:
-        """Say what is wrong with the loaded row order; None if nothing is."""
+        """Return what is wrong with the loaded row order; None if it is valid."""
         return row_order_problem(self.row_order, self.rank, self.pivot_blocks)
 
     def extra_repr(self) -> str:
@@ -199,12 +199,12 @@ class PivotedLinear(nn.Module):
 
 def _add_matrices(
     module: nn.Module,
-    description: ModuleDescription,
+    storage: Storage,
     device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> None:
-    """Give a module the two matrices of its description, under their names."""
-    for part, ((rows, columns), quantization) in description.parts.items():
+    """Add the two matrices of a storage to a module, under their names."""
+    for part, ((rows, columns), quantization) in storage.parts.items():
         matrix: nn.Module = (
             nn.Linear(columns, rows, bias=False, device=device, dtype=dtype)
             if quantization is None
@@ -225,22 +225,22 @@ def unpack_integers(words: torch.Tensor, bits: int, columns: int) -> torch.Tenso
 
 
 def build_linear(
-    description: ModuleDescription,
+    storage: Storage,
     *,
     bias: bool,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> LowRankLinear | PivotedLinear | PackedLinear | nn.Linear:
-    """Return an uninitialised module whose state dict has the tensors of `description`."""
-    if description.layout == "low_rank":
-        return LowRankLinear(description, bias=bias, device=device, dtype=dtype)
-    if description.layout == "pivoted":
-        return PivotedLinear(description, bias=bias, device=device, dtype=dtype)
-    out_features, in_features = description.shape
-    if description.weight is None:
+    """Return an uninitialised module whose state dict has the tensors of `storage`."""
+    if storage.layout == "low_rank":
+        return LowRankLinear(storage, bias=bias, device=device, dtype=dtype)
+    if storage.layout == "pivoted":
+        return PivotedLinear(storage, bias=bias, device=device, dtype=dtype)
+    out_features, in_features = storage.shape
+    if storage.weight is None:
         return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
     return PackedLinear(
-        in_features, out_features, description.weight, bias=bias, guard=True, device=device, dtype=dtype
+        in_features, out_features, storage.weight, bias=bias, guard=True, device=device, dtype=dtype
     )
 
 
@@ -250,7 +250,7 @@ def canonical_name(name: str) -> str:
 
 
 def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.Module]:
-    """Put an uninitialised stand-in of the same device and dtype in place of every altered Linear.
+    """Replace every altered Linear by an uninitialised module of the same device and dtype.
 
     Nothing is replaced unless everything can be.
 
@@ -270,23 +270,23 @@ def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.
             linears.setdefault(canonical_name(name), []).append(name)
     problems = []
     targets: dict[str, tuple[str, nn.Linear]] = {}
-    for checkpoint_name, description in config.modules.items():
+    for checkpoint_name, storage in config.modules.items():
         candidates = linears.get(canonical_name(checkpoint_name), [])
         # An exact name settles what would otherwise be ambiguous.
         names = [checkpoint_name] if checkpoint_name in candidates else candidates
         if len(names) != 1:
             if names:
-                found = f"matches each of {', '.join(names)}"
+                problem = f"matches each of {', '.join(names)}"
             else:
-                found = f"is no Linear of the model{_did_you_mean(checkpoint_name, linears)}"
-            problems.append(f"{checkpoint_name} {found}")
+                problem = f"is no Linear of the model{_did_you_mean(checkpoint_name, linears)}"
+            problems.append(f"{checkpoint_name} {problem}")
             continue
         linear = model.get_submodule(names[0])
         assert isinstance(linear, nn.Linear)
-        if tuple(linear.weight.shape) != description.shape:
+        if tuple(linear.weight.shape) != storage.shape:
             problems.append(
                 f"{checkpoint_name} has shape {list(linear.weight.shape)} in the model, "
-                f"{list(description.shape)} in the checkpoint"
+                f"{list(storage.shape)} in the checkpoint"
             )
         targets[checkpoint_name] = (names[0], linear)
     if problems:

@@ -1,16 +1,16 @@
-"""Run a decoder one layer at a time: weights come from disk, activations wait in memory.
+"""Run a decoder one layer at a time: weights are read from disk, activations stay in memory.
 
-A model of any size passes through in the memory of one layer and the activations. The model is built
-on the meta device. Its own forward, with every decoder layer replaced by a recorder, turns token ids
-into the first layer's input and tells which keyword arguments (masks, rotary embeddings) each layer
-is called with; the same forward, fed with the last layer's output, gives the logits. What lies
-outside the layers is therefore the model's own code, whatever the architecture.
+A model of any size runs in the memory of one layer and the activations. The model is built on the meta
+device. Its own forward pass, with every decoder layer replaced by a recorder, turns token ids into the first
+layer's input and shows with which keyword arguments (masks, rotary embeddings) each layer is called; the same
+pass, given the last layer's output, computes the logits. Everything outside the layers is therefore the code
+of the model itself, whatever the architecture.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,25 +20,19 @@ from torch import nn
 from torch.nn import functional
 
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
-from ercsvd_deploy.format.tensor_store import CheckpointError, RenamedStore, TensorStore, torch_dtype
+from ercsvd_deploy.format.store_views import RenamedStore
+from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.side_by_side import is_small, map_side_by_side
-from ercsvd_deploy.linalg.symmetric import add_symmetric_product
-from ercsvd_deploy.models.families import (
-    Architecture,
-    LayerLinears,
-    build_meta_model,
-    compressed_config,
-    describe,
-    tie_weights,
-)
+from ercsvd_deploy.models.families import Architecture, LayerLinears, describe
+from ercsvd_deploy.models.loading import check_store, load_tensors
+from ercsvd_deploy.models.meta import build_meta_model, compressed_config, tie_weights
 from ercsvd_deploy.models.modules import replace_linears
+from ercsvd_deploy.models.recording import EmbeddingDone, capture_input, layers_replaced
+from ercsvd_deploy.models.statistics import InputStatistics, observing, observing_gradients
 
 MAX_TOKENS_PER_BATCH = 8192
 _MAX_TOKENS_SIDE_BY_SIDE = 2048  # enough batches for all cores, each small enough for a core's cache
 MAX_LOGITS_AT_ONCE = 2**28
-_FLOATS = ("F32", "F16", "BF16")
-
-_OnCall = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
 
 
 def passes_side_by_side(architecture: Architecture, device: torch.device) -> bool:
@@ -52,109 +46,6 @@ def max_tokens_per_batch(architecture: Architecture, device: torch.device) -> in
     return _MAX_TOKENS_SIDE_BY_SIDE if passes_side_by_side(architecture, device) else MAX_TOKENS_PER_BATCH
 
 
-class _EmbeddingDone(Exception):  # noqa: N818 - not an error: it ends a forward pass early
-    """Every layer has been reached; the rest of the forward pass is not needed."""
-
-
-class _InputsReached(Exception):  # noqa: N818 - not an error: it ends a layer's pass early
-    """The wanted inputs are there; the rest of the layer is not needed."""
-
-
-class _RecordingLayer(nn.Module):
-    """Stands in for a decoder layer: notes how it is called and passes its input on."""
-
-    def __init__(self, layer: nn.Module, on_call: _OnCall) -> None:
-        super().__init__()
-        # Models ask their layers for plain attributes (attention_type) to choose a mask.
-        object.__setattr__(self, "_layer", layer)
-        object.__setattr__(self, "_on_call", on_call)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_layer"), name)
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        assert not args, "decoder layers are called with keyword arguments"
-        on_call: _OnCall = object.__getattribute__(self, "_on_call")
-        return on_call(hidden_states, kwargs)
-
-
-@dataclass
-class InputStatistics:
-    """What was seen of the inputs that some Linears share, or of gradients; accumulated in float32."""
-
-    gram: torch.Tensor  # sum of x x^T over tokens, [in, in]
-    absolute_sum: torch.Tensor  # sum of |x| over tokens, [in]
-    num_tokens: float = 0  # tokens seen, each counted by its weight
-
-    @classmethod
-    def zeros(cls, in_features: int, device: torch.device) -> InputStatistics:
-        """Start with nothing seen."""
-        return cls(
-            torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device)
-        )
-
-    def add(self, inputs: torch.Tensor, token_weights: torch.Tensor | None = None) -> None:
-        """Take in activations [..., in], each token counted once or by `token_weights` [...]."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        if token_weights is None:
-            add_symmetric_product(self.gram, rows.T, rows)
-            self.absolute_sum += rows.abs().sum(0)
-            self.num_tokens += len(rows)
-            return
-        weights = token_weights.reshape(-1, 1).to(rows)
-        add_symmetric_product(self.gram, (weights * rows).T, rows)
-        self.absolute_sum += (weights * rows.abs()).sum(0)
-        self.num_tokens += float(weights.sum())
-
-    def nothing_seen(self) -> InputStatistics:
-        """Return statistics of the same inputs at their start."""
-        return InputStatistics.zeros(len(self.absolute_sum), self.gram.device)
-
-    def take(self, other: InputStatistics) -> None:
-        """Take in what others have seen."""
-        self.gram += other.gram
-        self.absolute_sum += other.absolute_sum
-        self.num_tokens += other.num_tokens
-
-    @property
-    def mean_absolute(self) -> torch.Tensor:
-        """Mean |x| per input feature, [in]."""
-        return self.absolute_sum / (self.num_tokens or 1)
-
-    def __add__(self, other: InputStatistics) -> InputStatistics:
-        """Return what was seen of both."""
-        return InputStatistics(
-            self.gram + other.gram,
-            self.absolute_sum + other.absolute_sum,
-            self.num_tokens + other.num_tokens,
-        )
-
-
-@dataclass(frozen=True)
-class PairedStatistics:
-    """What was seen of the inputs x of a Linear in the original model beside x' in another; in float32."""
-
-    original: torch.Tensor  # sum of x x^T over tokens, [in, in]
-    gram: torch.Tensor  # sum of x' x'^T
-    cross_moment: torch.Tensor  # sum of x x'^T
-
-    @classmethod
-    def zeros(cls, in_features: int, device: torch.device) -> PairedStatistics:
-        """Start with nothing seen."""
-        return cls(*(torch.zeros(in_features, in_features, device=device) for _ in range(3)))
-
-    def add(self, original: torch.Tensor, other: torch.Tensor, token_weights: torch.Tensor | None) -> None:
-        """Take in both activations [..., in] of the same tokens, weighted as in `InputStatistics.add`."""
-        rows, others = (each.detach().flatten(0, -2).float() for each in (original, other))
-        weighted, weighted_others = rows, others
-        if token_weights is not None:
-            weights = token_weights.reshape(-1, 1).to(rows)
-            weighted, weighted_others = weights * rows, weights * others
-        add_symmetric_product(self.original, weighted.T, rows)
-        add_symmetric_product(self.gram, weighted_others.T, others)
-        self.cross_moment.addmm_(weighted.T, others)
-
-
 @dataclass
 class LayerwiseModel:
     """A decoder whose layers are loaded one at a time.
@@ -162,9 +53,9 @@ class LayerwiseModel:
     Attributes:
         config: The transformers config; if it describes a compressed checkpoint, so must `store`.
         store: The weights, under the names of transformers' modules. Tensors that the model does not have (a
-            stored copy of a tied output layer, say) are hidden, and listed in `surplus_tensors`.
+            stored copy of a tied output layer, for example) are hidden and listed in `surplus_tensors`.
         device: Where layers run.
-        dtype: In which precision they run, whatever they are stored in.
+        dtype: Precision in which layers run, whatever the stored one is.
     """
 
     config: Any
@@ -194,12 +85,16 @@ class LayerwiseModel:
         self.architecture = describe(self.model, config)
         if compressed is not None:
             replace_linears(self.model, compressed)
-        wanted = self._check_store()
-        self.surplus_tensors = tuple(sorted(self.store.names() - wanted))
-        self.store = RenamedStore(self.store, {name: name for name in wanted})
+        names = check_store(self.model, self.store)
+        self.surplus_tensors = tuple(sorted(self.store.names() - names))
+        self.store = RenamedStore(self.store, {name: name for name in names})
+        self._layers = list(self._stack)
+
+    @property
+    def _stack(self) -> nn.ModuleList:
         stack = self.model.get_submodule(self.architecture.layers_prefix)
         assert isinstance(stack, nn.ModuleList)
-        self._layers = list(stack)
+        return stack
 
     def surplus_warnings(self) -> list[str]:
         """Say which stored tensors the model does not have; they are not carried into an export."""
@@ -208,33 +103,6 @@ class LayerwiseModel:
             return []
         named = ", ".join(surplus[:3]) + (f" and {len(surplus) - 3} more" if surplus[3:] else "")
         return [f"stored tensors that the model does not use are left out of the export: {named}"]
-
-    def _check_store(self) -> frozenset[str]:
-        """Compare names and shapes with the store's before anything is loaded; return the model's names."""
-        stored = self.store.names()
-        output = self.model.get_output_embeddings()  # type: ignore[operator]
-        is_tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
-        tied = {
-            f"{name}.weight" for name, module in self.model.named_modules() if is_tied and module is output
-        }
-        problems = []
-        for name, tensor in self.model.state_dict().items():
-            if name not in stored:
-                if name not in tied:
-                    problems.append(f"{name} is missing")
-            elif self.store.info(name).shape != tuple(tensor.shape):
-                problems.append(
-                    f"{name} has shape {list(self.store.info(name).shape)}, "
-                    f"the config asks for {list(tensor.shape)}"
-                )
-            elif tensor.is_floating_point() and self.store.info(name).dtype not in _FLOATS:
-                problems.append(
-                    f"{name} is stored as {self.store.info(name).dtype}; only {', '.join(_FLOATS)} will do"
-                )
-        if problems:
-            listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
-            raise CheckpointError(f"weights and config.json disagree: {listed}")
-        return frozenset(self.model.state_dict()) - tied
 
     @property
     def num_layers(self) -> int:
@@ -251,7 +119,7 @@ class LayerwiseModel:
         return torch_dtype(self.store.info(name).dtype)
 
     def batches(self, samples: Sequence[Sample]) -> list[Batch]:
-        """Put samples into batches that fit comfortably through one layer."""
+        """Return samples in batches that one layer takes at once."""
         return make_batches(samples, max_tokens_per_batch(self.architecture, self.device))
 
     @torch.no_grad()
@@ -262,11 +130,11 @@ class LayerwiseModel:
 
         Args:
             batches: Sequences with or without pictures.
-            observe: Module's name, of what stands before the layers (a vision tower's Linear, say) ->
+            observe: Name of a module that runs before the layers, such as a Linear of the vision tower ->
                 statistics of its input to accumulate.
         """
         hidden: list[torch.Tensor] = []
-        with self._outside_layers(with_head=False), _observing(self.model, observe or {}, None):
+        with self._outside_layers(with_head=False), observing(self.model, observe or {}, None):
             for batch in batches:
                 calls: list[dict[str, Any]] = []
 
@@ -277,10 +145,10 @@ class LayerwiseModel:
                         hidden.append(states)
                     calls.append(kwargs)
                     if len(calls) == len(self._layers):
-                        raise _EmbeddingDone
+                        raise EmbeddingDone
                     return states
 
-                with self._layers_replaced(record), suppress(_EmbeddingDone):
+                with layers_replaced(self._stack, self._layers, record), suppress(EmbeddingDone):
                     self.model(**batch.model_inputs(self.device, self.dtype), use_cache=False)
                 # Without padding the arguments depend on the batch's shape alone.
                 self._layer_arguments.setdefault(batch.tokens.shape, calls)
@@ -295,13 +163,14 @@ class LayerwiseModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Load decoder layer `index`; it is forgotten when the context ends.
+        """Load decoder layer `index` while the context lasts.
 
         Raises:
             CheckpointError: a weight is not finite.
         """
         module = copy.deepcopy(self._layers[index])
-        self._load(module, f"{self.architecture.layers_prefix}.{index}.")
+        prefix = f"{self.architecture.layers_prefix}.{index}."
+        load_tensors(module, prefix, self.store, self.device, self.dtype)
         yield module
 
     def run_layer(self, module: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -340,7 +209,7 @@ class LayerwiseModel:
             observe: Linear's name within the layer -> statistics of its input to accumulate.
             token_weights: How much each token of every batch counts in them; None: all count one.
             module: The layer, if it is loaded already.
-            batches: Positions of the batches to do this with; None: all.
+            batches: Positions of the batches to advance; None: all.
         """
         if module is None:
             with self.layer(index) as loaded:
@@ -358,22 +227,22 @@ class LayerwiseModel:
         weights = token_weights if token_weights is not None else [None] * len(hidden)
         if not self.is_small:
             for position in positions:
-                with _observing(module, totals, weights[position]):
+                with observing(module, totals, weights[position]):
                     hidden[position] = self.run_layer(module, index, hidden[position])
             return
 
         def run(position: int) -> dict[str, InputStatistics]:
-            """Pass one batch through a copy of the layer; return what was seen of its inputs alone."""
-            seen = {name: total.nothing_seen() for name, total in totals.items()}
+            """Pass one batch through a copy of the layer; return what was observed of its inputs alone."""
+            statistics_by_name = {name: total.at_zero() for name, total in totals.items()}
             alike = _sharing_tensors(module)
-            with _observing(alike, seen, weights[position]):
+            with observing(alike, statistics_by_name, weights[position]):
                 hidden[position] = self.run_layer(alike, index, hidden[position])
-            return seen
+            return statistics_by_name
 
         # Added up in the order of the batches, whichever is ready first.
-        for seen in map_side_by_side(run, positions, small=True):
-            for name, statistics in seen.items():
-                totals[name].take(statistics)
+        for statistics_by_name in map_side_by_side(run, positions, small=True):
+            for name, statistics in statistics_by_name.items():
+                totals[name].include(statistics)
 
     @torch.no_grad()
     def linear_inputs(self, module: nn.Module, index: int, hidden: torch.Tensor, name: str) -> torch.Tensor:
@@ -385,21 +254,9 @@ class LayerwiseModel:
             module: The layer.
             index: Its index.
             hidden: The layer's inputs of one batch.
-            name: Of a Linear within the layer.
+            name: Name of a Linear within the layer.
         """
-        found: list[torch.Tensor] = []
-
-        def stop(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            found.append(inputs[0])
-            raise _InputsReached
-
-        handle = module.get_submodule(name).register_forward_pre_hook(stop)
-        try:
-            with suppress(_InputsReached):
-                self.run_layer(module, index, hidden)
-        finally:
-            handle.remove()
-        return found[0]
+        return capture_input(module, name, lambda: self.run_layer(module, index, hidden))
 
     def retreat(
         self,
@@ -411,20 +268,20 @@ class LayerwiseModel:
         observe: Mapping[str, InputStatistics],
         token_weights: Sequence[torch.Tensor | None],
     ) -> None:
-        """Replace gradients of a loss by the outputs of layer `index` by those by its inputs.
+        """Turn gradients of a loss by the outputs of layer `index` into gradients by its inputs.
 
         Args:
             index: The decoder layer.
             module: That layer, loaded.
             hidden: The layer's inputs of every batch.
-            gradients: By its outputs, in the same order; replaced one by one.
+            gradients: Gradients by its outputs, in the same order; replaced one by one.
             observe: Linear's name within the layer -> statistics of gradients by its output to accumulate.
             token_weights: How much each token of every batch counts in them.
         """
         module.requires_grad_(False)
         for position, states in enumerate(hidden):
             inputs = states.detach().requires_grad_()
-            with torch.enable_grad(), _observing_gradients(module, observe, token_weights[position]):
+            with torch.enable_grad(), observing_gradients(module, observe, token_weights[position]):
                 outputs = self.run_layer(module, index, inputs)
                 [gradients[position]] = torch.autograd.grad(outputs, inputs, gradients[position])
 
@@ -437,20 +294,20 @@ class LayerwiseModel:
         the model's own predictions: the expected outer product of its gradients is the Fisher information.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
-        found = [torch.empty_like(states) for states in hidden]
+        gradients = [torch.empty_like(states) for states in hidden]
         with self._outside_layers(with_head=True):
             for position, batch in enumerate(batches):
                 for part in self._parts(batch):
                     last = hidden[position][part].detach().requires_grad_()
                     with torch.enable_grad():
                         logits = self._head(batch.tokens[part], last).flatten(0, 1)
-                        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-                        loss = functional.cross_entropy(logits, drawn[:, 0], reduction="sum")
-                        [found[position][part]] = torch.autograd.grad(loss, last)
-        return found
+                        tokens = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+                        loss = functional.cross_entropy(logits, tokens[:, 0], reduction="sum")
+                        [gradients[position][part]] = torch.autograd.grad(loss, last)
+        return gradients
 
     def _parts(self, batch: Batch) -> Iterator[slice]:
-        """Yield slices of a batch's rows whose logits fit comfortably into memory."""
+        """Yield slices of a batch's rows whose logits fit into memory."""
         vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         size = max(1, MAX_LOGITS_AT_ONCE // (vocabulary * batch.tokens.shape[1]))
         for start in range(0, len(batch.rows), size):
@@ -460,7 +317,7 @@ class LayerwiseModel:
     def logits(
         self, batches: Sequence[Batch], hidden: Sequence[torch.Tensor]
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Yield where each sample stood, its token ids [tokens] and logits [tokens, vocabulary].
+        """Yield the position of each sample, its token ids [tokens] and logits [tokens, vocabulary].
 
         They are computed a few rows at a time, so that large vocabularies do not fill the memory.
         """
@@ -471,9 +328,10 @@ class LayerwiseModel:
                     yield from zip(batch.rows[part], batch.tokens[part], logits, strict=True)
 
     def _head(self, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """Run the model's forward with the last layer's output [rows, tokens, hidden] put in place.
+        """Return logits, float32, from the last layer's output `last` [rows, tokens, hidden].
 
-        Pictures are not needed for that: what stands before the layers is thrown away.
+        The model's own forward pass computes them. It runs without pictures: what it computes before the
+        layers is not used.
         """
         calls = 0
 
@@ -482,39 +340,28 @@ class LayerwiseModel:
             calls += 1
             return last if calls == len(self._layers) else passed
 
-        with self._layers_replaced(replay):
+        with layers_replaced(self._stack, self._layers, replay):
             logits: torch.Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
         return logits.float()
 
     @contextmanager
-    def _layers_replaced(self, on_call: _OnCall) -> Iterator[None]:
-        stack = self.model.get_submodule(self.architecture.layers_prefix)
-        assert isinstance(stack, nn.ModuleList)
-        for index, layer in enumerate(self._layers):
-            stack[index] = _RecordingLayer(layer, on_call)
-        try:
-            yield
-        finally:
-            for index, layer in enumerate(self._layers):
-                stack[index] = layer
-
-    @contextmanager
     def _outside_layers(self, *, with_head: bool) -> Iterator[None]:
-        """Load everything but the decoder layers (and the output layer, unless wanted) for a while."""
-        prefix = f"{self.architecture.layers_prefix}."
+        """Load all but the decoder layers, and the output layer only `with_head`, while the context lasts."""
+        layers_prefix = f"{self.architecture.layers_prefix}."
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         outside = [
             (name, module)
             for name, module in self.model.named_modules()
-            if not f"{name}.".startswith(prefix) and (with_head or module is not head)
+            if not f"{name}.".startswith(layers_prefix) and (with_head or module is not head)
         ]
         saved = [(module, dict(module._parameters), dict(module._buffers)) for _, module in outside]
         try:
             for name, module in outside:
                 # A tied output layer has no tensor of its own in the store.
-                own = [n for n in module._parameters if f"{name}.{n}".lstrip(".") in self.store.names()]
-                if own or module is not head:
-                    self._load(module, f"{name}." if name else "", recurse=False)
+                stored = [n for n in module._parameters if f"{name}.{n}".lstrip(".") in self.store.names()]
+                if stored or module is not head:
+                    prefix = f"{name}." if name else ""
+                    load_tensors(module, prefix, self.store, self.device, self.dtype, recurse=False)
             if with_head:
                 tie_weights(self.model)
             yield
@@ -523,89 +370,8 @@ class LayerwiseModel:
                 module._parameters.update(parameters)
                 module._buffers.update(buffers)
 
-    def _load(self, module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
-        """Give `module` its tensors from the store, in the compute precision, on the device."""
-        wanted = module.state_dict() if recurse else _own_state(module)
-        stored = self.store.read(prefix + name for name in wanted)
-        tensors = {}
-        for name in wanted:
-            tensor = stored.pop(prefix + name)
-            if tensor.is_floating_point():
-                tensor = tensor.to(self.device, self.dtype)
-                if not bool(torch.isfinite(tensor).all()):
-                    raise CheckpointError(f"{prefix}{name} holds NaN or infinite values")
-            tensors[name] = tensor.to(self.device)
-        if recurse:
-            module.load_state_dict(tensors, assign=True)
-        else:
-            for name, tensor in tensors.items():
-                if name in module._parameters:
-                    module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-                else:
-                    module._buffers[name] = tensor
-        for parameter in module.parameters(recurse=recurse):
-            parameter.requires_grad_(False)
-        for name, buffer in module.named_buffers(recurse=recurse):
-            if name not in wanted:
-                module.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.to(
-                    self.device
-                )
-
 
 def _sharing_tensors(module: nn.Module) -> nn.Module:
     """Return a copy of a module that has its tensors but can be observed for itself."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-
-
-@contextmanager
-def _observing(
-    module: nn.Module, observe: Mapping[str, InputStatistics], token_weights: torch.Tensor | None
-) -> Iterator[None]:
-    """Let the named submodules' inputs be added to the statistics while the context lasts."""
-    handles = [
-        module.get_submodule(name).register_forward_pre_hook(
-            lambda _module, inputs, statistics=statistics: statistics.add(inputs[0], token_weights)
-        )
-        for name, statistics in observe.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _observing_gradients(
-    module: nn.Module, observe: Mapping[str, InputStatistics], token_weights: torch.Tensor | None
-) -> Iterator[None]:
-    """Let gradients by the named submodules' outputs be added to the statistics while the context lasts."""
-
-    def on_output(statistics: InputStatistics, output: torch.Tensor) -> None:
-        output.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: statistics.add(gradient, token_weights)
-        )
-
-    handles = [
-        module.get_submodule(name).register_forward_hook(
-            lambda _module, _inputs, output, statistics=statistics: on_output(statistics, output)
-        )
-        for name, statistics in observe.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _own_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors of `module` itself that a checkpoint holds."""
-    parameters = {name: value for name, value in module._parameters.items() if value is not None}
-    buffers = {
-        name: value
-        for name, value in module._buffers.items()
-        if value is not None and name not in module._non_persistent_buffers_set
-    }
-    return parameters | buffers

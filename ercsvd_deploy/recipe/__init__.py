@@ -1,1 +1,1 @@
-"""The YAML file that says what is done: sections, stages, gates, and how they are read and refused."""
+"""The recipe, one YAML file: its sections, stages and gates, how it is read and how mistakes are reported."""

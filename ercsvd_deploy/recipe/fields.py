@@ -1,7 +1,7 @@
-"""What the recipe's sections are made of: the strict frozen model, shared field types, one-line refusals.
+"""Building blocks of the recipe's sections: the strict frozen model, shared field types, one-line refusals.
 
-Everything a validator refuses reads as the rest of "field 'a.b' ...", names the value and says what
-to do; `recipe_errors` puts file, line and field in front. No torch here.
+The message of a validator continues "field 'a.b' ...", names the value and says what to do; `messages` puts
+file, line and field in front. No torch here.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Section(BaseModel):
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message quotes it: on one line, not too long, null and true as YAML has them."""
+    """Return a value as a message quotes it: on one line, shortened, null and true spelled as in YAML."""
     constants = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return constants[value]
@@ -60,9 +60,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONGEST_QUOTE else f"{text[: LONGEST_QUOTE - 3]}..."
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word closest to a mistyped one, or None if none is close."""
-    spellings = {candidate.lower(): candidate for candidate in known}
+def did_you_mean(word: str, valid: Iterable[str]) -> str | None:
+    """Return the valid word closest to a mistyped one, or None if none is close."""
+    spellings = {candidate.lower(): candidate for candidate in valid}
     close = difflib.get_close_matches(word.lower(), spellings, 1)
     return spellings[close[0]] if close else None
 
@@ -100,13 +100,13 @@ def expects(expectation: str) -> WrapValidator:
 
 
 def told_apart_by(forms: Mapping[str, str], noun: str) -> tuple[Discriminator, BeforeValidator]:
-    """Tell the members of a union of mappings apart by the one key that only they require.
+    """Distinguish the members of a union of mappings by the key that only one of them requires.
 
     Args:
         forms: That key -> the name of the member model, which is its tag in error locations too.
-        noun: What the mapping is, for the message.
+        noun: Name of the mapping, for the message.
     """
-    known = ", ".join(forms)
+    keys = ", ".join(forms)
 
     def tag(value: Any) -> str | None:
         if isinstance(value, BaseModel):
@@ -117,14 +117,14 @@ def told_apart_by(forms: Mapping[str, str], noun: str) -> tuple[Discriminator, B
         if isinstance(value, BaseModel):
             return value
         if not isinstance(value, Mapping):
-            raise refusal(f"is {shown(value)}; {noun} is a mapping with one of {known}")
+            raise refusal(f"is {shown(value)}; {noun} is a mapping with one of {keys}")
         present = [key for key in forms if key in value]
         if len(present) > 1:
-            raise refusal(f"has {' and '.join(present)}; {noun} has exactly one of {known}")
+            raise refusal(f"has {' and '.join(present)}; {noun} has exactly one of {keys}")
         if not present:
             close = [match for key in value if (match := did_you_mean(str(key), forms))]
             remedy = f"did you mean {close[0]!r}?" if close else "add one"
-            raise refusal(f"is {shown(value)}; {noun} has exactly one of {known}: {remedy}")
+            raise refusal(f"is {shown(value)}; {noun} has exactly one of {keys}: {remedy}")
         return value
 
     return Discriminator(tag), BeforeValidator(check)
@@ -144,7 +144,7 @@ def _refuse_repetition(items: Sequence[Item]) -> Sequence[Item]:
 
 
 Text = Annotated[str, StringConstraints(min_length=1)]
-# YAML has no paths and no tuples: a string and a list stand for them. All else is strict: '4' is not 4.
+# YAML has no paths and no tuples: they are written as a string and a list. All else is strict: '4' is not 4.
 LocalPath = Annotated[Path, BeforeValidator(_refuse_empty), Strict(False)]
 ListOf = Annotated[tuple[Item, ...], Strict(False)]
 ListWithoutRepetition = Annotated[

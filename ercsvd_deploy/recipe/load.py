@@ -3,9 +3,8 @@
     recipe = load_recipe(Path("recipes/demo.yaml"), ["factorize.compression_ratio=0.4"])
     check_files(recipe)
 
-`recipe_schema` and `recipe_stages` define what a recipe may say, `recipe_source` and
-`recipe_overrides` read it, `recipe_errors` words what is wrong with it, `recipe_reference` documents
-it; this module is the door to them. No torch here.
+`sections`, `stages` and `gates` define the keys of a recipe, `yaml_source` and `overrides` read it,
+`messages` explains its mistakes, `reference` documents it; this module is the front door to them. No torch.
 """
 
 from __future__ import annotations
@@ -22,12 +21,15 @@ from ercsvd_deploy.recipe.overrides import apply_override, with_override
 from ercsvd_deploy.recipe.reference import recipe_json_schema
 from ercsvd_deploy.recipe.sections import (
     Calibration,
+    ConversationFile,
     Evaluation,
     Export,
     HubDataset,
+    ImageFolder,
     JsonLines,
     LmEval,
     ModelSource,
+    PictureDataset,
     Recipe,
     Serving,
     TextDataset,
@@ -43,7 +45,6 @@ from ercsvd_deploy.recipe.stages import (
     RecoverStage,
     Stage,
 )
-from ercsvd_deploy.recipe.vision import ConversationFile, ImageFolder, PictureDataset
 from ercsvd_deploy.recipe.yaml_source import Node, read_yaml_file
 
 __all__ = [
@@ -84,7 +85,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output: Path | None =
         output: Takes the place of `export.path`.
 
     Raises:
-        RecipeError: everything found wrong, one problem a line.
+        RecipeError: lists every problem, one a line.
     """
     root = read_yaml_file(path)
     if root.value is None:
@@ -118,7 +119,7 @@ def check_files(recipe: Recipe) -> None:
     only loading can check.
 
     Raises:
-        RecipeError: everything missing, one problem a line.
+        RecipeError: lists every missing file, one a line.
     """
     problems = [*_missing_model(recipe.model), *_missing_texts(recipe), *_missing_pictures(recipe)]
     if problems:

@@ -1,7 +1,7 @@
-"""Turn pydantic's findings into lines a user can act on: where, which field, the value, the remedy.
+"""Turn pydantic's errors into lines that a user can act on: place, field, value and remedy.
 
-Pydantic locates an error by a path that also names the union member it tried; `fields_at` walks the
-models along that path, which separates the two and says which fields would have been right. No torch.
+Pydantic locates an error by a path in which the union members that it tried are named too. `fields_at` walks
+the models along that path: it removes these names, and knows which fields would have been valid. No torch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EXPECTATIONS = {
 
 
 def explain(error: ValidationError, origin_of: Callable[[Location], str]) -> RecipeError:
-    """Return the error that reports everything pydantic found, one problem a line.
+    """Return the error that reports all of pydantic's errors, one a line.
 
     Args:
         error: From validating a `Recipe`.
@@ -69,16 +69,16 @@ def _is_echo(detail: ErrorDetails) -> bool:
 
 
 def _describe(detail: ErrorDetails, field: str) -> str:
-    """Return what is wrong with a field's value, and the remedy."""
+    """Return the problem with a field's value, and the remedy."""
     kind, value = detail["type"], detail["input"]
     context = detail.get("ctx", {})
     parent, name = detail["loc"][:-1], str(detail["loc"][-1]) if detail["loc"] else ""
     if kind == REFUSAL:
         return str(context["text"]).replace("{field}", field.strip("'"))
     if kind == "extra_forbidden":
-        known = fields_at(parent)
-        close = did_you_mean(name, known)
-        remedy = f"did you mean {close!r}?" if close else f"known here: {', '.join(known)}"
+        valid = fields_at(parent)
+        close = did_you_mean(name, valid)
+        remedy = f"did you mean {close!r}?" if close else f"known here: {', '.join(valid)}"
         return f"is unknown (value {shown(value)}); {remedy}"
     if kind == "missing":
         description = fields_at(parent)[name].description
@@ -96,7 +96,7 @@ def _describe(detail: ErrorDetails, field: str) -> str:
 
 
 def _resolve(location: Iterable[str | int]) -> tuple[Location, list[Any]]:
-    """Return the location as the user wrote it, and what may stand there.
+    """Return the location as the user wrote it, and the types that are valid there.
 
     Pydantic adds the tag of the union member it chose, which is a model's name here, and `[key]`
     after a refused key.
@@ -119,7 +119,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _entries(annotation: Any, part: str | int) -> Iterator[Any]:
-    """Yield what may stand under `part` of a value of this type."""
+    """Yield the types that are valid under `part` of a value of this type."""
     if _is_section(annotation):
         if part in annotation.model_fields:
             yield from _members(annotation.model_fields[part].annotation)
@@ -130,7 +130,7 @@ def _entries(annotation: Any, part: str | int) -> Iterator[Any]:
 
 
 def _members(annotation: Any) -> Iterator[Any]:
-    """Yield the plain types of a union, without what annotates them."""
+    """Yield the plain types of a union, without their annotations."""
     if get_origin(annotation) is Annotated:
         yield from _members(get_args(annotation)[0])
     elif get_origin(annotation) in {Union, UnionType}:

@@ -1,7 +1,7 @@
-"""What is published about recipes: the JSON schema for editors and the reference of every key.
+"""The published documents about recipes: the JSON schema for editors and the reference of every key.
 
-Both are generated from the models in `recipe_schema`, and the repository's copies are compared with
-what this module returns by a test; `publish` writes them again. No torch here.
+Both are generated from the models in `sections`. A test compares the copies in the repository with the output
+of this module; `publish` writes them again. No torch here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from pydantic import BaseModel
 from ercsvd_deploy.recipe.gates import Gates, ServingParityGate
 from ercsvd_deploy.recipe.sections import (
     Calibration,
+    ConversationFile,
     Evaluation,
     Export,
+    HubConversations,
     HubDataset,
+    ImageFolder,
     JsonLines,
     LmEval,
     ModelSource,
@@ -25,15 +28,10 @@ from ercsvd_deploy.recipe.sections import (
     Serving,
     Target,
     TextFile,
-)
-from ercsvd_deploy.recipe.stages import Factorize, Quantize, QuantizeOverride, Recover
-from ercsvd_deploy.recipe.vision import (
-    ConversationFile,
-    HubConversations,
-    ImageFolder,
     Vision,
     VisualQuestions,
 )
+from ercsvd_deploy.recipe.stages import Factorize, Quantize, QuantizeOverride, Recover
 
 SCHEMA_FILE = Path("recipes/recipe.schema.json")
 REFERENCE_FILE = Path("docs/recipes.md")
@@ -65,7 +63,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`export`": Export,
 }
 
-# JSON schema's keywords -> as the tables have them.
+# JSON schema's keywords -> words of the tables.
 WORDS = {
     "boolean": "true, false",
     "integer": "whole number",
@@ -92,7 +90,7 @@ def recipe_json_schema() -> dict[str, Any]:
 
 
 def recipe_schema_text() -> str:
-    """Return the JSON schema as the published file has it."""
+    """Return the contents of the published JSON schema."""
     return json.dumps(recipe_json_schema(), indent=2) + "\n"
 
 
@@ -124,7 +122,7 @@ def _section(heading: str, model: type[BaseModel], definitions: dict[str, Any]) 
 
 
 def _default(schema: dict[str, Any]) -> str:
-    """Return a default as YAML would have it; a section's is its own defaults."""
+    """Return a default as it is written in YAML; `{}` for a section."""
     if "$ref" in schema:
         return "{}"
     default = schema.get("default")

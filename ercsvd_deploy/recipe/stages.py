@@ -135,15 +135,15 @@ class Factorize(Section):
     def _inapplicable_fields(self) -> dict[str, str]:
         """Field that is not read -> what alone would read it."""
         readers = {"beta": "erc_svd", "residual_space": "erc_svd", "activation_exponent": "asvd"}
-        own = f"and the method is {self.method}"
+        condition = f"and the method is {self.method}"
         unread = {
-            name: f"method {reader} reads it {own}"
+            name: f"method {reader} reads it {condition}"
             for name, reader in readers.items()
             if reader != self.method
         }
         if self.method not in _WHITENING:
             for name in ("output_metric", "compressed_prefix_inputs"):
-                unread[name] = f"methods svd_llm and erc_svd read it {own}"
+                unread[name] = f"methods svd_llm and erc_svd read it {condition}"
         if self.allocation != "last_k":
             unread["num_compressed_layers"] = f"allocation last_k reads it and it is {self.allocation}"
         if not self.needs_sensitivity:

@@ -1,7 +1,7 @@
-"""Read YAML into plain values that remember where they stand.
+"""Read YAML into plain values that keep their place in the file.
 
 Only plain YAML is read: no Python objects, no duplicate keys, and limits on size, depth and expansion,
-so that a recipe from a stranger can waste neither memory nor time. Numbers follow YAML 1.2: `5e-2` is a
+so that an untrusted recipe can waste neither memory nor time. Numbers follow YAML 1.2: `5e-2` is a
 number, and `010` or `1:30`, which YAML 1.1 reads as 8 and 90, are text. No torch here.
 """
 
@@ -32,7 +32,7 @@ _SCALARS = _NUMBERS | {f"{_TAG}str", f"{_TAG}bool", f"{_TAG}null"}
 
 @dataclass(frozen=True)
 class Node:
-    """A value of the recipe and where it comes from.
+    """A value of the recipe and its place in the file or on the command line.
 
     Attributes:
         value: A mapping, a list (as a tuple), or a str, int, float, bool or None.
@@ -220,7 +220,7 @@ class _Builder:
 
 
 def _check_text(node: yaml.ScalarNode) -> str:
-    """Return a scalar's text, which must be something that can be printed and be part of a path."""
+    """Return a scalar's text; a NUL or half a surrogate pair cannot be printed or be part of a path."""
     text: str = node.value
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise _refuse("the text has a NUL or half a surrogate pair; remove the escape", node)

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ercsvd_deploy.exporters.vllm.target import CONFIG_FILE, check_target
+from ercsvd_deploy.format.atomic_files import write_json_atomically
 from ercsvd_deploy.format.manifest import write_manifest
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.format.tensor_store import RenamedStore, TensorStore, write_json_atomically, write_sharded
+from ercsvd_deploy.format.shards import write_sharded
+from ercsvd_deploy.format.store_views import RenamedStore
+from ercsvd_deploy.format.tensor_store import TensorStore
 from ercsvd_deploy.models.families import Architecture
 
 # What a tokenizer, a processor or a chat template may be stored in; weights and configs are not copied.

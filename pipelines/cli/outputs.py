@@ -116,7 +116,7 @@ def check(
 
 def end_with_gates(results: list[GateResult], directory: Path, junit: Path | None) -> None:
     """Write the verdicts where asked, and leave with the exit code of a missed gate if there is one."""
-    from ercsvd_deploy.format.tensor_store import write_text_atomically
+    from ercsvd_deploy.format.atomic_files import write_text_atomically
     from ercsvd_deploy.pipelines.judging.gates import junit_xml
 
     if junit is not None:
@@ -142,7 +142,7 @@ def report(
 ) -> None:
     """Make the HTML page of a run from its report, without computing anything again."""
     with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
-        from ercsvd_deploy.format.tensor_store import write_text_atomically
+        from ercsvd_deploy.format.atomic_files import write_text_atomically
         from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
         from ercsvd_deploy.pipelines.reporting.schema import load_report
 

@@ -10,14 +10,10 @@ from typing import Any
 import torch
 
 from ercsvd_deploy.format.names import to_module
-from ercsvd_deploy.format.tensor_store import (
-    CastingStore,
-    CheckpointError,
-    RenamedStore,
-    TensorStore,
-    open_directory,
-)
-from ercsvd_deploy.models.families import ArchitectureError, load_config, reads_images
+from ercsvd_deploy.format.store_views import CastingStore, RenamedStore
+from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore, open_directory
+from ercsvd_deploy.models.families import ArchitectureError, reads_images
+from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.importing.llava.config import is_original
 from ercsvd_deploy.pipelines.inputs.libraries import import_transformers

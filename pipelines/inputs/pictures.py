@@ -21,11 +21,12 @@ from ercsvd_deploy.data.pictures import (
     question_samples,
 )
 from ercsvd_deploy.data.texts import CalibrationError
-from ercsvd_deploy.recipe.sections import Calibration, Recipe
-from ercsvd_deploy.recipe.vision import (
+from ercsvd_deploy.recipe.sections import (
+    Calibration,
     ConversationFile,
     ImageFolder,
     PictureDataset,
+    Recipe,
     Vision,
     VisualQuestions,
 )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import ercsvd_deploy
 from ercsvd_deploy.data.texts import (
     CalibrationError,
     Tokenizer,
     character_limit,
+    read_built_in_prose,
     read_hub_dataset,
     read_jsonl,
     read_text,
@@ -20,8 +19,6 @@ from ercsvd_deploy.data.texts import (
     token_windows,
 )
 from ercsvd_deploy.recipe.sections import Calibration, HubDataset, JsonLines, Recipe, TextDataset, TextFile
-
-_BUILT_IN_PROSE = Path(ercsvd_deploy.__file__).with_name("data") / "built_in_prose.txt"
 
 
 def read_dataset(dataset: TextDataset, max_characters: int | None = None) -> str:
@@ -77,10 +74,11 @@ def evaluation_windows(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) ->
     windows = {}
     for name in recipe.judged_texts:
         assert length is not None, "the schema asks for a length where there are texts"
-        dataset = recipe.evaluation.perplexity.get(name, TextFile(text=_BUILT_IN_PROSE))
+        dataset = recipe.evaluation.perplexity.get(name)
         limit = None if most is None else character_limit(length * most)
         try:
-            windows[name] = token_windows(read_dataset(dataset, limit), tokenizer, length, vocab_size)[:most]
+            text = read_built_in_prose(limit) if dataset is None else read_dataset(dataset, limit)
+            windows[name] = token_windows(text, tokenizer, length, vocab_size)[:most]
         except CalibrationError as error:
             raise CalibrationError(f"evaluation.perplexity.{name}: {error}") from error
     return windows

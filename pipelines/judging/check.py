@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ercsvd_deploy.format.tensor_store import read_json
+from ercsvd_deploy.format.atomic_files import read_json
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, REPORT_VERSION
 from ercsvd_deploy.recipe.gates import Gates

@@ -12,14 +12,14 @@ from ercsvd_deploy.data.chat import check_processor
 from ercsvd_deploy.data.pictures import load_processor
 from ercsvd_deploy.data.samples import QuestionSample
 from ercsvd_deploy.data.texts import CalibrationError, load_tokenizer, read_text, token_windows
-from ercsvd_deploy.evaluation.perplexity import Quality, measure_quality
-from ercsvd_deploy.models.families import load_config, reads_images
+from ercsvd_deploy.evaluation.quality import Quality, measure_quality
+from ercsvd_deploy.models.families import reads_images
+from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.inputs.pictures import ask_questions
 from ercsvd_deploy.pipelines.inputs.texts import check_length
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
-from ercsvd_deploy.recipe.sections import ModelSource
-from ercsvd_deploy.recipe.vision import ConversationFile, VisualQuestions
+from ercsvd_deploy.recipe.sections import ConversationFile, ModelSource, VisualQuestions
 
 
 class EvaluationError(ValueError):

@@ -14,11 +14,10 @@ from ercsvd_deploy.models.families import (
     VISION_LANGUAGE_MODEL_TYPES,
     Architecture,
     ArchitectureError,
-    build_meta_model,
-    compressed_config,
     describe,
     reads_images,
 )
+from ercsvd_deploy.models.meta import build_meta_model, compressed_config
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.components import Component, describe_components
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate

@@ -13,7 +13,7 @@ import torch
 
 from ercsvd_deploy import __version__
 from ercsvd_deploy.evaluation.comparison import Comparison
-from ercsvd_deploy.evaluation.perplexity import Quality
+from ercsvd_deploy.evaluation.quality import Quality
 from ercsvd_deploy.format.schema import ModuleDescription
 from ercsvd_deploy.models.families import LANGUAGE_PART, component_of
 from ercsvd_deploy.models.streaming import LayerwiseModel

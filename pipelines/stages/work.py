@@ -12,7 +12,8 @@ import torch
 
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
-from ercsvd_deploy.format.tensor_store import FileStore, OverlayStore, TensorStore
+from ercsvd_deploy.format.store_views import OverlayStore
+from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, stream
 from ercsvd_deploy.pipelines.inputs.run_data import RunData

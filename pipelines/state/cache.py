@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.format.tensor_store import read_json, write_atomically, write_json_atomically
+from ercsvd_deploy.format.atomic_files import read_json, write_atomically, write_json_atomically
 
 FINGERPRINT_FILE = "fingerprint.json"
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import torch
 
 import ercsvd_deploy
 from ercsvd_deploy.data.samples import Sample
-from ercsvd_deploy.format.tensor_store import read_json, write_json_atomically
+from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel
 from ercsvd_deploy.pipelines.inputs.run_data import RunData

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from ercsvd_deploy.format.tensor_store import write_json_atomically
+from ercsvd_deploy.format.atomic_files import write_json_atomically
 from ercsvd_deploy.pipelines.flow import prepare_run, run_recipe, start_run
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
 from ercsvd_deploy.pipelines.planning.plan import make_plan
@@ -179,7 +179,8 @@ def plain_gptq(sweep: Sweep) -> list[Point]:
 
 def _group_size(recipe: Recipe) -> int:
     """Return the largest group size that every Linear of the model can have."""
-    from ercsvd_deploy.models.families import build_meta_model, describe
+    from ercsvd_deploy.models.families import describe
+    from ercsvd_deploy.models.meta import build_meta_model
     from ercsvd_deploy.pipelines.inputs.model import open_config
 
     config = open_config(recipe.model)

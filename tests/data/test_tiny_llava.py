@@ -14,12 +14,11 @@ from transformers import AutoModelForImageTextToText
 
 from ercsvd_deploy.data.pictures import load_processor
 from ercsvd_deploy.data.samples import QuestionSample, Sample
-from ercsvd_deploy.evaluation.perplexity import measure_quality
+from ercsvd_deploy.evaluation.quality import measure_quality
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
 from ercsvd_deploy.pipelines.inputs.pictures import ask_questions
 from ercsvd_deploy.pipelines.judging.evaluate import open_for_lm_eval
-from ercsvd_deploy.recipe.sections import ModelSource
-from ercsvd_deploy.recipe.vision import ConversationFile, VisualQuestions
+from ercsvd_deploy.recipe.sections import ConversationFile, ModelSource, VisualQuestions
 from tests.flow.test_run import invoke
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ercsvd_deploy.evaluation.comparison import compare_models, relative_error
-from ercsvd_deploy.evaluation.perplexity import perplexities
-from tests.models.test_layerwise import streamed
+from ercsvd_deploy.evaluation.quality import perplexities
+from tests.models.streamed import streamed
 from tests.tiny_models import save_tiny_model
 
 

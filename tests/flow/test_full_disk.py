@@ -24,7 +24,7 @@ class Disk:
         self.free = 0
         self.writes = 0
         self._write_text = Path.write_text
-        monkeypatch.setattr("ercsvd_deploy.format.tensor_store.save_file", self._save_file)
+        monkeypatch.setattr("ercsvd_deploy.format.atomic_files.save_file", self._save_file)
 
         def write_text(path: Path, text: str, **options: Any) -> int:
             return self._write(path, text, **options)

@@ -173,7 +173,7 @@ def test_shards_hold_whole_layers(write_recipe: RecipeWriter) -> None:
     ("moment", "target"),
     [
         ("while factorizing", "ercsvd_deploy.pipelines.state.cache.write_atomically"),
-        ("while writing shards", "ercsvd_deploy.format.tensor_store.save_file"),
+        ("while writing shards", "ercsvd_deploy.format.atomic_files.save_file"),
         ("at the very end", "ercsvd_deploy.exporters.vllm.writer.write_json_atomically"),
     ],
 )
@@ -199,7 +199,7 @@ def test_failure_keeps_the_earlier_export(
     run_recipe(load_recipe(recipe))
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     monkeypatch.setattr(
-        "ercsvd_deploy.format.tensor_store.save_file",
+        "ercsvd_deploy.format.atomic_files.save_file",
         lambda *_a, **_k: (_ for _ in ()).throw(OSError(28, "full")),
     )
     code, _, _ = invoke("run", recipe)

@@ -30,7 +30,7 @@ from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.sections import ModelSource
 from tests.conftest import ModelDirectory
 from tests.flow.test_run import TEXT, factorize, invoke
-from tests.models.test_streamed_pictures import samples
+from tests.models.streamed import picture_samples
 from tests.tiny_models import VISION_FAMILIES
 from tests.tiny_vision import IMAGE_SIZE
 
@@ -86,7 +86,8 @@ def logits(directory: Path) -> list[torch.Tensor]:
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         return [
-            model(input_ids=sample.tokens[None], **sample.images).logits[0] for sample in samples(directory)
+            model(input_ids=sample.tokens[None], **sample.images).logits[0]
+            for sample in picture_samples(directory)
         ]
 
 
@@ -125,7 +126,7 @@ def test_export_has_the_hubs_names_and_loads(
     # The streamed reader of our own and transformers' whole model read the same directory alike.
     model, given = (
         stream(open_model(ModelSource(path=str(directory))), torch.device("cpu")),
-        samples(directory),
+        picture_samples(directory),
     )
     batches = model.batches(given)
     hidden = model.embed(batches)

@@ -10,7 +10,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-from ercsvd_deploy.format.packing import pack, unpack
+from ercsvd_deploy.format.packing import QuantizedWeight, pack, unpack
 from ercsvd_deploy.format.schema import (
     WEIGHT_PACKED,
     WEIGHT_SCALE,
@@ -18,7 +18,7 @@ from ercsvd_deploy.format.schema import (
     WEIGHT_ZERO_POINT,
     WeightQuantization,
 )
-from ercsvd_deploy.quantization.grid import QuantizationSettings, QuantizedWeight, round_to_nearest
+from ercsvd_deploy.quantization.grid import QuantizationSettings, round_to_nearest
 
 FORMATS = pytest.mark.parametrize(
     ("bits", "sym", "group_size"),
@@ -32,7 +32,8 @@ def quantize(out_features: int, in_features: int, settings: QuantizationSettings
     generator = torch.Generator().manual_seed(out_features)
     weight = torch.randn(out_features, in_features, generator=generator)
     weight += torch.linspace(-3, 3, out_features)[:, None]
-    return round_to_nearest(weight, settings, scale_dtype=torch.bfloat16)
+    rounded = round_to_nearest(weight, settings, scale_dtype=torch.bfloat16)
+    return QuantizedWeight(rounded.values, rounded.scale, rounded.zero_point, rounded.storage)
 
 
 @OUT_FEATURES

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors directories: laziness, damage, hostile indexes, atomic writes."""
+"""Reading safetensors directories: laziness, damage, hostile indexes."""
 
 from __future__ import annotations
 
@@ -7,35 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ercsvd_deploy.format.schema import ModuleDescription
 from ercsvd_deploy.format.tensor_store import (
     INDEX_FILE,
     SINGLE_FILE,
-    CastingStore,
     CheckpointError,
     FileStore,
-    OverlayStore,
     open_directory,
-    write_atomically,
-    write_sharded,
 )
-
-
-def tensors_for(*names: str, rows: int = 4) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(len(names))
-    return {name: torch.randn(rows, 8, generator=generator) for name in names}
+from tests.format.tensor_files import tensors_for, write_two_shards
 
 
 @pytest.fixture
 def two_shards(tmp_path: Path) -> Path:
-    save_file(tensors_for("a", "b"), tmp_path / "model-00001-of-00002.safetensors")
-    save_file(tensors_for("c"), tmp_path / "model-00002-of-00002.safetensors")
-    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00001-of-00002.safetensors"}
-    weight_map["c"] = "model-00002-of-00002.safetensors"
-    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
-    return tmp_path
+    return write_two_shards(tmp_path)
 
 
 def test_reads_tensors_of_every_shard(two_shards: Path) -> None:
@@ -127,75 +113,3 @@ def test_two_files_with_the_same_tensor(tmp_path: Path) -> None:
     save_file(tensors_for("a"), tmp_path / "y.safetensors")
     with pytest.raises(CheckpointError, match=r"also in x\.safetensors"):
         FileStore([tmp_path / "x.safetensors", tmp_path / "y.safetensors"])
-
-
-def test_failed_write_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "layer.safetensors"
-    write_atomically(target, tensors_for("a"))
-    before = target.read_bytes()
-
-    def full_disk(_tensors: object, partial: Path, **_options: object) -> None:
-        partial.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("ercsvd_deploy.format.tensor_store.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(target, tensors_for("a", "b"))
-    assert target.read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["layer.safetensors"]
-
-
-@pytest.mark.parametrize("max_bytes", [1, 150, 300, 10**9])
-def test_sharded_copy_equals_the_source(two_shards: Path, tmp_path: Path, max_bytes: int) -> None:
-    store = open_directory(two_shards)
-    out = tmp_path / "out"
-    out.mkdir()
-    total = write_sharded(out, store, [["a"], ["b", "c"]], max_bytes)
-    assert total == 3 * 128
-    copy = open_directory(out)
-    assert copy.names() == store.names()
-    for name, tensor in copy.read(copy.names()).items():
-        assert torch.equal(tensor, store.read([name])[name])
-    sizes = [sum(t.numel() * 4 for t in load_file(path).values()) for path in out.glob("*.safetensors")]
-    assert max(sizes) <= max(max_bytes, 128)
-
-
-def test_overlay_replaces_weight_and_keeps_bias(tmp_path: Path) -> None:
-    save_file(
-        {"m.weight": torch.ones(8, 4), "m.bias": torch.ones(8), "n.weight": torch.ones(2, 2)},
-        tmp_path / "base.safetensors",
-    )
-    description = ModuleDescription(layout="low_rank", shape=(8, 4), rank=2)
-    factors = {
-        "m.factor_a.weight": torch.zeros(2, 4),
-        "m.factor_b.weight": torch.zeros(8, 2),
-        "m.weight": torch.empty(0),
-    }
-    save_file(factors, tmp_path / "overlay.safetensors")
-    base = FileStore([tmp_path / "base.safetensors"])
-    store = OverlayStore(base, FileStore([tmp_path / "overlay.safetensors"]), {"m": description})
-    assert store.names() == {"m.weight", "m.bias", "m.factor_a.weight", "m.factor_b.weight", "n.weight"}
-    assert store.info("m.weight").shape == (0,)
-    read = store.read(store.names())
-    assert torch.equal(read["m.bias"], torch.ones(8))
-    assert read["m.factor_a.weight"].shape == (2, 4)
-
-
-def test_overlay_must_be_complete(tmp_path: Path) -> None:
-    save_file({"m.weight": torch.ones(8, 4)}, tmp_path / "base.safetensors")
-    save_file({"m.factor_a.weight": torch.zeros(3, 4)}, tmp_path / "overlay.safetensors")
-    base, overlay = FileStore([tmp_path / "base.safetensors"]), FileStore([tmp_path / "overlay.safetensors"])
-    description = ModuleDescription(layout="low_rank", shape=(8, 4), rank=2)
-    with pytest.raises(CheckpointError, match=r"m\.factor_a\.weight, m\.factor_b\.weight, m\.weight"):
-        OverlayStore(base, overlay, {"m": description})
-
-
-def test_casting_store_reports_what_it_reads(tmp_path: Path) -> None:
-    save_file({"w": torch.ones(3, 5), "ids": torch.arange(4)}, tmp_path / SINGLE_FILE)
-    store = CastingStore(open_directory(tmp_path), torch.bfloat16)
-    assert store.info("w").num_bytes == 3 * 5 * 2
-    assert store.read(["w"])["w"].dtype == torch.bfloat16
-    assert store.info("ids").num_bytes == 4 * 8
-    assert store.read(["ids"])["ids"].dtype == torch.int64

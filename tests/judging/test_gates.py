@@ -21,7 +21,7 @@ from ercsvd_deploy.recipe.fields import parse_size
 from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT, Gates
 from ercsvd_deploy.recipe.load import RecipeError, load_recipe
 from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
-from tests.recipe.test_recipe import MINIMAL, problems_of, written
+from tests.recipe.written import MINIMAL, problems_of, written
 
 __all__ = ["llama", "write_recipe"]  # fixtures
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.linalg.decomposition import Factors
 from ercsvd_deploy.linalg.pivoting import (
     PivotedFactors,
     PivotError,
@@ -15,6 +14,7 @@ from ercsvd_deploy.linalg.pivoting import (
     row_order_problem,
     to_pivoted,
 )
+from ercsvd_deploy.linalg.truncation import Factors
 
 OUT, IN = 48, 40
 

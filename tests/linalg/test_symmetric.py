@@ -7,15 +7,10 @@ import math
 import pytest
 import torch
 
-from ercsvd_deploy.linalg import decomposition as factorize
+from ercsvd_deploy.linalg import decomposition as decomposing
 from ercsvd_deploy.linalg import symmetric
-from ercsvd_deploy.linalg.decomposition import (
-    Decomposition,
-    calibration_error,
-    decompose,
-    output_error,
-    truncate,
-)
+from ercsvd_deploy.linalg.decomposition import Decomposition, decompose
+from ercsvd_deploy.linalg.errors import calibration_error, output_error
 from ercsvd_deploy.linalg.symmetric import (
     MIXED_FROM,
     add_symmetric_product,
@@ -23,6 +18,7 @@ from ercsvd_deploy.linalg.symmetric import (
     leading_eigh,
     symmetric_product,
 )
+from ercsvd_deploy.linalg.truncation import truncate
 
 
 @pytest.fixture
@@ -127,12 +123,12 @@ def test_large_weights_lose_as_little_as_by_exact_decomposition(
     inputs[0] *= 300  # the token that attention looks at
     gram = inputs.double().T @ inputs.double()
     rank = 300
-    made = decompose(weight, method="svd_llm", gram=gram, max_rank=rank)
-    found = calibration_error(weight, truncate(made, weight, rank), gram)
+    decomposition = decompose(weight, method="svd_llm", gram=gram, max_rank=rank)
+    found = calibration_error(weight, truncate(decomposition, weight, rank), gram)
     root = torch.linalg.svdvals(weight.double() @ torch.linalg.qr(inputs.double(), mode="r").R.T)
     best = float((root[rank:].square().sum() / root.square().sum()).sqrt())
     assert found == pytest.approx(best, rel=2e-5)
-    torch.testing.assert_close(made.singular_values[:rank], root[:rank], rtol=1e-4, atol=0)
+    torch.testing.assert_close(decomposition.singular_values[:rank], root[:rank], rtol=1e-4, atol=0)
 
 
 def test_dependent_columns_are_no_obstacle(generator: torch.Generator) -> None:
@@ -140,8 +136,8 @@ def test_dependent_columns_are_no_obstacle(generator: torch.Generator) -> None:
     half = torch.randn(60, 10, generator=generator, dtype=torch.float64)
     weight = torch.cat([half, half], dim=1)
     inputs = torch.randn(100, 20, generator=generator, dtype=torch.float64)
-    made = decompose(weight, method="svd_llm", gram=inputs.T @ inputs)
-    assert calibration_error(weight, truncate(made, weight, 10), inputs.T @ inputs) < 1e-6
+    decomposition = decompose(weight, method="svd_llm", gram=inputs.T @ inputs)
+    assert calibration_error(weight, truncate(decomposition, weight, 10), inputs.T @ inputs) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(1500, 1024), (1024, 1500)])
@@ -157,9 +153,11 @@ def test_output_metrics_lose_as_little_as_by_exact_products(
     gram, output_metric = inputs.T @ inputs, gradients.T @ gradients
     damped = output_metric + 0.01 * output_metric.diagonal().mean() * torch.eye(out_features)
     losses = []
-    for each in (weight, weight.double()):
-        made = decompose(each, method="svd_llm", gram=gram, output_metric=output_metric, max_rank=300)
-        factors = truncate(made, weight.double(), 300)
+    for tested in (weight, weight.double()):
+        decomposition = decompose(
+            tested, method="svd_llm", gram=gram, output_metric=output_metric, max_rank=300
+        )
+        factors = truncate(decomposition, weight.double(), 300)
         losses.append(output_error(weight, factors.product(), gram, damped))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -172,16 +170,16 @@ def test_tall_weights_are_decomposed_again_where_float32_did_not_do(
     root = with_spectrum(torch.logspace(0, math.log10(smallest), size), generator)
     weight = (torch.linalg.qr(torch.randn(1300, size, generator=generator).double()).Q @ root).float()
     verdicts = []
-    original = factorize._is_orthonormal_enough
+    original = decomposing._is_orthonormal_enough
 
-    def watched(made: Decomposition) -> bool:
-        verdicts.append(original(made))
+    def watched(decomposition: Decomposition) -> bool:
+        verdicts.append(original(decomposition))
         return verdicts[-1]
 
-    monkeypatch.setattr(factorize, "_is_orthonormal_enough", watched)
-    made = decompose(weight, method="svd")
+    monkeypatch.setattr(decomposing, "_is_orthonormal_enough", watched)
+    decomposition = decompose(weight, method="svd")
     assert verdicts == [in_single]
     torch.testing.assert_close(
-        made.basis.T @ made.basis, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-4
+        decomposition.basis.T @ decomposition.basis, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-4
     )
-    assert calibration_error(weight, truncate(made, weight, size), torch.eye(size)) < 1e-5
+    assert calibration_error(weight, truncate(decomposition, weight, size), torch.eye(size)) < 1e-5

@@ -4,37 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from ercsvd_deploy.data.samples import Sample
-from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART
-from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
 from ercsvd_deploy.recipe.sections import ModelSource
 from tests.conftest import ModelDirectory
+from tests.models.streamed import CPU, picture_samples
 from tests.tiny_models import VISION_FAMILIES
-from tests.tiny_vision import IMAGE_SIZE
-
-CPU = torch.device("cpu")
-# Width and height: for LLaVA-NeXT these are different numbers of tiles and of tokens.
-SIZES = ((IMAGE_SIZE, IMAGE_SIZE), (2 * IMAGE_SIZE, IMAGE_SIZE), (IMAGE_SIZE, IMAGE_SIZE), (90, 20), (40, 70))
-
-
-def samples(directory: Path) -> list[Sample]:
-    """Return conversations about noise of several sizes, and one without a picture."""
-    processor = AutoProcessor.from_pretrained(directory)
-    rng = np.random.default_rng(0)
-    made = []
-    for index, (width, height) in enumerate(SIZES):
-        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        inputs = processor(text=[f"<image>what{'?' * index}"], images=[picture], return_tensors="pt")
-        images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
-        made.append(Sample(inputs["input_ids"][0], images))
-    return [*made, Sample(torch.randint(3, 250, (24,), generator=torch.Generator().manual_seed(1)))]
 
 
 def streamed(directory: Path) -> LayerwiseModel:
@@ -45,7 +26,7 @@ def streamed(directory: Path) -> LayerwiseModel:
 def test_streamed_logits_equal_the_whole_models(family: str, tiny_model: ModelDirectory) -> None:
     directory = tiny_model(family)
     reference = AutoModelForImageTextToText.from_pretrained(directory, attn_implementation="sdpa").eval()
-    model, given = streamed(directory), samples(directory)
+    model, given = streamed(directory), picture_samples(directory)
     batches = model.batches(given)
     hidden = model.embed(batches)
     for index in range(model.num_layers):
@@ -61,7 +42,7 @@ def test_streamed_logits_equal_the_whole_models(family: str, tiny_model: ModelDi
 
 
 def test_the_pictures_matter(tiny_model: ModelDirectory) -> None:
-    model, given = streamed(tiny_model("llava")), samples(tiny_model("llava"))
+    model, given = streamed(tiny_model("llava")), picture_samples(tiny_model("llava"))
     other = Sample(given[0].tokens, {"pixel_values": -given[0].images["pixel_values"]})
     one, two = (model.embed(model.batches([sample]))[0] for sample in (given[0], other))
     is_image = given[0].tokens == model.architecture.image_token_id
@@ -71,7 +52,7 @@ def test_the_pictures_matter(tiny_model: ModelDirectory) -> None:
 
 def test_inputs_of_vision_linears_are_observed(tiny_model: ModelDirectory) -> None:
     directory = tiny_model("llava")
-    model, given = streamed(directory), samples(directory)
+    model, given = streamed(directory), picture_samples(directory)
     reference = AutoModelForImageTextToText.from_pretrained(directory).eval()
     names = ["model.vision_tower.encoder.layers.1.mlp.fc2", "model.multi_modal_projector.linear_2"]
     caught: dict[str, list[torch.Tensor]] = {name: [] for name in names}
@@ -88,21 +69,3 @@ def test_inputs_of_vision_linears_are_observed(tiny_model: ModelDirectory) -> No
         rows = torch.cat(caught[name])
         torch.testing.assert_close(statistics[name].gram, rows.T @ rows, rtol=1e-3, atol=1e-2)
         assert statistics[name].num_tokens == len(rows)
-
-
-@pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_architecture_of_a_vision_language_model(family: str, tiny_model: ModelDirectory) -> None:
-    architecture = streamed(tiny_model(family)).architecture
-    assert architecture.model_type == family
-    assert [len(layer.linears) for layer in architecture.layers] == [7, 7]
-    # The third layer of the tower is there, but behind the features that are used.
-    assert [len(layer.linears) for layer in architecture.vision_layers[TOWER_PART]] == [6, 6]
-    assert [linear.name for linear in architecture.vision_layers[PROJECTOR_PART][0].linears] == [
-        "model.multi_modal_projector.linear_1",
-        "model.multi_modal_projector.linear_2",
-    ]
-    assert architecture.is_row_parallel("model.language_model.layers.0.mlp.down_proj")
-    assert architecture.is_row_parallel("model.vision_tower.encoder.layers.0.self_attn.out_proj")
-    assert architecture.is_row_parallel("model.multi_modal_projector.linear_2")
-    assert not architecture.is_row_parallel("model.vision_tower.encoder.layers.0.mlp.fc1")
-    assert architecture.checkpoint_name("lm_head.weight") == "language_model.lm_head.weight"

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from ercsvd_deploy.budget.rank_steps import RankSteps, automatic_step, fixed_steps
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.schema import LowRankLayout, ModuleDescription
-from ercsvd_deploy.models.families import Architecture, build_meta_model, describe, load_config
+from ercsvd_deploy.models.families import Architecture, describe
+from ercsvd_deploy.models.meta import build_meta_model, load_config
 from ercsvd_deploy.pipelines.cli.app import app
 from ercsvd_deploy.pipelines.planning import feasibility
 from ercsvd_deploy.pipelines.planning.machine import Machine

@@ -17,13 +17,10 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.linalg.decomposition import (
-    Factors,
-    calibration_error,
-    compensated_error,
-    compensated_weight,
-    decompose,
-)
+from ercsvd_deploy.linalg.compensation import compensated_weight
+from ercsvd_deploy.linalg.decomposition import decompose
+from ercsvd_deploy.linalg.errors import calibration_error, compensated_error
+from ercsvd_deploy.linalg.truncation import Factors
 from ercsvd_deploy.pipelines.cli.app import app
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning import feasibility, machine

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.linalg.decomposition import decompose, truncate
+from ercsvd_deploy.linalg.decomposition import decompose
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, to_pivoted
+from ercsvd_deploy.linalg.truncation import truncate
 from ercsvd_deploy.quantization.gptq import QuantizationSettings, quantize_weight
 from ercsvd_deploy.quantization.pivoted import quantize_pivoted, refit_other_rows
 

@@ -13,15 +13,18 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.data.samples import text_samples
 from ercsvd_deploy.data.texts import load_tokenizer
-from ercsvd_deploy.linalg.decomposition import compensated_error, compensated_weight, decompose, truncate
-from ercsvd_deploy.models.streaming import InputStatistics, PairedStatistics
+from ercsvd_deploy.linalg.compensation import compensated_weight
+from ercsvd_deploy.linalg.decomposition import decompose
+from ercsvd_deploy.linalg.errors import compensated_error
+from ercsvd_deploy.linalg.truncation import truncate
+from ercsvd_deploy.models.statistics import InputStatistics, PairedStatistics
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.flow.test_run import RecipeWriter, factorize, llama, write_recipe
-from tests.linalg.test_factorize import random_inputs, random_weight
-from tests.models.test_layerwise import CPU, streamed
+from tests.linalg.references import random_inputs, random_weight
+from tests.models.streamed import CPU, streamed
 from tests.stages.test_residual_choice import gram, inputs_of, naive_erc
 from tests.state.test_resume import half_run, hashes, whole_run
 

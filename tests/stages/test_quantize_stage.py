@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.format.schema import CheckpointConfig, WeightQuantization
-from ercsvd_deploy.models.families import build_meta_model, describe, load_config
+from ercsvd_deploy.models.families import describe
+from ercsvd_deploy.models.meta import build_meta_model, load_config
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.stages.quantize.serving_notes import serving_warnings

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.data.texts import load_tokenizer
-from ercsvd_deploy.linalg.decomposition import Factors, calibration_error, decompose, output_error, truncate
-from ercsvd_deploy.models.streaming import InputStatistics
+from ercsvd_deploy.linalg.decomposition import decompose
+from ercsvd_deploy.linalg.errors import calibration_error, output_error
+from ercsvd_deploy.linalg.truncation import Factors, truncate
+from ercsvd_deploy.models.statistics import InputStatistics
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 from ercsvd_deploy.pipelines.reporting.document import Report
@@ -26,7 +28,7 @@ from ercsvd_deploy.pipelines.stages.factorize.residual import (
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.stages import Factorize
 from tests.flow.test_run import RecipeWriter, factorize, llama, write_recipe
-from tests.linalg.test_factorize import random_inputs, random_weight
+from tests.linalg.references import random_inputs, random_weight
 from tests.state.test_resume import half_run, hashes, whole_run
 
 __all__ = ["llama", "write_recipe"]  # fixtures

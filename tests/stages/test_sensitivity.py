@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM
 from ercsvd_deploy.data.samples import text_samples
 from ercsvd_deploy.data.texts import load_tokenizer, token_windows
 from ercsvd_deploy.evaluation.comparison import compare_models
-from ercsvd_deploy.linalg.decomposition import decompose, output_error, truncate
+from ercsvd_deploy.linalg.decomposition import decompose
+from ercsvd_deploy.linalg.errors import output_error
+from ercsvd_deploy.linalg.truncation import truncate
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity, measure_sensitivity
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
-from tests.models.test_layerwise import streamed
+from tests.models.streamed import streamed
 from tests.tiny_models import save_tiny_model
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"

@@ -13,7 +13,8 @@ from pathlib import Path
 from ercsvd_deploy.exporters.vllm.target import check_target
 from ercsvd_deploy.exporters.vllm.writer import write_weights
 from ercsvd_deploy.format.tensor_store import torch_dtype
-from ercsvd_deploy.models.families import build_meta_model, describe
+from ercsvd_deploy.models.families import describe
+from ercsvd_deploy.models.meta import build_meta_model
 from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError, OriginalLlava, read_original
 from ercsvd_deploy.pipelines.importing.llava.processor import (
     IMAGE_TOKEN,

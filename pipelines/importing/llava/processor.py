@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.format.tensor_store import write_json_atomically
+from ercsvd_deploy.format.atomic_files import write_json_atomically
 from ercsvd_deploy.pipelines.importing.llava.config import Conversation, LlavaImportError, OriginalLlava
 from ercsvd_deploy.pipelines.importing.llava.tower import VisionTower
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.format.names import LANGUAGE_MODEL, VISION_TOWER, from_original
+from ercsvd_deploy.format.store_views import CastingStore
 from ercsvd_deploy.format.tensor_store import (
-    CastingStore,
     CheckpointError,
     TensorInfo,
     TensorStore,

@@ -26,10 +26,13 @@ from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import WEIGHT, WeightQuantization
 from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.linalg.decomposition import Decomposition, Factors, output_error
+from ercsvd_deploy.linalg.decomposition import Decomposition
+from ercsvd_deploy.linalg.errors import output_error
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, to_pivoted
+from ercsvd_deploy.linalg.truncation import Factors
 from ercsvd_deploy.models.families import LayerLinears
-from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
 from ercsvd_deploy.pipelines.stages.factorize.last_layers import AllocatedLinear, FactorizeOutcome
 from ercsvd_deploy.pipelines.stages.factorize.linear import (

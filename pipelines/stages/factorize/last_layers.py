@@ -26,7 +26,8 @@ from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.linalg.decomposition import Decomposition
 from ercsvd_deploy.linalg.side_by_side import map_side_by_side
 from ercsvd_deploy.models.families import LayerLinears
-from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,

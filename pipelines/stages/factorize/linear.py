@@ -24,17 +24,11 @@ from ercsvd_deploy.format.schema import (
     WEIGHT,
     ModuleDescription,
 )
-from ercsvd_deploy.linalg.decomposition import (
-    Decomposition,
-    Factors,
-    Method,
-    calibration_error,
-    decompose,
-    truncate,
-    weight_error,
-)
+from ercsvd_deploy.linalg.decomposition import Decomposition, Method, decompose
+from ercsvd_deploy.linalg.errors import calibration_error, weight_error
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, PivotError, find_pivots, to_pivoted
-from ercsvd_deploy.models.streaming import InputStatistics
+from ercsvd_deploy.linalg.truncation import Factors, truncate
+from ercsvd_deploy.models.statistics import InputStatistics
 from ercsvd_deploy.recipe.stages import Factorize
 
 # Beyond this side the residual's exact decomposition is made once, for the chosen k, and the search

@@ -26,9 +26,11 @@ from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import WEIGHT, ModuleDescription
 from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.linalg.decomposition import compensated_error, compensated_weight, weight_error
+from ercsvd_deploy.linalg.compensation import compensated_weight
+from ercsvd_deploy.linalg.errors import compensated_error, weight_error
 from ercsvd_deploy.models.families import LayerLinears
-from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel, PairedStatistics
+from ercsvd_deploy.models.statistics import InputStatistics, PairedStatistics
+from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
     FactorizationError,

@@ -18,9 +18,10 @@ from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape, split_rank
 from ercsvd_deploy.data.samples import Batch, Sample
-from ercsvd_deploy.linalg.decomposition import calibration_error, output_error
+from ercsvd_deploy.linalg.errors import calibration_error, output_error
 from ercsvd_deploy.models.families import LayerLinears
-from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     FactorizationError,
     decompose_linear,

@@ -20,7 +20,8 @@ from ercsvd_deploy.budget.ranks import LinearShape, RankError, allocate_ranks
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import WEIGHT, LowRankLayout, ModuleDescription
 from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture
-from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
@@ -36,8 +37,8 @@ from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ra
 from ercsvd_deploy.pipelines.stages.work import StageRun
 from ercsvd_deploy.pipelines.state.cache import OUTCOME, FinishedWork
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
+from ercsvd_deploy.recipe.sections import Vision
 from ercsvd_deploy.recipe.stages import Factorize
-from ercsvd_deploy.recipe.vision import Vision
 
 _LINEARS = TypeAdapter(list[FactorizedLinear])
 

@@ -29,11 +29,12 @@ from ercsvd_deploy.format.schema import (
     ModuleDescription,
 )
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore, torch_dtype
-from ercsvd_deploy.linalg.decomposition import Factors
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
+from ercsvd_deploy.linalg.truncation import Factors
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
-from ercsvd_deploy.models.streaming import InputStatistics, LayerwiseModel
+from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings, start_pair
 from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch
 from ercsvd_deploy.pipelines.state.cache import FinishedWork

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ercsvd_deploy.format.schema import WeightQuantization
-from ercsvd_deploy.linalg.decomposition import Factors
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, order_rows
+from ercsvd_deploy.linalg.truncation import Factors
 from ercsvd_deploy.quantization.gptq import FactorsTask, QuantizationSettings, QuantizedFactors, start_factors
 from ercsvd_deploy.quantization.pivoted import PivotedTask, start_pivoted
 from ercsvd_deploy.recipe.stages import Quantize

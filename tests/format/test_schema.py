@@ -16,7 +16,7 @@ from ercsvd_deploy.format.schema import (
     FORMAT_VERSION,
     CheckpointConfig,
     CheckpointFormatError,
-    ModuleDescription,
+    Storage,
     WeightQuantization,
 )
 
@@ -65,14 +65,14 @@ def test_an_impossible_group_size_is_refused(group_size: int) -> None:
 @pytest.mark.parametrize(
     ("description", "names", "num_parameters"),
     [
-        (ModuleDescription(layout="dense", shape=(48, 64)), {"weight": (48, 64)}, 48 * 64),
+        (Storage(layout="dense", shape=(48, 64)), {"weight": (48, 64)}, 48 * 64),
         (
-            ModuleDescription(layout="dense", shape=(48, 64), weight=INT4),
+            Storage(layout="dense", shape=(48, 64), weight=INT4),
             {"weight": (0,), "weight_packed": (48, 8), "weight_scale": (48, 2), "weight_shape": (2,)},
             48 * 64,
         ),
         (
-            ModuleDescription(layout="low_rank", shape=(48, 64), rank=32, factor_b=INT4),
+            Storage(layout="low_rank", shape=(48, 64), rank=32, factor_b=INT4),
             {
                 "weight": (0,),
                 "factor_a.weight": (32, 64),
@@ -83,7 +83,7 @@ def test_an_impossible_group_size_is_refused(group_size: int) -> None:
             32 * 64 + 48 * 32,
         ),
         (
-            ModuleDescription(layout="pivoted", shape=(48, 64), rank=32, pivot_blocks=8, other_rows=INT4),
+            Storage(layout="pivoted", shape=(48, 64), rank=32, pivot_blocks=8, other_rows=INT4),
             {
                 "weight": (0,),
                 "pivot_rows.weight": (32, 64),
@@ -98,7 +98,7 @@ def test_an_impossible_group_size_is_refused(group_size: int) -> None:
     ids=["plain", "dense-int4", "low-rank-half-int4", "pivoted-half-int4"],
 )
 def test_tensor_names_and_shapes(
-    description: ModuleDescription, names: dict[str, tuple[int, ...]], num_parameters: int
+    description: Storage, names: dict[str, tuple[int, ...]], num_parameters: int
 ) -> None:
     assert description.tensor_shapes == names
     assert description.num_parameters == num_parameters
@@ -128,16 +128,14 @@ def test_tensor_names_and_shapes(
 )
 def test_a_contradictory_description_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ModuleDescription(shape=(8, 16), **fields)
+        Storage(shape=(8, 16), **fields)
 
 
 def test_a_config_survives_json() -> None:
     config = CheckpointConfig(
         modules={
-            "model.layers.0.mlp.up_proj": ModuleDescription(layout="dense", shape=(48, 64), weight=INT4),
-            "model.layers.1.mlp.up_proj": ModuleDescription(
-                layout="low_rank", shape=(48, 64), rank=32, factor_a=INT4
-            ),
+            "model.layers.0.mlp.up_proj": Storage(layout="dense", shape=(48, 64), weight=INT4),
+            "model.layers.1.mlp.up_proj": Storage(layout="low_rank", shape=(48, 64), rank=32, factor_a=INT4),
         }
     )
     assert CheckpointConfig.read(json.loads(json.dumps(config.write()))) == config
@@ -172,3 +170,35 @@ def test_what_this_version_cannot_read_is_refused(change: dict[str, Any], messag
 def test_the_schema_needs_no_torch() -> None:
     script = "import sys, ercsvd_deploy.format.schema; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_storage_of_one_matrix() -> None:
+    assert Storage.dense((48, 64)) == Storage(layout="dense", shape=(48, 64))
+    assert Storage.dense((48, 64)).quantization is None
+    assert Storage.dense((48, 64)).label == "dense"
+    storage = Storage.dense((48, 64), INT4)
+    assert storage == Storage(layout="dense", shape=(48, 64), weight=INT4)
+    assert storage.quantization == INT4
+    assert storage.label == "dense, int4 g32"
+
+
+@pytest.mark.parametrize("pivot_blocks", [None, 8])
+def test_a_storage_of_two_matrices(pivot_blocks: int | None) -> None:
+    int8 = WeightQuantization(bits=8, group_size=16)
+    storage = Storage.of_rank((48, 64), 32, pivot_blocks, INT4, int8)
+    assert storage.layout == ("low_rank" if pivot_blocks is None else "pivoted")
+    assert [quantization for _, quantization in storage.parts.values()] == [INT4, int8]
+    assert storage.quantization == INT4
+    assert storage.label == "rank 32, int4 g32"
+    assert Storage.of_rank((48, 64), 32, pivot_blocks).label == "rank 32"
+
+
+def test_fitted_groups_divide_the_columns() -> None:
+    for group_size in (32, 64, 128):
+        quantization = WeightQuantization(bits=4, group_size=group_size, sym=False)
+        for columns in (32, 64, 96, 160, 256):
+            fitted = quantization.fitted(columns)
+            common = [size for size in range(1, group_size + 1) if columns % size == group_size % size == 0]
+            assert fitted == WeightQuantization(bits=4, group_size=max(common), sym=False)
+    per_row = WeightQuantization(bits=4, group_size=-1)
+    assert per_row.fitted(7) == per_row

@@ -2,64 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
-import jsonschema
 import pytest
-import yaml
 from pydantic import ValidationError
 
-from ercsvd_deploy.recipe.load import (
-    HubDataset,
-    JsonLines,
-    Recipe,
-    RecipeError,
-    TextFile,
-    canonical,
-    check_files,
-    load_recipe,
-    recipe_json_schema,
-)
-from ercsvd_deploy.recipe.reference import (
-    REFERENCE_FILE,
-    REFERENCE_START,
-    SCHEMA_FILE,
-    publish,
-    recipe_reference,
-    recipe_schema_text,
-)
-
-ROOT = Path(__file__).parents[2]
-SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
-REPUBLISH = (
-    'run: python -c "from pathlib import Path; '
-    'from ercsvd_deploy.recipe.reference import publish; publish(Path())"'
-)
-
-MINIMAL = """\
-model: {path: some/model}
-calibration: {dataset: {text: text.txt}}
-stages:
-  - factorize: {method: erc_svd, compression_ratio: 0.2}
-"""
-
-
-def written(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def problems_of(path: Path, *overrides: str) -> list[str]:
-    """Return the problems of a recipe that must be refused, without the file's directory."""
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(path, overrides)
-    assert str(caught.value) == "\n".join(caught.value.problems)
-    assert all("\n" not in problem for problem in caught.value.problems)
-    return [problem.replace(f"{path.parent}/", "") for problem in caught.value.problems]
+from ercsvd_deploy.recipe.load import HubDataset, JsonLines, Recipe, TextFile, canonical, load_recipe
+from tests.recipe.written import MINIMAL, VISION, problems_of, written
 
 
 def test_defaults_of_a_minimal_recipe(tmp_path: Path) -> None:
@@ -329,150 +278,6 @@ def test_quantization_alone_needs_calibration(tmp_path: Path) -> None:
     assert load_recipe(path, ["calibration.dataset.text=a"]).factorize is None
 
 
-def test_many_problems_are_reported_together(tmp_path: Path) -> None:
-    path = written(tmp_path, MINIMAL.replace("0.2", "2, beta: x, rank: 3").replace("some/model", "3"))
-    assert len(problems_of(path, "serving.tensor_parallel_sizes=[0]", "export.paht=a")) == 6
-
-
-def missing_files(recipe: Recipe) -> str:
-    with pytest.raises(RecipeError) as caught:
-        check_files(recipe)
-    return str(caught.value)
-
-
-def test_check_files_names_everything_that_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = written(tmp_path, MINIMAL)
-    recipe = load_recipe(
-        path,
-        [
-            "model.path=./nowhere",
-            "calibration.dataset={jsonl: lines.jsonl}",
-            "evaluation.perplexity={here: recipe.yaml, gone: gone.txt, folder: ., far: {hub: org/data}}",
-        ],
-    )
-    assert missing_files(recipe).splitlines() == [
-        f"field 'model.path' is './nowhere', which does not exist; give a directory or a name on the Hub "
-        f"such as org/name (paths are relative to {tmp_path})",
-        f"field 'calibration.dataset.jsonl' is 'lines.jsonl', which does not exist; give a file "
-        f"(paths are relative to {tmp_path})",
-        f"field 'evaluation.perplexity.gone.text' is 'gone.txt', which does not exist; give a file "
-        f"(paths are relative to {tmp_path})",
-        f"field 'evaluation.perplexity.folder.text' is '.', which is a directory; give a file "
-        f"(paths are relative to {tmp_path})",
-    ]
-
-
-@pytest.mark.parametrize("model", ["/no/where", "../nowhere", "~/nowhere", "a/b/c", "recipe.yaml", "empty"])
-def test_check_files_refuses_a_model_that_is_no_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.txt").touch()
-    recipe = load_recipe(written(tmp_path, MINIMAL), [f"model.path={model}"])
-    assert f"field 'model.path' is '{model}', which" in missing_files(recipe)
-
-
-@pytest.mark.parametrize("model", ["org/name", "gpt2", "full"])
-def test_check_files_accepts_a_hub_name_or_a_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "config.json").touch()
-    recipe = load_recipe(written(tmp_path, MINIMAL), [f"model.path={model}"])
-    assert "text.txt" in missing_files(recipe)
-    (tmp_path / "text.txt").touch()
-    check_files(recipe)
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_recipes_are_valid(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n#\n# ")
-    recipe = load_recipe(path)
-    jsonschema.Draft202012Validator(recipe_json_schema()).validate(yaml.safe_load(text))
-    assert recipe.export.path is not None
-    assert recipe.factorize is not None
-    assert recipe.factorize.method == ("erc_svd" if recipe.target is None else "svd_llm")
-    assert recipe.calibration is not None
-    assert recipe.calibration.seed == 3
-
-
-def test_the_recipes_we_promise_are_shipped() -> None:
-    promised = (
-        "demo demo-3bit llama-2-7b llama-2-13b llama-3-8b llama-3-8b-3bit mistral-7b opt-6.7b qwen2.5-7b "
-        "qwen3-8b vicuna-7b"
-    )
-    assert set(promised.split()) <= {path.stem for path in SHIPPED}
-
-
-def test_the_demo_needs_only_files_of_this_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    check_files(load_recipe(ROOT / "recipes" / "demo.yaml"))
-
-
-def described(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, bool]:
-    return {
-        name: bool(
-            field.get("description") or definitions[field["$ref"].rsplit("/", 1)[1]].get("description")
-        )
-        for name, field in schema["properties"].items()
-    }
-
-
-def test_the_schema_describes_every_field_and_is_published() -> None:
-    schema = recipe_json_schema()
-    jsonschema.Draft202012Validator.check_schema(schema)
-    definitions = schema["$defs"]
-    for section in (schema, *definitions.values()):
-        assert section["additionalProperties"] is False
-        assert all(described(section, definitions).values()), section["title"]
-    assert (ROOT / SCHEMA_FILE).read_text(encoding="utf-8") == recipe_schema_text(), REPUBLISH
-
-
-def test_the_reference_is_published_and_names_every_key() -> None:
-    published = (ROOT / REFERENCE_FILE).read_text(encoding="utf-8")
-    assert published.partition(REFERENCE_START)[2] == f"\n{recipe_reference()}", REPUBLISH
-    definitions = recipe_json_schema()["$defs"]
-    one_key_stages = {"FactorizeStage", "RecoverStage", "QuantizeStage"}
-    keys = {
-        key
-        for name, section in definitions.items()
-        if name not in one_key_stages
-        for key in section["properties"]
-    }
-    assert {key for key in keys if f"| `{key}` |" not in published} == set()
-
-
-def test_publish_keeps_the_hand_written_head(tmp_path: Path) -> None:
-    for file in (SCHEMA_FILE, REFERENCE_FILE):
-        (tmp_path / file).parent.mkdir()
-    (tmp_path / REFERENCE_FILE).write_text(f"by hand\n\n{REFERENCE_START}old", encoding="utf-8")
-    publish(tmp_path)
-    publish(tmp_path)
-    assert (tmp_path / SCHEMA_FILE).read_text(encoding="utf-8") == recipe_schema_text()
-    expected = f"by hand\n\n{REFERENCE_START}\n{recipe_reference()}"
-    assert (tmp_path / REFERENCE_FILE).read_text(encoding="utf-8") == expected
-
-
-def test_reading_a_recipe_imports_no_torch() -> None:
-    code = "import sys, ercsvd_deploy.recipe.load; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-VISION = """\
-model: {path: some/model}
-calibration: {num_samples: 8, sequence_length: 64}
-vision: {calibration: {conversations: pictures.jsonl}}
-stages:
-  - factorize: {method: erc_svd, compression_ratio: 0.2, num_search_samples: 4}
-"""
-
-
 @pytest.mark.parametrize(
     ("override", "share"),
     [
@@ -526,18 +331,3 @@ def test_share_of_pictures(tmp_path: Path, override: str, share: float | None) -
 )
 def test_contradictions_about_pictures(tmp_path: Path, overrides: list[str], expected: str) -> None:
     assert expected in "\n".join(problems_of(written(tmp_path, VISION), *overrides))
-
-
-def test_check_files_looks_for_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    recipe = load_recipe(
-        written(tmp_path, VISION),
-        [
-            "vision.calibration.image_root=nowhere",
-            "evaluation.visual_questions={q: {dataset: {conversations: questions.jsonl}}}",
-        ],
-    )
-    missing = missing_files(recipe)
-    assert "'vision.calibration.conversations' is 'pictures.jsonl', which is not a file" in missing
-    assert "'vision.calibration.image_root' is 'nowhere', which is not a folder" in missing
-    assert "'evaluation.visual_questions.q.dataset.conversations' is 'questions.jsonl'" in missing

@@ -7,12 +7,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from torch import nn
 
-from ercsvd_deploy.format.schema import (
-    CheckpointConfig,
-    CheckpointFormatError,
-    ModuleDescription,
-    WeightQuantization,
-)
+from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError, Storage, WeightQuantization
 from ercsvd_deploy.models.modules import (
     LowRankLinear,
     PackedLinear,
@@ -37,8 +32,8 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(IN)
 
 
-def low_rank(shape: tuple[int, int] = (OUT, IN)) -> ModuleDescription:
-    return ModuleDescription(layout="low_rank", shape=shape, rank=RANK)
+def low_rank(shape: tuple[int, int] = (OUT, IN)) -> Storage:
+    return Storage(layout="low_rank", shape=shape, rank=RANK)
 
 
 def filled_packed_linear(
@@ -102,7 +97,7 @@ def test_low_rank_linear_is_b_a_x_plus_bias() -> None:
 def test_pivoted_linear_gives_pivot_and_other_outputs_in_order(
     quantization: WeightQuantization | None,
 ) -> None:
-    description = ModuleDescription(
+    description = Storage(
         layout="pivoted", shape=(OUT, IN), rank=RANK, pivot_blocks=2, pivot_rows=quantization
     )
     linear = build_linear(description, bias=True)
@@ -133,10 +128,10 @@ def test_pivoted_linear_gives_pivot_and_other_outputs_in_order(
 @pytest.mark.parametrize(
     "description",
     [
-        ModuleDescription(layout="dense", shape=(OUT, IN)),
-        ModuleDescription(layout="dense", shape=(OUT, IN), weight=WeightQuantization(bits=4, group_size=32)),
+        Storage(layout="dense", shape=(OUT, IN)),
+        Storage(layout="dense", shape=(OUT, IN), weight=WeightQuantization(bits=4, group_size=32)),
         low_rank(),
-        ModuleDescription(
+        Storage(
             layout="low_rank",
             shape=(OUT, IN),
             rank=RANK,
@@ -146,7 +141,7 @@ def test_pivoted_linear_gives_pivot_and_other_outputs_in_order(
     ],
     ids=["dense", "dense-int4", "low-rank", "low-rank-mixed"],
 )
-def test_the_state_dict_is_the_format(description: ModuleDescription, bias: bool) -> None:
+def test_the_state_dict_is_the_format(description: Storage, bias: bool) -> None:
     state = build_linear(description, bias=bias, dtype=torch.bfloat16).state_dict()
     expected = description.tensor_shapes | ({"bias": (OUT,)} if bias else {})
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
@@ -157,7 +152,7 @@ def test_the_state_dict_is_the_format(description: ModuleDescription, bias: bool
 
 def test_a_dense_description_makes_no_low_rank_linear() -> None:
     with pytest.raises(ValueError, match="layout is 'dense'"):
-        LowRankLinear(ModuleDescription(layout="dense", shape=(OUT, IN)), bias=False)
+        LowRankLinear(Storage(layout="dense", shape=(OUT, IN)), bias=False)
 
 
 def test_the_representation_tells_the_rank() -> None:
