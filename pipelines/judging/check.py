@@ -9,9 +9,11 @@ from pydantic import BaseModel, ValidationError
 
 from ercsvd_deploy.format.atomic_files import read_json
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, REPORT_VERSION
 from ercsvd_deploy.recipe.gates import Gates
 from ercsvd_deploy.recipe.load import load_recipe
+
+REPORT_FILE = "ercsvd_report.json"
+REPORT_VERSION = 2
 
 
 class CheckError(ValueError):

@@ -16,7 +16,7 @@ from ercsvd_deploy.exporters.vllm.target import ExportError, check_target
 from ercsvd_deploy.format.schema import ModuleDescription
 from ercsvd_deploy.pipelines.planning.machine import Machine, look_around
 from ercsvd_deploy.pipelines.planning.resources import StageResources, stage_resources
-from ercsvd_deploy.pipelines.planning.workload import Workload
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.lock import work_path
 
 if TYPE_CHECKING:  # a plan holds an estimate; only its type is needed here

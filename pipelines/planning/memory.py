@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.schema import ModuleDescription
 from ercsvd_deploy.models.streaming import MAX_LOGITS_AT_ONCE
-from ercsvd_deploy.pipelines.planning.workload import Sequences, Workload
+from ercsvd_deploy.pipelines.stages.workload import Sequences, Workload
 
 _DOUBLE, _SINGLE = 8, 4  # bytes of a float64 and a float32
 _LARGEST_IN_HEAP = 32 * 2**20

@@ -22,7 +22,6 @@ from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, 
 from ercsvd_deploy.pipelines.planning.components import Component, describe_components
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate
 from ercsvd_deploy.pipelines.planning.machine import Machine
-from ercsvd_deploy.pipelines.planning.workload import measure_workload
 from ercsvd_deploy.pipelines.stages import STAGES
 from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.serving_notes import gpu_warnings, serving_warnings
@@ -33,6 +32,7 @@ from ercsvd_deploy.pipelines.stages.sizes import (
     planned_bytes,
     sum_by_part,
 )
+from ercsvd_deploy.pipelines.stages.workload import measure_workload
 from ercsvd_deploy.recipe.sections import Recipe
 
 

@@ -16,9 +16,9 @@ from ercsvd_deploy.format.schema import ModuleDescription
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.pipelines.planning import memory as working_memory
 from ercsvd_deploy.pipelines.planning.memory import Held, blocks, highest
-from ercsvd_deploy.pipelines.planning.workload import Sequences, Workload
 from ercsvd_deploy.pipelines.stages.factorize.linear import EXACT_RESIDUAL_UP_TO
 from ercsvd_deploy.pipelines.stages.sizes import module_bytes
+from ercsvd_deploy.pipelines.stages.workload import Sequences, Workload
 from ercsvd_deploy.recipe.stages import Recover
 
 MIB = 2**20

@@ -22,8 +22,8 @@ from ercsvd_deploy.recipe.sections import Recipe
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.inputs.run_data import RunData
-    from ercsvd_deploy.pipelines.planning.workload import Workload
     from ercsvd_deploy.pipelines.stages.work import StageRun
+    from ercsvd_deploy.pipelines.stages.workload import Workload
 
 
 class PlanError(ValueError):

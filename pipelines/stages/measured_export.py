@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from ercsvd_deploy.pipelines.inputs.parity_prompts import make_prompts
 from ercsvd_deploy.pipelines.judging.evaluate import check_tasks, run_lm_eval
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity, check_serving, measure_parity
-from ercsvd_deploy.pipelines.judging.parity.prompts import make_prompts
 from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.work import StageRun
 from ercsvd_deploy.recipe.sections import LmEval

@@ -23,6 +23,12 @@ from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines import flow as run
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
+from ercsvd_deploy.pipelines.inputs.parity_prompts import (
+    NUM_DECODED,
+    ParityPrompt,
+    longest_prompt,
+    make_prompts,
+)
 from ercsvd_deploy.pipelines.inputs.run_data import RunData, load_run_data
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.judging.parity import measure as serving_parity
@@ -34,12 +40,6 @@ from ercsvd_deploy.pipelines.judging.parity.comparison import (
     misread_prompt,
 )
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingFailure, SizeParity, log_path, summarise
-from ercsvd_deploy.pipelines.judging.parity.prompts import (
-    NUM_DECODED,
-    ParityPrompt,
-    longest_prompt,
-    make_prompts,
-)
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.html.page import make_page
 from ercsvd_deploy.pipelines.reporting.schema import load_report

@@ -11,7 +11,7 @@ import torch
 
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.judging.parity.prompts import ParityPrompt, Subject
+from ercsvd_deploy.pipelines.inputs.parity_prompts import ParityPrompt, Subject
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ercsvd_deploy.exporters.vllm.engines.machine import (
 )
 from ercsvd_deploy.exporters.vllm.engines.process import EngineError, score_with_vllm
 from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.inputs.parity_prompts import NUM_DECODED, ParityPrompt
 from ercsvd_deploy.pipelines.judging.parity.comparison import (
     Agreement,
     Served,
@@ -27,7 +28,6 @@ from ercsvd_deploy.pipelines.judging.parity.comparison import (
     misread_prompt,
     worst,
 )
-from ercsvd_deploy.pipelines.judging.parity.prompts import NUM_DECODED, ParityPrompt
 from ercsvd_deploy.recipe.sections import Recipe
 
 _WEIGHTS = "*.safetensors"
