@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
+from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.rows import (
     Row,
     describe_treatment,

@@ -13,8 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ercsvd_deploy.evaluation.comparison import Change
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE as REPORT_FILE
-from ercsvd_deploy.pipelines.judging.check import REPORT_VERSION as REPORT_VERSION
+from ercsvd_deploy.pipelines.judging.check import REPORT_FILE, REPORT_VERSION
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
 from ercsvd_deploy.pipelines.planning.components import Component

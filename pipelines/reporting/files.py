@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ercsvd_deploy.format.atomic_files import write_json_atomically, write_text_atomically
+from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.card import CARD_FILE, ORIGINAL_CARD_FILE, make_card
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, PAGE_NEEDS, can_make_page, make_page
 from ercsvd_deploy.pipelines.reporting.schema import ReportError, parse_report
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ercsvd_deploy.format.atomic_files import read_json
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, REPORT_VERSION
+from ercsvd_deploy.pipelines.judging.check import REPORT_FILE, REPORT_VERSION
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Shape = Annotated[tuple[Count, Count], Field(description="Outputs and inputs.")]

@@ -23,7 +23,7 @@ import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed check
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.cli.app import app
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
+from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.json_values import finite
 from ercsvd_deploy.pipelines.stages.factorize.last_layers import FactorizeOutcome
 from ercsvd_deploy.recipe.load import load_recipe

@@ -12,10 +12,10 @@ from xml.etree import ElementTree as ET
 import pytest
 import yaml
 
+from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates, junit_xml
 from ercsvd_deploy.pipelines.judging.parity import measure as serving_parity
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingError, ServingParity
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.stages import measured_export as after_export
 from ercsvd_deploy.recipe.fields import parse_size
 from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT, Gates

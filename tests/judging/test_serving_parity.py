@@ -30,6 +30,7 @@ from ercsvd_deploy.pipelines.inputs.parity_prompts import (
     make_prompts,
 )
 from ercsvd_deploy.pipelines.inputs.run_data import RunData, load_run_data
+from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.judging.parity import measure as serving_parity
 from ercsvd_deploy.pipelines.judging.parity.comparison import (
@@ -40,7 +41,6 @@ from ercsvd_deploy.pipelines.judging.parity.comparison import (
     misread_prompt,
 )
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingFailure, SizeParity, log_path, summarise
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.html.page import make_page
 from ercsvd_deploy.pipelines.reporting.schema import load_report
 from ercsvd_deploy.recipe.gates import Gates

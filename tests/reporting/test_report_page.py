@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from ercsvd_deploy.format.manifest import verify_export
+from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting import files as report_files
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES, write_report_files
 from ercsvd_deploy.pipelines.reporting.html import page as report_page
 from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
+from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.reference import (
     REFERENCE_FILE,
     SCHEMA_FILE,

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
+from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.stages import sensitivity
 from ercsvd_deploy.pipelines.stages.factorize.allocated import _interpolate, _spread
 from ercsvd_deploy.pipelines.stages.quantize import stage as quantize_stage
