@@ -37,6 +37,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in on_gpu]
 
 
+@pytest.fixture(autouse=True)
+def _only_vllm_tests_ask_vllm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `ercsvd plan` find no vLLM: asking it for kernels costs its import, ten seconds of a core."""
+    if request.node.get_closest_marker("vllm") is None:
+        monkeypatch.setattr("ercsvd_deploy.exporters.vllm.kernels.choice.find_spec", lambda _name: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelDirectory:
     """Return family -> directory of a random float32 model (see FAMILIES and VISION_FAMILIES)."""

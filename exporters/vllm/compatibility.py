@@ -58,7 +58,11 @@ def __getattr__(name: str) -> Any:
     for module in _MODULES[name]:
         try:
             return getattr(import_module(module), name)
-        except (ModuleNotFoundError, AttributeError):
+        except ModuleNotFoundError as error:
+            # what a module of vLLM's needs and does not find is not a name that has moved
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise
+        except AttributeError:
             continue
     raise ImportError(
         f"vLLM has no {name} in {' or '.join(_MODULES[name])}: {untested_release() or 'vLLM is damaged'}"

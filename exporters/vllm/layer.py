@@ -84,6 +84,7 @@ class StackedLinear(nn.Module):
             for second in self._seconds
         ]
         self._register_matrices()
+        self.loaders = []  # they hold the matrices that plain ones have replaced
         self._uses_op = (
             self._allow_op
             and len(self._stacks) == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from typing import Literal
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -82,8 +85,8 @@ def _size_table(plan: Plan) -> Table:
 def _gpu_table(plan: Plan) -> Table:
     """Bytes on each GPU beside those of the dense model, of the smallest and the largest k."""
     shown = _shown(plan)
-    table = Table(title="Bytes of weights on each GPU", title_justify="left")
-    table.add_column("tensor parallel", justify="right")
+    table = Table(title="Weights on each GPU, by tensor-parallel size (TP)", title_justify="left")
+    table.add_column("TP", justify="right")
     table.add_column("dense model", justify="right")
     for k in shown:
         table.add_column(f"k = {k}" if k else "this model", justify="right")
@@ -92,8 +95,8 @@ def _gpu_table(plan: Plan) -> Table:
         cells: list[str | Text] = []
         for candidate in shown.values():
             share = candidate.gpu_share[size]
-            cells += [f"{candidate.gpu_bytes[size]:,}", Text(f"{share:.2f} x", "yellow" if share > 1 else "")]
-        table.add_row(str(size), f"{dense:,}", *cells)
+            cells += [_size(candidate.gpu_bytes[size]), Text(f"{share:.2f} x", "yellow" if share > 1 else "")]
+        table.add_row(str(size), _size(dense), *cells)
     return table
 
 
@@ -112,15 +115,18 @@ def _pattern_table(patterns: tuple[PatternMatch, ...]) -> Table:
 
 
 def _rank_table(candidate: CandidatePlan) -> Table:
+    """Ranks, weights and size of each layer; neighbours that are alike share a row."""
     table = Table(title=f"Ranks with k = {candidate.num_compressed_layers}", title_justify="left")
-    table.add_column("layer", justify="right")
-    for name in candidate.layers[0].ranks:
-        table.add_column(name.rpartition(".")[2], justify="right")
-    table.add_column("parameters", justify="right")
-    table.add_column("bytes", justify="right")
-    for layer in candidate.layers:
-        ranks = ("dense" if rank is None else str(rank) for rank in layer.ranks.values())
-        table.add_row(str(layer.index), *ranks, f"{layer.parameters:,}", f"{layer.num_bytes:,}")
+    names = [name.rpartition(".")[2].removesuffix("_proj") for name in candidate.layers[0].ranks]
+    for column in ("layer", *names, "weights", "size"):
+        table.add_column(column, justify="right", overflow="fold")  # narrow terminals lose nothing
+    for (ranks, parameters, num_bytes), members in groupby(
+        candidate.layers, lambda layer: (tuple(layer.ranks.values()), layer.parameters, layer.num_bytes)
+    ):
+        first, *_, last = 2 * [layer.index for layer in members]
+        layers = str(first) if first == last else f"{first}-{last}"
+        cells = ("dense" if rank is None else str(rank) for rank in ranks)
+        table.add_row(layers, *cells, f"{parameters / 1e6:,.1f} M", _size(num_bytes))
     return table
 
 
@@ -128,10 +134,11 @@ def _kernel_table(plan: Plan) -> Table:
     """Matrices that are stored alike and have the same kernels in one row; `--json` has every shape."""
     kernels = columns_that_agree(plan.kernels)
     named = f", and what multiplies them ({plan.kernel_source})" if plan.kernel_source else ""
-    table = Table(title=f"Matrices on each device{named}", title_justify="left")
-    numbers = ("tensor parallel", "matrices", "smallest", "largest")
+    table = Table(title=f"Matrices on each device, by tensor-parallel size (TP){named}", title_justify="left")
+    numbers = ("TP", "count", "smallest", "largest")
     for column in (*numbers, "stored as", *(kernels if plan.kernel_source else ())):
-        table.add_column(column, justify="right" if column in numbers else "left")
+        justify: Literal["left", "right"] = "right" if column in numbers else "left"
+        table.add_column(column, justify=justify, overflow="fold")  # narrow terminals lose nothing
     alike: dict[tuple[int, str, tuple[str, ...]], list[KernelUse]] = {}
     for use in plan.kernels:
         chosen = tuple(without_shape(use.kernels[name]) for name in kernels.values())
@@ -180,4 +187,6 @@ def _machine_line(plan: Plan) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.0f} MiB"
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:,.2f} GiB"
+    return f"{num_bytes / 2**20:,.{0 if num_bytes >= 10 * 2**20 else 1}f} MiB"

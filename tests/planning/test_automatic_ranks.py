@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from ercsvd_deploy.budget.rank_steps import RankSteps, automatic_step, fixed_steps
 from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.exporters.vllm.kernels.choice import ACCELERATORS
 from ercsvd_deploy.format.schema import LowRankLayout, ModuleDescription
 from ercsvd_deploy.models.families import Architecture, describe
 from ercsvd_deploy.models.meta import build_meta_model, load_config
@@ -23,6 +28,7 @@ from ercsvd_deploy.pipelines.cli.app import app
 from ercsvd_deploy.pipelines.planning import feasibility
 from ercsvd_deploy.pipelines.planning.machine import Machine
 from ercsvd_deploy.pipelines.planning.plan import make_plan, plan_stages
+from ercsvd_deploy.pipelines.reporting.plan_tables import render
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
 from ercsvd_deploy.pipelines.stages.factorize.vision import VisionStage
@@ -453,7 +459,28 @@ def test_bytes_of_a_gpu_are_told_beside_those_of_the_dense_model(
     assert plan.as_json()["gpu_bytes"] == plan.gpu_bytes
     (directory / "recipe.yaml").write_text(json.dumps(raw_recipe(directory, *NATURAL, sizes=[8])))
     shown = CliRunner().invoke(app, ["plan", str(directory / "recipe.yaml")], terminal_width=200).stdout
-    assert "Bytes of weights on each GPU" in shown
+    assert "Weights on each GPU, by tensor-parallel size" in shown
     assert f"{candidate.gpu_share[8]:.2f} x" in shown
-    assert f"{plan.gpu_bytes[8]:,}" in shown
+    assert f"{plan.gpu_bytes[8] / 2**30:.2f} GiB" in shown
     assert "add a quantize stage" in shown.replace("\n", " ")
+
+
+def test_a_narrow_terminal_shows_a_large_model_whole(
+    write_config: Callable[[Mapping[str, Any]], Path],
+) -> None:
+    """80 layers, sizes of twelve digits, and a column for each of three kinds of accelerators."""
+    directory = write_config(QWEN2_5_72B)
+    plan = make_plan(Recipe.model_validate(raw_recipe(directory, *NATURAL, INT4, sizes=[1, 2, 4])))
+    kernels = dict.fromkeys(ACCELERATORS, "Marlin") | {"Hopper": "Machete", "CPU": "CPUWNA16"}
+    plan = replace(
+        plan, kernels=tuple(replace(use, kernels=kernels) for use in plan.kernels), kernel_source="vLLM"
+    )
+    printed = io.StringIO()
+    Console(width=80, file=printed).print(render(plan))
+    shown = printed.getvalue()[printed.getvalue().index("Ranks with k") :]
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    last = shown[shown.rindex("Ranks with k") : shown.index("outside the layers")]
+    spans = [tuple(map(int, span.split("-"))) for span in re.findall(r"\n\W *(\d+(?:-\d+)?) ", last)]
+    layers = [layer for span in spans for layer in range(span[0], span[-1] + 1)]
+    assert layers == list(range(80))
+    assert len(spans) < 20

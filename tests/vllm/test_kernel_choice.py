@@ -217,3 +217,23 @@ def test_only_the_child_imports_vllm() -> None:
         "assert not any(name.split('.')[0] == 'vllm' for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("missing", "error"),
+    [("vllm.kernels.moved", "vLLM has no scalar_types in vllm"), ("triton", "no module triton")],
+)
+def test_a_moved_name_is_told_from_a_dependency_that_is_missing(
+    missing: str, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is nothing that another release of this package could mend."""
+    from ercsvd_deploy.exporters.vllm import compatibility
+
+    def fail(_: str) -> None:
+        raise ModuleNotFoundError(f"no module {missing}", name=missing)
+
+    monkeypatch.setitem(compatibility._MODULES, "scalar_types", ("vllm.kernels.moved.scalars",))
+    monkeypatch.setattr(compatibility, "import_module", fail)
+    with pytest.raises(ImportError, match=error):
+        _ = compatibility.scalar_types

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -480,6 +482,23 @@ def test_what_plain_matrices_cost_is_told_to_the_byte(
     assert float(cost[1]) == round((held(served) - before) / 2**20, 1)
 
 
+def test_the_integers_are_gone_once_plain_matrices_stand_for_them(
+    mixed_model: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(mixed_model("llama"), torch.float32, monkeypatch)
+    served.load()
+    integers = [
+        weakref.ref(matrix)
+        for layer in served.layers.values()
+        for matrix in layer.modules()
+        if hasattr(matrix, "weight_packed") and matrix.weight_packed.numel()
+    ]
+    served.finalize()
+    gc.collect()
+    assert integers
+    assert [integer for integer in integers if integer() is not None] == []
+
+
 def held(served: Served) -> int:
     """Return the bytes of the layers' parameters."""
     return sum(p.nbytes for layer in served.layers.values() for p in layer.parameters())
@@ -497,6 +516,31 @@ def test_config_json_can_require_kernels(
     monkeypatch.setattr("ercsvd_deploy.exporters.vllm.config.CheckpointConfig.read", lambda _: required)
     with pytest.raises(ValueError, match=r"q_proj.*16-bit activations"):
         Served(mixed_model("llama"), torch.float32, monkeypatch)
+
+
+@pytest.mark.parametrize("value", ["0", "false", "No", "off", ""])
+def test_kernels_are_not_required_where_the_variable_says_no(
+    value: str, mixed_model: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ERCSVD_REQUIRE_KERNELS", value)
+    Served(mixed_model("llama"), torch.float32, monkeypatch)
+
+
+@pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
+def test_kernels_are_required_where_the_variable_says_so(
+    value: str, mixed_model: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ERCSVD_REQUIRE_KERNELS", value)
+    with pytest.raises(ValueError, match=r"q_proj.*16-bit activations"):
+        Served(mixed_model("llama"), torch.float32, monkeypatch)
+
+
+def test_a_variable_that_nobody_understands_is_refused(
+    mixed_model: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ERCSVD_REQUIRE_KERNELS", "never")
+    with pytest.raises(ValueError, match="ERCSVD_REQUIRE_KERNELS is 'never'; set it to 1"):
+        Served(mixed_model("llama"), torch.float16, monkeypatch)
 
 
 def test_weights_cannot_be_replaced_once_served(

@@ -25,10 +25,13 @@ class KernelRecord:
     Args:
         is_required: Whether a matrix without a kernel is an error; the environment variable
             `ERCSVD_REQUIRE_KERNELS` says so too.
+
+    Raises:
+        ValueError: the environment variable is neither 0 nor 1, nor a word for one of them.
     """
 
     def __init__(self, is_required: bool = False) -> None:
-        self._is_required = is_required or os.environ.get(REQUIRE_KERNELS, "") not in ("", "0")
+        self._is_required = _requires_kernels(os.environ.get(REQUIRE_KERNELS, "")) or is_required
         self._trials: dict[Hashable, str | None] = {}  # kind of matrix -> why its kernel failed
         self._reasons: Counter[str] = Counter()
         self._num_served = 0
@@ -79,3 +82,19 @@ class KernelRecord:
             f"{self._dtype} ones, which take {self._extra_bytes / 2**20:,.1f} MiB more memory on each rank: "
             f"{reasons}. The numbers are the same; {REQUIRE_KERNELS}=1 makes this an error."
         )
+
+
+def _requires_kernels(value: str) -> bool:
+    """Return what a value of the environment variable means.
+
+    Raises:
+        ValueError: nobody can tell.
+    """
+    word = value.strip().lower()
+    if word in ("", "0", "false", "no", "off"):
+        return False
+    if word in ("1", "true", "yes", "on"):
+        return True
+    raise ValueError(
+        f"{REQUIRE_KERNELS} is {value!r}; set it to 1 to require kernels, to 0 or not at all if not"
+    )
