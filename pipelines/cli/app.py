@@ -31,6 +31,7 @@ from ercsvd_deploy.pipelines.cli.options import (
     print_json,
     quiet_libraries,
     result_console,
+    warn,
 )
 from ercsvd_deploy.pipelines.cli.report import report_page
 from ercsvd_deploy.pipelines.cli.sweep import sweep
@@ -68,7 +69,7 @@ def plan(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a run makes and needs, from the model's config alone; fails if it cannot work here."""
+    """Show what a run makes and needs, from the model's config alone; fails if it cannot work."""
     with failures_explained(debug=debug):
         loaded = load_recipe(recipe, overrides or (), output)
         with quiet_libraries():
@@ -81,6 +82,8 @@ def plan(
             from ercsvd_deploy.pipelines.reporting.plan_tables import render
 
             result_console().print(render(made))
+        for shortage in made.estimate.shortages:
+            warn(f"this machine may not suffice: {shortage}")
         for problem in made.estimate.problems:
             complain(problem)
         if made.estimate.problems:

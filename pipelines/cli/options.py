@@ -87,6 +87,13 @@ def complain(message: str) -> None:
     )
 
 
+def warn(message: str) -> None:
+    """Print a warning for people."""
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
+        f"warning: {message}", style="yellow"
+    )
+
+
 def print_json(value: Any) -> None:
     """Print a result for machines; numbers that are not finite become null."""
     sys.stdout.write(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

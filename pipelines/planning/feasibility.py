@@ -45,7 +45,8 @@ class Estimate:
         final_bytes: Of the finished export's tensors, of the largest candidate.
         seconds: Stage -> about how long it takes; None until this machine has been measured.
         machine: What is here.
-        problems: Why the run cannot work here, one line each.
+        problems: Why the run cannot work on any machine, one line each.
+        shortages: What this machine lacks, one line each.
         assumptions: What the estimate takes for granted.
     """
 
@@ -59,6 +60,7 @@ class Estimate:
     seconds: Mapping[str, float] | None
     machine: Machine
     problems: tuple[str, ...]
+    shortages: tuple[str, ...]
     assumptions: tuple[str, ...]
 
 
@@ -97,10 +99,11 @@ def estimate(
         final_bytes=largest,
         seconds=None if speed is None else stage_seconds(work, described, largest, stages, speed),
         machine=machine,
-        problems=(),
+        problems=tuple(_target_problems(work, target)),
+        shortages=(),
         assumptions=work.assumptions,
     )
-    return replace(found, problems=(*_target_problems(work, target), *_problems(found, target)))
+    return replace(found, shortages=tuple(_shortages(found, target)))
 
 
 def check_resources(plan: Plan) -> list[str]:
@@ -117,7 +120,7 @@ def check_resources(plan: Plan) -> list[str]:
             raise TooLittleDiskError(
                 f"{_disk_problem(needs, Path(plan.output))}; nothing has been computed yet"
             )
-    return [f"this machine may not suffice: {problem}" for problem in needs.problems]
+    return [f"this machine may not suffice: {problem}" for problem in needs.shortages]
 
 
 def _target_problems(work: Workload, target: Path | None) -> list[str]:
@@ -131,7 +134,7 @@ def _target_problems(work: Workload, target: Path | None) -> list[str]:
     return []
 
 
-def _problems(needs: Estimate, target: Path | None) -> Iterable[str]:
+def _shortages(needs: Estimate, target: Path | None) -> Iterable[str]:
     machine = needs.machine
     if machine.memory_bytes is not None and needs.peak_host_bytes > machine.memory_bytes:
         stage = max(needs.stages, key=lambda each: each.host_bytes).stage

@@ -110,7 +110,8 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
-        return asdict(self) | {"problems": list(self.estimate.problems)}
+        lists = {"problems": list(self.estimate.problems), "shortages": list(self.estimate.shortages)}
+        return asdict(self) | lists
 
 
 def rank_plans(recipe: Recipe, architecture: Architecture, element: int) -> dict[int, RankPlan]:
