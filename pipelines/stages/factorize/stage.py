@@ -84,7 +84,7 @@ class FactorizeStage(Stage):
 
     def settings(self) -> Any:
         """Return the recipe's stage, and what else ranks follow from."""
-        return {"factorize": self.factorize.model_dump(mode="json")} | dict(self.further_settings)
+        return self.factorize.model_dump(mode="json") | dict(self.further_settings)
 
     def store(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Return a candidate for every number of compressed layers."""
