@@ -123,7 +123,7 @@ def test_run_tells_its_layers_and_what_it_reuses(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("ercsvd_deploy.pipelines.flow.write_export", interrupt)
+        patched.setattr("ercsvd_deploy.pipelines.stages.export.write_export", interrupt)
         code, output, error = invoke("run", recipe, "-q", "--log-file", log)
     assert code == 130
     assert output == ""

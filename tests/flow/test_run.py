@@ -314,7 +314,12 @@ def test_eval_agrees_with_the_report(write_recipe: RecipeWriter) -> None:
     [
         ("stages.0.factorize.compresion_ratio=0.4", 2, "did you mean 'compression_ratio'"),
         ("stages.0.factorize.compression_ratio=0.97", 2, "compression_ratio"),
-        ("stages.0.factorize.compression_ratio=0.93", 1, "no number of layers can reach"),
+        (
+            "stages.0.factorize={method: erc_svd, compression_ratio: 0.93, rank_multiple: 32, "
+            "num_search_samples: 4}",
+            1,
+            "no number of layers can reach",
+        ),
         ("stages.0.factorize.num_compressed_layers=1", 1, "admissible"),
         ("calibration.num_samples=100000", 1, "lower num_samples"),
         ("calibration.dataset.text=nowhere.txt", 2, "nowhere.txt"),

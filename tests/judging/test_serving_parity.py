@@ -261,7 +261,7 @@ def test_every_size_that_this_machine_has_cores_for(
     assert 0 <= serving["mean_difference"] < 1e-4
     assert "64 of 64" in out  # four windows, sixteen tokens each
     assert not log_path(tmp_path / "out").exists()
-    assert "serving parity" in load_report(tmp_path / "out").seconds
+    assert "measured_export" in load_report(tmp_path / "out").seconds
 
 
 def test_errors_in_decoding_alone_miss_the_gate(

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from ercsvd_deploy.pipelines import flow as run_module
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
+from ercsvd_deploy.pipelines.stages import export
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.flow.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe  # noqa: F401 - fixtures
@@ -174,7 +174,7 @@ def run_without_export(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise Stop
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_module, "write_export", stop)
+        patched.setattr(export, "write_export", stop)
         with pytest.raises(Stop):
             run_recipe(load_recipe(recipe))
 
@@ -186,11 +186,11 @@ CHANGES = {
         {"factorize"},
     ),
     # Automatic ranks are whole groups of the second factor where the matrix is large enough.
-    "stages.1.quantize.group_size=64": ("factorize: computed again, because rank_steps", set()),
+    "stages.1.quantize.group_size=64": ("factorize: computed again, because factorize.rank_steps", set()),
     "stages.0.factorize.beta=0.1": ("factorize: computed again, because factorize.beta", set()),
     "calibration.seed=4": ("factorize: computed again, because calibration_samples", set()),
     "evaluation.max_sequences=3": (
-        "quality: computed again, because texts",
+        "judge: computed again, because texts",
         {"factorize", "quantize"},
     ),
 }
