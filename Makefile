@@ -9,7 +9,7 @@ HUMMING ?= humming-kernels==0.1.17
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-llava test test-vllm-matrix lint clean setup
+.PHONY: demo demo-llava test test-fast test-vllm-matrix lint clean setup
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -49,6 +49,10 @@ demo-llava: $(READY)
 # Files side by side, on up to four cores: each of the slowest waits for an engine of its own.
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# What needs neither an engine nor many seconds.
+test-fast: $(READY)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not vllm and not slow"
 
 # The serving tests through every supported release of vLLM that has a CPU build, each in an environment of its own.
 # Engines and single layers run there, compression and the comparison here. Text models only: vLLM's LLaVA needs

@@ -1,6 +1,6 @@
 """What is published about reports: the JSON schema, and a reference of every key.
 
-Both are generated from the models in `report_schema`, and the repository's copies are compared with what
+Both are generated from the models in `schema`, and the repository's copies are compared with what
 this module returns by a test; `publish` writes them again.
 """
 
@@ -34,7 +34,7 @@ page again.
 [`report.schema.json`](report.schema.json) is the JSON schema (draft 2020-12). A measured number is null where
 it is not finite. Keys may be added within a `report_version`: a reader should ignore those it does not know.
 
-<!-- generated from pipelines/report_schema.py: change the descriptions there, not here -->
+<!-- generated from pipelines/reporting/schema.py: change the descriptions there, not here -->
 """
 _TABLE_HEAD = "| key | value | meaning |\n|---|---|---|\n"
 
