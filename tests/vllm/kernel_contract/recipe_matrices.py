@@ -30,7 +30,7 @@ from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.stages import Quantize
 from tests.planning.test_plan_llava import MISTRAL_7B, MODELS, VICUNA_13B
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 RECIPES = sorted(path.stem for path in (REPOSITORY / "recipes").glob("*.yaml"))
 _LLAMA_2_7B = {"model_type": "llama", "vocab_size": 32000}
 _LLAMA_3_8B = MISTRAL_7B | {"model_type": "llama", "vocab_size": 128256}
