@@ -1,9 +1,9 @@
 """Independent pieces of work side by side on the cores of a CPU, each on one core.
 
-torch shares every single operation out among all cores, which wait for each other at its end. Operations on
-small matrices are over so soon that waiting is most of it, all the more where something else runs on the
-machine. There it is faster to give each core a piece of its own. Each piece is computed on one core however
-many work beside it, so that results are the same to the bit on every number of cores.
+torch divides every single operation between all cores, which wait for each other at its end. For small
+matrices waiting takes most of the time, even more if something else runs on the machine: it is faster to give
+each core one piece of work. A piece is always computed on one core, so that results are identical to the bit
+on any number of cores.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Longest side of a matrix; above, one operation is work enough for many cores, and several at a time would
-# take several times the memory.
+# Longest side of a matrix. Above, one operation keeps many cores busy, and several at a time would take
+# several times the memory.
 _LONGEST_SIDE = 1024
 _THREADS_AT_START = torch.get_num_threads()
 
@@ -47,19 +47,19 @@ def map_side_by_side(
 ) -> Iterator[Result]:
     """Yield `function` of every item, in the order of the items.
 
-    Items are taken as the results are: only one more result than `num_at_once` exists at a time.
+    Items are read as results are consumed: at most one more result than `num_at_once` exists at a time.
 
     Args:
         function: Must not change anything that another item's work reads or changes.
-        items: What to work on; read in the calling thread.
-        small: Whether to work on several at a time (`is_small`); otherwise one follows the other in the
-            calling thread, and torch shares out each operation.
+        items: The inputs; read in the calling thread.
+        small: Whether several are processed at a time (`is_small`); otherwise one follows the other in the
+            calling thread, and torch divides each operation between the cores.
     """
     threads, at_once = torch.get_num_threads(), num_at_once()
     if not small or at_once == 1:
         yield from map(function, items)
         return
-    is_recording = torch.is_grad_enabled()  # which every thread has its own answer to
+    is_recording = torch.is_grad_enabled()  # a setting of each thread
 
     def work(item: Item) -> Result:
         with torch.set_grad_enabled(is_recording):
@@ -75,5 +75,5 @@ def map_side_by_side(
                 pending.extend(pool.submit(work, item) for item in islice(remaining, 1))
                 yield result
     finally:
-        # What a thread sets for itself is also what threads made later start with.
+        # The setting of a thread is also the initial one of threads that are created later.
         torch.set_num_threads(threads)

@@ -97,7 +97,7 @@ class LayerwiseModel:
         return stack
 
     def surplus_warnings(self) -> list[str]:
-        """Say which stored tensors the model does not have; they are not carried into an export."""
+        """Return a warning about stored tensors that the model does not have; an export leaves them out."""
         surplus = self.surplus_tensors
         if not surplus:
             return []
@@ -232,11 +232,11 @@ class LayerwiseModel:
             return
 
         def run(position: int) -> dict[str, InputStatistics]:
-            """Pass one batch through a copy of the layer; return what was observed of its inputs alone."""
+            """Pass one batch through a copy of the layer; return the statistics of its inputs alone."""
             statistics_by_name = {name: total.at_zero() for name, total in totals.items()}
-            alike = _sharing_tensors(module)
-            with observing(alike, statistics_by_name, weights[position]):
-                hidden[position] = self.run_layer(alike, index, hidden[position])
+            copied = _sharing_tensors(module)
+            with observing(copied, statistics_by_name, weights[position]):
+                hidden[position] = self.run_layer(copied, index, hidden[position])
             return statistics_by_name
 
         # Added up in the order of the batches, whichever is ready first.

@@ -52,7 +52,7 @@ class Evaluation(Section):
 
 
 class Serving(Section):
-    """How the model is meant to be served; the plan refuses what cannot be cut into so many parts."""
+    """How the model is meant to be served; the plan refuses what cannot be served so."""
 
     tensor_parallel_sizes: ListWithoutRepetition[PositiveInt] = Field(
         default=(1,), min_length=1, description="Tensor-parallel sizes the result must work with."
