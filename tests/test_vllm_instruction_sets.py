@@ -84,7 +84,8 @@ def test_every_kind_of_export_on_this_build(
     for (kind, dtype), answer in zip(served, answers, strict=True):
         found = deviation(materialised(directories[kind]), answer["outputs"])
         if dtype == "bfloat16":
-            assert found.mean <= 0.03, (kind, dtype)
+            # as for the server on this random model: bfloat16 costs the dense model as much
+            assert found.mean <= 0.05, (kind, dtype)
         else:
             assert found.largest <= LIMITS[dtype], (kind, dtype)
         if (
