@@ -9,7 +9,7 @@ HUMMING ?= humming-kernels==0.1.17
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-llava test test-vllm-matrix lint clean setup
+.PHONY: demo demo-llava test test-fast test-vllm-matrix lint clean setup
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -50,6 +50,10 @@ demo-llava: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
+# What needs neither an engine nor many seconds.
+test-fast: $(READY)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not vllm and not slow"
+
 # The serving tests through every supported release of vLLM that has a CPU build, each in an environment of its own.
 # Engines and single layers run there, compression and the comparison here. Text models only: vLLM's LLaVA needs
 # torchvision, and the stand-in for it (examples/without_torchvision) is made for the releases in .venv.
@@ -58,8 +62,8 @@ test-vllm-matrix: $(READY) $(VLLM_RELEASES:%=.venv-vllm-%/.ready)
 	@for release in $(VLLM_RELEASES); do \
 	  python=$(CURDIR)/.venv-vllm-$$release/bin/python; verdict=passed; \
 	  echo "vLLM $$release"; \
-	  ERCSVD_VLLM_PYTHON=$$python $(BIN)/python -m pytest tests/test_vllm_serving.py tests/test_vllm_demo.py || verdict=FAILED; \
-	  $$python -m pytest tests/test_vllm_layers.py tests/test_vllm_ops.py || verdict=FAILED; \
+	  ERCSVD_VLLM_PYTHON=$$python $(BIN)/python -m pytest tests/vllm/test_serving.py tests/vllm/test_demo.py || verdict=FAILED; \
+	  $$python -m pytest tests/vllm/test_layers.py tests/vllm/test_ops.py || verdict=FAILED; \
 	  verdicts="$$verdicts\nvLLM $$release: $$verdict"; \
 	done; \
 	printf "$$verdicts\n"; \

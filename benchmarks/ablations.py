@@ -103,8 +103,8 @@ def variants() -> Iterator[Variant]:
 def measure(variant: Variant) -> Row:
     """Run the pipeline for one row; nothing is exported."""
     torch.set_num_threads(1)
-    from ercsvd_deploy.pipelines.run import compress_and_judge, prepare_run
-    from ercsvd_deploy.recipe import TextFile
+    from ercsvd_deploy.pipelines.flow import compress_and_judge, prepare_run
+    from ercsvd_deploy.recipe.load import TextFile
 
     stage = {"factorize": {**variant.settings, "compression_ratio": variant.ratio, "rank_multiple": 8}}
     point = Point(MODEL, variant.name, "parameters", (stage,), samples=variant.samples)

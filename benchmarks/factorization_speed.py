@@ -29,8 +29,10 @@ if "--threads" in sys.argv:  # before torch starts its pools
 import torch
 from results_file import environment, markdown_table, write_results
 
-from ercsvd_deploy.factorize import Factors, calibration_error, decompose, truncate
-from ercsvd_deploy.layerwise import InputStatistics
+from ercsvd_deploy.linalg.decomposition import decompose
+from ercsvd_deploy.linalg.errors import calibration_error
+from ercsvd_deploy.linalg.truncation import Factors, truncate
+from ercsvd_deploy.models.statistics import InputStatistics
 
 REMOVED = 0.2  # share of the parameters
 ROWS_AT_ONCE = 2048  # tokens of one batch

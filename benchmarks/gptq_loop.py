@@ -23,10 +23,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ercsvd_deploy.gptq import proxy_loss
-from ercsvd_deploy.gptq_loop import factor_hessian, round_columns
-from ercsvd_deploy.integer_grid import Grid, choose_grid, stack_grids
-from tests.gptqmodel_reference import run_gptqmodel
+from ercsvd_deploy.quantization.gptq import proxy_loss
+from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_columns
+from ercsvd_deploy.quantization.grid import Grid, choose_grid, stack_grids
+from tests.quantization.gptqmodel_reference import run_gptqmodel
 
 GROUP_SIZE = 64
 # What shares inputs: rows and bits of each matrix, then the inputs they have.

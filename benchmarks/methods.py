@@ -22,19 +22,20 @@ from pathlib import Path
 import torch
 from results_file import environment, markdown_table, write_results
 
-from ercsvd_deploy.calibration import load_tokenizer
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig
-from ercsvd_deploy.evaluation import perplexities
-from ercsvd_deploy.layerwise import LayerwiseModel
-from ercsvd_deploy.pipelines.factorize import factorize_decoder
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.model_source import OpenedModel, open_model, stream
-from ercsvd_deploy.pipelines.plan import rank_plans
-from ercsvd_deploy.pipelines.texts import calibration_windows, evaluation_windows
-from ercsvd_deploy.recipe import load_recipe
-from ercsvd_deploy.recipe_schema import Recipe
-from ercsvd_deploy.samples import text_samples
-from ercsvd_deploy.tensor_store import FileStore, OverlayStore, TensorStore
+from ercsvd_deploy.data.samples import text_samples
+from ercsvd_deploy.data.texts import load_tokenizer
+from ercsvd_deploy.evaluation.quality import perplexities
+from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.format.store_views import OverlayStore
+from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.inputs.model import OpenedModel, open_model, stream
+from ercsvd_deploy.pipelines.inputs.texts import calibration_windows, evaluation_windows
+from ercsvd_deploy.pipelines.planning.plan import rank_plans
+from ercsvd_deploy.pipelines.stages.factorize.last_layers import factorize_decoder
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.recipe.load import load_recipe
+from ercsvd_deploy.recipe.sections import Recipe
 
 RECIPE = Path("recipes/demo.yaml")
 METHODS = ("svd", "asvd", "svd_llm", "erc_svd")
@@ -126,7 +127,7 @@ class Workbench:
             "beta": beta if method == "erc_svd" else "null",
             "residual_space": residual_space if method == "erc_svd" else "null",
         }
-        stage = [f"stages.0.factorize.{name}={value}" for name, value in wanted.items()]
+        stage = [f"factorize.{name}={value}" for name, value in wanted.items()]
         return load_recipe(RECIPE, [*self.overrides, *stage])
 
     def compressed(self, store: TensorStore, described: CheckpointConfig) -> LayerwiseModel:

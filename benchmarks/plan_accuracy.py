@@ -151,8 +151,8 @@ def run_and_measure(recipe: Path, threads: int) -> None:
     """Be the measured process; print the highest memory of every stage as the last line."""
     import torch
 
-    from ercsvd_deploy.pipelines.run import run_recipe
-    from ercsvd_deploy.recipe import load_recipe
+    from ercsvd_deploy.pipelines.flow import run_recipe
+    from ercsvd_deploy.recipe.load import load_recipe
 
     torch.set_num_threads(threads)
     peaks: dict[str, int] = {}
@@ -207,7 +207,7 @@ def plan(recipe: Path, threads: int) -> Figures:
     command = [
         sys.executable,
         "-m",
-        "ercsvd_deploy.pipelines.cli",
+        "ercsvd_deploy.pipelines.cli.app",
         "plan",
         str(recipe),
         "--json",

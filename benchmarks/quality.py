@@ -160,7 +160,7 @@ def _in_bits(model: str) -> Iterator[Point]:
 def measure(point: Point, shared: Path | None = None) -> Row:
     """Run the pipeline for one row; nothing is exported, and stages in `shared` are not repeated."""
     torch.set_num_threads(1)
-    from ercsvd_deploy.pipelines.run import compress_and_judge, prepare_run
+    from ercsvd_deploy.pipelines.flow import compress_and_judge, prepare_run
 
     recipe = recipe_of(point)
     prepared = prepare_run(recipe, None, device=torch.device("cpu"))
@@ -190,7 +190,7 @@ def recipe_of(point: Point) -> Any:
     """Return the recipe of a row, without an export."""
     import yaml
 
-    from ercsvd_deploy.recipe import load_recipe
+    from ercsvd_deploy.recipe.load import load_recipe
 
     recipe: dict[str, Any] = {
         "model": {"path": MODELS[point.model], "dtype": "bfloat16"},
@@ -216,10 +216,11 @@ def recipe_of(point: Point) -> Any:
 
 def _measure_textbook(point: Point, prepared: Any, work: Path) -> Row:
     """Quantize all decoder Linears by textbook GPTQ, layer by layer on the quantized prefix."""
-    from ercsvd_deploy.checkpoint_schema import ModuleDescription
-    from ercsvd_deploy.comparison import compare_models
-    from ercsvd_deploy.pipelines.model_source import stream
-    from ercsvd_deploy.tensor_store import FileStore, OverlayStore
+    from ercsvd_deploy.evaluation.comparison import compare_models
+    from ercsvd_deploy.format.schema import ModuleDescription
+    from ercsvd_deploy.format.store_views import OverlayStore
+    from ercsvd_deploy.format.tensor_store import FileStore
+    from ercsvd_deploy.pipelines.inputs.model import stream
 
     assert point.textbook_bits is not None
     bits, group = point.textbook_bits

@@ -20,15 +20,16 @@ import torch
 from methods import Workbench
 from results_file import environment, markdown_table, write_results
 
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
-from ercsvd_deploy.evaluation import perplexities
-from ercsvd_deploy.pipelines.factorize import factorize_decoder
-from ercsvd_deploy.pipelines.finished_work import FinishedWork
-from ercsvd_deploy.pipelines.plan import plan_quantize_stage, rank_plans
-from ercsvd_deploy.pipelines.quantize import quantize_decoder
-from ercsvd_deploy.pipelines.sizes import linear_bits_per_weight, stored_bytes, sum_by_part
-from ercsvd_deploy.recipe import load_recipe
-from ercsvd_deploy.tensor_store import FileStore, OverlayStore, TensorStore
+from ercsvd_deploy.evaluation.quality import perplexities
+from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
+from ercsvd_deploy.format.store_views import OverlayStore
+from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
+from ercsvd_deploy.pipelines.planning.plan import plan_quantize_stage, rank_plans
+from ercsvd_deploy.pipelines.stages.factorize.last_layers import factorize_decoder
+from ercsvd_deploy.pipelines.stages.quantize.decoder import quantize_decoder
+from ercsvd_deploy.pipelines.stages.sizes import linear_bits_per_weight, stored_bytes, sum_by_part
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.recipe.load import load_recipe
 
 RECIPE = Path("recipes/demo.yaml")
 GROUP_SIZE = 32

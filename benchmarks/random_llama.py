@@ -16,16 +16,14 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from ercsvd_deploy.architecture import Architecture, build_meta_model, describe
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig, ModuleDescription
-from ercsvd_deploy.rank import allocate_ranks
-from ercsvd_deploy.tensor_store import (
-    OverlayStore,
-    TensorInfo,
-    TensorStore,
-    write_json_atomically,
-    write_sharded,
-)
+from ercsvd_deploy.budget.ranks import allocate_ranks
+from ercsvd_deploy.format.atomic_files import write_json_atomically
+from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
+from ercsvd_deploy.format.shards import write_sharded
+from ercsvd_deploy.format.store_views import OverlayStore
+from ercsvd_deploy.format.tensor_store import TensorInfo, TensorStore
+from ercsvd_deploy.models.families import Architecture, describe
+from ercsvd_deploy.models.meta import build_meta_model
 
 _SHARD_BYTES = 200 * 10**6
 _STANDARD_DEVIATION = 0.02

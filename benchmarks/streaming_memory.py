@@ -70,7 +70,7 @@ def work_under_limit(arguments: argparse.Namespace) -> None:
     import torch
     from transformers.models.llama import modeling_llama  # noqa: F401 - what a run imports is the baseline
 
-    from ercsvd_deploy.pipelines import run as _pipeline  # noqa: F401 - likewise
+    from ercsvd_deploy.pipelines import flow as _pipeline  # noqa: F401 - likewise
 
     torch.set_num_threads(arguments.threads)
     at_start = read_status()
@@ -112,7 +112,7 @@ def work_under_limit(arguments: argparse.Namespace) -> None:
 
 def run_recipe_by_command_line(arguments: argparse.Namespace) -> str:
     """Do what `ercsvd run` does; return what went wrong, or nothing."""
-    from ercsvd_deploy.pipelines.cli import app
+    from ercsvd_deploy.pipelines.cli.app import app
 
     exit_code = app(["run", str(arguments.recipe)], standalone_mode=False)
     if exit_code:

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from results_file import environment, markdown_table, write_results
 
-from ercsvd_deploy.pipelines.run import run_recipe
-from ercsvd_deploy.recipe import load_recipe
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.recipe.load import load_recipe
 
 RECIPE = Path("recipes/demo-llava.yaml")
 TEXT, PICTURES = "examples/text/calibration.txt", "examples/pictures/calibration.jsonl"

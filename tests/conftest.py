@@ -22,7 +22,7 @@ import torch
 from tests.tiny_models import compress_at_random, materialise, save_tiny_model
 
 if TYPE_CHECKING:
-    from tests.fuzz_strategies import FuzzLog
+    from tests.fuzz.strategies import FuzzLog
 
 ModelDirectory = Callable[[str], Path]
 
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _only_vllm_tests_ask_vllm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `ercsvd plan` find no vLLM: asking it for kernels costs its import, ten seconds of a core."""
     if request.node.get_closest_marker("vllm") is None:
-        monkeypatch.setattr("ercsvd_deploy.exporters.vllm.kernel_choice.find_spec", lambda _name: None)
+        monkeypatch.setattr("ercsvd_deploy.exporters.vllm.kernels.choice.find_spec", lambda _name: None)
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +74,7 @@ def materialised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], P
 def fuzz_log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FuzzLog]:
     """Count cases and distinct errors of the fuzz tests; they end in `fuzz.json` below pytest's basetemp."""
     # here: environments of other vLLM releases have neither hypothesis nor the libraries of the pipelines
-    from tests.fuzz_strategies import FuzzLog
+    from tests.fuzz.strategies import FuzzLog
 
     log = FuzzLog()
     yield log

@@ -1,7 +1,7 @@
 """Random pico models of every supported family, and randomly compressed checkpoints of them.
 
 Nothing here knows the method: `compress_at_random` writes the on-disk format straight from its description
-(`checkpoint_schema`), so that readers are tested against the format rather than against our own writer.
+(`format.schema`), so that readers are tested against the format rather than against our own writer.
 `materialise` undoes it naively and gives the dense model that a reader's logits must equal.
 """
 
@@ -41,7 +41,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.format.schema import (
     FACTOR_A,
     FACTOR_B,
     GUARD,
@@ -50,7 +50,7 @@ from ercsvd_deploy.checkpoint_schema import (
     PIVOT_ROWS,
     ROW_ORDER,
     CheckpointConfig,
-    ModuleDescription,
+    Storage,
     WeightQuantization,
 )
 from tests import tiny_vision
@@ -285,7 +285,7 @@ def _describe(
     quantization: WeightQuantization | None,
     generator: torch.Generator,
     pivoted_layers: frozenset[str],
-) -> ModuleDescription:
+) -> Storage:
     drawn = [_draw(generator) for _ in range(3)]
     is_low_rank, first_is_quantized, second_is_quantized = drawn
     if match["layer"] in {"0", ""} and match["leaf"] in _FIRST_LAYER:
@@ -293,14 +293,12 @@ def _describe(
         second_is_quantized = first_is_quantized
     possible = [rank for rank in free_ranks if rank <= min(shape)]
     if not is_low_rank or not possible:
-        return ModuleDescription(
-            layout="dense", shape=shape, weight=quantization if first_is_quantized else None
-        )
+        return Storage(layout="dense", shape=shape, weight=quantization if first_is_quantized else None)
     free_ranks.remove(possible[0])  # the other shards of a fused layer get other ranks
     first = quantization if first_is_quantized else None
     second = quantization if second_is_quantized else None
     if match["layer"] in pivoted_layers and match["leaf"] != "v_proj" and possible[0] < shape[0]:
-        return ModuleDescription(
+        return Storage(
             layout="pivoted",
             shape=shape,
             rank=possible[0],
@@ -308,12 +306,10 @@ def _describe(
             pivot_rows=first,
             other_rows=second,
         )
-    return ModuleDescription(
-        layout="low_rank", shape=shape, rank=possible[0], factor_a=first, factor_b=second
-    )
+    return Storage(layout="low_rank", shape=shape, rank=possible[0], factor_a=first, factor_b=second)
 
 
-def _store(weight: torch.Tensor, described: ModuleDescription) -> dict[str, torch.Tensor]:
+def _store(weight: torch.Tensor, described: Storage) -> dict[str, torch.Tensor]:
     """Return an altered module's tensors, named relative to it; `_restore` inverts it up to truncation."""
     stored = {GUARD: torch.empty(GUARD_SHAPE, dtype=weight.dtype)}
     matrices = {"": weight}
@@ -358,7 +354,7 @@ def _pivots(basis: torch.Tensor, num_blocks: int) -> list[int]:
     return sorted(pivots)
 
 
-def _restore(stored: Mapping[str, torch.Tensor], described: ModuleDescription) -> torch.Tensor:
+def _restore(stored: Mapping[str, torch.Tensor], described: Storage) -> torch.Tensor:
     matrices = {}
     for part, (_, quantization) in described.parts.items():
         prefix = f"{part}." if part else ""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ercsvd_deploy.checkpoint_schema import (
+from ercsvd_deploy.exporters.vllm.cutting import BLOCK
+from ercsvd_deploy.format.schema import (
     FACTOR_A,
     FACTOR_B,
     OTHER_ROWS,
@@ -17,7 +18,6 @@ from ercsvd_deploy.checkpoint_schema import (
     ModuleDescription,
     WeightQuantization,
 )
-from ercsvd_deploy.exporters.vllm.kernel_limits import BLOCK
 
 
 @dataclass(frozen=True)

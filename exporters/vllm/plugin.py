@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 
-from ercsvd_deploy.checkpoint_schema import QUANT_METHOD
+from ercsvd_deploy.format.schema import QUANT_METHOD
 
 
 def register() -> None:
@@ -26,6 +26,6 @@ def register() -> None:
     untested = compatibility.untested_release()
     if untested and multiprocessing.parent_process() is None:  # vLLM's children need not repeat it
         compatibility.init_logger("vllm.ercsvd").warning("%s; it may work all the same", untested)
-    from ercsvd_deploy.exporters.vllm.quantization_config import ErcSvdConfig
+    from ercsvd_deploy.exporters.vllm.config import ErcSvdConfig
 
     compatibility.register_quantization_config(QUANT_METHOD)(ErcSvdConfig)

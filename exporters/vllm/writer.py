@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.architecture import Architecture
-from ercsvd_deploy.checkpoint_schema import CheckpointConfig
-from ercsvd_deploy.exporters.vllm.manifest import write_manifest
-from ercsvd_deploy.tensor_store import RenamedStore, TensorStore, write_json_atomically, write_sharded
+from ercsvd_deploy.exporters.vllm.target import CONFIG_FILE, check_target
+from ercsvd_deploy.format.atomic_files import write_json_atomically
+from ercsvd_deploy.format.manifest import write_manifest
+from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.format.shards import write_sharded
+from ercsvd_deploy.format.store_views import RenamedStore
+from ercsvd_deploy.format.tensor_store import TensorStore
+from ercsvd_deploy.models.families import Architecture
 
-CONFIG_FILE = "config.json"
 # What a tokenizer, a processor or a chat template may be stored in; weights and configs are not copied.
 _CARRIED_OVER = (
     "tokenizer*",
@@ -41,56 +44,12 @@ _CARRIED_OVER = (
 )
 
 
-class ExportError(ValueError):
-    """The export cannot be written where the recipe says."""
-
-
 @dataclass(frozen=True)
 class Export:
     """A finished directory."""
 
     directory: Path
     num_bytes: int
-
-
-def check_target(target: Path, source: Path) -> None:
-    """Refuse a target that would overwrite something, before any work is done.
-
-    Raises:
-        ExportError: the target exists and is not an earlier export, or it lies inside the source model or
-            around it.
-    """
-    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
-        raise ExportError(f"output {target} lies inside the source model {source}: choose another directory")
-    if target.resolve() in source.resolve().parents:
-        raise ExportError(
-            f"output {target} would replace the source model {source}: choose another directory"
-        )
-    if target.is_mount():
-        raise ExportError(
-            f"output {target} is a mount point, which cannot be replaced: choose a directory in it"
-        )
-    if target.exists() and not is_export(target):
-        raise ExportError(
-            f"output {target} exists and is not an earlier export of this tool: remove it or choose another"
-        )
-    nearest = next(parent for parent in [target.absolute(), *target.absolute().parents] if parent.exists())
-    if target.absolute() != nearest and not nearest.is_dir():
-        raise ExportError(f"output {target} cannot be created: {nearest} is a file")
-
-
-def is_export(directory: Path) -> bool:
-    """Whether a directory is an earlier export, which a new one may replace, or empty."""
-    if not directory.is_dir():
-        return False
-    if not any(directory.iterdir()):
-        return True
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        CheckpointConfig.read(config["quantization_config"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return True
 
 
 def write_export(

@@ -1,0 +1,1 @@
+"""Inputs of models: texts, pictures and conversations, as sequences of token ids."""

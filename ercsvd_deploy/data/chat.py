@@ -1,0 +1,235 @@
+"""Load the processor of a vision-language model, and turn conversations with pictures into tokens with it.
+
+The chat template of the model decides the form of a conversation; no template or token is known here by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ercsvd_deploy.data.images import DamagedImageError
+from ercsvd_deploy.data.records import Turn
+from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.data.texts import CalibrationError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# A processor's outputs for the text; all other tensors are for the pictures.
+_TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+# Which of a processor's parts is in which files of a model directory; one of them is enough.
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
+# Placeholder for an answer, to learn what the chat template puts around one.
+_ANSWER = "ercsvd-deploy-answer"
+
+
+def load_processor(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Return the processor of a vision-language model: image processor, tokenizer and chat template.
+
+    Raises:
+        CalibrationError: a part is missing or broken; the message says which file it should be in.
+    """
+    from transformers import AutoProcessor
+
+    directory = Path(path)
+    if directory.is_dir() and not any((directory / name).is_file() for name in _PROCESSOR_FILES):
+        raise CalibrationError(f"{path}: has no processor: neither {' nor '.join(_PROCESSOR_FILES)} is there")
+    try:
+        processor = AutoProcessor.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+        raise CalibrationError(f"{path}: its processor cannot be loaded: {_reason(error)}") from error
+    # Without a processor class transformers returns whatever part it finds, such as the tokenizer alone.
+    for part, files in (("image_processor", _PROCESSOR_FILES), ("tokenizer", ("tokenizer.json",))):
+        if getattr(processor, part, None) is None:
+            raise CalibrationError(
+                f"{path}: its processor ({type(processor).__name__}) has no {part.replace('_', ' ')}: "
+                f"{' or '.join(files)} is missing, or names no processor_class"
+            )
+    template = getattr(processor, "chat_template", None)
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    if not template:
+        raise CalibrationError(
+            f"{path}: its processor has no chat template: none of {', '.join(_TEMPLATE_FILES)} has one"
+        )
+    if getattr(processor, "image_token", None) is None:
+        raise CalibrationError(f"{path}: its processor ({type(processor).__name__}) names no image_token")
+    if getattr(processor, "patch_size", 0) is None:
+        raise CalibrationError(
+            f"{path}: its processor does not know patch_size: add it to {_PROCESSOR_FILES[0]}"
+        )
+    return processor
+
+
+def check_processor(processor: Any, config: Any) -> None:
+    """Refuse a processor that makes other pictures, or other numbers of image tokens, than the model takes.
+
+    Raises:
+        CalibrationError: names every setting that differs.
+    """
+    vision = config.vision_config
+    settings: dict[str, tuple[Any, Any]] = {
+        "patch_size": (processor.patch_size, vision.patch_size),
+        "vision_feature_select_strategy": (
+            processor.vision_feature_select_strategy,
+            config.vision_feature_select_strategy,
+        ),
+        "num_additional_image_tokens": (processor.num_additional_image_tokens, 1),  # CLIP's class token
+    }
+    crop = getattr(processor.image_processor, "crop_size", None)
+    if crop is not None and getattr(processor.image_processor, "do_center_crop", False):
+        settings["crop_size"] = ((crop["height"], crop["width"]), (vision.image_size, vision.image_size))
+    wrong = [
+        f"{name} is {setting}, the model needs {needed}"
+        for name, (setting, needed) in settings.items()
+        if setting != needed
+    ]
+    if wrong:
+        raise CalibrationError(f"processor and model do not belong together: {'; '.join(wrong)}")
+
+
+def render(processor: Any, turns: Sequence[Turn], where: str, *, for_generation: bool = False) -> str:
+    """Return the text of the turns, with one image token for each picture.
+
+    Args:
+        processor: As from `load_processor`.
+        turns: A conversation, or its beginning.
+        where: Where it was read, for messages.
+        for_generation: Whether the assistant is to speak next.
+
+    Raises:
+        CalibrationError: the chat template refuses the turns, or does not show every picture once.
+    """
+    from jinja2 import TemplateError  # comes with torch
+
+    messages = [
+        {
+            "role": turn.role,
+            "content": [{"type": "image"}] * turn.num_images + [{"type": "text", "text": turn.text}],
+        }
+        for turn in turns
+    ]
+    try:
+        text = processor.apply_chat_template(messages, add_generation_prompt=for_generation)
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CalibrationError(f"{where}: the chat template refuses it: {_reason(error)}") from error
+    assert isinstance(text, str)
+    num_images, num_tokens = sum(turn.num_images for turn in turns), text.count(processor.image_token)
+    if num_tokens != num_images:
+        raise CalibrationError(
+            f"{where}: {num_images} images, but {num_tokens} image tokens {processor.image_token!r} once the "
+            "chat template has been applied: it leaves images out, or a text has the token in it"
+        )
+    return text
+
+
+def encode_with_images(processor: Any, text: str, images: Sequence[Image], where: str) -> Sample:
+    """Return tokens and image tensors, as `apply_chat_template(..., tokenize=True)` gives them.
+
+    Args:
+        processor: As from `load_processor`.
+        text: From `render`.
+        images: As many pictures as the text has image tokens.
+        where: Where the conversation was read, for messages.
+
+    Raises:
+        DamagedImageError: the processor cannot make its tensors of a picture.
+    """
+    options = _special_tokens(processor, text)
+    try:
+        encoded = processor(text=[text], images=list(images) or None, return_tensors="pt", **options)
+    except (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+        raise DamagedImageError(
+            f"{where}: the processor does not take its pictures ({sizes} pixels): {_reason(error)}"
+        ) from error
+    return Sample(
+        encoded["input_ids"][0],
+        {
+            name: tensor
+            for name, tensor in encoded.items()
+            if name not in _TEXT_INPUTS and isinstance(tensor, torch.Tensor)
+        },
+    )
+
+
+def encode_placeholders(processor: Any, text: str) -> list[int]:
+    """Return the tokens of a text with one image token for each picture, as a server is given them.
+
+    Args:
+        processor: As from `load_processor`.
+        text: From `render`.
+    """
+    return list(processor.tokenizer(text, **_special_tokens(processor, text))["input_ids"])
+
+
+def _special_tokens(processor: Any, text: str) -> dict[str, bool]:
+    """Return what a tokenizer has to be told if the template has put the first token there already."""
+    start = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if start is not None and text.startswith(start) else {}
+
+
+def reply_tokens(processor: Any, context: Sequence[Turn], prompt: str, answer: str, where: str) -> list[int]:
+    """Return the tokens that a decoder has to generate after `prompt` to give the answer and end its turn.
+
+    Raises:
+        CalibrationError: the answer has no tokens, or some that end a turn or show an image.
+    """
+    tokenizer = processor.tokenizer
+    before, after = _around_answer(processor, context, prompt, where)
+    reply = _continuation(tokenizer, prompt, before + answer)
+    end = _end_of_turn(tokenizer, after, where)
+    if not reply or {end, tokenizer.convert_tokens_to_ids(processor.image_token)} & set(reply):
+        raise CalibrationError(f"{where}: the answer {answer!r} is no text that can be generated")
+    return [*reply, end]
+
+
+def _around_answer(processor: Any, context: Sequence[Turn], prompt: str, where: str) -> tuple[str, str]:
+    """Return what the chat template puts between prompt and answer, and behind the answer."""
+    rendered = render(processor, [*context, Turn("assistant", _ANSWER)], where)
+    before, separator, after = rendered[len(prompt) :].partition(_ANSWER)
+    # Some templates end prompts with text that they do not put in front of answers.
+    return (before, after) if separator and rendered.startswith(prompt) else ("", "")
+
+
+def _end_of_turn(tokenizer: Any, after: str, where: str) -> int:
+    """Return the token that the chat template ends an answer with, or the end of sequence if it has none.
+
+    White space in front of it does not count, nor does anything behind it.
+    """
+    after = after.lstrip()
+    special = [token for token in tokenizer.get_added_vocab() if token and after.startswith(token)]
+    token = max(special, key=len, default=tokenizer.eos_token)
+    if token is None:
+        raise CalibrationError(f"{where}: the tokenizer has no end-of-sequence token to end an answer with")
+    end = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(end, int)
+    return end
+
+
+def _continuation(tokenizer: Any, prompt: str, text: str) -> list[int]:
+    """Return the tokens of `text` behind those of `prompt`, which stay as they are."""
+
+    def encode(string: str) -> list[int]:
+        return list(tokenizer(string, add_special_tokens=False)["input_ids"])
+
+    # Each picture is one placeholder here: text so far from the border does not move it.
+    for context in (prompt, "\n"):
+        together, alone = encode(context + text), encode(context)
+        if together[: len(alone)] == alone:
+            return together[len(alone) :]
+        # A token crosses the border: the text is tokenized as a new one. The line break keeps tokenizers from
+        # putting a space in front of the first word, as many do at the beginning of a text.
+    return encode(text)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""Quality of a model: perplexity, exact answers, and the distance from the original model."""

@@ -1,0 +1,39 @@
+"""Share of questions about pictures that a model answers exactly, judged without generating the answers.
+
+A greedy decoder gives exactly the reference answer if and only if, with the reference before it, every one of
+its tokens is the most probable one (by induction over the tokens). One pass over the layers therefore judges
+all questions, however large the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ercsvd_deploy.data.samples import Batch, QuestionSample
+from ercsvd_deploy.models.streaming import LayerwiseModel
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """Share of the questions whose greedy answer is the reference, token for token and to its end."""
+
+    value: float
+    num_questions: int
+
+
+@torch.no_grad()
+def judge_questions(
+    model: LayerwiseModel,
+    questions: Sequence[QuestionSample],
+    batches: Sequence[Batch],
+    hidden: Sequence[torch.Tensor],
+) -> ExactMatch:
+    """Return the share answered exactly, from the last layer's outputs of the questions' batches."""
+    num_exact = 0
+    for row, tokens, logits in model.logits(batches, hidden):
+        start = questions[row].answer_start
+        num_exact += logits[start - 1 : -1].argmax(-1).tolist() == tokens[start:].tolist()
+    return ExactMatch(num_exact / len(questions), len(questions))

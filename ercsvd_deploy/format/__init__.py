@@ -1,0 +1,1 @@
+"""The format on disk: names and shapes of a compressed checkpoint, packed integers, files, checksums."""

@@ -1,0 +1,314 @@
+"""Names and shapes of a compressed checkpoint on disk, for every reader and writer.
+
+A compressed checkpoint is an ordinary Hugging Face directory. Its `config.json` carries
+
+    "quantization_config": {
+      "quant_method": "ercsvd", "format_version": 1, "written_by": "ercsvd-deploy 0.1.0",
+      "modules": {
+        "model.layers.6.mlp.up_proj": {"layout": "low_rank", "shape": [768, 256], "rank": 96},
+        "model.layers.0.mlp.up_proj": {"layout": "dense", "shape": [768, 256],
+                                       "weight": {"bits": 4, "group_size": 64, "sym": true}},
+        "model.layers.7.mlp.up_proj": {"layout": "pivoted", "shape": [768, 256], "rank": 128,
+                                       "pivot_blocks": 8}
+      }
+    }
+
+and names every Linear whose tensors differ from the original model's; all other tensors are stored
+as the original model stores them. For a module `m` the tensors are
+
+    layout     tensors (factor_a is [rank, in], factor_b is [out, rank]: y = B (A x))
+    low_rank   m.factor_a.<leaf>, m.factor_b.<leaf>, m.weight (the guard, empty), m.bias unchanged
+    dense      m.<leaf>, m.weight (the guard, empty), m.bias unchanged
+    pivoted    m.pivot_rows.<leaf> [rank, in], m.other_rows.<leaf> [out - rank, rank], m.row_order,
+               m.weight (the guard, empty), m.bias unchanged: h = pivot_rows x, o = other_rows h, and
+               output i is element row_order[i] (int32 [out]) of cat(h, o). See `linalg.pivoting`.
+
+where `<leaf>` is `weight` for a plain matrix, and for an int4/int8 one the compressed-tensors
+`pack-quantized` tensors `weight_packed`, `weight_scale`, `weight_shape` and, if asymmetric,
+`weight_zero_point`.
+
+The guard `m.weight` has shape [0]. A loader that does not know this format would otherwise find no
+`m.weight`, warn, and fill it with random numbers; with the guard it stops on a size mismatch.
+
+No torch here: vLLM's front end and editors' tools read this module too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from ercsvd_deploy import __version__
+
+QUANT_METHOD: Literal["ercsvd"] = "ercsvd"
+FORMAT_VERSION = 1
+GUARD = "weight"
+GUARD_SHAPE = (0,)
+FACTOR_A = "factor_a"
+FACTOR_B = "factor_b"
+PIVOT_ROWS = "pivot_rows"
+OTHER_ROWS = "other_rows"
+ROW_ORDER = "row_order"
+FACTOR_PARTS = (FACTOR_A, FACTOR_B, PIVOT_ROWS, OTHER_ROWS)
+
+WEIGHT = "weight"
+WEIGHT_PACKED = "weight_packed"
+WEIGHT_SCALE = "weight_scale"
+WEIGHT_ZERO_POINT = "weight_zero_point"
+WEIGHT_SHAPE = "weight_shape"
+
+
+Layout = Literal["dense", "low_rank", "pivoted"]
+LowRankLayout = Literal["low_rank", "pivoted"]
+
+
+class CheckpointFormatError(ValueError):
+    """A checkpoint's description cannot be read by this version, or contradicts itself."""
+
+
+class WeightQuantization(BaseModel):
+    """Integers of one stored matrix: bits, groups of columns, symmetry; the keys are GPTQ's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Literal[4, 8] = Field(description="Bits of one stored value.")
+    group_size: int = Field(description="Input columns sharing a scale; -1 for one scale per row.")
+    sym: bool = Field(default=True, description="Symmetric: no zero point is stored.")
+
+    @model_validator(mode="after")
+    def _group_size_is_possible(self) -> WeightQuantization:
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size is {self.group_size}; it must be -1 or at least 1")
+        return self
+
+    def num_groups(self, in_features: int) -> int:
+        """Return the number of scale groups in a row of `in_features` columns.
+
+        Raises:
+            CheckpointFormatError: the group size does not divide `in_features`.
+        """
+        if self.group_size == -1:
+            return 1
+        if in_features % self.group_size:
+            raise CheckpointFormatError(
+                f"group_size {self.group_size} does not divide the in-dimension {in_features}"
+            )
+        return in_features // self.group_size
+
+    def fitted(self, in_features: int) -> WeightQuantization:
+        """Return the same integers with the largest group size that divides `in_features` and this one."""
+        if self.group_size == -1:
+            return self
+        return self.model_copy(update={"group_size": math.gcd(self.group_size, in_features)})
+
+    def leaf_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """Return leaf name -> shape of the tensors that store an [out, in] matrix."""
+        values_per_word = 32 // self.bits
+        groups = self.num_groups(in_features)
+        leaves: dict[str, tuple[int, ...]] = {
+            WEIGHT_PACKED: (out_features, -(-in_features // values_per_word)),
+            WEIGHT_SCALE: (out_features, groups),
+            WEIGHT_SHAPE: (2,),
+        }
+        if not self.sym:
+            leaves[WEIGHT_ZERO_POINT] = (-(-out_features // values_per_word), groups)
+        return leaves
+
+
+class Storage(BaseModel):
+    """How the weight of one Linear is stored: its layout, its rank, and the integers of each matrix."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layout: Layout = Field(description="One matrix, two factors, or pivot rows and what makes the others.")
+    shape: tuple[PositiveInt, PositiveInt] = Field(description="[out, in] of the original weight.")
+    rank: PositiveInt | None = Field(default=None, description="Rank (low_rank, pivoted).")
+    pivot_blocks: PositiveInt | None = Field(
+        default=None,
+        description="Equal consecutive blocks of outputs that hold equally many pivots each (pivoted): the "
+        "outputs can be cut into any divisor of this many parts.",
+    )
+    weight: WeightQuantization | None = Field(default=None, description="Quantization (dense).")
+    factor_a: WeightQuantization | None = Field(default=None, description="Quantization of [rank, in].")
+    factor_b: WeightQuantization | None = Field(default=None, description="Quantization of [out, rank].")
+    pivot_rows: WeightQuantization | None = Field(default=None, description="Quantization of [rank, in].")
+    other_rows: WeightQuantization | None = Field(
+        default=None, description="Quantization of [out - rank, rank]."
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit_the_layout(self) -> Storage:
+        parts = {"dense": (WEIGHT,), "low_rank": (FACTOR_A, FACTOR_B), "pivoted": (PIVOT_ROWS, OTHER_ROWS)}
+        allowed = parts[self.layout]
+        for part in (WEIGHT, *FACTOR_PARTS):
+            if part not in allowed and getattr(self, part) is not None:
+                raise ValueError(
+                    f"layout {self.layout} has no {part} to quantize, but {' and '.join(allowed)}"
+                )
+        if (self.pivot_blocks is None) == (self.layout == "pivoted"):
+            raise ValueError(
+                f"layout {self.layout} {'needs' if self.layout == 'pivoted' else 'has no'} pivot_blocks"
+            )
+        if self.layout == "dense":
+            if self.rank is not None:
+                raise ValueError("layout dense has no rank")
+            return self
+        if self.rank is None:
+            raise ValueError(f"layout {self.layout} needs a rank")
+        if self.rank > min(self.shape):
+            raise ValueError(f"rank {self.rank} exceeds the smaller side of shape {list(self.shape)}")
+        if self.pivot_blocks is not None:
+            if self.rank == self.shape[0]:
+                raise ValueError(f"rank {self.rank} leaves no other rows of shape {list(self.shape)}")
+            if self.rank % self.pivot_blocks or self.shape[0] % self.pivot_blocks:
+                raise ValueError(
+                    f"pivot_blocks {self.pivot_blocks} does not divide rank {self.rank} and "
+                    f"{self.shape[0]} outputs"
+                )
+        return self
+
+    @classmethod
+    def dense(cls, shape: tuple[int, int], weight: WeightQuantization | None = None) -> Storage:
+        """Return the storage of a weight as one matrix [out, in], of integers if `weight` is given."""
+        return cls(layout="dense", shape=shape, weight=weight)
+
+    @classmethod
+    def of_rank(
+        cls,
+        shape: tuple[int, int],
+        rank: int,
+        pivot_blocks: int | None = None,
+        first: WeightQuantization | None = None,
+        second: WeightQuantization | None = None,
+    ) -> Storage:
+        """Return the storage of a weight as two matrices.
+
+        Args:
+            shape: [out, in] of the original weight.
+            rank: Its rank.
+            pivot_blocks: Of the pivoted layout; None: the layout is low_rank.
+            first: Integers of the factor A, or of the pivot rows; None: floating point.
+            second: Integers of the factor B, or of the other rows; None: floating point.
+        """
+        if pivot_blocks is None:
+            return cls(layout="low_rank", shape=shape, rank=rank, factor_a=first, factor_b=second)
+        return cls(
+            layout="pivoted",
+            shape=shape,
+            rank=rank,
+            pivot_blocks=pivot_blocks,
+            pivot_rows=first,
+            other_rows=second,
+        )
+
+    @property
+    def parts(self) -> dict[str, tuple[tuple[int, int], WeightQuantization | None]]:
+        """Part name ('' for the dense weight) -> ((rows, columns), quantization)."""
+        out_features, in_features = self.shape
+        if self.layout == "dense":
+            return {"": ((out_features, in_features), self.weight)}
+        rank = self.rank or 0
+        if self.layout == "pivoted":
+            return {
+                PIVOT_ROWS: ((rank, in_features), self.pivot_rows),
+                OTHER_ROWS: ((out_features - rank, rank), self.other_rows),
+            }
+        return {
+            FACTOR_A: ((rank, in_features), self.factor_a),
+            FACTOR_B: ((out_features, rank), self.factor_b),
+        }
+
+    @property
+    def quantization(self) -> WeightQuantization | None:
+        """Integers of the dense weight, or of the first of two matrices; None for floating point."""
+        return next(quantization for _, quantization in self.parts.values())
+
+    @property
+    def label(self) -> str:
+        """The storage in a few words, such as `rank 96, int4 g64`."""
+        shape = "dense" if self.rank is None else f"rank {self.rank}"
+        if self.quantization is None:
+            return shape
+        return f"{shape}, int{self.quantization.bits} g{self.quantization.group_size}"
+
+    @property
+    def is_altered(self) -> bool:
+        """Whether the names of the stored tensors differ from the original Linear's."""
+        return self.layout != "dense" or self.weight is not None
+
+    @property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name relative to the module -> shape; the bias, which never changes, is left out."""
+        shapes: dict[str, tuple[int, ...]] = {GUARD: GUARD_SHAPE} if self.is_altered else {}
+        for part, ((rows, columns), quantization) in self.parts.items():
+            leaves = quantization.leaf_shapes(rows, columns) if quantization else {WEIGHT: (rows, columns)}
+            shapes |= {f"{part}.{leaf}" if part else leaf: shape for leaf, shape in leaves.items()}
+        if self.layout == "pivoted":
+            shapes[ROW_ORDER] = (self.shape[0],)
+        return shapes
+
+    @property
+    def num_parameters(self) -> int:
+        """Matrix elements stored, whatever their width; scales are not parameters."""
+        return sum(rows * columns for (rows, columns), _ in self.parts.values())
+
+
+class CheckpointConfig(BaseModel):
+    """The `quantization_config` of a compressed checkpoint's config.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    quant_method: Literal["ercsvd"] = QUANT_METHOD
+    format_version: int = FORMAT_VERSION
+    # not "producer": vLLM takes that key for ModelOpt's, an object, and fails on a string
+    written_by: str = f"ercsvd-deploy {__version__}"
+    modules: Annotated[
+        dict[str, Storage],
+        Field(description="Checkpoint tensor-name prefix of every altered Linear -> how it is stored."),
+    ]
+    require_kernels: bool = Field(
+        default=False,
+        description="Refuse integer matrices that no kernel multiplies; else they become plain ones.",
+    )
+
+    @classmethod
+    def read(cls, quantization_config: Any) -> CheckpointConfig:
+        """Parse the `quantization_config` of a config.json, refusing what this version cannot read.
+
+        Raises:
+            CheckpointFormatError: another method, another format version, or a broken description.
+        """
+        if not isinstance(quantization_config, dict):
+            raise CheckpointFormatError(
+                f"quantization_config is a {type(quantization_config).__name__}, not an object"
+            )
+        method = quantization_config.get("quant_method")
+        if method != QUANT_METHOD:
+            raise CheckpointFormatError(f"quant_method is {method!r}, not {QUANT_METHOD!r}")
+        version = quantization_config.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointFormatError(
+                f"checkpoint format_version is {version!r}, "
+                f"ercsvd-deploy {__version__} reads {FORMAT_VERSION}: install "
+                f"the release that wrote it ({quantization_config.get('written_by', 'unknown')}) "
+                "or compress the model again"
+            )
+        try:
+            return cls.model_validate(quantization_config)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise CheckpointFormatError(f"quantization_config.{where}: {first['msg']}") from error
+
+    def write(self) -> dict[str, Any]:
+        """Return the JSON object that `read` takes back; the inverse of `read`."""
+        written = self.model_dump(mode="json", exclude_none=True)
+        if not self.require_kernels:  # a default is not written: earlier releases do not know the key
+            del written["require_kernels"]
+        return written
+
+
+# The name that the exporter and the pipelines still use.
+ModuleDescription = Storage

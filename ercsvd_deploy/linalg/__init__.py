@@ -1,0 +1,1 @@
+"""Low-rank approximation of one weight: tensors in, tensors out, no files and no settings."""

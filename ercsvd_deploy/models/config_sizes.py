@@ -1,0 +1,59 @@
+"""Refuse sizes in a config.json that no model has, before a library allocates memory for them.
+
+On the way to the meta device transformers allocates memory for some parameters, and makes lists as long as
+the model has layers. A config from a stranger may have 10**9 in the place of such a size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# A few times the sizes of the largest published models; a size has to be at least 1.
+_LARGEST = {
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**14,
+    "hidden_size": 2**18,
+    "word_embed_proj_dim": 2**18,
+    "projection_dim": 2**18,
+    "intermediate_size": 2**20,
+    "ffn_dim": 2**20,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**27,
+    "num_channels": 2**6,
+    "image_size": 2**14,
+    "patch_size": 2**14,
+    "image_seq_length": 2**20,
+}
+_MOST_PATCHES = 2**20  # CLIP numbers them in a real tensor
+
+
+def impossible_sizes(config: Mapping[str, Any]) -> list[str]:
+    """Return one text for each impossible size in a config.
+
+    Values that are not integers are left to the config's own class.
+
+    Args:
+        config: Contents of config.json; parts of it (`text_config`, `vision_config`) are configs themselves.
+    """
+    return list(_problems(config, ""))
+
+
+def _problems(config: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and not prefix:
+            yield from _problems(value, f"{key}.")
+        elif key in _LARGEST and isinstance(value, int) and not 1 <= value <= _LARGEST[key]:
+            yield f"{prefix}{key} is {_as_text(value)}; it must be from 1 to {_LARGEST[key]:,}"
+    image, patch = config.get("image_size"), config.get("patch_size")
+    if not isinstance(image, int) or not isinstance(patch, int) or patch < 1:
+        return
+    if (image // patch) ** 2 > _MOST_PATCHES:
+        yield f"{prefix}image_size {_as_text(image)} has more than {_MOST_PATCHES:,} patches of {patch}"
+
+
+def _as_text(value: int) -> str:
+    """Return a number as text; Python refuses to print thousands of digits, so a huge one by its length."""
+    return f"{value:,}" if abs(value) < 10**30 else f"a number of {value.bit_length()} bits"

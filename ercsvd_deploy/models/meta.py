@@ -1,0 +1,91 @@
+"""Read a model's config, and build the model from it on the meta device: modules and shapes, no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.models.config_sizes import impossible_sizes
+from ercsvd_deploy.models.families import ArchitectureError, reads_images
+
+
+def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Return the transformers config of a hub id or directory.
+
+    Raises:
+        ArchitectureError: the config is missing, malformed, of an unknown architecture or of absurd size.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ArchitectureError(f"{path}: no config.json; is this a Hugging Face model directory?")
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        problems = impossible_sizes(raw)
+        config = (
+            None
+            if problems
+            else AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        )
+    except Exception as error:
+        raise ArchitectureError(f"{path}: its config cannot be read: {_first_lines(error)}") from error
+    if problems:
+        raise ArchitectureError(f"{path}: no model has such a config: {'; '.join(problems)}")
+    return config
+
+
+def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """Build the model on the meta device: shapes and module tree, no weights.
+
+    Buffers that a checkpoint does not hold (rotary frequencies) are real.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = auto.from_config(
+                config, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+            )
+    except Exception as error:
+        where = getattr(config, "name_or_path", "") or "this config"
+        raise ArchitectureError(f"{where}: no model can be built from it: {_first_lines(error)}") from error
+    tie_weights(model)
+    return model.eval()
+
+
+def compressed_config(config: Any) -> CheckpointConfig | None:
+    """Return the description of a compressed checkpoint that a config has; None for an ordinary model.
+
+    Raises:
+        ArchitectureError: the model is already quantized by another tool.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    as_dict = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if as_dict.get("quant_method") != "ercsvd":
+        raise ArchitectureError(
+            f"the model is already quantized ({as_dict.get('quant_method')}); start from its original weights"
+        )
+    return CheckpointConfig.read(as_dict)
+
+
+def tie_weights(model: nn.Module) -> None:
+    """Share the embedding with the output layer where the config says so; a no-op otherwise."""
+    if getattr(model.config, "tie_word_embeddings", False):
+        source = model.get_input_embeddings()  # type: ignore[operator]
+        target = model.get_output_embeddings()  # type: ignore[operator]
+        if target is not None and isinstance(source.weight, torch.Tensor):
+            target.weight = source.weight
+
+
+def _first_lines(error: Exception) -> str:
+    """Return the first two lines of a library's message: transformers names the field, then the reason."""
+    lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
+    return " ".join(lines) or type(error).__name__

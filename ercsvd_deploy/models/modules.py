@@ -1,0 +1,313 @@
+"""Modules that replace a compressed Linear: low-rank, pivoted or dense, with plain or integer matrices.
+
+Their state dict has exactly the tensor names of `format.schema`, guard included, so that a model holding
+them is loaded from and saved to a compressed checkpoint by whatever loads and saves ordinary modules.
+This is the reference for every other reader: clear and portable, not fast. vLLM has its own kernels.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - the customary name
+
+from ercsvd_deploy.format.schema import (
+    FACTOR_A,
+    FACTOR_B,
+    GUARD,
+    GUARD_SHAPE,
+    OTHER_ROWS,
+    PIVOT_ROWS,
+    ROW_ORDER,
+    WEIGHT_PACKED,
+    WEIGHT_SHAPE,
+    WEIGHT_ZERO_POINT,
+    CheckpointConfig,
+    CheckpointFormatError,
+    Storage,
+    WeightQuantization,
+)
+from ercsvd_deploy.linalg.pivoting import row_order_problem
+
+_LEAF_DTYPES = {WEIGHT_PACKED: torch.int32, WEIGHT_ZERO_POINT: torch.int32, WEIGHT_SHAPE: torch.int64}
+# Path parts in which loaders differ: `language_model.model.layers` on disk is `model.language_model.layers`
+# in transformers 5, `model.layers` is `layers` in a model without a head, and CLIP's `vision_model` is gone.
+_MOVABLE_PARTS = frozenset({"model", "language_model", "vision_model"})
+
+
+class PackedLinear(nn.Module):
+    """A Linear whose weight is stored as packed integers and dequantized in every forward pass.
+
+    Nothing dequantized is kept: the memory is that of the integers, plus one matrix while it is in use.
+
+    Args:
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+        quantization: how the weight is stored.
+        bias: whether there is a bias.
+        guard: whether to hold the empty guard tensor (a module of its own does, a factor does not).
+        device: of all tensors.
+        dtype: of scales, bias and result.
+
+    Raises:
+        CheckpointFormatError: the group size does not divide `in_features`.
+    """
+
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_shape: torch.Tensor
+    weight_zero_point: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        quantization: WeightQuantization,
+        *,
+        bias: bool = False,
+        guard: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.quantization = quantization
+        for leaf, shape in quantization.leaf_shapes(out_features, in_features).items():
+            self.register_buffer(leaf, torch.zeros(shape, device=device, dtype=_LEAF_DTYPES.get(leaf, dtype)))
+        self.weight_shape = torch.tensor([out_features, in_features], device=device)
+        if guard:
+            self.register_buffer(GUARD, torch.empty(GUARD_SHAPE, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the weight [out, in] in the dtype of the scales."""
+        bits = self.quantization.bits
+        integers = unpack_integers(self.weight_packed, bits, self.in_features)
+        integers = integers.view(self.out_features, self.weight_scale.shape[1], -1)  # [out, groups, columns]
+        if not self.quantization.sym:
+            zero_points = unpack_integers(self.weight_zero_point.T, bits, self.out_features).T
+            integers = integers - zero_points[..., None]
+        return (integers * self.weight_scale[..., None]).view(self.out_features, self.in_features)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map [..., in] to [..., out]."""
+        return F.linear(inputs, self.dequantize(), self.bias)
+
+    def extra_repr(self) -> str:
+        """Describe the module in the manner of nn.Linear."""
+        integers = self.quantization
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={integers.bits}, "
+            f"group_size={integers.group_size}, sym={integers.sym}, bias={self.bias is not None}"
+        )
+
+
+class LowRankLinear(nn.Module):
+    """A Linear whose weight is the product of `factor_b` [out, rank] and `factor_a` [rank, in].
+
+    Args:
+        storage: shape, rank and quantization of the factors; its layout is low_rank.
+        bias: whether there is a bias.
+        device: of all tensors.
+        dtype: of all tensors but packed integers.
+    """
+
+    weight: torch.Tensor
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        bias: bool,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if storage.layout != "low_rank":
+            raise ValueError(f"layout is {storage.layout!r}; LowRankLinear needs 'low_rank'")
+        self.out_features, self.in_features = storage.shape
+        self.rank = storage.rank
+        _add_matrices(self, storage, device, dtype)
+        self.register_buffer(GUARD, torch.empty(GUARD_SHAPE, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map [..., in] to [..., out]."""
+        outputs: torch.Tensor = self.get_submodule(FACTOR_B)(self.get_submodule(FACTOR_A)(inputs))
+        return outputs if self.bias is None else outputs + self.bias
+
+    def extra_repr(self) -> str:
+        """Describe the module in the manner of nn.Linear."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class PivotedLinear(nn.Module):
+    """A Linear whose outputs are `pivot_rows` x and `other_rows` of that, in the order of `row_order`.
+
+    Args:
+        storage: shape, rank and quantization of the matrices; its layout is pivoted.
+        bias: whether there is a bias.
+        device: of all tensors.
+        dtype: of all tensors but integers.
+    """
+
+    weight: torch.Tensor
+    row_order: torch.Tensor
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        bias: bool,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if storage.pivot_blocks is None or storage.rank is None:
+            raise ValueError(f"layout is {storage.layout!r}; PivotedLinear needs 'pivoted'")
+        self.out_features, self.in_features = storage.shape
+        self.rank, self.pivot_blocks = storage.rank, storage.pivot_blocks
+        _add_matrices(self, storage, device, dtype)
+        self.register_buffer(ROW_ORDER, torch.zeros(self.out_features, device=device, dtype=torch.int32))
+        self.register_buffer(GUARD, torch.empty(GUARD_SHAPE, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map [..., in] to [..., out]."""
+        pivots: torch.Tensor = self.get_submodule(PIVOT_ROWS)(inputs)
+        others: torch.Tensor = self.get_submodule(OTHER_ROWS)(pivots)
+        outputs = torch.cat([pivots, others], dim=-1).index_select(-1, self.row_order)
+        return outputs if self.bias is None else outputs + self.bias
+
+    def row_order_problem(self) -> str | None:
+        """Return what is wrong with the loaded row order; None if it is valid."""
+        return row_order_problem(self.row_order, self.rank, self.pivot_blocks)
+
+    def extra_repr(self) -> str:
+        """Describe the module in the manner of nn.Linear."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"pivoted=True, bias={self.bias is not None}"
+        )
+
+
+def _add_matrices(
+    module: nn.Module,
+    storage: Storage,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Add the two matrices of a storage to a module, under their names."""
+    for part, ((rows, columns), quantization) in storage.parts.items():
+        matrix: nn.Module = (
+            nn.Linear(columns, rows, bias=False, device=device, dtype=dtype)
+            if quantization is None
+            else PackedLinear(columns, rows, quantization, device=device, dtype=dtype)
+        )
+        module.add_module(part, matrix)
+
+
+def unpack_integers(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Unpack int32 words [rows, words] into signed integers [rows, columns] (int32).
+
+    The layout is compressed-tensors' pack-quantized one: v is stored as v + 2^(bits-1), the first column in
+    the lowest bits. `ercsvd_deploy.format.packing` is the inverse; it needs that library, reading does not.
+    """
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    unsigned = (words[..., None] >> shifts) & ((1 << bits) - 1)
+    return unsigned.flatten(1)[:, :columns] - (1 << (bits - 1))
+
+
+def build_linear(
+    storage: Storage,
+    *,
+    bias: bool,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> LowRankLinear | PivotedLinear | PackedLinear | nn.Linear:
+    """Return an uninitialised module whose state dict has the tensors of `storage`."""
+    if storage.layout == "low_rank":
+        return LowRankLinear(storage, bias=bias, device=device, dtype=dtype)
+    if storage.layout == "pivoted":
+        return PivotedLinear(storage, bias=bias, device=device, dtype=dtype)
+    out_features, in_features = storage.shape
+    if storage.weight is None:
+        return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+    return PackedLinear(
+        in_features, out_features, storage.weight, bias=bias, guard=True, device=device, dtype=dtype
+    )
+
+
+def canonical_name(name: str) -> str:
+    """Return a module or tensor name without the path parts in which loaders and checkpoints differ."""
+    return ".".join(part for part in name.split(".") if part not in _MOVABLE_PARTS)
+
+
+def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.Module]:
+    """Replace every altered Linear by an uninitialised module of the same device and dtype.
+
+    Nothing is replaced unless everything can be.
+
+    Args:
+        model: the original architecture.
+        config: names every altered Linear, by its checkpoint name.
+
+    Returns:
+        Checkpoint name -> the module now in its place.
+
+    Raises:
+        CheckpointFormatError: names that match no Linear of the model, or other shapes; all are listed.
+    """
+    linears: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            linears.setdefault(canonical_name(name), []).append(name)
+    problems = []
+    targets: dict[str, tuple[str, nn.Linear]] = {}
+    for checkpoint_name, storage in config.modules.items():
+        candidates = linears.get(canonical_name(checkpoint_name), [])
+        # An exact name settles what would otherwise be ambiguous.
+        names = [checkpoint_name] if checkpoint_name in candidates else candidates
+        if len(names) != 1:
+            if names:
+                problem = f"matches each of {', '.join(names)}"
+            else:
+                problem = f"is no Linear of the model{_did_you_mean(checkpoint_name, linears)}"
+            problems.append(f"{checkpoint_name} {problem}")
+            continue
+        linear = model.get_submodule(names[0])
+        assert isinstance(linear, nn.Linear)
+        if tuple(linear.weight.shape) != storage.shape:
+            problems.append(
+                f"{checkpoint_name} has shape {list(linear.weight.shape)} in the model, "
+                f"{list(storage.shape)} in the checkpoint"
+            )
+        targets[checkpoint_name] = (names[0], linear)
+    if problems:
+        raise CheckpointFormatError(
+            f"{len(problems)} of {len(config.modules)} modules in quantization_config do not fit "
+            f"{type(model).__name__}; use the config.json that the checkpoint was exported with:\n  "
+            + "\n  ".join(problems)
+        )
+    replaced: dict[str, nn.Module] = {}
+    for checkpoint_name, (name, linear) in targets.items():
+        replaced[checkpoint_name] = build_linear(
+            config.modules[checkpoint_name],
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        model.set_submodule(name, replaced[checkpoint_name])
+    return replaced
+
+
+def _did_you_mean(name: str, linears: dict[str, list[str]]) -> str:
+    near = difflib.get_close_matches(canonical_name(name), linears, n=3)
+    suggestions = [actual for canonical in near for actual in linears[canonical]]
+    return f" (did you mean {' or '.join(suggestions)}?)" if suggestions else ""

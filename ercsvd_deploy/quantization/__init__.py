@@ -1,0 +1,1 @@
+"""Integers for one weight or one pair of factors: tensors in, tensors out."""

@@ -1,0 +1,112 @@
+"""GPTQ's column loop: integers for all matrices that share an input, tensors in, tensors out.
+
+Rounding W to Q costs tr(E H E^T) with E = W - Q and H the Hessian (the Gram of the inputs, damped). Write
+H = R R^T with R upper triangular: the cost is |E R|^2, and column k of E R knows only the columns of E up to
+k. So, column by column, the best integers for column k are those nearest to
+
+    w_k + sum over j < k of e_j R_jk / R_kk
+
+which is GPTQ (Frantar et al., arXiv 2210.17323): their factor of the inverse Hessian is R^-1. One Cholesky
+factorization of H, its columns taken backwards, gives R; no inverse is needed, the weights stay as they are,
+and sums over the columns of earlier blocks are one matrix product a block.
+
+The factor depends on the Hessian alone. Rows do not know of each other: matrices with the same inputs are
+stacked as rows of one call, each row with scales, zero points and bits of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ercsvd_deploy.quantization.grid import Grid
+
+__all__ = ["HessianFactor", "factor_hessian", "round_columns"]
+
+_BLOCK = 128  # columns whose sums over earlier blocks are made at once
+
+
+@dataclass(frozen=True, eq=False)
+class HessianFactor:
+    """What the loop needs of a Hessian; any number of matrices, bits and grids can share it.
+
+    Attributes:
+        order: [in], the columns in the order in which they are rounded.
+        feedback: [in, in], float32: entry (k, j) is R_jk / R_kk in that order of columns, 0 for j > k.
+    """
+
+    order: Tensor
+    feedback: Tensor
+
+
+def factor_hessian(hessian: Tensor, *, damping: float, desc_act: bool) -> HessianFactor:
+    """Factor a Hessian for `round_columns`, in float64.
+
+    Input columns that calibration never reached (zero diagonal) count as uncorrelated columns of mean energy:
+    they are rounded to nearest.
+
+    Args:
+        hessian: sum of x x^T over the inputs, [in, in], at any scale. A rank-deficient one will do.
+        damping: fraction of the mean diagonal (of the columns reached) that is added to the diagonal. Where
+            the Hessian's own rounding errors need more, it is raised tenfold until it is enough.
+        desc_act: round the columns in the order of falling diagonal instead of as they come.
+
+    Raises:
+        ValueError: no damping below 1 makes the Hessian positive definite.
+    """
+    diagonal = hessian.detach().diagonal().double()
+    reached = diagonal > 0
+    mean = diagonal[reached].mean() if bool(reached.any()) else diagonal.new_ones(())
+    diagonal = torch.where(reached, diagonal, mean)
+    columns = torch.arange(len(diagonal), device=diagonal.device)
+    order = diagonal.argsort(descending=True, stable=True) if desc_act else columns
+    backwards = order.flip(0)
+    ordered = hessian.detach()[backwards[:, None], backwards].double()
+    while damping < 1:
+        ordered.diagonal().copy_(diagonal[backwards] + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(ordered)
+        # Pivots of a positive semi-definite matrix plus d I are at least d. Smaller ones are made of rounding
+        # errors, which feedback would multiply.
+        if not bool(failed) and bool((lower.diagonal().square() >= 0.5 * damping * mean).all()):
+            unit = lower.div_(lower.diagonal().clone()).float()
+            return HessianFactor(order, unit.flip(0, 1).T.contiguous())
+        damping *= 10
+    raise ValueError("the Gram is not positive semi-definite, so it is no sum of x x^T")
+
+
+def round_columns(weight: Tensor, grid: Grid, factor: HessianFactor) -> Tensor:
+    """Return the integers of GPTQ for matrices that share a Hessian.
+
+    Args:
+        weight: [rows, in], the rows of all matrices; computed in float32.
+        grid: what each row is rounded to (`integer_grid.stack_grids`).
+        factor: of the Hessian of their inputs, on the same device.
+
+    Returns:
+        [rows, in], int8, signed as `integer_grid.QuantizedWeight` has them.
+    """
+    rows, columns = weight.shape
+    # Transposed, so that what a step touches lies together.
+    target = weight.detach().float().T[factor.order].contiguous()
+    error = torch.empty_like(target)
+    levels = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
+    group_of_column = factor.order // (columns // grid.scale.shape[1])
+    groups = group_of_column.tolist()
+    scale, zero_point = grid.scale.T.contiguous(), grid.zero_point.T.contiguous()
+    lowest, highest = (grid.lowest.T - zero_point).unbind(), (grid.highest.T - zero_point).unbind()
+    scales = scale.unbind()
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        block = torch.addmm(target[start:stop], factor.feedback[start:stop, :start], error[:start])
+        for column in range(start, stop):
+            # In place: what is to be rounded, then how many steps from zero it is rounded to.
+            steps, group = block[column - start], groups[column]
+            steps.addmv_(error[start:column].T, factor.feedback[column, start:column])
+            steps.div_(scales[group]).round_().clamp_(lowest[group], highest[group])
+            torch.addcmul(target[column], steps, scales[group], value=-1, out=error[column])
+        levels[start:stop] = block.add_(zero_point[group_of_column[start:stop]])
+    restored = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    restored[:, factor.order] = levels.T
+    return restored

@@ -1,0 +1,293 @@
+"""The integers a matrix is stored as: grids of scales and zero points, and rounding to nearest.
+
+A group of `group_size` consecutive input columns of one row shares a scale (and a zero point, if asymmetric).
+Scales are rounded to the checkpoint's dtype as soon as they are chosen, so that everything computed from a
+grid, GPTQ included, is computed from what gets served.
+
+The grids are those of GPTQ's reference implementation and its successors, at 2 to 8 bits, but for two things:
+theirs keep scales in float32, and their symmetric grid cuts off the upper half of a group without negative
+weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from ercsvd_deploy.format.schema import WeightQuantization
+
+_SEARCH_EXPONENT = 2.4  # of the |error| that the scale search minimises; GPTQ's own choice
+_SEARCH_SHRINKS = tuple(1 - step / 100 for step in range(80))
+
+
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """How to quantize one matrix.
+
+    Attributes:
+        bits: bits of one stored value, 4 or 8.
+        group_size: input columns that share a scale; -1 for one scale per row.
+        sym: symmetric grid, no zero point.
+        damping: fraction of the Gram's mean diagonal that is added to its diagonal, in (0, 1).
+        mse: search each group's scale for the least error instead of covering its extremes.
+        desc_act: round the columns with the largest activations first; never visible in the file.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    sym: bool = True
+    damping: float = 0.01
+    mse: bool = False
+    desc_act: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits is {self.bits}; it must be 4 or 8")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size is {self.group_size}; it must be -1 or at least 1")
+        if not 0 < self.damping < 1:
+            raise ValueError(f"damping is {self.damping}; it must lie between 0 and 1, customary is 0.01")
+
+    @property
+    def storage(self) -> WeightQuantization:
+        """What of these settings the checkpoint records."""
+        return WeightQuantization(
+            bits=cast(Literal[4, 8], self.bits), group_size=self.group_size, sym=self.sym
+        )
+
+    def resolve_group_size(self, in_features: int) -> int:
+        """Return the columns of one group in a row of `in_features` columns.
+
+        Raises:
+            ValueError: the group size does not divide `in_features`; the message names those that do.
+        """
+        size = in_features if self.group_size == -1 else self.group_size
+        if in_features % size == 0:
+            return size
+        divisors = [divisor for divisor in range(1, in_features + 1) if in_features % divisor == 0]
+        nearest = [max(d for d in divisors if d < size), *[d for d in divisors if d > size][:1]]
+        multiples = [m for m in (in_features // size * size, (in_features // size + 1) * size) if m]
+        raise ValueError(
+            f"group_size {size} does not divide the in-dimension {in_features}: use group_size "
+            f"{' or '.join(map(str, nearest))} (-1: one scale per row), or, where the dimension is a rank, "
+            f"rank {' or '.join(map(str, multiples))}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A matrix as integers: weight = (values - zero_point) * scale, group by group.
+
+    Integers are signed as compressed-tensors packs them: -8..7 for 4 bits, -128..127 for 8.
+
+    Attributes:
+        values: [out, in], int8.
+        scale: [out, groups] in the checkpoint's dtype; positive and finite.
+        zero_point: [out, groups], int8; None if symmetric.
+        storage: bits, group size and symmetry, as the checkpoint records them.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    storage: WeightQuantization
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the dense matrix [out, in]; it is rounded once, to `dtype`, as serving kernels do."""
+        out_features, groups = self.scale.shape
+        grouped = self.values.view(out_features, groups, -1).float()
+        if self.zero_point is not None:
+            grouped = grouped - self.zero_point.unsqueeze(2)
+        return (grouped * self.scale.float().unsqueeze(2)).view(self.values.shape).to(dtype)
+
+
+def round_to_nearest(
+    weight: Tensor, settings: QuantizationSettings, *, scale_dtype: torch.dtype
+) -> QuantizedWeight:
+    """Round a matrix [out, in] to the nearest points of the grid that GPTQ would use.
+
+    Raises:
+        ValueError: as `put_on_grid`.
+    """
+    return put_on_grid(weight, settings, scale_dtype).round_to_nearest()
+
+
+def check_weight(weight: Tensor) -> None:
+    """Refuse a matrix that cannot be quantized.
+
+    Raises:
+        ValueError: not [out, in], empty, or with NaN or infinite entries.
+    """
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"the weight has shape {list(weight.shape)}; it must be [out, in] and not empty")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("the weight has NaN or infinite entries: check the checkpoint it was read from")
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """What rows are rounded to: (level - zero_point) * scale, with whole levels from `lowest` to `highest`.
+
+    Attributes:
+        scale: of each group of each row, [rows, groups], float32.
+        zero_point: whole numbers, [rows, groups], float32; zeros for a symmetric grid.
+        lowest: -2^(bits - 1) of each row's bits, [rows, 1], float32.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    lowest: Tensor
+
+    @property
+    def highest(self) -> Tensor:
+        """The largest level of each row, 2^(bits - 1) - 1: [rows, 1]."""
+        return -1 - self.lowest
+
+    def level(self, weight: Tensor) -> Tensor:
+        """Return the nearest levels for a matrix [rows, in], int8."""
+        groups = weight.reshape(*self.scale.shape, -1)
+        scale, zero_point, lowest, highest = (
+            each.unsqueeze(2) for each in (self.scale, self.zero_point, self.lowest, self.highest)
+        )
+        return _level(groups, scale, zero_point, lowest, highest).to(torch.int8).reshape(weight.shape)
+
+
+def stack_grids(grids: Sequence[Grid]) -> Grid:
+    """Return the grid of matrices [rows, in] that are stacked as rows; their group sizes may differ."""
+    groups = math.lcm(*(grid.scale.shape[1] for grid in grids))
+
+    def stacked(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([each.repeat_interleave(groups // each.shape[1], 1) for each in tensors])
+
+    return Grid(
+        stacked(grid.scale for grid in grids),
+        stacked(grid.zero_point for grid in grids),
+        torch.cat([grid.lowest for grid in grids]),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class GriddedWeight:
+    """A matrix and the grid it is going to be rounded to.
+
+    Attributes:
+        dense: [out, in], float32.
+        grid: of its rows.
+        settings: what the grid was made with.
+        scale_dtype: dtype in which the scales are stored; they are rounded to it.
+    """
+
+    dense: Tensor
+    grid: Grid
+    settings: QuantizationSettings
+    scale_dtype: torch.dtype
+
+    def with_values(self, values: Tensor) -> QuantizedWeight:
+        """Return the matrix as levels [out, in], int8, of its grid."""
+        return QuantizedWeight(
+            values=values,
+            scale=self.grid.scale.to(self.scale_dtype),
+            zero_point=None if self.settings.sym else self.grid.zero_point.to(torch.int8),
+            storage=self.settings.storage,
+        )
+
+    def round_to_nearest(self) -> QuantizedWeight:
+        """Return the matrix rounded to the nearest points."""
+        return self.with_values(self.grid.level(self.dense))
+
+
+def put_on_grid(weight: Tensor, settings: QuantizationSettings, scale_dtype: torch.dtype) -> GriddedWeight:
+    """Choose the grid of a matrix [out, in].
+
+    Raises:
+        ValueError: a weight with NaN or infinite entries, a group size that does not divide `in`, scales
+            beyond `scale_dtype`.
+    """
+    check_weight(weight)
+    dense = weight.detach().float()
+    grid = choose_grid(
+        dense,
+        bits=settings.bits,
+        group_size=settings.resolve_group_size(dense.shape[1]),
+        sym=settings.sym,
+        mse=settings.mse,
+        scale_dtype=scale_dtype,
+    )
+    return GriddedWeight(dense, grid, settings, scale_dtype)
+
+
+def choose_grid(
+    weight: Tensor, *, bits: int, group_size: int, sym: bool, mse: bool, scale_dtype: torch.dtype
+) -> Grid:
+    """Return the grid of a matrix, its scales already rounded to `scale_dtype`.
+
+    Args:
+        weight: [rows, in], float32, finite.
+        bits: 2 to 8.
+        group_size: input columns that share a scale; divides `in`.
+        sym: no zero points.
+        mse: search each group's range, over shrinks of what it covers, for the least sum of |error|^2.4; at 2
+            bits, where half a step is much, also between the two zero points nearest to the exact one.
+        scale_dtype: dtype in which the scales are stored.
+
+    Raises:
+        ValueError: a scale is too large for `scale_dtype`.
+    """
+    groups = weight.reshape(weight.shape[0], -1, group_size)
+    low, high = groups.amin(2, keepdim=True).clamp(max=0), groups.amax(2, keepdim=True).clamp(min=0)
+    if sym:
+        high = torch.maximum(-low, high)
+        low = -high
+    lowest = -(2 ** (bits - 1))
+    [(scale, zero_point), *_] = _spans(low, high, lowest, sym, scale_dtype)
+    if mse:
+        least = torch.full_like(low, torch.inf)
+        for shrink in _SEARCH_SHRINKS:
+            for scale_tried, zero_tried in _spans(low * shrink, high * shrink, lowest, sym, scale_dtype):
+                level = _level(groups, scale_tried, zero_tried, lowest, -1 - lowest)
+                rounded = level.sub_(zero_tried).mul_(scale_tried)
+                error = rounded.sub_(groups).abs_().pow_(_SEARCH_EXPONENT).sum(2, keepdim=True)
+                better = error < least
+                least = torch.where(better, error, least)
+                scale = torch.where(better, scale_tried, scale)
+                zero_point = torch.where(better, zero_tried, zero_point)
+    row_lowest = torch.full_like(weight[:, :1], lowest)
+    return Grid(scale.squeeze(2), zero_point.squeeze(2), row_lowest)
+
+
+def _level(
+    groups: Tensor, scale: Tensor, zero_point: Tensor, lowest: float | Tensor, highest: float | Tensor
+) -> Tensor:
+    """Return the nearest levels for values [rows, groups, group_size], as floats."""
+    return (groups / scale).round_().add_(zero_point).clamp_(lowest, highest)  # type: ignore[arg-type]
+
+
+def _spans(
+    low: Tensor, high: Tensor, lowest: int, sym: bool, scale_dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """Return scales and zero points that cover `low` to `high`, [rows, groups, 1] each; the nearest first."""
+    exact = (high - low) / (-2 * lowest - 1)
+    limits = torch.finfo(scale_dtype)
+    # Below this a scale would round to zero or be flushed to it; float16 may use its subnormals. It is the
+    # scale of a group of zeros, too, which any scale stores exactly.
+    least = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
+    scale = exact.clamp(min=least).to(scale_dtype).float()
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError(
+            f"a scale of {float(exact.max()):.3g} does not fit {str(scale_dtype).removeprefix('torch.')} "
+            f"(at most {limits.max:.3g}): store the scales in bfloat16"
+        )
+    if sym:
+        return [(scale, torch.zeros_like(scale))]
+    steps = low / scale
+    nearest = steps.round()
+    found = [nearest] if lowest < -2 else [nearest, steps.floor() + steps.ceil() - nearest]
+    return [(scale, (lowest - each).clamp_(lowest, -1 - lowest)) for each in found]

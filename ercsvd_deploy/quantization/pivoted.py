@@ -1,0 +1,204 @@
+"""GPTQ of a Linear in the pivoted layout: pivot rows, re-fit of the other rows, other rows.
+
+The errors arise in the order of the forward pass (h = V' x, o = C h), as in a pair of factors. V' is
+quantized under the Gram G of the inputs; its rows are outputs themselves, whose errors nothing makes up for.
+C is then re-fitted in closed form to the original weight's rows given the quantized V'_q, and quantized under
+V'_q G V'_q^T. Pivot outputs are as correlated as a layer's outputs are, so GPTQ has enough to work with in
+C: the turn that a pair of factors needs first has no counterpart here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ercsvd_deploy.linalg.pivoting import PivotedFactors
+from ercsvd_deploy.quantization.gptq import (
+    FactorsReport,
+    LossOf,
+    MatrixReport,
+    QuantizedFactors,
+    RoundingMethod,
+    check_weight_and_gram,
+    quantize_better,
+    quantize_together,
+    transform_gram,
+)
+from ercsvd_deploy.quantization.grid import (
+    GriddedWeight,
+    QuantizationSettings,
+    QuantizedWeight,
+    check_weight,
+    put_on_grid,
+)
+
+# Share of the mean energy of the pivot outputs. On the embedded model (docs/decisions/0008) the loss after
+# quantization is smallest about here, and half as large again without damping.
+_REFIT_DAMPING = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class PivotedTask:
+    """A pivoted Linear whose pivot rows are about to be quantized (`start_pivoted`)."""
+
+    weight: Tensor  # to come near to, [out, in]
+    pivoted: PivotedFactors  # float32
+    first: GriddedWeight  # pivot rows, [rank, in]
+    settings_others: QuantizationSettings
+    refit: bool
+    method: RoundingMethod
+
+    def finish(self, first: QuantizedWeight, report: MatrixReport, gram: Tensor) -> QuantizedFactors:
+        """Re-fit the other rows to the quantized pivot rows, and quantize them on those ones' outputs.
+
+        Args:
+            first: What `first` was quantized to.
+            report: Its losses.
+            gram: Of the layer's inputs, [in, in].
+        """
+        loss_of_weight = LossOf(self.weight, gram)
+
+        def loss_of(pivot_rows: Tensor, other_rows: Tensor) -> float:
+            return loss_of_weight(PivotedFactors(pivot_rows, other_rows, self.pivoted.pivots).product())
+
+        pivot_rows, other_rows = first.dequantize(), self.pivoted.other_rows
+        loss_first_quantized = loss_refitted = loss_of(pivot_rows, other_rows)
+        if self.refit and bool((gram.diagonal() > 0).any()):
+            is_other = torch.ones(len(self.weight), dtype=torch.bool, device=self.weight.device)
+            is_other[self.pivoted.pivots] = False
+            other_rows = refit_other_rows(self.weight[is_other], pivot_rows, gram).float()
+            loss_refitted = loss_of(pivot_rows, other_rows)
+        second, *losses_others = quantize_better(
+            other_rows,
+            transform_gram(pivot_rows, gram),
+            self.settings_others,
+            scale_dtype=self.first.scale_dtype,
+            method=self.method,
+        )
+        return QuantizedFactors(
+            first,
+            second,
+            FactorsReport(
+                factor_a=report,
+                factor_b=MatrixReport(*losses_others),
+                loss_unquantized=loss_of(self.pivoted.pivot_rows, self.pivoted.other_rows),
+                loss_first_quantized=loss_first_quantized,
+                loss_refitted=loss_refitted,
+                loss=loss_of(pivot_rows, second.dequantize()),
+            ),
+        )
+
+
+def start_pivoted(
+    weight: Tensor,
+    pivoted: PivotedFactors,
+    *,
+    settings_pivots: QuantizationSettings,
+    settings_others: QuantizationSettings,
+    scale_dtype: torch.dtype,
+    refit: bool = True,
+    method: RoundingMethod = "gptq",
+) -> PivotedTask:
+    """Check a pivoted Linear and put its pivot rows on their grid.
+
+    Pivot rows with the same inputs can then be quantized together, before each Linear is finished.
+
+    Args:
+        weight: original weight, [out, in].
+        pivoted: its approximation.
+        settings_pivots: for the pivot rows; its groups divide `in`.
+        settings_others: for the other rows; its groups divide the rank.
+        scale_dtype: dtype in which the scales are stored.
+        refit: whether to re-fit the other rows to the original ones, given the quantized pivot rows.
+        method: "rtn", the baseline, rounds both to nearest.
+
+    Raises:
+        ValueError: for shapes, numbers or group sizes of either matrix, before any work.
+    """
+    check_weight(weight)
+    out_features, in_features = weight.shape
+    rank = pivoted.rank
+    if pivoted.pivot_rows.shape != (rank, in_features) or pivoted.other_rows.shape != (
+        out_features - rank,
+        rank,
+    ):
+        raise ValueError(
+            f"{list(pivoted.pivot_rows.shape)} pivot rows and {list(pivoted.other_rows.shape)} others do not "
+            f"make a weight of shape {list(weight.shape)}"
+        )
+    check_weight(pivoted.pivot_rows)
+    check_weight(pivoted.other_rows)
+    settings_pivots.resolve_group_size(in_features)
+    settings_others.resolve_group_size(rank)
+    start = pivoted.to(torch.float32)
+    first = put_on_grid(start.pivot_rows, settings_pivots, scale_dtype)
+    return PivotedTask(weight, start, first, settings_others, refit, method)
+
+
+def quantize_pivoted(
+    weight: Tensor,
+    pivoted: PivotedFactors,
+    gram: Tensor,
+    *,
+    settings_pivots: QuantizationSettings,
+    settings_others: QuantizationSettings,
+    scale_dtype: torch.dtype,
+    refit: bool = True,
+    method: RoundingMethod = "gptq",
+) -> QuantizedFactors:
+    """Quantize pivot rows and other rows of one Linear in error-aware order.
+
+    Args:
+        weight: original weight, [out, in].
+        pivoted: its approximation.
+        gram: of the layer's inputs, [in, in], at any scale.
+        settings_pivots: for the pivot rows.
+        settings_others: for the other rows.
+        scale_dtype: dtype in which the scales are stored.
+        refit: whether to re-fit the other rows.
+        method: "rtn", the baseline, rounds both to nearest.
+
+    Returns:
+        The pivot rows as `factor_a`, the other rows as `factor_b`; losses are the whole Linear's.
+
+    Raises:
+        ValueError: as `gptq.quantize_weight`, before any work for either matrix's shape and group size.
+    """
+    check_weight_and_gram(weight, gram)
+    task = start_pivoted(
+        weight,
+        pivoted,
+        settings_pivots=settings_pivots,
+        settings_others=settings_others,
+        scale_dtype=scale_dtype,
+        refit=refit,
+        method=method,
+    )
+    [(first, report)] = quantize_together([task.first], gram, method=method)
+    return task.finish(first, report, gram)
+
+
+def refit_other_rows(
+    other_rows_of_weight: Tensor, pivot_rows: Tensor, gram: Tensor, *, damping: float = _REFIT_DAMPING
+) -> Tensor:
+    """Return the small C that best gives the other rows of a weight: tr((W_o - C V) G (W_o - C V)^T).
+
+    Pivot outputs are strongly correlated, so many C fit almost equally well, and rounding errors of a C are
+    in proportion to its size: the smallest that fits well is the one to quantize, hence the damping.
+
+    Args:
+        other_rows_of_weight: the original weight's rows that are no pivots, W_o: [out - rank, in].
+        pivot_rows: as they will be served, V: [rank, in].
+        gram: [in, in], at any scale, not all zeros.
+        damping: share of the mean energy of the pivot outputs.
+
+    Returns:
+        [out - rank, rank], float64: W_o G V^T (V G V^T + damping mean(diag(V G V^T)) I)^-1.
+    """
+    energy = transform_gram(pivot_rows, gram)
+    energy.diagonal().add_(damping * energy.diagonal().mean())
+    crossed = other_rows_of_weight.double() @ (gram.double() @ pivot_rows.double().T)
+    refitted: Tensor = torch.linalg.solve(energy, crossed, left=False)
+    return refitted

@@ -1,0 +1,172 @@
+"""A recipe: the one YAML file that says which model is compressed, how, and where the result goes.
+
+    recipe = load_recipe(Path("recipes/demo.yaml"), ["factorize.compression_ratio=0.4"])
+    check_files(recipe)
+
+`sections`, `stages` and `gates` define the keys of a recipe, `yaml_source` and `overrides` read it,
+`messages` explains its mistakes, `reference` documents it; this module is the front door to them. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ercsvd_deploy.recipe.fields import RecipeError, shown
+from ercsvd_deploy.recipe.messages import explain
+from ercsvd_deploy.recipe.overrides import apply_override, with_override
+from ercsvd_deploy.recipe.reference import recipe_json_schema
+from ercsvd_deploy.recipe.sections import (
+    Calibration,
+    ConversationFile,
+    Evaluation,
+    Export,
+    HubDataset,
+    ImageFolder,
+    JsonLines,
+    LmEval,
+    ModelSource,
+    PictureDataset,
+    Recipe,
+    Serving,
+    TextDataset,
+    TextFile,
+)
+from ercsvd_deploy.recipe.stages import (
+    Factorize,
+    FactorizeStage,
+    Quantize,
+    QuantizeOverride,
+    QuantizeStage,
+    Recover,
+    RecoverStage,
+    Stage,
+)
+from ercsvd_deploy.recipe.yaml_source import Node, read_yaml_file
+
+__all__ = [
+    "Calibration",
+    "Evaluation",
+    "Export",
+    "Factorize",
+    "FactorizeStage",
+    "HubDataset",
+    "JsonLines",
+    "LmEval",
+    "ModelSource",
+    "Quantize",
+    "QuantizeOverride",
+    "QuantizeStage",
+    "Recipe",
+    "RecipeError",
+    "Recover",
+    "RecoverStage",
+    "Serving",
+    "Stage",
+    "TextDataset",
+    "TextFile",
+    "canonical",
+    "check_files",
+    "load_recipe",
+    "recipe_json_schema",
+]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), output: Path | None = None) -> Recipe:
+    """Read, override and validate a recipe; the files and models it names are not looked at.
+
+    Args:
+        path: A YAML file.
+        overrides: `PATH=VALUE` each, applied in order; VALUE is YAML, and null removes the field. A path
+            begins with a section or with the name of a stage, such as `factorize.compression_ratio`.
+        output: Takes the place of `export.path`.
+
+    Raises:
+        RecipeError: lists every problem, one a line.
+    """
+    root = read_yaml_file(path)
+    if root.value is None:
+        raise RecipeError([f"{root.origin}: the recipe is empty; it needs at least model and stages"])
+    if not isinstance(root.value, dict):
+        raise RecipeError(
+            [f"{root.origin}: the recipe is {shown(root.plain())}; it must be a mapping (key: value)"]
+        )
+    for text in overrides:
+        root = apply_override(root, text)
+    if output is not None:
+        root = with_override(root, ("export", "path"), Node(str(output), f"--output {output}"))
+    try:
+        return Recipe.model_validate(root.plain())
+    except ValidationError as error:
+        raise explain(error, root.origin_of) from error
+
+
+def canonical(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe with every default written out, as JSON values in the schema's order.
+
+    Two files that mean the same have the same canonical form, and it is a valid recipe itself.
+    """
+    return recipe.model_dump(mode="json")
+
+
+def check_files(recipe: Recipe) -> None:
+    """Check that the local files and the model directory a recipe names are there.
+
+    A model path that does not exist and does not look like a directory is a name on the Hub, which
+    only loading can check.
+
+    Raises:
+        RecipeError: lists every missing file, one a line.
+    """
+    problems = [*_missing_model(recipe.model), *_missing_texts(recipe), *_missing_pictures(recipe)]
+    if problems:
+        where = f"(paths are relative to {Path.cwd()})"
+        raise RecipeError([f"{problem} {where}" for problem in problems])
+
+
+def _missing_model(model: ModelSource) -> Iterator[str]:
+    directory = Path(model.path)
+    field = f"field 'model.path' is {shown(model.path)}"
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            yield f"{field}, which has no config.json; give the directory of a Hugging Face model"
+    elif directory.exists():
+        yield f"{field}, which is a file; give the directory of a Hugging Face model"
+    elif model.path.startswith((".", "/", "~")) or model.path.count("/") > 1:
+        yield f"{field}, which does not exist; give a directory or a name on the Hub such as org/name"
+
+
+def _missing_texts(recipe: Recipe) -> Iterator[str]:
+    datasets = {f"evaluation.perplexity.{name}": text for name, text in recipe.evaluation.perplexity.items()}
+    if recipe.calibration is not None and recipe.calibration.dataset is not None:
+        datasets = {"calibration.dataset": recipe.calibration.dataset, **datasets}
+    for field, dataset in datasets.items():
+        if isinstance(dataset, HubDataset):
+            continue
+        key, path = ("text", dataset.text) if isinstance(dataset, TextFile) else ("jsonl", dataset.jsonl)
+        if not path.is_file():
+            reason = "which is a directory" if path.is_dir() else "which does not exist"
+            yield f"field '{field}.{key}' is {shown(str(path))}, {reason}; give a file"
+
+
+def _missing_pictures(recipe: Recipe) -> Iterator[str]:
+    datasets: dict[str, PictureDataset] = {
+        f"evaluation.visual_questions.{name}.dataset": questions.dataset
+        for name, questions in recipe.evaluation.visual_questions.items()
+    }
+    if recipe.vision is not None and recipe.vision.calibration is not None:
+        datasets["vision.calibration"] = recipe.vision.calibration
+    for field, dataset in datasets.items():
+        if isinstance(dataset, ConversationFile):
+            if not dataset.conversations.is_file():
+                path = shown(str(dataset.conversations))
+                yield f"field '{field}.conversations' is {path}, which is not a file; give a file"
+            if dataset.image_root is not None and not dataset.image_root.is_dir():
+                path = shown(str(dataset.image_root))
+                yield f"field '{field}.image_root' is {path}, which is not a folder; give a folder"
+        elif isinstance(dataset, ImageFolder) and not dataset.folder.is_dir():
+            path = shown(str(dataset.folder))
+            yield f"field '{field}.folder' is {path}, which is not a folder; give a folder"

@@ -1,0 +1,108 @@
+"""The recipe's sections about the result: how it is judged and served, what it may weigh, where it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from ercsvd_deploy.recipe.fields import (
+    ListWithoutRepetition,
+    LocalPath,
+    Section,
+    Size,
+    Text,
+    parse_size,
+    refusal,
+)
+from ercsvd_deploy.recipe.sections.inputs import HeldOutText, TextName
+from ercsvd_deploy.recipe.sections.vision import VisualQuestions
+
+
+class LmEval(Section):
+    """Tasks of the lm-eval harness; needs the `eval` extra."""
+
+    tasks: ListWithoutRepetition[Text] = Field(min_length=1, description="Names of lm-eval tasks.")
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="Examples in the prompt; null: the task's own."
+    )
+    limit: PositiveInt | None = Field(default=None, description="Documents per task; null: all.")
+    batch_size: PositiveInt = Field(default=8, description="Requests in a batch.")
+
+
+class Evaluation(Section):
+    """How the original and the compressed model are compared."""
+
+    perplexity: Mapping[TextName, HeldOutText] = Field(
+        default={},
+        json_schema_extra={"additionalProperties": False},
+        description="Name of a held-out text -> path of a text file, or a dataset in one of the forms below.",
+    )
+    sequence_length: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="Tokens in each window; null: calibration's `sequence_length`."
+    )
+    max_sequences: PositiveInt | None = Field(default=None, description="Windows per text; null: all.")
+    visual_questions: Mapping[TextName, VisualQuestions] = Field(
+        default={},
+        json_schema_extra={"additionalProperties": False},
+        description="Name -> questions about held-out pictures, judged by exact match of the greedy answer.",
+    )
+    lm_eval: LmEval | None = Field(default=None, description="lm-eval tasks to run; null: none.")
+
+
+class Serving(Section):
+    """How the model is meant to be served; the plan refuses what cannot be served so."""
+
+    tensor_parallel_sizes: ListWithoutRepetition[PositiveInt] = Field(
+        default=(1,), min_length=1, description="Tensor-parallel sizes the result must work with."
+    )
+
+
+class Export(Section):
+    """The directory to write."""
+
+    format: Literal["vllm"] = Field(default="vllm", description="Kind of directory to write.")
+    path: LocalPath | None = Field(
+        default=None, description="Directory to write; the command line's `--output` comes first."
+    )
+    max_shard_size: Size = Field(
+        default="1GB",
+        description="Upper size of a safetensors file: a number and KB, MB, GB, KiB, MiB or GiB. One such "
+        "file is in memory while it is written.",
+    )
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes."""
+        return parse_size(self.max_shard_size)
+
+
+class Target(Section):
+    """What the result may weigh; ranks, bits and what stays dense are then chosen together.
+
+    Exactly one of `bytes` and `overall_bits`.
+    """
+
+    bytes: Size | None = Field(
+        default=None, description="Size of all tensors: a number and KB, MB, GB, KiB, MiB or GiB."
+    )
+    overall_bits: Annotated[float, Field(gt=0, lt=16)] | None = Field(
+        default=None,
+        description="Stored bits per original weight over all decoder Linears, scales included.",
+    )
+    bits: ListWithoutRepetition[Literal[4, 8]] = Field(
+        default=(4,),
+        min_length=1,
+        description="Bits that a quantized matrix may have. vLLM has kernels for 8 bits on GPUs only; on a "
+        "CPU such a matrix takes 16.",
+    )
+    group_sizes: ListWithoutRepetition[Literal[32, 64, 128, -1]] | None = Field(
+        default=None, description="Group sizes that a dense quantized matrix may have; null: the stage's own."
+    )
+
+    @model_validator(mode="after")
+    def _has_one_measure(self) -> Target:
+        if (self.bytes is None) == (self.overall_bits is None):
+            raise refusal("has to have exactly one of bytes and overall_bits, such as overall_bits: 3.2")
+        return self

@@ -1,0 +1,184 @@
+"""vLLM's view of a compressed model: which layers are ours, and whether the checkpoint was complete.
+
+A layer is found in config.json by its *canonical* name, its path without the parts `model` and
+`language_model`: vLLM and the checkpoint place those differently, and how vLLM maps one to the other has
+changed from release to release. Fused layers are looked up projection by projection.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ercsvd_deploy.exporters.vllm.compatibility import (
+    QuantizationConfig,
+    get_current_vllm_config_or_none,
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    init_logger,
+)
+from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
+from ercsvd_deploy.format.schema import (
+    QUANT_METHOD,
+    CheckpointConfig,
+    CheckpointFormatError,
+    ModuleDescription,
+)
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.exporters.vllm.method import LowRankLinearMethod, UnalteredLinearMethod
+
+_WRAPPER_PARTS = frozenset({"model", "language_model"})
+_LAYER_PATH = re.compile(r"^.*?\blayers\.\d+\b")
+# for models that do not publish how they fuse
+_USUAL_FUSIONS = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+_MOST_PROBLEMS_SHOWN = 40
+_LOGGER = "vllm.ercsvd"  # below vLLM's own, so that its level and format hold
+
+
+class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes are Any to mypy
+    """The `quantization_config` of a compressed checkpoint, as vLLM asks for it.
+
+    Raises:
+        CheckpointFormatError: two modules of the description would be the same layer of the served model.
+    """
+
+    def __init__(self, checkpoint: CheckpointConfig) -> None:
+        super().__init__()
+        self._modules: dict[str, tuple[str, ModuleDescription]] = {}
+        for name, description in checkpoint.modules.items():
+            if not description.is_altered:
+                continue
+            other, _ = self._modules.setdefault(canonical_name(name), (name, description))
+            if other != name:
+                raise CheckpointFormatError(
+                    f"quantization_config.modules: {other} and {name} are one layer to vLLM"
+                )
+        self._unchecked: list[LowRankLinearMethod | UnalteredLinearMethod] = []
+        self._matched: set[str] = set()
+        self._layers_here: set[str] = set()
+        self._reads_checkpoint = True
+        self._kernels = KernelRecord(is_required=checkpoint.require_kernels)
+        self._num_unready = 0
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return the method's name in config.json."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Return the activation dtypes; in float32 integer matrices are served as plain ones."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the oldest CUDA capability; the integer kernels state their own."""
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return no file names: everything is in config.json, which enters vLLM's compilation hash."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ErcSvdConfig:
+        """Read the `quantization_config` of config.json.
+
+        Raises:
+            CheckpointFormatError: this version cannot read it.
+        """
+        return cls(CheckpointConfig.read(config))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Return a method for a Linear: ours if a projection is altered, else vLLM's own, which watches only.
+
+        Attention, embeddings and the LM head get None, vLLM's sign for "not quantized".
+        """
+        # Imported here: they load vLLM's kernels, which the processes that only read the config do not need.
+        from ercsvd_deploy.exporters.vllm.compatibility import LinearBase
+        from ercsvd_deploy.exporters.vllm.method import LowRankLinearMethod, UnalteredLinearMethod
+
+        if not isinstance(layer, LinearBase):
+            return None
+        layer_path = _LAYER_PATH.match(canonical_name(prefix))
+        if layer_path:
+            self._layers_here.add(layer_path[0])
+        names = self._projection_names(prefix)
+        described = [self._modules.get(canonical_name(name)) for name in names]
+        self._matched.update(found[0] for found in described if found)
+        self._reads_checkpoint = _load_format() != "dummy"
+        method: LowRankLinearMethod | UnalteredLinearMethod
+        if any(described):
+            projections = [found or (name, None) for name, found in zip(names, described, strict=True)]
+            method = LowRankLinearMethod(
+                projections, self._kernels, check_model=self.check_loaded, tell_ready=self._layer_is_ready
+            )
+            self._num_unready += 1
+        else:
+            method = UnalteredLinearMethod(names, self.check_loaded)
+        self._unchecked.append(method)
+        return method
+
+    def check_loaded(self) -> None:
+        """Raise one error that names every tensor of the model that did not come as described.
+
+        The linear methods call it when vLLM has loaded all weights; further calls do nothing.
+
+        Raises:
+            CheckpointFormatError: tensors were missing, surplus or mis-shaped, or config.json describes
+                modules that the model does not have.
+        """
+        if not self._unchecked:
+            return
+        problems = [
+            f"unknown: {name} is described in config.json, but the model has no such layer"
+            for canonical, (name, _) in self._modules.items()
+            if name not in self._matched and not self._may_be_elsewhere(canonical)
+        ]
+        if self._reads_checkpoint:
+            problems += [problem for method in self._unchecked for problem in method.problems()]
+        self._unchecked = []
+        if problems:
+            hidden = len(problems) - _MOST_PROBLEMS_SHOWN
+            more = [f"... and {hidden} more"] if hidden > 0 else []
+            raise CheckpointFormatError(
+                f"the checkpoint does not hold what its config.json describes ({len(problems)} problems):\n  "
+                + "\n  ".join(problems[:_MOST_PROBLEMS_SHOWN] + more)
+                + "\nThe directory is incomplete or was edited: export or copy it again."
+            )
+
+    def _layer_is_ready(self) -> None:
+        """Say in one line, behind the last layer, what is served without a kernel."""
+        self._num_unready -= 1
+        summary = self._kernels.summary() if self._num_unready == 0 else None
+        if summary and get_tensor_model_parallel_rank() == 0:
+            init_logger(_LOGGER).warning(summary)
+
+    def _projection_names(self, prefix: str) -> list[str]:
+        if canonical_name(prefix) in self._modules:
+            return [prefix]
+        parent, _, leaf = prefix.rpartition(".")
+        leaves = self.packed_modules_mapping.get(leaf) or _USUAL_FUSIONS.get(leaf, [leaf])
+        return [f"{parent}.{projection}" if parent else projection for projection in leaves]
+
+    def _may_be_elsewhere(self, canonical: str) -> bool:
+        """Whether a module may live on another pipeline-parallel rank."""
+        layer_path = _LAYER_PATH.match(canonical)
+        is_absent = layer_path is None or layer_path[0] not in self._layers_here
+        return get_pp_group().world_size > 1 and is_absent
+
+
+def canonical_name(name: str) -> str:
+    """Return a module path without the parts that vLLM and checkpoints place differently."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def _load_format() -> str:
+    """Return vLLM's --load-format; `dummy` loads no tensors at all (vLLM's benchmarks use it)."""
+    config = get_current_vllm_config_or_none()
+    return "auto" if config is None else str(config.load_config.load_format)

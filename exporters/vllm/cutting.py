@@ -1,0 +1,176 @@
+"""Which matrices vLLM can load at every tensor parallel size, and which its kernels take; no vLLM needed.
+
+A plan must work on the machine it is served on, which is seldom the one it is made on. At tensor parallel
+size t a column-parallel Linear has out/t rows on a rank and a row-parallel one in/t columns. Of a factor
+pair, the first factor of a row-parallel Linear and the second of a column-parallel one are cut; the pivoted
+layout is cut in the same places. What cannot be cut evenly, or would have a scale group or a packed 32-bit
+word on two ranks, cannot be loaded.
+
+Everything else is served, but not equally fast: integer kernels work on whole blocks of 32 rows and 32
+columns. Other matrices are padded on GPUs, or brought into plain ones when they are loaded. (Other rows of
+the pivoted layout are padded to whole blocks when they are loaded, so any number of them will do.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ercsvd_deploy.format.schema import (
+    FACTOR_A,
+    FACTOR_B,
+    OTHER_ROWS,
+    PIVOT_ROWS,
+    ModuleDescription,
+    WeightQuantization,
+)
+from ercsvd_deploy.models.families import Architecture
+
+BLOCK = 32
+WORD_BITS = 32
+GROUP_SIZES = (-1, 32, 64, 128)
+_FIRST_PARTS = (FACTOR_A, PIVOT_ROWS)
+_SECOND_PARTS = (FACTOR_B, OTHER_ROWS)
+
+
+@dataclass(frozen=True)
+class UnalignedMatrix:
+    """An integer matrix that is no whole number of the kernels' blocks on a rank."""
+
+    name: str
+    tensor_parallel_size: int  # the smallest at which it is so
+    rows: int  # on a rank
+    columns: int
+
+
+def find_uncuttable(architecture: Architecture, tensor_parallel_sizes: Iterable[int]) -> list[str]:
+    """Return one line for every tensor parallel size that vLLM refuses for this model, compressed or not."""
+    problems = []
+    for size in sorted(set(tensor_parallel_sizes)):
+        heads, key_value = architecture.num_attention_heads, architecture.num_key_value_heads
+        fitting = [other for other in range(1, heads + 1) if _heads_fit(heads, key_value, other)]
+        if size not in fitting:
+            problems.append(
+                f"tensor parallel size {size}: {heads} attention heads, {key_value} of them for keys and "
+                f"values, cannot be shared out evenly; sizes that work: {', '.join(map(str, fitting))}"
+            )
+            continue
+        for linear in architecture.linears:
+            if local_shape(linear.name, "", linear.out_features, linear.in_features, architecture, size):
+                continue
+            sides = "inputs" if architecture.is_row_parallel(linear.name) else "outputs"
+            count = linear.in_features if sides == "inputs" else linear.out_features
+            problems.append(
+                f"tensor parallel size {size}: the {count} {sides} of {linear.name} cannot be cut into "
+                f"{size} equal parts"
+            )
+            break
+    return problems
+
+
+def find_unservable(
+    modules: Mapping[str, ModuleDescription],
+    architecture: Architecture,
+    tensor_parallel_sizes: Iterable[int],
+) -> list[str]:
+    """Return one line for every matrix that cannot be loaded at some tensor parallel size."""
+    problems = []
+    tensor_parallel_sizes = sorted(set(tensor_parallel_sizes))
+    for name, description in modules.items():
+        uncuttable = _uncuttable_pivots(name, description, architecture, tensor_parallel_sizes)
+        problems += uncuttable
+        for part, ((rows, columns), storage) in description.parts.items():
+            if uncuttable and part == OTHER_ROWS:
+                continue
+            for size in tensor_parallel_sizes:
+                local = local_shape(name, part, rows, columns, architecture, size)
+                reason = (
+                    f"{rows} x {columns} cannot be cut into {size} equal parts"
+                    if local is None
+                    else _refusal(local[1], part, storage)
+                )
+                if reason:
+                    where = f"{name}.{part}" if part else name
+                    problems.append(f"{where} at tensor parallel size {size}: {reason}")
+                    break
+    return problems
+
+
+def find_unaligned(
+    modules: Mapping[str, ModuleDescription],
+    architecture: Architecture,
+    tensor_parallel_sizes: Iterable[int],
+) -> list[UnalignedMatrix]:
+    """Return the integer matrices that integer kernels pad or do not take, though they can be loaded."""
+    found = []
+    sizes = sorted(set(tensor_parallel_sizes))
+    for name, description in modules.items():
+        for part, ((rows, columns), storage) in description.parts.items():
+            if storage is None:
+                continue
+            for size in sizes:
+                local = local_shape(name, part, rows, columns, architecture, size)
+                if local is None or ((local[0] % BLOCK == 0 or part == OTHER_ROWS) and local[1] % BLOCK == 0):
+                    continue
+                found.append(UnalignedMatrix(f"{name}.{part}" if part else name, size, *local))
+                break
+    return found
+
+
+def local_shape(
+    name: str, part: str, rows: int, columns: int, architecture: Architecture, size: int
+) -> tuple[int, int] | None:
+    """Return (rows, columns) of a matrix on one rank; None if it cannot be cut evenly."""
+    if architecture.is_row_parallel(name):
+        if part in _SECOND_PARTS:
+            return rows, columns
+        return (rows, columns // size) if columns % size == 0 else None
+    if part in _FIRST_PARTS:
+        return rows, columns
+    parts = architecture.num_output_shards(name, size)
+    return (rows // parts, columns) if rows % parts == 0 else None
+
+
+def _uncuttable_pivots(
+    name: str,
+    description: ModuleDescription,
+    architecture: Architecture,
+    tensor_parallel_sizes: Iterable[int],
+) -> list[str]:
+    """Return a line if some rank would hold another number of pivots than the others."""
+    if description.pivot_blocks is None or architecture.is_row_parallel(name):
+        return []
+    for size in tensor_parallel_sizes:
+        parts = architecture.num_output_shards(name, size)
+        if description.pivot_blocks % parts:
+            return [
+                f"{name} at tensor parallel size {size}: its {description.rank} pivots lie in "
+                f"{description.pivot_blocks} equal blocks, which cannot be cut into {parts}; tensor parallel "
+                "sizes 1, 2, 4 and 8 can be had by rank_multiple auto or 8, others by layout low_rank"
+            ]
+    return []
+
+
+def _heads_fit(heads: int, key_value: int, size: int) -> bool:
+    """Whether vLLM can share out heads: key-value heads are repeated where there are fewer than ranks."""
+    return heads % size == 0 and (key_value % size == 0 if key_value >= size else size % key_value == 0)
+
+
+def _refusal(columns: int, part: str, storage: WeightQuantization | None) -> str | None:
+    """Say why a matrix with so many columns on a rank cannot be loaded."""
+    if storage is None:
+        return None
+    is_second_factor = part in _SECOND_PARTS
+    if storage.group_size != -1 and columns % storage.group_size:
+        fitting = ", ".join(str(size) for size in GROUP_SIZES if size == -1 or columns % size == 0)
+        remedy = f"group_size {fitting} would" + (
+            f", or rank_multiple {storage.group_size} or auto" if is_second_factor else ""
+        )
+        return f"group_size {storage.group_size} does not divide its {columns} columns on a rank; {remedy}"
+    per_word = WORD_BITS // storage.bits
+    if columns % per_word:
+        remedy = "leave it out with ignore"
+        if is_second_factor:
+            remedy = f"rank_multiple {per_word} or auto would do"
+        return f"its {columns} columns on a rank are no whole words of {per_word} integers; {remedy}"
+    return None

@@ -1,0 +1,1 @@
+"""What multiplies matrices in vLLM: our operator, packed integers, and what is known of vLLM's kernels."""

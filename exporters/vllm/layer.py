@@ -1,0 +1,190 @@
+"""The computation of one layer: first matrices stacked into as few GEMMs as possible, then second factors.
+
+All projections of a layer read the same input, so their first matrices (a dense weight, `factor_a`, or
+`pivot_rows`) that are stored alike - plain, or integers of one kind - are rows of one matrix. What comes out
+is split by projection; low-rank ones go through their `factor_b`. Of pivoted ones it is part of the output
+already, and `other_rows` makes the rest of it; one gather then puts all outputs of the layer in order.
+
+Under tensor parallelism the blocks of A and B follow from the projection's block of W = B A. Column-parallel
+layers hold all of A and a block of B's rows; row-parallel ones a block of A's columns and all of B, and vLLM
+sums the ranks' outputs, which is right because B is linear. The same goes for pivot rows and other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ercsvd_deploy.exporters.vllm.kernels import lowrank_linear as ops  # noqa: F401 - defines torch.ops.ercsvd
+from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
+from ercsvd_deploy.exporters.vllm.layer_plan import PlannedMatrix, Projection, plan_second, plan_stacks
+from ercsvd_deploy.exporters.vllm.loading import OrderPlacement, Placement, ProjectionLoader
+from ercsvd_deploy.exporters.vllm.matrices import Matrix, PackedMatrix, PlainMatrix
+
+
+@dataclass(frozen=True)
+class _Stack:
+    matrix: Matrix
+    projections: tuple[int, ...]
+    widths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Second:
+    matrix: Matrix
+    width: int  # of its outputs, those of padding rows included
+
+
+class StackedLinear(nn.Module):
+    """The matrices of a layer's projections, in the layer's output order.
+
+    Args:
+        projections: the layer's projections, in output order.
+        dtype: of the activations.
+        record: of the model's kernels.
+        allow_op: whether the registered operator may be used.
+
+    Raises:
+        ValueError: vLLM has no kernel for one of the matrices; the message names the projections.
+    """
+
+    order: torch.Tensor | None
+
+    def __init__(
+        self, projections: Sequence[Projection], dtype: torch.dtype, record: KernelRecord, *, allow_op: bool
+    ) -> None:
+        super().__init__()
+        self._record = record
+        self._dtype = dtype
+        self._allow_op = allow_op
+        self._uses_op = False
+        self._stacks = [
+            _Stack(self._matrix(stack.matrix), stack.projections, stack.widths)
+            for stack in plan_stacks(projections)
+        ]
+        self._seconds = [
+            None if second is None else _Second(self._matrix(second), second.shape[0])
+            for second in map(plan_second, projections)
+        ]
+        self._register_matrices()
+        orders = self._order_outputs(projections)
+        self.loaders = [
+            ProjectionLoader(projection, self._placements(index, projection), orders[index])
+            for index, projection in enumerate(projections)
+        ]
+
+    def finalize(self) -> None:
+        """Bring every loaded matrix into its kernel's layout, or into a plain one where no kernel works."""
+        self._stacks = [replace(stack, matrix=stack.matrix.finalize()) for stack in self._stacks]
+        self._seconds = [
+            None if second is None else replace(second, matrix=second.matrix.finalize())
+            for second in self._seconds
+        ]
+        self._register_matrices()
+        self.loaders = []  # they hold the matrices that plain ones have replaced
+        self._uses_op = (
+            self._allow_op
+            and len(self._stacks) == 1
+            and all(matrix.is_plain_tensor for matrix in self._matrices())
+        )
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return the projections' outputs of x [..., in] side by side, plus bias: [..., out]."""
+        if self._uses_op:
+            seconds = [None if second is None else second.matrix.weight for second in self._seconds]
+            stack = self._stacks[0]
+            output: torch.Tensor = torch.ops.ercsvd.lowrank_linear(
+                x, stack.matrix.weight, seconds, stack.widths, bias, self.order
+            )
+            return output
+        results = [stack.matrix(x) for stack in self._stacks]
+        firsts = [x] * len(self._seconds)
+        for stack, result in zip(self._stacks, results, strict=True):
+            for index, part in zip(stack.projections, result.split(stack.widths, dim=-1), strict=True):
+                firsts[index] = part
+        outputs = [
+            # not every kernel takes strided rows; copying `rank` columns is nothing beside the GEMM
+            first if second is None else second.matrix(first.contiguous())
+            for first, second in zip(firsts, self._seconds, strict=True)
+        ]
+        if self.order is not None:
+            results += [
+                output for output, second in zip(outputs, self._seconds, strict=True) if second is not None
+            ]
+            joined = torch.cat(results, dim=-1).index_select(-1, self.order)
+        else:
+            joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        # added here rather than by a GEMM: vLLM's repacking changes the dtype of a bias it is told of
+        return joined if bias is None else joined + bias
+
+    def _matrices(self) -> list[Matrix]:
+        seconds = [second.matrix for second in self._seconds if second is not None]
+        return [stack.matrix for stack in self._stacks] + seconds
+
+    def _register_matrices(self) -> None:
+        self.matrices = nn.ModuleList(self._matrices())
+
+    def _order_outputs(self, projections: Sequence[Projection]) -> list[OrderPlacement | None]:
+        """Make `order`, unless no projection is pivoted; return where their row orders go.
+
+        Until those are loaded, pivoted outputs are all taken from place 0: a place that exists.
+        """
+        first_starts: dict[int, int] = {}
+        start = 0
+        for stack in self._stacks:
+            for index, width in zip(stack.projections, stack.widths, strict=True):
+                first_starts[index] = start
+                start += width
+        orders: list[torch.Tensor] = []
+        placements: list[tuple[int, int] | None] = []
+        for index, projection in enumerate(projections):
+            second = self._seconds[index]
+            second_start = start
+            start += 0 if second is None else second.width
+            outputs = torch.arange(_length(projection.rows), dtype=torch.int32)
+            if projection.description.layout == "pivoted":
+                orders.append(torch.zeros_like(outputs))
+                placements.append((first_starts[index], second_start))
+            else:
+                orders.append(outputs + (first_starts[index] if second is None else second_start))
+                placements.append(None)
+        if not any(placements):
+            self.order = None
+            return [None] * len(projections)
+        self.register_buffer("order", torch.cat(orders), persistent=False)
+        assert self.order is not None
+        views = torch.split(self.order, [len(order) for order in orders])
+        return [
+            None if starts is None else OrderPlacement(view, *starts)
+            for view, starts in zip(views, placements, strict=True)
+        ]
+
+    def _matrix(self, planned: PlannedMatrix) -> Matrix:
+        if planned.quantization is None:
+            return PlainMatrix(*planned.shape, self._dtype)
+        return PackedMatrix(
+            planned.name, planned.shape, planned.full_shape, planned.quantization, self._dtype, self._record
+        )
+
+    def _placements(self, index: int, projection: Projection) -> dict[str, Placement]:
+        stack = next(stack for stack in self._stacks if index in stack.projections)
+        first_row = sum(stack.widths[: stack.projections.index(index)])
+        placements = {
+            projection.first_part: Placement(
+                stack.matrix, projection.first_rows, projection.columns, first_row
+            )
+        }
+        second = self._seconds[index]
+        if second is not None and projection.second_part is not None:
+            placements[projection.second_part] = Placement(
+                second.matrix, projection.second_rows, slice(0, projection.description.rank)
+            )
+        return placements
+
+
+def _length(block: slice) -> int:
+    length: int = block.stop - block.start
+    return length

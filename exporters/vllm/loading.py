@@ -1,0 +1,185 @@
+"""How checkpoint tensors reach the matrices of a layer, and how it is known that all of them did.
+
+vLLM finds a parameter by the tensor's name and calls its `weight_loader(param, tensor, shard_id)`. The real
+storage of a layer is split by projection and stacked by kernel, which no such name says. So a layer carries
+*gates*: empty parameters under the checkpoint's names, whose loader hands each tensor to the
+`ProjectionLoader` of its projection.
+
+vLLM does not notice tensors that a quantized model lacks. A `ProjectionLoader` therefore keeps account, and
+reports instead of raising, so that one error can name everything that is wrong with a model. It compares full
+shapes before it slices: a description whose rank is smaller than the stored one would otherwise load a slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ercsvd_deploy.exporters.vllm.layer_plan import Projection
+from ercsvd_deploy.exporters.vllm.matrices import Matrix
+from ercsvd_deploy.format.schema import (
+    FACTOR_PARTS,
+    ROW_ORDER,
+    WEIGHT,
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    WEIGHT_SHAPE,
+    WEIGHT_ZERO_POINT,
+)
+from ercsvd_deploy.linalg.pivoting import row_order_problem
+
+# vLLM's names of the projections in a fused layer: numbers, except for query, key and value
+_ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}
+ShardId = int | str | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a part of a projection goes: the block [rows, columns] of it, to `first_row` of `matrix`."""
+
+    matrix: Matrix
+    rows: slice
+    columns: slice
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
+class OrderPlacement:
+    """Where a projection's outputs come from, in what the matrices of its layer give side by side.
+
+    Attributes:
+        order: [outputs of the layer on this rank]; a view of the projection's part.
+        pivots_start: place of the first pivot output.
+        others_start: place of the first other output of this rank.
+    """
+
+    order: torch.Tensor
+    pivots_start: int
+    others_start: int
+
+
+class ProjectionLoader:
+    """Checks the tensors of one projection, copies this rank's blocks, and remembers what came."""
+
+    def __init__(
+        self,
+        projection: Projection,
+        placements: dict[str, Placement],
+        order: OrderPlacement | None = None,
+    ) -> None:
+        self._projection = projection
+        self._order = order
+        self._name = projection.name
+        self._expected = projection.description.tensor_shapes
+        self._full_shapes = {part: shape for part, (shape, _) in projection.description.parts.items()}
+        self._placements = placements
+        self._loaded: set[str] = set()
+        self._refused: list[str] = []
+
+    def load(self, leaf: str, tensor: torch.Tensor) -> None:
+        """Take the tensor `<projection>.<leaf>` of the checkpoint; what does not fit becomes a problem."""
+        expected = self._expected.get(leaf)
+        if expected is None:
+            self._refused.append(f"surplus: {self._name}.{leaf} {list(tensor.shape)}")
+            return
+        self._loaded.add(leaf)
+        if tuple(tensor.shape) != expected:
+            self._refused.append(
+                f"mis-shaped: {self._name}.{leaf} is {list(tensor.shape)}, "
+                f"config.json describes {list(expected)}"
+            )
+            return
+        part, _, kind = leaf.rpartition(".")
+        if kind == WEIGHT_SHAPE:
+            self._check_stated_shape(leaf, tensor.tolist(), self._full_shapes[part])
+        elif leaf == ROW_ORDER:
+            self._take_row_order(tensor)
+        elif tensor.numel():  # the guard is empty
+            to = self._placements[part]
+            to.matrix.load(kind, tensor, to.rows, to.columns, to.first_row)
+
+    def problems(self) -> list[str]:
+        """Return a line for each tensor that was missing, surplus or mis-shaped."""
+        missing = [
+            f"missing: {self._name}.{leaf} {list(shape)}"
+            for leaf, shape in self._expected.items()
+            if leaf not in self._loaded and all(shape)  # nothing is lost with a missing guard
+        ]
+        return missing + self._refused
+
+    def _take_row_order(self, row_order: torch.Tensor) -> None:
+        description, to = self._projection.description, self._order
+        assert to is not None
+        assert description.rank is not None
+        assert description.pivot_blocks is not None
+        problem = row_order_problem(row_order, description.rank, description.pivot_blocks)
+        if problem:
+            self._refused.append(f"damaged: {self._name}.{ROW_ORDER} {problem}")
+            return
+        local = row_order[self._projection.rows].to(to.order)
+        first_other = description.rank + self._projection.second_rows.start
+        is_pivot = local < description.rank
+        to.order.copy_(torch.where(is_pivot, local + to.pivots_start, local - first_other + to.others_start))
+
+    def _check_stated_shape(self, leaf: str, stated: list[int], expected: tuple[int, int]) -> None:
+        if tuple(stated) != expected:
+            self._refused.append(
+                f"mis-shaped: {self._name}.{leaf} says {stated}, config.json describes {list(expected)}"
+            )
+
+
+def add_gates(
+    layer: nn.Module, dtype: torch.dtype, load: Callable[[str, torch.Tensor, ShardId], None]
+) -> None:
+    """Give `layer` a gate for every tensor name that the format knows, so that surplus tensors are seen too.
+
+    Args:
+        layer: the vLLM layer.
+        dtype: of the plain weights and the scales; loaders warn if a gate's dtype differs from the tensor's.
+        load: called with (name relative to the layer, tensor, shard id).
+    """
+    dtypes = {
+        WEIGHT: dtype,
+        WEIGHT_PACKED: torch.int32,
+        WEIGHT_SCALE: dtype,
+        WEIGHT_SHAPE: torch.int64,
+        WEIGHT_ZERO_POINT: torch.int32,
+    }
+    for part in ("", *FACTOR_PARTS):
+        owner = layer
+        if part:
+            owner = nn.Module()
+            layer.register_module(part, owner)
+        for leaf, leaf_dtype in (dtypes if part else dtypes | {ROW_ORDER: torch.int32}).items():
+            if hasattr(owner, leaf):
+                continue
+            gate = nn.Parameter(torch.empty(0, dtype=leaf_dtype), requires_grad=False)
+            gate.weight_loader = _loader_of(f"{part}.{leaf}" if part else leaf, load)  # type: ignore[attr-defined]
+            owner.register_parameter(leaf, gate)
+
+
+def shard_index(shard_id: ShardId, names: Sequence[str]) -> int:
+    """Return which of a layer's projections vLLM means.
+
+    Raises:
+        ValueError: the checkpoint stores a fused matrix that the description names apart.
+    """
+    if isinstance(shard_id, str):
+        return _ATTENTION_SHARDS[shard_id]
+    if shard_id is not None:
+        return shard_id
+    if len(names) == 1:
+        return 0
+    raise ValueError(
+        f"the checkpoint stores {', '.join(names)} as one fused matrix, which ercsvd cannot serve"
+    )
+
+
+def _loader_of(leaf: str, load: Callable[[str, torch.Tensor, ShardId], None]) -> Callable[..., None]:
+    def weight_loader(_: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        load(leaf, tensor, shard_id)
+
+    return weight_loader

@@ -1,0 +1,313 @@
+"""One matrix of a linear layer in the form vLLM's kernels want it: plain, or packed integers.
+
+A matrix here is what one GEMM multiplies: a second factor, or several first matrices stacked by rows. Both
+classes live alike: allocate, `load` blocks of checkpoint tensors, `finalize` once, which returns the matrix
+to multiply from then on (vLLM repacks it, or has no kernel for its integers), `forward`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ercsvd_deploy.exporters.vllm.compatibility import (
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+    UnquantizedLinearMethod,
+    choose_mp_linear_kernel,
+    current_platform,
+    kernel_config,
+)
+from ercsvd_deploy.exporters.vllm.kernels.integer_words import WORD_BITS, dequantize, pack_rows, unpack_rows
+from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
+from ercsvd_deploy.format.schema import (
+    WEIGHT,
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    WEIGHT_ZERO_POINT,
+    WeightQuantization,
+)
+
+_TRIED_ROWS = 256  # of a kernel's first product are compared with the stored integers
+_TOLERANCE = 0.05  # of their norm: kernels that round activations to 8 bits are off by about a hundredth
+_ROUNDING = 1e-3
+_ROWS_AT_ONCE = 4096  # are unpacked to 32 bits a value
+
+
+class PlainMatrix(nn.Module):
+    """A floating-point matrix [rows, columns], multiplied the way vLLM multiplies unquantized weights."""
+
+    weight: nn.Parameter
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._shape = (rows, columns)
+        self._method = UnquantizedLinearMethod()
+        self.register_parameter("bias", None)  # vLLM's CPU repacking looks for one
+        self._method.create_weights(
+            self, columns, [rows], columns, rows, dtype, weight_loader=_refuse_stock_loading
+        )
+
+    @property
+    def is_plain_tensor(self) -> bool:
+        """Whether `weight` may be multiplied as it is: not repacked, and no better kernel exists (ROCm's)."""
+        return self.weight.shape == self._shape and not current_platform.is_rocm()
+
+    def load(self, leaf: str, tensor: torch.Tensor, rows: slice, columns: slice, first_row: int) -> None:
+        """Copy `tensor[rows, columns]` to the rows from `first_row` on; `leaf` is always `weight`."""
+        del leaf
+        _copy_rows(self.weight, tensor[rows, columns], first_row)
+
+    def finalize(self) -> PlainMatrix:
+        """Let vLLM repack the loaded weight where its backend does (CPU); return this matrix."""
+        self._method.process_weights_after_loading(self)
+        # vLLM's parameter class intercepts every call of torch it takes part in; a plain one costs nothing
+        self.weight = nn.Parameter(self.weight.data, requires_grad=False)
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [..., columns] times the transposed matrix: [..., rows]."""
+        product: torch.Tensor = self._method.apply(self, x, None)
+        return product
+
+
+class PackedMatrix(nn.Module):
+    """An integer matrix [rows, columns], multiplied by the mixed-precision kernel that vLLM chooses.
+
+    Where vLLM has no kernel for it, or one that does not work in this build, `finalize` returns a
+    `PlainMatrix` of the same numbers instead, unless kernels are required.
+
+    Args:
+        name: of the matrix in the checkpoint, for messages.
+        shape: [rows, columns] on this rank; rows that are never loaded stay zero.
+        full_shape: [rows, columns] over all tensor-parallel ranks.
+        quantization: how the checkpoint stores it.
+        dtype: of the activations and the scales.
+        record: of the model's kernels.
+
+    Raises:
+        ValueError: this rank's columns are not whole groups, or a kernel is required and there is none;
+            vLLM's reasons follow.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        full_shape: tuple[int, int],
+        quantization: WeightQuantization,
+        dtype: torch.dtype,
+        record: KernelRecord,
+    ) -> None:
+        super().__init__()
+        rows, columns = shape
+        self._name, self._shape, self._full_shape = name, shape, full_shape
+        self._quantization, self._dtype, self._record = quantization, dtype, record
+        self._per_word = WORD_BITS // quantization.bits
+        cut = cut_group(columns, quantization)
+        if cut:
+            raise ValueError(self._describe(cut))
+        self._reason, self._kernel = self._choose_kernel()
+        if self._kernel is None:
+            record.require(self._describe(self._reason))
+        # what kernels read off the layer they are given, as vLLM's own WNA16 scheme sets it
+        self.input_size = self.input_size_per_partition = columns
+        self.output_size = self.output_size_per_partition = rows
+        self.output_partition_sizes = self.logical_widths = [rows]
+        self.params_dtype = self.orig_dtype = dtype
+        self.has_bias = False
+        self.register_parameter("bias", None)  # some kernels repack the layer's bias
+        self.weight_packed = PackedvLLMParameter(
+            data=torch.zeros(rows, columns // self._per_word, dtype=torch.int32),
+            input_dim=1,
+            output_dim=0,
+            packed_dim=1,
+            packed_factor=self._per_word,
+            weight_loader=_refuse_stock_loading,
+        )
+        self.weight_scale = GroupQuantScaleParameter(
+            data=torch.zeros(rows, quantization.num_groups(columns), dtype=dtype),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=_refuse_stock_loading,
+        )
+        # Stored zero points share a word along the rows, and stacked shards need not start at a whole word:
+        # they are kept one to a word until `finalize`.
+        self._zero_points = (
+            None if quantization.sym else torch.zeros_like(self.weight_scale, dtype=torch.int32)
+        )
+
+    is_plain_tensor = False
+
+    def load(self, leaf: str, tensor: torch.Tensor, rows: slice, columns: slice, first_row: int) -> None:
+        """Copy [rows, columns] of the full matrix, stored as leaf `leaf`, to the rows from `first_row` on."""
+        size = self._quantization.group_size
+        groups = slice(None) if size == -1 else slice(columns.start // size, columns.stop // size)
+        if leaf == WEIGHT_PACKED:
+            words = slice(columns.start // self._per_word, columns.stop // self._per_word)
+            _copy_rows(self.weight_packed, tensor[rows, words], first_row)
+        elif leaf == WEIGHT_SCALE:
+            _copy_rows(self.weight_scale, tensor[rows, groups], first_row)
+        elif leaf == WEIGHT_ZERO_POINT and self._zero_points is not None:
+            one_a_word = unpack_rows(tensor, self._quantization.bits)
+            _copy_rows(self._zero_points, one_a_word[rows, groups], first_row)
+
+    def finalize(self) -> Matrix:
+        """Bring the loaded tensors into the kernel's layout; return what is to be multiplied from now on.
+
+        Raises:
+            KernelError: the kernel does not work in this build, and one is required.
+        """
+        if self.weight_packed.is_meta:  # vLLM builds what it will not run without storage
+            return self
+        if self._kernel is not None:
+            kind = (type(self._kernel), self._shape, self._full_shape, self._quantization, self._dtype)
+            if not self._record.was_tried(kind):
+                stored = self._stored()
+                self._record.tried(kind, self._try_kernel(*stored))
+                if self._record.failure(kind) is not None:
+                    self.weight_packed, self.weight_scale, self._zero_points = stored
+            elif self._record.failure(kind) is None:
+                self._hand_to_kernel()
+            self._reason = self._record.failure(kind)
+        if self._reason is None:
+            self._record.served_by_kernel()
+            return self
+        self._record.require(self._describe(self._reason))
+        return self._as_plain_matrix()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [..., columns] times the transposed matrix: [..., rows]."""
+        assert self._kernel is not None
+        product: torch.Tensor = self._kernel.apply_weights(self, x, None)
+        return product
+
+    def _choose_kernel(self) -> tuple[str | None, Any]:
+        """Return (None, kernel), or why there is none and None."""
+        if self._dtype == torch.float32:  # not every kernel says so itself
+            return (
+                "integer kernels need 16-bit activations: start vLLM with --dtype float16 or bfloat16",
+                None,
+            )
+        quantization = self._quantization
+        try:
+            config = kernel_config(
+                self._shape,
+                self._full_shape,
+                bits=quantization.bits,
+                group_size=quantization.group_size,
+                sym=quantization.sym,
+                act_dtype=self._dtype,
+            )
+            kernel = choose_mp_linear_kernel(config)(
+                config,
+                w_q_param_name=WEIGHT_PACKED,
+                w_s_param_name=WEIGHT_SCALE,
+                w_zp_param_name=WEIGHT_ZERO_POINT,
+            )
+        except Exception as error:  # noqa: BLE001 - kernels of other platforms and releases fail in their own ways
+            return f"vLLM has no kernel for {_label(quantization)} here:\n{error}", None
+        return None, kernel
+
+    def _hand_to_kernel(self) -> None:
+        if self._zero_points is not None:
+            self.weight_zero_point = PackedvLLMParameter(
+                data=pack_rows(self._zero_points, self._quantization.bits),
+                input_dim=1,
+                output_dim=0,
+                packed_dim=0,
+                packed_factor=self._per_word,
+                weight_loader=_refuse_stock_loading,
+            )
+            self._zero_points = None
+        self._kernel.process_weights_after_loading(self)
+
+    @torch.no_grad()
+    def _try_kernel(
+        self, words: torch.Tensor, scale: torch.Tensor, zero_points: torch.Tensor | None
+    ) -> str | None:
+        """Hand the tensors to the kernel and multiply one row; return what is wrong with the product."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, self._shape[1], generator=generator).to(words.device, self._dtype)
+        name = type(self._kernel).__name__
+        try:
+            self._hand_to_kernel()
+            product = self._kernel.apply_weights(self, x, None)[..., :_TRIED_ROWS].float()
+        except torch.OutOfMemoryError:
+            raise  # a plain matrix takes more
+        except Exception as error:  # noqa: BLE001 - whatever another package's kernel raises
+            return f"vLLM's {name} does not work here: {type(error).__name__}: {error}"
+        rows = slice(0, _TRIED_ROWS)
+        offsets = None if zero_points is None else zero_points[rows]
+        matrix = dequantize(words[rows], scale[rows], offsets, self._quantization.bits)
+        expected = x.float() @ matrix.float().t()
+        deviation, size = (product - expected).norm(), expected.norm()
+        # what is damaged or absent (load format dummy) has no finite product, and is no measure
+        if size.isfinite() and not deviation <= _TOLERANCE * size + _ROUNDING:
+            label = _label(self._quantization)
+            return f"vLLM's {name} multiplies {label} wrongly here: off by {deviation / size:.1%}"
+        return None
+
+    def _stored(self) -> tuple[Any, Any, Any]:
+        """Return copies of what was loaded; kernels change or delete the originals."""
+        zero_points = None if self._zero_points is None else self._zero_points.clone()
+        return _copy_parameter(self.weight_packed), _copy_parameter(self.weight_scale), zero_points
+
+    def _as_plain_matrix(self) -> PlainMatrix:
+        rows, columns = self._shape
+        words, scale = self.weight_packed.data, self.weight_scale.data
+        with words.device:
+            plain = PlainMatrix(rows, columns, self._dtype)
+        for start in range(0, rows, _ROWS_AT_ONCE):
+            some = slice(start, start + _ROWS_AT_ONCE)
+            offsets = None if self._zero_points is None else self._zero_points[some]
+            matrix = dequantize(words[some], scale[some], offsets, self._quantization.bits)
+            plain.load(WEIGHT, matrix, slice(None), slice(None), start)
+        extra_bytes = rows * columns * self._dtype.itemsize - words.nbytes - scale.nbytes
+        assert self._reason is not None
+        self._record.served_plain(self._reason, str(self._dtype).removeprefix("torch."), extra_bytes)
+        plain.finalize()
+        return plain
+
+    def _describe(self, reason: str | None) -> str:
+        return (
+            f"{self._name}: cannot serve {list(self._shape)} (of {list(self._full_shape)} over all ranks) "
+            f"with {_label(self._quantization)}: {reason}"
+        )
+
+
+Matrix = PlainMatrix | PackedMatrix
+
+
+def cut_group(columns: int, quantization: WeightQuantization) -> str | None:
+    """Say if a rank's share of columns cuts a scale group or a packed word (not every kernel checks)."""
+    per_word = WORD_BITS // quantization.bits
+    size = quantization.group_size
+    if (size != -1 and columns % size) or columns % per_word:
+        return (
+            f"{columns} columns on a rank are not whole groups of {size if size != -1 else per_word}: "
+            "serve with a smaller tensor_parallel_size or quantize with a smaller group_size"
+        )
+    return None
+
+
+def _label(quantization: WeightQuantization) -> str:
+    groups = "one group a row" if quantization.group_size == -1 else f"groups of {quantization.group_size}"
+    return f"int{quantization.bits} in {groups}" + ("" if quantization.sym else " with zero points")
+
+
+def _copy_parameter(parameter: Any) -> Any:
+    """Return a copy of one of vLLM's parameters, its dimensions' roles included."""
+    copy = torch.Tensor._make_subclass(type(parameter), parameter.data.clone(), parameter.requires_grad)
+    copy.__dict__.update(parameter.__dict__)
+    return copy
+
+
+def _copy_rows(target: torch.Tensor, source: torch.Tensor, first_row: int) -> None:
+    target.data[first_row : first_row + len(source)].copy_(source)
+
+
+def _refuse_stock_loading(*_: Any) -> None:
+    raise RuntimeError("matrices of an ercsvd layer are loaded through its gates only")

@@ -1,0 +1,54 @@
+"""Where an export may be written, and what it must not replace. No torch here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ercsvd_deploy.format.schema import CheckpointConfig
+
+CONFIG_FILE = "config.json"
+
+
+class ExportError(ValueError):
+    """The export cannot be written where the recipe says."""
+
+
+def check_target(target: Path, source: Path) -> None:
+    """Refuse a target that would overwrite something, before any work is done.
+
+    Raises:
+        ExportError: the target exists and is not an earlier export, or it lies inside the source model or
+            around it.
+    """
+    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
+        raise ExportError(f"output {target} lies inside the source model {source}: choose another directory")
+    if target.resolve() in source.resolve().parents:
+        raise ExportError(
+            f"output {target} would replace the source model {source}: choose another directory"
+        )
+    if target.is_mount():
+        raise ExportError(
+            f"output {target} is a mount point, which cannot be replaced: choose a directory in it"
+        )
+    if target.exists() and not is_export(target):
+        raise ExportError(
+            f"output {target} exists and is not an earlier export of this tool: remove it or choose another"
+        )
+    nearest = next(parent for parent in [target.absolute(), *target.absolute().parents] if parent.exists())
+    if target.absolute() != nearest and not nearest.is_dir():
+        raise ExportError(f"output {target} cannot be created: {nearest} is a file")
+
+
+def is_export(directory: Path) -> bool:
+    """Whether a directory is an earlier export, which a new one may replace, or empty."""
+    if not directory.is_dir():
+        return False
+    if not any(directory.iterdir()):
+        return True
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        CheckpointConfig.read(config["quantization_config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True

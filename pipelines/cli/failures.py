@@ -1,0 +1,155 @@
+"""How a command ends: failures as one message and an exit code, and signals.
+
+Exit codes: 0 done; 1 the work failed; 2 the command line or the recipe is wrong; 3 the work is done, but a
+quality gate was missed; 130 interrupted by Ctrl-C; 143 ended by SIGTERM. A failure is one message on
+standard error that says what is wrong, where, and what to do; `--debug` adds the traceback. What an
+interrupted run has finished stays for the next one. A second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import typer
+from rich.console import Console
+
+from ercsvd_deploy.pipelines.cli.messages import complain, shown_on, written_to
+from ercsvd_deploy.pipelines.cli.progress import LINES, reporter
+from ercsvd_deploy.pipelines.state.progress import ProgressReporter
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_GATE_MISSED = 3
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+_SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has arrived; ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def command(
+    *, debug: bool = False, verbose: bool = False, quiet: bool = False, log_file: Path | None = None
+) -> Iterator[ProgressReporter]:
+    """Surround the body of a command: messages are shown, failures explained, signals heeded.
+
+    Args:
+        debug: Let exceptions through, for their traceback.
+        verbose: Show what is done layer by layer.
+        quiet: Show errors alone.
+        log_file: Gets every message with its time.
+
+    Yields:
+        What long work tells of its progress.
+    """
+    console = Console(stderr=True)
+    level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
+    with_bars = not quiet and console.file.isatty() and not console.is_dumb_terminal
+    with (
+        shown_on(console, level, unseen=LINES if with_bars else None),
+        failures_explained(debug=debug),  # of opening the log file; the one below is told to that file, too
+        written_to(log_file),
+        failures_explained(debug=debug),
+        signals_heeded(),
+    ):
+        if verbose and quiet:
+            complain("-v and -q exclude each other: give one of them")
+            raise typer.Exit(EXIT_USAGE)
+        yield reporter(console, with_bars=with_bars)
+
+
+@contextmanager
+def failures_explained(*, debug: bool) -> Iterator[None]:
+    """Turn an error into one message and an exit code."""
+    try:
+        yield
+    except typer.Exit:  # is a RuntimeError
+        raise
+    except KeyboardInterrupt as interrupt:
+        is_terminated = isinstance(interrupt, Terminated)
+        word = "terminated" if is_terminated else "interrupted"
+        complain("; ".join([word, *getattr(interrupt, "__notes__", ())]))
+        raise typer.Exit(128 + (signal.SIGTERM if is_terminated else signal.SIGINT)) from None
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if debug:
+            raise
+        complain(_explain_with_notes(error))
+        raise typer.Exit(_exit_code(error)) from error
+    except Exception as error:
+        if debug:
+            raise
+        complain(
+            f"{type(error).__name__}: {error}. This should have had a better message; --debug shows where"
+        )
+        raise typer.Exit(EXIT_FAILED) from error
+
+
+def _exit_code(error: Exception) -> int:
+    from ercsvd_deploy.recipe.fields import RecipeError  # which is pydantic and more
+
+    return EXIT_USAGE if isinstance(error, RecipeError) else EXIT_FAILED
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "out of memory: lower calibration.num_samples or sequence_length"
+    return str(error) or type(error).__name__
+
+
+def _explain_with_notes(error: BaseException) -> str:
+    """Return the message, and on lines of their own what was noted on the way up."""
+    return "\n".join([_explain(error), *getattr(error, "__notes__", ())])
+
+
+@contextmanager
+def signals_heeded() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does, and a second signal end the process at once, while this lasts.
+
+    Python runs a signal's handler between two of its own instructions, and the decomposition of a large
+    matrix can be minutes of one. A thread, which is told of a signal at once, therefore waits for the second.
+    """
+    ending = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread() or not ending:
+        yield
+        return
+    listening, told = socket.socketpair()
+    told.setblocking(False)
+    threading.Thread(target=_end_at_second, args=(listening, ending), daemon=True).start()
+    handlers = {number: signal.signal(number, _interrupt) for number in ending}
+    told_before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(told_before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        told.close()  # which ends the thread
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _end_at_second(listening: socket.socket, ending: list[signal.Signals]) -> None:
+    """End the process when the second of the signals arrives; return when there will be none any more."""
+    arrived = 0
+    with listening:
+        while numbers := listening.recv(64):
+            ending_ones = [number for number in numbers if number in ending]
+            arrived += len(ending_ones)
+            if ending_ones and arrived > 1:
+                if sys.stderr.isatty():
+                    sys.stderr.write(_SHOW_CURSOR)
+                os._exit(128 + ending_ones[-1])

@@ -1,0 +1,116 @@
+"""Commands that take a model, compressed or not: `eval`, `import-llava`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ercsvd_deploy.pipelines.cli.failures import command
+from ercsvd_deploy.pipelines.cli.messages import print_json, result_console
+from ercsvd_deploy.pipelines.cli.options import AsJson, Debug, Device, LogFile, Quiet, Verbose
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Directory of a model, original or compressed, or a hub id.")],
+    text: Annotated[
+        list[str] | None, typer.Option("--text", metavar="[NAME=]FILE", help="Held-out text for perplexity.")
+    ] = None,
+    questions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--questions", metavar="[NAME=]FILE", help="Questions about pictures, with their answers."
+        ),
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in each window; default 2048, or what the model has.")
+    ] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(min=1, help="Windows per text, questions per set.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="lm-eval documents per task.")] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity on texts, exact answers about pictures, and lm-eval tasks where it is installed."""
+    with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file) as progress:
+        from ercsvd_deploy.pipelines.inputs.model import find_device
+        from ercsvd_deploy.pipelines.judging.evaluate import evaluate_model
+
+        found = evaluate_model(
+            model,
+            texts=text or [],
+            questions=questions or [],
+            sequence_length=sequence_length,
+            max_sequences=max_sequences,
+            tasks=[task.strip() for task in tasks.split(",")] if tasks else [],
+            limit=limit,
+            device=find_device(device),
+            progress=progress,
+        )
+        if as_json:
+            print_json(found)
+            return
+        result_console().print(_evaluation_table(found))
+        for note in found["notes"]:
+            result_console().print(f"warning: {note}", style="yellow", highlight=False, markup=False)
+
+
+def _evaluation_table(found: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=found["model"], title_justify="left")
+    for column in ("what", "value"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    for name, value in found["perplexity"].items():
+        table.add_row(f"perplexity, {name}", f"{value:.3f}")
+    for name, value in found["exact_match"].items():
+        asked = f"{found['num_questions'][name]} questions"
+        table.add_row(f"exact match, {name}, {asked}", f"{100 * value:.1f} %")
+    for task, metrics in found["tasks"].items():
+        for metric, value in metrics.items():
+            table.add_row(f"{task}, {metric}", f"{value:.4f}")
+    return table
+
+
+def import_llava(
+    source: Annotated[
+        str, typer.Argument(help="Directory or hub id of a LLaVA checkpoint in its authors' format.")
+    ],
+    target: Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)],
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory or hub id of the CLIP vision tower, instead of what the checkpoint names."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
+    debug: Debug = False,
+) -> None:
+    """Convert a LLaVA checkpoint to the layout that recipes, transformers and vLLM read."""
+    with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
+        from ercsvd_deploy.pipelines.importing.llava.convert import import_llava as convert
+
+        imported = convert(source, target, vision_tower=vision_tower)
+        if as_json:
+            print_json(asdict(imported) | {"directory": str(imported.directory)})
+        else:
+            result_console().print(
+                f"Written to {imported.directory}: {imported.model_type}, "
+                f"{imported.parameters:,} parameters, {imported.num_bytes:,} bytes; "
+                f"vision tower: {imported.vision_tower}; chat template: {imported.conversation}",
+                highlight=False,
+            )

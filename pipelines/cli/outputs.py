@@ -1,0 +1,155 @@
+"""Commands that take a directory that a recipe wrote: `status`, `clean`, `verify`, `check`, `report`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ercsvd_deploy.pipelines.cli.failures import EXIT_FAILED, EXIT_GATE_MISSED, command
+from ercsvd_deploy.pipelines.cli.messages import complain, print_json, result_console
+from ercsvd_deploy.pipelines.cli.options import AsJson, Debug, Junit, LogFile, Quiet, Verbose
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.judging.gates import GateResult
+
+_MOST_LISTED = 40  # problems that `verify` lists
+Target = Annotated[Path, typer.Argument(help="The directory a recipe writes.", show_default=False)]
+ExportDirectory = Annotated[Path, typer.Argument(help="An export.", show_default=False)]
+
+
+def status(output: Target, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Tell whether an output is finished, running or interrupted, and what of it is done."""
+    with command(debug=debug):
+        from ercsvd_deploy.pipelines.state.status import output_status
+
+        found = output_status(output)
+        if as_json:
+            print_json(asdict(found))
+            return
+        absent = "there, but not an export of this tool" if output.exists() else "not there"
+        word = "running" if found.running else "finished" if found.finished else absent
+        lines = [f"{output}: {word}"]
+        lines += [
+            f"  {stage.name}: {stage.pieces} pieces, {stage.num_bytes:,} bytes" for stage in found.stages
+        ]
+        if not found.running:
+            lines.append(
+                "an unfinished run can be continued by the same command, or removed by `ercsvd clean`"
+                if found.stages
+                else "nothing of an unfinished run is there"
+            )
+        result_console().print("\n".join(lines), highlight=False, markup=False)
+
+
+def clean(output: Target, debug: Debug = False) -> None:
+    """Remove what an unfinished run left; a finished export stays."""
+    with command(debug=debug):
+        from ercsvd_deploy.pipelines.state.lock import remove_unfinished, work_path
+
+        was_there = remove_unfinished(output.absolute())
+        said = f"removed {work_path(output)}" if was_there else f"{output}: nothing to remove"
+        result_console().print(said, highlight=False, markup=False)
+
+
+def verify(
+    directory: ExportDirectory,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
+    debug: Debug = False,
+) -> None:
+    """Compare every tensor and file of an export with the checksums it was written with."""
+    with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
+        from ercsvd_deploy.format.manifest import verify_export
+        from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
+
+        found = verify_export(directory, unlisted=REPORT_FILES)
+        if as_json:
+            print_json(asdict(found) | {"directory": str(directory), "sound": not found.problems})
+        elif not found.problems:
+            said = (
+                f"{directory}: sound; {found.num_tensors} tensors and {found.num_files} files are as written"
+            )
+            result_console().print(f"{said} by version {found.written_by}", highlight=False, markup=False)
+        if found.problems:
+            listed = "\n  ".join(found.problems[:_MOST_LISTED])
+            unlisted = len(found.problems) - _MOST_LISTED
+            more = f"\n  and {unlisted} more" if unlisted > 0 else ""
+            complain(
+                f"{directory} is not what was exported ({len(found.problems)} problems):\n  {listed}{more}\n"
+                "copy or export it again"
+            )
+            raise typer.Exit(EXIT_FAILED)
+
+
+def check(
+    directory: ExportDirectory,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Judge by this recipe's gates instead of the export's own."),
+    ] = None,
+    junit: Junit = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
+    debug: Debug = False,
+) -> None:
+    """Judge an export's report by gates, without computing anything again."""
+    with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
+        from ercsvd_deploy.pipelines.judging.check import check_export
+        from ercsvd_deploy.pipelines.reporting.document import gate_table
+
+        results = check_export(directory, recipe)
+        if as_json:
+            passed = all(result.passed for result in results)
+            gates = [asdict(result) for result in results]
+            print_json({"directory": str(directory), "passed": passed, "gates": gates})
+        else:
+            result_console().print(gate_table(results))
+        end_with_gates(results, directory, junit)
+
+
+def end_with_gates(results: list[GateResult], directory: Path, junit: Path | None) -> None:
+    """Write the verdicts where asked, and leave with the exit code of a missed gate if there is one."""
+    from ercsvd_deploy.format.atomic_files import write_text_atomically
+    from ercsvd_deploy.pipelines.judging.gates import junit_xml
+
+    if junit is not None:
+        write_text_atomically(junit, junit_xml(results, str(directory)))
+    missed = [result.explain() for result in results if not result.passed]
+    if missed:
+        lines = "\n  ".join(missed)
+        complain(f"{len(missed)} of {len(results)} gates missed in {directory}:\n  {lines}")
+        raise typer.Exit(EXIT_GATE_MISSED)
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(help="An export, or a point of a sweep.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write, instead of ercsvd_report.html in the directory."),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
+    debug: Debug = False,
+) -> None:
+    """Make the HTML page of a run from its report, without computing anything again."""
+    with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
+        from ercsvd_deploy.format.atomic_files import write_text_atomically
+        from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
+        from ercsvd_deploy.pipelines.reporting.schema import load_report
+
+        page = make_page(load_report(directory), directory.absolute())
+        file = output or directory / PAGE_FILE
+        write_text_atomically(file, page)
+        if as_json:
+            print_json({"directory": str(directory), "page": str(file)})
+        else:
+            result_console().print(f"Written to {file}", highlight=False)

@@ -1,0 +1,1 @@
+"""Original-format LLaVA checkpoints, converted to the layout of the hub."""

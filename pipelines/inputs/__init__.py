@@ -1,0 +1,1 @@
+"""What a recipe names, opened: model, texts, pictures."""

@@ -1,0 +1,25 @@
+"""Refuse what cannot work before a text or a weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ercsvd_deploy.exporters.vllm.target import check_target
+from ercsvd_deploy.pipelines.inputs.model import OpenedModel
+from ercsvd_deploy.pipelines.inputs.texts import check_length
+from ercsvd_deploy.recipe.sections import Recipe
+
+
+def check_inputs(recipe: Recipe, opened: OpenedModel, target: Path | None) -> None:
+    """Check the lengths and the output that a recipe names.
+
+    Raises:
+        ExportError: the output cannot be written to.
+        CalibrationError: sequences are longer than the model's.
+    """
+    if target is not None:
+        check_target(target, opened.directory)
+    if recipe.calibration is not None:
+        check_length(recipe.calibration.sequence_length, opened.config, "calibration.sequence_length")
+    if recipe.judged_texts and recipe.evaluation_sequence_length is not None:
+        check_length(recipe.evaluation_sequence_length, opened.config, "evaluation.sequence_length")

@@ -1,0 +1,180 @@
+"""Find the model a recipe names, and open it for streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ercsvd_deploy.format.names import to_module
+from ercsvd_deploy.format.store_views import CastingStore, RenamedStore
+from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore, open_directory
+from ercsvd_deploy.models.families import ArchitectureError, reads_images
+from ercsvd_deploy.models.meta import load_config
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.importing.llava.config import is_original
+from ercsvd_deploy.pipelines.inputs.libraries import import_transformers
+from ercsvd_deploy.recipe.sections import ModelSource
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+MODEL_FILES = (
+    *WEIGHT_FILES,
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model whose files are on this machine."""
+
+    source: ModelSource
+    directory: Path
+    config: Any
+
+    def store(self) -> TensorStore:
+        """Open its weights under the names of transformers' modules, in the precision the recipe asks for.
+
+        Raises:
+            CheckpointError: the weights cannot be read, or two of them are the same tensor of the model.
+        """
+        files: TensorStore = open_directory(self.directory)
+        if reads_images(self.config):
+            stored_names = {to_module(name): name for name in sorted(files.names())}
+            if len(stored_names) != len(files.names()):
+                twice = sorted(files.names() - set(stored_names.values()))
+                raise CheckpointError(f"{self.directory}: holds {twice[0]} under two names")
+            files = RenamedStore(files, stored_names)
+        return (
+            files if self.source.dtype == "auto" else CastingStore(files, getattr(torch, self.source.dtype))
+        )
+
+
+def open_config(source: ModelSource) -> Any:
+    """Return the model's config alone; from a hub id nothing else is fetched.
+
+    Raises:
+        ArchitectureError: it cannot be read, or is of a format that has to be imported first.
+    """
+    import_transformers()
+    _refuse_original(source, source.path)
+    return load_config(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
+
+
+def open_model(source: ModelSource) -> OpenedModel:
+    """Return the model with its files at hand, fetched from the hub if `path` is not a directory.
+
+    Raises:
+        ArchitectureError: no such directory or hub model, it cannot be fetched, or is of a format that has
+            to be imported first.
+    """
+    import_transformers()
+    directory = Path(source.path)
+    if not directory.is_dir():
+        directory = fetch(source.path, revision=source.revision, named_by="model.path")
+    _refuse_original(source, str(directory))
+    config = load_config(str(directory), revision=source.revision, trust_remote_code=source.trust_remote_code)
+    return OpenedModel(source, directory, config)
+
+
+def _refuse_original(source: ModelSource, path: str) -> None:
+    """Refuse a LLaVA checkpoint in its authors' format, part of which transformers would misread.
+
+    Raises:
+        ArchitectureError: it is one; the message says how to import it.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(path, revision=source.revision)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return  # whoever loads the config says what is wrong with it
+    if is_original(raw):
+        raise ArchitectureError(
+            f"model.path {source.path}: a LLaVA checkpoint in its authors' format; convert it once, with  "
+            f"ercsvd import-llava {source.path} DIRECTORY  and set model.path to DIRECTORY"
+        )
+
+
+def fetch(
+    name: str, *, revision: str | None = None, files: Iterable[str] = MODEL_FILES, named_by: str
+) -> Path:
+    """Return the local copy of a hub model's files.
+
+    Args:
+        name: Hub id.
+        revision: Branch, tag or commit; None: the newest.
+        files: Patterns of file names.
+        named_by: What the user or a file called the model by, for messages.
+
+    Raises:
+        ArchitectureError: there is no such model, or it cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()
+        raise ArchitectureError(
+            f"{named_by} {name!r} is neither a directory here nor a model that can be fetched from "
+            f"the hub: {reason[0] if reason else type(error).__name__}"
+        ) from error
+
+
+def default_device() -> torch.device:
+    """Return the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def find_device(name: str | None) -> torch.device | None:
+    """Return the device that `--device` names, or None for the default.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        return None
+    device = parse_device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def parse_device(name: str) -> torch.device:
+    """Return the device that `--device` names, whether it is here or not.
+
+    Raises:
+        ValueError: that is no device.
+    """
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from None
+
+
+def compute_dtype(config: Any, device: torch.device) -> torch.dtype:
+    """Return the precision to run layers in: the model's own on a GPU, float32 on a CPU."""
+    own = getattr(config, "dtype", None)
+    return own if device.type == "cuda" and isinstance(own, torch.dtype) else torch.float32
+
+
+def stream(opened: OpenedModel, device: torch.device, store: TensorStore | None = None) -> LayerwiseModel:
+    """Return the model ready to run layer by layer; `store` replaces its own weights."""
+    return LayerwiseModel(
+        opened.config,
+        store if store is not None else opened.store(),
+        device,
+        compute_dtype(opened.config, device),
+        trust_remote_code=opened.source.trust_remote_code,
+    )

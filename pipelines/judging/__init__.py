@@ -1,0 +1,1 @@
+"""Whether a compressed model is still worth what its recipe asks."""

@@ -1,0 +1,199 @@
+"""Evaluate a model on its own: texts, questions about pictures, and lm-eval tasks where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ercsvd_deploy.data.chat import check_processor
+from ercsvd_deploy.data.pictures import load_processor
+from ercsvd_deploy.data.samples import QuestionSample
+from ercsvd_deploy.data.texts import CalibrationError, load_tokenizer, read_text, token_windows
+from ercsvd_deploy.evaluation.quality import Quality, measure_quality
+from ercsvd_deploy.models.families import reads_images
+from ercsvd_deploy.models.meta import load_config
+from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
+from ercsvd_deploy.pipelines.inputs.pictures import ask_questions
+from ercsvd_deploy.pipelines.inputs.texts import check_length
+from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
+from ercsvd_deploy.recipe.sections import ConversationFile, ModelSource, VisualQuestions
+
+
+class EvaluationError(ValueError):
+    """An evaluation cannot be carried out as asked."""
+
+
+def evaluate_model(
+    model: str,
+    *,
+    texts: Sequence[str] = (),
+    questions: Sequence[str] = (),
+    sequence_length: int | None = None,
+    max_sequences: int | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    device: torch.device | None = None,
+    progress: ProgressReporter = silent,
+) -> dict[str, Any]:
+    """Return "model", "perplexity" of each text, "exact_match" of each set, metrics of each of "tasks".
+
+    Args:
+        model: Directory of an original or compressed model, or a hub id.
+        texts: `FILE` or `NAME=FILE` of held-out texts.
+        questions: `FILE` or `NAME=FILE` of conversations about pictures, whose answers are the reference.
+        sequence_length: Tokens in each perplexity window; None for 2048, or the model's positions if fewer.
+        max_sequences: Windows per text, and questions per set; None for all.
+        tasks: Names of lm-eval tasks.
+        limit: lm-eval documents per task.
+        device: Where layers run; default the GPU if there is one.
+        progress: Told about long work.
+
+    Raises:
+        EvaluationError: nothing to evaluate, lm-eval is not installed, or a task is unknown.
+        CalibrationError: a text or picture cannot be read, or the model does not read pictures.
+    """
+    if not texts and not questions and not tasks:
+        raise EvaluationError(
+            "nothing to evaluate: give --text FILE, --tasks TASK or, for a model that reads pictures, "
+            "--questions FILE"
+        )
+    device = device or default_device()
+    opened = open_model(ModelSource(path=model))
+    quality, notes = Quality(), list[str]()
+    if texts or questions:
+        windows = _read_windows(texts, opened, sequence_length, max_sequences)
+        asked, notes = _read_questions(questions, opened, max_sequences)
+        streamed = stream(opened, device)
+        with progress("quality", streamed.num_layers) as on_layer:
+            quality = measure_quality(streamed, windows, asked, on_layer)
+    return {
+        "model": model,
+        "perplexity": {name: found.value for name, found in quality.perplexity.items()},
+        "exact_match": {name: found.value for name, found in quality.exact_match.items()},
+        "num_questions": {name: found.num_questions for name, found in quality.exact_match.items()},
+        "notes": notes,
+        "tasks": run_lm_eval(opened.directory, tasks, limit=limit, device=device) if tasks else {},
+    }
+
+
+def _read_windows(
+    texts: Sequence[str], opened: OpenedModel, sequence_length: int | None, max_sequences: int | None
+) -> dict[str, torch.Tensor]:
+    """Return text name -> token ids [windows, tokens]."""
+    if not texts:
+        return {}
+    tokenizer = load_tokenizer(str(opened.directory))
+    text_config = opened.config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None) or 2048
+    length = sequence_length or min(2048, positions)
+    check_length(length, opened.config, "--sequence-length")
+    windows = {}
+    for name, path in _named(texts, "--text").items():
+        try:
+            windows[name] = token_windows(read_text(path), tokenizer, length, text_config.vocab_size)
+        except CalibrationError as error:
+            raise CalibrationError(f"--text {path}: {error}") from error
+    return {name: cut[:max_sequences] for name, cut in windows.items()}
+
+
+def _read_questions(
+    questions: Sequence[str], opened: OpenedModel, max_questions: int | None
+) -> tuple[dict[str, Sequence[QuestionSample]], list[str]]:
+    """Return name -> questions about pictures, and what was left out of them."""
+    if not questions:
+        return {}, []
+    if not reads_images(opened.config):
+        raise EvaluationError(
+            f"--questions: {opened.source.path} is a {opened.config.model_type} model, which is not one "
+            "of the supported models that read images"
+        )
+    sections = {
+        name: VisualQuestions(dataset=ConversationFile(conversations=path), max_questions=max_questions)
+        for name, path in _named(questions, "--questions").items()
+    }
+    processor = load_processor(str(opened.directory))
+    check_processor(processor, opened.config)
+    found, notes = ask_questions(sections, processor, opened.config, field="--questions")
+    return {name: asked.questions for name, asked in found.items()}, notes
+
+
+def _named(arguments: Sequence[str], option: str) -> dict[str, Path]:
+    """Return name -> path of arguments `FILE` or `NAME=FILE`."""
+    paths: dict[str, Path] = {}
+    for argument in arguments:
+        before, separator, after = argument.partition("=")
+        path = Path(after if separator else before)
+        name = before if separator else path.stem
+        if name in paths:
+            raise EvaluationError(f"{option} {argument}: the name is taken; give each its own: NAME=FILE")
+        paths[name] = path
+    for path in paths.values():
+        if not path.is_file():
+            raise EvaluationError(f"{option}: {str(path)!r} is not a file")
+    return paths
+
+
+def check_tasks(tasks: Sequence[str]) -> Any:
+    """Return lm-eval's task manager, after checking that it knows all tasks.
+
+    Raises:
+        EvaluationError: lm-eval is not installed or knows no such task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise EvaluationError(
+            "lm-eval tasks need the eval extra: pip install 'ercsvd-deploy[eval]'"
+        ) from None
+    manager = TaskManager()
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
+    if unknown:
+        raise EvaluationError(f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them")
+    return manager
+
+
+def open_for_lm_eval(directory: Path, device: torch.device, batch_size: int = 8) -> Any:
+    """Return lm-eval's wrapper of a model, compressed or not: the multimodal one if it reads images."""
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+    from lm_eval.models.huggingface import HFLM
+
+    import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
+
+    model_class = HFMultimodalLM if reads_images(load_config(str(directory))) else HFLM
+    return model_class(pretrained=str(directory), device=str(device), batch_size=batch_size)
+
+
+def run_lm_eval(
+    directory: Path,
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: torch.device,
+) -> dict[str, dict[str, float]]:
+    """Return task -> metric -> value, measured by lm-eval on the model loaded with transformers.
+
+    Raises:
+        EvaluationError: lm-eval is not installed or knows no such task.
+    """
+    manager = check_tasks(tasks)
+    import lm_eval
+
+    model = open_for_lm_eval(directory, device, batch_size)
+    results = lm_eval.simple_evaluate(
+        model=model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager
+    )["results"]
+    return {
+        task: {
+            metric.removesuffix(",none"): float(value)
+            for metric, value in metrics.items()
+            if isinstance(value, float)
+            and not metric.startswith(("alias", "sample"))
+            and "stderr" not in metric
+        }
+        for task, metrics in results.items()
+    }

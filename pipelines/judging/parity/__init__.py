@@ -1,0 +1,1 @@
+"""Serving parity: does vLLM, given the export, compute what this package computes?"""

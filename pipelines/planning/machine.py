@@ -1,0 +1,164 @@
+"""What a machine has, this one or another: memory that a process may take, GPU memory, and room on a disk."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ercsvd_deploy.recipe.fields import did_you_mean, parse_size, shown
+
+_MEMORY_INFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+# (limit, in use) of the second and of the first version of control groups
+_CGROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+
+# Key of `--machine` -> field.
+_KEYS = {"gpu": "gpu_bytes", "memory": "memory_bytes", "disk": "disk_bytes"}
+_SIZE = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?[KMGT]i?B")
+
+
+class MachineError(ValueError):
+    """A machine is described in a way that cannot be understood."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is for one run, in bytes.
+
+    Attributes:
+        memory_bytes: Free for a process: available now, and not beyond the control group's limit (a
+            container's, say); None if the system does not tell.
+        gpu_bytes: Of the GPU that layers would run on; 0 for a machine that has none; None if there is none
+            here, or nothing is known of it.
+        disk_bytes: Free where the output is to be; None without an output.
+        is_this_one: Whether this is the machine that the program runs on.
+    """
+
+    memory_bytes: int | None
+    gpu_bytes: int | None
+    disk_bytes: int | None
+    is_this_one: bool = True
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "this machine" if self.is_this_one else "the machine asked about"
+
+
+def parse_machine(text: str) -> Machine:
+    """Return the machine that a text such as `gpu=80GiB,memory=512GiB,disk=1TiB` describes.
+
+    Args:
+        text: Keys and sizes. Nothing is compared with a key that is left out; `gpu=none` says that there is
+            no GPU.
+
+    Raises:
+        MachineError: an unknown key, one given twice, or something that is no size.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        key, separator, value = (word.strip() for word in part.partition("="))
+        if not separator or key not in _KEYS:
+            close = did_you_mean(key, _KEYS)
+            remedy = (
+                f"did you mean {close}=SIZE?" if close else "write it like gpu=80GiB,memory=512GiB,disk=1TiB"
+            )
+            raise MachineError(
+                f"--machine: {shown(part)} is none of gpu, memory and disk with a size; {remedy}"
+            )
+        if key in sizes:
+            raise MachineError(f"--machine: {key} is given twice; keep one of the two")
+        if key == "gpu" and value == "none":
+            sizes[key] = 0
+            continue
+        if not _SIZE.fullmatch(value) or parse_size(value) == 0:
+            other = ", or none" if key == "gpu" else ""
+            raise MachineError(
+                f"--machine: {key} is {shown(value)}; it must be a number and KB, MB, GB, TB, KiB, MiB, GiB "
+                f"or TiB, such as {key}=80GiB{other}"
+            )
+        sizes[key] = parse_size(value)
+    described: dict[str, int | None] = {field: sizes.get(key) for key, field in _KEYS.items()}
+    return Machine(**described, is_this_one=False)
+
+
+def planned_device(machine: Machine, device: torch.device | None) -> torch.device | None:
+    """Return the device that layers would run on there; None for this machine's default.
+
+    Args:
+        machine: A machine asked about.
+        device: What was asked for, if anything; need not be here.
+
+    Raises:
+        MachineError: a GPU is asked for where there is none.
+    """
+    if device is not None:
+        if device.type == "cuda" and machine.gpu_bytes == 0:
+            raise MachineError(
+                f"--device {device} needs a GPU, but --machine says gpu=none; change one of the two"
+            )
+        return device
+    if machine.gpu_bytes is None:
+        return None
+    return torch.device("cuda" if machine.gpu_bytes else "cpu")
+
+
+def look_around(device: torch.device, target: Path | None) -> Machine:
+    """Return what this machine has.
+
+    Args:
+        device: Where layers run.
+        target: The directory to be written, absolute; its nearest existing parent counts.
+    """
+    gpu = None
+    if device.type == "cuda" and torch.cuda.is_available():
+        gpu = torch.cuda.mem_get_info(device)[0]
+    return Machine(available_memory(), gpu, None if target is None else free_disk(target))
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory a process can still get; None if the system does not tell."""
+    found = [bound for bound in (_available_on_host(), _left_in_cgroup()) if bound is not None]
+    return min(found, default=None)
+
+
+def free_disk(target: Path) -> int:
+    """Return the free bytes of the disk on which a path is, or will be."""
+    nearest = next(path for path in (target, *target.parents) if path.exists())
+    return shutil.disk_usage(nearest).free
+
+
+def _available_on_host() -> int | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in _MEMORY_INFO.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _left_in_cgroup() -> int | None:
+    for limit, used in _CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max": no limit
+            most = int((_CGROUP / limit).read_text(encoding="ascii"))
+            # Pages of files count as used, but are given back when they are needed.
+            taken = int((_CGROUP / used).read_text(encoding="ascii")) - _file_pages((_CGROUP / limit).parent)
+            return max(0, most - taken)
+    return None
+
+
+def _file_pages(group: Path) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        for line in (group / "memory.stat").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(" ")
+            if name == "inactive_file":
+                return int(value)
+    return 0

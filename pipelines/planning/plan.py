@@ -1,0 +1,291 @@
+"""Turn a recipe and a model's config into ranks, parameters and bytes, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ercsvd_deploy.exporters.vllm.cutting import find_uncuttable
+from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, ask_kernels, plan_matrices
+from ercsvd_deploy.models.families import (
+    VISION_LANGUAGE_MODEL_TYPES,
+    Architecture,
+    ArchitectureError,
+    describe,
+    reads_images,
+)
+from ercsvd_deploy.models.meta import build_meta_model, compressed_config
+from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
+from ercsvd_deploy.pipelines.planning.components import Component, describe_components
+from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate
+from ercsvd_deploy.pipelines.planning.machine import Machine
+from ercsvd_deploy.pipelines.stages import STAGES
+from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.quantize.serving_notes import gpu_warnings, serving_warnings
+from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch, quantize_plan_of
+from ercsvd_deploy.pipelines.stages.sizes import (
+    bytes_on_rank,
+    linear_bits_per_weight,
+    planned_bytes,
+    sum_by_part,
+)
+from ercsvd_deploy.pipelines.stages.workload import measure_workload
+from ercsvd_deploy.recipe.sections import Recipe
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one decoder layer under one candidate."""
+
+    index: int
+    ranks: Mapping[str, int | None]  # Linear's name within the layer -> rank, None for dense
+    parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class CandidatePlan:
+    """One admissible number of compressed layers."""
+
+    num_compressed_layers: int
+    layer_ratio: float
+    linear_parameters: int
+    achieved_compression_ratio: float
+    model_parameters: int
+    num_bytes: int  # on disk
+    bytes_by_part: Mapping[str, int]
+    linear_bits_per_weight: float  # stored bits of the decoder Linears per weight of the original ones
+    gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of weights on each GPU
+    gpu_share: Mapping[int, float]  # tensor parallel size -> these as a share of the dense model's there
+    components: tuple[Component, ...]
+    layers: tuple[LayerPlan, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will do to a model."""
+
+    model: str
+    model_type: str
+    dtype: str
+    num_layers: int
+    linear_parameters: int
+    model_parameters: int
+    num_bytes: int
+    gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of the dense model's weights on each GPU
+    candidates: tuple[CandidatePlan, ...]
+    estimate: Estimate  # of memory and disk, and what of it a machine lacks
+    kernels: tuple[KernelUse, ...]  # matrices of the candidate with the most compressed layers
+    output: str | None  # where the recipe writes to
+    patterns: tuple[PatternMatch, ...] = ()  # what the quantize stage's patterns matched
+    notes: tuple[str, ...] = ()  # what the run itself will decide
+    warnings: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = ()  # in the order in which they run
+    architecture: Architecture | None = None
+    kernel_source: str | None = None  # the vLLM that chose the kernels; None: it was not asked
+    kernel_problem: str | None = None  # why it gave no answer
+
+    def with_kernels(self) -> Plan:
+        """Return the plan with the kernels that vLLM chooses; asking takes as long as importing vLLM."""
+        answers = ask_kernels(self.kernels, self.dtype)
+        return replace(
+            self, kernels=answers.uses, kernel_source=answers.source, kernel_problem=answers.problem
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values; of stages, the names."""
+        lists = {"problems": list(self.estimate.problems), "shortages": list(self.estimate.shortages)}
+        shown = replace(self, stages=(), architecture=None)
+        plain = asdict(shown) | lists
+        del plain["architecture"]
+        return plain | {"stages": [stage.name for stage in self.stages]}
+
+
+def check_vision(recipe: Recipe, config: Any) -> None:
+    """Refuse what asks for pictures of a model that does not read them.
+
+    Raises:
+        PlanError: the model reads text only.
+    """
+    if reads_images(config):
+        return
+    asking = ["vision"] if recipe.vision is not None else []
+    asking += ["evaluation.visual_questions"] if recipe.evaluation.visual_questions else []
+    if asking:
+        known = ", ".join(sorted(VISION_LANGUAGE_MODEL_TYPES))
+        raise PlanError(
+            f"the recipe has {' and '.join(asking)}, but {recipe.model.path} is a {config.model_type} model, "
+            f"which is not one that reads images here ({known}): remove them, or choose such a model"
+        )
+
+
+def check_tensor_parallel_sizes(recipe: Recipe, architecture: Architecture) -> None:
+    """Refuse tensor parallel sizes that vLLM refuses for this model, however it is stored.
+
+    Raises:
+        PlanError: heads, inputs or outputs cannot be shared out evenly.
+    """
+    problems = find_uncuttable(architecture, recipe.serving.tensor_parallel_sizes)
+    if problems:
+        raise PlanError("serving.tensor_parallel_sizes: " + "\n  ".join(problems))
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    device: torch.device | None = None,
+    config: Any = None,
+    machine: Machine | None = None,
+) -> Plan:
+    """Plan a recipe from the model's config alone.
+
+    Args:
+        recipe: A validated recipe.
+        device: Where layers run; default the GPU if there is one.
+        config: The model's, if it is open already.
+        machine: The machine asked about; None for this one.
+
+    Raises:
+        ArchitectureError: the config cannot be read or the architecture is not supported.
+        PlanError: the recipe cannot work on this model.
+    """
+    config = open_config(recipe.model) if config is None else config
+    refuse_compressed(config)
+    check_vision(recipe, config)
+    architecture = describe(
+        build_meta_model(config, trust_remote_code=recipe.model.trust_remote_code), config
+    )
+    check_tensor_parallel_sizes(recipe, architecture)
+    dtype = planned_dtype(recipe, config)
+    element = getattr(torch, dtype).itemsize
+    stages, candidates = plan_stages(recipe, config, architecture, dtype)
+    described = [candidate.modules for candidate in candidates]
+    sizes = recipe.serving.tensor_parallel_sizes
+    dense_on_gpu = {size: bytes_on_rank(architecture, {}, element, size) for size in sizes}
+    shown = tuple(_candidate(candidate, architecture, element, dense_on_gpu) for candidate in candidates)
+    device = device or default_device()
+    work = measure_workload(
+        recipe,
+        architecture,
+        described,
+        config,
+        stored=element,
+        computed=compute_dtype(config, device).itemsize,
+    )
+    storing = quantize_plan_of(recipe, architecture)
+    return Plan(
+        model=recipe.model.path,
+        model_type=architecture.model_type,
+        dtype=dtype,
+        num_layers=architecture.num_layers,
+        linear_parameters=architecture.linear_parameters,
+        model_parameters=architecture.total_parameters,
+        num_bytes=architecture.total_parameters * element,
+        gpu_bytes=dense_on_gpu,
+        candidates=shown,
+        estimate=estimate(work, described, [each.num_bytes for each in shown], device, machine),
+        kernels=plan_matrices(described[-1], architecture, sizes),
+        output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
+        patterns=storing.matches,
+        notes=_allocation_note(recipe),
+        warnings=(
+            *serving_warnings(storing, described[-1], architecture, sizes, dtype),
+            *gpu_warnings(
+                dense_on_gpu,
+                [each.gpu_bytes for each in shown],
+                is_quantized=recipe.quantize is not None,
+            ),
+        ),
+        stages=stages,
+        architecture=architecture,
+    )
+
+
+def plan_stages(
+    recipe: Recipe, config: Any, architecture: Architecture, dtype: str
+) -> tuple[tuple[Stage, ...], Sequence[Candidate]]:
+    """Return the recipe's stages in order, and the ways in which the model may be stored behind them.
+
+    Raises:
+        PlanError: the recipe cannot work on this model.
+    """
+    planned: dict[str, Stage] = {}
+    candidates: Sequence[Candidate] = (Candidate(),)
+    for kind in STAGES:
+        stage = kind.plan(PlanningContext(recipe, config, architecture, dtype, planned))
+        if stage is not None:
+            planned[stage.name] = stage
+            candidates = stage.store(candidates)
+    return tuple(planned.values()), candidates
+
+
+def _allocation_note(recipe: Recipe) -> tuple[str, ...]:
+    if recipe.factorize is None or recipe.factorize.allocation != "error_controlled":
+        return ()
+    chosen = "ranks" if recipe.target is None else "ranks, and which matrices stay dense,"
+    return (
+        f"{chosen} are chosen by measurement when the recipe runs, under the same budget; "
+        "what is shown here are equal shares of it",
+    )
+
+
+def refuse_compressed(config: Any) -> None:
+    """Refuse a source that is already compressed or quantized.
+
+    Raises:
+        ArchitectureError: the config describes quantized weights, by this tool or another.
+    """
+    if compressed_config(config) is not None:
+        raise ArchitectureError("the model is already compressed by ercsvd; start from its original weights")
+
+
+def planned_dtype(recipe: Recipe, config: Any) -> str:
+    """Return the precision in which tensors that are not integers are written."""
+    if recipe.model.dtype != "auto":
+        return recipe.model.dtype
+    own = getattr(config, "dtype", None)
+    return str(own).removeprefix("torch.") if isinstance(own, torch.dtype) else "float32"
+
+
+def _candidate(
+    candidate: Candidate, architecture: Architecture, element: int, dense_on_gpu: Mapping[int, int]
+) -> CandidatePlan:
+    described = candidate.modules
+    ranks = {name: description.rank for name, description in described.items()}
+    gpu_bytes = {size: bytes_on_rank(architecture, described, element, size) for size in dense_on_gpu}
+    sizes = planned_bytes(architecture, described, element)
+    by_part = sum_by_part(sizes, architecture)
+    layers = []
+    for layer in architecture.layers:
+        kept = {
+            linear.name: described[linear.name].num_parameters
+            if linear.name in described
+            else linear.parameters
+            for linear in layer.linears
+        }
+        matrices = sum(
+            num_bytes
+            for name, num_bytes in sizes.items()
+            if name.startswith(f"{layer.prefix}.") and name not in architecture.other_tensors
+        )
+        local_ranks = {layer.local_name(linear): ranks.get(linear.name) for linear in layer.linears}
+        layers.append(LayerPlan(layer.index, local_ranks, sum(kept.values()), matrices))
+    linear_parameters = sum(layer.parameters for layer in layers)
+    components = describe_components(sizes, described, architecture)
+    return CandidatePlan(
+        num_compressed_layers=candidate.num_compressed_layers,
+        layer_ratio=candidate.layer_ratio,
+        linear_parameters=linear_parameters,
+        achieved_compression_ratio=1 - linear_parameters / architecture.linear_parameters,
+        model_parameters=sum(component.parameters for component in components),
+        num_bytes=sum(sizes.values()),
+        bytes_by_part=by_part,
+        linear_bits_per_weight=linear_bits_per_weight(by_part, architecture),
+        gpu_bytes=gpu_bytes,
+        gpu_share={size: num_bytes / dense_on_gpu[size] for size, num_bytes in gpu_bytes.items()},
+        components=components,
+        layers=tuple(layers),
+    )

@@ -1,0 +1,246 @@
+"""The model card of an export: its README.md, from the report and what the original's own card says.
+
+Made without the extra `report`, and of nothing that differs between two runs of one recipe, so that it is the
+same to the byte. Names that users or models chose are text: nothing in them is Markdown or HTML.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.rows import (
+    Row,
+    describe_treatment,
+    encodable,
+    export_path,
+    gate_name,
+    gate_value,
+    hub_model,
+    is_vision_model,
+    model_name,
+    quality_rows,
+    serve_commands,
+    size_rows,
+    tensor_parallel_sizes,
+)
+from ercsvd_deploy.pipelines.reporting.schema import ReportDocument
+
+CARD_FILE = "README.md"
+ORIGINAL_CARD_FILE = "README.original.md"
+
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+_CARRIED_OVER = (*_LICENSE_KEYS, "language")  # of the original card's front matter
+_LARGEST_CARD = 4 << 20  # bytes; larger ones are not read
+_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_MARKUP = re.compile(r"([\\`*_\[\]#|~$&<>])")
+_BREAKS = re.compile(r"\s+")
+
+
+def make_card(report: ReportDocument, directory: Path, target: Path | None = None) -> str:
+    """Return the model card.
+
+    Args:
+        report: The model's report.
+        directory: The export; what it carries over of the original's card and licence is read.
+        target: Where the export will be, if that is somewhere else.
+    """
+    path = export_path(report, target or directory)
+    sections = [
+        _front_matter(report, directory),
+        f"# {escaped(path.name or model_name(report))}\n",
+        f"{escaped(model_name(report))}, compressed with ercsvd-deploy. "
+        f"{escaped(describe_treatment(report))}\n",
+        _figures(report),
+        _serving(report, path),
+        _loading(report, path),
+        _making(report),
+        _limits(report),
+        _licence(directory),
+    ]
+    return encodable("\n".join(sections))
+
+
+def escaped(text: str) -> str:
+    """Return text that Markdown shows as it is, on one line."""
+    marked = _MARKUP.sub(r"\\\1", _BREAKS.sub(" ", text))
+    # Not every renderer takes backslashes before these, and GitHub makes links of bare addresses.
+    return marked.replace("\\<", "&lt;").replace("\\>", "&gt;").replace("://", "&#58;//")
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Return a code block that nothing in the text can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"
+
+
+def _front_matter(report: ReportDocument, directory: Path) -> str:
+    tags = ["ercsvd", "vllm", "compressed"]
+    if report.factorize is not None:
+        tags += ["low-rank", "svd"]
+    if report.quantize is not None:
+        tags += ["gptq", *sorted({f"int{matrix.bits}" for matrix in report.quantize.matrices})]
+    if is_vision_model(report):
+        tags.append("llava")
+    fields: dict[str, Any] = {}
+    base = hub_model(report)
+    if base is not None:
+        fields |= {"base_model": base, "base_model_relation": "quantized"}
+    fields |= _carried_over(directory)
+    fields |= {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text" if is_vision_model(report) else "text-generation",
+        "tags": tags,
+    }
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _carried_over(directory: Path) -> dict[str, Any]:
+    """Return licence and language from the original's card, else from its files."""
+    card = _read_front_matter(directory / ORIGINAL_CARD_FILE)
+    known = {key: card[key] for key in _CARRIED_OVER if _is_plain(card.get(key))}
+    if "license" in known:
+        return known
+    known = {key: value for key, value in known.items() if key not in _LICENSE_KEYS}
+    files = sorted(path.name for path in directory.glob("LICENSE*") if path.is_file())
+    return known | ({"license": "other", "license_link": files[0]} if files else {})
+
+
+def _read_front_matter(path: Path) -> Mapping[str, Any]:
+    """Return a card's metadata; empty if it has none that can be read."""
+    try:
+        if path.stat().st_size > _LARGEST_CARD:
+            return {}
+        found = _FRONT_MATTER.match(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(found[1]) if found else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is a short text, or a list of such."""
+    listed = value if isinstance(value, list) else [value]
+    return bool(listed) and all(isinstance(item, str) and 0 < len(item) <= 200 for item in listed)
+
+
+def _figures(report: ReportDocument) -> str:
+    lines = [
+        "## Size and quality\n",
+        _table(
+            ("", "original", "this model", "change"), map(_cells, [*size_rows(report), *quality_rows(report)])
+        ),
+    ]
+    if report.gates:
+        verdicts = (
+            (
+                gate_name(gate),
+                gate_value(gate, gate.value),
+                gate_value(gate, gate.limit),
+                _verdict(gate.passed),
+            )
+            for gate in report.gates
+        )
+        lines.append("Gates that were set beforehand:\n")
+        lines.append(_table(("", "measured", "at most", ""), verdicts))
+    return "\n".join(lines)
+
+
+def _verdict(passed: bool) -> str:
+    return "passed" if passed else "missed"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return row.name, row.original, row.compressed, row.change
+
+
+def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    lines += ["| " + " | ".join(map(escaped, row)) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _serving(report: ReportDocument, path: Path) -> str:
+    sizes = tensor_parallel_sizes(report)
+    said = f" Made for tensor parallel sizes {', '.join(map(str, sizes))}." if len(sizes) > 1 else ""
+    return (
+        "## Serve it with vLLM\n\n"
+        + fenced("\n".join(serve_commands(report, _public(path))), "bash")
+        + f"\nThe package is the plugin, which vLLM finds by itself.{said}\n"
+    )
+
+
+def _public(path: Path) -> str:
+    """Return a path without what an absolute one tells of the machine: a card is published."""
+    return path.name if path.is_absolute() else str(path)
+
+
+def _loading(report: ReportDocument, path: Path) -> str:
+    model_class = "AutoModelForImageTextToText" if is_vision_model(report) else "AutoModelForCausalLM"
+    shown = json.dumps(_public(path), ensure_ascii=False)  # a JSON string is a Python string too
+    code = (
+        "import ercsvd_deploy.hf  # registers the format; without it transformers refuses the directory\n"
+        f"from transformers import {model_class}\n\n"
+        f"model = {model_class}.from_pretrained({shown})"
+    )
+    return (
+        "## Load it in transformers\n\n"
+        + fenced("pip install 'ercsvd-deploy[compress]'", "bash")
+        + "\n"
+        + fenced(code, "python")
+    )
+
+
+def _making(report: ReportDocument) -> str:
+    recipe = {key: value for key, value in report.recipe.items() if key != "export"}
+    text = yaml.safe_dump(_without_folders(recipe), sort_keys=False, allow_unicode=True, width=100)
+    return (
+        "## How it was made\n\nBy `ercsvd run` with this recipe, every default written out; of absolute "
+        "paths the last part is shown.\n\n" + fenced(text, "yaml")
+    )
+
+
+def _without_folders(value: Any) -> Any:
+    """Return plain values in which absolute paths are cut to their last part."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    if isinstance(value, str) and PurePath(value).is_absolute():
+        return PurePath(value).name
+    return value
+
+
+def _limits(report: ReportDocument) -> str:
+    lines = [
+        "It answers differently from the original, by as much as the table says on what was measured there; "
+        "what was not measured may have suffered more.",
+        "It needs ercsvd-deploy: without it, vLLM and transformers refuse the directory.",
+        *_unserved(report),
+        *(escaped(warning) for warning in report.warnings),
+    ]
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _unserved(report: ReportDocument) -> list[str]:
+    """Say at which sizes vLLM failed; what it printed tells of a machine and not of the model."""
+    failures = report.serving.failures if report.serving is not None else []
+    if not failures:
+        return []
+    listed = " and ".join(str(failure.tensor_parallel_size) for failure in failures)
+    return [f"When it was made, vLLM failed to serve it at tensor-parallel size {listed}: see {REPORT_FILE}."]
+
+
+def _licence(directory: Path) -> str:
+    """Say whose terms hold."""
+    terms = "## Licence\n\nThat of the original model"
+    if (directory / ORIGINAL_CARD_FILE).is_file():
+        return f"{terms}, whose own card is in [{ORIGINAL_CARD_FILE}]({ORIGINAL_CARD_FILE}).\n"
+    return f"{terms}.\n"

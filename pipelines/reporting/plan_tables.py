@@ -1,0 +1,192 @@
+"""The plan as tables for a terminal."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Literal
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, columns_that_agree, without_shape
+from ercsvd_deploy.pipelines.planning.plan import CandidatePlan, Plan
+from ercsvd_deploy.pipelines.reporting.document import component_table
+from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch
+
+
+def render(plan: Plan) -> RenderableType:
+    """Return what `ercsvd plan` prints."""
+    head = Text(
+        f"{plan.model} ({plan.model_type}, {plan.dtype}): {plan.num_layers} layers, "
+        f"{plan.model_parameters:,} parameters, {plan.linear_parameters:,} of them in decoder Linears, "
+        f"{plan.num_bytes:,} bytes\n"
+    )
+    parts: list[RenderableType] = [head, _candidate_table(plan)]
+    if len(plan.candidates) > 1:
+        parts.append(
+            Text("\nThe run tries all of these on calibration data. Ranks of the first and the last:")
+        )
+    parts.extend(_rank_table(candidate) for candidate in _shown(plan).values())
+    if len(plan.candidates[-1].components) > 1:
+        parts.append(component_table(plan.candidates[-1].components))
+    parts += [_size_table(plan), _gpu_table(plan)]
+    if plan.patterns:
+        parts.append(_pattern_table(plan.patterns))
+    parts.append(_kernel_table(plan))
+    if plan.kernel_problem:
+        parts.append(Text(f"vLLM is needed to say which kernels multiply them: {plan.kernel_problem}"))
+    parts += [_resource_table(plan), Text(_machine_line(plan))]
+    parts.extend(Text(f"assumed: {assumption}") for assumption in plan.estimate.assumptions)
+    parts.extend(Text(f"note: {note}") for note in plan.notes)
+    parts.extend(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings)
+    return Group(*parts)
+
+
+def _candidate_table(plan: Plan) -> Table:
+    table = Table(title="Admissible numbers of compressed layers", title_justify="left")
+    for column in (
+        "last k layers",
+        "removed in each",
+        "decoder-Linear parameters",
+        "removed",
+        "bits per weight",
+        "bytes",
+        "change",
+    ):
+        table.add_column(column, justify="right")
+    for candidate in plan.candidates:
+        table.add_row(
+            str(candidate.num_compressed_layers),
+            f"{100 * candidate.layer_ratio:.1f} %",
+            f"{candidate.linear_parameters:,}",
+            f"{100 * candidate.achieved_compression_ratio:.2f} %",
+            f"{candidate.linear_bits_per_weight:.2f}",
+            f"{candidate.num_bytes:,}",
+            f"{100 * (candidate.num_bytes / plan.num_bytes - 1):+.1f} %",
+        )
+    return table
+
+
+def _size_table(plan: Plan) -> Table:
+    """Bytes by part of the smallest and the largest k, on disk."""
+    shown = _shown(plan)
+    table = Table(title="Bytes", title_justify="left")
+    table.add_column("")
+    for k in shown:
+        table.add_column(f"k = {k}" if k else "", justify="right")
+    for part in plan.candidates[0].bytes_by_part:
+        if any(c.bytes_by_part[part] for c in shown.values()):
+            table.add_row(part, *(f"{c.bytes_by_part[part]:,}" for c in shown.values()))
+    table.add_row("on disk", *(f"{c.num_bytes:,}" for c in shown.values()), style="bold")
+    return table
+
+
+def _gpu_table(plan: Plan) -> Table:
+    """Bytes on each GPU beside those of the dense model, of the smallest and the largest k."""
+    shown = _shown(plan)
+    table = Table(title="Weights on each GPU, by tensor-parallel size (TP)", title_justify="left")
+    table.add_column("TP", justify="right")
+    table.add_column("dense model", justify="right")
+    for k in shown:
+        table.add_column(f"k = {k}" if k else "this model", justify="right")
+        table.add_column("of dense", justify="right")
+    for size, dense in plan.gpu_bytes.items():
+        cells: list[str | Text] = []
+        for candidate in shown.values():
+            share = candidate.gpu_share[size]
+            cells += [_size(candidate.gpu_bytes[size]), Text(f"{share:.2f} x", "yellow" if share > 1 else "")]
+        table.add_row(str(size), _size(dense), *cells)
+    return table
+
+
+def _shown(plan: Plan) -> dict[int, CandidatePlan]:
+    """Return the candidates with the fewest and the most compressed layers."""
+    return {c.num_compressed_layers: c for c in (plan.candidates[0], plan.candidates[-1])}
+
+
+def _pattern_table(patterns: tuple[PatternMatch, ...]) -> Table:
+    table = Table(title="Patterns of the quantize stage", title_justify="left")
+    for column in ("pattern", "purpose", "Linears", "such as"):
+        table.add_column(column, justify="right" if column == "Linears" else "left")
+    for match in patterns:
+        table.add_row(match.pattern, match.purpose, str(len(match.modules)), match.modules[0])
+    return table
+
+
+def _rank_table(candidate: CandidatePlan) -> Table:
+    """Ranks, weights and size of each layer; neighbours that are alike share a row."""
+    table = Table(title=f"Ranks with k = {candidate.num_compressed_layers}", title_justify="left")
+    names = [name.rpartition(".")[2].removesuffix("_proj") for name in candidate.layers[0].ranks]
+    for column in ("layer", *names, "weights", "size"):
+        table.add_column(column, justify="right", overflow="fold")  # narrow terminals lose nothing
+    for (ranks, parameters, num_bytes), members in groupby(
+        candidate.layers, lambda layer: (tuple(layer.ranks.values()), layer.parameters, layer.num_bytes)
+    ):
+        first, *_, last = 2 * [layer.index for layer in members]
+        layers = str(first) if first == last else f"{first}-{last}"
+        cells = ("dense" if rank is None else str(rank) for rank in ranks)
+        table.add_row(layers, *cells, f"{parameters / 1e6:,.1f} M", _size(num_bytes))
+    return table
+
+
+def _kernel_table(plan: Plan) -> Table:
+    """Matrices that are stored alike and have the same kernels in one row; `--json` has every shape."""
+    kernels = columns_that_agree(plan.kernels)
+    named = f", and what multiplies them ({plan.kernel_source})" if plan.kernel_source else ""
+    table = Table(title=f"Matrices on each device, by tensor-parallel size (TP){named}", title_justify="left")
+    numbers = ("TP", "count", "smallest", "largest")
+    for column in (*numbers, "stored as", *(kernels if plan.kernel_source else ())):
+        justify: Literal["left", "right"] = "right" if column in numbers else "left"
+        table.add_column(column, justify=justify, overflow="fold")  # narrow terminals lose nothing
+    alike: dict[tuple[int, str, tuple[str, ...]], list[KernelUse]] = {}
+    for use in plan.kernels:
+        chosen = tuple(without_shape(use.kernels[name]) for name in kernels.values())
+        alike.setdefault((use.tensor_parallel_size, use.storage, chosen), []).append(use)
+    for (size, storage, chosen), uses in alike.items():
+        smallest, *_, largest = sorted(2 * [(use.rows * use.columns, use.rows, use.columns) for use in uses])
+        count = sum(use.layers for use in uses)
+        shapes = (f"{rows} x {columns}" for _, rows, columns in (smallest, largest))
+        table.add_row(str(size), str(count), *shapes, storage, *(chosen if plan.kernel_source else ()))
+    return table
+
+
+def _resource_table(plan: Plan) -> Table:
+    needs = plan.estimate
+    table = Table(title=f"What the run needs at its highest, layers on {needs.device}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("memory", justify="right")
+    if needs.peak_device_bytes:
+        table.add_column("GPU memory", justify="right")
+    table.add_column("work directory", justify="right")
+    for stage in needs.stages:
+        cells = [stage.stage, _size(stage.host_bytes)]
+        cells += [_size(stage.device_bytes)] if needs.peak_device_bytes else []
+        cells.append(_size(stage.scratch_bytes))
+        table.add_row(*cells)
+    total = ["the run", _size(needs.peak_host_bytes)]
+    total += [_size(needs.peak_device_bytes)] if needs.peak_device_bytes else []
+    total.append(_size(needs.scratch_bytes))
+    table.add_row(*total, style="bold")
+    return table
+
+
+def _machine_line(plan: Plan) -> str:
+    machine = plan.estimate.machine
+    here = [
+        f"{_size(num_bytes)} {what}"
+        for num_bytes, what in (
+            (machine.memory_bytes, "of memory"),
+            (machine.gpu_bytes, "of GPU memory"),
+            (machine.disk_bytes, "on the output's disk"),
+        )
+        if num_bytes
+    ]
+    name = machine.name.capitalize()
+    return f"{name} has {', '.join(here)} to spare." if here else ""
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:,.2f} GiB"
+    return f"{num_bytes / 2**20:,.{0 if num_bytes >= 10 * 2**20 else 1}f} MiB"

@@ -1,0 +1,193 @@
+"""What a stage is: one thing that is done to a model, with all that is known of it in one place.
+
+A stage is planned from the recipe and the model's shapes before a weight is read. From then on it knows how
+it changes the way the model is stored, what its result depends on, what memory and disk it takes, how it
+runs, and which tables it adds to the report. The flow knows stages by this contract alone: a new one is a
+class in a file of its own, and a line in `stages/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+
+from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.inputs.run_data import RunData
+    from ercsvd_deploy.pipelines.stages.work import StageRun
+    from ercsvd_deploy.pipelines.stages.workload import Workload
+
+
+class PlanError(ValueError):
+    """The recipe cannot work on this model."""
+
+
+@dataclass(frozen=True)
+class PlanningContext:
+    """What stages are planned from.
+
+    Attributes:
+        recipe: The recipe.
+        config: The model's config, as transformers has it.
+        architecture: The model's Linears.
+        dtype: Precision of the tensors that are not integers, "bfloat16" say.
+        planned: The stages before, by name.
+    """
+
+    recipe: Recipe
+    config: Any
+    architecture: Architecture
+    dtype: str
+    planned: Mapping[str, Stage]
+
+    @property
+    def element(self) -> int:
+        """Bytes of a value that is not quantized."""
+        size: int = getattr(torch, self.dtype).itemsize
+        return size
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way the model may be stored in the end; a search decides between several when the recipe runs.
+
+    Attributes:
+        modules: Description of every altered Linear.
+        num_compressed_layers: How many of the last decoder layers are factorized.
+        layer_ratio: Share of the parameters removed in each of them.
+    """
+
+    modules: Mapping[str, ModuleDescription] = field(default_factory=dict)
+    num_compressed_layers: int = 0
+    layer_ratio: float = 0.0
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Coarse upper bounds of what a stage takes, beside what stages before it have left on disk.
+
+    Attributes:
+        working_bytes: Memory where layers run, at its highest.
+        beside_bytes: Memory of the host, if layers run on a GPU: tensors on their way to and from disk.
+        scratch_bytes: Of the work directory, at its highest.
+        kept_bytes: What of that stays until the run ends.
+        flops: Floating-point operations, at least; a multiplication and an addition are two.
+    """
+
+    working_bytes: int = 0
+    beside_bytes: int = 0
+    scratch_bytes: int = 0
+    kept_bytes: int = 0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a report, computed once; terminal, page and model card show the same."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    numbers: frozenset[str] = frozenset()  # columns that are aligned to the right
+    bold_rows: frozenset[int] = frozenset()
+
+
+class Stage(ABC):
+    """One thing that is done to a model.
+
+    Attributes:
+        name: Its key in the report, its folder in the work directory, its name in messages and `--set`.
+        temporary_for: Name of the one later stage that reads this one's result. If that is finished, this
+            one is not run, and when it has finished, this one's files go.
+    """
+
+    name: ClassVar[str]
+    temporary_for: ClassVar[str | None] = None
+
+    @classmethod
+    @abstractmethod
+    def plan(cls, context: PlanningContext) -> Self | None:
+        """Return the stage, or None if the recipe does not ask for it.
+
+        Raises:
+            PlanError: the recipe cannot work on this model; the message says what would.
+        """
+
+    @property
+    def title(self) -> str:
+        """What progress is shown under."""
+        return self.name.replace("_", " ")
+
+    def store(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Return how the model may be stored behind this stage, given how it may be before it."""
+        return candidates
+
+    def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return everything the result depends on, as JSON values.
+
+        Args:
+            before: The same of the stages before that change the model; model, code and libraries are in it.
+            data: Digests of texts, questions and calibration samples, by what they are for.
+        """
+        del data
+        return dict(before) | {self.name: self.settings()}
+
+    @abstractmethod
+    def settings(self) -> Any:
+        """Return what of the recipe this stage reads, as JSON values."""
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return what the stage takes; `candidates` is how the model may be stored behind it."""
+        del work, candidates
+        return Needs()
+
+    def check_here(self) -> None:  # noqa: B027 - few stages have something to refuse
+        """Refuse a run that lacks something on this machine, before any data is read.
+
+        Raises:
+            ValueError, RuntimeError: what it lacks, and how to get it.
+        """
+
+    def check_data(self, data: RunData) -> Iterable[str]:
+        """Return what about the calibration data may make the result worse than hoped.
+
+        Raises:
+            PlanError: the stage cannot work with this data.
+        """
+        del data
+        return ()
+
+    @abstractmethod
+    def run(self, run: StageRun) -> Any:
+        """Do the work, as far as the stage's folder has it not, and put the result into `run.model`.
+
+        Returns:
+            The result: a dataclass; with `files` and `modules` if the model is changed.
+        """
+
+    def as_json(self, result: Any) -> Any:
+        """Return what the report has of a result, as JSON values; None: nothing."""
+        del result
+        return None
+
+    def tables(self, result: Any) -> Iterable[Table]:
+        """Return what people are shown of a result."""
+        del result
+        return ()
+
+    def warnings(self, result: Any) -> Iterable[str]:
+        """Return what of a result went less well than hoped."""
+        del result
+        return ()
+
+    def files(self, result: Any) -> Sequence[Path]:
+        """Return the files of tensors that a result consists of."""
+        return list(getattr(result, "files", ()))

@@ -1,0 +1,54 @@
+"""Write the directory that vLLM and transformers load; its name appears when it is complete."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from ercsvd_deploy.exporters.vllm.writer import Export, write_export
+from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.work import StageRun
+
+# Written again when the finished export has been measured, so the manifest has no checksums of them.
+REPORT_FILES = frozenset({"ercsvd_report.json", "ercsvd_report.html", "README.md"})
+
+
+@dataclass(frozen=True)
+class ExportStage(Stage):
+    """Where the model goes.
+
+    Attributes:
+        target: The directory to appear, absolute.
+    """
+
+    target: Path
+
+    name = "export"
+
+    @classmethod
+    def plan(cls, context: PlanningContext) -> Self | None:
+        """Return the stage; None if the recipe names no directory."""
+        path = context.recipe.export.path
+        return None if path is None else cls(path.absolute())
+
+    def settings(self) -> Any:
+        """Return the directory."""
+        return {"path": str(self.target)}
+
+    def run(self, run: StageRun) -> Export:
+        """Write all tensors, and what came with the original model."""
+        recipe = run.recipe
+        return write_export(
+            self.target,
+            work=run.directory,
+            source=run.model.opened.directory,
+            dtype=None if recipe.model.dtype == "auto" else recipe.model.dtype,
+            store=run.model.store,
+            architecture=run.model.original.architecture,
+            compressed=CheckpointConfig(modules=run.model.modules),
+            max_shard_bytes=recipe.export.max_shard_bytes,
+            add_files=run.write_report,
+            unlisted=REPORT_FILES,
+        )

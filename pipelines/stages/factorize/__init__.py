@@ -1,0 +1,1 @@
+"""The factorize stage: ranks, factors, and the inputs they are made for."""

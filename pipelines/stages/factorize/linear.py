@@ -1,0 +1,213 @@
+"""One Linear of the factorize stage: decomposed, truncated, measured, and as tensors of a file.
+
+What both ways of sharing out ranks, and the vision parts, do with every Linear. Tensors in, tensors out; what
+is read and written when is up to the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from pydantic import TypeAdapter
+
+from ercsvd_deploy.budget.ranks import LinearShape, split_rank
+from ercsvd_deploy.format.schema import (
+    FACTOR_A,
+    FACTOR_B,
+    GUARD,
+    GUARD_SHAPE,
+    OTHER_ROWS,
+    PIVOT_ROWS,
+    ROW_ORDER,
+    WEIGHT,
+    ModuleDescription,
+)
+from ercsvd_deploy.linalg.decomposition import Decomposition, Method, decompose
+from ercsvd_deploy.linalg.errors import calibration_error, weight_error
+from ercsvd_deploy.linalg.pivoting import PivotedFactors, PivotError, find_pivots, to_pivoted
+from ercsvd_deploy.linalg.truncation import Factors, truncate
+from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.recipe.stages import Factorize
+
+# Beyond this side the residual's exact decomposition is made once, for the chosen k, and the search
+# over k uses a randomized one.
+EXACT_RESIDUAL_UP_TO = 1024
+
+
+class FactorizationError(ValueError):
+    """A weight or its calibration inputs cannot be factorized; the message names the Linear."""
+
+
+@dataclass(frozen=True)
+class FactorizedLinear:
+    """What became of one Linear of a compressed layer."""
+
+    name: str
+    shape: tuple[int, int]
+    rank: int | None  # None: left dense
+    weight_error: float  # ||W - BA||_F / ||W||_F
+    calibration_error: float | None  # ||(W - BA) X||_F / ||W X||_F
+    residual_rank: int | None = None  # what of the rank belongs to the residual; None: there is none
+
+
+LINEARS = TypeAdapter(list[FactorizedLinear])
+_SPECTRUM_POINTS = 48  # of each Linear's spectrum in the report, at even distances of the logarithm
+
+Spectrum = list[tuple[int, float]]  # position, from 1, and singular value as a share of the largest
+
+
+def factors_piece(layer: int) -> str:
+    """Return the name of the piece that holds the factors of a layer."""
+    return f"layer-{layer:05d}"
+
+
+def decomposition_tensors(name: str, made: Decomposition) -> dict[str, torch.Tensor]:
+    """Return the tensors in which a Linear's decomposition waits on disk; `read_decomposition` takes them."""
+    tensors = {f"{name}.basis": made.basis, f"{name}.singular_values": made.singular_values}
+    return tensors if made.projection is None else tensors | {f"{name}.projection": made.projection}
+
+
+def read_decomposition(
+    name: str, method: Method, tensors: Mapping[str, torch.Tensor], device: torch.device
+) -> Decomposition:
+    """Return a Linear's decomposition from its tensors; the inverse of `decomposition_tensors`."""
+    projection = tensors.get(f"{name}.projection")
+    return Decomposition(
+        method,
+        tensors[f"{name}.basis"].to(device),
+        tensors[f"{name}.singular_values"].to(device),
+        None if projection is None else projection.to(device),
+    )
+
+
+def decompose_linear(
+    settings: Factorize,
+    linear: LinearShape,
+    weight: torch.Tensor,
+    statistics: InputStatistics | None,
+    *,
+    max_rank: int,
+    output_metric: torch.Tensor | None = None,
+) -> Decomposition:
+    """Decompose a Linear's weight [out, in] by the stage's method, for every rank up to `max_rank`.
+
+    `output_metric` [out, out] is used where the stage asks for it.
+
+    Raises:
+        FactorizationError: the weight or its inputs are not finite, say; the message names the Linear.
+    """
+    try:
+        return decompose(
+            weight,
+            method=settings.method,
+            gram=None if statistics is None else statistics.gram,
+            mean_abs_activation=None if statistics is None else statistics.mean_absolute,
+            activation_exponent=settings.activation_exponent,
+            output_metric=output_metric if settings.output_metric == "fisher" else None,
+            max_rank=max_rank,
+        )
+    except ValueError as error:
+        raise FactorizationError(f"{linear.name}: {error}") from error
+
+
+def planned_residual_rank(settings: Factorize, linear: LinearShape, rank: int) -> int | None:
+    """Return what of a rank the stage's beta gives to the residual; None for a method without one.
+
+    With `beta: auto` that is 0, until `residual_choice` has chosen.
+    """
+    if settings.method != "erc_svd":
+        return None
+    return split_rank(rank, linear.out_features, linear.in_features, settings.planned_beta)[1]
+
+
+def truncate_linear(
+    settings: Factorize,
+    decomposition: Decomposition,
+    weight: torch.Tensor,
+    rank: int,
+    residual_rank: int | None,
+    *,
+    exact: bool,
+) -> Factors:
+    """Return factors of a rank, `residual_rank` of it for the residual, in the weight's precision."""
+    return truncate(
+        decomposition,
+        weight,
+        rank,
+        residual_rank=residual_rank or 0,
+        residual_space=settings.residual_space,
+        exact_residual=exact or min(weight.shape) <= EXACT_RESIDUAL_UP_TO,
+    )
+
+
+def factor_tensors(
+    name: str, factors: Factors, description: ModuleDescription, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return the tensors that store a factorized Linear in the layout of its description, guard included.
+
+    Raises:
+        FactorizationError: the product has no rows that can serve as pivots.
+    """
+    guard = {f"{name}.{GUARD}": torch.empty(GUARD_SHAPE, dtype=dtype)}
+    if description.pivot_blocks is None:
+        return guard | {
+            f"{name}.{FACTOR_A}.{WEIGHT}": factors.factor_a.to(dtype),
+            f"{name}.{FACTOR_B}.{WEIGHT}": factors.factor_b.to(dtype),
+        }
+    try:
+        pivoted = to_pivoted(factors, description.pivot_blocks)
+    except PivotError as error:
+        raise FactorizationError(f"{name}: {error}") from error
+    return guard | {
+        f"{name}.{PIVOT_ROWS}.{WEIGHT}": pivoted.pivot_rows.to(dtype),
+        f"{name}.{OTHER_ROWS}.{WEIGHT}": pivoted.other_rows.to(dtype),
+        f"{name}.{ROW_ORDER}": pivoted.row_order,
+    }
+
+
+def stored_product(
+    name: str, tensors: Mapping[str, torch.Tensor], description: ModuleDescription, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the weight [out, in] that a factorized Linear's stored tensors stand for, computed in `dtype`.
+
+    The inverse of `factor_tensors` up to the rounding to the stored precision.
+    """
+    first, second = (tensors[f"{name}.{part}.{WEIGHT}"].to(dtype) for part in description.parts)
+    if description.pivot_blocks is None:
+        return second @ first
+    return PivotedFactors(first, second, find_pivots(tensors[f"{name}.{ROW_ORDER}"], len(first))).product()
+
+
+def measure_linear(
+    linear: LinearShape,
+    rank: int,
+    weight: torch.Tensor,
+    factors: Factors,
+    statistics: InputStatistics | None,
+    residual_rank: int | None,
+) -> FactorizedLinear:
+    """Return what a Linear lost to its factors."""
+    return FactorizedLinear(
+        linear.name,
+        (linear.out_features, linear.in_features),
+        rank,
+        weight_error(weight, factors),
+        None if statistics is None else calibration_error(weight, factors, statistics.gram),
+        residual_rank,
+    )
+
+
+def thinned(singular_values: torch.Tensor) -> Spectrum:
+    """Return some of the values [n], descending, as shares of the first."""
+    count = len(singular_values)
+    steps = torch.linspace(0, 1, _SPECTRUM_POINTS, dtype=torch.float64)
+    positions = sorted({round(count**step) for step in steps.tolist()})
+    shares = singular_values / singular_values[0].clamp(min=torch.finfo(singular_values.dtype).tiny)
+    return [(position, float(shares[position - 1])) for position in positions]
+
+
+def left_dense(linear: LinearShape) -> FactorizedLinear:
+    """Return what is told of a Linear that has no rank."""
+    return FactorizedLinear(linear.name, (linear.out_features, linear.in_features), None, 0.0, 0.0)

@@ -1,0 +1,64 @@
+"""How finely a recipe chooses the rank of each matrix of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP, RankSteps, automatic_step, fixed_steps
+from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
+from ercsvd_deploy.format.schema import WeightQuantization
+from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.pipelines.stages.quantize.storage import quantize_plan_of
+from ercsvd_deploy.recipe.sections import Recipe
+
+
+def resolve_rank_steps(recipe: Recipe, architecture: Architecture) -> RankSteps:
+    """Return the steps of the decoder's ranks.
+
+    With a target, groups smaller than the stage's are among what is weighed, so that a step need not be a
+    whole one of those.
+
+    Raises:
+        QuantizePlanError: the quantize stage cannot work on this model.
+    """
+    storage = quantize_plan_of(recipe, architecture).storage
+    return _steps(recipe, architecture, [(linear, storage[linear.name]) for linear in architecture.linears])
+
+
+def resolve_vision_steps(recipe: Recipe, architecture: Architecture) -> RankSteps:
+    """Return the steps of the ranks of vision tower and projector, which are never quantized."""
+    return _steps(recipe, architecture, [(linear, None) for linear in architecture.vision_linears])
+
+
+def _steps(
+    recipe: Recipe,
+    architecture: Architecture,
+    linears: Iterable[tuple[LinearShape, WeightQuantization | None]],
+) -> RankSteps:
+    assert recipe.factorize is not None
+    wanted, layout = recipe.factorize.rank_multiple, recipe.factorize.layout
+    if wanted != "auto":
+        return fixed_steps([linear for linear, _ in linears], wanted)
+    preferred, finest = {}, {}
+    for linear, storage in linears:
+        group_size = None
+        if storage is not None:
+            group_size = storage.group_size if recipe.target is None else SMALLEST_GROUP
+        finest[linear.name] = _pivot_blocks(linear, recipe, architecture)
+        preferred[linear.name] = automatic_step(
+            linear, layout, group_size=group_size, num_blocks=finest[linear.name]
+        )
+    return RankSteps(preferred, finest)
+
+
+def _pivot_blocks(linear: LinearShape, recipe: Recipe, architecture: Architecture) -> int:
+    """Return what every rank of a Linear must be a multiple of for its pivots to be cut evenly."""
+    assert recipe.factorize is not None
+    if recipe.factorize.layout != "pivoted" or architecture.is_row_parallel(linear.name):
+        return 1
+    shards = [
+        architecture.num_output_shards(linear.name, size) for size in recipe.serving.tensor_parallel_sizes
+    ]
+    # Others cannot be had by any rank, and are refused where the shapes are checked.
+    possible = count_pivot_blocks(linear.out_features, 0)
+    return max(count for count in (1, *shards) if possible % count == 0)

@@ -1,0 +1,148 @@
+"""The factorize stage: low-rank factors for decoder Linears, their ranks chosen in one of two ways.
+
+`allocation: last_k` gives every matrix of the last k layers its share of one budget and searches for k
+(`last_layers`); `allocation: error_controlled` weighs all matrices against each other (`allocated`). Vision
+tower and projector are a stage of their own (`vision`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from ercsvd_deploy.budget.ranks import RankPlan
+from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.factorize.allocated import factorize_allocated
+from ercsvd_deploy.pipelines.stages.factorize.choice import plan_allocation, rank_plans
+from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
+from ercsvd_deploy.pipelines.stages.factorize.last_layers import FactorizeOutcome, factorize_decoder
+from ercsvd_deploy.pipelines.stages.factorize.options import AllocationTask
+from ercsvd_deploy.pipelines.stages.factorize.rank_steps import resolve_rank_steps
+from ercsvd_deploy.pipelines.stages.factorize.tables import allocation_table, layer_table, search_table
+from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.state.fingerprint import digest_of
+from ercsvd_deploy.recipe.stages import Factorize, Quantize
+
+
+@dataclass(frozen=True)
+class FactorizeStage(Stage):
+    """What is factorized, to which ranks, and what the choice between them depends on.
+
+    Attributes:
+        factorize: The recipe's stage.
+        quantize: The quantize stage behind it, whose damage counts if the budget is in bits.
+        architecture: The model's.
+        ranks_by_k: Number of compressed layers -> ranks, for every number that is tried.
+        allocation: What error control chooses from; None without it.
+        further_settings: What else of the recipe ranks depend on, as JSON values.
+    """
+
+    factorize: Factorize
+    quantize: Quantize | None
+    architecture: Architecture
+    ranks_by_k: Mapping[int, RankPlan]
+    allocation: AllocationTask | None
+    further_settings: Mapping[str, Any]
+
+    name = "factorize"
+
+    @classmethod
+    def plan(cls, context: PlanningContext) -> Self | None:
+        """Return the stage with the ranks of every candidate; None if the recipe does not factorize."""
+        recipe, architecture = context.recipe, context.architecture
+        if recipe.factorize is None:
+            return None
+        # What ranks are multiples of follows from the quantize stage, and for pivots from tensor parallel
+        # sizes; what else those say, factors do not depend on.
+        further: dict[str, Any] = {"rank_steps": digest_of(asdict(resolve_rank_steps(recipe, architecture)))}
+        if recipe.target is not None:
+            # Ranks then depend on what quantization does, and on which shapes can be served.
+            further |= {
+                "target": recipe.target.model_dump(mode="json"),
+                "quantized_as": recipe.quantize and recipe.quantize.model_dump(mode="json"),
+                "serving": recipe.serving.model_dump(mode="json"),
+            }
+        is_controlled = recipe.factorize.allocation == "error_controlled"
+        return cls(
+            recipe.factorize,
+            recipe.quantize,
+            architecture,
+            rank_plans(recipe, architecture, context.element),
+            plan_allocation(recipe, architecture, context.element) if is_controlled else None,
+            further,
+        )
+
+    @property
+    def title(self) -> str:
+        """The method, and how ranks are chosen."""
+        if self.allocation is not None:
+            return f"{self.factorize.method}, error-controlled"
+        count = len(self.ranks_by_k)
+        return f"{self.factorize.method}, {count} candidate{'s' if count > 1 else ''}"
+
+    def settings(self) -> Any:
+        """Return the recipe's stage, and what else ranks follow from."""
+        return self.factorize.model_dump(mode="json") | dict(self.further_settings)
+
+    def store(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Return a candidate for every number of compressed layers."""
+        [before] = candidates
+        return [
+            Candidate(
+                {**before.modules, **self._describe(ranks.ranks)},
+                num_compressed_layers=ranks.num_compressed_layers,
+                layer_ratio=ranks.layer_ratio,
+            )
+            for ranks in self.ranks_by_k.values()
+        ] or [before]
+
+    def _describe(self, ranks: Mapping[str, int | None]) -> dict[str, Any]:
+        return {
+            linear.name: describe_factorized(linear, rank, self.factorize.layout, self.architecture)
+            for linear in self.architecture.linears
+            if (rank := ranks.get(linear.name)) is not None
+        }
+
+    def run(self, run: StageRun) -> FactorizeOutcome:
+        """Decompose, choose, and write the factors."""
+        model = run.model.stream()
+        sensitivity = run.results.get("sensitivity")
+        passes = int(self.factorize.compressed_prefix_inputs) + (1 if self.allocation is None else 2)
+        with run.progress(self.title, passes * model.num_layers) as on_layer:
+            if self.allocation is not None:
+                outcome = factorize_allocated(
+                    model,
+                    run.samples,
+                    self.factorize,
+                    self.allocation,
+                    sensitivity,
+                    self.quantize,
+                    run.cache,
+                    on_layer,
+                )
+            else:
+                outcome = factorize_decoder(
+                    model,
+                    run.data.samples,
+                    self.factorize,
+                    self.ranks_by_k,
+                    run.cache,
+                    on_layer,
+                    sensitivity,
+                )
+        run.model.overlay(outcome.files, outcome.modules)
+        return outcome
+
+    def as_json(self, result: FactorizeOutcome) -> Any:
+        """Return what was chosen, and what every Linear lost."""
+        return result.as_json()
+
+    def tables(self, result: FactorizeOutcome) -> Iterable[Table]:
+        """Show the search, every Linear, and what error control chose."""
+        if len(result.search) > 1:
+            yield search_table(result)
+        yield layer_table(result)
+        if result.allocation:
+            yield allocation_table(result.allocation)

@@ -1,0 +1,108 @@
+"""What is measured on the finished export itself: lm-eval's tasks, and serving parity with a real vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from ercsvd_deploy.pipelines.inputs.parity_prompts import make_prompts
+from ercsvd_deploy.pipelines.judging.evaluate import check_tasks, run_lm_eval
+from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity, check_serving, measure_parity
+from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.recipe.sections import LmEval
+
+Tasks = Mapping[str, Mapping[str, float]]  # lm-eval task -> metric -> value
+
+
+@dataclass
+class MeasuredExport:
+    """What the export turned out to be worth; what could not be measured is told in `problems`."""
+
+    original_tasks: Tasks = field(default_factory=dict)
+    compressed_tasks: Tasks = field(default_factory=dict)
+    serving: ServingParity | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MeasuredExportStage(Stage):
+    """What is to be measured.
+
+    The export is complete and sound: where a measurement fails, hours of work are not called failed with it.
+    A warning says so, and a gate that wants the measurement is missed.
+
+    Attributes:
+        lm_eval: The recipe's tasks.
+        is_served: Whether it is served by vLLM, at every tensor-parallel size that this machine can run.
+    """
+
+    lm_eval: LmEval | None
+    is_served: bool
+
+    name = "measured_export"
+
+    @classmethod
+    def plan(cls, context: PlanningContext) -> Self | None:
+        """Return the stage; None if there is no export, or nothing to measure on it."""
+        recipe = context.recipe
+        is_served = recipe.gates is not None and recipe.gates.serving_parity is not None
+        if recipe.export.path is None or (recipe.evaluation.lm_eval is None and not is_served):
+            return None
+        return cls(recipe.evaluation.lm_eval, is_served)
+
+    def settings(self) -> Any:
+        """Return the tasks, and whether the export is served."""
+        return {
+            "lm_eval": self.lm_eval and self.lm_eval.model_dump(mode="json"),
+            "is_served": self.is_served,
+        }
+
+    def check_here(self) -> None:
+        """Refuse tasks that lm-eval does not know, and a parity gate where vLLM is not installed.
+
+        Raises:
+            EvaluationError: lm-eval is not installed, or knows no such task.
+            ServingError: vLLM is not installed.
+        """
+        if self.lm_eval is not None:
+            check_tasks(self.lm_eval.tasks)
+        if self.is_served:
+            check_serving()
+
+    def run(self, run: StageRun) -> MeasuredExport:
+        """Measure, in processes of their own where vLLM is needed."""
+        measured = MeasuredExport()
+        export: Path = run.results["export"].directory
+        if self.lm_eval is not None:
+            try:
+                measured.original_tasks = self._tasks(self.lm_eval, run, run.model.opened.directory)
+                measured.compressed_tasks = self._tasks(self.lm_eval, run, export)
+            except (ValueError, OSError, RuntimeError, ImportError) as error:
+                measured.problems.append(f"lm-eval did not finish: {error}")
+        if self.is_served:
+            run.model.original.forget_inputs()  # its last run is over, and vLLM is to find the GPU empty
+            compressed = run.model.stream()
+            prompts = make_prompts(run.data.texts, run.data.picture_prompts, compressed.config)
+            try:
+                measured.serving = measure_parity(export, compressed, prompts, run.recipe)
+                measured.problems += measured.serving.warnings()
+            except (ValueError, OSError, RuntimeError) as error:
+                measured.problems.append(f"serving parity was not measured: {error}")
+        return measured
+
+    def _tasks(self, settings: LmEval, run: StageRun, directory: Path) -> Tasks:
+        return run_lm_eval(
+            directory,
+            settings.tasks,
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            batch_size=settings.batch_size,
+            device=run.model.device,
+        )
+
+    def warnings(self, result: MeasuredExport) -> Iterable[str]:
+        """Say what could not be measured."""
+        return result.problems

@@ -1,0 +1,77 @@
+"""Quantize the two matrices of a factorized Linear together, whatever their layout."""
+
+from __future__ import annotations
+
+import torch
+
+from ercsvd_deploy.format.schema import WeightQuantization
+from ercsvd_deploy.linalg.pivoting import PivotedFactors, order_rows
+from ercsvd_deploy.linalg.truncation import Factors
+from ercsvd_deploy.quantization.gptq import FactorsTask, QuantizationSettings, QuantizedFactors, start_factors
+from ercsvd_deploy.quantization.pivoted import PivotedTask, start_pivoted
+from ercsvd_deploy.recipe.stages import Quantize
+
+
+def quantization_settings(stage: Quantize, storage: WeightQuantization) -> QuantizationSettings:
+    """Return how the stage quantizes a matrix of this storage."""
+    return QuantizationSettings(
+        bits=storage.bits,
+        group_size=storage.group_size,
+        sym=storage.sym,
+        damping=stage.damping,
+        mse=stage.mse,
+        desc_act=stage.desc_act,
+    )
+
+
+def start_pair(
+    stage: Quantize,
+    weight: torch.Tensor,
+    pair: Factors | PivotedFactors,
+    storages: tuple[WeightQuantization, WeightQuantization],
+    scale_dtype: torch.dtype,
+) -> FactorsTask | PivotedTask:
+    """Prepare both matrices to be quantized in the order in which their errors arise.
+
+    Args:
+        stage: The recipe's stage.
+        weight: The original weight [out, in].
+        pair: What stands for it.
+        storages: Of the first and the second matrix.
+        scale_dtype: Precision in which scales are stored.
+
+    Returns:
+        What quantizes the second matrix once the first is quantized, with those that share its inputs.
+    """
+    first, second = (quantization_settings(stage, storage) for storage in storages)
+    uses_gptq = stage.method == "gptq"
+    if isinstance(pair, PivotedFactors):
+        return start_pivoted(
+            weight,
+            pair,
+            settings_pivots=first,
+            settings_others=second,
+            scale_dtype=scale_dtype,
+            refit=stage.refit_second_factor and uses_gptq,
+            method=stage.method,
+        )
+    return start_factors(
+        weight,
+        pair.factor_a,
+        pair.factor_b,
+        settings_a=first,
+        settings_b=second,
+        scale_dtype=scale_dtype,
+        refit=stage.refit_second_factor and uses_gptq,
+        rotate=stage.rotate_factors and uses_gptq,
+        method=stage.method,
+    )
+
+
+def dequantized_product(quantized: QuantizedFactors, pair: Factors | PivotedFactors) -> torch.Tensor:
+    """Return the weight [out, in] that the quantized pair stands for."""
+    first, second = quantized.factor_a.dequantize(), quantized.factor_b.dequantize()
+    if isinstance(pair, PivotedFactors):
+        rows = torch.cat([first, second @ first])
+        return rows[order_rows(pair.pivots, len(rows)).long()]
+    return second @ first

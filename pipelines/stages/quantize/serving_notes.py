@@ -1,0 +1,108 @@
+"""What about serving a plan people should know before it runs: nothing here stops a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ercsvd_deploy.exporters.vllm.cutting import BLOCK, WORD_BITS, find_unaligned
+from ercsvd_deploy.format.schema import ModuleDescription, WeightQuantization
+from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlan
+
+
+def serving_warnings(
+    plan: QuantizePlan,
+    described: Mapping[str, ModuleDescription],
+    architecture: Architecture,
+    tensor_parallel_sizes: Sequence[int],
+    dtype: str,
+) -> list[str]:
+    """Return what about a quantized model is served otherwise than its recipe may suggest.
+
+    Args:
+        plan: How the recipe stores every matrix.
+        described: What every altered Linear becomes.
+        architecture: The model's.
+        tensor_parallel_sizes: At which it is to be served.
+        dtype: Precision of the other tensors, "bfloat16" say.
+    """
+    storages = [storage for each in described.values() for _, storage in each.parts.values() if storage]
+    warnings = _fitting_notes(plan, described, tensor_parallel_sizes)
+    if any(storage.bits == 8 for storage in storages):
+        warnings.append(
+            "quantize: vLLM has no kernel for 8-bit weights on a CPU; it would hold these matrices in 16 bits"
+        )
+    unaligned = find_unaligned(described, architecture, tensor_parallel_sizes)
+    if unaligned:
+        first = unaligned[0]
+        warnings.append(
+            f"quantize: {len(unaligned)} integer matrices have rows or columns on a GPU that are no "
+            f"multiple of {BLOCK} ({first.name} is {first.rows} x {first.columns} at tensor parallel size "
+            f"{first.tensor_parallel_size}, say): GPU kernels pad them; where no kernel takes them, as on a "
+            "CPU, they are served as plain ones"
+        )
+    if storages and dtype == "float32":
+        warnings.append(
+            "quantize: vLLM's integer kernels compute in 16 bits; served in float32 the matrices take 32. "
+            "Start vLLM with --dtype float16 or bfloat16"
+        )
+    return warnings
+
+
+def gpu_warnings(
+    dense: Mapping[int, int], candidates: Sequence[Mapping[int, int]], *, is_quantized: bool
+) -> list[str]:
+    """Return a warning if a GPU would hold more than of the dense model, with the sizes at which it would.
+
+    Args:
+        dense: Tensor parallel size -> bytes of the dense model's weights on each GPU.
+        candidates: For every number of compressed layers the same of the compressed model.
+        is_quantized: Whether the recipe quantizes.
+    """
+    heavier = []
+    for size, num_bytes in dense.items():
+        shares = [on_gpu[size] / num_bytes for on_gpu in candidates]
+        least, most = f"{min(shares):.2f}", f"{max(shares):.2f}"
+        if max(shares) > 1:
+            heavier.append(f"{size} ({most if least == most else f'{least} to {most}'} times)")
+    if not heavier:
+        return []
+    lighter = [size for size in dense if max(on_gpu[size] / dense[size] for on_gpu in candidates) <= 1]
+    smaller = f"tensor parallel size {max(lighter)}" if lighter else "a smaller size"
+    return [
+        "serving: each GPU holds more bytes of weights than of the dense model at tensor parallel size "
+        f"{', '.join(heavier)}, because every GPU has one of two factors whole: serve copies of the model "
+        f"at {smaller}, {'' if is_quantized else 'add a quantize stage, '}or remove more parameters"
+    ]
+
+
+def _fitting_notes(
+    plan: QuantizePlan, described: Mapping[str, ModuleDescription], tensor_parallel_sizes: Sequence[int]
+) -> list[str]:
+    """Say which matrices got other groups than the recipe names, and why."""
+    changed: dict[tuple[WeightQuantization, WeightQuantization | None], list[str]] = {}
+    for name, wanted in plan.storage.items():
+        if wanted is None:
+            continue
+        parts = described[name].parts if name in described else {"": (None, None)}
+        for part, (_, storage) in parts.items():
+            if storage != wanted:
+                changed.setdefault((wanted, storage), []).append(f"{name}.{part}" if part else name)
+    sizes = ", ".join(map(str, tensor_parallel_sizes))
+    notes = []
+    for (wanted, storage), names in changed.items():
+        which = f"{len(names)} matrices ({names[0]}, say)"
+        if storage is None:
+            notes.append(
+                f"quantize: {which} stay plain: columns on a GPU, or the rank, are no whole {WORD_BITS}-bit "
+                f"words at tensor parallel sizes {sizes}"
+            )
+            continue
+        groups = "one scale a row, which may cost accuracy"
+        if storage.group_size != -1:
+            groups = f"groups of {storage.group_size}"
+        notes.append(
+            f"quantize: {which} get {groups}: groups of {wanted.group_size} do not divide their columns on a "
+            f"rank at tensor parallel sizes {sizes}"
+        )
+    return notes

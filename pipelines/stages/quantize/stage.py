@@ -1,0 +1,158 @@
+"""The quantize stage: every decoder Linear as the recipe and the stages before want it stored, by GPTQ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+from ercsvd_deploy.format.schema import FACTOR_PARTS, ModuleDescription
+from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.pipelines.inputs.run_data import RunData
+from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.quantize.decoder import (
+    QuantizedMatrix,
+    QuantizeOutcome,
+    quantize_decoder,
+)
+from ercsvd_deploy.pipelines.stages.quantize.storage import (
+    QuantizePlan,
+    check_num_tokens,
+    check_shapes,
+    quantize_plan_of,
+)
+from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.recipe.stages import Quantize
+
+
+@dataclass(frozen=True)
+class QuantizeStage(Stage):
+    """How every decoder Linear is stored, and what the stage is quantized with.
+
+    Attributes:
+        quantize: The recipe's stage.
+        storing: How the recipe wants every Linear stored.
+        architecture: The model's.
+        tensor_parallel_sizes: At which the model is to be served.
+        is_on_trained_factors: Whether factors come from recovery or were made for the inputs of the
+            compressed prefix: they then stand for more than the original weights.
+    """
+
+    quantize: Quantize
+    storing: QuantizePlan
+    architecture: Architecture
+    tensor_parallel_sizes: Sequence[int]
+    is_on_trained_factors: bool
+
+    name = "quantize"
+
+    @classmethod
+    def plan(cls, context: PlanningContext) -> Self | None:
+        """Return the stage; None if the recipe does not quantize.
+
+        Raises:
+            QuantizePlanError: a pattern matches nothing, or nothing is left to quantize.
+        """
+        recipe = context.recipe
+        if recipe.quantize is None:
+            return None
+        on_prefix = recipe.factorize is not None and recipe.factorize.compressed_prefix_inputs
+        return cls(
+            recipe.quantize,
+            quantize_plan_of(recipe, context.architecture),
+            context.architecture,
+            recipe.serving.tensor_parallel_sizes,
+            is_on_trained_factors=on_prefix or recipe.recover is not None,
+        )
+
+    @property
+    def title(self) -> str:
+        """Method and bits."""
+        return f"{self.quantize.method}, {self.quantize.bits} bits"
+
+    def settings(self) -> Any:
+        """Return the recipe's stage."""
+        return self.quantize.model_dump(mode="json")
+
+    def store(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Give every decoder Linear its integers.
+
+        Raises:
+            QuantizePlanError: a shape cannot be stored, or cannot be loaded at some tensor parallel size.
+        """
+        stored = []
+        for before in candidates:
+            ranks = {name: description.rank for name, description in before.modules.items()}
+            check_shapes(self.storing, ranks, self.architecture, self.tensor_parallel_sizes)
+            described = self.storing.describe(ranks, self.architecture)
+            stored.append(replace(before, modules={**before.modules, **described}))
+        return stored
+
+    def check_data(self, data: RunData) -> Iterable[str]:
+        """Say if there are few tokens for GPTQ.
+
+        Raises:
+            QuantizePlanError: there are too few.
+        """
+        assert data.samples is not None, "the schema asks for calibration where a stage needs it"
+        num_tokens = sum(len(sample.tokens) for sample in data.samples)
+        return check_num_tokens(self.storing, self.quantize, self.architecture, num_tokens)
+
+    def run(self, run: StageRun) -> QuantizeOutcome:
+        """Quantize layer by layer."""
+        described = self._describe(run.results.get("factorize"))
+        model = run.model.stream()
+        with run.progress(self.title, model.num_layers) as on_layer:
+            outcome = quantize_decoder(
+                model,
+                run.model.original.store,
+                run.samples,
+                self.quantize,
+                described,
+                self.storing.matches,
+                run.cache,
+                on_layer,
+                refits_to_factors=self.is_on_trained_factors,
+            )
+        integers = {
+            name: description
+            for name, description in described.items()
+            if any(storage for _, storage in description.parts.values())
+        }
+        run.model.overlay(outcome.files, integers)
+        return outcome
+
+    def _describe(self, factorized: Any) -> Mapping[str, ModuleDescription]:
+        """Return the final description of every Linear, given what the factorize stage chose."""
+        if factorized is None:
+            return self.storing.describe({}, self.architecture)
+        chosen = factorized.storage
+        storing = self.storing if chosen is None else replace(self.storing, storage=chosen)
+        return storing.describe(factorized.plan.ranks, self.architecture)
+
+    def as_json(self, result: QuantizeOutcome) -> Any:
+        """Return the losses of every matrix and Linear, and what patterns matched."""
+        return {
+            "matrices": [asdict(matrix) for matrix in result.matrices],
+            "linears": [asdict(linear) for linear in result.linears],
+            "patterns": [asdict(match) for match in result.matches],
+        }
+
+    def tables(self, result: QuantizeOutcome) -> Iterable[Table]:
+        """Summarise the proxy losses by kind of matrix; the report's JSON has every one."""
+        kinds: dict[str, list[QuantizedMatrix]] = {}
+        for matrix in result.matrices:
+            end = matrix.name.rpartition(".")[2]
+            kinds.setdefault(end if end in FACTOR_PARTS else "dense", []).append(matrix)
+        columns = ("matrix", "count", "GPTQ", "rounding", "GPTQ taken")
+        rows = [
+            (
+                kind,
+                str(len(matrices)),
+                f"{sum(matrix.gptq_loss for matrix in matrices) / len(matrices):.5f}",
+                f"{sum(matrix.rtn_loss for matrix in matrices) / len(matrices):.5f}",
+                str(sum(matrix.method == "gptq" for matrix in matrices)),
+            )
+            for kind, matrices in kinds.items()
+        ]
+        yield Table("Quantized matrices, mean relative proxy loss", columns, rows, frozenset(columns[1:]))

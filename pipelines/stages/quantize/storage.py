@@ -1,0 +1,192 @@
+"""Decide, from names and shapes alone, how every matrix of a recipe's quantize stage is stored.
+
+Patterns and shapes are judged here, before any long work: a pattern that matches nothing, a group size
+that does not divide, or a shape that vLLM cannot load ends the run with the nearest that works.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ercsvd_deploy.exporters.vllm.cutting import find_unservable
+from ercsvd_deploy.format.schema import LowRankLayout, ModuleDescription, WeightQuantization
+from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.pipelines.stages.contract import PlanError
+from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_dense, describe_factorized
+from ercsvd_deploy.recipe.sections import Recipe
+from ercsvd_deploy.recipe.stages import Quantize
+
+
+class QuantizePlanError(PlanError):
+    """The quantize stage cannot work on this model as written."""
+
+
+@dataclass(frozen=True)
+class PatternMatch:
+    """What one pattern of the stage matched."""
+
+    pattern: str
+    purpose: str  # "ignore" or "override"
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """How each decoder Linear is stored; None: as it is."""
+
+    storage: Mapping[str, WeightQuantization | None]
+    matches: tuple[PatternMatch, ...]
+    layout: LowRankLayout = "low_rank"  # of the Linears that have a rank
+    # Tensor parallel sizes to which groups are made to fit (`descriptions`); None: they stay as they are.
+    fitted_to: tuple[int, ...] | None = None
+
+    def describe(
+        self, ranks: Mapping[str, int | None], architecture: Architecture
+    ) -> dict[str, ModuleDescription]:
+        """Return the final description of every altered Linear, given the ranks of the low-rank ones."""
+        described = {}
+        for linear in architecture.linears:
+            rank, storage = ranks.get(linear.name), self.storage[linear.name]
+            if rank is not None:
+                described[linear.name] = describe_factorized(
+                    linear, rank, self.layout, architecture, storage, fitted_to=self.fitted_to
+                )
+            elif storage is not None:
+                dense = describe_dense(linear, architecture, storage, fitted_to=self.fitted_to)
+                if dense.weight is not None:
+                    described[linear.name] = dense
+        return described
+
+
+def unquantized(names: Sequence[str]) -> QuantizePlan:
+    """Return the plan of a recipe without a quantize stage."""
+    return QuantizePlan(dict.fromkeys(names), ())
+
+
+def quantize_plan_of(recipe: Recipe, architecture: Architecture) -> QuantizePlan:
+    """Return how a recipe stores every decoder Linear.
+
+    Groups are made to fit, unless the recipe says what ranks are multiples of and has no target: then it
+    means what it says, and `check_shapes` tells what does not go together.
+
+    Raises:
+        QuantizePlanError: a pattern matches nothing, or nothing is left to quantize.
+    """
+    names = [linear.name for linear in architecture.linears]
+    layout = recipe.factorize.layout if recipe.factorize else "low_rank"
+    if recipe.quantize is None:
+        return replace(unquantized(names), layout=layout)
+    names_ranks = recipe.factorize is not None and recipe.factorize.rank_multiple != "auto"
+    return replace(
+        plan_quantization(recipe.quantize, names, architecture.checkpoint_name),
+        layout=layout,
+        fitted_to=recipe.serving.tensor_parallel_sizes if recipe.target or not names_ranks else None,
+    )
+
+
+def plan_quantization(
+    settings: Quantize, names: Sequence[str], checkpoint_name: Callable[[str], str] = lambda name: name
+) -> QuantizePlan:
+    """Match the stage's patterns against the decoder Linears' names.
+
+    A pattern (`*`, `?`, `[...]`) matches a module's whole name, in transformers or in the checkpoint, or its
+    end from any dot on, so that `mlp.down_proj` means that Linear of every layer. The last matching override
+    wins; `ignore` wins over overrides.
+
+    Args:
+        settings: The recipe's stage.
+        names: Of the decoder Linears in transformers.
+        checkpoint_name: Gives a Linear's name in the checkpoint.
+
+    Raises:
+        QuantizePlanError: a pattern matches nothing; near misses are named. Or nothing is left to quantize.
+    """
+    ends = {name: [*_ends(name), *_ends(checkpoint_name(name))] for name in names}
+    matches = [_match(pattern, "ignore", ends) for pattern in settings.ignore]
+    overrides = [
+        (_match(pattern, "override", ends), change) for pattern, change in settings.overrides.items()
+    ]
+    storage: dict[str, WeightQuantization | None] = dict.fromkeys(
+        names, WeightQuantization(bits=settings.bits, group_size=settings.group_size, sym=settings.sym)
+    )
+    for match, change in overrides:
+        for name in match.modules:
+            before = storage[name]
+            assert before is not None
+            storage[name] = WeightQuantization.model_validate(
+                before.model_dump() | change.model_dump(exclude_none=True)
+            )
+    for match in matches:
+        storage |= dict.fromkeys(match.modules)
+    if not any(storage.values()):
+        raise QuantizePlanError(
+            f"quantize: ignore {list(settings.ignore)} leaves nothing to quantize: "
+            "remove a pattern, or the stage"
+        )
+    return QuantizePlan(storage, (*matches, *(match for match, _ in overrides)))
+
+
+def _match(pattern: str, purpose: str, ends: Mapping[str, Sequence[str]]) -> PatternMatch:
+    """Match a pattern against what each Linear may be called."""
+    found = tuple(
+        name for name, called in ends.items() if any(fnmatch.fnmatchcase(end, pattern) for end in called)
+    )
+    if found:
+        return PatternMatch(pattern, purpose, found)
+    every_end = {end for candidates in ends.values() for end in candidates}
+    near = difflib.get_close_matches(pattern, every_end, n=3, cutoff=0.4)
+    hint = f"; near misses: {', '.join(near)}" if near else f"; modules are named like {next(iter(ends))}"
+    raise QuantizePlanError(f"quantize: the {purpose} pattern {pattern!r} matches no decoder Linear{hint}")
+
+
+def _ends(name: str) -> Iterable[str]:
+    """Yield the name and what follows each of its dots."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def check_shapes(
+    plan: QuantizePlan,
+    ranks: Mapping[str, int | None],
+    architecture: Architecture,
+    tensor_parallel_sizes: Iterable[int],
+) -> None:
+    """Refuse shapes that cannot be stored, or that cannot be loaded at some tensor parallel size.
+
+    Raises:
+        QuantizePlanError: names the matrices, the reason, and the nearest group size or rank that works.
+    """
+    problems = find_unservable(plan.describe(ranks, architecture), architecture, tensor_parallel_sizes)
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise QuantizePlanError(
+            f"{len(problems)} matrices cannot be served:\n  " + "\n  ".join(problems[:8]) + more
+        )
+
+
+def check_num_tokens(
+    plan: QuantizePlan, settings: Quantize, architecture: Architecture, num_tokens: int
+) -> list[str]:
+    """Return warnings about calibration that is short for the widest Linear that GPTQ works on.
+
+    Raises:
+        QuantizePlanError: there are fewer tokens than input features: the Hessian would be singular, and
+            GPTQ worse than rounding.
+    """
+    quantized = [linear for linear in architecture.linears if plan.storage[linear.name] is not None]
+    if settings.method == "rtn" or not quantized:
+        return []
+    widest = max(quantized, key=lambda linear: linear.in_features)
+    advice = (
+        f"{widest.name} has {widest.in_features} inputs: raise calibration.num_samples or sequence_length"
+    )
+    if num_tokens < widest.in_features:
+        raise QuantizePlanError(f"quantize: {num_tokens} calibration tokens are too few for GPTQ; {advice}")
+    if num_tokens < 4 * widest.in_features:
+        return [f"quantize: {num_tokens} calibration tokens are few for GPTQ; {advice}"]
+    return []

@@ -1,0 +1,123 @@
+"""Bytes of a model by part: what a plan predicts and what the files hold, counted by the same rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from ercsvd_deploy.exporters.vllm.cutting import local_shape
+from ercsvd_deploy.format.schema import (
+    FACTOR_PARTS,
+    ROW_ORDER,
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    WEIGHT_SHAPE,
+    WEIGHT_ZERO_POINT,
+    ModuleDescription,
+)
+from ercsvd_deploy.format.tensor_store import TensorStore
+from ercsvd_deploy.models.families import (
+    LANGUAGE_PART,
+    PROJECTOR_PART,
+    TOWER_PART,
+    Architecture,
+    component_of,
+    dense_descriptions,
+)
+
+_INTEGER_BYTES = {WEIGHT_PACKED: 4, WEIGHT_ZERO_POINT: 4, WEIGHT_SHAPE: 8, ROW_ORDER: 4}
+_SCALE_LEAVES = (WEIGHT_SCALE, WEIGHT_ZERO_POINT, WEIGHT_SHAPE)
+_LINEAR_PARTS = ("dense Linears", "factors", "scales")
+PARTS = (TOWER_PART, PROJECTOR_PART, "outside the layers", *_LINEAR_PARTS, "norms and biases")
+
+
+def planned_bytes(
+    architecture: Architecture, described: Mapping[str, ModuleDescription], element: int
+) -> dict[str, int]:
+    """Return tensor name -> bytes of the model that descriptions make; `element` is a plain value's size."""
+    sizes = {name: math.prod(shape) * element for name, shape in architecture.other_tensors.items()}
+    everything = dense_descriptions(architecture) | dict(described)
+    for module, description in everything.items():
+        for leaf, shape in description.tensor_shapes.items():
+            sizes[f"{module}.{leaf}"] = math.prod(shape) * _element(leaf, element)
+    return sizes
+
+
+def module_bytes(description: ModuleDescription, element: int) -> int:
+    """Return the bytes of one Linear's tensors, bias aside."""
+    shapes = description.tensor_shapes.items()
+    return sum(math.prod(shape) * _element(leaf, element) for leaf, shape in shapes)
+
+
+def stored_bytes(store: TensorStore) -> dict[str, int]:
+    """Return tensor name -> bytes of a model's files."""
+    return {name: store.info(name).num_bytes for name in store.names()}
+
+
+def sum_by_part(sizes: Mapping[str, int], architecture: Architecture) -> dict[str, int]:
+    """Return the bytes of each of `PARTS`."""
+    linears = {linear.name for linear in architecture.linears}
+    parts = dict.fromkeys(PARTS, 0)
+    for name, num_bytes in sizes.items():
+        parts[_part_of(name, f"{architecture.layers_prefix}.", linears)] += num_bytes
+    return parts
+
+
+def linear_bits_per_weight(by_part: Mapping[str, int], architecture: Architecture) -> float:
+    """Return the stored bits of the decoder Linears, scales included, per weight of the original ones."""
+    return 8 * sum(by_part[part] for part in _LINEAR_PARTS) / architecture.linear_parameters
+
+
+def bytes_on_rank(
+    architecture: Architecture,
+    described: Mapping[str, ModuleDescription],
+    element: int,
+    tensor_parallel_size: int,
+) -> int:
+    """Return the bytes of weights that one GPU holds when vLLM serves the model.
+
+    Embeddings are cut by vocabulary, matrices as `local_shape` says, everything else is held by every
+    rank. What kernels add as padding or workspace, and the KV cache, are not counted.
+    """
+    total = 0
+    matrices = dense_descriptions(architecture) | dict(described)
+    for name, shape in architecture.other_tensors.items():
+        if name.removesuffix(".weight") in matrices:
+            continue
+        is_cut = not name.startswith(f"{architecture.layers_prefix}.") and shape[0] == architecture.vocab_size
+        total += math.prod(shape) * element // (tensor_parallel_size if is_cut else 1)
+    for name, description in matrices.items():
+        for part, ((rows, columns), storage) in description.parts.items():
+            local = local_shape(name, part, rows, columns, architecture, tensor_parallel_size)
+            share = (local or (rows, columns))[0] * (local or (rows, columns))[1] / (rows * columns)
+            leaves = storage.leaf_shapes(rows, columns) if storage else {"": (rows, columns)}
+            whole = sum(
+                math.prod(leaf_shape) * _element(leaf, element) for leaf, leaf_shape in leaves.items()
+            )
+            total += int(whole * share)
+        if description.pivot_blocks is not None:
+            rows = description.shape[0]
+            if not architecture.is_row_parallel(name):
+                rows //= architecture.num_output_shards(name, tensor_parallel_size)
+            total += rows * _INTEGER_BYTES[ROW_ORDER]
+    return total
+
+
+def _element(leaf: str, element: int) -> int:
+    return _INTEGER_BYTES.get(leaf.rpartition(".")[2], element)
+
+
+def _part_of(name: str, prefix: str, linears: set[str]) -> str:
+    component = component_of(name)
+    if component != LANGUAGE_PART:
+        return component
+    if not name.startswith(prefix):
+        return "outside the layers"
+    owner, _, leaf = name.rpartition(".")
+    parent, _, part = owner.rpartition(".")
+    is_factor = (part in FACTOR_PARTS and parent in linears) or leaf == ROW_ORDER
+    if leaf == "bias" or not (is_factor or owner in linears):
+        return "norms and biases"
+    if leaf in _SCALE_LEAVES:
+        return "scales"
+    return "factors" if is_factor else "dense Linears"

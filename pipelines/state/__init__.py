@@ -1,0 +1,1 @@
+"""What runs leave on disk for each other: finished pieces, fingerprints, locks."""

@@ -1,0 +1,152 @@
+"""What a run has finished: written as it is done, recognised by the next run, never mistaken for another's.
+
+A stage works in pieces, a decoder layer say. A finished piece is a file of tensors, if it has any, and a file
+of findings, written last: where the findings are, the piece is whole. A stage's folder also holds a
+fingerprint of everything its results depend on; a run with another fingerprint starts the stage over, and can
+say what has changed. Tensors and
+findings carry checksums, so that a damaged file is computed again, not reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ercsvd_deploy.format.atomic_files import read_json, write_atomically, write_json_atomically
+
+FINGERPRINT_FILE = "fingerprint.json"
+logger = logging.getLogger(__name__)
+OUTCOME = "outcome"  # the last piece of a stage
+_MOST_NAMED = 3
+
+
+class FinishedWork:
+    """The finished pieces of one stage.
+
+    Attributes:
+        notes: What was found of an earlier run, for people: reused, or why not.
+    """
+
+    def __init__(
+        self, directory: Path, fingerprint: Mapping[str, Any] | None = None, *, is_reading: bool = False
+    ) -> None:
+        """Open or create a stage's folder.
+
+        Args:
+            directory: The folder; its name is the stage's.
+            fingerprint: What the results depend on, as JSON values; None for work that nobody resumes.
+            is_reading: Nothing is created or removed; a folder with another fingerprint counts as empty.
+        """
+        self._directory = directory
+        self.notes: list[str] = []
+        self._is_foreign = False
+        if is_reading:
+            stored = read_json(directory / FINGERPRINT_FILE)
+            self._is_foreign = stored != json.loads(json.dumps(fingerprint))
+            return
+        if fingerprint is not None:
+            self._settle(json.loads(json.dumps(fingerprint)))
+        directory.mkdir(parents=True, exist_ok=True)
+        if fingerprint is not None:
+            write_json_atomically(directory / FINGERPRINT_FILE, fingerprint)
+
+    def _settle(self, fingerprint: dict[str, Any]) -> None:
+        """Keep what an earlier run with the same fingerprint left; remove everything else."""
+        if not self._directory.exists():
+            return
+        earlier = read_json(self._directory / FINGERPRINT_FILE)
+        pieces = len(list(self._directory.glob("*.findings.json")))
+        if earlier == fingerprint:
+            if pieces:
+                self.notes.append(
+                    f"{self._directory.name}: {pieces} finished pieces of an earlier run are used"
+                )
+            return
+        if pieces:
+            changed = _differences(earlier, fingerprint)
+            more = f" and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
+            self.notes.append(
+                f"{self._directory.name}: computed again, because {', '.join(changed[:_MOST_NAMED])}{more} "
+                "differs from the earlier run"
+            )
+        shutil.rmtree(self._directory)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the stage has finished: its last piece is there."""
+        return self.findings(OUTCOME) is not None
+
+    def tensors_file(self, piece: str) -> Path:
+        """Return the path of a piece's tensors."""
+        return self._directory / f"{piece}.safetensors"
+
+    def findings(self, piece: str) -> Any | None:
+        """Return what was found out in a piece; None if it is not finished or its tensors are damaged."""
+        record = None if self._is_foreign else read_json(self._findings_file(piece))
+        if not isinstance(record, dict) or record.pop("sha256", None) != _value_digest(record):
+            return None
+        if record.get("tensors_sha256") is not None:
+            tensors = self.tensors_file(piece)
+            if not tensors.is_file() or file_digest(tensors) != record["tensors_sha256"]:
+                return None
+        logger.debug("%s: %s is reused", self._directory.name, piece)
+        return record["findings"]
+
+    def finish(self, piece: str, findings: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write a piece; afterwards it survives whatever happens to the process or the machine.
+
+        Args:
+            piece: Its name, a file name.
+            findings: JSON values.
+            tensors: Name -> tensor.
+
+        Raises:
+            OSError: the disk is full or not writable; the piece then counts as not finished.
+        """
+        digest = None
+        if tensors is not None:
+            write_atomically(self.tensors_file(piece), tensors)
+            digest = file_digest(self.tensors_file(piece))
+        record = {"findings": findings, "tensors_sha256": digest}
+        # A flipped bit can leave JSON that still reads, with another number in it.
+        record |= {"sha256": _value_digest(record)}
+        # Python reads its own Infinity again: a perplexity can be that.
+        write_json_atomically(self._findings_file(piece), record, allow_nan=True)
+        logger.debug("%s: %s is done", self._directory.name, piece)
+
+    def forget(self, piece: str) -> None:
+        """Remove a piece that is no longer needed."""
+        self._findings_file(piece).unlink(missing_ok=True)
+        self.tensors_file(piece).unlink(missing_ok=True)
+
+    def _findings_file(self, piece: str) -> Path:
+        return self._directory / f"{piece}.findings.json"
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _value_digest(value: Any) -> str:
+    """Return the SHA-256 of JSON values, however they are laid out: of what reading them again gives."""
+    read_again = json.loads(json.dumps(value))  # whose keys are all text, and can be sorted
+    return hashlib.sha256(json.dumps(read_again, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(earlier: Any, now: Any, name: str = "") -> list[str]:
+    """Return the dotted names of the values that differ."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted({*earlier, *now}):
+            found += _differences(earlier.get(key), now.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if earlier == now else [name or "everything"]

@@ -1,0 +1,179 @@
+"""What each stage's results depend on, as values that two runs can compare.
+
+A stage is started over if anything in its fingerprint differs: the model's files, the data, the settings of
+this stage and of those before it, this package's own code, the libraries, the device and precision. File
+contents are hashed once, and remembered as long as a file's size, times and identity stay the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+import ercsvd_deploy
+from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.inputs.model import OpenedModel
+from ercsvd_deploy.pipelines.inputs.run_data import RunData
+from ercsvd_deploy.pipelines.state.cache import file_digest
+from ercsvd_deploy.recipe.load import canonical
+from ercsvd_deploy.recipe.sections import Recipe
+
+_LIBRARIES = ("torch", "transformers", "compressed-tensors", "numpy")
+_HASHES_FILE = "model-files.json"
+
+
+class FingerprintedStage(Protocol):
+    """What a fingerprint needs of a stage (`stages.contract.Stage`)."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def temporary_for(self) -> str | None:
+        """The one later stage that reads its result, if it changes no model."""
+        ...
+
+    def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what its result depends on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """What the result of each stage of a run depends on.
+
+    Attributes:
+        by_stage: Stage -> JSON values.
+        base: What all have in common: model, device, code and libraries.
+        data: Digests of the calibration samples, texts and questions.
+    """
+
+    by_stage: Mapping[str, Mapping[str, Any]]
+    base: Mapping[str, Any]
+    data: Mapping[str, Any]
+
+    def provenance(self, recipe: Recipe) -> dict[str, Any]:
+        """Return SHA-256 sums and the seed, for the report."""
+        return {
+            "seed": recipe.calibration.seed if recipe.calibration else None,
+            "recipe_sha256": digest_of(canonical(recipe)),
+            "code_sha256": self.base["code"],
+            "model_files_sha256": dict(self.base["model"]),
+            "calibration_sha256": self.data["calibration_samples"],
+            "texts_sha256": dict(self.data["texts"]),
+            "questions_sha256": dict(self.data["questions"]),
+        }
+
+
+def take_fingerprints(
+    stages: Sequence[FingerprintedStage],
+    recipe: Recipe,
+    opened: OpenedModel,
+    model: LayerwiseModel,
+    data: RunData,
+    work: Path,
+) -> Fingerprints:
+    """Return the fingerprints of a run's stages.
+
+    Args:
+        stages: In order; each adds its own to those of the stages before that change the model.
+        recipe: The recipe.
+        opened: Where the model's files are.
+        model: The original model; tells device and precision.
+        data: What the recipe's texts and pictures became.
+        work: Where file hashes are remembered.
+    """
+    base = {
+        "model": _model_files(opened.directory, work),
+        "model_dtype": recipe.model.dtype,
+        "device": str(model.device),
+        "precision": str(model.dtype),
+        "code": _own_code(),
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+    }
+    digests = {
+        "calibration_samples": _samples(data.samples or ()),
+        "texts": {name: _digest([windows]) for name, windows in data.texts.items()},
+        "questions": {
+            name: _samples([question.sample for question in asked]) for name, asked in data.questions.items()
+        },
+    }
+    before: Mapping[str, Any] = base | {"calibration_samples": digests["calibration_samples"]}
+    by_stage = {}
+    for stage in stages:
+        by_stage[stage.name] = stage.fingerprint(before, digests)
+        if stage.temporary_for is None:
+            before = by_stage[stage.name]
+    return Fingerprints(by_stage, base, digests)
+
+
+def short_digest(fingerprint: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that tell fingerprints apart."""
+    return digest_of(fingerprint)[:16]
+
+
+def _model_files(directory: Path, work: Path) -> dict[str, str]:
+    """Return file name -> SHA-256 of the model's config and weights."""
+    remembered = read_json(work / _HASHES_FILE)
+    known = remembered if isinstance(remembered, dict) else {}
+    hashes: dict[str, dict[str, Any]] = {}
+    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        status = path.stat()
+        identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        entry = known.get(str(path))
+        if not isinstance(entry, dict) or entry.get("identity") != identity or "sha256" not in entry:
+            entry = {"identity": identity, "sha256": file_digest(path)}
+        hashes[str(path)] = entry
+    write_json_atomically(work / _HASHES_FILE, hashes)
+    return {Path(name).name: str(entry["sha256"]) for name, entry in hashes.items()}
+
+
+def _own_code() -> str:
+    """Return the SHA-256 of this package's source files."""
+    root = Path(ercsvd_deploy.__file__).resolve().parent
+    folders = (root, root / "pipelines", root / "exporters")
+    files = sorted({file.resolve() for folder in folders for file in folder.resolve().rglob("*.py")})
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _samples(samples: Sequence[Sample]) -> str:
+    tensors = []
+    for sample in samples:
+        tensors += [sample.tokens, *(sample.images[name] for name in sorted(sample.images))]
+        tensors += [] if sample.token_weights is None else [sample.token_weights]
+    return _digest(tensors)
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(json.dumps([str(plain.dtype), list(plain.shape)]).encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,55 @@
+"""What is known of an output: finished, running, or interrupted, and how far it got."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ercsvd_deploy.exporters.vllm.target import is_export
+from ercsvd_deploy.pipelines.state.lock import is_in_use, work_path
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """The finished pieces of one stage."""
+
+    name: str
+    pieces: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class OutputStatus:
+    """What there is of an output.
+
+    Attributes:
+        output: The directory a recipe writes.
+        finished: Whether a complete export is there.
+        running: Whether a run is writing to it now.
+        stages: What an unfinished run has finished.
+    """
+
+    output: str
+    finished: bool
+    running: bool
+    stages: tuple[StageStatus, ...]
+
+
+def output_status(output: Path) -> OutputStatus:
+    """Look at an output without changing anything."""
+    work = work_path(output.absolute())
+    stages = [_stage_status(folder) for folder in sorted(work.glob("*")) if folder.is_dir()]
+    return OutputStatus(
+        output=str(output),
+        finished=output.is_dir() and any(output.iterdir()) and is_export(output),
+        running=is_in_use(output.absolute()),
+        stages=tuple(stage for stage in stages if stage.pieces),
+    )
+
+
+def _stage_status(folder: Path) -> StageStatus:
+    return StageStatus(
+        folder.name,
+        len(list(folder.glob("*.findings.json"))),
+        sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+    )

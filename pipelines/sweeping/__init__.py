@@ -1,0 +1,1 @@
+"""Many variations of one recipe, side by side."""

@@ -1,0 +1,72 @@
+"""The machine that `--machine` describes: sizes by their definition, and refusals that name the remedy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ercsvd_deploy.pipelines.planning.machine import (
+    Machine,
+    MachineError,
+    look_around,
+    parse_machine,
+    planned_device,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "memory", "gpu", "disk"),
+    [
+        ("gpu=80GiB,memory=512GiB,disk=1TiB", 512 * 2**30, 80 * 2**30, 2**40),
+        ("disk=1TB, memory = 1.5GB", 1_500_000_000, None, 10**12),
+        ("gpu=none", None, 0, None),
+        ("memory=100MiB", 100 * 2**20, None, None),
+    ],
+)
+def test_sizes_are_bytes_and_missing_keys_unknown(
+    text: str, memory: int | None, gpu: int | None, disk: int | None
+) -> None:
+    assert parse_machine(text) == Machine(memory, gpu, disk, is_this_one=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "write it like gpu=80GiB,memory=512GiB,disk=1TiB"),
+        ("gpu", "'gpu' is none of gpu, memory and disk with a size"),
+        ("gpus=80GiB", "did you mean gpu=SIZE?"),
+        ("memroy=1GiB", "did you mean memory=SIZE?"),
+        ("gpu=80", "gpu is '80'; it must be a number and KB"),
+        ("gpu=80GiB,", "'' is none of"),
+        ("gpu=1GiB,gpu=2GiB", "gpu is given twice"),
+        ("memory=none", "memory is 'none'"),
+        ("memory=0GiB", "memory is '0GiB'"),
+        ("memory=-1GiB", "memory is '-1GiB'"),
+        ("disk=1EiB", "disk is '1EiB'"),
+        ("disk=infGiB", "disk is 'infGiB'"),
+        ("gpu=None", "such as gpu=80GiB, or none"),
+    ],
+)
+def test_what_describes_no_machine(text: str, said: str) -> None:
+    with pytest.raises(MachineError) as caught:
+        parse_machine(text)
+    assert said in str(caught.value)
+    assert str(caught.value).startswith("--machine: ")
+
+
+def test_device_follows_from_the_machine() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert planned_device(parse_machine("gpu=80GiB"), None) == cuda
+    assert planned_device(parse_machine("gpu=80GiB"), cpu) == cpu
+    assert planned_device(parse_machine("gpu=none"), None) == cpu
+    assert planned_device(parse_machine("memory=1GiB"), None) is None
+    assert planned_device(parse_machine("memory=1GiB"), cuda) == cuda
+    with pytest.raises(MachineError, match="gpu=none; change one of the two"):
+        planned_device(parse_machine("gpu=none"), cuda)
+
+
+def test_this_machine_is_this_one() -> None:
+    here = look_around(torch.device("cpu"), None)
+    assert here.is_this_one
+    assert here.name == "this machine"
+    assert parse_machine("gpu=none").name == "the machine asked about"

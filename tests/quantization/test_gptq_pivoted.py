@@ -1,0 +1,149 @@
+"""Quantizing the pivoted layout: the report adds up, the re-fit is the damped one, bad input is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ercsvd_deploy.linalg.decomposition import decompose
+from ercsvd_deploy.linalg.pivoting import PivotedFactors, to_pivoted
+from ercsvd_deploy.linalg.truncation import truncate
+from ercsvd_deploy.quantization.gptq import QuantizationSettings, quantize_weight
+from ercsvd_deploy.quantization.pivoted import quantize_pivoted, refit_other_rows
+
+OUT, IN, RANK, TOKENS = 96, 64, 32, 512
+INT4 = QuantizationSettings(bits=4, group_size=32, sym=True)
+
+
+def layer(seed: int = 0) -> tuple[Tensor, Tensor, PivotedFactors]:
+    """Return weight, correlated inputs [tokens, in] and the pivoted truncation under them."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(IN, IN, generator=generator) * torch.logspace(0, -2, IN)
+    inputs = torch.randn(TOKENS, IN, generator=generator) @ mixing.T
+    weight = torch.randn(OUT, IN, generator=generator)
+    decomposition = decompose(weight, method="svd_llm", gram=inputs.T @ inputs)
+    return weight, inputs, to_pivoted(truncate(decomposition, weight, RANK), 4)
+
+
+def naive_loss(weight: Tensor, approximation: Tensor, inputs: Tensor) -> float:
+    true, tried = inputs.double() @ weight.double().T, inputs.double() @ approximation.double().T
+    return float((true - tried).square().sum() / true.square().sum())
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_the_report_adds_up(refit: bool) -> None:
+    weight, inputs, pivoted = layer()
+    pair = quantize_pivoted(
+        weight,
+        pivoted,
+        inputs.T @ inputs,
+        settings_pivots=INT4,
+        settings_others=INT4,
+        scale_dtype=torch.float32,
+        refit=refit,
+    )
+    first, second = pair.factor_a.dequantize(), pair.factor_b.dequantize()
+    assert first.shape == pivoted.pivot_rows.shape
+    assert second.shape == pivoted.other_rows.shape
+    served = PivotedFactors(first, second, pivoted.pivots).product()
+    half = PivotedFactors(first, pivoted.other_rows, pivoted.pivots).product()
+    report = pair.report
+    assert report.loss == pytest.approx(naive_loss(weight, served, inputs), rel=1e-3)
+    assert report.loss_unquantized == pytest.approx(naive_loss(weight, pivoted.product(), inputs), rel=1e-3)
+    assert report.loss_first_quantized == pytest.approx(naive_loss(weight, half, inputs), rel=1e-3)
+    assert report.loss_unquantized < report.loss_first_quantized
+    if refit:
+        assert report.loss_refitted < report.loss_first_quantized
+    else:
+        assert report.loss_refitted == report.loss_first_quantized
+
+
+def test_pivot_rows_are_quantized_like_any_matrix_and_others_on_their_outputs() -> None:
+    weight, inputs, pivoted = layer()
+    gram = inputs.T @ inputs
+    pair = quantize_pivoted(
+        weight, pivoted, gram, settings_pivots=INT4, settings_others=INT4, scale_dtype=torch.float32
+    )
+    alone = quantize_weight(pivoted.pivot_rows, gram, INT4, scale_dtype=torch.float32)
+    assert torch.equal(pair.factor_a.values, alone.values)
+    hidden = inputs.double() @ alone.dequantize().double().T
+    is_other = torch.ones(OUT, dtype=torch.bool)
+    is_other[pivoted.pivots] = False
+    refitted = refit_other_rows(weight[is_other], alone.dequantize(), gram).float()
+    second = quantize_weight(refitted, hidden.T @ hidden, INT4, scale_dtype=torch.float32)
+    torch.testing.assert_close(pair.factor_b.dequantize(), second.dequantize(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1e-1])
+def test_refit_is_ridge_regression_on_the_pivot_outputs(damping: float) -> None:
+    weight, inputs, pivoted = layer()
+    rows = weight[:20]
+    hidden = inputs.double() @ pivoted.pivot_rows.double().T
+    ridge = damping * hidden.square().sum(dim=0).mean()
+    # Ridge regression is least squares with a row for every coefficient that wants it to be zero.
+    design = torch.cat([hidden, ridge.sqrt() * torch.eye(RANK, dtype=torch.float64)])
+    target = torch.cat([inputs.double() @ rows.double().T, torch.zeros(RANK, 20, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(design, target).solution.T
+    found = refit_other_rows(rows, pivoted.pivot_rows, inputs.T.double() @ inputs.double(), damping=damping)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_damping_pays_where_pivot_outputs_are_nearly_dependent() -> None:
+    weight, inputs, pivoted = layer()
+    gram = inputs.T.double() @ inputs.double()
+    is_other = torch.ones(OUT, dtype=torch.bool)
+    is_other[pivoted.pivots] = False
+    losses = {}
+    for damping in (1e-9, 1e-3):
+        refitted = refit_other_rows(weight[is_other], pivoted.pivot_rows, gram, damping=damping)
+        hidden_gram = pivoted.pivot_rows.double() @ gram @ pivoted.pivot_rows.double().T
+        quantized = quantize_weight(refitted, hidden_gram, INT4, scale_dtype=torch.float32).dequantize()
+        losses[damping] = naive_loss(
+            weight, PivotedFactors(pivoted.pivot_rows, quantized, pivoted.pivots).product(), inputs
+        )
+    assert losses[1e-3] < losses[1e-9]
+
+
+def test_rounding_baseline_loses_to_gptq() -> None:
+    weight, inputs, pivoted = layer()
+    gram = inputs.T @ inputs
+    losses = [
+        quantize_pivoted(
+            weight,
+            pivoted,
+            gram,
+            settings_pivots=INT4,
+            settings_others=INT4,
+            scale_dtype=torch.float32,
+            method=method,
+        ).report.loss
+        for method in ("gptq", "rtn")
+    ]
+    assert losses[0] < losses[1]
+
+
+def test_without_calibration_the_other_rows_stay() -> None:
+    weight, _, pivoted = layer()
+    pair = quantize_pivoted(
+        weight,
+        pivoted,
+        torch.zeros(IN, IN),
+        settings_pivots=INT4,
+        settings_others=INT4,
+        scale_dtype=torch.float32,
+    )
+    step = pair.factor_b.scale.max()
+    assert (pair.factor_b.dequantize() - pivoted.other_rows).abs().max() <= step
+
+
+def test_bad_shapes_are_refused() -> None:
+    weight, inputs, pivoted = layer()
+    options = {"settings_others": INT4, "scale_dtype": torch.float32}
+    with pytest.raises(ValueError, match="do not make a weight of shape"):
+        quantize_pivoted(weight[:-1], pivoted, inputs.T @ inputs, settings_pivots=INT4, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the Gram has shape"):
+        quantize_pivoted(weight, pivoted, torch.eye(IN - 1), settings_pivots=INT4, **options)  # type: ignore[arg-type]
+    coarse = QuantizationSettings(bits=4, group_size=128, sym=True)
+    with pytest.raises(ValueError, match="128"):
+        quantize_pivoted(weight, pivoted, inputs.T @ inputs, settings_pivots=coarse, **options)  # type: ignore[arg-type]

@@ -1,0 +1,180 @@
+"""A report with every part in it, small enough to reason about."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from ercsvd_deploy.pipelines.reporting.schema import ReportDocument, parse_report
+
+
+def sample_report(**changed: Any) -> dict[str, Any]:
+    """Return a report as its JSON has it, with some top-level keys replaced."""
+    return copy.deepcopy(_SAMPLE) | changed
+
+
+def sample_document(**changed: Any) -> ReportDocument:
+    """Return the same, read."""
+    return parse_report(sample_report(**changed))
+
+
+def figures(num_bytes: int, perplexity: float, exact_match: float) -> dict[str, Any]:
+    return {
+        "num_bytes": num_bytes,
+        "bytes_by_part": {"outside the layers": num_bytes // 4, "factors": num_bytes - num_bytes // 4},
+        "linear_bits_per_weight": num_bytes / 125_000,
+        "parameters": 1_000_000,
+        "linear_parameters": num_bytes // 2,
+        "perplexity": {"prose": perplexity, "code": 2 * perplexity},
+        "exact_match": {"shapes": exact_match},
+        "tasks": {"arc": {"acc": exact_match / 2}},
+    }
+
+
+def _linear(layer: int, kind: str, rank: int | None) -> dict[str, Any]:
+    return {
+        "name": f"model.layers.{layer}.mlp.{kind}",
+        "shape": [64, 32],
+        "rank": rank,
+        "weight_error": 0.25,
+        "calibration_error": 0.125,
+        "spectrum": [[1, 1.0], [4, 0.5], [32, 0.01 * (layer + 1)]],
+    }
+
+
+def _matrix(layer: int, factor: str) -> dict[str, Any]:
+    return {
+        "name": f"model.layers.{layer}.mlp.up_proj.{factor}",
+        "shape": [16, 32],
+        "bits": 4,
+        "group_size": 32,
+        "sym": True,
+        "method": "gptq",
+        "gptq_loss": 0.001,
+        "rtn_loss": 0.004,
+    }
+
+
+def _difference(mean: float) -> dict[str, Any]:
+    return {"mean": mean, "largest": 10 * mean, "num_tokens": 256}
+
+
+def _served(size: int, mean: float) -> dict[str, Any]:
+    agreement = {
+        "subject": "texts",
+        "num_prompts": 4,
+        "prompt": _difference(mean / 2),
+        "decoded": _difference(mean),
+        "together": _difference(0.75 * mean),
+        "greedy_agreeing": 250,
+    }
+    return {
+        "tensor_parallel_size": size,
+        "mode": "compiled, with CUDA graphs",
+        "seconds": 30.5,
+        "agreements": [agreement, {**agreement, "subject": "pictures"}],
+    }
+
+
+_LOSSES = {"gptq_loss": 0.001, "rtn_loss": 0.004}
+_SAMPLE: dict[str, Any] = {
+    "report_version": 2,
+    "recipe": {
+        "model": {"path": "organisation/small-7b", "trust_remote_code": False},
+        "stages": [
+            {"factorize": {"method": "erc_svd", "allocation": "last_k"}},
+            {"quantize": {"method": "gptq", "bits": 4}},
+        ],
+        "serving": {"tensor_parallel_sizes": [1, 2]},
+        "export": {"path": "out/small"},
+    },
+    "environment": {"ercsvd-deploy": "0.1.0", "device": "cpu (x86_64)"},
+    "provenance": {"seed": 3, "recipe_sha256": "ab" * 32, "model_files_sha256": {"config.json": "cd" * 32}},
+    "original": figures(2_000_000, 10.0, 0.9),
+    "compressed": figures(1_000_000, 11.0, 0.875),
+    "components": [
+        {
+            "name": "language model",
+            "original_parameters": 900_000,
+            "parameters": 500_000,
+            "num_bytes": 900_000,
+            "treatment": "4 Linears low-rank int4",
+        }
+    ],
+    "change": {
+        "layer_errors": {"prose": [0.1, 0.2, 0.3], "code": [0.2, 0.3, 0.5]},
+        "final_layer_error": {"prose": 0.3, "code": 0.5},
+        "logprob_kl": {"prose": 0.05, "code": None},
+    },
+    "vision": None,
+    "factorize": {
+        "num_compressed_layers": 2,
+        "layer_ratio": 0.5,
+        "parameter_budget": 1_000_000,
+        "kept_parameters": 990_000,
+        "achieved_compression_ratio": 0.5,
+        "search": [
+            {
+                "num_compressed_layers": k,
+                "layer_ratio": 1 / k,
+                "kept_parameters": 9,
+                "final_layer_error": error,
+            }
+            for k, error in ((1, 0.6), (2, 0.3), (3, None))
+        ],
+        "linears": [
+            _linear(layer, kind, rank)
+            for layer in (1, 2)
+            for kind, rank in (("up_proj", 16), ("down_proj", None))
+        ],
+        "allocation": [],
+        "predicted_kl": None,
+    },
+    "quantize": {
+        "matrices": [_matrix(layer, factor) for layer in (1, 2) for factor in ("factor_a", "factor_b")],
+        "linears": [
+            {
+                "name": "model.layers.1.mlp.up_proj",
+                "loss": 0.002,
+                "factors": {
+                    "factor_a": _LOSSES,
+                    "factor_b": _LOSSES,
+                    "loss_unquantized": 0.0,
+                    "loss_first_quantized": 0.001,
+                    "loss_refitted": 0.0005,
+                    "loss": 0.002,
+                },
+            }
+        ],
+        "patterns": [
+            {"pattern": "*.down_proj", "purpose": "ignore", "modules": ["model.layers.1.mlp.down_proj"]}
+        ],
+    },
+    "serving": {
+        "mean_difference": 0.01,
+        "largest_difference": 0.2,
+        "num_tokens": 512,
+        "tensor_parallel_size": 1,
+        "vllm_version": "0.32.0",
+        "sizes": [_served(1, 0.01), _served(2, 0.02)],
+        "failures": [
+            {
+                "tensor_parallel_size": 4,
+                "process": "Worker_TP3",
+                "exception": "RuntimeError: no room",
+                "excerpt": "Traceback (most recent call last):\n  File <frozen>\nRuntimeError: no room",
+                "log": "out/small.vllm.log",
+            }
+        ],
+        "not_measured": {"8": "it takes 8 GPUs, and this machine has 4"},
+    },
+    "gates": [
+        {"gate": "perplexity_increase", "subject": "prose", "limit": 0.2, "value": 0.1, "passed": True},
+        {"gate": "max_size", "subject": None, "limit": 500_000.0, "value": 1_000_000.0, "passed": False},
+        {"gate": "logprob_kl", "subject": "code", "limit": 0.1, "value": None, "passed": False}
+        | {"reason": "the model is away"},
+    ],
+    "seconds": {"factorize": 12.5},
+    "warnings": ["the texts are short"],
+    "resumed": ["factorize: 2 of 3 layers"],
+}

@@ -1,0 +1,348 @@
+"""What is finished survives: killed runs go on, changed recipes start over, and nothing is mixed up."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
+from ercsvd_deploy.pipelines.stages import export
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.recipe.load import load_recipe
+from tests.flow.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe  # noqa: F401 - fixtures
+
+REPOSITORY = Path(__file__).parents[2]
+INT4 = {"quantize": {"bits": 4, "group_size": 32}}
+STAGES = (factorize(rank_multiple="auto", num_compressed_layers="auto", method="erc_svd"), INT4)
+KILLS = 20
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """Return the export's contents; report, page and card hold times or the export's name."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in REPORT_FILES
+    }
+
+
+class Runner:
+    """Starts runs of one recipe and kills them."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def run(self, kill_after: float | None = None) -> int:
+        """Return the wait status of one run, killed after some seconds if it takes that long."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("run\n")
+        self._process.stdin.flush()
+        child = int(self._process.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            with contextlib.suppress(ProcessLookupError):  # it was quicker
+                os.kill(child, signal.SIGKILL)
+        return int(self._process.stdout.readline())
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Iterator[Callable[[Path, Path], Runner]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(recipe: Path, output: Path) -> Runner:
+        command = [sys.executable, "-m", "tests.state.killable_runs", str(recipe), str(output)]
+        log = (tmp_path / "runs.log").open("a")
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        )
+        started.append(process)
+        return Runner(process)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_writes_what_an_undisturbed_one_writes(
+    write_recipe: RecipeWriter,  # noqa: F811 - a fixture
+    tmp_path: Path,
+    runner: Callable[[Path, Path], Runner],
+) -> None:
+    recipe = write_recipe(*STAGES)
+    undisturbed = runner(recipe, tmp_path / "undisturbed")
+    assert undisturbed.run() == 0, (tmp_path / "runs.log").read_text()
+    started = time.monotonic()
+    assert undisturbed.run() == 0
+    duration = time.monotonic() - started
+    expected = hashes(tmp_path / "undisturbed")
+    assert "model.safetensors" in expected
+
+    rng = random.Random(20)
+    output = tmp_path / "disturbed"
+    disturbed = runner(recipe, output)
+    kills = completed = 0
+    while kills < KILLS:
+        status = disturbed.run(kill_after=rng.uniform(0.02, 0.9) * duration)
+        if status == signal.SIGKILL:
+            kills += 1
+            continue
+        assert status == 0, (tmp_path / "runs.log").read_text()
+        completed += 1
+        assert hashes(output) == expected
+        assert completed < KILLS
+        # The next attempts start from nothing again.
+        subprocess.run(["rm", "-r", str(output)], check=True)
+    assert disturbed.run() == 0, (tmp_path / "runs.log").read_text()
+    assert hashes(output) == expected
+    assert not (tmp_path / ".disturbed.work").exists()
+
+
+class Stop(Exception):  # noqa: N818 - not an error of the program
+    """Ends a run in the middle."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, pieces: int) -> Callable[[], int]:
+    """Let the run end after so many finished pieces; return a count of those computed."""
+    finish = FinishedWork.finish
+    count = 0
+
+    def counted(self: FinishedWork, piece: str, findings: Any, tensors: Any = None) -> None:
+        nonlocal count
+        if count == pieces:
+            raise Stop
+        finish(self, piece, findings, tensors)
+        count += 1
+
+    monkeypatch.setattr(FinishedWork, "finish", counted)
+    return lambda: count
+
+
+def whole_run(recipe: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[int, list[str]]:
+    """Run to the end; return how many pieces were computed, and what was said about earlier ones."""
+    with monkeypatch.context() as patched:
+        count = stop_after(patched, 10_000)
+        report, _ = run_recipe(load_recipe(recipe, overrides))
+        return count(), report.resumed
+
+
+def half_run(recipe: Path, monkeypatch: pytest.MonkeyPatch, pieces: int, *overrides: str) -> None:
+    with monkeypatch.context() as patched:
+        stop_after(patched, pieces)
+        with pytest.raises(Stop):
+            run_recipe(load_recipe(recipe, overrides))
+
+
+@pytest.mark.parametrize("pieces", [0, 4, 9, 12])
+def test_only_what_is_missing_is_computed(
+    pieces: int,
+    write_recipe: RecipeWriter,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = write_recipe(*STAGES)
+    everything, _ = whole_run(recipe, monkeypatch)
+    expected = hashes(tmp_path / "out")
+    half_run(recipe, monkeypatch, pieces)
+    computed, notes = whole_run(recipe, monkeypatch)
+    assert hashes(tmp_path / "out") == expected
+    assert computed == everything - pieces
+    assert bool(notes) == (pieces > 0)
+    assert all("of an earlier run are used" in note for note in notes)
+
+
+def run_without_export(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finish every piece, and end before the export."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "write_export", stop)
+        with pytest.raises(Stop):
+            run_recipe(load_recipe(recipe))
+
+
+CHANGES = {
+    "stages.1.quantize.damping=0.02": ("quantize: computed again, because quantize.damping", {"factorize"}),
+    "stages.1.quantize.group_size=-1": (
+        "quantize: computed again, because quantize.group_size",
+        {"factorize"},
+    ),
+    # Automatic ranks are whole groups of the second factor where the matrix is large enough.
+    "stages.1.quantize.group_size=64": ("factorize: computed again, because factorize.rank_steps", set()),
+    "stages.0.factorize.beta=0.1": ("factorize: computed again, because factorize.beta", set()),
+    "calibration.seed=4": ("factorize: computed again, because calibration_samples", set()),
+    "evaluation.max_sequences=3": (
+        "judge: computed again, because texts",
+        {"factorize", "quantize"},
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_recipe_recomputes_what_it_must(
+    change: str,
+    write_recipe: RecipeWriter,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = write_recipe(*STAGES)
+    everything, _ = whole_run(recipe, monkeypatch, change)
+    expected = hashes(tmp_path / "out")
+    run_without_export(recipe, monkeypatch)
+    computed, notes = whole_run(recipe, monkeypatch, change)
+    assert hashes(tmp_path / "out") == expected
+    said, reused = CHANGES[change]
+    assert any(note.startswith(said) for note in notes), notes
+    assert {note.partition(":")[0] for note in notes if "are used" in note} >= reused
+    assert computed < everything or not reused
+    assert computed > 0
+
+
+def test_other_weights_under_the_same_name_are_noticed(
+    write_recipe: RecipeWriter,  # noqa: F811
+    tmp_path: Path,
+    llama: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(llama, tmp_path / "model")
+    recipe = write_recipe(*STAGES, model={"path": str(model)})
+    everything, _ = whole_run(recipe, monkeypatch)
+    half_run(recipe, monkeypatch, everything - 1)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.3.mlp.up_proj.weight"
+    status = (model / "model.safetensors").stat()
+    save_file(tensors | {name: -tensors[name]}, model / "model.safetensors", metadata={"format": "pt"})
+    os.utime(model / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))  # a clock set back
+    computed, notes = whole_run(recipe, monkeypatch)
+    assert computed == everything
+    assert any("because model.model.safetensors differs" in note for note in notes)
+
+
+def test_damaged_pieces_are_computed_again(
+    write_recipe: RecipeWriter,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = write_recipe(*STAGES)
+    everything, _ = whole_run(recipe, monkeypatch)
+    expected = hashes(tmp_path / "out")
+    half_run(recipe, monkeypatch, everything - 1)
+    damaged = sorted((tmp_path / ".out.work" / "quantize").glob("*.safetensors"))[1]
+    contents = bytearray(damaged.read_bytes())
+    contents[-5] ^= 1
+    damaged.write_bytes(contents)
+    (tmp_path / ".out.work" / "quantize" / "layer-00002.findings.json").write_text("{")
+    computed, _ = whole_run(recipe, monkeypatch)
+    assert computed == 1 + 2
+    assert hashes(tmp_path / "out") == expected
+
+
+def test_full_disk_keeps_what_is_finished_and_says_so(
+    write_recipe: RecipeWriter,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = write_recipe(*STAGES)
+    everything, _ = whole_run(recipe, monkeypatch)
+    expected = hashes(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        writes = 0
+
+        def full_after_five(*arguments: Any, **options: Any) -> None:
+            nonlocal writes
+            writes += 1
+            if writes > 5:
+                raise OSError(28, "No space left on device", "somewhere")
+            save_file(*arguments, **options)
+
+        from safetensors.torch import save_file
+
+        patched.setattr("ercsvd_deploy.format.atomic_files.save_file", full_after_five)
+        code, _, error = invoke("run", recipe)
+    assert code == 1
+    assert "No space left on device" in error
+    assert "the same command goes on from there" in error
+    assert hashes(tmp_path / "out") == expected  # the earlier export is still whole
+    computed, notes = whole_run(recipe, monkeypatch)
+    assert computed < everything
+    assert notes
+
+
+def test_status_and_clean(
+    write_recipe: RecipeWriter,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = write_recipe(*STAGES)
+    out = tmp_path / "out"
+    assert "nothing" in invoke("status", out)[1]
+    half_run(recipe, monkeypatch, 6)
+    code, output, _ = invoke("status", out, "--json")
+    assert code == 0
+    status = json.loads(output)
+    assert status["finished"] is False
+    assert status["running"] is False
+    assert [stage["name"] for stage in status["stages"]] == ["factorize"]
+    assert status["stages"][0]["pieces"] == 6
+    assert status["stages"][0]["num_bytes"] > 0
+    assert "factorize" in invoke("status", out)[1]
+    assert invoke("clean", out)[0] == 0
+    assert not (tmp_path / ".out.work").exists()
+    assert "nothing to remove" in invoke("clean", out)[1]
+    whole_run(recipe, monkeypatch)
+    assert json.loads(invoke("status", out, "--json")[1])["finished"] is True
+    assert invoke("clean", out)[0] == 0
+    assert out.exists()  # a finished export is not what `clean` removes
+
+
+def test_running_is_told_apart_from_interrupted(tmp_path: Path) -> None:
+    import fcntl
+
+    work = tmp_path / ".out.work"
+    work.mkdir()
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert json.loads(invoke("status", tmp_path / "out", "--json")[1])["running"] is True
+        code, _, error = invoke("clean", tmp_path / "out")
+        assert code == 1
+        assert "another run is writing" in error
+    finally:
+        os.close(descriptor)
+
+
+def test_a_piece_is_finished_with_its_findings(tmp_path: Path) -> None:
+    work = FinishedWork(tmp_path / "stage", {"a": 1})
+    tensors = {"x": torch.arange(3.0)}
+    assert work.findings("one") is None
+    work.finish("one", {"loss": float("inf"), "rank": None}, tensors)
+    again = FinishedWork(tmp_path / "stage", {"a": 1})
+    assert again.findings("one") == {"loss": float("inf"), "rank": None}
+    assert again.notes == ["stage: 1 finished pieces of an earlier run are used"]
+    again.tensors_file("one").unlink()
+    assert again.findings("one") is None
+    other = FinishedWork(tmp_path / "stage", {"a": 2, "b": {"c": 1}})
+    assert other.findings("one") is None
+    assert other.notes == ["stage: computed again, because a, b differs from the earlier run"]

@@ -1,0 +1,85 @@
+"""Runs vLLM engines in a process of their own, by a JSON request on stdin.
+
+The request lists engines, built one after the other, and what each is to generate; the answer is written to a
+file as JSON. Only the standard library, vLLM and, for pictures, PIL are imported here, so that the
+interpreter of another environment (another vLLM release) can run it too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def generate(
+    engine: dict[str, Any], prompts: list[list[int] | dict[str, Any]], max_tokens: int, top: int
+) -> dict[str, Any]:
+    """Build an engine, generate greedily, shut it down.
+
+    Args:
+        engine: keyword arguments of `vllm.LLM`.
+        prompts: token ids, or {"tokens": ids with one image token a picture, "images": files}.
+        max_tokens: how many tokens to generate for each prompt, end-of-sequence tokens included.
+        top: how many log-probabilities to return for each position after the first.
+
+    Returns:
+        {"compiled": whether torch.compile was used, "outputs": for each prompt {"prompt": the ids that were
+        read, with a token for each image feature, "tokens": the generated ids, "logprobs": for each position
+        of prompt and output but the first, token id -> log-probability}}.
+    """
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(max_model_len=128, max_num_seqs=8, disable_log_stats=True, **engine)
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        logprobs=top,
+        prompt_logprobs=top,
+        detokenize=False,
+    )
+    outputs = llm.generate([_request(prompt) for prompt in prompts], sampling, use_tqdm=False)
+    compiled = int(llm.llm_engine.vllm_config.compilation_config.mode or 0) > 0
+    llm.llm_engine.engine_core.shutdown()
+    return {
+        "compiled": compiled,
+        "outputs": [
+            {
+                "prompt": list(output.prompt_token_ids),
+                "tokens": list(output.outputs[0].token_ids),
+                "logprobs": [
+                    {str(token): entry.logprob for token, entry in position.items()}
+                    for position in [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+                ],
+            }
+            for output in outputs
+        ],
+    }
+
+
+def _request(prompt: list[int] | dict[str, Any]) -> dict[str, Any]:
+    """Return a prompt as vLLM takes it."""
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": prompt}
+    from PIL import Image
+
+    images = [Image.open(file).convert("RGB") for file in prompt["images"]]
+    return {"prompt_token_ids": prompt["tokens"], "multi_modal_data": {"image": images}}
+
+
+def main() -> None:
+    """Answer the request on stdin."""
+    request = json.load(sys.stdin)
+    answers = [
+        generate(engine, request["prompts"], request["max_tokens"], request["top"])
+        for engine in request["engines"]
+    ]
+    Path(request["answer"]).write_text(json.dumps(answers))
+    os._exit(0)  # vLLM's exit handlers wait for processes that are gone already
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The integer matrices of every shipped recipe, from the published sizes of the models that they name.
+
+A recipe without a quantize stage is taken with int4 in the largest groups that its model allows at the
+tensor-parallel sizes it names: nothing else would be left of it here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ercsvd_deploy.budget.ranks import RankPlan
+from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, plan_matrices
+from ercsvd_deploy.models.families import Architecture, describe
+from ercsvd_deploy.models.meta import build_meta_model
+from ercsvd_deploy.pipelines.inputs.model import open_config
+from ercsvd_deploy.pipelines.stages.factorize.choice import rank_plans
+from ercsvd_deploy.pipelines.stages.quantize.storage import (
+    QuantizePlan,
+    QuantizePlanError,
+    check_shapes,
+    plan_quantization,
+    quantize_plan_of,
+)
+from ercsvd_deploy.recipe.load import load_recipe
+from ercsvd_deploy.recipe.sections import Recipe
+from ercsvd_deploy.recipe.stages import Quantize
+from tests.planning.test_plan_llava import MISTRAL_7B, MODELS, VICUNA_13B
+
+REPOSITORY = Path(__file__).parents[3]
+RECIPES = sorted(path.stem for path in (REPOSITORY / "recipes").glob("*.yaml"))
+_LLAMA_2_7B = {"model_type": "llama", "vocab_size": 32000}
+_LLAMA_3_8B = MISTRAL_7B | {"model_type": "llama", "vocab_size": 128256}
+# Hub id -> the published config, as far as shapes depend on it; models in this repository have their own.
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-2-7b-hf": _LLAMA_2_7B,
+    "meta-llama/Llama-2-13b-hf": VICUNA_13B | {"vocab_size": 32000},
+    "lmsys/vicuna-7b-v1.5": _LLAMA_2_7B,
+    "meta-llama/Meta-Llama-3-8B": _LLAMA_3_8B,
+    "mistralai/Mistral-7B-v0.1": MISTRAL_7B | {"vocab_size": 32000},
+    "Qwen/Qwen2.5-7B": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "Qwen/Qwen3-8B": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "facebook/opt-6.7b": {
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": 4096,
+        "word_embed_proj_dim": 4096,
+        "ffn_dim": 16384,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+} | {f"llava-hf/{name}-hf": config for name, (config, *_) in MODELS.items()}
+
+
+def integer_matrices(
+    recipe: str, tensor_parallel_sizes: Iterable[int], folder: Path
+) -> tuple[KernelUse, ...]:
+    """Return the integer matrices of every candidate of a recipe.
+
+    Args:
+        recipe: name of its file.
+        tensor_parallel_sizes: at which its layers are cut, those that cut groups left out unless the recipe
+            names them.
+        folder: where a config may be written.
+    """
+    path = REPOSITORY / "recipes" / f"{recipe}.yaml"
+    loaded = load_recipe(path)
+    directory = REPOSITORY / loaded.model.path
+    if loaded.model.path in _CONFIGS:
+        directory = folder
+        (folder / "config.json").write_text(json.dumps(_CONFIGS[loaded.model.path]))
+    loaded = load_recipe(path, [f"model.path={directory}"])
+    config = open_config(loaded.model)
+    architecture = describe(build_meta_model(config), config)
+    plans = rank_plans(loaded, architecture, 2)
+    served = loaded.serving.tensor_parallel_sizes
+    storage = _storage(loaded, plans, architecture)
+    return tuple(
+        use
+        for plan in plans.values()
+        for use in plan_matrices(
+            storage.describe(plan.ranks, architecture), architecture, tensor_parallel_sizes
+        )
+        if use.quantization is not None
+        and (use.tensor_parallel_size in served or use.columns % max(use.quantization["group_size"], 32) == 0)
+    )
+
+
+def _storage(recipe: Recipe, plans: Mapping[int, RankPlan], architecture: Architecture) -> QuantizePlan:
+    if recipe.quantize is not None:
+        return quantize_plan_of(recipe, architecture)
+    for group_size in (128, 64):
+        settings = Quantize(bits=4, group_size=group_size)
+        storage = plan_quantization(settings, [linear.name for linear in architecture.linears])
+        with contextlib.suppress(QuantizePlanError):
+            for plan in plans.values():
+                check_shapes(storage, plan.ranks, architecture, recipe.serving.tensor_parallel_sizes)
+            return storage
+    return plan_quantization(
+        Quantize(bits=4, group_size=32), [linear.name for linear in architecture.linears]
+    )

@@ -1,0 +1,239 @@
+"""What a plan says of kernels is what vLLM says: it is asked, and nothing is said where it cannot be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from ercsvd_deploy.exporters.vllm.kernels import choice as kernel_choice
+from ercsvd_deploy.exporters.vllm.kernels.choice import (
+    ACCELERATORS,
+    NO_KERNEL,
+    PLAIN,
+    KernelUse,
+    ask_kernels,
+    columns_that_agree,
+)
+from ercsvd_deploy.exporters.vllm.layer_plan import Projection, plan_second, plan_stacks
+from ercsvd_deploy.format.schema import ModuleDescription, WeightQuantization
+from ercsvd_deploy.pipelines.cli.app import app
+from tests.conftest import ModelDirectory
+
+LIMITED_CPU = Path(__file__).parent / "limited_cpu"
+GPUS = [name for name in ACCELERATORS if name != "CPU"]
+SHAPES = [(128, 4096), (96, 4096), (4096, 96), (100, 128)]
+_BITS: tuple[Literal[4, 8], ...] = (4, 8)
+STORAGES = [
+    WeightQuantization(bits=bits, group_size=group_size, sym=sym)
+    for bits in _BITS
+    for sym in (True, False)
+    for group_size in (-1, 32, 64, 128)
+]
+
+
+def use(rows: int, columns: int, storage: WeightQuantization | None) -> KernelUse:
+    quantization = None if storage is None else storage.model_dump()
+    return KernelUse(1, ("matrix",), rows, columns, rows, columns, "", quantization, 1)
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[tuple[Any, ...], KernelUse]:
+    """(rows, columns, bits, group size, symmetric) -> what vLLM said, all in one question."""
+    asked = [
+        use(*shape, storage)
+        for shape in SHAPES
+        for storage in STORAGES
+        if storage.group_size == -1 or shape[1] % storage.group_size == 0
+    ]
+    answered = ask_kernels(asked, "bfloat16")
+    assert answered.problem is None
+    assert answered.source is not None
+    assert answered.source.startswith("vLLM ")
+    found = {}
+    for each in answered.uses:
+        assert each.quantization is not None
+        found[each.rows, each.columns, *each.quantization.values()] = each
+    return found
+
+
+@pytest.mark.vllm
+def test_gpus_are_told_apart(answers: dict[tuple[Any, ...], KernelUse]) -> None:
+    aligned, odd = answers[128, 4096, 4, 128, True].kernels, answers[96, 4096, 4, 128, True].kernels
+    assert aligned["Hopper"] == "Machete"
+    assert odd["Hopper"] == "Humming, padded to 256 x 4096"
+    for name in set(GPUS) - {"Hopper"}:
+        assert aligned[name] == "Marlin"
+        assert odd[name] == "Marlin, padded to 128 x 4096"
+    # 8 bits with zero points are nothing for Marlin, and no reason to serve a plain matrix
+    wide = answers[96, 4096, 8, 32, False].kernels
+    assert {wide[name] for name in GPUS} == {"Humming, padded to 256 x 4096"}
+
+
+@pytest.mark.vllm
+def test_this_cpu_is_told_what_it_can_do(answers: dict[tuple[Any, ...], KernelUse]) -> None:
+    import torch
+    from vllm import _custom_ops  # noqa: F401 - loads the operators
+    from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+
+    from ercsvd_deploy.exporters.vllm.compatibility import kernel_config
+
+    has_operator = hasattr(torch.ops._C, "cpu_gemm_wna16")
+    said = set()
+    for (rows, columns, bits, group_size, sym), answered in answers.items():
+        shape = (rows, columns)
+        config = kernel_config(
+            shape, shape, bits=bits, group_size=group_size, sym=sym, act_dtype=torch.bfloat16
+        )
+        takes, _ = CPUWNA16LinearKernel.can_implement(config)
+        assert answered.kernels["CPU"] == ("CPUWNA16" if takes and has_operator else NO_KERNEL)
+        said.add(answered.kernels["CPU"])
+    assert NO_KERNEL in said
+
+
+@pytest.mark.vllm
+def test_rocm_can_be_asked_too() -> None:
+    int4, int8 = ({**storage.model_dump(), "shape": (128, 4096)} for storage in (STORAGES[3], STORAGES[11]))
+    matrices = [{**matrix, "full_shape": matrix["shape"]} for matrix in (int4, int8)]
+    question = {"kind": "ROCM", "capability": (9, 4), "dtype": "float16"}
+    [[for_int4, for_int8]] = kernel_choice._ask_vllm({"matrices": matrices, "questions": [question]})[
+        "answers"
+    ]
+    assert for_int4["kernel"] == "TritonW4A16LinearKernel"
+    assert for_int8["kernel"] == "ExllamaLinearKernel"
+
+
+@pytest.mark.vllm
+def test_a_cpu_without_avx512_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{LIMITED_CPU}:{Path(__file__).parents[2]}")
+    monkeypatch.setenv("ERCSVD_TEST_CPU", "avx2")
+    answered = ask_kernels([use(128, 4096, STORAGES[0])], "bfloat16")
+    assert answered.problem is None
+    assert answered.uses[0].kernels["CPU"] == NO_KERNEL
+    assert answered.uses[0].kernels["Ampere"] == "Marlin"
+
+
+def test_plain_matrices_need_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", None)
+    answered = ask_kernels([use(96, 40, None)], "float16")
+    assert (answered.source, answered.problem) == (None, None)
+    assert set(answered.uses[0].kernels.values()) == {PLAIN}
+
+
+def test_columns_that_agree_are_one() -> None:
+    kernels = dict.fromkeys(ACCELERATORS, "Marlin") | {"Hopper": "Machete", "CPU": NO_KERNEL}
+    uses = [KernelUse(1, (), 1, 1, 1, 1, "", None, 1, kernels)]
+    assert columns_that_agree(uses) == {
+        "Hopper": "Hopper",
+        "Blackwell, Ada, Ampere, Turing": "Blackwell",
+        "CPU": "CPU",
+    }
+    assert columns_that_agree([use(1, 1, None)]) == {}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model: ModelDirectory) -> Path:
+    text = Path(__file__).parents[2] / "examples" / "text" / "calibration.txt"
+    path = tmp_path / "recipe.yaml"
+    described = {
+        "model": {"path": str(tiny_model("llama"))},
+        "calibration": {"dataset": {"text": str(text)}, "num_samples": 8, "sequence_length": 16},
+        "stages": [{"quantize": {"bits": 4, "group_size": 32}}],
+        "export": {"path": str(tmp_path / "out")},
+    }
+    path.write_text(yaml.safe_dump(described))
+    return path
+
+
+def test_without_vllm_the_plan_says_so_and_names_no_kernel(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_choice, "find_spec", lambda _: None)
+    result = CliRunner().invoke(app, ["plan", str(recipe)])
+    assert result.exit_code == 0, result.output
+    assert "vLLM is needed to say which kernels multiply them: it is not installed here" in result.stdout
+    for name in (*ACCELERATORS, "Marlin", "CPUWNA16"):
+        assert name not in result.stdout
+
+
+@pytest.mark.parametrize("source", ["no.such.module", "this"])
+def test_a_failing_child_is_told_and_does_not_fail_the_plan(
+    source: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_choice, "find_spec", lambda _: object())
+    monkeypatch.setattr(kernel_choice, "_SOURCE", source)
+    result = CliRunner().invoke(app, ["plan", str(recipe), "--json"])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["kernel_problem"].startswith("it gave no answer: ")
+    assert "\n" not in plan["kernel_problem"]
+    assert not any(each["kernels"] for each in plan["kernels"])
+
+
+def test_a_child_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(kernel_choice, "find_spec", lambda _: object())
+    monkeypatch.setattr(kernel_choice, "_SOURCE", "sleeper")
+    monkeypatch.setattr(kernel_choice, "_PATIENCE", 0.5)
+    answered = ask_kernels([use(128, 128, STORAGES[0])], "bfloat16")
+    assert answered.problem == "it gave no answer: it was not ready after 0 seconds"
+
+
+def test_stacks_and_second_parts_are_counted_as_they_are_allocated() -> None:
+    """Low-rank projections and a pivoted one, stored alike, on rank 1 of 2; other rows fill blocks."""
+    storage = WeightQuantization(bits=4, group_size=32)
+    low_rank = ModuleDescription(
+        layout="low_rank", shape=(256, 128), rank=64, factor_a=storage, factor_b=storage
+    )
+    pivoted = ModuleDescription(
+        layout="pivoted", shape=(200, 128), rank=32, pivot_blocks=2, pivot_rows=storage, other_rows=storage
+    )
+    half, columns = slice(128, 256), slice(0, 128)
+    projections = [
+        Projection("q", low_rank, half, columns),
+        Projection("k", pivoted, slice(100, 200), columns),
+        Projection("v", low_rank, half, columns),
+    ]
+    [stack] = plan_stacks(projections)
+    assert stack.matrix.parts == ("q.factor_a", "k.pivot_rows", "v.factor_a")
+    assert (stack.matrix.shape, stack.widths) == ((160, 128), (64, 32, 64))
+    second, others, _ = [plan_second(projection) for projection in projections]
+    assert second is not None
+    assert others is not None
+    assert (second.shape, second.full_shape) == ((128, 64), (256, 64))
+    assert (others.shape, others.full_shape) == ((96, 32), (192, 32))  # 84 rows on each of two ranks
+
+
+def test_only_the_child_imports_vllm() -> None:
+    code = (
+        "import sys, ercsvd_deploy.exporters.vllm.kernels.choice\n"
+        "assert not any(name.split('.')[0] == 'vllm' for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("missing", "error"),
+    [("vllm.kernels.moved", "vLLM has no scalar_types in vllm"), ("triton", "no module triton")],
+)
+def test_a_moved_name_is_told_from_a_dependency_that_is_missing(
+    missing: str, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is nothing that another release of this package could mend."""
+    from ercsvd_deploy.exporters.vllm import compatibility
+
+    def fail(_: str) -> None:
+        raise ModuleNotFoundError(f"no module {missing}", name=missing)
+
+    monkeypatch.setitem(compatibility._MODULES, "scalar_types", ("vllm.kernels.moved.scalars",))
+    monkeypatch.setattr(compatibility, "import_module", fail)
+    with pytest.raises(ImportError, match=error):
+        _ = compatibility.scalar_types
