@@ -77,11 +77,11 @@ def run_recipe(
         def complete_export(made: Path) -> None:
             """Put report, page and card into an export before it appears."""
             carry_over_card(prepared.opened.directory, made)
-            write_report_files(made, run.report().as_json(), target)
+            write_report_files(made, run.report(), target)
 
         run.stages(progress, complete_export)
         report = run.report()  # within the lock: the stages' files in `directory` are still needed
-    report.warnings.extend(write_report_files(target, report.as_json()))
+    report.warnings.extend(write_report_files(target, report))
     return report, target
 
 

@@ -101,8 +101,8 @@ def check(
 ) -> None:
     """Judge an export's report by gates, without computing anything again."""
     with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
-        from ercsvd_deploy.pipelines.judging.check import check_export
-        from ercsvd_deploy.pipelines.reporting.document import gate_table
+        from ercsvd_deploy.pipelines.reporting.check import check_export
+        from ercsvd_deploy.pipelines.reporting.terminal import gate_table
 
         results = check_export(directory, recipe)
         if as_json:
@@ -117,7 +117,7 @@ def check(
 def end_with_gates(results: list[GateResult], directory: Path, junit: Path | None) -> None:
     """Write the verdicts where asked, and leave with the exit code of a missed gate if there is one."""
     from ercsvd_deploy.format.atomic_files import write_text_atomically
-    from ercsvd_deploy.pipelines.judging.gates import junit_xml
+    from ercsvd_deploy.pipelines.judging.junit import junit_xml
 
     if junit is not None:
         write_text_atomically(junit, junit_xml(results, str(directory)))
@@ -143,8 +143,8 @@ def report(
     """Make the HTML page of a run from its report, without computing anything again."""
     with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
         from ercsvd_deploy.format.atomic_files import write_text_atomically
+        from ercsvd_deploy.pipelines.reporting.document import load_report
         from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
-        from ercsvd_deploy.pipelines.reporting.schema import load_report
 
         page = make_page(load_report(directory), directory.absolute())
         file = output or directory / PAGE_FILE

@@ -1,19 +1,21 @@
-"""Judge a report by a recipe's gates. It reads the report's JSON alone, so that `check` can do it again."""
+"""Judge what was measured by a recipe's gates: in a run that has just ended, or from its report."""
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Protocol
 
-from junitparser import Failure, JUnitXml, TestCase, TestSuite
+from pydantic import Field
 
+from ercsvd_deploy.evaluation.comparison import OutputChange
 from ercsvd_deploy.exporters.vllm.engines.failure import one_line
+from ercsvd_deploy.pipelines.judging.figures import ModelFigures
+from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
 from ercsvd_deploy.recipe.fields import parse_size
 from ercsvd_deploy.recipe.gates import Gates
 
-_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _TASK_METRICS = ("acc_norm", "acc", "exact_match")  # what `task_drop` judges, the first that a task has
 
 
@@ -21,12 +23,19 @@ _TASK_METRICS = ("acc_norm", "acc", "exact_match")  # what `task_drop` judges, t
 class GateResult:
     """One gate for one text, set of questions or task."""
 
-    gate: str
-    subject: str | None  # None: the whole model
-    limit: float
-    value: float | None  # None: not measured, or not finite
-    passed: bool
-    reason: str | None = None  # why nothing was measured, where that is known
+    gate: Annotated[str, Field(description="The gate's key in the recipe.")]
+    subject: Annotated[
+        str | None, Field(description="The text, set of questions or task; null: the whole model.")
+    ]
+    limit: Annotated[float, Field(description="The largest value allowed.")]
+    value: Annotated[
+        float | None, Field(description="What was measured; null if nothing was, or nothing finite.")
+    ]
+    passed: Annotated[bool, Field(description="Whether the value is within the limit.")]
+    reason: Annotated[
+        str | None,
+        Field(description="Why nothing was measured, on one line, where that is known."),
+    ] = None
 
     @property
     def name(self) -> str:
@@ -42,15 +51,33 @@ class GateResult:
         return f"{self.name}: {self.value:.4g} {sign} {self.limit:.4g}"
 
 
-def judge_gates(gates: Gates, report: Mapping[str, Any]) -> list[GateResult]:
-    """Compare what was measured with every limit; a missing measurement fails.
+class Measurements(Protocol):
+    """What gates read: a report, or what a point of a sweep has of one."""
 
-    Args:
-        gates: The limits.
-        report: A report as plain JSON values.
-    """
-    original, compressed = report.get("original") or {}, report.get("compressed") or {}
-    change = report.get("change") or {}
+    @property
+    def original(self) -> ModelFigures:
+        """The model before."""
+        ...
+
+    @property
+    def compressed(self) -> ModelFigures:
+        """The model now."""
+        ...
+
+    @property
+    def change(self) -> OutputChange:
+        """How far the outputs moved."""
+        ...
+
+    @property
+    def serving(self) -> ServingParity | None:
+        """The export in vLLM."""
+        ...
+
+
+def judge_gates(gates: Gates, measured: Measurements) -> list[GateResult]:
+    """Compare what was measured with every limit; a missing measurement fails."""
+    original, compressed, change = measured.original, measured.compressed, measured.change
     results = []
 
     def judge(
@@ -62,86 +89,62 @@ def judge_gates(gates: Gates, report: Mapping[str, Any]) -> list[GateResult]:
             results.append(_result(gate, None, limit, None))
         results.extend(_result(gate, subject, most, value_of(subject)) for subject, most in limits.items())
 
-    perplexity = compressed.get("perplexity") or {}
     if gates.perplexity_increase is not None:
         judge(
             "perplexity_increase",
             gates.perplexity_increase,
-            perplexity,
-            lambda text: _increase((original.get("perplexity") or {}).get(text), perplexity.get(text)),
+            compressed.perplexity,
+            lambda text: _increase(original.perplexity.get(text), compressed.perplexity.get(text)),
         )
-    for gate, limit in (
-        ("logprob_kl", gates.logprob_kl),
-        ("final_layer_error", gates.final_layer_error),
+    for gate, limit, found in (
+        ("logprob_kl", gates.logprob_kl, change.logprob_kl),
+        ("final_layer_error", gates.final_layer_error, change.final_layer_error),
     ):
         if limit is not None:
-            found = change.get(gate) or {}
-            judge(gate, limit, perplexity, found.get)
+            judge(gate, limit, compressed.perplexity, found.get)
     if gates.exact_match_drop is not None:
-        before, after = original.get("exact_match") or {}, compressed.get("exact_match") or {}
         judge(
             "exact_match_drop",
             gates.exact_match_drop,
-            after,
-            lambda name: _drop(before.get(name), after.get(name)),
+            compressed.exact_match,
+            lambda name: _drop(original.exact_match.get(name), compressed.exact_match.get(name)),
         )
     if gates.task_drop is not None:
-        tasks_before, tasks_after = original.get("tasks") or {}, compressed.get("tasks") or {}
         judge(
             "task_drop",
             gates.task_drop,
-            tasks_after,
-            lambda name: _drop(_accuracy(tasks_before, name), _accuracy(tasks_after, name)),
+            compressed.tasks,
+            lambda name: _drop(_accuracy(original.tasks, name), _accuracy(compressed.tasks, name)),
         )
-    size = compressed.get("num_bytes")
     if gates.max_size is not None:
-        results.append(_result("max_size", None, parse_size(gates.max_size), size))
+        results.append(_result("max_size", None, parse_size(gates.max_size), compressed.num_bytes))
     if gates.max_size_ratio is not None:
-        whole = original.get("num_bytes")
-        ratio = size / whole if size is not None and whole else None
+        ratio = compressed.num_bytes / original.num_bytes if original.num_bytes else None
         results.append(_result("max_size_ratio", None, gates.max_size_ratio, ratio))
     if gates.serving_parity is not None:
-        serving = report.get("serving") or {}
-        value = serving.get("mean_difference")
+        value = None if measured.serving is None else measured.serving.mean_difference
         result = _result("serving_parity", None, gates.serving_parity.mean_difference, value)
-        results.append(result if value is not None else replace(result, reason=_why_not_served(serving)))
+        known = measured.serving if result.value is None else None
+        results.append(result if known is None else replace(result, reason=_why_not_served(known)))
     return results
-
-
-def junit_xml(results: Iterable[GateResult], title: str) -> str:
-    """Return verdicts as JUnit XML, one test case for each gate and subject."""
-    suite = TestSuite(_printable(title))
-    for result in results:
-        case = TestCase(_printable(result.subject or "model"), classname=f"gates.{result.gate}")
-        if not result.passed:
-            case.result = [Failure(_printable(result.explain()), "GateMissed")]
-        suite.add_testcase(case)
-    document = JUnitXml("ercsvd gates")
-    document.add_testsuite(suite)
-    text: bytes = document.tostring()  # type: ignore[no-untyped-call]
-    return text.decode("utf-8")
-
-
-def _printable(text: str) -> str:
-    """Return a text without the characters that XML cannot hold."""
-    return _NOT_IN_XML.sub("\ufffd", text)
 
 
 _ValueOf = Callable[[str], float | None]
 
 
 def _result(gate: str, subject: str | None, limit: float, value: float | None) -> GateResult:
+    if value is not None and not math.isfinite(value):
+        value = None
     return GateResult(gate, subject, limit, value, value is not None and value <= limit)
 
 
-def _why_not_served(serving: Mapping[str, Any]) -> str | None:
-    """Return on one line why serving parity was not measured; None if the report does not say."""
-    failures = serving.get("failures") or ()
-    if failures:
-        first = failures[0]
-        where = f"vLLM failed at tensor-parallel size {first['tensor_parallel_size']}"
-        return f"{where}: {one_line(first['process'], first['exception'])}"
-    reasons = serving.get("not_measured") or {}
+def _why_not_served(serving: ServingParity) -> str | None:
+    """Return on one line why serving parity was not measured; None if that is not known."""
+    if serving.failures:
+        first = serving.failures[0]
+        where = f"vLLM failed at tensor-parallel size {first.tensor_parallel_size}"
+        return f"{where}: {one_line(first.process, first.exception)}"
+    reasons = serving.not_measured
     return "; ".join(f"tensor-parallel size {size}: {reason}" for size, reason in reasons.items()) or None
 
 

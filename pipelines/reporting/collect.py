@@ -17,10 +17,11 @@ from ercsvd_deploy.evaluation.quality import Quality
 from ercsvd_deploy.format.schema import ModuleDescription
 from ercsvd_deploy.models.families import LANGUAGE_PART, component_of
 from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.judging.figures import ModelFigures
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.planning.components import describe_components
 from ercsvd_deploy.pipelines.planning.plan import Plan
-from ercsvd_deploy.pipelines.reporting.document import ModelFigures, Report
+from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.stages.cached import RunState
 from ercsvd_deploy.pipelines.stages.measured_export import MeasuredExport, Tasks
 from ercsvd_deploy.pipelines.stages.sizes import (
@@ -59,7 +60,6 @@ def collect_report(
     comparison: Comparison = state.results.get("judge") or Comparison()
     measured: MeasuredExport = state.results.get("measured_export") or MeasuredExport()
     ran = [(stage, state.results[stage.name]) for stage in plan.stages if stage.name in state.results]
-    found = {stage.name: stage.as_json(result) for stage, result in ran}
     report = Report(
         recipe=canonical(recipe),
         environment=_environment(model.device),
@@ -69,7 +69,7 @@ def collect_report(
         change=comparison.change,
         components=describe_components(stored_bytes(model.store), model.modules, model.original.architecture),
         results=dict(state.results),
-        stages={name: value for name, value in found.items() if value is not None},
+        stages={stage.name: stage.reported(result) for stage, result in ran if stage.reported_as},
         tables=[table for stage, result in ran for table in stage.tables(result)],
         seconds=dict(state.seconds),
         serving=measured.serving,
@@ -81,7 +81,7 @@ def collect_report(
         resumed=list(resumed),
     )
     if recipe.gates is not None and len(ran) == len(plan.stages):
-        report.gates = judge_gates(recipe.gates, report.as_json())
+        report.gates = judge_gates(recipe.gates, report)
     return report
 
 

@@ -11,8 +11,11 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.work import StageRun
 
+REPORT_FILE = "ercsvd_report.json"
+PAGE_FILE = "ercsvd_report.html"
+CARD_FILE = "README.md"
 # Written again when the finished export has been measured, so the manifest has no checksums of them.
-REPORT_FILES = frozenset({"ercsvd_report.json", "ercsvd_report.html", "README.md"})
+REPORT_FILES = frozenset({REPORT_FILE, PAGE_FILE, CARD_FILE})
 
 
 @dataclass(frozen=True)

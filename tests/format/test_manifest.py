@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ercsvd_deploy.format.manifest import MANIFEST_FILE, ManifestError, verify_export, write_manifest
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe  # noqa: F401 - fixtures

@@ -17,8 +17,9 @@ from safetensors.torch import save, save_file
 from ercsvd_deploy.format.manifest import MANIFEST_FILE, verify_export, write_manifest
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.format.tensor_store import INDEX_FILE, SINGLE_FILE, FileStore, open_directory
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE, REPORT_VERSION, check_export
-from ercsvd_deploy.pipelines.judging.gates import junit_xml
+from ercsvd_deploy.pipelines.judging.junit import junit_xml
+from ercsvd_deploy.pipelines.reporting.check import check_export
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, REPORT_VERSION
 from tests.conftest import ModelDirectory
 from tests.fuzz.strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing
 
@@ -54,6 +55,10 @@ DESCRIPTION: dict[str, Any] = {
 }
 FIGURES = {
     "num_bytes": 1000,
+    "bytes_by_part": {"factors": 1000},
+    "linear_bits_per_weight": 4.25,
+    "parameters": 500,
+    "linear_parameters": 400,
     "perplexity": {"prose": 12.5, "code": 9.0},
     "exact_match": {"pictures": 0.9},
     "tasks": {"arc_easy": {"acc,none": 0.5}},

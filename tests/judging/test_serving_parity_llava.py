@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.exporters.vllm.engines.process import ServedPrompt
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from tests.flow.test_run import TEXT, invoke
 from tests.flow.test_run_llava import RecipeWriter, pictures, write_recipe
 from tests.judging.test_serving_parity import StandIn, in_place_of_vllm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ercsvd_deploy.pipelines.reporting.schema import ReportDocument, parse_report
+from ercsvd_deploy.pipelines.reporting.document import Report, parse_report
 
 
 def sample_report(**changed: Any) -> dict[str, Any]:
@@ -13,7 +13,7 @@ def sample_report(**changed: Any) -> dict[str, Any]:
     return copy.deepcopy(_SAMPLE) | changed
 
 
-def sample_document(**changed: Any) -> ReportDocument:
+def sample_document(**changed: Any) -> Report:
     """Return the same, read."""
     return parse_report(sample_report(**changed))
 
@@ -38,6 +38,7 @@ def _linear(layer: int, kind: str, rank: int | None) -> dict[str, Any]:
         "rank": rank,
         "weight_error": 0.25,
         "calibration_error": 0.125,
+        "residual_rank": None,
         "spectrum": [[1, 1.0], [4, 0.5], [32, 0.01 * (layer + 1)]],
     }
 
@@ -106,7 +107,6 @@ _SAMPLE: dict[str, Any] = {
         "final_layer_error": {"prose": 0.3, "code": 0.5},
         "logprob_kl": {"prose": 0.05, "code": None},
     },
-    "vision": None,
     "factorize": {
         "num_compressed_layers": 2,
         "layer_ratio": 0.5,
@@ -169,11 +169,32 @@ _SAMPLE: dict[str, Any] = {
         "not_measured": {"8": "it takes 8 GPUs, and this machine has 4"},
     },
     "gates": [
-        {"gate": "perplexity_increase", "subject": "prose", "limit": 0.2, "value": 0.1, "passed": True},
-        {"gate": "max_size", "subject": None, "limit": 500_000.0, "value": 1_000_000.0, "passed": False},
+        {"gate": "perplexity_increase", "subject": "prose", "limit": 0.2, "value": 0.1, "passed": True}
+        | {"reason": None},
+        {"gate": "max_size", "subject": None, "limit": 500_000.0, "value": 1_000_000.0, "passed": False}
+        | {"reason": None},
         {"gate": "logprob_kl", "subject": "code", "limit": 0.1, "value": None, "passed": False}
         | {"reason": "the model is away"},
     ],
+    "tables": [
+        {
+            "title": "Search over the number of compressed layers",
+            "columns": ["last k layers", "final-layer error", ""],
+            "rows": [["1", "0.6000", ""], ["2", "0.3000", "chosen"]],
+            "numbers": ["last k layers", "final-layer error"],
+            "bold_rows": [1],
+            "is_detail": False,
+        },
+        {
+            "title": "Factorized Linears",
+            "columns": ["Linear", "rank"],
+            "rows": [["model.layers.1.mlp.up_proj", "16"], ["model.layers.2.mlp.up_proj", "16"]],
+            "numbers": ["rank"],
+            "bold_rows": [],
+            "is_detail": True,
+        },
+    ],
+    "references": [],
     "seconds": {"factorize": 12.5},
     "warnings": ["the texts are short"],
     "resumed": ["factorize: 2 of 3 layers"],

@@ -11,13 +11,13 @@ import yaml
 
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.card import (
-    CARD_FILE,
     ORIGINAL_CARD_FILE,
     escaped,
     fenced,
     make_card,
 )
-from ercsvd_deploy.pipelines.reporting.schema import parse_report
+from ercsvd_deploy.pipelines.reporting.document import parse_report
+from ercsvd_deploy.pipelines.stages.export import CARD_FILE
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.flow.test_run import RecipeWriter, llama, write_recipe
 from tests.reporting.sample_reports import sample_document, sample_report

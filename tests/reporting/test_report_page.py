@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,12 @@ from typing import Any
 import pytest
 
 from ercsvd_deploy.format.manifest import verify_export
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting import files as report_files
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, load_report, parse_report
 from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES, write_report_files
 from ercsvd_deploy.pipelines.reporting.html import page as report_page
 from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
 from ercsvd_deploy.pipelines.reporting.html.plots import draw_plots
-from ercsvd_deploy.pipelines.reporting.json_values import finite
-from ercsvd_deploy.pipelines.reporting.schema import ReportDocument, parse_report
 from tests.flow.test_run import RecipeWriter, invoke, llama, write_recipe
 from tests.reporting.sample_reports import sample_document, sample_report
 
@@ -60,7 +59,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def page_of(report: ReportDocument, directory: Path = OUTSIDE) -> tuple[str, Page]:
+def page_of(report: Report, directory: Path = OUTSIDE) -> tuple[str, Page]:
     source = make_page(report, directory)
     page = Page(source)
     assert page.open == []
@@ -265,7 +264,7 @@ def test_without_the_extra_a_run_is_finished_all_the_same(
 ) -> None:
     (tmp_path / PAGE_FILE).write_text("of another run")
     monkeypatch.setattr(report_page, "find_spec", lambda _name: None)
-    [note] = write_report_files(tmp_path, sample_report())
+    [note] = write_report_files(tmp_path, sample_document())
     assert note.endswith(f"jinja2: pip install 'ercsvd-deploy[report]', then ercsvd report {tmp_path}")
     assert len(note.splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} == REPORT_FILES - {PAGE_FILE}
@@ -281,7 +280,7 @@ def test_what_only_the_page_cannot_show_does_not_fail_a_run(
         raise ValueError("too strange to draw")
 
     monkeypatch.setattr(report_files, "make_page", fail)
-    [note] = write_report_files(tmp_path, sample_report())
+    [note] = write_report_files(tmp_path, sample_document())
     assert "too strange to draw" in note
     assert json.loads((tmp_path / REPORT_FILE).read_text()) == sample_report()
     assert not (tmp_path / PAGE_FILE).exists()
@@ -289,9 +288,12 @@ def test_what_only_the_page_cannot_show_does_not_fail_a_run(
 
 def test_names_that_are_no_characters_are_written_all_the_same(tmp_path: Path) -> None:
     undecodable = "text-\udcff.txt"
-    report = sample_report(warnings=[undecodable])
-    report["original"]["perplexity"] = report["compressed"]["perplexity"] = {undecodable: 3.0}
-    assert write_report_files(tmp_path, finite(report), tmp_path / undecodable) == []
+    report = sample_document()
+    report.warnings = [undecodable]
+    report.original = replace(report.original, perplexity={undecodable: 3.0})
+    report.compressed = replace(report.compressed, perplexity={undecodable: 3.0})
+    assert write_report_files(tmp_path, report, tmp_path / undecodable) == []
+    assert load_report(tmp_path).warnings == ["text-?.txt"]
     assert "text-?.txt" in (tmp_path / PAGE_FILE).read_text(encoding="utf-8")
     assert "text-?.txt" in (tmp_path / "README.md").read_text(encoding="utf-8")
 

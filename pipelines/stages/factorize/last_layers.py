@@ -10,17 +10,18 @@ the search has decided. The k with the smallest error of the last layer's output
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
 from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.described import Count, Finite, Measured
 from ercsvd_deploy.format.schema import WEIGHT, ModuleDescription, WeightQuantization
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.linalg.decomposition import Decomposition
@@ -61,21 +62,66 @@ from ercsvd_deploy.recipe.stages import Factorize
 class AllocatedLinear:
     """What error-controlled allocation chose for a Linear, and what else there was."""
 
-    name: str
-    chosen: str
-    bits_per_weight: float  # stored bits per original weight; of plain values if nothing is quantized
-    predicted_kl: float  # nats per token that the choice adds
-    alternatives: tuple[tuple[str, float, float], ...]  # label, bits per weight, nats; the cheapest first
+    name: Annotated[str, Field(description="The module's name.")]
+    chosen: Annotated[str, Field(description="How it is stored.")]
+    bits_per_weight: Annotated[
+        Measured,
+        Field(description="Stored bits for each original weight; of plain values if nothing is quantized."),
+    ]
+    predicted_kl: Annotated[
+        Measured, Field(description="Divergence that the choice adds, in nats per token.")
+    ]
+    alternatives: Annotated[
+        tuple[tuple[str, Measured, Measured], ...],
+        Field(description="What else there was: label, bits per weight, nats; the cheapest first."),
+    ]
 
 
 @dataclass(frozen=True)
 class SearchPoint:
     """One tried number of compressed layers."""
 
-    num_compressed_layers: int
-    layer_ratio: float
-    kept_parameters: int
-    final_layer_error: float | None  # relative Frobenius error of the last layer's output
+    num_compressed_layers: Annotated[Count, Field(description="How many of the last layers are compressed.")]
+    layer_ratio: Annotated[Finite, Field(description="Share of the parameters removed in each of them.")]
+    kept_parameters: Annotated[
+        Count, Field(description="Parameters of the decoder's Linears that this leaves.")
+    ]
+    final_layer_error: Annotated[
+        float | None,
+        Field(
+            description="Relative error of the last layer's output on the search sequences; null if not "
+            "measured."
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class Factorized:
+    """What the factorize stage found and did, as the report has it."""
+
+    num_compressed_layers: Annotated[Count, Field(description="How many of the last layers are compressed.")]
+    layer_ratio: Annotated[Finite, Field(description="Share of the parameters removed in each of them.")]
+    parameter_budget: Annotated[
+        Count, Field(description="Parameters of the decoder's Linears that were allowed.")
+    ]
+    kept_parameters: Annotated[
+        Count, Field(description="Parameters that the factors and dense Linears have.")
+    ]
+    achieved_compression_ratio: Annotated[
+        Finite, Field(description="Share of the decoder Linears' parameters removed.")
+    ]
+    search: Annotated[
+        list[SearchPoint], Field(description="The search over the number of compressed layers.")
+    ]
+    linears: Annotated[list[FactorizedLinear], Field(description="Every Linear of the compressed layers.")]
+    allocation: Annotated[
+        list[AllocatedLinear],
+        Field(description="What error-controlled allocation chose; empty without it."),
+    ] = field(default_factory=list)
+    predicted_kl: Annotated[
+        float | None,
+        Field(description="What its choices add together, in nats per token; null without it."),
+    ] = None
 
 
 _SEARCH = TypeAdapter(list[SearchPoint])
@@ -94,24 +140,24 @@ class FactorizeOutcome:
     storage: dict[str, WeightQuantization | None] | None = None  # Linear -> bits, if those were chosen too
     files: list[Path] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
+    def reported(self) -> Factorized:
         """Return what the report has of it."""
         plan = self.plan
-        return {
-            "num_compressed_layers": plan.num_compressed_layers,
-            "layer_ratio": plan.layer_ratio,
-            "parameter_budget": plan.parameter_budget,
-            "kept_parameters": plan.kept_parameters,
-            "achieved_compression_ratio": plan.achieved_compression_ratio,
-            "search": [asdict(point) for point in self.search],
-            "linears": [
-                {**asdict(linear), "spectrum": self.spectra.get(linear.name, [])} for linear in self.linears
+        return Factorized(
+            num_compressed_layers=plan.num_compressed_layers,
+            layer_ratio=plan.layer_ratio,
+            parameter_budget=plan.parameter_budget,
+            kept_parameters=plan.kept_parameters,
+            achieved_compression_ratio=plan.achieved_compression_ratio,
+            search=self.search,
+            linears=[
+                # From the cache, where JSON has made lists of pairs.
+                replace(linear, spectrum=[(at, value) for at, value in self.spectra.get(linear.name, [])])
+                for linear in self.linears
             ],
-            "allocation": [asdict(linear) for linear in self.allocation],
-            "predicted_kl": sum(linear.predicted_kl for linear in self.allocation)
-            if self.allocation
-            else None,
-        }
+            allocation=self.allocation,
+            predicted_kl=sum(linear.predicted_kl for linear in self.allocation) if self.allocation else None,
+        )
 
 
 @dataclass

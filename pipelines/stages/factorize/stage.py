@@ -17,10 +17,20 @@ from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, 
 from ercsvd_deploy.pipelines.stages.factorize.allocated import factorize_allocated
 from ercsvd_deploy.pipelines.stages.factorize.choice import plan_allocation, rank_plans
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
-from ercsvd_deploy.pipelines.stages.factorize.last_layers import FactorizeOutcome, factorize_decoder
+from ercsvd_deploy.pipelines.stages.factorize.last_layers import (
+    Factorized,
+    FactorizeOutcome,
+    factorize_decoder,
+)
 from ercsvd_deploy.pipelines.stages.factorize.options import AllocationTask
 from ercsvd_deploy.pipelines.stages.factorize.rank_steps import resolve_rank_steps
-from ercsvd_deploy.pipelines.stages.factorize.tables import allocation_table, layer_table, search_table
+from ercsvd_deploy.pipelines.stages.factorize.tables import (
+    allocation_table,
+    choice_table,
+    layer_table,
+    linear_table,
+    search_table,
+)
 from ercsvd_deploy.pipelines.stages.work import StageRun
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.recipe.stages import Factorize, Quantize
@@ -47,6 +57,7 @@ class FactorizeStage(Stage):
     further_settings: Mapping[str, Any]
 
     name = "factorize"
+    reported_as = Factorized
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
@@ -135,9 +146,9 @@ class FactorizeStage(Stage):
         run.model.overlay(outcome.files, outcome.modules)
         return outcome
 
-    def as_json(self, result: FactorizeOutcome) -> Any:
+    def reported(self, result: FactorizeOutcome) -> Factorized:
         """Return what was chosen, and what every Linear lost."""
-        return result.as_json()
+        return result.reported()
 
     def tables(self, result: FactorizeOutcome) -> Iterable[Table]:
         """Show the search, every Linear, and what error control chose."""
@@ -146,3 +157,6 @@ class FactorizeStage(Stage):
         yield layer_table(result)
         if result.allocation:
             yield allocation_table(result.allocation)
+        yield linear_table("Factorized Linears", result.linears)
+        if result.allocation:
+            yield choice_table(result.allocation)

@@ -12,7 +12,7 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
 def search_table(outcome: FactorizeOutcome) -> Table:
     """One row a tried number of compressed layers."""
     chosen = outcome.plan.num_compressed_layers
-    rows = [
+    rows = tuple(
         (
             str(point.num_compressed_layers),
             f"{100 * point.layer_ratio:.1f} %",
@@ -20,12 +20,10 @@ def search_table(outcome: FactorizeOutcome) -> Table:
             "chosen" if point.num_compressed_layers == chosen else "",
         )
         for point in outcome.search
-    ]
-    columns = ("last k layers", "removed in each", "final-layer error", "")
-    bold = {row for row, point in enumerate(outcome.search) if point.num_compressed_layers == chosen}
-    return Table(
-        "Search over the number of compressed layers", columns, rows, frozenset(columns[:3]), frozenset(bold)
     )
+    columns = ("last k layers", "removed in each", "final-layer error", "")
+    bold = tuple(row for row, point in enumerate(outcome.search) if point.num_compressed_layers == chosen)
+    return Table("Search over the number of compressed layers", columns, rows, columns[:3], bold)
 
 
 def layer_table(outcome: FactorizeOutcome) -> Table:
@@ -35,8 +33,10 @@ def layer_table(outcome: FactorizeOutcome) -> Table:
         layers.setdefault(_layer_of(linear.name), []).append(linear)
     first = next(iter(layers.values()), [])
     columns = ("layer", *(linear.name.rpartition(".")[2] for linear in first))
-    rows = [(layer, *(_rank_and_error(linear) for linear in linears)) for layer, linears in layers.items()]
-    return Table("Rank and relative output error of every Linear", columns, rows, frozenset(columns))
+    rows = tuple(
+        (layer, *(_rank_and_error(linear) for linear in linears)) for layer, linears in layers.items()
+    )
+    return Table("Rank and relative output error of every Linear", columns, rows, columns)
 
 
 def allocation_table(linears: Sequence[AllocatedLinear]) -> Table:
@@ -46,7 +46,7 @@ def allocation_table(linears: Sequence[AllocatedLinear]) -> Table:
     choices: dict[str, list[AllocatedLinear]] = {}
     for linear in linears:
         choices.setdefault(linear.chosen, []).append(linear)
-    rows = [
+    rows = tuple(
         (
             label,
             str(len(alike)),
@@ -54,9 +54,42 @@ def allocation_table(linears: Sequence[AllocatedLinear]) -> Table:
             f"{sum(linear.predicted_kl for linear in alike):.5f}",
         )
         for label, alike in sorted(choices.items(), key=lambda entry: -len(entry[1]))
-    ]
+    )
     title = f"What error control chose; predicted log-prob KL {total:.4f} nats"
-    return Table(title, columns, rows, frozenset(columns[1:]))
+    return Table(title, columns, rows, columns[1:])
+
+
+def linear_table(title: str, linears: Sequence[FactorizedLinear]) -> Table:
+    """List every Linear with its rank and errors."""
+    columns = ("Linear", "shape", "rank", "of it residual", "weight error", "output error")
+    rows = tuple(
+        (
+            linear.name,
+            f"{linear.shape[0]:,} \N{MULTIPLICATION SIGN} {linear.shape[1]:,}",
+            "dense" if linear.rank is None else str(linear.rank),
+            "" if linear.residual_rank is None else str(linear.residual_rank),
+            f"{linear.weight_error:.4f}",
+            "" if linear.calibration_error is None else f"{linear.calibration_error:.4f}",
+        )
+        for linear in linears
+    )
+    return Table(title, columns, rows, columns[1:], is_detail=True)
+
+
+def choice_table(linears: Sequence[AllocatedLinear]) -> Table:
+    """List what error control chose for every Linear."""
+    columns = ("Linear", "stored as", "bits per weight", "adds, nats per token", "alternatives")
+    rows = tuple(
+        (
+            linear.name,
+            linear.chosen,
+            f"{linear.bits_per_weight:.2f}",
+            f"{linear.predicted_kl:.5f}",
+            str(len(linear.alternatives)),
+        )
+        for linear in linears
+    )
+    return Table("Choices of the allocation", columns, rows, columns[1:], is_detail=True)
 
 
 def _layer_of(name: str) -> str:

@@ -7,22 +7,23 @@ The decoder is then calibrated on the features that the compressed parts give.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from ercsvd_deploy.budget.rank_steps import RankSteps
 from ercsvd_deploy.budget.ranks import LinearShape, RankError, allocate_ranks
 from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.described import NotReported
 from ercsvd_deploy.format.schema import WEIGHT, LowRankLayout, ModuleDescription
 from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture
 from ercsvd_deploy.models.statistics import InputStatistics
 from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     FactorizedLinear,
@@ -34,6 +35,7 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
 )
 from ercsvd_deploy.pipelines.stages.factorize.rank_steps import resolve_vision_steps
 from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ranks, num_fitting_samples
+from ercsvd_deploy.pipelines.stages.factorize.tables import linear_table
 from ercsvd_deploy.pipelines.stages.work import StageRun
 from ercsvd_deploy.pipelines.state.cache import OUTCOME, FinishedWork
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
@@ -45,11 +47,11 @@ _LINEARS = TypeAdapter(list[FactorizedLinear])
 
 @dataclass(frozen=True)
 class VisionOutcome:
-    """What became of the vision parts that the recipe asked to compress."""
+    """What factorization made of the vision parts."""
 
-    modules: dict[str, ModuleDescription]
-    linears: list[FactorizedLinear]
-    files: list[Path]
+    linears: Annotated[list[FactorizedLinear], Field(description="Its Linears.")]
+    modules: NotReported[dict[str, ModuleDescription]] = field(default_factory=dict)
+    files: NotReported[list[Path]] = field(default_factory=list)
 
 
 def plan_vision_ranks(
@@ -125,8 +127,8 @@ def factorize_vision(
         found = _LINEARS.dump_python(linears)
         work.finish(OUTCOME, found, tensors)
     return VisionOutcome(
-        describe_vision(ranks, settings.layout, model.architecture),
         _LINEARS.validate_python(found),
+        describe_vision(ranks, settings.layout, model.architecture),
         [work.tensors_file(OUTCOME)],
     )
 
@@ -204,6 +206,7 @@ class VisionStage(Stage):
     steps_digest: str
 
     name = "vision"
+    reported_as = VisionOutcome
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
@@ -242,6 +245,6 @@ class VisionStage(Stage):
         run.model.overlay(outcome.files, outcome.modules)
         return outcome
 
-    def as_json(self, result: VisionOutcome) -> Any:
-        """Return what every Linear lost."""
-        return {"linears": [asdict(linear) for linear in result.linears]}
+    def tables(self, result: VisionOutcome) -> Iterable[Table]:
+        """List every Linear."""
+        yield linear_table("Factorized vision Linears", result.linears)

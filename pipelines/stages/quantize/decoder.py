@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.described import Count, Measured, NotReported, Shape
 from ercsvd_deploy.format.packing import pack, unpack
 from ercsvd_deploy.format.schema import (
     GUARD,
@@ -43,6 +44,7 @@ from ercsvd_deploy.quantization.gptq import (
     FactorsTask,
     MatrixReport,
     QuantizedWeight,
+    RoundingMethod,
     proxy_loss,
     quantize_together,
 )
@@ -59,23 +61,23 @@ class QuantizationError(ValueError):
 class QuantizedMatrix:
     """What became of one matrix: a dense weight, or one factor."""
 
-    name: str
-    shape: tuple[int, int]
-    bits: int
-    group_size: int
-    sym: bool
-    method: str  # "gptq" or "rtn", whichever was taken
-    gptq_loss: float  # relative proxy loss tr(E G E^T) / tr(W G W^T) of either
-    rtn_loss: float
+    name: Annotated[str, Field(description="The module's name, and which factor.")]
+    shape: Annotated[Shape, Field(description="Outputs and inputs.")]
+    bits: Annotated[Count, Field(description="Bits of each integer.")]
+    group_size: Annotated[int, Field(description="Weights that share a scale; -1: a whole row.")]
+    sym: Annotated[bool, Field(description="Whether there are no zero points.")]
+    method: Annotated[RoundingMethod, Field(description="What was taken: GPTQ, or rounding to nearest.")]
+    gptq_loss: Annotated[Measured, Field(description="Relative proxy loss tr(E G E') / tr(W G W') of GPTQ.")]
+    rtn_loss: Annotated[Measured, Field(description="The same of rounding to nearest.")]
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
     """The loss of a whole Linear against the original weight, in the steps in which it arose."""
 
-    name: str
-    loss: float
-    factors: FactorsReport | None  # of a factorized Linear
+    name: Annotated[str, Field(description="The module's name.")]
+    loss: Annotated[Measured, Field(description="Relative proxy loss of what is served.")]
+    factors: Annotated[FactorsReport | None, Field(description="Of a factorized Linear: the steps.")]
 
 
 _MATRICES = TypeAdapter(list[QuantizedMatrix])
@@ -84,13 +86,15 @@ _LINEARS = TypeAdapter(list[QuantizedLinear])
 
 @dataclass
 class QuantizeOutcome:
-    """Everything the stage found out; the integers themselves are in its layer files."""
+    """What the quantize stage found and did; the integers themselves are in its layer files."""
 
-    modules: dict[str, ModuleDescription]
-    matrices: list[QuantizedMatrix]
-    linears: list[QuantizedLinear]
-    matches: tuple[PatternMatch, ...]
-    files: list[Path]
+    matrices: Annotated[list[QuantizedMatrix], Field(description="Every quantized matrix.")]
+    linears: Annotated[list[QuantizedLinear], Field(description="Every quantized Linear.")]
+    patterns: Annotated[
+        tuple[PatternMatch, ...], Field(description="What the recipe's patterns matched.")
+    ] = ()
+    modules: NotReported[dict[str, ModuleDescription]] = field(default_factory=dict)
+    files: NotReported[list[Path]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def quantize_decoder(
     Raises:
         QuantizationError: a weight or Gram is not finite, or a scale leaves its precision's range.
     """
-    outcome = QuantizeOutcome(dict(modules), [], [], matches, [])
+    outcome = QuantizeOutcome([], [], matches, dict(modules))
     stage = _Stage(settings, original, outcome, refits_to_factors)
     pieces = {layer.index: f"layer-{layer.index:05d}" for layer in model.architecture.layers}
     found = {index: work.findings(piece) for index, piece in pieces.items()}
