@@ -56,11 +56,19 @@ class OutputChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Quality of both models, and how far the outputs moved."""
+    """Quality of both models, and how far the outputs moved.
+
+    Attributes:
+        original: Quality of the reference.
+        compressed: Quality of the compressed model, on the same windows and questions.
+        change: Distance between their outputs.
+        window_kl: Text -> `logprob_kl` of every window, in the text's order.
+    """
 
     original: Quality = field(default_factory=Quality)
     compressed: Quality = field(default_factory=Quality)
     change: OutputChange = field(default_factory=OutputChange)
+    window_kl: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -134,10 +142,10 @@ def judge_compressed(
     change = OutputChange(
         {name: tuple(listed) for name, listed in errors.items()},
         {name: listed[-1] for name, listed in errors.items()},
-        divergences,
+        {name: sum(of_windows) / max(1, len(of_windows)) for name, of_windows in divergences.items()},
     )
     after = Quality({name: loss.perplexity for name, loss in losses.items()}, judged.exact_match())
-    return Comparison(before, after, change)
+    return Comparison(before, after, change, divergences)
 
 
 def compare_models(
@@ -236,14 +244,15 @@ def _judge_text(
     models: tuple[LayerwiseModel, LayerwiseModel],
     batches: Sequence[Batch],
     hidden: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
-) -> tuple[Loss, float]:
-    """Return the loss of the second model on a text, and its mean divergence from the first."""
+) -> tuple[Loss, tuple[float, ...]]:
+    """Return the loss of the second model on a text, and its mean divergence from the first by window."""
     loss = Loss()
-    divergence = 0.0
+    divergences: dict[int, float] = {}
     rows = (model.logits(batches, states) for model, states in zip(models, hidden, strict=True))
     for (_, _, original), (window, tokens, compressed) in zip(*rows, strict=True):
         loss.add(window, tokens, compressed)
-        divergence += functional.kl_div(
+        divergence = functional.kl_div(
             compressed[:-1].log_softmax(-1), original[:-1].log_softmax(-1), reduction="sum", log_target=True
         ).item()
-    return loss, divergence / max(1, loss.num_tokens)
+        divergences[window] = divergence / max(1, len(tokens) - 1)
+    return loss, tuple(divergences[window] for window in sorted(divergences))

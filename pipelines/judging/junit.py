@@ -18,7 +18,10 @@ def junit_xml(results: Iterable[GateResult], title: str) -> str:
     for result in results:
         case = TestCase(_printable(result.subject or "model"), classname=f"gates.{result.gate}")
         if not result.passed:
-            case.result = [Failure(_printable(result.explain()), "GateMissed")]
+            kind = "GateMissed" if result.verdict == "missed" else "GateUndecided"
+            case.result = [Failure(_printable(result.explain()), kind)]
+        # The verdict and its interval, also where nothing failed.
+        case.system_out = _printable(f"{result.verdict}: {result.explain()}")
         suite.add_testcase(case)
     document = JUnitXml("ercsvd gates")
     document.add_testsuite(suite)

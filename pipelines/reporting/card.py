@@ -39,6 +39,10 @@ _LICENSE_KEYS = ("license", "license_name", "license_link")
 _CARRIED_OVER = (*_LICENSE_KEYS, "language")  # of the original card's front matter
 _LARGEST_CARD = 4 << 20  # bytes; larger ones are not read
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_INTERVALS = (
+    "In brackets 95 % intervals; that of a change is of both models on the same windows, questions or "
+    "documents."
+)
 _MARKUP = re.compile(r"([\\`*_\[\]#|~$&<>])")
 _BREAKS = re.compile(r"\s+")
 
@@ -138,18 +142,39 @@ def _figures(report: Report) -> str:
     lines = [
         "## Size and quality\n",
         _markdown_table(
-            ("", "original", "this model", "change"), map(_cells, [*size_rows(report), *quality_rows(report)])
+            ("", "original", "this model", "change", "measured on"),
+            map(_cells, [*size_rows(report), *quality_rows(report)]),
         ),
     ]
+    if any(row.measured_on for row in quality_rows(report)):
+        lines.append(f"{_INTERVALS}\n")
     if report.gates:
-        verdicts = ((row.name, row.value, row.limit, row.verdict) for row in gate_rows(report.gates))
+        verdicts = (
+            (
+                row.name,
+                _with_interval(row.value, row.interval),
+                row.limit,
+                f"{row.verdict}: {row.remedy}" if row.remedy else row.verdict,
+            )
+            for row in gate_rows(report.gates)
+        )
         lines.append("Gates that were set beforehand:\n")
         lines.append(_markdown_table(("", "measured", "at most", ""), verdicts))
     return "\n".join(lines)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    return row.name, row.original, row.compressed, row.change
+    return (
+        row.name,
+        _with_interval(row.original, row.original_interval),
+        _with_interval(row.compressed, row.compressed_interval),
+        _with_interval(row.change, row.change_interval),
+        row.measured_on,
+    )
+
+
+def _with_interval(value: str, interval: str) -> str:
+    return f"{value} ({interval})" if interval else value
 
 
 def _stages(report: Report) -> str:

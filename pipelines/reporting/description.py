@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -118,12 +119,17 @@ def count_layers(report: Report) -> int | None:
 
 def describe_gates(gates: Sequence[GateResult]) -> str:
     """Return the verdict of all gates together."""
-    missed = sum(not gate.passed for gate in gates)
     if not gates:
         return "No gates in the recipe"
-    if missed:
-        return f"{missed} of {len(gates)} gates missed"
-    return "Gate passed" if len(gates) == 1 else f"All {len(gates)} gates passed"
+    counts = Counter(gate.verdict for gate in gates)
+    if counts["passed"] == len(gates):
+        return "Gate passed" if len(gates) == 1 else f"All {len(gates)} gates passed"
+    undecided = counts["undecided"]
+    if not counts["missed"]:
+        return f"{undecided} of {len(gates)} gates undecided"
+    return f"{counts['missed']} of {len(gates)} gates missed" + (
+        f", {undecided} undecided" if undecided else ""
+    )
 
 
 def serve_commands(report: Report, path: str) -> list[str]:

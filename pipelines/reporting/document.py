@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ercsvd_deploy.evaluation.comparison import OutputChange
 from ercsvd_deploy.format.atomic_files import read_json
 from ercsvd_deploy.format.described import Count, Finite, Measured, NotReported
-from ercsvd_deploy.pipelines.judging.figures import ModelFigures
+from ercsvd_deploy.pipelines.judging.figures import Differences, ModelFigures
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
 from ercsvd_deploy.pipelines.planning.components import Component
@@ -85,6 +85,10 @@ class Report:
     change: Annotated[OutputChange, Field(description="How far the outputs moved.")] = field(
         default_factory=OutputChange
     )
+    differences: Annotated[
+        Differences,
+        Field(description="What the compression cost, with 95 % intervals; empty in older reports."),
+    ] = field(default_factory=Differences)
     serving: Annotated[
         ServingParity | None,
         Field(description="The export in vLLM; null if the recipe has no such gate."),

@@ -7,6 +7,7 @@ from typing import TypeGuard
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 NOT_MEASURED = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"  # as wide as the plus
 
 
 def encodable(text: str) -> str:
@@ -33,7 +34,13 @@ def number(value: float | None, digits: int = 3) -> str:
     """Return a measured number, or a dash."""
     if not _is_known(value):
         return NOT_MEASURED
-    return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+    told = f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+    return told.replace("-", MINUS)
+
+
+def with_unit(told: str, unit: str) -> str:
+    """Return a number with its unit; a dash has none."""
+    return told if told == NOT_MEASURED else f"{told} {unit}"
 
 
 def percent(share: float | None) -> str:
@@ -62,7 +69,7 @@ def difference(before: float | None, after: float | None) -> str:
 
 def signed(value: float, form: str) -> str:
     """Return a number with its sign, the minus as wide as the plus."""
-    return f"{value:+{form}}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:+{form}}".replace("-", MINUS)
 
 
 def _is_known(value: float | None) -> TypeGuard[float]:

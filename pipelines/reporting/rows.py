@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from ercsvd_deploy.pipelines.judging.figures import ModelFigures
-from ercsvd_deploy.pipelines.judging.gates import GateResult
+from ercsvd_deploy.pipelines.judging.gates import GateResult, Verdict
+from ercsvd_deploy.pipelines.judging.uncertainty import Estimate, negated
 from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.reporting.numbers import (
     difference,
@@ -16,6 +17,8 @@ from ercsvd_deploy.pipelines.reporting.numbers import (
     readable_bytes,
     readable_count,
     relative,
+    signed,
+    with_unit,
 )
 
 _GATES = {
@@ -30,14 +33,32 @@ _GATES = {
 }
 
 
+INTERVALS = "Below each figure its 95 % interval; that of a change is of both models on the same items."
+
+
 @dataclass(frozen=True)
 class Row:
-    """One line of a table of before and after."""
+    """One line of a table of before and after.
+
+    Attributes:
+        name: What was measured, and on what.
+        original: Of the model before.
+        compressed: Of the model now.
+        change: What that means for the user.
+        measured_on: How many items; empty for what is counted exactly.
+        original_interval: 95 % interval, of the figure before; empty where there is none.
+        compressed_interval: The same of the figure now.
+        change_interval: The same of the change, both models paired item by item.
+    """
 
     name: str
     original: str
     compressed: str
     change: str = ""
+    measured_on: str = ""
+    original_interval: str = ""
+    compressed_interval: str = ""
+    change_interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,12 +73,25 @@ class PartRow:
 
 @dataclass(frozen=True)
 class GateRow:
-    """One gate, as people read it."""
+    """One gate, as people read it.
+
+    Attributes:
+        name: What is limited, and on what.
+        value: What was measured.
+        interval: Its 95 % interval; empty where there is none.
+        limit: The largest value allowed.
+        verdict: `passed`, `missed` or `undecided`.
+        remedy: What would decide it; empty if it is decided.
+        is_failing: Whether the run counts as failed for it.
+    """
 
     name: str
     value: str
+    interval: str
     limit: str
-    verdict: str
+    verdict: Verdict
+    remedy: str
+    is_failing: bool
 
 
 def size_rows(report: Report) -> list[Row]:
@@ -92,28 +126,112 @@ def size_rows(report: Report) -> list[Row]:
 
 
 def quality_rows(report: Report) -> list[Row]:
-    """Return how good the model was and is, on everything that was measured."""
-    return [*_quality_rows(report.original, report.compressed), *_distance_rows(report)]
+    """Return how good the model was and is, on everything that was measured, with intervals and counts."""
+    return [
+        *_perplexity_rows(report),
+        *_exact_match_rows(report),
+        *_task_rows(report),
+        *_distance_rows(report),
+    ]
 
 
-def _quality_rows(before: ModelFigures, after: ModelFigures) -> Iterator[Row]:
+def _perplexity_rows(report: Report) -> Iterator[Row]:
+    before, after = report.original, report.compressed
     for text, old in before.perplexity.items():
         new = after.perplexity.get(text)
-        yield Row(f"Perplexity, {text}", number(old), number(new), relative(old, new))
+        estimates = (
+            before.estimates.perplexity.get(text),
+            after.estimates.perplexity.get(text),
+            report.differences.perplexity_increase.get(text),
+        )
+        row = Row(f"Perplexity, {text}", number(old), number(new), relative(old, new))
+        yield _with_intervals(row, estimates, number, _signed_percent)
+
+
+def _exact_match_rows(report: Report) -> Iterator[Row]:
+    before, after = report.original, report.compressed
     for name, old in before.exact_match.items():
         new = after.exact_match.get(name)
-        yield Row(f"Exact match, {name}", percent(old), percent(new), points(old, new))
+        estimates = (
+            before.estimates.exact_match.get(name),
+            after.estimates.exact_match.get(name),
+            negated(report.differences.exact_match_drop.get(name)),
+        )
+        row = Row(f"Exact match, {name}", percent(old), percent(new), points(old, new))
+        yield _with_intervals(row, estimates, percent, _signed_points)
+
+
+def _task_rows(report: Report) -> Iterator[Row]:
+    before, after = report.original, report.compressed
     for task, metrics in before.tasks.items():
         for metric, old in metrics.items():
             new = after.tasks.get(task, {}).get(metric)
-            yield Row(f"{task}, {metric}", number(old, 4), number(new, 4), difference(old, new))
+            loss = report.differences.task_drop.get(task, {}).get(metric)
+            is_falling = loss is None or new is None or loss.value == 0 or (old - new) * loss.value > 0
+            estimates = (
+                before.estimates.tasks.get(task, {}).get(metric),
+                after.estimates.tasks.get(task, {}).get(metric),
+                negated(loss) if is_falling else loss,
+            )
+            row = Row(f"{task}, {metric}", number(old, 4), number(new, 4), difference(old, new))
+            yield _with_intervals(row, estimates, _four_digits, _signed_number)
 
 
 def _distance_rows(report: Report) -> Iterator[Row]:
     for text, found in report.change.logprob_kl.items():
-        yield Row(f"Log-prob KL, {text}", "", f"{number(found, 4)} nats")
+        row = Row(f"Log-prob KL, {text}", "", with_unit(number(found, 4), "nats"))
+        estimate = report.differences.logprob_kl.get(text)
+        yield _with_intervals(row, (None, estimate, None), _four_digits, _signed_number)
     for text, found in report.change.final_layer_error.items():
         yield Row(f"Final-layer error, {text}", "", number(found, 4))
+
+
+_Estimates = tuple[Estimate | None, Estimate | None, Estimate | None]  # original, compressed, change
+
+
+def _with_intervals(
+    row: Row, estimates: _Estimates, figure: Callable[[float], str], change: Callable[[float], str]
+) -> Row:
+    """Return a row with its intervals and its count."""
+    known = next((estimate for estimate in estimates if estimate is not None), None)
+    original, compressed, changed = estimates
+    return replace(
+        row,
+        measured_on="" if known is None else f"{known.count:,} {known.unit}",
+        original_interval=_interval(original, figure),
+        compressed_interval=_interval(compressed, figure),
+        change_interval=_interval(changed, change),
+    )
+
+
+def _interval(estimate: Estimate | None, form: Callable[[float], str]) -> str:
+    if estimate is None or not estimate.has_interval:
+        return ""
+    low, high = form(estimate.low), form(estimate.high)
+    unit = _UNIT.search(low)
+    # A unit that both ends have is told once.
+    if unit and high.endswith(unit[0]):
+        low = low.removesuffix(unit[0])
+    return f"{low} to {high}"
+
+
+_UNIT = re.compile(r" \D+$")
+
+
+def _four_digits(value: float) -> str:
+    return number(value, 4)
+
+
+def _signed_percent(value: float) -> str:
+    return f"{signed(100 * value, '.1f')} %"
+
+
+def _signed_points(value: float) -> str:
+    return f"{signed(100 * value, '.1f')} points"
+
+
+def _signed_number(value: float) -> str:
+    return signed(value, ".4f")
 
 
 def part_rows(report: Report) -> list[PartRow]:
@@ -132,10 +250,13 @@ def gate_rows(gates: Sequence[GateResult]) -> list[GateRow]:
     """Return the verdict of every gate."""
     return [
         GateRow(
-            _gate_name(gate),
-            _gate_value(gate, gate.value),
-            _gate_value(gate, gate.limit),
-            "passed" if gate.passed else "missed",
+            name=_gate_name(gate),
+            value=_gate_value(gate, gate.value),
+            interval=_gate_interval(gate),
+            limit=_gate_value(gate, gate.limit),
+            verdict=gate.verdict,
+            remedy=gate.remedy.removeprefix("; ") if gate.verdict == "undecided" else "",
+            is_failing=not gate.passed,
         )
         for gate in gates
     ]
@@ -154,7 +275,14 @@ def _gate_value(gate: GateResult, value: float | None) -> str:
     if gate.gate == "max_size":
         return readable_bytes(value)
     if gate.gate in ("perplexity_increase", "max_size_ratio"):
-        return f"{100 * value:.1f} %"
+        return f"{number(100 * value, 1)} %"
     if gate.gate in ("exact_match_drop", "task_drop"):
-        return f"{100 * value:.1f} points"
-    return f"{value:.4f} nats" if gate.gate in ("logprob_kl", "serving_parity") else f"{value:.4f}"
+        return f"{number(100 * value, 1)} points"
+    return f"{number(value, 4)} nats" if gate.gate in ("logprob_kl", "serving_parity") else number(value, 4)
+
+
+def _gate_interval(gate: GateResult) -> str:
+    if gate.low is None or gate.high is None:
+        return ""
+    estimate = Estimate(gate.value or 0.0, gate.low, gate.high, gate.count or 0, gate.unit or "")
+    return _interval(estimate, lambda value: _gate_value(gate, value))

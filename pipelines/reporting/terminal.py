@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.reporting.document import Report
-from ercsvd_deploy.pipelines.reporting.rows import gate_rows, part_rows, quality_rows, size_rows
+from ercsvd_deploy.pipelines.reporting.rows import INTERVALS, gate_rows, part_rows, quality_rows, size_rows
 from ercsvd_deploy.pipelines.reporting.tables import failure_text, failure_title, report_tables
 from ercsvd_deploy.pipelines.stages.contract import Table
 
@@ -32,14 +33,24 @@ def render(report: Report) -> RenderableType:
 def _summary_table(report: Report) -> RichTable:
     table = RichTable(title="What was gained and lost", title_justify="left")
     table.add_column("")
-    for column in ("original", "compressed", "change"):
+    for column in ("original", "compressed", "change", "measured on"):
         table.add_column(column, justify="right")
     for row in size_rows(report):
         table.add_row(row.name, row.original, row.compressed, row.change)
     for part in part_rows(report):
         table.add_row(f"  {part.name}", part.original, part.compressed)
-    for row in quality_rows(report):
-        table.add_row(row.name, row.original, row.compressed, row.change)
+    rows = quality_rows(report)
+    for row in rows:
+        table.add_row(
+            row.name,
+            _with_interval(row.original, row.original_interval),
+            _with_interval(row.compressed, row.compressed_interval),
+            _with_interval(row.change, row.change_interval),
+            row.measured_on,
+        )
+    if any(row.measured_on for row in rows):
+        table.caption = INTERVALS
+        table.caption_justify = "left"
     return table
 
 
@@ -49,18 +60,24 @@ def gate_table(gates: Sequence[GateResult]) -> RichTable:
     for column in ("gate", "measured", "at most", ""):
         table.add_column(column, justify="left" if column in ("gate", "") else "right")
     for row in gate_rows(gates):
-        style = None if row.verdict == "passed" else "red"
-        table.add_row(
-            row.name, row.value, row.limit, row.verdict.upper() if style else row.verdict, style=style
-        )
+        verdict = row.verdict if row.verdict == "passed" else row.verdict.upper()
+        said = f"{verdict}\n{row.remedy}" if row.remedy else verdict
+        style = "red" if row.is_failing else "yellow" if row.verdict == "undecided" else None
+        table.add_row(row.name, _with_interval(row.value, row.interval), row.limit, said, style=style)
     return table
+
+
+def _with_interval(value: str, interval: str) -> str:
+    """Return a cell of two lines, so that the numbers of a column stand below each other."""
+    return f"{value}\n{interval}" if interval else value
 
 
 def rich_table(table: Table) -> RichTable:
     """Return a table as the terminal shows it."""
     shown = RichTable(title=table.title, title_justify="left")
     for column in table.columns:
-        shown.add_column(column, justify="right" if column in table.numbers else "left")
+        justify: Literal["left", "right"] = "right" if column in table.numbers else "left"
+        shown.add_column(column, justify=justify, overflow="fold")  # narrow terminals lose nothing
     for number, row in enumerate(table.rows):
         shown.add_row(*row, style="bold" if number in table.bold_rows else None)
     return shown

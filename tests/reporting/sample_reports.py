@@ -28,7 +28,33 @@ def figures(num_bytes: int, perplexity: float, exact_match: float) -> dict[str, 
         "perplexity": {"prose": perplexity, "code": 2 * perplexity},
         "exact_match": {"shapes": exact_match},
         "tasks": {"arc": {"acc": exact_match / 2}},
+        "estimates": {
+            "perplexity": {
+                "prose": estimate(perplexity, 0.5, 64, "windows"),
+                "code": estimate(2 * perplexity, 0.25, 64, "windows"),
+            },
+            "exact_match": {"shapes": estimate(exact_match, 0.03125, 80, "questions")},
+            "tasks": {"arc": {"acc": estimate(exact_match / 2, 0.02, 500, "documents")}},
+        },
     }
+
+
+def estimate(value: float, margin: float | None, count: int, unit: str) -> dict[str, Any]:
+    ends = {"low": None, "high": None} if margin is None else {"low": value - margin, "high": value + margin}
+    return {"value": value, **ends, "count": count, "unit": unit}
+
+
+def _gate(gate: str, subject: str | None, limit: float, value: float | None, **more: Any) -> dict[str, Any]:
+    nothing = dict.fromkeys(("reason", "low", "high", "count", "unit", "deciding_count"))
+    passed = value is not None and value <= limit
+    return {
+        "gate": gate,
+        "subject": subject,
+        "limit": limit,
+        "value": value,
+        "passed": passed,
+        **nothing,
+    } | more
 
 
 def _linear(layer: int, kind: str, rank: int | None) -> dict[str, Any]:
@@ -169,13 +195,18 @@ _SAMPLE: dict[str, Any] = {
         "not_measured": {"8": "it takes 8 GPUs, and this machine has 4"},
     },
     "gates": [
-        {"gate": "perplexity_increase", "subject": "prose", "limit": 0.2, "value": 0.1, "passed": True}
-        | {"reason": None},
-        {"gate": "max_size", "subject": None, "limit": 500_000.0, "value": 1_000_000.0, "passed": False}
-        | {"reason": None},
-        {"gate": "logprob_kl", "subject": "code", "limit": 0.1, "value": None, "passed": False}
-        | {"reason": "the model is away"},
+        _gate("perplexity_increase", "prose", 0.2, 0.1, low=0.08, high=0.12, count=64, unit="windows"),
+        _gate("max_size", None, 500_000.0, 1_000_000.0),
+        _gate("logprob_kl", "code", 0.1, None, reason="the model is away"),
+        _gate("exact_match_drop", "shapes", 0.02, 0.025, low=-0.005, high=0.055, count=80, unit="questions")
+        | {"deciding_count": 2880},
     ],
+    "differences": {
+        "perplexity_increase": {"prose": estimate(0.1, 0.02, 64, "windows")},
+        "logprob_kl": {"prose": estimate(0.05, 0.01, 64, "windows")},
+        "exact_match_drop": {"shapes": estimate(0.025, 0.03, 80, "questions")},
+        "task_drop": {"arc": {"acc": estimate(0.0125, 0.025, 500, "documents")}},
+    },
     "tables": [
         {
             "title": "Search over the number of compressed layers",

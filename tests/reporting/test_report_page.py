@@ -72,7 +72,11 @@ def test_page_says_everything() -> None:
         "small",  # the export's name
         "ERC-SVD removed 50.0 % of the decoder Linears' parameters, in the last 2 of 3 decoder layers.",
         "GPTQ stores what is left of them as int4, in groups of 32.",
-        "2 of 3 gates missed",
+        "2 of 4 gates missed, 1 undecided",
+        "64 windows",
+        "10.500 to 11.500",
+        "+8.0 to +12.0 %",
+        "about 2,880 questions would decide",
         "2.00 MB",
         "1.00 MB",
         f"{MINUS}50.0 %",

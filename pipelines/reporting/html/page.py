@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.reporting.description import (
     describe_gates,
     describe_treatment,
@@ -25,7 +26,14 @@ from ercsvd_deploy.pipelines.reporting.description import (
 )
 from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.reporting.numbers import encodable, number, percent
-from ercsvd_deploy.pipelines.reporting.rows import Row, gate_rows, part_rows, quality_rows, size_rows
+from ercsvd_deploy.pipelines.reporting.rows import (
+    INTERVALS,
+    Row,
+    gate_rows,
+    part_rows,
+    quality_rows,
+    size_rows,
+)
 from ercsvd_deploy.pipelines.reporting.tables import failure_text, failure_title, report_tables
 from ercsvd_deploy.pipelines.stages.contract import Table
 from ercsvd_deploy.pipelines.stages.export import PAGE_FILE
@@ -72,20 +80,20 @@ def make_page(report: Report, directory: Path) -> str:
 
 def _contents(report: Report, directory: Path) -> dict[str, Any]:
     """Return everything the template shows but the plots."""
-    passed = all(gate.passed for gate in report.gates)
     path = export_path(report, directory)
     return {
         "title": path.name or model_name(report),
         "source": model_name(report),
         "treatment": describe_treatment(report),
         "verdict": describe_gates(report.gates),
-        "verdict_class": "" if not report.gates else "good" if passed else "bad",
+        "verdict_class": _verdict_class(report.gates),
         "tiles": _tiles(report),
         "warnings": report.warnings,
         "serve_commands": serve_commands(report, str(path)),
         "tensor_parallel_sizes": _listed(tensor_parallel_sizes(report)),
         "size_rows": size_rows(report),
         "quality_rows": quality_rows(report),
+        "intervals": INTERVALS if any(row.measured_on for row in quality_rows(report)) else "",
         "gates": gate_rows(report.gates),
         "failures": [
             (failure_title(failure), failure_text(failure, with_excerpt=True))
@@ -103,6 +111,13 @@ def _contents(report: Report, directory: Path) -> dict[str, Any]:
         ],
         "version": report.environment.get("ercsvd-deploy", ""),
     }
+
+
+def _verdict_class(gates: Sequence[GateResult]) -> str:
+    """Return the colour of the verdict over all gates."""
+    if any(not gate.passed for gate in gates):
+        return "bad"
+    return "open" if any(gate.verdict == "undecided" for gate in gates) else "good" if gates else ""
 
 
 def _tiles(report: Report) -> list[Row]:
