@@ -29,11 +29,10 @@ from ercsvd_deploy.pipelines.reporting.numbers import encodable
 from ercsvd_deploy.pipelines.reporting.rows import Row, gate_rows, quality_rows, size_rows
 from ercsvd_deploy.pipelines.reporting.tables import report_tables
 from ercsvd_deploy.pipelines.stages.contract import Table
+from ercsvd_deploy.pipelines.stages.export import ORIGINAL_CARD_FILE
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
 from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome
 from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
-
-ORIGINAL_CARD_FILE = "README.original.md"
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _CARRIED_OVER = (*_LICENSE_KEYS, "language")  # of the original card's front matter

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ercsvd_deploy.format.manifest import is_as_recorded, weights_digest
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, load_report
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, ReportError, load_report
 from ercsvd_deploy.recipe.gates import Gates
 from ercsvd_deploy.recipe.load import load_recipe
 
@@ -25,10 +26,13 @@ def check_export(directory: Path, recipe: Path | None = None) -> list[GateResult
 
     Raises:
         ReportError: no report of this version is there.
-        CheckError: there are no gates.
+        CheckError: there are no gates, or the report is about other weights than are there.
         RecipeError: the other recipe cannot be read.
     """
     report = load_report(directory)
+    foreign = foreign_report(directory, report)
+    if foreign is not None:
+        raise CheckError(f"{directory / REPORT_FILE} {foreign}")
     if recipe is not None:
         gates = load_recipe(recipe).gates
         if gates is None:
@@ -36,6 +40,30 @@ def check_export(directory: Path, recipe: Path | None = None) -> list[GateResult
     else:
         gates = _own_gates(report, directory)
     return judge_gates(gates, report)
+
+
+def foreign_report(directory: Path, report: Report) -> str | None:
+    """Return why a report does not belong to the weights beside it; None if it does.
+
+    Reports from before there were digests are believed.
+    """
+    if not is_as_recorded(directory, REPORT_FILE):
+        return "was changed after the run: copy the export again, or run the recipe again"
+    weights = weights_digest(directory)
+    if None in (weights, report.weights_sha256) or weights == report.weights_sha256:
+        return None
+    return "is about other weights than are in this directory: copy the export again, or run the recipe again"
+
+
+def verify_report(directory: Path) -> list[str]:
+    """Return what is wrong with the report of an export; nothing if it has none."""
+    if not (directory / REPORT_FILE).exists():
+        return []
+    try:
+        foreign = foreign_report(directory, load_report(directory))
+    except ReportError as error:
+        return [str(error)]
+    return [] if foreign is None else [f"{REPORT_FILE}: {foreign}"]
 
 
 def _own_gates(report: Report, directory: Path) -> Gates:

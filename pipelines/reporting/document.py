@@ -78,6 +78,13 @@ class Report:
             "calibration samples, the texts and the questions."
         ),
     ] = field(default_factory=dict)
+    weights_sha256: Annotated[
+        str | None,
+        Field(
+            description="SHA-256 of the export's tensors, as its manifest lists them: no report is taken for "
+            "that of other weights; null without an export."
+        ),
+    ] = None
     components: Annotated[
         tuple[Component, ...],
         Field(description="Parts of the model: one for a text model, three for a vision-language model."),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from ercsvd_deploy.format.atomic_files import write_json_atomically, write_text_atomically
-from ercsvd_deploy.pipelines.reporting.card import ORIGINAL_CARD_FILE, make_card
+from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE, record_reports, weights_digest
+from ercsvd_deploy.pipelines.reporting.card import make_card
 from ercsvd_deploy.pipelines.reporting.document import Report, parse_report
 from ercsvd_deploy.pipelines.reporting.html.page import PAGE_NEEDS, can_make_page, make_page
 from ercsvd_deploy.pipelines.stages.export import CARD_FILE, PAGE_FILE, REPORT_FILE, REPORT_FILES
 
-__all__ = ["REPORT_FILES", "carry_over_card", "write_report_files"]
+__all__ = ["REPORT_FILES", "write_report_files"]
 
 
 def write_report_files(directory: Path, report: Report, target: Path | None = None) -> list[str]:
@@ -28,11 +28,17 @@ def write_report_files(directory: Path, report: Report, target: Path | None = No
     Raises:
         OSError: a file cannot be written.
     """
+    report.weights_sha256 = weights_digest(directory)
+    problems = _write(directory, report, target or directory)
+    record_reports(directory, REPORT_FILES - {REPORT_SUMS_FILE})
+    return problems
+
+
+def _write(directory: Path, report: Report, shown: Path) -> list[str]:
     values = report.as_json()
     write_json_atomically(directory / REPORT_FILE, values)
     read = parse_report(values)  # what `ercsvd report` will read, which makes the same page
     (directory / PAGE_FILE).unlink(missing_ok=True)  # an older one would tell of another model
-    shown = target or directory
     write_text_atomically(directory / CARD_FILE, make_card(read, directory, shown))
     again = f"ercsvd report {shown}"
     if not can_make_page():
@@ -43,10 +49,3 @@ def write_report_files(directory: Path, report: Report, target: Path | None = No
         return [f"no {PAGE_FILE} was written ({type(error).__name__}: {error}); `{again} --debug` shows why"]
     write_text_atomically(directory / PAGE_FILE, page)
     return []
-
-
-def carry_over_card(source: Path, directory: Path) -> None:
-    """Copy the original model's own card, which names its licence, beside ours."""
-    card = source / CARD_FILE
-    if card.is_file():
-        shutil.copyfile(card, directory / ORIGINAL_CARD_FILE)

@@ -11,13 +11,12 @@ import yaml
 
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.card import (
-    ORIGINAL_CARD_FILE,
     escaped,
     fenced,
     make_card,
 )
 from ercsvd_deploy.pipelines.reporting.document import parse_report
-from ercsvd_deploy.pipelines.stages.export import CARD_FILE
+from ercsvd_deploy.pipelines.stages.export import CARD_FILE, ORIGINAL_CARD_FILE
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.flow.test_run import RecipeWriter, llama, write_recipe
 from tests.reporting.sample_reports import sample_document, sample_report
@@ -63,6 +62,17 @@ def test_card_says_what_it_is_and_how_to_use_it(tmp_path: Path) -> None:
         "- the texts are short",
     ):
         assert said in card, said
+
+
+def test_rounding_to_nearest_is_not_called_gptq(tmp_path: Path) -> None:
+    report = sample_report()
+    for matrix in report["quantize"]["matrices"]:
+        matrix["method"] = "rtn"
+    report["recipe"]["stages"][1]["quantize"]["method"] = "rtn"
+    card = make_card(parse_report(report), tmp_path)
+    assert "Rounding to nearest stores what is left of them as int4" in card
+    assert "rtn" in front_matter(card)["tags"]
+    assert "gptq" not in card.lower()
 
 
 def test_card_of_a_vision_model(tmp_path: Path) -> None:
