@@ -47,7 +47,12 @@ class CompressedModel:
             return self.original
         config = copy.deepcopy(self.opened.config)
         config.quantization_config = CheckpointConfig(modules=self.modules).write()
-        return stream(replace(self.opened, config=config), self.device, self.store)
+        return stream(
+            replace(self.opened, config=config),
+            self.device,
+            self.store,
+            token_weight=self.original.token_weight,
+        )
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ class _Emission:
             if not ranked:
                 continue
             name = layer.local_name(group[0])
-            seen = PairedStatistics.zeros(group[0].in_features, self.model.device)
+            seen = PairedStatistics.zeros(group[0].in_features, self.model.device, self.model.token_weight)
             for states, others, weights in zip(*hidden, token_weights, strict=True):
                 seen.add(
                     self.model.linear_inputs(module, layer.index, states, name),

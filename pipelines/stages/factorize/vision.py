@@ -147,7 +147,12 @@ def _factorize(
         fitting = num_fitting_samples(settings, len(pictures))
         for part in filter(None, (pictures[:fitting], pictures[fitting:])):
             parts.append(
-                {group[0].name: InputStatistics.zeros(group[0].in_features, model.device) for group in groups}
+                {
+                    group[0].name: InputStatistics.zeros(
+                        group[0].in_features, model.device, model.token_weight
+                    )
+                    for group in groups
+                }
             )
             model.embed(model.batches(part), observe=parts[-1])
         statistics = {name: sum((part[name] for part in parts[1:]), seen) for name, seen in parts[0].items()}
