@@ -22,10 +22,8 @@ from ercsvd_deploy.pipelines.stages.factorize.allocated import _interpolate, _sp
 from ercsvd_deploy.pipelines.stages.quantize import stage as quantize_stage
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.flow.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe
-from tests.state.test_resume import half_run, hashes, whole_run
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
+from tests.state.interrupted_runs import half_run, hashes, whole_run
 
 TINY_LLAMA = str(TEXT.parent / "tiny-llama")
 CONTROLLED = {"factorize": {"method": "svd_llm", "allocation": "error_controlled", "output_metric": "fisher"}}

@@ -27,9 +27,7 @@ from ercsvd_deploy.pipelines.stages.quantize.storage import (
 )
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.stages import Quantize, QuantizeOverride
-from tests.flow.test_run import RecipeWriter, factorize, llama, write_recipe
-
-__all__ = ["llama", "write_recipe"]
+from tests.recipe_runs import RecipeWriter, factorize
 
 NAMES = [
     f"model.layers.{layer}.{name}"
