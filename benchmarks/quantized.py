@@ -21,7 +21,7 @@ from methods import Workbench
 from results_file import environment, markdown_table, write_results
 
 from ercsvd_deploy.evaluation.quality import perplexities
-from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
+from ercsvd_deploy.format.schema import CheckpointConfig, Storage
 from ercsvd_deploy.format.store_views import OverlayStore
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.pipelines.planning.plan import plan_quantize_stage, rank_plans
@@ -51,7 +51,7 @@ class Stored:
     """A model as stages have left it, its files included."""
 
     store: TensorStore
-    modules: dict[str, ModuleDescription]
+    modules: dict[str, Storage]
     ranks: Mapping[str, int | None]
 
 

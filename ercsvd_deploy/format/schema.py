@@ -36,6 +36,7 @@ No torch here: vLLM's front end and editors' tools read this module too.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -59,9 +60,15 @@ WEIGHT_SCALE = "weight_scale"
 WEIGHT_ZERO_POINT = "weight_zero_point"
 WEIGHT_SHAPE = "weight_shape"
 
-
 Layout = Literal["dense", "low_rank", "pivoted"]
 LowRankLayout = Literal["low_rank", "pivoted"]
+# The matrices that each layout stores; each has a field of `Storage` for its integers.
+_PARTS: Mapping[Layout, tuple[str, ...]] = {
+    "dense": (WEIGHT,),
+    "low_rank": (FACTOR_A, FACTOR_B),
+    "pivoted": (PIVOT_ROWS, OTHER_ROWS),
+}
+_WORD_BITS = 32
 
 
 class CheckpointFormatError(ValueError):
@@ -105,15 +112,14 @@ class WeightQuantization(BaseModel):
 
     def leaf_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """Return leaf name -> shape of the tensors that store an [out, in] matrix."""
-        values_per_word = 32 // self.bits
         groups = self.num_groups(in_features)
         leaves: dict[str, tuple[int, ...]] = {
-            WEIGHT_PACKED: (out_features, -(-in_features // values_per_word)),
+            WEIGHT_PACKED: (out_features, -(-in_features * self.bits // _WORD_BITS)),
             WEIGHT_SCALE: (out_features, groups),
             WEIGHT_SHAPE: (2,),
         }
         if not self.sym:
-            leaves[WEIGHT_ZERO_POINT] = (-(-out_features // values_per_word), groups)
+            leaves[WEIGHT_ZERO_POINT] = (-(-out_features * self.bits // _WORD_BITS), groups)
         return leaves
 
 
@@ -140,8 +146,7 @@ class Storage(BaseModel):
 
     @model_validator(mode="after")
     def _parts_fit_the_layout(self) -> Storage:
-        parts = {"dense": (WEIGHT,), "low_rank": (FACTOR_A, FACTOR_B), "pivoted": (PIVOT_ROWS, OTHER_ROWS)}
-        allowed = parts[self.layout]
+        allowed = _PARTS[self.layout]
         for part in (WEIGHT, *FACTOR_PARTS):
             if part not in allowed and getattr(self, part) is not None:
                 raise ValueError(
@@ -192,38 +197,35 @@ class Storage(BaseModel):
             first: Integers of the factor A, or of the pivot rows; None: floating point.
             second: Integers of the factor B, or of the other rows; None: floating point.
         """
-        if pivot_blocks is None:
-            return cls(layout="low_rank", shape=shape, rank=rank, factor_a=first, factor_b=second)
-        return cls(
-            layout="pivoted",
-            shape=shape,
-            rank=rank,
-            pivot_blocks=pivot_blocks,
-            pivot_rows=first,
-            other_rows=second,
-        )
+        layout: LowRankLayout = "low_rank" if pivot_blocks is None else "pivoted"
+        integers = dict(zip(_PARTS[layout], (first, second), strict=True))
+        return cls(layout=layout, shape=shape, rank=rank, pivot_blocks=pivot_blocks, **integers)
 
     @property
     def parts(self) -> dict[str, tuple[tuple[int, int], WeightQuantization | None]]:
         """Part name ('' for the dense weight) -> ((rows, columns), quantization)."""
-        out_features, in_features = self.shape
-        if self.layout == "dense":
-            return {"": ((out_features, in_features), self.weight)}
-        rank = self.rank or 0
-        if self.layout == "pivoted":
-            return {
-                PIVOT_ROWS: ((rank, in_features), self.pivot_rows),
-                OTHER_ROWS: ((out_features - rank, rank), self.other_rows),
-            }
+        (out_features, in_features), rank = self.shape, self.rank or 0
+        shapes = {
+            WEIGHT: (out_features, in_features),
+            FACTOR_A: (rank, in_features),
+            FACTOR_B: (out_features, rank),
+            PIVOT_ROWS: (rank, in_features),
+            OTHER_ROWS: (out_features - rank, rank),
+        }
         return {
-            FACTOR_A: ((rank, in_features), self.factor_a),
-            FACTOR_B: ((out_features, rank), self.factor_b),
+            "" if part == WEIGHT else part: (shapes[part], getattr(self, part))
+            for part in _PARTS[self.layout]
         }
 
     @property
     def quantization(self) -> WeightQuantization | None:
         """Integers of the dense weight, or of the first of two matrices; None for floating point."""
         return next(quantization for _, quantization in self.parts.values())
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any of its matrices holds integers."""
+        return any(quantization for _, quantization in self.parts.values())
 
     @property
     def label(self) -> str:
@@ -308,7 +310,3 @@ class CheckpointConfig(BaseModel):
         if not self.require_kernels:  # a default is not written: earlier releases do not know the key
             del written["require_kernels"]
         return written
-
-
-# The name that the exporter and the pipelines still use.
-ModuleDescription = Storage

@@ -24,7 +24,7 @@ from ercsvd_deploy.format.schema import (
     QUANT_METHOD,
     CheckpointConfig,
     CheckpointFormatError,
-    ModuleDescription,
+    Storage,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
 
     def __init__(self, checkpoint: CheckpointConfig) -> None:
         super().__init__()
-        self._modules: dict[str, tuple[str, ModuleDescription]] = {}
+        self._modules: dict[str, tuple[str, Storage]] = {}
         for name, description in checkpoint.modules.items():
             if not description.is_altered:
                 continue

@@ -21,7 +21,7 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.json_values import finite
-from ercsvd_deploy.pipelines.stages.factorize.last_layers import FactorizeOutcome
+from ercsvd_deploy.pipelines.stages.factorize.outcome import FactorizeOutcome
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 

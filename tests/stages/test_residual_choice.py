@@ -100,7 +100,7 @@ def test_held_out_error_is_in_the_metric_of_the_outputs() -> None:
                 return output_error(weight, factors.product(), many @ many.T, metric)
             return calibration_error(weight, factors, many @ many.T)
 
-        choice = choose_residual_ranks(stage, linear, weight, fitting, many @ many.T, [16], metric)
+        choice = choose_residual_ranks(stage, linear, weight, fitting.gram, many @ many.T, [16], metric)
         assert choice == {16: min([0, 1, 2, 4], key=error)}
         found[name] = choice[16]
     assert found["identity"] > 0

@@ -20,13 +20,13 @@ from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.data.samples import Sample
-from ercsvd_deploy.format.packing import pack, unpack
+from ercsvd_deploy.format.packing import QuantizedWeight, pack, unpack
 from ercsvd_deploy.format.schema import (
     GUARD,
     GUARD_SHAPE,
     ROW_ORDER,
     WEIGHT,
-    ModuleDescription,
+    Storage,
 )
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore, torch_dtype
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
@@ -42,7 +42,6 @@ from ercsvd_deploy.quantization.gptq import (
     FactorsReport,
     FactorsTask,
     MatrixReport,
-    QuantizedWeight,
     proxy_loss,
     quantize_together,
 )
@@ -86,7 +85,7 @@ _LINEARS = TypeAdapter(list[QuantizedLinear])
 class QuantizeOutcome:
     """Everything the stage found out; the integers themselves are in its layer files."""
 
-    modules: dict[str, ModuleDescription]
+    modules: dict[str, Storage]
     matrices: list[QuantizedMatrix]
     linears: list[QuantizedLinear]
     matches: tuple[PatternMatch, ...]
@@ -108,7 +107,7 @@ def quantize_decoder(
     original: TensorStore,
     samples: Sequence[Sample],
     settings: Quantize,
-    modules: Mapping[str, ModuleDescription],
+    modules: Mapping[str, Storage],
     matches: tuple[PatternMatch, ...],
     work: FinishedWork,
     on_layer: Callable[[], None] = lambda: None,
@@ -196,7 +195,7 @@ def _take_findings(outcome: QuantizeOutcome, findings: Any, file: Path) -> None:
 
 
 def _load_integers(
-    modules: Mapping[str, ModuleDescription], layer: LayerLinears, module: nn.Module, file: Path
+    modules: Mapping[str, Storage], layer: LayerLinears, module: nn.Module, file: Path
 ) -> None:
     """Give a loaded layer the weights that an earlier run quantized it to."""
     store = FileStore([file])
@@ -220,7 +219,7 @@ class _Started:
     """A Linear of a loaded layer whose weight, or first matrix, is about to be quantized."""
 
     linear: LinearShape
-    description: ModuleDescription
+    description: Storage
     module: nn.Module
     dtype: torch.dtype  # of the original weight; scales and plain tensors are stored in it
     matrix: GriddedWeight
@@ -276,7 +275,7 @@ def _start(
     model: LayerwiseModel,
     stage: _Stage,
     linear: LinearShape,
-    description: ModuleDescription,
+    description: Storage,
     module: nn.Module,
 ) -> _Started:
     """Put the weight, or the first of a pair of matrices, on its grid."""
@@ -322,14 +321,14 @@ def _install(
     stage: _Stage, name: str, matrix: nn.Linear, quantized: QuantizedWeight, report: MatrixReport
 ) -> None:
     """Give a matrix the weights that will be served, and note what became of it."""
-    storage = quantized.storage
+    quantization = quantized.quantization
     stage.outcome.matrices.append(
         QuantizedMatrix(
             name=name,
             shape=(quantized.values.shape[0], quantized.values.shape[1]),
-            bits=storage.bits,
-            group_size=storage.group_size,
-            sym=storage.sym,
+            bits=quantization.bits,
+            group_size=quantization.group_size,
+            sym=quantization.sym,
             method="rtn" if stage.settings.method == "rtn" else report.method,
             gptq_loss=report.gptq_loss,
             rtn_loss=report.rtn_loss,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ercsvd_deploy.exporters.vllm.cutting import BLOCK, WORD_BITS, find_unaligned
-from ercsvd_deploy.format.schema import ModuleDescription, WeightQuantization
+from ercsvd_deploy.format.schema import Storage, WeightQuantization
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlan
 
 
 def serving_warnings(
     plan: QuantizePlan,
-    described: Mapping[str, ModuleDescription],
+    described: Mapping[str, Storage],
     architecture: Architecture,
     tensor_parallel_sizes: Sequence[int],
     dtype: str,
@@ -77,11 +77,11 @@ def gpu_warnings(
 
 
 def _fitting_notes(
-    plan: QuantizePlan, described: Mapping[str, ModuleDescription], tensor_parallel_sizes: Sequence[int]
+    plan: QuantizePlan, described: Mapping[str, Storage], tensor_parallel_sizes: Sequence[int]
 ) -> list[str]:
     """Say which matrices got other groups than the recipe names, and why."""
     changed: dict[tuple[WeightQuantization, WeightQuantization | None], list[str]] = {}
-    for name, wanted in plan.storage.items():
+    for name, wanted in plan.integers.items():
         if wanted is None:
             continue
         parts = described[name].parts if name in described else {"": (None, None)}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from ercsvd_deploy.format.schema import FACTOR_PARTS, ModuleDescription
+from ercsvd_deploy.format.schema import FACTOR_PARTS, Storage
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
 from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage, Table
@@ -122,13 +122,14 @@ class QuantizeStage(Stage):
         run.model.overlay(outcome.files, integers)
         return outcome
 
-    def _describe(self, factorized: Any) -> Mapping[str, ModuleDescription]:
+    def _describe(self, factorized: Any) -> Mapping[str, Storage]:
         """Return the final description of every Linear, given what the factorize stage chose."""
         if factorized is None:
             return self.storing.describe({}, self.architecture)
-        chosen = factorized.storage
-        storing = self.storing if chosen is None else replace(self.storing, storage=chosen)
-        return storing.describe(factorized.plan.ranks, self.architecture)
+        chosen = factorized.chosen.storages
+        if chosen is not None:
+            return {name: storage for name, storage in chosen.items() if storage.is_altered}
+        return self.storing.describe(factorized.plan.ranks, self.architecture)
 
     def as_json(self, result: QuantizeOutcome) -> Any:
         """Return the losses of every matrix and Linear, and what patterns matched."""

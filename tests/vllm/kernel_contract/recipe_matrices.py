@@ -17,7 +17,7 @@ from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, plan_matrices
 from ercsvd_deploy.models.families import Architecture, describe
 from ercsvd_deploy.models.meta import build_meta_model
 from ercsvd_deploy.pipelines.inputs.model import open_config
-from ercsvd_deploy.pipelines.stages.factorize.choice import rank_plans
+from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import rank_plans
 from ercsvd_deploy.pipelines.stages.quantize.storage import (
     QuantizePlan,
     QuantizePlanError,
