@@ -24,8 +24,7 @@ as the original model stores them. For a module `m` the tensors are
                output i is element row_order[i] (int32 [out]) of cat(h, o). See `linalg.pivoting`.
 
 where `<leaf>` is `weight` for a plain matrix, and for an int4/int8 one the compressed-tensors
-`pack-quantized` tensors `weight_packed`, `weight_scale`, `weight_shape` and, if asymmetric,
-`weight_zero_point`.
+`pack-quantized` tensors `weight_packed`, `weight_scale`, `weight_shape` and, asymmetric, `weight_zero_point`.
 
 The guard `m.weight` has shape [0]. A loader that does not know this format would otherwise find no
 `m.weight`, warn, and fill it with random numbers; with the guard it stops on a size mismatch.
@@ -35,9 +34,8 @@ No torch here: vLLM's front end and editors' tools read this module too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
@@ -104,12 +102,6 @@ class WeightQuantization(BaseModel):
             )
         return in_features // self.group_size
 
-    def fitted(self, in_features: int) -> WeightQuantization:
-        """Return the same integers with the largest group size that divides `in_features` and this one."""
-        if self.group_size == -1:
-            return self
-        return self.model_copy(update={"group_size": math.gcd(self.group_size, in_features)})
-
     def leaf_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """Return leaf name -> shape of the tensors that store an [out, in] matrix."""
         groups = self.num_groups(in_features)
@@ -140,9 +132,7 @@ class Storage(BaseModel):
     factor_a: WeightQuantization | None = Field(default=None, description="Quantization of [rank, in].")
     factor_b: WeightQuantization | None = Field(default=None, description="Quantization of [out, rank].")
     pivot_rows: WeightQuantization | None = Field(default=None, description="Quantization of [rank, in].")
-    other_rows: WeightQuantization | None = Field(
-        default=None, description="Quantization of [out - rank, rank]."
-    )
+    other_rows: WeightQuantization | None = Field(default=None, description="Quantization of the others.")
 
     @model_validator(mode="after")
     def _parts_fit_the_layout(self) -> Storage:
@@ -156,12 +146,10 @@ class Storage(BaseModel):
             raise ValueError(
                 f"layout {self.layout} {'needs' if self.layout == 'pivoted' else 'has no'} pivot_blocks"
             )
-        if self.layout == "dense":
-            if self.rank is not None:
-                raise ValueError("layout dense has no rank")
-            return self
+        if (self.rank is None) != (self.layout == "dense"):
+            raise ValueError(f"layout {self.layout} {'has no' if self.layout == 'dense' else 'needs a'} rank")
         if self.rank is None:
-            raise ValueError(f"layout {self.layout} needs a rank")
+            return self
         if self.rank > min(self.shape):
             raise ValueError(f"rank {self.rank} exceeds the smaller side of shape {list(self.shape)}")
         if self.pivot_blocks is not None:
@@ -266,10 +254,9 @@ class CheckpointConfig(BaseModel):
     format_version: int = FORMAT_VERSION
     # not "producer": vLLM takes that key for ModelOpt's, an object, and fails on a string
     written_by: str = f"ercsvd-deploy {__version__}"
-    modules: Annotated[
-        dict[str, Storage],
-        Field(description="Checkpoint tensor-name prefix of every altered Linear -> how it is stored."),
-    ]
+    modules: dict[str, Storage] = Field(
+        description="Checkpoint tensor-name prefix of every altered Linear -> how it is stored."
+    )
     require_kernels: bool = Field(
         default=False,
         description="Refuse integer matrices that no kernel multiplies; else they become plain ones.",
