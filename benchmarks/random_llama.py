@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from ercsvd_deploy.budget.ranks import allocate_ranks
+from ercsvd_deploy.budget.equal_shares import allocate_ranks
 from ercsvd_deploy.format.atomic_files import write_json_atomically
 from ercsvd_deploy.format.schema import CheckpointConfig, Storage
 from ercsvd_deploy.format.shards import write_sharded

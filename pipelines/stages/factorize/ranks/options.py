@@ -76,7 +76,7 @@ def allocation_task(
         costs[linear.name] = dict(sorted(cost_of.items(), key=lambda entry: entry[1]))
     if target is None:
         assert settings.compression_ratio is not None, "the schema asks for a ratio where there is no target"
-        # As `budget.ranks.allocate_ranks` has it: the largest whole number within the exact share.
+        # As `budget.equal_shares.allocate_ranks` has it: the largest whole number within the exact share.
         budget = math.floor((1 - settings.compression_ratio) * architecture.linear_parameters + 1e-6)
     elif target.overall_bits is not None:
         budget = math.floor(target.overall_bits * architecture.linear_parameters)
