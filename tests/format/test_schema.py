@@ -190,4 +190,6 @@ def test_a_storage_of_two_matrices(pivot_blocks: int | None) -> None:
     assert [quantization for _, quantization in storage.parts.values()] == [INT4, int8]
     assert storage.quantization == INT4
     assert storage.label == "rank 32, int4 g32"
+    assert storage.is_quantized
+    assert not Storage.of_rank((48, 64), 32, pivot_blocks).is_quantized
     assert Storage.of_rank((48, 64), 32, pivot_blocks).label == "rank 32"

@@ -17,7 +17,7 @@ from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.decompositions import read_decomposed
-from ercsvd_deploy.pipelines.stages.factorize.linear import linear_of
+from ercsvd_deploy.pipelines.stages.factorize.linear import linear_of, planned_residual_rank
 from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import (
     AllocatedLinear,
     ChosenRanks,
@@ -26,7 +26,7 @@ from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import (
 )
 from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import DamagePrediction
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
-from ercsvd_deploy.pipelines.stages.factorize.residual import share_with_residual
+from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ranks
 from ercsvd_deploy.recipe.stages import Quantize
 
 _OPTIONS = TypeAdapter(dict[str, list[Option[Storage]]])
@@ -99,28 +99,32 @@ class ErrorControlled(RankChoice):
 
     def _residual_ranks(self, layer: LayerLinears, plan: RankPlan) -> dict[str, int | None]:
         """Return what of the chosen ranks of a layer the residuals get."""
-        work, piece = self._work, f"residual-ranks-{layer.index:05d}"
-        is_measured = work.settings.beta == "auto"
-        findings: dict[str, int | None] | None = work.cache.findings(piece) if is_measured else None
+        work, settings = self._work, self._work.settings
+        ranks = {linear: rank for linear in layer.linears if (rank := plan.ranks[linear.name]) is not None}
+        if settings.beta != "auto":
+            return {
+                linear.name: planned_residual_rank(settings, linear, rank) for linear, rank in ranks.items()
+            }
+        piece = f"residual-ranks-{layer.index:05d}"
+        findings: dict[str, int | None] | None = work.cache.findings(piece)
         if findings is not None:
             return findings
         residual_ranks: dict[str, int | None] = {}
         with work.model.layer(layer.index) as module:
-            for linear in layer.linears:
-                rank = plan.ranks[linear.name]
-                if rank is None:
-                    continue
-                parts, metric = None, None
-                if is_measured:
-                    decomposed, metric = read_decomposed(work, layer, linear), work.metric(layer, linear)
-                    assert decomposed.gram is not None
-                    assert decomposed.held_out_gram is not None
-                    parts = (decomposed.gram - decomposed.held_out_gram, decomposed.held_out_gram)
-                weight = linear_of(module, layer, linear).weight.data
-                shares = share_with_residual(work.settings, linear, weight, parts, [rank], metric)
-                residual_ranks[linear.name] = shares[rank]
-        if is_measured:
-            work.cache.finish(piece, residual_ranks)
+            for linear, rank in ranks.items():
+                decomposed, metric = read_decomposed(work, layer, linear), work.metric(layer, linear)
+                assert decomposed.gram is not None
+                assert decomposed.held_out_gram is not None
+                residual_ranks[linear.name] = choose_residual_ranks(
+                    settings,
+                    linear,
+                    linear_of(module, layer, linear).weight.data,
+                    decomposed.gram - decomposed.held_out_gram,
+                    decomposed.held_out_gram,
+                    [rank],
+                    metric,
+                )[rank]
+        work.cache.finish(piece, residual_ranks)
         return residual_ranks
 
     def _plan(self, storages: dict[str, Storage]) -> RankPlan:
