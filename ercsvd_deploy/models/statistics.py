@@ -57,9 +57,14 @@ class InputStatistics:
         With `unit_norm` every token counts as if |x|^2 were the geometric mean over all tokens, so that
         errors by it keep the size that they have for an ordinary token.
         """
+        return self.products if self.token_weight == "uniform" else self.products * self.energy_scale
+
+    @property
+    def energy_scale(self) -> float:
+        """What `products` are multiplied by to give `gram`: 1, or the geometric mean of |x|^2."""
         if self.token_weight == "uniform" or not self.num_tokens:
-            return self.products
-        return self.products * math.exp(self.log_energy_sum / self.num_tokens)
+            return 1.0
+        return math.exp(self.log_energy_sum / self.num_tokens)
 
     def add(self, inputs: torch.Tensor, token_weights: torch.Tensor | None = None) -> None:
         """Add activations [..., in], each token counted once or by `token_weights` [...]."""

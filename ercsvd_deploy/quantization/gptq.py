@@ -22,11 +22,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.quantization.gptq_loop import HessianFactor, factor_hessian, round_columns
 from ercsvd_deploy.quantization.grid import (
     GriddedWeight,
     QuantizationSettings,
-    QuantizedWeight,
     check_weight,
     put_on_grid,
     round_to_nearest,
@@ -40,7 +40,6 @@ __all__ = [
     "MatrixReport",
     "QuantizationSettings",
     "QuantizedFactors",
-    "QuantizedWeight",
     "check_gram",
     "check_weight_and_gram",
     "proxy_loss",

@@ -19,6 +19,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.format.schema import WeightQuantization
 
 _SEARCH_EXPONENT = 2.4  # of the |error| that the scale search minimises; GPTQ's own choice
@@ -57,7 +58,7 @@ class QuantizationSettings:
             raise ValueError(f"damping is {self.damping}; it must lie between 0 and 1, customary is 0.01")
 
     @property
-    def storage(self) -> WeightQuantization:
+    def quantization(self) -> WeightQuantization:
         """What of these settings the checkpoint records."""
         return WeightQuantization(
             bits=cast(Literal[4, 8], self.bits), group_size=self.group_size, sym=self.sym
@@ -80,33 +81,6 @@ class QuantizationSettings:
             f"{' or '.join(map(str, nearest))} (-1: one scale per row), or, where the dimension is a rank, "
             f"rank {' or '.join(map(str, multiples))}"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedWeight:
-    """A matrix as integers: weight = (values - zero_point) * scale, group by group.
-
-    Integers are signed as compressed-tensors packs them: -8..7 for 4 bits, -128..127 for 8.
-
-    Attributes:
-        values: [out, in], int8.
-        scale: [out, groups] in the checkpoint's dtype; positive and finite.
-        zero_point: [out, groups], int8; None if symmetric.
-        storage: bits, group size and symmetry, as the checkpoint records them.
-    """
-
-    values: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    storage: WeightQuantization
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the dense matrix [out, in]; it is rounded once, to `dtype`, as serving kernels do."""
-        out_features, groups = self.scale.shape
-        grouped = self.values.view(out_features, groups, -1).float()
-        if self.zero_point is not None:
-            grouped = grouped - self.zero_point.unsqueeze(2)
-        return (grouped * self.scale.float().unsqueeze(2)).view(self.values.shape).to(dtype)
 
 
 def round_to_nearest(
@@ -196,7 +170,7 @@ class GriddedWeight:
             values=values,
             scale=self.grid.scale.to(self.scale_dtype),
             zero_point=None if self.settings.sym else self.grid.zero_point.to(torch.int8),
-            storage=self.settings.storage,
+            quantization=self.settings.quantization,
         )
 
     def round_to_nearest(self) -> QuantizedWeight:

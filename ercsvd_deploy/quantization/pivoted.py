@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.linalg.pivoting import PivotedFactors
 from ercsvd_deploy.quantization.gptq import (
     FactorsReport,
@@ -29,7 +30,6 @@ from ercsvd_deploy.quantization.gptq import (
 from ercsvd_deploy.quantization.grid import (
     GriddedWeight,
     QuantizationSettings,
-    QuantizedWeight,
     check_weight,
     put_on_grid,
 )

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.quantization.gptq import (
     QuantizationSettings,
-    QuantizedWeight,
     proxy_loss,
     quantize_better,
     quantize_factors,
@@ -93,12 +93,12 @@ def assert_servable(quantized: QuantizedWeight) -> None:
     assert torch.isfinite(quantized.scale).all()
     assert (quantized.scale > 0).all()
     assert torch.isfinite(quantized.dequantize()).all()
-    low = -(2 ** (quantized.storage.bits - 1))
+    low = -(2 ** (quantized.quantization.bits - 1))
     for integers in (quantized.values, quantized.zero_point):
         if integers is not None:
             assert integers.dtype == torch.int8
             assert low <= int(integers.min()) <= int(integers.max()) <= -low - 1
-    assert (quantized.zero_point is None) == quantized.storage.sym
+    assert (quantized.zero_point is None) == quantized.quantization.sym
 
 
 @pytest.mark.parametrize("desc_act", [True, False])
@@ -458,7 +458,7 @@ def test_the_report_of_a_pair_adds_up(refit: bool) -> None:
     assert_servable(pair.factor_a)
     assert_servable(pair.factor_b)
     assert pair.factor_a.scale.dtype == torch.bfloat16
-    assert (pair.factor_a.storage.sym, pair.factor_b.storage.bits) == (False, 8)
+    assert (pair.factor_a.quantization.sym, pair.factor_b.quantization.bits) == (False, 8)
     assert report.loss == pytest.approx(naive_loss(weight, dense_b @ dense_a, inputs), rel=1e-3)
     assert report.loss_unquantized == pytest.approx(naive_loss(weight, factor_b @ factor_a, inputs), rel=1e-3)
     first = naive_loss(weight, factor_b @ dense_a, inputs)
