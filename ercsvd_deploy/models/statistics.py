@@ -117,8 +117,10 @@ class PairedStatistics:
         cls, in_features: int, device: torch.device, token_weight: TokenWeight = "uniform"
     ) -> PairedStatistics:
         """Return sums over no tokens."""
-        sums = (torch.zeros(in_features, in_features, device=device) for _ in range(3))
-        return cls(*sums, token_weight=token_weight)
+        original, gram, cross_moment = (
+            torch.zeros(in_features, in_features, device=device) for _ in range(3)
+        )
+        return cls(original, gram, cross_moment, token_weight)
 
     def add(self, original: torch.Tensor, other: torch.Tensor, token_weights: torch.Tensor | None) -> None:
         """Add both activations [..., in] of the same tokens, weighted as in `InputStatistics.add`."""

@@ -34,7 +34,8 @@ class QuantizationSettings:
         bits: bits of one stored value, 4 or 8.
         group_size: input columns that share a scale; -1 for one scale per row.
         sym: symmetric grid, no zero point.
-        damping: fraction of the Gram's mean diagonal that is added to its diagonal, in (0, 1).
+        damping: fraction of the Gram's mean diagonal that is added to its diagonal, in (0, 1); None: what
+            does best on held-out tokens.
         mse: search each group's scale for the least error instead of covering its extremes.
         desc_act: round the columns with the largest activations first; never visible in the file.
 
@@ -45,7 +46,7 @@ class QuantizationSettings:
     bits: int = 4
     group_size: int = 64
     sym: bool = True
-    damping: float = 0.01
+    damping: float | None = None
     mse: bool = False
     desc_act: bool = True
 
@@ -54,7 +55,7 @@ class QuantizationSettings:
             raise ValueError(f"bits is {self.bits}; it must be 4 or 8")
         if self.group_size != -1 and self.group_size < 1:
             raise ValueError(f"group_size is {self.group_size}; it must be -1 or at least 1")
-        if not 0 < self.damping < 1:
+        if self.damping is not None and not 0 < self.damping < 1:
             raise ValueError(f"damping is {self.damping}; it must lie between 0 and 1, customary is 0.01")
 
     @property

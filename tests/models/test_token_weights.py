@@ -55,7 +55,7 @@ def test_one_massive_token_rules_only_the_uniform_gram() -> None:
     inputs = rows()
     share = {}
     for token_weight in ("uniform", "unit_norm"):
-        statistics = InputStatistics.zeros(6, CPU, token_weight)  # type: ignore[arg-type]
+        statistics = InputStatistics.zeros(6, CPU, token_weight)
         statistics.add(inputs)
         eigenvalues = torch.linalg.eigvalsh(statistics.gram)
         share[token_weight] = float(eigenvalues[-1] / eigenvalues.sum())

@@ -34,7 +34,8 @@ from ercsvd_deploy.pipelines.stages.factorize import walk
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.decompositions import forget_decompositions
 from ercsvd_deploy.pipelines.state.lock import work_path
-from ercsvd_deploy.quantization.gptq import QuantizationSettings, quantize_factors
+from ercsvd_deploy.quantization.grid import QuantizationSettings
+from ercsvd_deploy.quantization.pairs import quantize_factors
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import ModelDirectory
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.quantization.gptq import proxy_loss, quantize_together
+from ercsvd_deploy.quantization.gptq import quantize_together
 from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_columns
 from ercsvd_deploy.quantization.grid import Grid, QuantizationSettings, choose_grid, put_on_grid, stack_grids
+from ercsvd_deploy.quantization.losses import proxy_loss
 from tests.quantization.gptqmodel_reference import import_gptqmodel, run_gptqmodel
 
 ROOT = Path(__file__).parents[2]

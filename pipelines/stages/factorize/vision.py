@@ -32,10 +32,10 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_vision_ranks
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_vision_steps
 from ercsvd_deploy.pipelines.stages.factorize.residual import (
-    ObservedInputs,
     num_fitting_samples,
     share_with_residual,
 )
+from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
 from ercsvd_deploy.pipelines.stages.storing import StorageRules
 from ercsvd_deploy.pipelines.stages.work import StageRun
 from ercsvd_deploy.pipelines.state.cache import OUTCOME

@@ -40,7 +40,8 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
 from ercsvd_deploy.pipelines.stages.factorize.outcome import CHOSEN_RANKS, FactorizeOutcome
 from ercsvd_deploy.pipelines.stages.factorize.prefix import write_on_compressed_prefix
 from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice, RankDecision, VisitedLayer
-from ercsvd_deploy.pipelines.stages.factorize.residual import DividedBatches, advance_observed, divide
+from ercsvd_deploy.pipelines.stages.factorize.residual import num_fitting_samples
+from ercsvd_deploy.pipelines.stages.observed import DividedBatches, advance_observed, divide
 from ercsvd_deploy.pipelines.state.cache import OUTCOME
 
 
@@ -86,7 +87,12 @@ def _decompose_layers(
     Returns:
         Linear -> its spectrum, and the last layer's outputs for the sequences of a search.
     """
-    divided = divide(work, choice.num_search_samples)
+    divided = divide(
+        work.model,
+        work.samples,
+        num_searched=choice.num_search_samples,
+        num_fitting=num_fitting_samples(work.settings, len(work.samples or ())),
+    )
     hidden = work.model.embed(divided.batches)
     spectra: dict[str, Spectrum] = {}
     for layer in work.model.architecture.layers:

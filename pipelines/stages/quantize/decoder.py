@@ -19,10 +19,11 @@ from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.stages.observed import advance_observed, divide, num_not_held_out
 from ercsvd_deploy.pipelines.stages.quantize.layer import LayerQuantizer, QuantizedLinear, QuantizedMatrix
 from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
-from ercsvd_deploy.recipe.stages import Quantize
+from ercsvd_deploy.recipe.stages import FEWEST_SAMPLES_TO_HOLD_OUT, Quantize
 
 _MATRICES = TypeAdapter(list[QuantizedMatrix])
 _LINEARS = TypeAdapter(list[QuantizedLinear])
@@ -94,28 +95,28 @@ def _quantize_missing(
 ) -> None:
     """Pass through the decoder, and quantize the layers that have no findings yet: they get them."""
     follows_compressed = quantizer.settings.compressed_prefix_inputs
-    batches = model.batches(samples)
-    hidden = model.embed(batches)
-    token_weights = [batch.token_weights for batch in batches]
+    num_fitting = len(samples)
+    if quantizer.settings.method == "gptq" and len(samples) >= FEWEST_SAMPLES_TO_HOLD_OUT:
+        num_fitting = num_not_held_out(len(samples))
+    divided = divide(model, samples, num_searched=0, num_fitting=num_fitting)
+    hidden = model.embed(divided.batches)
     for layer in model.architecture.layers:
         piece, is_missing = pieces[layer.index], findings[layer.index] is None
-        statistics = model.input_statistics(layer) if is_missing else {}
         with model.layer(layer.index) as module:
             # This pass gives the Grams; its outputs are the next layer's inputs only if those are to be
             # the unquantized ones.
             outputs = list(hidden)
-            if is_missing or not follows_compressed:
-                model.advance(
-                    layer.index, outputs, observe=statistics, token_weights=token_weights, module=module
-                )
             if is_missing:
-                quantized = quantizer.quantize(layer, module, statistics)
+                observed = advance_observed(model, layer, module, outputs, divided)
+                quantized = quantizer.quantize(layer, module, observed)
                 findings[layer.index] = {
                     "matrices": _MATRICES.dump_python(quantized.matrices),
                     "linears": _LINEARS.dump_python(quantized.linears),
                 }
                 work.finish(piece, findings[layer.index], quantized.tensors)
-            elif follows_compressed:
+            elif not follows_compressed:
+                model.advance(layer.index, outputs, module=module)
+            else:
                 store = FileStore([work.tensors_file(piece)])
                 quantizer.load(layer, module, store.read(store.names()))
             if follows_compressed:

@@ -17,16 +17,13 @@ from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
 from ercsvd_deploy.linalg.truncation import Factors
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
-from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
 from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings, start_pair
-from ercsvd_deploy.quantization.gptq import (
-    FactorsReport,
-    FactorsTask,
-    MatrixReport,
-    proxy_loss,
-    quantize_together,
-)
+from ercsvd_deploy.quantization.gptq import MatrixReport, quantize_together
 from ercsvd_deploy.quantization.grid import GriddedWeight, put_on_grid
+from ercsvd_deploy.quantization.held_out import HeldOutGrams
+from ercsvd_deploy.quantization.losses import proxy_loss
+from ercsvd_deploy.quantization.pairs import FactorsReport, FactorsTask
 from ercsvd_deploy.quantization.pivoted import PivotedTask
 from ercsvd_deploy.recipe.stages import Quantize
 
@@ -45,8 +42,9 @@ class QuantizedMatrix:
     group_size: int
     sym: bool
     method: str  # "gptq" or "rtn", whichever was taken
-    gptq_loss: float  # relative proxy loss tr(E G E^T) / tr(W G W^T) of either
+    gptq_loss: float  # relative proxy loss tr(E G E^T) / tr(W G W^T) of either, on held-out tokens if any
     rtn_loss: float
+    damping: float  # GPTQ's
 
 
 @dataclass(frozen=True)
@@ -95,21 +93,23 @@ class LayerQuantizer:
     dtype: torch.dtype
 
     def quantize(
-        self, layer: LayerLinears, module: nn.Module, statistics: Mapping[str, InputStatistics]
+        self, layer: LayerLinears, module: nn.Module, observed: Mapping[str, ObservedInputs]
     ) -> QuantizedLayer:
         """Quantize the Linears of a loaded layer in place.
 
         Args:
             layer: Its Linears.
             module: The layer.
-            statistics: Local name of the first Linear of a group that shares its inputs -> those.
+            observed: Name of the first Linear of a group that shares its inputs -> those.
 
         Raises:
             QuantizationError: a weight or Gram is not finite, or a scale leaves its precision's range.
         """
         result = QuantizedLayer()
         for group in layer.groups:
-            gram = statistics[layer.local_name(group[0])].gram
+            inputs = observed[group[0].name]
+            gram = inputs.whole.gram
+            held_out = None if inputs.parts is None else HeldOutGrams(*inputs.parts)
             started = []
             for linear in group:
                 storage = self.storages.get(linear.name)
@@ -121,11 +121,11 @@ class LayerQuantizer:
                 continue
             with _naming(started[0].linear):
                 quantized = quantize_together(
-                    [each.matrix for each in started], gram, method=self.settings.method
+                    [each.matrix for each in started], gram, held_out=held_out, method=self.settings.method
                 )
             for each, (first, report) in zip(started, quantized, strict=True):
                 with _naming(each.linear):
-                    parts = self._finish(each, first, report, gram, result)
+                    parts = self._finish(each, first, report, gram, held_out, result)
                 result.tensors.update(_tensors(each, parts))
         return result
 
@@ -167,6 +167,7 @@ class LayerQuantizer:
         first: QuantizedWeight,
         report: MatrixReport,
         gram: torch.Tensor,
+        held_out: HeldOutGrams | None,
         result: QuantizedLayer,
     ) -> dict[str, QuantizedWeight]:
         """Give a Linear its integers, the second matrix of a pair included; return them by part."""
@@ -178,7 +179,7 @@ class LayerQuantizer:
             loss = proxy_loss(weight, started.module.weight.data, gram)
             result.linears.append(QuantizedLinear(name, loss, None))
             return {"": first}
-        pair = started.pair.finish(first, report, gram)
+        pair = started.pair.finish(first, report, gram, held_out)
         parts = dict(zip(started.storage.parts, (pair.factor_a, pair.factor_b), strict=True))
         reports = (pair.report.factor_a, pair.report.factor_b)
         for (part, quantized), each in zip(parts.items(), reports, strict=True):
@@ -202,6 +203,7 @@ class LayerQuantizer:
             method="rtn" if self.settings.method == "rtn" else report.method,
             gptq_loss=report.gptq_loss,
             rtn_loss=report.rtn_loss,
+            damping=report.damping,
         )
 
     def _target(self, linear: LinearShape, module: LowRankLinear | PivotedLinear) -> torch.Tensor:

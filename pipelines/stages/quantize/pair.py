@@ -7,9 +7,12 @@ import torch
 from ercsvd_deploy.format.schema import WeightQuantization
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, order_rows
 from ercsvd_deploy.linalg.truncation import Factors
-from ercsvd_deploy.quantization.gptq import FactorsTask, QuantizationSettings, QuantizedFactors, start_factors
+from ercsvd_deploy.quantization.grid import QuantizationSettings
+from ercsvd_deploy.quantization.pairs import FactorsTask, QuantizedFactors, start_factors
 from ercsvd_deploy.quantization.pivoted import PivotedTask, start_pivoted
 from ercsvd_deploy.recipe.stages import Quantize
+
+_FEW_BITS = 4  # up to here a scale that covers a group's largest weight is a bad one for the others
 
 
 def quantization_settings(stage: Quantize, integers: WeightQuantization) -> QuantizationSettings:
@@ -18,8 +21,8 @@ def quantization_settings(stage: Quantize, integers: WeightQuantization) -> Quan
         bits=integers.bits,
         group_size=integers.group_size,
         sym=integers.sym,
-        damping=stage.damping,
-        mse=stage.mse,
+        damping=None if stage.damping == "auto" else stage.damping,
+        mse=integers.bits <= _FEW_BITS if stage.mse == "auto" else stage.mse,
         desc_act=stage.desc_act,
     )
 

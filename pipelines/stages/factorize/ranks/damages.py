@@ -35,9 +35,11 @@ from ercsvd_deploy.pipelines.stages.quantize.pair import (
     quantization_settings,
     start_pair,
 )
-from ercsvd_deploy.quantization.gptq import FactorsTask, quantize_together
+from ercsvd_deploy.quantization.gptq import quantize_together
 from ercsvd_deploy.quantization.gptq_loop import HessianFactor, factor_hessian
 from ercsvd_deploy.quantization.grid import put_on_grid
+from ercsvd_deploy.quantization.held_out import DEFAULT_DAMPING
+from ercsvd_deploy.quantization.pairs import FactorsTask
 from ercsvd_deploy.quantization.pivoted import PivotedTask
 from ercsvd_deploy.recipe.stages import Factorize, Quantize
 
@@ -105,7 +107,8 @@ class DamagePrediction:
         """Return what GPTQ needs of the Gram, for all bits and ranks of all Linears with these inputs."""
         if self.quantize is None:
             return None
-        return factor_hessian(self.gram, damping=self.quantize.damping, desc_act=self.quantize.desc_act)
+        damping = DEFAULT_DAMPING if self.quantize.damping == "auto" else self.quantize.damping
+        return factor_hessian(self.gram, damping=damping, desc_act=self.quantize.desc_act)
 
     def damages(self, storages: Sequence[Storage], factor: HessianFactor | None) -> dict[Storage, float]:
         """Return the damage of each storage; `factor` is `hessian_factor` of these inputs."""

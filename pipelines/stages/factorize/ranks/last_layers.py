@@ -34,7 +34,8 @@ from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import (
     SearchPoint,
     VisitedLayer,
 )
-from ercsvd_deploy.pipelines.stages.factorize.residual import ObservedInputs, share_with_residual
+from ercsvd_deploy.pipelines.stages.factorize.residual import share_with_residual
+from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
 
 _ResidualRanks = Mapping[str, Mapping[str, int | None]]  # Linear -> rank, as JSON has it -> residual rank
 
