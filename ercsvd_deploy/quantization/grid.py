@@ -46,7 +46,7 @@ class QuantizationSettings:
     bits: int = 4
     group_size: int = 64
     sym: bool = True
-    damping: float | None = None
+    damping: float | None = 0.01
     mse: bool = False
     desc_act: bool = True
 
