@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ercsvd_deploy.format.described import Count
-from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.families import (
     LANGUAGE_PART,
     Architecture,
@@ -36,7 +36,7 @@ class Component:
 
 
 def describe_components(
-    sizes: Mapping[str, int], described: Mapping[str, ModuleDescription], architecture: Architecture
+    sizes: Mapping[str, int], described: Mapping[str, Storage], architecture: Architecture
 ) -> tuple[Component, ...]:
     """Return the parts of a model; one alone for a text model.
 
@@ -54,7 +54,7 @@ def describe_components(
 def _describe(
     part: str,
     sizes: Mapping[str, int],
-    described: Mapping[str, ModuleDescription],
+    described: Mapping[str, Storage],
     architecture: Architecture,
 ) -> Component:
     own = {name: description for name, description in described.items() if component_of(name) == part}
@@ -73,14 +73,14 @@ def _describe(
     )
 
 
-def _treatment(described: Mapping[str, ModuleDescription]) -> str:
+def _treatment(described: Mapping[str, Storage]) -> str:
     """Return how many Linears are stored in which way, the commonest first."""
     kinds = Counter(_kind(description) for description in described.values() if description.is_altered)
     counted = (f"{n} Linear{'s' if n > 1 else ''} {kind}" for kind, n in kinds.most_common())
     return ", ".join(counted) or LEFT_ALONE
 
 
-def _kind(description: ModuleDescription) -> str:
+def _kind(description: Storage) -> str:
     bits = sorted({storage.bits for _, storage in description.parts.values() if storage is not None})
     integers = "/".join(f"int{width}" for width in bits)
     if description.layout == "dense":

@@ -11,7 +11,7 @@ from typing import Any
 
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.reporting.document import Report
-from ercsvd_deploy.pipelines.stages.factorize.last_layers import Factorized
+from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
 from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome
 from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage

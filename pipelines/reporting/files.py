@@ -28,7 +28,7 @@ def write_report_files(directory: Path, report: Report, target: Path | None = No
     Raises:
         OSError: a file cannot be written.
     """
-    report.weights_sha256 = weights_digest(directory)
+    report.weights_sha256 = weights_digest(directory) or report.weights_sha256
     problems = _write(directory, report, target or directory)
     record_reports(directory, REPORT_FILES - {REPORT_SUMS_FILE})
     return problems

@@ -32,7 +32,7 @@ from torch import nn
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
 from ercsvd_deploy.format.described import Count, Measured, NotReported
-from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.modules import PackedLinear
@@ -78,7 +78,7 @@ class RecoverOutcome:
 
     layers: Annotated[list[RecoveredLayer], Field(description="Every compressed layer.")]
     # The Linears whose tensors are in the files.
-    modules: NotReported[dict[str, ModuleDescription]] = field(default_factory=dict)
+    modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
     files: NotReported[list[Path]] = field(default_factory=list)
 
     def warnings(self) -> list[str]:
@@ -95,7 +95,7 @@ def recover_decoder(
     compressed: LayerwiseModel,
     samples: Sequence[Sample],
     settings: Recover,
-    modules: Mapping[str, ModuleDescription],
+    modules: Mapping[str, Storage],
     work: FinishedWork,
     on_layer: Callable[[], None] = lambda: None,
 ) -> RecoverOutcome:
@@ -189,7 +189,7 @@ class _RecoverStage:
     original: LayerwiseModel
     compressed: LayerwiseModel
     settings: Recover
-    modules: Mapping[str, ModuleDescription]
+    modules: Mapping[str, Storage]
     work: FinishedWork
 
     def trainable(self, layer: LayerLinears) -> list[LinearShape]:

@@ -19,8 +19,9 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.format.tensor_store import INDEX_FILE, SINGLE_FILE, FileStore, open_directory
 from ercsvd_deploy.pipelines.judging.junit import junit_xml
 from ercsvd_deploy.pipelines.reporting.check import check_export
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, REPORT_VERSION
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from tests.conftest import ModelDirectory
+from tests.fuzz.smallest_report import REPORT
 from tests.fuzz.strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -51,33 +52,6 @@ DESCRIPTION: dict[str, Any] = {
             "pivot_blocks": 4,
             "pivot_rows": {"bits": 8, "group_size": -1, "sym": False},
         },
-    },
-}
-FIGURES = {
-    "num_bytes": 1000,
-    "bytes_by_part": {"factors": 1000},
-    "linear_bits_per_weight": 4.25,
-    "parameters": 500,
-    "linear_parameters": 400,
-    "perplexity": {"prose": 12.5, "code": 9.0},
-    "exact_match": {"pictures": 0.9},
-    "tasks": {"arc_easy": {"acc,none": 0.5}},
-}
-REPORT: dict[str, Any] = {
-    "report_version": REPORT_VERSION,
-    "original": FIGURES,
-    "compressed": FIGURES,
-    "change": {"final_layer_error": {"prose": 0.1}, "logprob_kl": {"prose": 0.01}},
-    "recipe": {
-        "gates": {
-            "perplexity_increase": {"prose": 0.1},
-            "logprob_kl": 0.2,
-            "final_layer_error": 0.3,
-            "exact_match_drop": 0.02,
-            "task_drop": 0.02,
-            "max_size": "1GB",
-            "max_size_ratio": 0.5,
-        }
     },
 }
 

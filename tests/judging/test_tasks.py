@@ -26,10 +26,8 @@ from ercsvd_deploy.pipelines.judging.tasks import (
 from ercsvd_deploy.pipelines.judging.uncertainty import share_drop
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, load_report
 from ercsvd_deploy.recipe.gates import Gates
-from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
 from tests.judging.local_tasks import NUM_DOCUMENTS, write_tasks
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter, factorize, invoke
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama"
 CPU = torch.device("cpu")

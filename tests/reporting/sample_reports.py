@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 from ercsvd_deploy.pipelines.reporting.document import Report, parse_report
+
+MINUS = "\N{MINUS SIGN}"
+HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(1)>$x$ \"'&#0a0b01;"
 
 
 def sample_report(**changed: Any) -> dict[str, Any]:
@@ -79,6 +83,7 @@ def _matrix(layer: int, factor: str) -> dict[str, Any]:
         "method": "gptq",
         "gptq_loss": 0.001,
         "rtn_loss": 0.004,
+        "damping": 0.01,
     }
 
 
@@ -103,7 +108,7 @@ def _served(size: int, mean: float) -> dict[str, Any]:
     }
 
 
-_LOSSES = {"gptq_loss": 0.001, "rtn_loss": 0.004}
+_LOSSES = {"gptq_loss": 0.001, "rtn_loss": 0.004, "damping": 0.01}
 _SAMPLE: dict[str, Any] = {
     "report_version": 2,
     "recipe": {
@@ -140,6 +145,7 @@ _SAMPLE: dict[str, Any] = {
         "parameter_budget": 1_000_000,
         "kept_parameters": 990_000,
         "achieved_compression_ratio": 0.5,
+        "budget": {"unit": "parameters", "allowed": 1_000_000, "spent": 990_000},
         "search": [
             {
                 "num_compressed_layers": k,
@@ -231,3 +237,31 @@ _SAMPLE: dict[str, Any] = {
     "warnings": ["the texts are short"],
     "resumed": ["factorize: 2 of 3 layers"],
 }
+
+
+def everywhere_hostile() -> dict[str, Any]:
+    """Return a report in which every name and text that comes from outside is an attack."""
+    text = json.dumps(sample_report())
+    report: dict[str, Any] = json.loads(text.replace("prose", json.dumps(HOSTILE)[1:-1]))
+    report["recipe"]["model"]["path"] = f"organisation/{HOSTILE}"
+    report["recipe"]["export"]["path"] = f"out/{HOSTILE}"
+    report["warnings"] = [HOSTILE]
+    report["resumed"] = [HOSTILE]
+    report["environment"] = {HOSTILE: HOSTILE}
+    report["provenance"] = {HOSTILE: {HOSTILE: HOSTILE}}
+    report["seconds"] = {HOSTILE: 1.0}
+    report["components"] = [{**report["components"][0], "name": HOSTILE, "treatment": HOSTILE}] * 2
+    for part in ("original", "compressed"):
+        report[part]["bytes_by_part"] = {HOSTILE: 1000}
+    for linear in report["factorize"]["linears"]:
+        linear["name"] = f"model.layers.0.{HOSTILE}"
+    for matrix in report["quantize"]["matrices"]:
+        matrix["name"] = f"model.layers.0.{HOSTILE}"
+    report["references"] = [
+        {"label": HOSTILE, "num_bytes": 1500, "perplexity": {HOSTILE: 10.5}, "exact_match": {HOSTILE: 0.5}}
+    ]
+    report["gates"][0]["gate"] = HOSTILE
+    [failure] = report["serving"]["failures"]
+    failure |= dict.fromkeys(("process", "exception", "excerpt", "log"), HOSTILE)
+    report["serving"]["sizes"][0]["mode"] = HOSTILE
+    return report

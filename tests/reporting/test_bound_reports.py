@@ -13,9 +13,7 @@ from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE, weights_digest
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.stages.export import REPORT_FILE
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter, factorize, invoke
 
 GATES = {"max_size_ratio": 1.0, "built_in_text": False}
 

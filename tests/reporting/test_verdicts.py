@@ -17,8 +17,8 @@ from ercsvd_deploy.pipelines.reporting.document import Report, parse_report
 from ercsvd_deploy.pipelines.reporting.html.page import make_page
 from ercsvd_deploy.pipelines.reporting.terminal import render
 from ercsvd_deploy.recipe.gates import Gates
+from tests.reporting.page_reader import Page
 from tests.reporting.sample_reports import sample_document
-from tests.reporting.test_report_page import Page
 
 # Of the sample's text `prose`: 10 % more, the interval from 8 to 12 %.
 LIMITS = {"passed": 0.13, "missed": 0.07, "undecided": 0.11, "undecided, failing": 0.09}

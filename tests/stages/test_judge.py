@@ -14,9 +14,7 @@ from ercsvd_deploy.pipelines.stages.export import ExportStage
 from ercsvd_deploy.pipelines.stages.judge import JudgeOriginalStage, JudgeStage
 from ercsvd_deploy.pipelines.state.progress import silent
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.flow.test_run import RecipeWriter, factorize, llama, write_recipe
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter, factorize
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error of the program

@@ -27,9 +27,7 @@ from ercsvd_deploy.pipelines.stages.quantize.storage import (
 )
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.stages import Quantize, QuantizeOverride
-from tests.flow.test_run import RecipeWriter, factorize, llama, write_recipe
-
-__all__ = ["llama", "write_recipe"]
+from tests.recipe_runs import RecipeWriter, factorize
 
 NAMES = [
     f"model.layers.{layer}.{name}"
@@ -55,12 +53,12 @@ def test_patterns_match_names_and_their_ends() -> None:
         ),
         NAMES,
     )
-    assert plan.storage["model.layers.0.mlp.down_proj"] is None
-    assert plan.storage["model.layers.1.mlp.down_proj"] == WeightQuantization(bits=8, group_size=64)
-    assert plan.storage["model.layers.2.mlp.down_proj"] == WeightQuantization(
+    assert plan.integers["model.layers.0.mlp.down_proj"] is None
+    assert plan.integers["model.layers.1.mlp.down_proj"] == WeightQuantization(bits=8, group_size=64)
+    assert plan.integers["model.layers.2.mlp.down_proj"] == WeightQuantization(
         bits=8, group_size=64, sym=False
     )
-    assert plan.storage["model.layers.1.self_attn.q_proj"] == WeightQuantization(bits=4, group_size=64)
+    assert plan.integers["model.layers.1.self_attn.q_proj"] == WeightQuantization(bits=4, group_size=64)
     assert {match.pattern: len(match.modules) for match in plan.matches} == {
         "layers.0.*": 3,
         "mlp.down_proj": 3,

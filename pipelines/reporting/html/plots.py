@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from ercsvd_deploy.pipelines.judging.figures import ModelFigures
 from ercsvd_deploy.pipelines.reporting.document import Reference, Report
 from ercsvd_deploy.pipelines.reporting.numbers import readable_bytes
-from ercsvd_deploy.pipelines.stages.factorize.last_layers import Factorized
 from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
+from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
-from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizedMatrix, QuantizeOutcome
+from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome
+from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizedMatrix
 from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
 
 if TYPE_CHECKING:  # matplotlib belongs to an extra
