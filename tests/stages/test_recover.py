@@ -94,7 +94,7 @@ def test_reported_errors_are_those_of_the_models(
     report, directory = run_recipe(recipe)
     assert recipe.calibration is not None
     assert report.results["recover"] is not None
-    windows = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)
+    windows = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)[0]
     batches = make_batches(text_samples(windows), 4 * 32)
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
     tokens = batches[order[-1]].tokens
