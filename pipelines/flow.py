@@ -21,7 +21,7 @@ from ercsvd_deploy.pipelines.planning.feasibility import check_resources
 from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan
 from ercsvd_deploy.pipelines.reporting.collect import collect_report
 from ercsvd_deploy.pipelines.reporting.document import Report
-from ercsvd_deploy.pipelines.reporting.files import carry_over_card, write_report_files
+from ercsvd_deploy.pipelines.reporting.files import write_report_files
 from ercsvd_deploy.pipelines.stages.cached import RunState, StageCache, run_stages
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.work import CompressedModel
@@ -76,12 +76,11 @@ def run_recipe(
 
         def complete_export(made: Path) -> None:
             """Put report, page and card into an export before it appears."""
-            carry_over_card(prepared.opened.directory, made)
-            write_report_files(made, run.report().as_json(), target)
+            write_report_files(made, run.report(), target)
 
         run.stages(progress, complete_export)
         report = run.report()  # within the lock: the stages' files in `directory` are still needed
-    report.warnings.extend(write_report_files(target, report.as_json()))
+    report.warnings.extend(write_report_files(target, report))
     return report, target
 
 

@@ -1,14 +1,17 @@
 """The checksums of an export: written as its last file, compared by `ercsvd verify`.
 
 Files are listed with the SHA-256 of their contents. Weights are listed tensor by tensor, with the SHA-256 of
-dtype, shape and bytes: a report can name the damaged tensor, and a re-sharded copy still verifies.
+dtype, shape and bytes: a report can name the damaged tensor, and a re-sharded copy still verifies. Report,
+page and card hold times, and may be written again later: their checksums stand in a file of their own, in the
+format of `sha256sum`, and tell whether somebody else has changed them since. The report in turn names the
+weights that it is about by `weights_digest`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,12 @@ from typing import Any
 import torch
 
 from ercsvd_deploy import __version__
-from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically
+from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically, write_text_atomically
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
 from ercsvd_deploy.format.tensor_store import INDEX_FILE, CheckpointError, FileStore, open_directory
 
 MANIFEST_FILE = "ercsvd_manifest.json"
+REPORT_SUMS_FILE = "ercsvd_report.sha256"
 _MANIFEST_VERSION = 1
 
 
@@ -57,6 +61,51 @@ def write_manifest(directory: Path, *, unlisted: frozenset[str] = frozenset()) -
         "tensors": {name: _tensor(store, name) for name in sorted(store.names())},
     }
     write_json_atomically(directory / MANIFEST_FILE, manifest)
+
+
+def weights_digest(directory: Path) -> str | None:
+    """Return one SHA-256 of all tensors of an export, as its manifest lists them; None without a manifest.
+
+    Raises:
+        ManifestError: the manifest cannot be read.
+    """
+    if not (directory / MANIFEST_FILE).is_file():
+        return None
+    return hashlib.sha256(
+        json.dumps(_read_manifest(directory)["tensors"], sort_keys=True).encode()
+    ).hexdigest()
+
+
+def record_reports(directory: Path, names: Iterable[str]) -> None:
+    """Note how report files look now.
+
+    Args:
+        directory: An export.
+        names: Files that this program has just written.
+    """
+    written = {name: _file(directory / name) for name in names if (directory / name).is_file()}
+    digests = _reports_of(directory) | written
+    lines = [
+        f"{digest}  {name}\n" for name, digest in sorted(digests.items()) if (directory / name).is_file()
+    ]
+    write_text_atomically(directory / REPORT_SUMS_FILE, "".join(lines))
+
+
+def is_as_recorded(directory: Path, name: str) -> bool:
+    """Whether a report file is the one this program wrote; also if it is gone, or was never recorded."""
+    recorded = _reports_of(directory).get(name)
+    path = directory / name
+    return recorded is None or not path.exists() or (path.is_file() and _file(path) == recorded)
+
+
+def _reports_of(directory: Path) -> dict[str, str]:
+    """Return the checksums of report files; exports of earlier versions have none."""
+    try:
+        lines = (directory / REPORT_SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return {}
+    pairs = (line.partition("  ") for line in lines)
+    return {name: digest for digest, _, name in pairs if Path(name).name == name}
 
 
 def verify_export(directory: Path, *, unlisted: frozenset[str] = frozenset()) -> Verification:

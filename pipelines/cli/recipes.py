@@ -120,7 +120,7 @@ def run(
         loaded = load_recipe(recipe, overrides or (), output)
         from ercsvd_deploy.pipelines.flow import run_recipe
         from ercsvd_deploy.pipelines.inputs.model import find_device
-        from ercsvd_deploy.pipelines.reporting.document import render
+        from ercsvd_deploy.pipelines.reporting.terminal import render
 
         report, directory = run_recipe(loaded, device=find_device(device), progress=progress)
         if as_json:

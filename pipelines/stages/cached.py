@@ -116,5 +116,5 @@ def run_stages(
             )
         state.seconds[stage.name] = round(time.monotonic() - started, 2)
         for other in stages:
-            if other.temporary_for == stage.name:
+            if other.temporary_for == stage.name and not other.is_kept:
                 cache.discard(other.name)

@@ -22,9 +22,9 @@ from pydantic import TypeAdapter
 
 from ercsvd_deploy.format.atomic_files import write_json_atomically
 from ercsvd_deploy.pipelines.flow import prepare_run, run_recipe, start_run
+from ercsvd_deploy.pipelines.judging.figures import ModelFigures
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
 from ercsvd_deploy.pipelines.planning.plan import make_plan
-from ercsvd_deploy.pipelines.reporting.document import ModelFigures
 from ercsvd_deploy.pipelines.reporting.json_values import finite
 from ercsvd_deploy.pipelines.state.lock import resumable_directory
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
@@ -245,7 +245,7 @@ def run_point(name: str, settings: dict[str, Any], work: str, threads: int) -> l
         _result(
             name,
             report.compressed,
-            judge_gates(gates, report.as_json()) if gates is not None else [],
+            judge_gates(gates, report) if gates is not None else [],
             settings,
             report.warnings,
         ),

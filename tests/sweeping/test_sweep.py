@@ -199,6 +199,7 @@ def test_points_share_stages(
     outcomes = [piece for stage, piece in finished if (stage, piece) == ("factorize", "outcome")]
     assert len(outcomes) == 1
     assert len([piece for stage, piece in finished if stage == "judge"]) == 2
+    assert len([piece for stage, piece in finished if (stage, piece) == ("judge_original", "outcome")]) == 1
     finished.clear()
     again = run_point(points[0].name, canonical(points[0].recipe), str(tmp_path / "work"), 1)
     assert finished == []
