@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from pydantic import TypeAdapter
 
 from ercsvd_deploy.evaluation.comparison import Comparison, compare_models
-from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 from ercsvd_deploy.pipelines.state.cache import OUTCOME
 
 _COMPARISON = TypeAdapter(Comparison)
@@ -21,6 +22,7 @@ class JudgeStage(Stage):
     """What both models are worth, and how far their outputs are apart."""
 
     name = "judge"
+    memory_remedy = "lower evaluation.max_sequences or evaluation.sequence_length"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
@@ -35,6 +37,24 @@ class JudgeStage(Stage):
     def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the model depends on, and digests of what it is judged on."""
         return {**before, "texts": data["texts"], "questions": data["questions"]}
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the highest of both models' passes and of their logits."""
+        del candidates  # layers are computed on whole matrices, however they are stored
+        states = 2 * sum(map(work.activations, work.judged))
+        # Outputs are compared in float64: the difference, widened and squared.
+        comparing = max(each.batch_tokens for each in work.judged) * work.hidden * (FLOAT32 + 2 * FLOAT64)
+        passing = work.layer_weights + max(comparing, *map(work.passing, work.judged))
+        # Of both models, and log-probabilities of one window.
+        vocabulary = work.architecture.vocab_size
+        logits = max(2 * work.logits(each) + 5 * FLOAT32 * each.length * vocabulary for each in work.judged)
+        return Needs(
+            working_bytes=states
+            + max(passing, work.layer_load, 2 * work.outside_weights + logits, work.embedding(work.judged)),
+            beside_bytes=2 * work.layer_weights,
+            # Of the compressed model only the logits: how little its layers compute, the run decides.
+            flops=sum(work.forward_flops(each) + 2 * work.head_flops(each) for each in work.judged),
+        )
 
     def run(self, run: StageRun) -> Comparison:
         """Stream both models through everything at once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -10,10 +10,13 @@ from typing import Any, Self
 from ercsvd_deploy.pipelines.inputs.parity_prompts import make_prompts
 from ercsvd_deploy.pipelines.judging.evaluate import check_tasks, run_lm_eval
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity, check_serving, measure_parity
-from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.recipe.sections import LmEval
 
+# Of a vLLM process beside its weights: libraries and workspace, and a small KV cache.
+_ENGINE_BYTES = 2 * 2**30
 Tasks = Mapping[str, Mapping[str, float]]  # lm-eval task -> metric -> value
 
 
@@ -43,6 +46,7 @@ class MeasuredExportStage(Stage):
     is_served: bool
 
     name = "measured_export"
+    memory_remedy = "leave out gates.serving_parity and evaluation.lm_eval"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
@@ -71,6 +75,16 @@ class MeasuredExportStage(Stage):
             check_tasks(self.lm_eval.tasks)
         if self.is_served:
             check_serving()
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the weights of a whole model, which the original is for lm-eval.
+
+        Nor does vLLM hold more of the export, even where it has no kernel for integers. What either computes
+        depends on the tasks and is not counted.
+        """
+        del candidates
+        weights = work.architecture.total_parameters * work.stored
+        return Needs(working_bytes=weights + (_ENGINE_BYTES if self.is_served else 0), beside_bytes=weights)
 
     def run(self, run: StageRun) -> MeasuredExport:
         """Measure, in processes of their own where vLLM is needed."""

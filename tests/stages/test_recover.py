@@ -23,7 +23,11 @@ from ercsvd_deploy.pipelines.inputs.model import open_model, stream
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.document import Report
-from ercsvd_deploy.pipelines.stages.recover import RecoverOutcome, _with_replaced_tokens, recover_decoder
+from ercsvd_deploy.pipelines.stages.recover.training import (
+    RecoverOutcome,
+    _with_replaced_tokens,
+    recover_decoder,
+)
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import ModelSource, Recover, load_recipe
 from tests.flow.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe

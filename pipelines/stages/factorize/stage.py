@@ -13,15 +13,17 @@ from typing import Any, Self
 
 from ercsvd_deploy.budget.ranks import RankPlan
 from ercsvd_deploy.models.families import Architecture
-from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.factorize.allocated import factorize_allocated
 from ercsvd_deploy.pipelines.stages.factorize.choice import plan_allocation, rank_plans
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
 from ercsvd_deploy.pipelines.stages.factorize.last_layers import FactorizeOutcome, factorize_decoder
+from ercsvd_deploy.pipelines.stages.factorize.needs import factorize_needs
 from ercsvd_deploy.pipelines.stages.factorize.options import AllocationTask
 from ercsvd_deploy.pipelines.stages.factorize.rank_steps import resolve_rank_steps
 from ercsvd_deploy.pipelines.stages.factorize.tables import allocation_table, layer_table, search_table
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.recipe.stages import Factorize, Quantize
 
@@ -104,6 +106,10 @@ class FactorizeStage(Stage):
             for linear in self.architecture.linears
             if (rank := ranks.get(linear.name)) is not None
         }
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the highest of observing, trying and writing."""
+        return factorize_needs(self, work, candidates)
 
     def run(self, run: StageRun) -> FactorizeOutcome:
         """Decompose, choose, and write the factors."""

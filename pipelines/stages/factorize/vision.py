@@ -22,7 +22,7 @@ from ercsvd_deploy.format.schema import WEIGHT, LowRankLayout, ModuleDescription
 from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture
 from ercsvd_deploy.models.statistics import InputStatistics
 from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanError, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     FactorizedLinear,
@@ -32,9 +32,11 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
     planned_residual_rank,
     truncate_linear,
 )
+from ercsvd_deploy.pipelines.stages.factorize.needs import vision_needs
 from ercsvd_deploy.pipelines.stages.factorize.rank_steps import resolve_vision_steps
 from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ranks, num_fitting_samples
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.cache import OUTCOME, FinishedWork
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.recipe.sections import Vision
@@ -233,6 +235,10 @@ class VisionStage(Stage):
         """Add the factorized vision Linears."""
         described = describe_vision(self.ranks, self.factorize.layout, self.architecture)
         return [replace(before, modules={**before.modules, **described}) for before in candidates]
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the higher of observing and decomposing."""
+        return vision_needs(self, work, candidates)
 
     def run(self, run: StageRun) -> VisionOutcome:
         """Factorize both parts in one pass over the calibration pictures."""

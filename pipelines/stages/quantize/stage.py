@@ -9,12 +9,13 @@ from typing import Any, Self
 from ercsvd_deploy.format.schema import FACTOR_PARTS, ModuleDescription
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
-from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.quantize.decoder import (
     QuantizedMatrix,
     QuantizeOutcome,
     quantize_decoder,
 )
+from ercsvd_deploy.pipelines.stages.quantize.needs import quantize_needs
 from ercsvd_deploy.pipelines.stages.quantize.storage import (
     QuantizePlan,
     check_num_tokens,
@@ -22,6 +23,7 @@ from ercsvd_deploy.pipelines.stages.quantize.storage import (
     quantize_plan_of,
 )
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.recipe.stages import Quantize
 
 
@@ -87,6 +89,10 @@ class QuantizeStage(Stage):
             described = self.storing.describe(ranks, self.architecture)
             stored.append(replace(before, modules={**before.modules, **described}))
         return stored
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return what a layer takes at its highest."""
+        return quantize_needs(work, candidates)
 
     def check_data(self, data: RunData) -> Iterable[str]:
         """Say if there are few tokens for GPTQ.

@@ -1,0 +1,203 @@
+"""How much a recipe has to compute with, and what every stage's needs are counted from.
+
+Bytes are of one thing in memory at once; stages add up which of them they hold side by side. Floating-point
+operations are a lower bound: what a matrix product of these shapes takes, nothing for anything smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ercsvd_deploy.models.families import Architecture, LayerLinears
+from ercsvd_deploy.models.streaming import MAX_LOGITS_AT_ONCE, MAX_TOKENS_PER_BATCH
+from ercsvd_deploy.recipe.sections import Recipe
+
+FLOAT32, FLOAT64 = 4, 8  # bytes of a value
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences of one length that pass through the layers."""
+
+    count: int
+    length: int
+    pictures: int = 0  # that come with them, tiles counted
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return self.count * self.length
+
+    @property
+    def batch_rows(self) -> int:
+        """Sequences that are computed at once.
+
+        A small model's pass in smaller batches side by side (`streaming`): no more than this on four cores.
+        """
+        return min(self.count, max(1, MAX_TOKENS_PER_BATCH // self.length))
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that are computed at once."""
+        return self.batch_rows * self.length
+
+    def first(self, count: int) -> Sequences:
+        """Return the first few."""
+        count = min(count, self.count)
+        return Sequences(count, self.length, self.pictures * count // max(1, self.count))
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The vision tower's share of the work on one picture, or one tile of it."""
+
+    pixels: int  # values of a picture
+    tokens: int  # positions in the tower
+    widest: int  # values of one position that are alive at once
+    parameters: int  # of tower and projector
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a recipe does to a model, in numbers.
+
+    Attributes:
+        recipe: The recipe.
+        architecture: The model's.
+        stored: Bytes of a value in the files.
+        computed: Bytes of a value where layers run.
+        calibration: What the stages are calibrated on; None where nothing is.
+        judged: What both models are compared on.
+        tower: None for text models.
+        assumptions: What was taken for granted, for people.
+    """
+
+    recipe: Recipe
+    architecture: Architecture
+    stored: int
+    computed: int
+    calibration: Sequences | None
+    judged: tuple[Sequences, ...]
+    tower: Tower | None
+    assumptions: tuple[str, ...]
+
+    @property
+    def calibrating(self) -> Sequences:
+        """What a stage that cannot do without calibration is calibrated on."""
+        assert self.calibration is not None, "the schema asks for calibration where a stage needs it"
+        return self.calibration
+
+    @property
+    def largest_layer(self) -> LayerLinears:
+        """The decoder layer with the most weights; in the supported families all are alike."""
+        return max(self.architecture.layers, key=lambda layer: sum(each.parameters for each in layer.linears))
+
+    @property
+    def hidden(self) -> int:
+        """Values of one token between layers."""
+        return self.largest_layer.linears[0].in_features
+
+    @property
+    def outside_parameters(self) -> int:
+        """Parameters outside the decoder layers: embeddings, output layer if it has its own, vision."""
+        prefix = f"{self.architecture.layers_prefix}."
+        return sum(
+            math.prod(shape)
+            for name, shape in self.architecture.other_tensors.items()
+            if not name.startswith(prefix)
+        )
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters that turn the last layer's output into logits."""
+        return self.architecture.vocab_size * self.hidden
+
+    @property
+    def layer_weights(self) -> int:
+        """Bytes of a loaded decoder layer."""
+        return self.computed * sum(linear.parameters for linear in self.largest_layer.linears)
+
+    @property
+    def layer_load(self) -> int:
+        """Bytes of a layer while it is read: the stored tensors beside those in compute precision."""
+        converting = 0 if self.stored == self.computed else self.layer_weights * self.stored // self.computed
+        return self.layer_weights + converting
+
+    @property
+    def layer_grams(self) -> int:
+        """Bytes of the Grams of a layer's inputs, one for each group of Linears that share an input."""
+        return FLOAT32 * sum(group[0].in_features ** 2 for group in self.largest_layer.groups)
+
+    @property
+    def layer_metrics(self) -> int:
+        """Bytes of the Fisher information of a layer's outputs, one for each Linear."""
+        return FLOAT32 * sum(linear.out_features**2 for linear in self.largest_layer.linears)
+
+    @property
+    def outside_weights(self) -> int:
+        """Bytes of everything outside the decoder layers, loaded."""
+        return self.computed * self.outside_parameters
+
+    @property
+    def pixels(self) -> int:
+        """Bytes of the pixels of all samples and questions, which are read before the first stage."""
+        if self.tower is None:
+            return 0
+        calibrating = [self.calibration] if self.calibration else []
+        pictures = sum(each.pictures for each in (*calibrating, *self.judged))
+        return pictures * self.tower.pixels * FLOAT32
+
+    @property
+    def largest_tensor(self) -> int:
+        """Bytes of the largest tensor in the files."""
+        shapes = [*self.architecture.other_tensors.values()]
+        shapes += [(linear.out_features, linear.in_features) for linear in self.architecture.linears]
+        return max(map(math.prod, shapes)) * self.stored
+
+    def activations(self, sequences: Sequences | None) -> int:
+        """Return the bytes of all sequences between two layers."""
+        return 0 if sequences is None else sequences.tokens * self.hidden * self.computed
+
+    def embedding(self, sequences: Iterable[Sequences]) -> int:
+        """Return the bytes of what stands before the layers, and of a batch in the vision tower."""
+        has_own_head = "lm_head.weight" in self.architecture.other_tensors
+        loaded = self.outside_weights - (self.head_parameters * self.computed if has_own_head else 0)
+        if self.tower is None:
+            return loaded
+        pictures = max(math.ceil(each.pictures / max(1, each.count)) * each.batch_rows for each in sequences)
+        return loaded + pictures * self.tower.tokens * self.tower.widest * self.computed
+
+    def passing(self, sequences: Sequences) -> int:
+        """Return the bytes of a batch on its way through a decoder layer, its input and output aside.
+
+        Attention scores are never in memory. Attention holds queries, keys and values with the rotated
+        copies, and what comes out; the MLP gate, up and their product; both the normalized input and a copy.
+        """
+        groups = self.largest_layer.groups
+        attention = 4 * groups[0][0].out_features + 2 * groups[0][1].out_features
+        mlp = (3 if len(groups[-2]) > 1 else 2) * groups[-1][0].in_features
+        return sequences.batch_tokens * (2 * self.hidden + max(attention, mlp)) * self.computed
+
+    def logits(self, sequences: Sequences) -> int:
+        """Return the bytes of logits of two parts of a batch: the old stay until the new are there."""
+        vocabulary = self.architecture.vocab_size
+        rows = min(sequences.batch_rows, max(1, MAX_LOGITS_AT_ONCE // (vocabulary * sequences.length)))
+        return min(2 * rows, sequences.count) * sequences.length * vocabulary * FLOAT32
+
+    def forward_flops(self, sequences: Sequences) -> float:
+        """Return the operations of sequences passing all decoder layers, the vision tower before them."""
+        attention = sum(layer.groups[0][0].out_features for layer in self.architecture.layers)
+        each_token = 2 * self.architecture.linear_parameters + 2 * sequences.length * attention
+        seen = 0 if self.tower is None else 2 * self.tower.parameters * self.tower.tokens
+        return float(sequences.tokens * each_token + sequences.pictures * seen)
+
+    def head_flops(self, sequences: Sequences) -> float:
+        """Return the operations of making logits for all positions."""
+        return 2.0 * sequences.tokens * self.head_parameters
+
+    def gram_flops(self, sequences: Sequences | None, layers: Sequence[LayerLinears]) -> float:
+        """Return the operations of adding all inputs of some layers to their Grams."""
+        tokens = 0 if sequences is None else sequences.tokens
+        return 2.0 * tokens * sum(group[0].in_features ** 2 for layer in layers for group in layer.groups)
