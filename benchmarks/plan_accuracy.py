@@ -265,9 +265,9 @@ def render(found: list[tuple[Case, int, Figures, Figures]]) -> str:
         "# Is the plan true?\n\n`ercsvd plan` against a run, MiB. Memory is resident memory at its highest "
         "(VmHWM), libraries included; work directory the size of its files at its highest. The bold rows "
         f"must be within {100 * _TOLERANCE:.0f} %. Seconds are a lower bound: "
-        "floating-point operations at the peak that a matrix product reaches.\n\nWhat moves memory away from the "
-        "plan: glibc keeps freed blocks below 32 MiB, which most tensors of models this small are and few of a "
-        "large one's. So a stage may have more than it needs, of what stages before it have freed."
+        "floating-point operations at the peak that a matrix product reaches.\n\nWhat moves memory away "
+        "from the plan: glibc keeps freed blocks below 32 MiB, which most tensors of models this small are "
+        "and few of a large one's. So a stage may have more than it needs: what stages before it have freed."
     ]
     for case, num_bytes, planned, measured in found:
         rows = [

@@ -152,8 +152,8 @@ def _shortages(needs: Estimate, target: Path | None) -> Iterable[str]:
     if machine.gpu_bytes and needs.peak_device_bytes > machine.gpu_bytes:
         stage = max(needs.stages, key=lambda each: each.device_bytes)
         yield (
-            f"{stage.stage} needs about {_size(needs.peak_device_bytes)} of GPU memory, {_size(machine.gpu_bytes)} "
-            f"are free: {stage.memory_remedy}, or use --device cpu"
+            f"{stage.stage} needs about {_size(needs.peak_device_bytes)} of GPU memory, "
+            f"{_size(machine.gpu_bytes)} are free: {stage.memory_remedy}, or use --device cpu"
         )
     if machine.disk_bytes is None:
         return

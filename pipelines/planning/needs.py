@@ -1,4 +1,4 @@
-"""What a run needs, stage by stage: what each declares, what the process itself takes, and what is left on disk."""
+"""What a run needs, stage by stage: what each declares, the process itself, and what is left on disk."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ _CHARACTERS_PER_TOKEN = 4  # of ordinary text and a tokenizer of 32,000 tokens o
 _TOKENS_OF_UNSEEN_TEXT = 350_000  # the size of WikiText-2's test split
 _UNSEEN_QUESTIONS = 1000
 _TOKENS_OF_QUESTION = 64  # beside its pictures
-_TILES = {"llava_next": 5}  # pictures that one picture becomes, at most of the usual tilings
+# Tiles that one picture becomes: itself made small, and one to four parts in the usual tilings.
+_TILES = {"llava_next": (2, 5)}
 
 
 def measure_workload(
@@ -39,17 +40,20 @@ def measure_workload(
     """
     assumptions: list[str] = []
     tower = _tower(architecture, config)
-    tiles = _TILES.get(architecture.model_type, 1)
     calibration = None
     if recipe.calibration is not None:
         count = recipe.calibration.num_samples
-        pictures = round(recipe.picture_share * count) * tiles
+        pictures = round(recipe.picture_share * count)
         calibration = Sequences(count, recipe.calibration.sequence_length, pictures)
     judged = [_text(recipe, name, assumptions) for name in recipe.judged_texts]
     judged += [
-        _questions(name, asked.max_questions, tower, tiles, assumptions)
+        _questions(name, asked.max_questions, tower, assumptions)
         for name, asked in recipe.evaluation.visual_questions.items()
     ]
+    if tower is not None and tower.most_tiles > 1:
+        assumptions.append(
+            f"every picture is cut into {tower.most_tiles} tiles, the most in the usual tilings"
+        )
     if recipe.evaluation.lm_eval is not None:
         assumptions.append("of lm-eval only the weights are counted, and none of its computing")
     return Workload(
@@ -83,20 +87,19 @@ def _tokens_of(text: HeldOutText | None) -> tuple[int, str | None]:
     return _TOKENS_OF_UNSEEN_TEXT, None
 
 
-def _questions(
-    name: str, most: int | None, tower: Tower | None, tiles: int, assumptions: list[str]
-) -> Sequences:
+def _questions(name: str, most: int | None, tower: Tower | None, assumptions: list[str]) -> Sequences:
     count = most or _UNSEEN_QUESTIONS
     if most is None:
         assumptions.append(f"{name} has {count:,} questions")
-    features = tiles * tower.tokens if tower is not None else 0
-    return Sequences(count, features + _TOKENS_OF_QUESTION, count * tiles)
+    features = tower.most_tiles * tower.tokens if tower is not None else 0
+    return Sequences(count, features + _TOKENS_OF_QUESTION, count)
 
 
 def _tower(architecture: Architecture, config: Any) -> Tower | None:
     if not architecture.vision_layers:
         return None
     vision = config.vision_config
+    fewest, most = _TILES.get(architecture.model_type, (1, 1))
     layer = architecture.vision_layers[TOWER_PART][0]
     hidden = layer.linears[0].in_features
     return Tower(
@@ -108,4 +111,6 @@ def _tower(architecture: Architecture, config: Any) -> Tower | None:
             for name, shape in architecture.other_tensors.items()
             if component_of(name) in (TOWER_PART, PROJECTOR_PART)
         ),
+        fewest_tiles=fewest,
+        most_tiles=most,
     )

@@ -179,8 +179,8 @@ def _time_line(plan: Plan) -> str:
         return ""
     source = "measured in a matrix product" if plan.estimate.machine.is_this_one else "as --machine says"
     return (
-        f"At least {_duration(seconds)} at a peak of {_count(peak)}FLOP/s ({source}). This is a lower bound, not a "
-        "prediction; a run tells the time left once a stage's first layer is done."
+        f"At least {_duration(seconds)} at a peak of {_count(peak)}FLOP/s ({source}). This is a lower "
+        "bound, not a prediction; a run tells the time left once a stage's first layer is done."
     )
 
 

@@ -45,9 +45,11 @@ class JudgeStage(Stage):
         # Outputs are compared in float64: the difference, widened and squared.
         comparing = max(each.batch_tokens for each in work.judged) * work.hidden * (FLOAT32 + 2 * FLOAT64)
         passing = work.layer_weights + max(comparing, *map(work.passing, work.judged))
-        # Of both models, and log-probabilities of one window.
+        # Of both models, the old until the new are there, and log-probabilities of one window.
         vocabulary = work.architecture.vocab_size
-        logits = max(2 * work.logits(each) + 5 * FLOAT32 * each.length * vocabulary for each in work.judged)
+        logits = max(
+            2 * work.logits(each, parts=2) + 5 * FLOAT32 * each.length * vocabulary for each in work.judged
+        )
         return Needs(
             working_bytes=states
             + max(passing, work.layer_load, 2 * work.outside_weights + logits, work.embedding(work.judged)),

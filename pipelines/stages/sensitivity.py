@@ -178,10 +178,10 @@ class SensitivityStage(Stage):
         del candidates
         samples = work.calibrating.first(self.num_samples)
         states, num_layers = work.activations(samples), work.architecture.num_layers
-        # Inputs, the pages of their file, and gradients; the layer's graph keeps every intermediate.
-        back = 3 * states + work.layer_weights + work.layer_metrics + 3 * work.passing(samples)
-        # Logits, their softmax, log-softmax and gradients.
-        loss = 2 * states + work.outside_weights + 3 * work.logits(samples)
+        # Inputs, the pages of their file, and gradients.
+        back = 3 * states + work.layer_weights + work.layer_metrics + work.training_pass(samples)
+        # Logits, their log-softmax, and the gradients of both.
+        loss = 2 * states + work.outside_weights + 4 * work.logits(samples, parts=1)
         metrics = num_layers * work.layer_metrics
         outputs = sum(linear.out_features**2 for linear in work.architecture.linears)
         return Needs(
@@ -190,9 +190,7 @@ class SensitivityStage(Stage):
             scratch_bytes=(num_layers + 3) * states + metrics,
             kept_bytes=metrics,
             # Forward, forward again for the graph, and back to the inputs.
-            flops=3 * work.forward_flops(samples)
-            + 2 * work.head_flops(samples)
-            + 2.0 * samples.tokens * outputs,
+            flops=3 * work.forward_flops(samples) + 2 * work.head_flops(samples) + samples.tokens * outputs,
         )
 
     def run(self, run: StageRun) -> Sensitivity:

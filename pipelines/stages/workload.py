@@ -23,7 +23,7 @@ class Sequences:
 
     count: int
     length: int
-    pictures: int = 0  # that come with them, tiles counted
+    pictures: int = 0  # that come with them
 
     @property
     def tokens(self) -> int:
@@ -51,12 +51,14 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Tower:
-    """The vision tower's share of the work on one picture, or one tile of it."""
+    """The vision tower's share of the work on one tile of a picture; most models take a picture whole."""
 
-    pixels: int  # values of a picture
+    pixels: int  # values of a tile
     tokens: int  # positions in the tower
     widest: int  # values of one position that are alive at once
     parameters: int  # of tower and projector
+    fewest_tiles: int = 1  # that a picture becomes
+    most_tiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Workload:
             return 0
         calibrating = [self.calibration] if self.calibration else []
         pictures = sum(each.pictures for each in (*calibrating, *self.judged))
-        return pictures * self.tower.pixels * FLOAT32
+        return pictures * self.tower.most_tiles * self.tower.pixels * FLOAT32
 
     @property
     def largest_tensor(self) -> int:
@@ -167,7 +169,8 @@ class Workload:
         if self.tower is None:
             return loaded
         pictures = max(math.ceil(each.pictures / max(1, each.count)) * each.batch_rows for each in sequences)
-        return loaded + pictures * self.tower.tokens * self.tower.widest * self.computed
+        tokens = pictures * self.tower.most_tiles * self.tower.tokens
+        return loaded + tokens * self.tower.widest * self.computed
 
     def passing(self, sequences: Sequences) -> int:
         """Return the bytes of a batch on its way through a decoder layer, its input and output aside.
@@ -180,24 +183,37 @@ class Workload:
         mlp = (3 if len(groups[-2]) > 1 else 2) * groups[-1][0].in_features
         return sequences.batch_tokens * (2 * self.hidden + max(attention, mlp)) * self.computed
 
-    def logits(self, sequences: Sequences) -> int:
-        """Return the bytes of logits of two parts of a batch: the old stay until the new are there."""
+    def training_pass(self, sequences: Sequences) -> int:
+        """Return the bytes of a batch's pass through a decoder layer if a pass back follows.
+
+        Every intermediate is kept: about two and a half times what is alive at once without.
+        """
+        return 5 * self.passing(sequences) // 2
+
+    def logits(self, sequences: Sequences, *, parts: int) -> int:
+        """Return the bytes of logits of so many parts of a batch, which are made one after the other."""
         vocabulary = self.architecture.vocab_size
         rows = min(sequences.batch_rows, max(1, MAX_LOGITS_AT_ONCE // (vocabulary * sequences.length)))
-        return min(2 * rows, sequences.count) * sequences.length * vocabulary * FLOAT32
+        return min(parts * rows, sequences.count) * sequences.length * vocabulary * FLOAT32
 
     def forward_flops(self, sequences: Sequences) -> float:
         """Return the operations of sequences passing all decoder layers, the vision tower before them."""
         attention = sum(layer.groups[0][0].out_features for layer in self.architecture.layers)
         each_token = 2 * self.architecture.linear_parameters + 2 * sequences.length * attention
-        seen = 0 if self.tower is None else 2 * self.tower.parameters * self.tower.tokens
-        return float(sequences.tokens * each_token + sequences.pictures * seen)
+        return float(sequences.tokens * each_token + self.tower_flops(sequences, parameters=None))
+
+    def tower_flops(self, sequences: Sequences, *, parameters: int | None) -> float:
+        """Return the operations of pictures passing so many parameters a position; None: the tower's."""
+        if self.tower is None:
+            return 0.0
+        tokens = sequences.pictures * self.tower.fewest_tiles * self.tower.tokens
+        return 2.0 * tokens * (self.tower.parameters if parameters is None else parameters)
 
     def head_flops(self, sequences: Sequences) -> float:
         """Return the operations of making logits for all positions."""
         return 2.0 * sequences.tokens * self.head_parameters
 
     def gram_flops(self, sequences: Sequences | None, layers: Sequence[LayerLinears]) -> float:
-        """Return the operations of adding all inputs of some layers to their Grams."""
+        """Return the operations of adding all inputs of some layers to their Grams, which are symmetric."""
         tokens = 0 if sequences is None else sequences.tokens
-        return 2.0 * tokens * sum(group[0].in_features ** 2 for layer in layers for group in layer.groups)
+        return float(tokens) * sum(group[0].in_features ** 2 for layer in layers for group in layer.groups)

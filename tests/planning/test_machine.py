@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from ercsvd_deploy.pipelines.planning.machine import (
     Machine,
     MachineError,
     look_around,
+    measure_flops,
     parse_machine,
     planned_device,
 )
@@ -33,7 +36,7 @@ def test_sizes_are_bytes_and_missing_keys_unknown(
     ("text", "said"),
     [
         ("", "write it like gpu=80GiB,memory=512GiB,disk=1TiB"),
-        ("gpu", "'gpu' is none of gpu, memory and disk with a size"),
+        ("gpu", "'gpu' is none of gpu, memory, disk and flops with a size"),
         ("gpus=80GiB", "did you mean gpu=SIZE?"),
         ("memroy=1GiB", "did you mean memory=SIZE?"),
         ("gpu=80", "gpu is '80'; it must be a number and KB"),
@@ -44,6 +47,9 @@ def test_sizes_are_bytes_and_missing_keys_unknown(
         ("memory=-1GiB", "memory is '-1GiB'"),
         ("disk=1EiB", "disk is '1EiB'"),
         ("disk=infGiB", "disk is 'infGiB'"),
+        ("flops=300", "flops is '300'; it must be a number and M, G, T or P"),
+        ("flops=0T", "flops is '0T'"),
+        ("flops=1T,flops=2T", "flops is given twice"),
         ("gpu=None", "such as gpu=80GiB, or none"),
     ],
 )
@@ -52,6 +58,20 @@ def test_what_describes_no_machine(text: str, said: str) -> None:
         parse_machine(text)
     assert said in str(caught.value)
     assert str(caught.value).startswith("--machine: ")
+
+
+def test_a_peak_is_in_powers_of_a_thousand() -> None:
+    assert parse_machine("flops=312.5T") == Machine(None, None, None, flops=312.5e12, is_this_one=False)
+    assert parse_machine("gpu=80GiB, flops=1P").flops == 1e15
+
+
+def test_a_product_tells_a_peak_that_a_slower_one_does_not_beat() -> None:
+    peak = measure_flops(torch.device("cpu"))
+    left = torch.ones(512, 512)
+    start = time.perf_counter()
+    for _ in range(4):
+        left @ left
+    assert 4 * 2 * 512**3 / (time.perf_counter() - start) < 1.5 * peak
 
 
 def test_device_follows_from_the_machine() -> None:

@@ -41,7 +41,7 @@ def factorize_needs(stage: FactorizeStage, work: Workload, candidates: Sequence[
         _solving_bytes(linear, ranks[linear.name], has_metric=has_metric)
         for linear in work.largest_layer.linears
     )
-    states, passing, grams = work.activations(work.calibration), 0, 0
+    states, passing, trying, grams = work.activations(work.calibration), 0, 0, 0
     if work.calibration is not None:
         passing = work.passing(work.calibration)
         grams = work.layer_grams * (2 * num_parts - 1)  # with two parts, of both together as well
@@ -51,9 +51,10 @@ def factorize_needs(stage: FactorizeStage, work: Workload, candidates: Sequence[
             # Every candidate has activations of its own, beside the original's.
             sample = work.calibration.first(settings.num_search_samples)
             states += work.activations(sample) * (1 + len(candidates))
+            trying = work.passing(sample)
         # Layers compressed on trial stand beside the original ones; in the end two times the decompositions,
         # as they are read.
-        step = max(passing, waiting + max(solving, weights + passing, weights + solving))
+        step = max(passing, waiting + weights + max(solving, trying))
         ending = 2 * waiting + weights + solving
         beside = 2 * waiting
     else:
@@ -101,8 +102,8 @@ def vision_needs(stage: VisionStage, work: Workload, candidates: Sequence[Candid
     states, flops = 0, sum(_decomposing_flops(linear, is_measured=True) for linear in linears)
     if work.calibration is not None and work.tower is not None:
         states = work.activations(work.calibration) + work.embedding([work.calibration])
-        pictures = work.calibration.pictures
-        flops += 2.0 * pictures * work.tower.tokens * (work.tower.parameters + grams // FLOAT32 // num_parts)
+        products = work.tower.parameters + grams // (2 * FLOAT32 * num_parts)  # Grams are symmetric
+        flops += work.tower_flops(work.calibration, parameters=products)
     return Needs(
         working_bytes=grams + max(states, kept + solving),
         beside_bytes=work.outside_weights + kept,

@@ -15,10 +15,9 @@ def recover_needs(settings: Recover, work: Workload, candidates: Sequence[Candid
     batch = work.calibrating.first(settings.batch_size)
     # Targets, and inputs from the compressed layers; while one layer is passed, its outputs too.
     states = 2 * work.activations(work.calibrating)
-    matrices = [_matrix_parameters(work, candidate) for candidate in candidates]
-    # What is trained: as it came, in float32, its gradient and momentum, and what Muon makes of it. The layer's
-    # graph keeps every intermediate.
-    training = work.layer_weights + 4 * FLOAT32 * max(map(max, matrices)) + 3 * work.passing(batch)
+    layers = [_layers(work, candidate) for candidate in candidates]
+    largest = max(trained + integers // 2 for each in layers for trained, integers in each)
+    training = work.layer_weights + 4 * FLOAT32 * largest + work.training_pass(batch)
     kept = max(_written_bytes(work, candidate) for candidate in candidates)
     return Needs(
         working_bytes=states + max(training, work.layer_load, work.embedding([work.calibrating])),
@@ -27,21 +26,23 @@ def recover_needs(settings: Recover, work: Workload, candidates: Sequence[Candid
         kept_bytes=kept,
         # The original passes once; a step goes forward and back through the matrices of a layer.
         flops=work.forward_flops(work.calibrating)
-        + 4.0 * settings.steps * batch.tokens * min(map(sum, matrices)),
+        + 4.0 * settings.steps * batch.tokens * min(sum(map(sum, each)) for each in layers),
     )
 
 
-def _matrix_parameters(work: Workload, candidate: Candidate) -> list[int]:
-    """Return the values of the altered matrices of every decoder layer."""
-    return [
-        sum(
-            rows * columns
-            for linear in layer.linears
-            if linear.name in candidate.modules and candidate.modules[linear.name].is_altered
-            for (rows, columns), _ in candidate.modules[linear.name].parts.values()
-        )
-        for layer in work.architecture.layers
-    ]
+def _layers(work: Workload, candidate: Candidate) -> list[tuple[int, int]]:
+    """Return for every decoder layer the values of its altered matrices: floating-point ones, and integers.
+
+    Of the first there are four copies in float32: as trained, gradient, momentum, and what Muon makes of it;
+    of integers two, as dequantized and the gradient by them.
+    """
+    layers = []
+    for layer in work.architecture.layers:
+        described = [candidate.modules[each.name] for each in layer.linears if each.name in candidate.modules]
+        parts = [part for each in described if each.is_altered for part in each.parts.values()]
+        integers = sum(rows * columns for (rows, columns), storage in parts if storage is not None)
+        layers.append((sum(rows * columns for (rows, columns), _ in parts) - integers, integers))
+    return layers
 
 
 def _written_bytes(work: Workload, candidate: Candidate) -> int:

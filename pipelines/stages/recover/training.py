@@ -1,4 +1,4 @@
-"""Training in the recover stage: what a layer has of floating point is trained for a while on the original's outputs.
+"""Recovery: what a layer has of floating point is trained for a while on the original's outputs.
 
 No labels and no gradient through more than one layer are needed. Layer by layer, from the first to the last,
 
@@ -20,7 +20,7 @@ optimizer of the factors Muon (arXiv 2502.16982). docs/decisions/0010 has the me
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
