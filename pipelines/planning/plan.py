@@ -172,7 +172,6 @@ def make_plan(
     element = getattr(torch, dtype).itemsize
     planned = plan_stages(recipe, config, architecture, dtype)
     candidates = planned[-1].candidates if planned else (Candidate(),)
-    described = [candidate.modules for candidate in candidates]
     sizes = recipe.serving.tensor_parallel_sizes
     dense_on_gpu = {size: bytes_on_rank(architecture, {}, element, size) for size in sizes}
     shown = tuple(_candidate(candidate, architecture, element, dense_on_gpu) for candidate in candidates)
@@ -196,12 +195,12 @@ def make_plan(
         gpu_bytes=dense_on_gpu,
         candidates=shown,
         estimate=estimate(work, planned, [each.num_bytes for each in shown], device, machine),
-        kernels=plan_matrices(described[-1], architecture, sizes),
+        kernels=plan_matrices(candidates[-1].modules, architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=storing.matches,
         notes=_allocation_note(recipe),
         warnings=(
-            *serving_warnings(storing, described[-1], architecture, sizes, dtype),
+            *serving_warnings(storing, candidates[-1].modules, architecture, sizes, dtype),
             *gpu_warnings(
                 dense_on_gpu,
                 [each.gpu_bytes for each in shown],
