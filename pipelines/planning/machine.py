@@ -27,8 +27,9 @@ _KEYS = {"gpu": "gpu_bytes", "memory": "memory_bytes", "disk": "disk_bytes", "fl
 _EXAMPLE = "gpu=80GiB,memory=512GiB,disk=1TiB,flops=300T"
 _POWERS = {"M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _RATE = re.compile(r"(?P<number>[0-9]{1,9}(\.[0-9]{1,9})?)(?P<power>[MGTP])")
-_SIDES = (1024, 2048, 4096, 8192)  # of the products that tell a device's peak
+_SIDES = (512, 1024, 2048, 4096, 8192)  # of the products that tell a device's peak
 _LONG_ENOUGH_S = 0.02  # for a product to keep the whole device busy
+_REPEATS = 10  # on a busy machine most products are interrupted
 _SIZE = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?[KMGT]i?B")
 
 
@@ -123,7 +124,7 @@ def measure_flops(device: torch.device) -> float:
     for side in _SIDES:
         matrix = torch.ones(side, side, dtype=dtype, device=device)
         product = matrix @ matrix
-        shortest = min(_seconds_of_product(matrix, product) for _ in range(3))
+        shortest = min(_seconds_of_product(matrix, product) for _ in range(_REPEATS))
         best = max(best, 2 * side**3 / shortest)
         if shortest > _LONG_ENOUGH_S:
             break
