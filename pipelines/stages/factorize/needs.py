@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs
-from ercsvd_deploy.pipelines.stages.factorize.options import AllocationTask
+from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
 from ercsvd_deploy.pipelines.stages.quantize.needs import rounding_bytes, rounding_flops
 from ercsvd_deploy.pipelines.stages.sizes import module_bytes
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
@@ -116,8 +116,10 @@ def vision_needs(stage: VisionStage, work: Workload, candidates: Sequence[Candid
 def _highest_ranks(stage: FactorizeStage) -> dict[str, int]:
     """Return the largest rank of every Linear that its decomposition must be good for; 0 for none."""
     if stage.allocation is not None:
-        options = stage.allocation.options
-        return {name: max((each.rank or 0 for each in some), default=0) for name, some in options.items()}
+        costs = stage.allocation.costs
+        return {
+            name: max((each.rank or 0 for each in storages), default=0) for name, storages in costs.items()
+        }
     return {
         linear.name: max((plan.ranks.get(linear.name) or 0 for plan in stage.ranks_by_k.values()), default=0)
         for linear in stage.architecture.linears
@@ -161,10 +163,10 @@ def _prefix_bytes(work: Workload) -> int:
 
 def _probed_rows(task: AllocationTask, linear: LinearShape, ranks: Mapping[str, int]) -> int:
     """Return the rows of all matrices that error control quantizes at once to choose for one Linear."""
-    options = [option for option in task.options[linear.name] if option.quantization is not None]
-    dense = {option.quantization for option in options if option.rank is None}
-    factors = {option.quantization for option in options if option.rank is not None}
-    return len(dense) * linear.out_features + len(factors) * _PROBED_RANKS * ranks[linear.name]
+    storages = [storage for storage in task.costs[linear.name] if storage.is_quantized]
+    dense = sum(storage.rank is None for storage in storages)
+    first_matrices = {next(iter(each.parts.values()))[1] for each in storages if each.rank is not None}
+    return dense * linear.out_features + len(first_matrices) * _PROBED_RANKS * ranks[linear.name]
 
 
 def _factor_bytes(work: Workload, candidate: Candidate) -> int:

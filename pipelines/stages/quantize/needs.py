@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs
 from ercsvd_deploy.pipelines.stages.sizes import module_bytes
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
@@ -23,8 +23,9 @@ def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
     states = 2 * work.activations(work.calibrating)
     kept = max(_integer_bytes(work, candidate.modules) for candidate in candidates)
     return Needs(
+        # Grams of what GPTQ is fitted to, of what is held out to judge it, and of both together.
         working_bytes=max(
-            states + weights + work.layer_grams + step,
+            states + weights + 3 * work.layer_grams + step,
             states + work.layer_load,
             states // 2 + work.embedding([work.calibrating]),
         ),
@@ -77,7 +78,7 @@ def _quantize_flops(work: Workload, candidates: Sequence[Candidate]) -> float:
     )
 
 
-def _first_rows(linear: LinearShape, modules: Mapping[str, ModuleDescription]) -> int:
+def _first_rows(linear: LinearShape, modules: Mapping[str, Storage]) -> int:
     """Return the rows that are quantized on a Linear's own inputs: its weight's, or its first factor's."""
     description = modules.get(linear.name)
     return (description.rank if description is not None else None) or linear.out_features
@@ -93,7 +94,7 @@ def _highest_ranks(candidates: Sequence[Candidate]) -> dict[str, int]:
     return ranks
 
 
-def _integer_bytes(work: Workload, modules: Mapping[str, ModuleDescription]) -> int:
+def _integer_bytes(work: Workload, modules: Mapping[str, Storage]) -> int:
     """Return the bytes of what the stage writes."""
     return sum(
         module_bytes(description, work.stored)
