@@ -15,7 +15,8 @@ from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
 from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome
 from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
-from ercsvd_deploy.pipelines.stages.recover import RecoverOutcome, RecoverQuantizedStage, RecoverStage
+from ercsvd_deploy.pipelines.stages.recover.stage import RecoverQuantizedStage, RecoverStage
+from ercsvd_deploy.pipelines.stages.recover.training import RecoverOutcome
 
 _METHODS = {"svd": "SVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "erc_svd": "ERC-SVD"}
 _HUB_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any, Self
 from ercsvd_deploy.exporters.vllm.writer import Export, write_export
 from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.sizes import planned_bytes
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 
 REPORT_FILE = "ercsvd_report.json"
 PAGE_FILE = "ercsvd_report.html"
@@ -33,6 +36,7 @@ class ExportStage(Stage):
     target: Path
 
     name = "export"
+    memory_remedy = "lower export.max_shard_size"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
@@ -43,6 +47,14 @@ class ExportStage(Stage):
     def settings(self) -> Any:
         """Return the directory."""
         return {"path": str(self.target)}
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the largest shard, beside the pages of the files that it comes from."""
+        total = max(
+            sum(planned_bytes(work.architecture, each.modules, work.stored).values()) for each in candidates
+        )
+        shard = min(total, max(work.recipe.export.max_shard_bytes, work.largest_tensor))
+        return Needs(beside_bytes=2 * shard, scratch_bytes=total, kept_bytes=total)
 
     def run(self, run: StageRun) -> Export:
         """Write all tensors, and what came with the original model."""

@@ -40,7 +40,7 @@ def lines(path: Path, rows: list[Any], *, head: bytes = b"") -> Path:
 
 
 def template(tokenizer: Tokenizer, turns: list[dict[str, Any]]) -> list[int]:
-    ids: list[int] = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]  # type: ignore[call-overload]
+    ids: list[int] = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
     return ids
 
 
