@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ercsvd_deploy.format.atomic_files import write_json_atomically, write_text_atomically
+from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE, record_reports
 from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.card import CARD_FILE, ORIGINAL_CARD_FILE, make_card
 from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, PAGE_NEEDS, can_make_page, make_page
 from ercsvd_deploy.pipelines.reporting.schema import ReportError, parse_report
 
 # Written again when the finished export has been measured, so the manifest has no checksums of them.
-REPORT_FILES = frozenset({REPORT_FILE, PAGE_FILE, CARD_FILE})
+REPORT_FILES = frozenset({REPORT_FILE, PAGE_FILE, CARD_FILE, REPORT_SUMS_FILE})
 
 
 def write_report_files(directory: Path, report: dict[str, Any], target: Path | None = None) -> list[str]:
@@ -30,13 +31,18 @@ def write_report_files(directory: Path, report: dict[str, Any], target: Path | N
     Raises:
         OSError: a file cannot be written.
     """
+    problems = _write(directory, report, target or directory)
+    record_reports(directory, REPORT_FILES - {REPORT_SUMS_FILE})
+    return problems
+
+
+def _write(directory: Path, report: dict[str, Any], shown: Path) -> list[str]:
     write_json_atomically(directory / REPORT_FILE, report)
     try:
         document = parse_report(report)
     except ReportError as error:
         return [f"no page and no model card were written: {error}"]
     (directory / PAGE_FILE).unlink(missing_ok=True)  # an older one would tell of another model
-    shown = target or directory
     write_text_atomically(directory / CARD_FILE, make_card(document, directory, shown))
     again = f"ercsvd report {shown}"
     if not can_make_page():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ercsvd_deploy.installation import install_command
 from ercsvd_deploy.pipelines.reporting.schema import Figures, GateResult, ReportDocument
 
 _METHODS = {"svd": "SVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "erc_svd": "ERC-SVD"}
@@ -133,7 +134,7 @@ def serve_commands(report: ReportDocument, path: str) -> list[str]:
     smallest = min(tensor_parallel_sizes(report), default=1)
     if smallest > 1:
         words += ["--tensor-parallel-size", str(smallest)]
-    return ["pip install 'vllm>=0.29' ercsvd-deploy", shlex.join(words)]
+    return [install_command(beside="vllm>=0.29"), shlex.join(words)]
 
 
 def tensor_parallel_sizes(report: ReportDocument) -> list[int]:

@@ -107,10 +107,12 @@ class Stage(ABC):
         name: Its key in the report, its folder in the work directory, its name in messages and `--set`.
         temporary_for: Name of the one later stage that reads this one's result. If that is finished, this
             one is not run, and when it has finished, this one's files go.
+        memory_remedy: What of the recipe makes it take less memory, for whoever has too little.
     """
 
     name: ClassVar[str]
     temporary_for: ClassVar[str | None] = None
+    memory_remedy: ClassVar[str] = "lower calibration.num_samples or calibration.sequence_length"
 
     @classmethod
     @abstractmethod

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from ercsvd_deploy.exporters.vllm.writer import Export, write_export
+from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.work import StageRun
 
 # Written again when the finished export has been measured, so the manifest has no checksums of them.
-REPORT_FILES = frozenset({"ercsvd_report.json", "ercsvd_report.html", "README.md"})
+REPORT_FILES = frozenset({"ercsvd_report.json", "ercsvd_report.html", "README.md", REPORT_SUMS_FILE})
 
 
 @dataclass(frozen=True)
@@ -21,21 +23,28 @@ class ExportStage(Stage):
 
     Attributes:
         target: The directory to appear, absolute.
+        max_shard_bytes: Upper size of a file of tensors.
     """
 
     target: Path
+    max_shard_bytes: int
 
     name = "export"
+    memory_remedy = "lower export.max_shard_size"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
         """Return the stage; None if the recipe names no directory."""
         path = context.recipe.export.path
-        return None if path is None else cls(path.absolute())
+        return None if path is None else cls(path.absolute(), context.recipe.export.max_shard_bytes)
 
     def settings(self) -> Any:
-        """Return the directory."""
-        return {"path": str(self.target)}
+        """Return what the files depend on: wherever they are, they are the same."""
+        return {"max_shard_bytes": self.max_shard_bytes}
+
+    def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the model depends on, and digests of the files that come with it."""
+        return super().fingerprint(before, data) | {"carried_over": data["carried_over"]}
 
     def run(self, run: StageRun) -> Export:
         """Write all tensors, and what came with the original model."""
@@ -48,7 +57,8 @@ class ExportStage(Stage):
             store=run.model.store,
             architecture=run.model.original.architecture,
             compressed=CheckpointConfig(modules=run.model.modules),
-            max_shard_bytes=recipe.export.max_shard_bytes,
+            max_shard_bytes=self.max_shard_bytes,
             add_files=run.write_report,
             unlisted=REPORT_FILES,
+            is_forced=run.is_forced,
         )

@@ -21,6 +21,7 @@ class JudgeStage(Stage):
     """What both models are worth, and how far their outputs are apart."""
 
     name = "judge"
+    memory_remedy = "lower evaluation.max_sequences or evaluation.sequence_length"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:

@@ -43,6 +43,7 @@ class MeasuredExportStage(Stage):
     is_served: bool
 
     name = "measured_export"
+    memory_remedy = "lower evaluation.lm_eval.batch_size"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
