@@ -65,8 +65,8 @@ def plan_sweep(
 ) -> None:
     """Show what the points of a sweep make, and what it needs; fails if a point cannot work."""
     from ercsvd_deploy.pipelines.inputs.model import default_device, find_device
-    from ercsvd_deploy.pipelines.sweeping.baselines import plain_gptq
-    from ercsvd_deploy.pipelines.sweeping.file import load_sweep, sweep_points
+    from ercsvd_deploy.pipelines.sweeping.baselines import points_and_baselines
+    from ercsvd_deploy.pipelines.sweeping.file import load_sweep
     from ercsvd_deploy.pipelines.sweeping.needs import affordable_jobs, check_needs, plan_points, sweep_needs
     from ercsvd_deploy.pipelines.sweeping.points import gates_for_the_export
 
@@ -75,8 +75,7 @@ def plan_sweep(
         complain(f"{', '.join(given)}: not for a sweep; plan its recipe with it")
         raise typer.Exit(EXIT_USAGE)
     loaded = load_sweep(file)
-    varied = sweep_points(loaded)
-    points = [*plain_gptq(varied[0].recipe), *varied]
+    points = points_and_baselines(loaded)
     where = find_device(device) or default_device()
     plans, failures = plan_points(points, where)
     needs = sweep_needs(plans)

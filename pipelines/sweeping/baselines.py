@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from ercsvd_deploy.pipelines.sweeping.file import Point
+from ercsvd_deploy.pipelines.sweeping.file import Point, Sweep, sweep_points
+from ercsvd_deploy.recipe.fields import RecipeError
 from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.stages import Quantize, QuantizeStage
 
 _GROUP_SIZES = (128, 64, 32)
+logger = logging.getLogger(__name__)
+
+
+def points_and_baselines(sweep: Sweep) -> list[Point]:
+    """Return all points of a sweep, the baselines first; without them where the first point's model has none.
+
+    Raises:
+        RecipeError: a point's recipe is refused.
+    """
+    points = sweep_points(sweep)
+    try:
+        baselines = plain_gptq(points[0].recipe)
+    except Exception as error:  # noqa: BLE001 - many points survive any one of them
+        logger.warning("no plain GPTQ is compared with: %s", error)
+        return points
+    names = {point.name for point in baselines}
+    twice = next((point.name for point in points if point.name in names), None)
+    if twice is not None:
+        raise RecipeError([f"a point is called ({twice}), as a baseline is: rename it"])
+    return [*baselines, *points]
 
 
 def plain_gptq(base: Recipe) -> list[Point]:

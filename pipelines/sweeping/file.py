@@ -35,6 +35,7 @@ RESULTS_FILE = "sweep.json"  # in a sweep's output
 WORK = "sweep"  # the name in a sweep's output beside which its work directory is
 _MOST_POINTS = 1000
 _OWN_KEYS = frozenset({"recipe", "grid", "also"})  # no recipe has them
+_KEYS_OF_RECIPES = frozenset({"model", "stages"})
 
 
 class Pick(Section):
@@ -95,7 +96,8 @@ def is_sweep(path: Path) -> bool:
         RecipeError: it cannot be read.
     """
     value = read_yaml_file(path).value
-    return isinstance(value, Mapping) and not _OWN_KEYS.isdisjoint(map(str, value))
+    keys = frozenset(map(str, value)) if isinstance(value, Mapping) else frozenset()
+    return not keys.isdisjoint(_OWN_KEYS) and keys.isdisjoint(_KEYS_OF_RECIPES)
 
 
 def load_sweep(path: Path) -> Sweep:

@@ -25,9 +25,9 @@ from ercsvd_deploy.pipelines.reporting.json_values import finite
 from ercsvd_deploy.pipelines.state.fingerprint import HASHES_FILE, model_files
 from ercsvd_deploy.pipelines.state.lock import clear, resumable_directory
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
-from ercsvd_deploy.pipelines.sweeping.baselines import plain_gptq
+from ercsvd_deploy.pipelines.sweeping.baselines import points_and_baselines
 from ercsvd_deploy.pipelines.sweeping.choice import front_of, pick_point
-from ercsvd_deploy.pipelines.sweeping.file import RESULTS_FILE, WORK, Point, Sweep, sweep_points
+from ercsvd_deploy.pipelines.sweeping.file import RESULTS_FILE, WORK, Point, Sweep
 from ercsvd_deploy.pipelines.sweeping.needs import affordable_jobs, check_needs, plan_points, sweep_needs
 from ercsvd_deploy.pipelines.sweeping.points import (
     STAGES_FOLDER,
@@ -117,9 +117,7 @@ def run_sweep(
         TooLittleDiskError: not even one point's stages fit on the disk.
         SweepError: no point worked.
     """
-    varied = sweep_points(sweep)
-    points = [*plain_gptq(varied[0].recipe), *varied]
-    _check_names(points)
+    points = points_and_baselines(sweep)
     output = output.absolute()
     device = find_device(options.device) or default_device()
     with resumable_directory(output / WORK) as work:
@@ -128,11 +126,11 @@ def run_sweep(
         jobs = options.jobs or affordable_jobs(needs, len(points), device)
         for warning in check_needs(needs, output, jobs, _written(work)):
             logger.warning(warning)
-        results = _Results(sweep, output, points, failures)
+        results = Results(sweep, output, points, failures)
         if not (output / RESULTS_FILE).exists():  # an earlier sweep's stays until there is something new
             results.write()
         able = [point for point in points if point.name in plans]
-        _hash_models(able, work, results)
+        hash_models(able, work, results)
         _run_points(
             [each for each in able if each.name not in failures], work, jobs, options, results, progress
         )
@@ -145,7 +143,7 @@ def run_sweep(
     return found, exported
 
 
-class _Results:
+class Results:
     """What is known so far, written as it comes."""
 
     def __init__(self, sweep: Sweep, output: Path, points: Sequence[Point], failures: dict[str, str]) -> None:
@@ -205,14 +203,7 @@ def judge_points(
     )
 
 
-def _check_names(points: Sequence[Point]) -> None:
-    names = [point.name for point in points]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise SweepError(f"a point is called ({twice}), as a baseline is: rename it")
-
-
-def _hash_models(points: Sequence[Point], work: Path, results: _Results) -> None:
+def hash_models(points: Sequence[Point], work: Path, results: Results) -> None:
     """Hash the files of the points' models once for all; a model that is not there fails its points."""
     told: dict[str, BaseException | None] = {}
     for point in points:
@@ -234,7 +225,7 @@ def _run_points(
     work: Path,
     jobs: int,
     options: SweepOptions,
-    results: _Results,
+    results: Results,
     progress: ProgressReporter,
 ) -> None:
     """Run points in processes of their own."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ercsvd_deploy.installation import install_command
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.card import (
     CARD_FILE,
@@ -49,7 +50,7 @@ def test_card_says_what_it_is_and_how_to_use_it(tmp_path: Path) -> None:
         f"| Exact match, shapes | 90.0 % | 87.5 % | {MINUS}2.5 points |",
         f"| arc, acc | 0.4500 | 0.4375 | {MINUS}0.0125 |",
         "| Size | 1.00 MB | 500 KB | missed |",
-        "```bash\npip install 'vllm>=0.29' ercsvd-deploy\nvllm serve out/small\n```",
+        f"```bash\n{install_command(beside='vllm>=0.29')}\nvllm serve out/small\n```",
         "import ercsvd_deploy.hf",
         'AutoModelForCausalLM.from_pretrained("out/small")',
         "method: erc_svd",

@@ -14,10 +14,10 @@ from PIL import Image
 
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.planning.feasibility import TooLittleDiskError
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
-from ercsvd_deploy.pipelines.sweeping.baselines import plain_gptq
+from ercsvd_deploy.pipelines.state.cache import FinishedWork, file_digest
+from ercsvd_deploy.pipelines.sweeping.baselines import plain_gptq, points_and_baselines
 from ercsvd_deploy.pipelines.sweeping.choice import pareto_front, worst_increase
-from ercsvd_deploy.pipelines.sweeping.file import Sweep, load_sweep, sweep_points
+from ercsvd_deploy.pipelines.sweeping.file import Sweep, is_sweep, load_sweep, sweep_points
 from ercsvd_deploy.pipelines.sweeping.needs import (
     SweepNeeds,
     affordable_jobs,
@@ -27,7 +27,7 @@ from ercsvd_deploy.pipelines.sweeping.needs import (
 )
 from ercsvd_deploy.pipelines.sweeping.plot import draw_sweep, sweep_rows
 from ercsvd_deploy.pipelines.sweeping.points import DENSE, PointResult, gates_for_the_export, run_point
-from ercsvd_deploy.pipelines.sweeping.run import judge_points
+from ercsvd_deploy.pipelines.sweeping.run import Results, hash_models, judge_points
 from ercsvd_deploy.recipe.load import Recipe, RecipeError, canonical, load_recipe
 from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
 
@@ -328,3 +328,50 @@ def test_validate_and_plan_know_sweeps(write_recipe: RecipeWriter, tmp_path: Pat
     assert "nowhere.txt" in error
     for command in ("validate", "plan"):
         assert invoke(command, file, "--set", "calibration.seed=1")[0] == 2
+
+
+def test_baselines_that_cannot_be_fail_no_point(
+    write_recipe: RecipeWriter, tmp_path: Path, llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = write_recipe(factorize(), model={"path": str(tmp_path / "nowhere")})
+    grid = {"model.path": [str(tmp_path / "nowhere"), str(llama)]}
+    points = points_and_baselines(load_sweep(written(tmp_path, recipe, grid=grid)))
+    assert [point.recipe.model.path for point in points] == grid["model.path"]
+    assert "no plain GPTQ is compared with" in caplog.text
+    named = written(tmp_path, write_recipe(factorize()), also=[{"name": "plain GPTQ-4", "set": {RATIO: 0.2}}])
+    with pytest.raises(RecipeError, match="as a baseline is: rename it"):
+        points_and_baselines(load_sweep(named))
+
+
+def test_a_model_is_hashed_once_for_all_points(
+    write_recipe: RecipeWriter, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return file_digest(path)
+
+    monkeypatch.setattr("ercsvd_deploy.pipelines.state.fingerprint.file_digest", counted)
+    sweep = load_sweep(written(tmp_path, write_recipe(factorize()), grid={RATIO: [0.2, 0.3]}))
+    points, output, work = sweep_points(sweep), tmp_path / "sweep", tmp_path / "work"
+    hash_models(points, work, Results(sweep, output, points, {}))
+    for point in points:
+        run_point(point.name, canonical(point.recipe), str(output), str(work), 1)
+    assert hashed.count("model.safetensors") == 1
+    results = Results(sweep, output, points, {})
+    gone = load_sweep(
+        written(tmp_path, write_recipe(factorize()), grid={"model.path": ["./nowhere", str(llama)]})
+    )
+    hash_models(sweep_points(gone), work, results)
+    assert list(results.failures) == ["path ./nowhere"]
+
+
+def test_a_recipe_is_no_sweep(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    recipe = write_recipe(factorize())
+    assert not is_sweep(recipe)
+    assert is_sweep(written(tmp_path, recipe, grid={RATIO: [0.2]}))
+    recipe.write_text(recipe.read_text() + "grid: 3\n")
+    code, _, error = invoke("validate", recipe)
+    assert code == 2
+    assert "'grid'" in error
