@@ -110,6 +110,7 @@ def take_fingerprints(
         "model_dtype": recipe.model.dtype,
         "device": device_identity(model.device),
         "precision": str(model.dtype),
+        "token_weight": model.token_weight,
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }
     digests = {

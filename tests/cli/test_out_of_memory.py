@@ -10,9 +10,7 @@ import torch
 from ercsvd_deploy.pipelines.stages.judge import JudgeStage
 from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
 from ercsvd_deploy.pipelines.state.memory_errors import exhausted_memory
-from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter, factorize, invoke
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1 GiB "

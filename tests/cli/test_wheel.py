@@ -18,7 +18,7 @@ from ercsvd_deploy import installation
 from ercsvd_deploy.pipelines.reporting.card import make_card
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.ready import ready_recipes
-from tests.flow.test_run import invoke
+from tests.recipe_runs import invoke
 from tests.reporting.sample_reports import sample_document
 
 ROOT = Path(__file__).parents[2]

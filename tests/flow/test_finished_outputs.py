@@ -11,10 +11,8 @@ import pytest
 from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
-from tests.flow.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe
-from tests.state.test_resume import hashes
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
+from tests.state.interrupted_runs import hashes
 
 STAGES = (factorize(rank_multiple="auto"), {"quantize": {"bits": 4, "group_size": 32}})
 GATE = {"gates": {"perplexity_increase": 100.0, "built_in_text": False}}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.flow.test_run import TEXT
 from tests.planning.public_configs import PUBLIC_MODELS, UNSUPPORTED_MODELS
+from tests.recipe_runs import TEXT
 
 MOST_BYTES = 1_500_000_000
 MOST_SECONDS = 15  # of a processor; importing the libraries before takes five

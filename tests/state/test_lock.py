@@ -26,10 +26,8 @@ from ercsvd_deploy.pipelines.state.lock import (
     work_directory,
     work_path,
 )
-from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
-from tests.state.test_resume import hashes
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter, factorize, invoke
+from tests.state.interrupted_runs import hashes
 
 HOLD = """
 import sys

@@ -132,9 +132,11 @@ def test_however_a_task_ends_the_others_have_their_results(processes: int) -> No
 
 
 PARENT = """
-import time
-from tests.sweeping.test_pool import wait
+import os, time
 from ercsvd_deploy.pipelines.sweeping.pool import run_in_processes
+def wait(seconds):
+    time.sleep(seconds)
+    return os.getpid()
 if __name__ == "__main__":
     for name, future in run_in_processes(wait, {"first": (0.0,), "long": (300.0,)}, 1):
         print(future.result(), flush=True)

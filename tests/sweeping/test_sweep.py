@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from ercsvd_deploy.pipelines.judging.gates import GateResult
@@ -29,11 +28,8 @@ from ercsvd_deploy.pipelines.sweeping.plot import draw_sweep, sweep_rows
 from ercsvd_deploy.pipelines.sweeping.points import DENSE, PointResult, gates_for_the_export, run_point
 from ercsvd_deploy.pipelines.sweeping.run import Results, hash_models, judge_points
 from ercsvd_deploy.recipe.load import Recipe, RecipeError, canonical, load_recipe
-from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
-
-__all__ = ["llama", "write_recipe"]  # fixtures
-
-RATIO = "stages.0.factorize.compression_ratio"
+from tests.recipe_runs import RecipeWriter, factorize, invoke
+from tests.sweeping.sweep_files import RATIO, written
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -45,12 +41,6 @@ def test_front_is_what_nothing_beats(seed: int) -> None:
         is_beaten = any(other != item and other[0] <= item[0] and other[1] <= item[1] for other in set(items))
         assert (item in front) != is_beaten
     assert len(set(front)) == len(front)
-
-
-def written(tmp_path: Path, recipe: Path, **entries: Any) -> Path:
-    path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump({"recipe": str(recipe), **entries}))
-    return path
 
 
 def test_points_are_every_combination_and_the_single_ones(write_recipe: RecipeWriter, tmp_path: Path) -> None:

@@ -18,11 +18,9 @@ import pytest
 
 from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.sweeping.points import DENSE
-from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
-from tests.state.test_resume import hashes
-from tests.sweeping.test_sweep import RATIO, written
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter, factorize, invoke
+from tests.state.interrupted_runs import hashes
+from tests.sweeping.sweep_files import RATIO, written
 
 pytestmark = pytest.mark.slow
 STAGES = (factorize(rank_multiple=32), {"quantize": {"bits": 4, "group_size": 32}})
