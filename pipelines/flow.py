@@ -35,7 +35,7 @@ from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.work import CompressedModel
 from ercsvd_deploy.pipelines.state.fingerprint import HASHES_FILE, Fingerprints, take_fingerprints
 from ercsvd_deploy.pipelines.state.finished import finished_report
-from ercsvd_deploy.pipelines.state.lock import clear, resumable_directory
+from ercsvd_deploy.pipelines.state.lock import clear, has_pieces, resumable_directory
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
 from ercsvd_deploy.recipe.load import canonical, check_files
 from ercsvd_deploy.recipe.sections import Recipe
@@ -137,7 +137,12 @@ def _opened(recipe: Recipe, device: torch.device | None, options: RunOptions) ->
         logger.warning(warning)
     with resumable_directory(target) as directory:
         finish_replacement(target)
-        yield start_run(prepared, directory, options.cache), target
+        try:
+            yield start_run(prepared, directory, options.cache), target
+        except BaseException as error:
+            if options.cache is not None and has_pieces(options.cache):
+                error.add_note(f"{options.cache} keeps what is finished: the same command goes on from there")
+            raise
 
 
 def _execute(run: Run, target: Path, progress: ProgressReporter, options: RunOptions) -> Report:

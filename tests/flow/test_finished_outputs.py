@@ -172,3 +172,22 @@ def test_a_cache_is_shared_by_several_outputs(
     assert [path.name for path in cache.iterdir()] == ["model-files.json"]
     run(recipe, "--cache", cache, "--output", tmp_path / "fourth")
     assert stages_of(computed) == {"factorize", "quantize", "judge"}
+
+
+def test_an_interrupted_run_goes_on_from_a_cache(
+    write_recipe: RecipeWriter,
+    tmp_path: Path,
+    computed: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    recipe, cache = write_recipe(*STAGES), tmp_path / "cache"
+    with monkeypatch.context() as patched:
+        patched.setattr("ercsvd_deploy.pipelines.stages.export.write_export", interrupt)
+        said = run(recipe, "--cache", cache, code=130)
+    assert f"{cache} keeps what is finished: the same command goes on from there" in said
+    computed.clear()
+    run(recipe, "--cache", cache)
+    assert stages_of(computed) == set()
