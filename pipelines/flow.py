@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,14 +21,12 @@ from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.checks import check_inputs
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.inputs.run_data import RunData, load_run_data
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
-from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
+from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.planning.feasibility import check_resources
 from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan
 from ercsvd_deploy.pipelines.reporting.collect import collect_report
-from ercsvd_deploy.pipelines.reporting.document import Report
-from ercsvd_deploy.pipelines.reporting.files import carry_over_card, write_report_files
-from ercsvd_deploy.pipelines.reporting.json_values import finite
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, ReportError, parse_report
+from ercsvd_deploy.pipelines.reporting.files import write_report_files
 from ercsvd_deploy.pipelines.stages.cached import RunState, StageCache, run_stages
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.work import CompressedModel
@@ -72,16 +69,18 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class FinishedOutput:
-    """An output that a run would write again just as it is.
+class Outcome:
+    """What there is of an output, made by this run or before.
 
     Attributes:
-        report: Its report as JSON values, gates judged by the recipe's.
-        gates: The verdicts.
+        report: The report, with the recipe's gates judged.
+        directory: The finished directory.
+        was_finished: Whether there was nothing to do: the output was there, just as a run writes it.
     """
 
-    report: dict[str, Any]
-    gates: list[GateResult]
+    report: Report
+    directory: Path
+    was_finished: bool
 
 
 def run_recipe(
@@ -117,13 +116,13 @@ def run_unless_finished(
     device: torch.device | None = None,
     progress: ProgressReporter = silent,
     options: RunOptions = RunOptions(),
-) -> tuple[Report | FinishedOutput, Path]:
+) -> Outcome:
     """Do as `run_recipe` does, unless the output is what the recipe makes; then only judge its gates."""
     with _opened(recipe, device, options) as (run, target):
         finished = None if options.is_forced else find_finished(run, target)
         if finished is not None:
-            return finished, target
-        return _execute(run, target, progress, options), target
+            return Outcome(finished, target, was_finished=True)
+        return Outcome(_execute(run, target, progress, options), target, was_finished=False)
 
 
 @contextmanager
@@ -153,32 +152,34 @@ def _execute(run: Run, target: Path, progress: ProgressReporter, options: RunOpt
     """
     if not options.is_forced:
         check_unchanged(target)
-    prepared = run.prepared
 
     def complete_export(made: Path) -> None:
         """Put report, page and card into an export before it appears."""
-        carry_over_card(prepared.opened.directory, made)
-        write_report_files(made, run.report().as_json(), target)
+        write_report_files(made, run.report(), target)
 
     run.stages(progress, complete_export, is_forced=options.is_forced)
     report = run.report()  # the stages' files in the work directory are still needed
     if not options.keeps_work:
         clear(run.cache.directory)
-    report.warnings.extend(write_report_files(target, report.as_json()))
+    report.warnings.extend(write_report_files(target, report))
     return report
 
 
-def find_finished(run: Run, target: Path) -> FinishedOutput | None:
-    """Return the output that is there, if it is what a run makes; its report has the recipe's gates then."""
-    recipe, stages = run.prepared.recipe, [stage.name for stage in run.prepared.plan.stages]
-    report = finished_report(target, REPORT_FILE, run.fingerprints.digests(stages))
-    if report is None:
+def find_finished(run: Run, target: Path) -> Report | None:
+    """Return the report of the output that is there, by the recipe's gates, if a run makes just that."""
+    recipe = run.prepared.recipe
+    values = finished_report(target, REPORT_FILE, run.digests())
+    if values is None:
         return None
-    gates = judge_gates(recipe.gates, report) if recipe.gates is not None else []
-    judged = report | {"recipe": canonical(recipe), "gates": [asdict(gate) for gate in gates]}
-    if finite(judged) != report and not changed_files(target, with_weights=False):
-        write_report_files(target, finite(judged))
-    return FinishedOutput(judged, gates)
+    try:
+        report = parse_report(values)
+    except ReportError:
+        return None
+    report.recipe = canonical(recipe)
+    report.gates = judge_gates(recipe.gates, report) if recipe.gates is not None else []
+    if report.as_json() != values and not changed_files(target, with_weights=False):
+        write_report_files(target, report)
+    return report
 
 
 def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | None = None) -> PreparedRun:
@@ -240,6 +241,11 @@ class Run:
             is_forced=is_forced,
         )
 
+    def digests(self) -> dict[str, str]:
+        """Return stage -> digest of all its result depends on, of the stages whose results stay."""
+        stages = self.prepared.plan.stages
+        return self.fingerprints.digests(stage.name for stage in stages if stage.temporary_for is None)
+
     def report(self) -> Report:
         """Return what is known so far."""
         prepared = self.prepared
@@ -248,7 +254,7 @@ class Run:
             prepared.plan,
             self.state,
             provenance=self.fingerprints.provenance(prepared.recipe)
-            | {"stages": self.fingerprints.digests(self.state.results)},
+            | {"stages": {name: own for name, own in self.digests().items() if name in self.state.results}},
             warnings=prepared.warnings,
             resumed=self.cache.notes,
         )

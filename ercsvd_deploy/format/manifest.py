@@ -3,7 +3,8 @@
 Files are listed with the SHA-256 of their contents. Weights are listed tensor by tensor, with the SHA-256 of
 dtype, shape and bytes: a report can name the damaged tensor, and a re-sharded copy still verifies. Report,
 page and card hold times, and may be written again later: their checksums stand in a file of their own, in the
-format of `sha256sum`, and tell whether somebody else has changed them since.
+format of `sha256sum`, and tell whether somebody else has changed them since. The report in turn names the
+weights that it is about by `weights_digest`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,19 @@ def write_manifest(directory: Path, *, unlisted: frozenset[str] = frozenset()) -
     write_json_atomically(directory / MANIFEST_FILE, manifest)
 
 
+def weights_digest(directory: Path) -> str | None:
+    """Return one SHA-256 of all tensors of an export, as its manifest lists them; None without a manifest.
+
+    Raises:
+        ManifestError: the manifest cannot be read.
+    """
+    if not (directory / MANIFEST_FILE).is_file():
+        return None
+    return hashlib.sha256(
+        json.dumps(_read_manifest(directory)["tensors"], sort_keys=True).encode()
+    ).hexdigest()
+
+
 def record_reports(directory: Path, names: Iterable[str]) -> None:
     """Note how report files look now.
 
@@ -116,6 +130,13 @@ def changed_files(directory: Path, *, with_weights: bool = True) -> list[str]:
     if with_weights and any(path.is_file() for path in _weight_files(directory)):
         problems += _tensor_problems(directory, manifest["tensors"])
     return problems
+
+
+def is_as_recorded(directory: Path, name: str) -> bool:
+    """Whether a report file is the one this program wrote; also if it is gone, or was never recorded."""
+    recorded = _reports_of(directory).get(name)
+    path = directory / name
+    return recorded is None or not path.exists() or (path.is_file() and _file(path) == recorded)
 
 
 def _reports_of(directory: Path) -> dict[str, str]:

@@ -139,6 +139,13 @@ def _missing_model(model: ModelSource) -> Iterator[str]:
         yield f"{field}, which does not exist; give a directory or a name on the Hub such as org/name"
 
 
+def _missing_tasks(recipe: Recipe) -> Iterator[str]:
+    settings = recipe.evaluation.lm_eval
+    if settings is not None and settings.include_path is not None and not settings.include_path.is_dir():
+        path = shown(str(settings.include_path))
+        yield f"field 'evaluation.lm_eval.include_path' is {path}, which is not a folder; give a folder"
+
+
 def _missing_texts(recipe: Recipe) -> Iterator[str]:
     datasets = {f"evaluation.perplexity.{name}": text for name, text in recipe.evaluation.perplexity.items()}
     if recipe.calibration is not None and recipe.calibration.dataset is not None:

@@ -63,6 +63,7 @@ def write_export(
     compressed: CheckpointConfig,
     max_shard_bytes: int,
     add_files: Callable[[Path], None] = lambda _directory: None,
+    add_reports: Callable[[Path], None] = lambda _directory: None,
     unlisted: frozenset[str] = frozenset(),
     is_forced: bool = False,
 ) -> Export:
@@ -78,7 +79,8 @@ def write_export(
             checkpoints call them.
         compressed: Description of every altered module.
         max_shard_bytes: Upper size of a safetensors file.
-        add_files: Writes further files (report, model card) into the directory before it appears.
+        add_files: Writes further files, which the manifest lists, into the directory before it appears.
+        add_reports: Writes those of `unlisted` into it, which may name the weights by the manifest.
         unlisted: Names of files that may be written again later, and are not verified.
         is_forced: Whether files are replaced that somebody has changed, or has put where new ones go.
 
@@ -105,6 +107,7 @@ def write_export(
     # Last: without a config no loader takes the directory for a model.
     write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, compressed))
     write_manifest(partial, unlisted=unlisted)
+    add_reports(partial)
     replace_export(partial, target, is_forced=is_forced)
     return Export(target, num_bytes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,9 +95,11 @@ def verify(
     """Compare every tensor and file of an export with the checksums it was written with."""
     with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
         from ercsvd_deploy.format.manifest import verify_export
+        from ercsvd_deploy.pipelines.reporting.check import verify_report
         from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
 
         found = verify_export(directory, unlisted=REPORT_FILES)
+        found = replace(found, problems=(*found.problems, *verify_report(directory)))
         if as_json:
             print_json(asdict(found) | {"directory": str(directory), "sound": not found.problems})
         elif not found.problems:
@@ -131,8 +133,8 @@ def check(
 ) -> None:
     """Judge an export's report by gates, without computing anything again."""
     with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
-        from ercsvd_deploy.pipelines.judging.check import check_export
-        from ercsvd_deploy.pipelines.reporting.document import gate_table
+        from ercsvd_deploy.pipelines.reporting.check import check_export
+        from ercsvd_deploy.pipelines.reporting.terminal import gate_table
 
         results = check_export(directory, recipe)
         if as_json:
@@ -147,7 +149,7 @@ def check(
 def end_with_gates(results: list[GateResult], directory: Path, junit: Path | None) -> None:
     """Write the verdicts where asked, and leave with the exit code of a missed gate if there is one."""
     from ercsvd_deploy.format.atomic_files import write_text_atomically
-    from ercsvd_deploy.pipelines.judging.gates import junit_xml
+    from ercsvd_deploy.pipelines.judging.junit import junit_xml
 
     if junit is not None:
         write_text_atomically(junit, junit_xml(results, str(directory)))
@@ -174,8 +176,8 @@ def report(
     with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
         from ercsvd_deploy.format.atomic_files import write_text_atomically
         from ercsvd_deploy.format.manifest import record_reports
+        from ercsvd_deploy.pipelines.reporting.document import load_report
         from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
-        from ercsvd_deploy.pipelines.reporting.schema import load_report
 
         page = make_page(load_report(directory), directory.absolute())
         file = output or directory / PAGE_FILE

@@ -130,19 +130,17 @@ def run(
         from ercsvd_deploy.recipe.load import load_recipe
 
         loaded = load_recipe(recipe, overrides or (), output)
-        from ercsvd_deploy.pipelines.flow import FinishedOutput, RunOptions, run_unless_finished
+        from ercsvd_deploy.pipelines.flow import RunOptions, run_unless_finished
         from ercsvd_deploy.pipelines.inputs.model import find_device
-        from ercsvd_deploy.pipelines.reporting.document import gate_table, render
+        from ercsvd_deploy.pipelines.reporting.terminal import gate_table, render
 
         options = RunOptions(is_forced=force, keeps_work=keep_work, cache=cache and cache.absolute())
-        report, directory = run_unless_finished(
-            loaded, device=find_device(device), progress=progress, options=options
-        )
-        is_finished = isinstance(report, FinishedOutput)
+        outcome = run_unless_finished(loaded, device=find_device(device), progress=progress, options=options)
+        report, directory = outcome.report, outcome.directory
         if as_json:
-            plain = report.report if isinstance(report, FinishedOutput) else report.as_json()
-            print_json(plain | {"directory": str(directory), "nothing_to_do": is_finished})
-        elif isinstance(report, FinishedOutput):
+            told = {"directory": str(directory), "nothing_to_do": outcome.was_finished}
+            print_json(report.as_json() | told)
+        elif outcome.was_finished:
             console = result_console()
             if report.gates:
                 console.print(gate_table(report.gates))

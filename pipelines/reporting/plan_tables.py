@@ -11,7 +11,8 @@ from rich.text import Text
 
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, columns_that_agree, without_shape
 from ercsvd_deploy.pipelines.planning.plan import CandidatePlan, Plan
-from ercsvd_deploy.pipelines.reporting.document import component_table
+from ercsvd_deploy.pipelines.reporting.tables import component_table
+from ercsvd_deploy.pipelines.reporting.terminal import rich_table
 from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch
 
 
@@ -29,7 +30,7 @@ def render(plan: Plan) -> RenderableType:
         )
     parts.extend(_rank_table(candidate) for candidate in _shown(plan).values())
     if len(plan.candidates[-1].components) > 1:
-        parts.append(component_table(plan.candidates[-1].components))
+        parts.append(rich_table(component_table(plan.candidates[-1].components)))
     parts += [_size_table(plan), _gpu_table(plan)]
     if plan.patterns:
         parts.append(_pattern_table(plan.patterns))

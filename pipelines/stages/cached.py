@@ -126,7 +126,7 @@ def run_stages(
         state.seconds[stage.name] = round(time.monotonic() - started, 2)
         logger.info("%s: done in %.0f s", stage.title, state.seconds[stage.name])
         for other in stages:
-            if other.temporary_for == stage.name:
+            if other.temporary_for == stage.name and not other.is_kept:
                 cache.discard(other.name)
 
 

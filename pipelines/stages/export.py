@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,8 +15,12 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.work import StageRun
 
+REPORT_FILE = "ercsvd_report.json"
+PAGE_FILE = "ercsvd_report.html"
+CARD_FILE = "README.md"
+ORIGINAL_CARD_FILE = "README.original.md"
 # Written again when the finished export has been measured, so the manifest has no checksums of them.
-REPORT_FILES = frozenset({"ercsvd_report.json", "ercsvd_report.html", "README.md", REPORT_SUMS_FILE})
+REPORT_FILES = frozenset({REPORT_FILE, PAGE_FILE, CARD_FILE, REPORT_SUMS_FILE})
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,15 @@ class ExportStage(Stage):
             architecture=run.model.original.architecture,
             compressed=CheckpointConfig(modules=run.model.modules),
             max_shard_bytes=self.max_shard_bytes,
-            add_files=run.write_report,
+            add_files=partial(carry_over_card, run.model.opened.directory),
+            add_reports=run.write_report,
             unlisted=REPORT_FILES,
             is_forced=run.is_forced,
         )
+
+
+def carry_over_card(source: Path, directory: Path) -> None:
+    """Copy the original model's own card, which names its licence, beside ours."""
+    card = source / CARD_FILE
+    if card.is_file():
+        shutil.copyfile(card, directory / ORIGINAL_CARD_FILE)

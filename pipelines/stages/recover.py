@@ -21,16 +21,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
+from ercsvd_deploy.format.described import Count, Measured, NotReported
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.models.families import LayerLinears
@@ -49,19 +50,23 @@ _GRADIENT_NORM = 1.0  # at which the gradient of all factors together is clipped
 
 @dataclass(frozen=True)
 class RecoveredLayer:
-    """What training made of one layer.
+    """What training made of one layer."""
 
-    Attributes:
-        layer: Its index.
-        error_before: Mean over held-out tokens of |o - t|^2 / |t|^2 with the layer as it came.
-        error_after: The same after training, in the precision of the files; not finite if it diverged.
-        is_kept: Whether the layer is the trained one now.
-    """
-
-    layer: int
-    error_before: float
-    error_after: float
-    is_kept: bool
+    layer: Annotated[Count, Field(description="Index of the decoder layer.")]
+    error_before: Annotated[
+        Measured,
+        Field(
+            description="Mean over held-out tokens of |o - t|^2 / |t|^2, o the layer's output, t the "
+            "original's, with the layer as it came."
+        ),
+    ]
+    error_after: Annotated[
+        Measured,
+        Field(
+            description="The same after training, in the precision of the files; null if training diverged."
+        ),
+    ]
+    is_kept: Annotated[bool, Field(description="Whether the trained layer was taken.")]
 
 
 _LAYER = TypeAdapter(RecoveredLayer)
@@ -69,11 +74,12 @@ _LAYER = TypeAdapter(RecoveredLayer)
 
 @dataclass(frozen=True)
 class RecoverOutcome:
-    """Everything the stage found out; the trained tensors are in its layer files."""
+    """What the recovery did; the trained tensors are in its layer files."""
 
-    layers: list[RecoveredLayer]
-    modules: dict[str, Storage]  # the Linears whose tensors are in the files
-    files: list[Path]
+    layers: Annotated[list[RecoveredLayer], Field(description="Every compressed layer.")]
+    # The Linears whose tensors are in the files.
+    modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
+    files: NotReported[list[Path]] = field(default_factory=list)
 
     def warnings(self) -> list[str]:
         """Say which layers training did no good."""
@@ -364,6 +370,7 @@ class RecoverStage(Stage):
     recover: Recover
 
     name = "recover"
+    reported_as = RecoverOutcome
     trained: ClassVar[str] = "factors"
 
     @classmethod
@@ -391,14 +398,10 @@ class RecoverStage(Stage):
         run.model.overlay(outcome.files, outcome.modules)
         return outcome
 
-    def as_json(self, result: RecoverOutcome) -> Any:
-        """Return both errors of every layer."""
-        return {"layers": [asdict(layer) for layer in result.layers]}
-
     def tables(self, result: RecoverOutcome) -> Iterable[Table]:
         """Show both errors of every layer."""
         columns = ("layer", "error before", "error after", "change", "")
-        rows = [
+        rows = tuple(
             (
                 str(layer.layer),
                 f"{layer.error_before:.5f}",
@@ -407,8 +410,8 @@ class RecoverStage(Stage):
                 "" if layer.is_kept else "left as it was",
             )
             for layer in result.layers
-        ]
-        yield Table(f"Recovery of {self.trained}", columns, rows, frozenset(columns[:4]))
+        )
+        yield Table(f"Recovery of {self.trained}", columns, rows, columns[:4])
 
     def warnings(self, result: RecoverOutcome) -> Iterable[str]:
         """Say which layers training did no good."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ercsvd_deploy.exporters.vllm.target import is_export
 from ercsvd_deploy.format.atomic_files import read_json
-from ercsvd_deploy.format.manifest import ManifestError, verify_export
+from ercsvd_deploy.format.manifest import ManifestError, is_as_recorded, verify_export
 
 _SURPLUS = "was not part of the export"
 
@@ -22,6 +22,8 @@ def finished_report(target: Path, report_file: str, digests: Mapping[str, str]) 
         digests: Stage -> digest of all that its result depends on, for every stage of the run.
     """
     if not target.is_dir() or not any(target.iterdir()) or not is_export(target):
+        return None
+    if not is_as_recorded(target, report_file):
         return None
     report = read_json(target / report_file)
     provenance = report.get("provenance") if isinstance(report, dict) else None

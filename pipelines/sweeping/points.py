@@ -16,12 +16,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically
+from ercsvd_deploy.format.atomic_files import write_json_atomically
 from ercsvd_deploy.pipelines.flow import prepare_run, start_run
 from ercsvd_deploy.pipelines.inputs.model import find_device
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
+from ercsvd_deploy.pipelines.judging.figures import ModelFigures
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
-from ercsvd_deploy.pipelines.reporting.json_values import finite
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, ReportError, load_report
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.pipelines.state.progress import log_lines
 from ercsvd_deploy.recipe.sections import Recipe
@@ -90,18 +90,17 @@ def run_point(
     run = start_run(
         prepare_run(recipe, None, device=find_device(device)), own, shared=Path(work, STAGES_FOLDER)
     )
-    digests = run.fingerprints.digests(stage.name for stage in run.prepared.plan.stages)
-    report = read_json(folder / REPORT_FILE)
-    if not _is_of(report, digests):
+    report = _report_of(folder, run.digests())
+    if report is None:
         run.stages(log_lines)
-        report = finite(run.report().as_json())
+        report = run.report()
         folder.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(folder / REPORT_FILE, report)
+        write_json_atomically(folder / REPORT_FILE, report.as_json())
     gates = recipe.gates.without_export() if recipe.gates is not None else None
     verdicts = judge_gates(gates, report) if gates is not None else []
     return [
-        _result(DENSE, report["original"], [], None, []),
-        _result(name, report["compressed"], verdicts, settings, report["warnings"]),
+        _result(DENSE, report.original, [], None, []),
+        _result(name, report.compressed, verdicts, settings, report.warnings),
     ]
 
 
@@ -119,31 +118,34 @@ def gates_for_the_export(recipe: Recipe) -> list[str]:
     return sorted(set(recipe.gates.model_dump(exclude_none=True)) - judged - {"built_in_text"})
 
 
-def _is_of(report: Any, digests: Mapping[str, str]) -> bool:
-    provenance = report.get("provenance") if isinstance(report, dict) else None
-    return isinstance(provenance, dict) and provenance.get("stages") == dict(digests)
+def _report_of(folder: Path, digests: Mapping[str, str]) -> Report | None:
+    """Return a point's report, if there is one that was made from the same by the same stages."""
+    try:
+        report = load_report(folder)
+    except ReportError:
+        return None
+    return report if report.provenance.get("stages") == dict(digests) else None
 
 
 def _result(
     name: str,
-    figures: Mapping[str, Any],
+    figures: ModelFigures,
     gates: list[GateResult],
     recipe: dict[str, Any] | None,
     warnings: list[str],
 ) -> PointResult:
     return PointResult(
         name,
-        figures["num_bytes"],
-        figures["linear_bits_per_weight"],
-        _numbers(figures["perplexity"]),
-        _numbers(figures["exact_match"]),
+        figures.num_bytes,
+        figures.linear_bits_per_weight,
+        _numbers(figures.perplexity),
+        _numbers(figures.exact_match),
         gates,
         recipe,
         list(warnings),
     )
 
 
-def _numbers(measured: Mapping[str, Any]) -> dict[str, float]:
-    """Return values by name; JSON has null for those not finite, and objects for those with counts."""
-    values = {name: value["value"] if isinstance(value, dict) else value for name, value in measured.items()}
-    return {name: _INFINITE if value is None else float(value) for name, value in values.items()}
+def _numbers(measured: Mapping[str, float | None]) -> dict[str, float]:
+    """Return values by name; a report that was read has None for those that are not finite."""
+    return {name: _INFINITE if value is None else float(value) for name, value in measured.items()}

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ercsvd_deploy.format.atomic_files import write_json_atomically
-from ercsvd_deploy.pipelines.flow import FinishedOutput, RunOptions, run_unless_finished
+from ercsvd_deploy.pipelines.flow import RunOptions, run_unless_finished
 from ercsvd_deploy.pipelines.inputs.model import default_device, find_device, open_model
 from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.reporting.json_values import finite
@@ -99,7 +99,7 @@ def run_sweep(
     *,
     options: SweepOptions = SweepOptions(),
     progress: ProgressReporter = silent,
-) -> tuple[SweepResult, Report | FinishedOutput | None]:
+) -> tuple[SweepResult, Report | None]:
     """Run all points, plain GPTQ among them, pick the best, and export it if wanted.
 
     Args:
@@ -253,20 +253,20 @@ def _run_points(
 
 def _export(
     found: SweepResult, work: Path, options: SweepOptions, progress: ProgressReporter
-) -> Report | FinishedOutput | None:
+) -> Report | None:
     """Export the picked point, from the stages that the sweep has finished."""
     if found.picked is None or options.export is None:
         return None
     settings: Mapping[str, Any] | None = found.point(found.picked).recipe
     assert settings is not None, "the original is never picked"
     placed = {**settings, "export": settings["export"] | {"path": str(options.export)}}
-    export, _ = run_unless_finished(
+    exported = run_unless_finished(
         _RECIPE.validate_json(json.dumps(placed)),
         device=find_device(options.device),
         progress=progress,
         options=RunOptions(is_forced=options.is_forced, cache=work / STAGES_FOLDER),
     )
-    return export
+    return exported.report
 
 
 def _written(work: Path) -> int:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import hashes
 
 STAGES = (factorize(rank_multiple="auto"), {"quantize": {"bits": 4, "group_size": 32}})
+ALL = {"judge_original", "factorize", "quantize", "judge"}
 GATE = {"gates": {"perplexity_increase": 100.0, "built_in_text": False}}
 
 
@@ -49,7 +50,7 @@ def test_nothing_is_done_twice(
 ) -> None:
     recipe = write_recipe(*STAGES)
     run(recipe)
-    assert stages_of(computed) == {"factorize", "quantize", "judge"}
+    assert stages_of(computed) == ALL
     before = hashes(tmp_path / "out")
     report = (tmp_path / "out" / REPORT_FILE).read_bytes()
     (tmp_path / "out" / "notes.txt").write_text("kept")
@@ -64,10 +65,10 @@ def test_nothing_is_done_twice(
 
 
 CHANGES: dict[str, tuple[str, set[str]]] = {
-    "another ratio": ("stages.0.factorize.compression_ratio=0.4", {"factorize", "quantize", "judge"}),
-    "another text": ("evaluation.max_sequences=3", {"factorize", "quantize", "judge"}),
-    "other shards": ("export.max_shard_size=100KB", {"factorize", "quantize", "judge"}),
-    "forced": ("", {"factorize", "quantize", "judge"}),
+    "another ratio": ("stages.0.factorize.compression_ratio=0.4", ALL),
+    "another text": ("evaluation.max_sequences=3", ALL),
+    "other shards": ("export.max_shard_size=100KB", ALL),
+    "forced": ("", ALL),
 }
 
 
@@ -143,7 +144,7 @@ def test_kept_work_is_used_for_another_text(
     assert json.loads(invoke("status", tmp_path / "out", "--json")[1])["stages"]
     other = {"evaluation": {"perplexity": {"prose": str(TEXT / "out_of_domain.txt")}, "max_sequences": 4}}
     run(write_recipe(*STAGES, **other), "--keep-work")
-    assert stages_of(computed) == {"judge"}
+    assert stages_of(computed) == {"judge_original", "judge"}
     assert hashes(tmp_path / "out") == before
     assert invoke("clean", tmp_path / "out")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
@@ -154,7 +155,7 @@ def test_a_cache_is_shared_by_several_outputs(
 ) -> None:
     recipe, cache = write_recipe(*STAGES), tmp_path / "cache"
     run(recipe, "--cache", cache)
-    assert stages_of(computed) == {"factorize", "quantize", "judge"}
+    assert stages_of(computed) == ALL
     run(recipe, "--cache", cache, "--output", tmp_path / "other", "--set", "quantize.bits=8")
     assert stages_of(computed) == {"quantize", "judge"}
     run(recipe, "--cache", cache, "--output", tmp_path / "third")
@@ -163,15 +164,11 @@ def test_a_cache_is_shared_by_several_outputs(
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= REPORT_FILES - {"ercsvd_report.html"}
     status = json.loads(invoke("status", cache, "--json")[1])
-    assert {stage["name"].partition("-")[0] for stage in status["stages"]} == {
-        "factorize",
-        "quantize",
-        "judge",
-    }
+    assert {stage["name"].partition("-")[0] for stage in status["stages"]} == ALL
     assert invoke("clean", cache)[0] == 0
     assert [path.name for path in cache.iterdir()] == ["model-files.json"]
     run(recipe, "--cache", cache, "--output", tmp_path / "fourth")
-    assert stages_of(computed) == {"factorize", "quantize", "judge"}
+    assert stages_of(computed) == ALL
 
 
 def test_an_interrupted_run_goes_on_from_a_cache(

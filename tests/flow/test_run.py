@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.json_values import finite
 from ercsvd_deploy.pipelines.stages.factorize.outcome import FactorizeOutcome
 from ercsvd_deploy.pipelines.state.lock import resumable_directory
@@ -202,7 +202,7 @@ def test_run_prints_the_table_and_json(write_recipe: RecipeWriter) -> None:
     recipe = write_recipe()
     code, output, _ = invoke("run", recipe)
     assert code == 0
-    for expected in ("bytes", "perplexity, held_out", "chosen", "vllm serve"):
+    for expected in ("Size of all tensors", "Perplexity, held_out", "chosen", "vllm serve"):
         assert expected in output
     code, output, _ = invoke("run", recipe, "--json")
     assert code == 0
@@ -336,4 +336,4 @@ def test_names_with_brackets_are_names(write_recipe: RecipeWriter, tmp_path: Pat
     text = f"[/red]x={TEXT / 'in_domain.txt'}"
     code, printed, error = invoke("eval", output, "--text", text, "--max-sequences", 1)
     assert code == 0, error
-    assert "perplexity, [/red]x" in printed
+    assert "Perplexity, [/red]x" in printed

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
-from ercsvd_deploy.pipelines.reporting.document import Report
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.stages import sensitivity
 from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import interpolate, spread
 from ercsvd_deploy.pipelines.stages.quantize import stage as quantize_stage
@@ -182,7 +181,7 @@ def test_it_is_worth_it_on_a_trained_model(write_recipe: RecipeWriter) -> None:
             },
         )
         report, _ = run(recipe)
-        lost[name] = report.change["held_out"].logprob_kl
+        lost[name] = report.change.logprob_kl["held_out"]
     assert lost["error control"] < 0.5 * lost["equal shares"]
 
 

@@ -201,6 +201,7 @@ def test_points_share_stages(
     outcomes = [piece for stage, piece in finished if (stage, piece) == ("factorize", "outcome")]
     assert len(outcomes) == 1
     assert len([piece for stage, piece in finished if stage == "judge"]) == 2
+    assert len([piece for stage, piece in finished if (stage, piece) == ("judge_original", "outcome")]) == 1
     finished.clear()
     assert not (tmp_path / "out").exists()  # a point is no export
     places = str(tmp_path / "sweep"), str(tmp_path / "other work")  # its report alone is there

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.sweeping.points import DENSE
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import hashes
@@ -85,6 +85,8 @@ def test_a_point_fails_alone_and_the_export_uses_the_sweeps_stages(
     done = Counter(piece for _, piece in DONE.findall(err) if piece.startswith("factorize"))
     assert done
     assert set(done.values()) == {1}
+    original = [piece for _, piece in DONE.findall(err) if re.match(r"judge_original\S*: outcome", piece)]
+    assert len(original) == 1  # for all points
     status = json.loads(invoke("status", tmp_path / "sweep", "--json")[1])["sweep"]
     assert set(status["failed"]) == {"too much", "no such model"}
     assert "2 failed" in invoke("status", tmp_path / "sweep")[1]
@@ -185,7 +187,7 @@ def test_whatever_ends_it_the_same_command_goes_on(way: str, sweep_file: Path, t
     assert hashes(tmp_path / "picked") == hashes(tmp_path / "expected")
     log = (tmp_path / "log").read_text()
     # The last stage of each point, and all that points share; the export found all of them.
-    done = Counter(re.findall(r"\((.*?)\) judge\S*: outcome is done$", log, re.MULTILINE))
+    done = Counter(re.findall(r"\((.*?)\) judge-\S*: outcome is done$", log, re.MULTILINE))
     assert set(done) == set(NAMES)
     assert set(done.values()) == {1}
     pieces = Counter(re.findall(r"(\S+: \S+) is done$", log, re.MULTILINE))

@@ -8,6 +8,7 @@ phone, below each other.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -17,14 +18,15 @@ from itertools import cycle
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
-from ercsvd_deploy.pipelines.reporting.rows import readable_bytes
-from ercsvd_deploy.pipelines.reporting.schema import (
-    FactorizedLinear,
-    Figures,
-    QuantizedMatrix,
-    Reference,
-    ReportDocument,
-)
+from ercsvd_deploy.pipelines.judging.figures import ModelFigures
+from ercsvd_deploy.pipelines.reporting.document import Reference, Report
+from ercsvd_deploy.pipelines.reporting.numbers import readable_bytes
+from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
+from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
+from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
+from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome
+from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizedMatrix
+from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
 
 if TYPE_CHECKING:  # matplotlib belongs to an extra
     from matplotlib.axes import Axes
@@ -91,7 +93,7 @@ class Plot:
     pictures: tuple[str, ...]  # SVG elements; several are small multiples
 
 
-def draw_plots(report: ReportDocument) -> list[Plot]:
+def draw_plots(report: Report) -> list[Plot]:
     """Return every plot for which the report has the numbers.
 
     Raises:
@@ -120,10 +122,10 @@ def kind_of(linear: str) -> str:
     return linear.rpartition(".")[2]
 
 
-def _perplexity_against_size(report: ReportDocument) -> Plot | None:
-    models: list[Figures | Reference] = [report.original, report.compressed, *report.references]
+def _perplexity_against_size(report: Report) -> Plot | None:
+    models: list[ModelFigures | Reference] = [report.original, report.compressed, *report.references]
     series = {
-        text: [(model.num_bytes, model.perplexity.get(text)) for model in models]
+        text: [(model.num_bytes, _finite(model.perplexity.get(text))) for model in models]
         for text in report.original.perplexity
     }
     caption = "Perplexity of the next token; lower and further left is better."
@@ -132,10 +134,10 @@ def _perplexity_against_size(report: ReportDocument) -> Plot | None:
     )
 
 
-def _exact_match_against_size(report: ReportDocument) -> Plot | None:
-    models: list[Figures | Reference] = [report.original, report.compressed, *report.references]
+def _exact_match_against_size(report: Report) -> Plot | None:
+    models: list[ModelFigures | Reference] = [report.original, report.compressed, *report.references]
     series = {
-        name: [(model.num_bytes, _times_100(model.exact_match.get(name))) for model in models]
+        name: [(model.num_bytes, _times_100(_finite(model.exact_match.get(name)))) for model in models]
         for name in report.original.exact_match
     }
     caption = "Questions about pictures answered word for word, in %; higher and further left is better."
@@ -189,7 +191,7 @@ def _against_size(
     return Plot(title, told, (_picture(draw, title),))
 
 
-def _errors_by_layer(report: ReportDocument) -> Plot | None:
+def _errors_by_layer(report: Report) -> Plot | None:
     series = {text: errors for text, errors in report.change.layer_errors.items() if errors}
     if not series:
         return None
@@ -197,7 +199,7 @@ def _errors_by_layer(report: ReportDocument) -> Plot | None:
     def draw(axes: Axes) -> None:
         for colour, (text, errors) in zip(cycle(_SERIES), series.items(), strict=False):
             marker = "o" if len(errors) <= 2 * _MANY_LAYERS else ""
-            axes.plot(range(len(errors)), _gaps(errors), marker=marker, color=colour, label=_short(text))
+            axes.plot(range(len(errors)), errors, marker=marker, color=colour, label=_short(text))
         axes.set_xlabel("decoder layer")
         axes.set_ylim(bottom=0)
         _whole_numbers(axes)
@@ -208,13 +210,14 @@ def _errors_by_layer(report: ReportDocument) -> Plot | None:
     return Plot(title, caption, (_picture(draw, title),))
 
 
-def _search(report: ReportDocument) -> Plot | None:
-    if report.factorize is None:
+def _search(report: Report) -> Plot | None:
+    factorized: Factorized | None = report.stages.get(FactorizeStage.name)
+    if factorized is None:
         return None
-    chosen = report.factorize.num_compressed_layers
+    chosen = factorized.num_compressed_layers
     points = [
         (point.num_compressed_layers, point.final_layer_error)
-        for point in report.factorize.search
+        for point in factorized.search
         if point.final_layer_error is not None
     ]
     if len(points) < 2:
@@ -238,10 +241,11 @@ def _search(report: ReportDocument) -> Plot | None:
     return Plot(title, caption, (_picture(draw, title),))
 
 
-def _ranks(report: ReportDocument) -> Plot | None:
-    if report.factorize is None:
+def _ranks(report: Report) -> Plot | None:
+    factorized: Factorized | None = report.stages.get(FactorizeStage.name)
+    if factorized is None:
         return None
-    cells = _by_layer_and_kind(report.factorize.linears)
+    cells = _by_layer_and_kind(factorized.linears)
     if not cells:
         return None
     layers = sorted({layer for layer, _ in cells})
@@ -279,11 +283,12 @@ def _ranks(report: ReportDocument) -> Plot | None:
     return Plot(title, caption, (_picture(draw, title),))
 
 
-def _quantization_losses(report: ReportDocument) -> Plot | None:
-    if report.quantize is None:
+def _quantization_losses(report: Report) -> Plot | None:
+    quantized: QuantizeOutcome | None = report.stages.get(QuantizeStage.name)
+    if quantized is None:
         return None
     layers: dict[int, list[QuantizedMatrix]] = defaultdict(list)
-    for matrix in report.quantize.matrices:
+    for matrix in quantized.matrices:
         layer = layer_of(matrix.name)
         if layer is not None:
             layers[layer].append(matrix)
@@ -312,11 +317,12 @@ def _quantization_losses(report: ReportDocument) -> Plot | None:
     return Plot(title, caption, (_picture(draw, title),))
 
 
-def _spectra(report: ReportDocument) -> Plot | None:
-    if report.factorize is None:
+def _spectra(report: Report) -> Plot | None:
+    factorized: Factorized | None = report.stages.get(FactorizeStage.name)
+    if factorized is None:
         return None
     kinds: dict[str, list[FactorizedLinear]] = defaultdict(list)
-    for linear in report.factorize.linears:
+    for linear in factorized.linears:
         if len(linear.spectrum) > 1:
             kinds[kind_of(linear.name)].append(linear)
     if not kinds:
@@ -339,7 +345,7 @@ def _spectrum_drawing(linears: Sequence[FactorizedLinear], lowest: float) -> Cal
 
     def draw(axes: Axes) -> None:
         for place, linear in enumerate(linears):
-            known = [(at, value) for at, value in linear.spectrum if value is not None and value > 0]
+            known = [(at, value) for at, value in linear.spectrum if _finite(value) is not None and value > 0]
             if known:
                 depth = (place + 1) / len(linears)
                 axes.plot(*zip(*known, strict=True), color=_SERIES[0], alpha=0.2 + 0.8 * depth, linewidth=0.9)
@@ -422,14 +428,14 @@ def _logarithmic(axes: Axes, direction: Literal["x", "y"]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _gaps(values: Sequence[float | None]) -> list[float]:
-    """Return values with a gap in the line where one is missing."""
-    return [float("nan") if value is None else value for value in values]
+def _finite(value: float | None) -> float | None:
+    """Return a measured number; None where nothing was measured, or nothing finite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _positive(values: Iterable[float | None]) -> list[float]:
     """Return what a logarithmic axis can show."""
-    return [value for value in values if value is not None and value > 0]
+    return [value for value in map(_finite, values) if value is not None and value > 0]
 
 
 def _times_100(share: float | None) -> float | None:

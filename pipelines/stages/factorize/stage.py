@@ -17,9 +17,13 @@ from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.outcome import (
+    Factorized,
     FactorizeOutcome,
     allocation_table,
+    budget_table,
+    choice_table,
     layer_table,
+    linear_table,
     search_table,
 )
 from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice
@@ -56,6 +60,7 @@ class FactorizeStage(Stage):
     further_settings: Mapping[str, Any]
 
     name = "factorize"
+    reported_as = Factorized
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
@@ -130,14 +135,19 @@ class FactorizeStage(Stage):
         run.model.overlay(outcome.files, outcome.modules)
         return outcome
 
-    def as_json(self, result: FactorizeOutcome) -> Any:
+    def reported(self, result: FactorizeOutcome) -> Factorized:
         """Return what was chosen, and what every Linear lost."""
-        return result.as_json()
+        return result.reported()
 
     def tables(self, result: FactorizeOutcome) -> Iterable[Table]:
         """Show the search, every Linear, and what error control chose."""
         if len(result.search) > 1:
             yield search_table(result)
         yield layer_table(result)
+        if result.chosen.budget is not None:
+            yield budget_table(result.chosen.budget)
         if result.allocation:
             yield allocation_table(result.allocation)
+        yield linear_table("Factorized Linears", result.linears)
+        if result.allocation:
+            yield choice_table(result.allocation)

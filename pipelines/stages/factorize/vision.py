@@ -8,18 +8,20 @@ give.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 
 from ercsvd_deploy.budget.ranks import LinearShape, RankError
+from ercsvd_deploy.format.described import NotReported
 from ercsvd_deploy.format.schema import WEIGHT, Storage
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.models.statistics import InputStatistics
-from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
@@ -29,6 +31,7 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
     measure_linear,
     truncate_linear,
 )
+from ercsvd_deploy.pipelines.stages.factorize.outcome import linear_table
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_vision_ranks
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_vision_steps
 from ercsvd_deploy.pipelines.stages.factorize.residual import (
@@ -45,11 +48,11 @@ from ercsvd_deploy.recipe.stages import Factorize
 
 @dataclass(frozen=True)
 class VisionOutcome:
-    """What became of the vision parts that the recipe asked to compress."""
+    """What factorization made of the vision parts."""
 
-    modules: dict[str, Storage]
-    linears: list[FactorizedLinear]
-    files: list[Path]
+    linears: Annotated[list[FactorizedLinear], Field(description="Its Linears.")]
+    modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
+    files: NotReported[list[Path]] = field(default_factory=list)
 
 
 def factorize_vision(work: Factorization, ranks: Mapping[str, int]) -> VisionOutcome:
@@ -78,7 +81,7 @@ def factorize_vision(work: Factorization, ranks: Mapping[str, int]) -> VisionOut
                 linears.append(measured)
         findings = LINEARS.dump_python(linears)
         work.cache.finish(OUTCOME, findings, tensors)
-    return VisionOutcome(storages, LINEARS.validate_python(findings), [work.cache.tensors_file(OUTCOME)])
+    return VisionOutcome(LINEARS.validate_python(findings), storages, [work.cache.tensors_file(OUTCOME)])
 
 
 def _groups(architecture: Architecture, ranks: Mapping[str, int]) -> list[list[LinearShape]]:
@@ -148,6 +151,7 @@ class VisionStage(Stage):
     steps_digest: str
 
     name = "vision"
+    reported_as = VisionOutcome
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
@@ -186,6 +190,6 @@ class VisionStage(Stage):
         run.model.overlay(outcome.files, outcome.modules)
         return outcome
 
-    def as_json(self, result: VisionOutcome) -> Any:
-        """Return what every Linear lost."""
-        return {"linears": [asdict(linear) for linear in result.linears]}
+    def tables(self, result: VisionOutcome) -> Iterable[Table]:
+        """List every Linear."""
+        yield linear_table("Factorized vision Linears", result.linears)
