@@ -14,10 +14,9 @@ from ercsvd_deploy.models.families import (
     VISION_LANGUAGE_MODEL_TYPES,
     Architecture,
     ArchitectureError,
-    describe,
     reads_images,
 )
-from ercsvd_deploy.models.meta import build_meta_model, compressed_config
+from ercsvd_deploy.models.meta import compressed_config, read_architecture
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.components import Component, describe_components
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine
@@ -164,9 +163,7 @@ def make_plan(
     config = open_config(recipe.model) if config is None else config
     refuse_compressed(config)
     check_vision(recipe, config)
-    architecture = describe(
-        build_meta_model(config, trust_remote_code=recipe.model.trust_remote_code), config
-    )
+    architecture = read_architecture(config, trust_remote_code=recipe.model.trust_remote_code)
     check_tensor_parallel_sizes(recipe, architecture)
     dtype = planned_dtype(recipe, config)
     element = getattr(torch, dtype).itemsize

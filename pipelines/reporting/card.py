@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ercsvd_deploy.installation import install_command, where_from
 from ercsvd_deploy.pipelines.reporting.description import (
     describe_treatment,
     export_path,
@@ -209,8 +210,14 @@ def _serving(report: Report, path: Path) -> str:
     return (
         "## Serve it with vLLM\n\n"
         + fenced("\n".join(serve_commands(report, _public(path))), "bash")
-        + f"\nThe package is the plugin, which vLLM finds by itself.{said}\n"
+        + f"\nThe package is the plugin, which vLLM finds by itself.{said}{_origin()}\n"
     )
+
+
+def _origin() -> str:
+    """Return where the package comes from as long as no package index has it."""
+    said = where_from()
+    return "" if said is None else f" {said.replace('  ', ' `')}`."
 
 
 def _public(path: Path) -> str:
@@ -228,7 +235,7 @@ def _loading(report: Report, path: Path) -> str:
     )
     return (
         "## Load it in transformers\n\n"
-        + fenced("pip install 'ercsvd-deploy[compress]'", "bash")
+        + fenced(install_command("compress"), "bash")
         + "\n"
         + fenced(code, "python")
     )

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ercsvd_deploy.installation import install_command
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
@@ -146,7 +147,7 @@ def serve_commands(report: Report, path: str) -> list[str]:
     smallest = min(tensor_parallel_sizes(report), default=1)
     if smallest > 1:
         words += ["--tensor-parallel-size", str(smallest)]
-    return ["pip install 'vllm>=0.29' ercsvd-deploy", shlex.join(words)]
+    return [install_command(beside="vllm>=0.29"), shlex.join(words)]
 
 
 def tensor_parallel_sizes(report: Report) -> list[int]:

@@ -114,14 +114,14 @@ class Stage(ABC):
         is_kept: Whether they stay instead until the run ends, for a second try with other settings.
         reported_as: The dataclass that the report has of a result, under the stage's name; its fields are
             described, and its JSON schema is published. None: nothing.
-        memory_remedy: What lowers its needs of memory.
+        memory_remedy: What of the recipe makes it take less memory, for whoever has too little.
     """
 
     name: ClassVar[str]
     temporary_for: ClassVar[str | None] = None
+    memory_remedy: ClassVar[str] = "lower calibration.num_samples or calibration.sequence_length"
     is_kept: ClassVar[bool] = False
     reported_as: ClassVar[type | None] = None
-    memory_remedy: ClassVar[str] = "lower calibration.num_samples or calibration.sequence_length"
 
     @classmethod
     @abstractmethod

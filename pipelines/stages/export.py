@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,11 @@ class ExportStage(Stage):
 
     Attributes:
         target: The directory to appear, absolute.
+        max_shard_bytes: Upper size of a file of tensors.
     """
 
     target: Path
+    max_shard_bytes: int
 
     name = "export"
     memory_remedy = "lower export.max_shard_size"
@@ -42,11 +44,15 @@ class ExportStage(Stage):
     def plan(cls, context: PlanningContext) -> Self | None:
         """Return the stage; None if the recipe names no directory."""
         path = context.recipe.export.path
-        return None if path is None else cls(path.absolute())
+        return None if path is None else cls(path.absolute(), context.recipe.export.max_shard_bytes)
 
     def settings(self) -> Any:
-        """Return the directory."""
-        return {"path": str(self.target)}
+        """Return what the files depend on: wherever they are, they are the same."""
+        return {"max_shard_bytes": self.max_shard_bytes}
+
+    def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the model depends on, and digests of the files that come with it."""
+        return super().fingerprint(before, data) | {"carried_over": data["carried_over"]}
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
         """Return the largest shard, beside the pages of the files that it comes from."""
@@ -67,10 +73,11 @@ class ExportStage(Stage):
             store=run.model.store,
             architecture=run.model.original.architecture,
             compressed=CheckpointConfig(modules=run.model.modules),
-            max_shard_bytes=recipe.export.max_shard_bytes,
+            max_shard_bytes=self.max_shard_bytes,
             add_files=partial(carry_over_card, run.model.opened.directory),
             add_reports=run.write_report,
             unlisted=REPORT_FILES,
+            is_forced=run.is_forced,
         )
 
 

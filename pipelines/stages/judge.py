@@ -43,6 +43,7 @@ class JudgeOriginalStage(Stage):
     """
 
     name = "judge_original"
+    memory_remedy = "lower evaluation.max_sequences or evaluation.sequence_length"
     temporary_for = "judge"
     is_kept = True
 

@@ -52,7 +52,7 @@ class MeasuredExportStage(Stage):
     is_served: bool
 
     name = "measured_export"
-    memory_remedy = "leave out gates.serving_parity and evaluation.lm_eval"
+    memory_remedy = "leave out gates.serving_parity, or lower evaluation.lm_eval.batch_size"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
