@@ -128,8 +128,10 @@ def _find_unclear_budget(recipe: Recipe) -> Iterator[tuple[Location, str]]:
                 )
     if recipe.target is not None and recipe.factorize is None:
         yield ("target",), "is set, but there is no factorize stage whose ranks could meet it; add one"
-    if recipe.target is not None and recipe.quantize is None and recipe.target.group_sizes is not None:
-        yield ("target", "group_sizes"), "is set, but there is no quantize stage; add one, or remove it"
+    if recipe.target is not None and recipe.quantize is None:
+        given = recipe.target.model_dump(exclude_none=True)
+        for key in [key for key in ("group_sizes", "factor_bits") if key in given]:
+            yield ("target", key), "is set, but there is no quantize stage; add one, or remove it"
 
 
 def _find_idle_gates(recipe: Recipe) -> Iterator[tuple[Location, str]]:

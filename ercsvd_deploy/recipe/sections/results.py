@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from ercsvd_deploy.format.schema import Bits
 from ercsvd_deploy.recipe.fields import (
     ListWithoutRepetition,
     LocalPath,
@@ -91,11 +92,17 @@ class Target(Section):
         default=None,
         description="Stored bits per original weight over all decoder Linears, scales included.",
     )
-    bits: ListWithoutRepetition[Literal[4, 8]] = Field(
+    bits: ListWithoutRepetition[Bits] = Field(
         default=(4,),
         min_length=1,
-        description="Bits that a quantized matrix may have. vLLM has kernels for 8 bits on GPUs only; on a "
-        "CPU such a matrix takes 16.",
+        description="Bits that a quantized dense matrix may have. vLLM has kernels for others than 4 on "
+        "NVIDIA GPUs only; elsewhere such a matrix takes 16.",
+    )
+    factor_bits: ListWithoutRepetition[Bits] | None = Field(
+        default=None,
+        min_length=1,
+        description="Bits that both factors of a low-rank matrix may have; null: the stage's own. Each is "
+        "tried, which takes time.",
     )
     group_sizes: ListWithoutRepetition[Literal[32, 64, 128, -1]] | None = Field(
         default=None, description="Group sizes that a dense quantized matrix may have; null: the stage's own."
