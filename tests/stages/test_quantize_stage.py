@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,9 @@ def test_rounding_baseline_loses_to_gptq(write_recipe: RecipeWriter) -> None:
         stages = (factorize(num_compressed_layers=3, rank_multiple=32), quantize(method=method))
         report, _ = run_recipe(load_recipe(write_recipe(*stages)))
         assert report.results["quantize"] is not None
-        assert {matrix.method for matrix in report.results["quantize"].matrices} == {method}
+        taken = Counter(matrix.method for matrix in report.results["quantize"].matrices)
+        # On held-out tokens rounding wins here and there: 576 tokens are few for GPTQ.
+        assert taken[method] > 0.8 * taken.total() if method == "gptq" else set(taken) == {"rtn"}
         losses[method] = sum(linear.loss for linear in report.results["quantize"].linears)
     assert losses["gptq"] < losses["rtn"]
 
