@@ -16,6 +16,7 @@ from typing import Any
 
 from ercsvd_deploy.exporters.vllm.target import CONFIG_FILE, check_target
 from ercsvd_deploy.format.atomic_files import write_json_atomically
+from ercsvd_deploy.format.compressed_tensors import describe_dense_integers, guards_of
 from ercsvd_deploy.format.manifest import write_manifest
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.format.shards import write_sharded
@@ -62,6 +63,7 @@ def write_export(
     architecture: Architecture,
     compressed: CheckpointConfig,
     max_shard_bytes: int,
+    needs_plugin: bool = True,
     add_files: Callable[[Path], None] = lambda _directory: None,
     unlisted: frozenset[str] = frozenset(),
 ) -> Export:
@@ -77,6 +79,8 @@ def write_export(
             checkpoints call them.
         compressed: Description of every altered module.
         max_shard_bytes: Upper size of a safetensors file.
+        needs_plugin: Whether the directory is in our own format; else it is in compressed-tensors', which can
+            hold dense integers alone.
         add_files: Writes further files (report, model card) into the directory before it appears.
         unlisted: Names of files that may change later, and have no checksum in the manifest.
 
@@ -88,9 +92,12 @@ def write_export(
     partial = work / "export"
     shutil.rmtree(partial, ignore_errors=True)  # half an export of a run that was killed
     partial.mkdir()
+    if not needs_plugin:
+        store = RenamedStore(store, {name: name for name in store.names() - guards_of(compressed.modules)})
     num_bytes = write_weights(partial, store, architecture, max_shard_bytes)
-    compressed = CheckpointConfig(
-        modules={architecture.checkpoint_name(name): module for name, module in compressed.modules.items()}
+    modules = {architecture.checkpoint_name(name): module for name, module in compressed.modules.items()}
+    description = (
+        CheckpointConfig(modules=modules).write() if needs_plugin else describe_dense_integers(modules)
     )
     for pattern in _CARRIED_OVER:
         for path in sorted(source.glob(pattern)):
@@ -100,7 +107,7 @@ def write_export(
                 shutil.copyfile(path, partial / path.name)
     add_files(partial)
     # Last: without a config no loader takes the directory for a model.
-    write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, compressed))
+    write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, description))
     write_manifest(partial, unlisted=unlisted)
     _replace_directory(partial, target)
     return Export(target, num_bytes)
@@ -128,15 +135,15 @@ def write_weights(
     )
 
 
-def _served_config(source: Path, dtype: str | None, compressed: CheckpointConfig) -> dict[str, Any]:
-    """Return the source's own config.json with our description added; nothing else is rewritten."""
+def _served_config(source: Path, dtype: str | None, description: dict[str, Any]) -> dict[str, Any]:
+    """Return the source's own config.json with the description added; nothing else is rewritten."""
     served: dict[str, Any] = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
     if dtype is not None:
         parts = [part for part in served.values() if isinstance(part, dict)]
         for config in [served, *(part for part in parts if "dtype" in part or "torch_dtype" in part)]:
             config.pop("torch_dtype", None)
             config["dtype"] = dtype
-    served["quantization_config"] = compressed.write()
+    served["quantization_config"] = description
     return served
 
 

@@ -133,7 +133,13 @@ def serve_commands(report: ReportDocument, path: str) -> list[str]:
     smallest = min(tensor_parallel_sizes(report), default=1)
     if smallest > 1:
         words += ["--tensor-parallel-size", str(smallest)]
-    return ["pip install 'vllm>=0.29' ercsvd-deploy", shlex.join(words)]
+    plugin = " ercsvd-deploy" if needs_plugin(report) else ""
+    return [f"pip install 'vllm>=0.29'{plugin}", shlex.join(words)]
+
+
+def needs_plugin(report: ReportDocument) -> bool:
+    """Whether the export is in our own format."""
+    return bool(_section(report.recipe, "export").get("format", "vllm") == "vllm")
 
 
 def tensor_parallel_sizes(report: ReportDocument) -> list[int]:

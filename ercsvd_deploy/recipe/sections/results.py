@@ -63,7 +63,11 @@ class Serving(Section):
 class Export(Section):
     """The directory to write."""
 
-    format: Literal["vllm"] = Field(default="vllm", description="Kind of directory to write.")
+    format: Literal["vllm", "compressed-tensors"] = Field(
+        default="vllm",
+        description="Kind of directory to write. `compressed-tensors` is read by vLLM and transformers "
+        "without this package, but holds no low-rank matrices, and integers of 2, 4 and 8 bits only.",
+    )
     path: LocalPath | None = Field(
         default=None, description="Directory to write; the command line's `--output` comes first."
     )

@@ -16,6 +16,8 @@ def serving_warnings(
     architecture: Architecture,
     tensor_parallel_sizes: Sequence[int],
     dtype: str,
+    *,
+    has_plugin: bool = True,
 ) -> list[str]:
     """Return what about a quantized model is served otherwise than its recipe may suggest.
 
@@ -25,16 +27,15 @@ def serving_warnings(
         architecture: The model's.
         tensor_parallel_sizes: At which it is to be served.
         dtype: Precision of the other tensors, "bfloat16" say.
+        has_plugin: Whether our plugin serves the model, which makes plain what no kernel takes.
     """
     integers = [each for storage in described.values() for _, each in storage.parts.values() if each]
     warnings = _fitting_notes(plan, described, tensor_parallel_sizes)
     without_cpu_kernel = sorted({each.bits for each in integers} - {4})
     if without_cpu_kernel:
         kinds = ", ".join(f"{bits}-bit" for bits in without_cpu_kernel)
-        warnings.append(
-            f"quantize: vLLM has no kernel for {kinds} weights on a CPU; it would hold these matrices in "
-            "16 bits"
-        )
+        without = "it would hold these matrices in 16 bits" if has_plugin else "it would not start there"
+        warnings.append(f"quantize: vLLM has no kernel for {kinds} weights on a CPU; {without}")
     unaligned = find_unaligned(described, architecture, tensor_parallel_sizes)
     if unaligned:
         first = unaligned[0]
