@@ -30,8 +30,8 @@ def find_unreadable(modules: Mapping[str, Storage], fused: Iterable[Iterable[str
             problems.append(f"{name} is {storage.label}: the format has no low-rank matrices")
         elif storage.weight is not None and storage.weight.bits not in READABLE_BITS:
             problems.append(
-                f"{name} has {storage.weight.bits} bits: compressed-tensors and vLLM agree on words of 2, 4 and "
-                "8 bits only"
+                f"{name} has {storage.weight.bits} bits: compressed-tensors and vLLM agree on words of 2, 4 "
+                "and 8 bits only"
             )
     for layer in fused:
         names = list(layer)
