@@ -70,7 +70,7 @@ def test_streamed_model_is_the_one_that_transformers_loads(
 
 def test_fewer_bits_are_smaller_and_farther_from_the_original(write_recipe: RecipeWriter) -> None:
     sizes, losses = [], []
-    for bits in (2, 3, 4, 5, 6, 8):
+    for bits in (2, 3, 4, 6):
         report, _ = run_recipe(load_recipe(write_recipe(quantize(bits=bits))))
         assert report.results["quantize"] is not None
         sizes.append(report.compressed.num_bytes)
