@@ -197,7 +197,14 @@ def make_plan(
         patterns=storing.matches,
         notes=_allocation_note(recipe),
         warnings=(
-            *serving_warnings(storing, candidates[-1].modules, architecture, sizes, dtype),
+            *serving_warnings(
+                storing,
+                candidates[-1].modules,
+                architecture,
+                sizes,
+                dtype,
+                has_plugin=recipe.export.format == "vllm",
+            ),
             *gpu_warnings(
                 dense_on_gpu,
                 [each.gpu_bytes for each in shown],

@@ -107,6 +107,12 @@ def test_second_factor_gets_a_group_where_that_is_below_break_even(
     assert automatic_step(LinearShape("m", 0, *shape), "low_rank", group_size=group_size) == step
 
 
+@pytest.mark.parametrize(("whole_words", "step"), [(8, 8), (16, 16), (32, 32)])
+def test_step_fills_whole_words_where_no_group_fits(whole_words: int, step: int) -> None:
+    small = LinearShape("m", 0, 40, 40)
+    assert automatic_step(small, "low_rank", group_size=64, whole_words=whole_words) == step
+
+
 SHAPES = st.builds(
     lambda out, columns: LinearShape("m", 0, out, columns), st.integers(1, 3000), st.integers(1, 3000)
 )

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches, text_samples
 from ercsvd_deploy.data.texts import load_tokenizer
+from ercsvd_deploy.format.integer_words import dequantize
 from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear, unpack_integers
+from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
@@ -173,8 +174,7 @@ def test_quantization_keeps_to_the_trained_factors(write_recipe: RecipeWriter, t
 def unpacked(state: dict[str, torch.Tensor], prefix: str) -> torch.Tensor:
     """Return a matrix from its integers of eight bits, in groups of 32."""
     scale = state[f"{prefix}.weight_scale"]
-    integers = unpack_integers(state[f"{prefix}.weight_packed"], 8, 32 * scale.shape[1])
-    return (integers.view(*scale.shape, 32) * scale[..., None]).flatten(1)
+    return dequantize(state[f"{prefix}.weight_packed"], scale, None, bits=8, columns=32 * scale.shape[1])
 
 
 @pytest.mark.parametrize("stages", [[], [HARD], [HARD, recover()]], ids=len)
