@@ -69,6 +69,17 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
     },
+    # examples/real_model.py makes it; the tests need its sizes alone.
+    "out/SmolLM2-135M-Instruct": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
 } | {f"llava-hf/{name}-hf": config for name, (config, *_) in MODELS.items()}
 
 
