@@ -106,12 +106,11 @@ def integer_matrices(
     plans = rank_plans(loaded, architecture, 2)
     served = loaded.serving.tensor_parallel_sizes
     storage = _storage(loaded, plans, architecture)
+    candidates = [plan.ranks for plan in plans.values()] or [{}]  # no ranks: every matrix stays dense
     return tuple(
         use
-        for plan in plans.values()
-        for use in plan_matrices(
-            storage.describe(plan.ranks, architecture), architecture, tensor_parallel_sizes
-        )
+        for ranks in candidates
+        for use in plan_matrices(storage.describe(ranks, architecture), architecture, tensor_parallel_sizes)
         if use.quantization is not None
         and (use.tensor_parallel_size in served or use.columns % max(use.quantization["group_size"], 32) == 0)
     )
