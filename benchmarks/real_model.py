@@ -1,7 +1,7 @@
 """The paper's method on a real model, without mercy: what removing 20 to 60 % of SmolLM2-135M-Instruct costs.
 
 Every row is one run of the pipeline in floating point; beside them stand plain integers, so that a reader
-sees what the same bytes are worth. Calibration is English prose; what is judged is other prose and Python source.
+sees what the same bytes are worth. Calibration is English prose; other prose and Python source are judged.
 
     python examples/real_model.py && python benchmarks/real_model.py
 
@@ -169,8 +169,8 @@ def write_report(rows: Sequence[Row], arguments: argparse.Namespace) -> None:
 
 ln(perplexity / dense) of SmolLM2-135M-Instruct (`examples/real_model.py`) on {WINDOWS} windows of {LENGTH}
 tokens of each held-out text, English prose / Python source; calibrated on {arguments.samples} sequences of
-{LENGTH} tokens of other English prose. "-" is not measured. The model's weights were four-bit integers in groups
-of 32 once.
+{LENGTH} tokens of other English prose. "-" is not measured. The model's weights were four-bit integers in
+groups of 32 once.
 
 In floating point, by the share of the decoder's parameters that is removed:
 
