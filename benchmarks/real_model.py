@@ -205,12 +205,14 @@ def main() -> None:
     if arguments.rows.exists():
         lines = arguments.rows.read_text().splitlines()
         rows = {(row.name, row.ratio): row for row in (Row(**json.loads(line)) for line in lines)}
-    with tempfile.TemporaryDirectory() as shared, arguments.rows.open("a") as file:
+    shared = arguments.rows.with_suffix(".stages")  # stays, so that a run that goes on need not repeat it
+    shared.mkdir(exist_ok=True)
+    with arguments.rows.open("a") as file:
         for point in points():
             is_asked = arguments.only is None or point.name.startswith(tuple(arguments.only))
             is_asked &= point.ratio is None or point.ratio in arguments.ratios
             if is_asked and (point.name, point.ratio) not in rows:
-                row = measure(point, arguments, Path(shared))
+                row = measure(point, arguments, shared)
                 rows[point.name, point.ratio] = row
                 file.write(json.dumps(asdict(row)) + "\n")
                 file.flush()
