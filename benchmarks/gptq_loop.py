@@ -23,9 +23,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ercsvd_deploy.quantization.gptq import proxy_loss
 from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_columns
 from ercsvd_deploy.quantization.grid import Grid, choose_grid, stack_grids
+from ercsvd_deploy.quantization.losses import proxy_loss
 from tests.quantization.gptqmodel_reference import run_gptqmodel
 
 GROUP_SIZE = 64

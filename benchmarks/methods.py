@@ -31,8 +31,10 @@ from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, open_model, stream
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows, evaluation_windows
-from ercsvd_deploy.pipelines.planning.plan import rank_plans
-from ercsvd_deploy.pipelines.stages.factorize.last_layers import factorize_decoder
+from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
+from ercsvd_deploy.pipelines.stages.factorize.ranks.last_layers import LastLayers
+from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import rank_plans
+from ercsvd_deploy.pipelines.stages.factorize.walk import factorize_decoder
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.sections import Recipe
@@ -91,9 +93,8 @@ class Workbench:
         started = time.monotonic()
         plans = rank_plans(recipe, self.model.architecture, self.model.dtype.itemsize)
         with tempfile.TemporaryDirectory() as directory:
-            outcome = factorize_decoder(
-                self.model, self.samples, settings, plans, FinishedWork(Path(directory))
-            )
+            work = Factorization(self.model, self.samples, settings, FinishedWork(Path(directory)))
+            outcome = factorize_decoder(work, LastLayers(work, plans))
             store = OverlayStore(self.model.store, FileStore(outcome.files), outcome.modules)
             seconds = time.monotonic() - started
             compressed = self.compressed(store, CheckpointConfig(modules=outcome.modules))

@@ -217,7 +217,7 @@ def recipe_of(point: Point) -> Any:
 def _measure_textbook(point: Point, prepared: Any, work: Path) -> Row:
     """Quantize all decoder Linears by textbook GPTQ, layer by layer on the quantized prefix."""
     from ercsvd_deploy.evaluation.comparison import compare_models
-    from ercsvd_deploy.format.schema import ModuleDescription
+    from ercsvd_deploy.format.schema import Storage
     from ercsvd_deploy.format.store_views import OverlayStore
     from ercsvd_deploy.format.tensor_store import FileStore
     from ercsvd_deploy.pipelines.inputs.model import stream
@@ -240,7 +240,7 @@ def _measure_textbook(point: Point, prepared: Any, work: Path) -> Row:
             model.advance(layer.index, hidden, module=module)
     save_file(weights, work / "weights.safetensors")
     dense = {
-        linear.name: ModuleDescription(layout="dense", shape=(linear.out_features, linear.in_features))
+        linear.name: Storage(layout="dense", shape=(linear.out_features, linear.in_features))
         for linear in model.architecture.linears
     }
     store = OverlayStore(model.store, FileStore([work / "weights.safetensors"]), dense)

@@ -21,12 +21,15 @@ from methods import Workbench
 from results_file import environment, markdown_table, write_results
 
 from ercsvd_deploy.evaluation.quality import perplexities
-from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
+from ercsvd_deploy.format.schema import CheckpointConfig, Storage
 from ercsvd_deploy.format.store_views import OverlayStore
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
-from ercsvd_deploy.pipelines.planning.plan import plan_quantize_stage, rank_plans
-from ercsvd_deploy.pipelines.stages.factorize.last_layers import factorize_decoder
+from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
+from ercsvd_deploy.pipelines.stages.factorize.ranks.last_layers import LastLayers
+from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import rank_plans
+from ercsvd_deploy.pipelines.stages.factorize.walk import factorize_decoder
 from ercsvd_deploy.pipelines.stages.quantize.decoder import quantize_decoder
+from ercsvd_deploy.pipelines.stages.quantize.storage import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import linear_bits_per_weight, stored_bytes, sum_by_part
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe
@@ -51,7 +54,7 @@ class Stored:
     """A model as stages have left it, its files included."""
 
     store: TensorStore
-    modules: dict[str, ModuleDescription]
+    modules: dict[str, Storage]
     ranks: Mapping[str, int | None]
 
 
@@ -64,9 +67,8 @@ class QuantizationBench(Workbench):
         assert recipe.factorize is not None, "the demo recipe factorizes"
         plans = rank_plans(recipe, self.model.architecture, self.model.dtype.itemsize)
         directory.mkdir()
-        outcome = factorize_decoder(
-            self.model, self.samples, recipe.factorize, plans, FinishedWork(directory)
-        )
+        work = Factorization(self.model, self.samples, recipe.factorize, FinishedWork(directory))
+        outcome = factorize_decoder(work, LastLayers(work, plans))
         store = OverlayStore(self.model.store, FileStore(outcome.files), outcome.modules)
         return Stored(store, outcome.modules, outcome.plan.ranks)
 
@@ -76,7 +78,7 @@ class QuantizationBench(Workbench):
         stage = f"stages=[{{quantize: {{group_size: {GROUP_SIZE}, {options}}}}}]"
         recipe = load_recipe(RECIPE, [*self.overrides, stage])
         assert recipe.quantize is not None, "the override asks for it"
-        plan = plan_quantize_stage(recipe, {}, self.model.architecture)
+        plan = quantize_plan_of(recipe, self.model.architecture)
         described = plan.describe(start.ranks, self.model.architecture)
         directory.mkdir()
         model = self.compressed(start.store, CheckpointConfig(modules=start.modules))

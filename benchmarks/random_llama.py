@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from ercsvd_deploy.budget.ranks import allocate_ranks
+from ercsvd_deploy.budget.equal_shares import allocate_ranks
 from ercsvd_deploy.format.atomic_files import write_json_atomically
-from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
+from ercsvd_deploy.format.schema import CheckpointConfig, Storage
 from ercsvd_deploy.format.shards import write_sharded
 from ercsvd_deploy.format.store_views import OverlayStore
 from ercsvd_deploy.format.tensor_store import TensorInfo, TensorStore
@@ -73,7 +73,7 @@ def write_dense(directory: Path, **config: Any) -> Architecture:
 
 def write_low_rank(
     directory: Path, dense: Path, *, compression_ratio: float, rank_multiple: int
-) -> dict[str, ModuleDescription]:
+) -> dict[str, Storage]:
     """Write what compressing every layer of a dense directory by `compression_ratio` would give.
 
     The ranks are those that a recipe would get, the factors are random.
@@ -92,7 +92,7 @@ def write_low_rank(
         rank_multiple=rank_multiple,
     ).ranks
     modules = {
-        linear.name: ModuleDescription(
+        linear.name: Storage(
             layout="low_rank", shape=(linear.out_features, linear.in_features), rank=ranks[linear.name]
         )
         for linear in architecture.linears

@@ -44,7 +44,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 MODEL_DIR = Path(__file__).parent / "tiny-llava"
 PATCH = 32  # one cell of the pictures' grid
 PATCHES = (SIDE // PATCH) ** 2
-IMAGE_TOKEN = "<image>"  # noqa: S105 - not a secret
+IMAGE_TOKEN = "<image>"
 TURNS = 5
 DESCRIBED = 0.5  # share of the conversations that have a full description as their first or last turn
 TOWER_SHARE = 0.04  # of the minutes

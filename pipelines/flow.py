@@ -102,7 +102,8 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
         stage.check_here()
     short = check_resources(plan)
     data = load_run_data(recipe, opened)
-    original = stream(opened, device)
+    token_weight = recipe.calibration.token_weight if recipe.calibration is not None else "uniform"
+    original = stream(opened, device, token_weight=token_weight)
     calibration = [warning for stage in plan.stages for warning in stage.check_data(data)]
     warnings = (*data.warnings, *original.surplus_warnings(), *calibration, *plan.warnings, *short)
     return PreparedRun(recipe, device, opened, data, original, plan, warnings)

@@ -23,7 +23,10 @@ from tests.tiny_models import compress_at_random, materialise, save_tiny_model
 
 if TYPE_CHECKING:
     from tests.fuzz.strategies import FuzzLog
+    from tests.recipe_runs import RecipeWriter
 
+_TEXT = Path(__file__).parents[1] / "examples" / "text"
+_FACTORIZE = {"method": "svd_llm", "compression_ratio": 0.3, "num_search_samples": 4}
 ModelDirectory = Callable[[str], Path]
 
 
@@ -72,6 +75,87 @@ def materialised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], P
     return cache(
         lambda directory: materialise(directory, tmp_path_factory.mktemp(f"{directory.name}-materialised"))
     )
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a random llama of four layers."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama", num_layers=4)
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, llama: Path) -> RecipeWriter:
+    """Return a writer of recipes for `llama`: stages and sections -> recipe file."""
+    import yaml
+
+    def write(*stages: dict[str, Any], **sections: Any) -> Path:
+        recipe = {
+            "model": {"path": str(llama)},
+            "calibration": {
+                "dataset": {"text": str(_TEXT / "calibration.txt")},
+                "num_samples": 12,
+                "sequence_length": 48,
+            },
+            "stages": list(stages) or [{"factorize": _FACTORIZE | {"method": "erc_svd"}}],
+            "evaluation": {"perplexity": {"held_out": str(_TEXT / "in_domain.txt")}, "max_sequences": 4},
+            "export": {"path": str(tmp_path / "out")},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe | sections))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with pictures of noise and conversations about them."""
+    import numpy as np
+    from PIL import Image
+
+    from tests.tiny_vision import IMAGE_SIZE
+
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(3)
+    lines = []
+    for index in range(12):
+        width, height = (IMAGE_SIZE * (1 + index % 2), IMAGE_SIZE)
+        noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{index}.png")
+        turns = [
+            {"from": "human", "value": f"<image>\nWhat is picture {index}?"},
+            {"from": "gpt", "value": f"noise {index}"},
+        ]
+        lines.append(json.dumps({"image": f"{index}.png", "conversations": turns}))
+    (folder / "conversations.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def write_picture_recipe(tmp_path: Path, tiny_model: ModelDirectory, pictures: Path) -> RecipeWriter:
+    """Return a writer of recipes for `llava` or another `model`, calibrated on pictures too."""
+    import yaml
+
+    def write(*stages: dict[str, Any], model: Path | None = None, **sections: Any) -> Path:
+        dataset = {"conversations": str(pictures / "conversations.jsonl")}
+        recipe = {
+            "model": {"path": str(model or tiny_model("llava"))},
+            "calibration": {
+                "dataset": {"text": str(_TEXT / "calibration.txt")},
+                "num_samples": 16,
+                "sequence_length": 120,
+            },
+            "vision": {"calibration": dataset, "share": 0.75},
+            "stages": list(stages)
+            or [{"factorize": _FACTORIZE | {"num_compressed_layers": "all", "rank_multiple": 8}}],
+            "evaluation": {"visual_questions": {"noise": {"dataset": dataset}}},
+            "export": {"path": str(tmp_path / "out")},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe | sections))
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

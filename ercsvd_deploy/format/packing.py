@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,30 +25,6 @@ from ercsvd_deploy.format.schema import (
 # the scales again, and a matrix rounded by GPTQ must not be rounded twice.
 
 
-class IntegerMatrix(Protocol):
-    """The attributes of a `QuantizedWeight` that `pack` reads."""
-
-    @property
-    def values(self) -> Tensor:
-        """[out, in], int8."""
-        ...
-
-    @property
-    def scale(self) -> Tensor:
-        """[out, groups]."""
-        ...
-
-    @property
-    def zero_point(self) -> Tensor | None:
-        """[out, groups], int8; None if symmetric."""
-        ...
-
-    @property
-    def storage(self) -> WeightQuantization:
-        """Bits, group size and symmetry."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A matrix as integers: weight = (values - zero_point) * scale, group by group.
@@ -60,13 +35,13 @@ class QuantizedWeight:
         values: [out, in], int8.
         scale: [out, groups] in the checkpoint's dtype; positive and finite.
         zero_point: [out, groups], int8; None if symmetric.
-        storage: bits, group size and symmetry, as the checkpoint records them.
+        quantization: bits, group size and symmetry, as the checkpoint records them.
     """
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor | None
-    storage: WeightQuantization
+    quantization: WeightQuantization
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the dense matrix [out, in]; it is rounded once, to `dtype`, as serving kernels do."""
@@ -77,7 +52,7 @@ class QuantizedWeight:
         return (grouped * self.scale.float().unsqueeze(2)).view(self.values.shape).to(dtype)
 
 
-def pack(quantized: IntegerMatrix, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+def pack(quantized: QuantizedWeight, scale_dtype: torch.dtype) -> dict[str, Tensor]:
     """Return leaf name -> tensor of a quantized matrix; the inverse of `unpack`.
 
     Args:
@@ -96,7 +71,7 @@ def pack(quantized: IntegerMatrix, scale_dtype: torch.dtype) -> dict[str, Tensor
             f"{scale_dtype} cannot hold scales chosen for {quantized.scale.dtype}: quantize with "
             f"scale_dtype={scale_dtype}"
         )
-    bits = quantized.storage.bits
+    bits = quantized.quantization.bits
     leaves = {
         WEIGHT_PACKED: pack_to_int32(quantized.values, bits).contiguous(),
         WEIGHT_SCALE: scale.contiguous(),
@@ -143,5 +118,5 @@ def unpack(
         values=unpack_from_int32(leaves[WEIGHT_PACKED], quantization.bits, torch.Size(shape)),
         scale=scale,
         zero_point=zero_point,
-        storage=quantization,
+        quantization=quantization,
     )

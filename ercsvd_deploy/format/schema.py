@@ -24,8 +24,7 @@ as the original model stores them. For a module `m` the tensors are
                output i is element row_order[i] (int32 [out]) of cat(h, o). See `linalg.pivoting`.
 
 where `<leaf>` is `weight` for a plain matrix, and for an int4/int8 one the compressed-tensors
-`pack-quantized` tensors `weight_packed`, `weight_scale`, `weight_shape` and, if asymmetric,
-`weight_zero_point`.
+`pack-quantized` tensors `weight_packed`, `weight_scale`, `weight_shape` and, asymmetric, `weight_zero_point`.
 
 The guard `m.weight` has shape [0]. A loader that does not know this format would otherwise find no
 `m.weight`, warn, and fill it with random numbers; with the guard it stops on a size mismatch.
@@ -35,8 +34,8 @@ No torch here: vLLM's front end and editors' tools read this module too.
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
@@ -59,9 +58,15 @@ WEIGHT_SCALE = "weight_scale"
 WEIGHT_ZERO_POINT = "weight_zero_point"
 WEIGHT_SHAPE = "weight_shape"
 
-
 Layout = Literal["dense", "low_rank", "pivoted"]
 LowRankLayout = Literal["low_rank", "pivoted"]
+# The matrices that each layout stores; each has a field of `Storage` for its integers.
+_PARTS: Mapping[Layout, tuple[str, ...]] = {
+    "dense": (WEIGHT,),
+    "low_rank": (FACTOR_A, FACTOR_B),
+    "pivoted": (PIVOT_ROWS, OTHER_ROWS),
+}
+_WORD_BITS = 32
 
 
 class CheckpointFormatError(ValueError):
@@ -97,23 +102,16 @@ class WeightQuantization(BaseModel):
             )
         return in_features // self.group_size
 
-    def fitted(self, in_features: int) -> WeightQuantization:
-        """Return the same integers with the largest group size that divides `in_features` and this one."""
-        if self.group_size == -1:
-            return self
-        return self.model_copy(update={"group_size": math.gcd(self.group_size, in_features)})
-
     def leaf_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """Return leaf name -> shape of the tensors that store an [out, in] matrix."""
-        values_per_word = 32 // self.bits
         groups = self.num_groups(in_features)
         leaves: dict[str, tuple[int, ...]] = {
-            WEIGHT_PACKED: (out_features, -(-in_features // values_per_word)),
+            WEIGHT_PACKED: (out_features, -(-in_features * self.bits // _WORD_BITS)),
             WEIGHT_SCALE: (out_features, groups),
             WEIGHT_SHAPE: (2,),
         }
         if not self.sym:
-            leaves[WEIGHT_ZERO_POINT] = (-(-out_features // values_per_word), groups)
+            leaves[WEIGHT_ZERO_POINT] = (-(-out_features * self.bits // _WORD_BITS), groups)
         return leaves
 
 
@@ -134,14 +132,11 @@ class Storage(BaseModel):
     factor_a: WeightQuantization | None = Field(default=None, description="Quantization of [rank, in].")
     factor_b: WeightQuantization | None = Field(default=None, description="Quantization of [out, rank].")
     pivot_rows: WeightQuantization | None = Field(default=None, description="Quantization of [rank, in].")
-    other_rows: WeightQuantization | None = Field(
-        default=None, description="Quantization of [out - rank, rank]."
-    )
+    other_rows: WeightQuantization | None = Field(default=None, description="Quantization of the others.")
 
     @model_validator(mode="after")
     def _parts_fit_the_layout(self) -> Storage:
-        parts = {"dense": (WEIGHT,), "low_rank": (FACTOR_A, FACTOR_B), "pivoted": (PIVOT_ROWS, OTHER_ROWS)}
-        allowed = parts[self.layout]
+        allowed = _PARTS[self.layout]
         for part in (WEIGHT, *FACTOR_PARTS):
             if part not in allowed and getattr(self, part) is not None:
                 raise ValueError(
@@ -151,12 +146,10 @@ class Storage(BaseModel):
             raise ValueError(
                 f"layout {self.layout} {'needs' if self.layout == 'pivoted' else 'has no'} pivot_blocks"
             )
-        if self.layout == "dense":
-            if self.rank is not None:
-                raise ValueError("layout dense has no rank")
-            return self
+        if (self.rank is None) != (self.layout == "dense"):
+            raise ValueError(f"layout {self.layout} {'has no' if self.layout == 'dense' else 'needs a'} rank")
         if self.rank is None:
-            raise ValueError(f"layout {self.layout} needs a rank")
+            return self
         if self.rank > min(self.shape):
             raise ValueError(f"rank {self.rank} exceeds the smaller side of shape {list(self.shape)}")
         if self.pivot_blocks is not None:
@@ -192,38 +185,35 @@ class Storage(BaseModel):
             first: Integers of the factor A, or of the pivot rows; None: floating point.
             second: Integers of the factor B, or of the other rows; None: floating point.
         """
-        if pivot_blocks is None:
-            return cls(layout="low_rank", shape=shape, rank=rank, factor_a=first, factor_b=second)
-        return cls(
-            layout="pivoted",
-            shape=shape,
-            rank=rank,
-            pivot_blocks=pivot_blocks,
-            pivot_rows=first,
-            other_rows=second,
-        )
+        layout: LowRankLayout = "low_rank" if pivot_blocks is None else "pivoted"
+        integers = dict(zip(_PARTS[layout], (first, second), strict=True))
+        return cls(layout=layout, shape=shape, rank=rank, pivot_blocks=pivot_blocks, **integers)
 
     @property
     def parts(self) -> dict[str, tuple[tuple[int, int], WeightQuantization | None]]:
         """Part name ('' for the dense weight) -> ((rows, columns), quantization)."""
-        out_features, in_features = self.shape
-        if self.layout == "dense":
-            return {"": ((out_features, in_features), self.weight)}
-        rank = self.rank or 0
-        if self.layout == "pivoted":
-            return {
-                PIVOT_ROWS: ((rank, in_features), self.pivot_rows),
-                OTHER_ROWS: ((out_features - rank, rank), self.other_rows),
-            }
+        (out_features, in_features), rank = self.shape, self.rank or 0
+        shapes = {
+            WEIGHT: (out_features, in_features),
+            FACTOR_A: (rank, in_features),
+            FACTOR_B: (out_features, rank),
+            PIVOT_ROWS: (rank, in_features),
+            OTHER_ROWS: (out_features - rank, rank),
+        }
         return {
-            FACTOR_A: ((rank, in_features), self.factor_a),
-            FACTOR_B: ((out_features, rank), self.factor_b),
+            "" if part == WEIGHT else part: (shapes[part], getattr(self, part))
+            for part in _PARTS[self.layout]
         }
 
     @property
     def quantization(self) -> WeightQuantization | None:
         """Integers of the dense weight, or of the first of two matrices; None for floating point."""
         return next(quantization for _, quantization in self.parts.values())
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any of its matrices holds integers."""
+        return any(quantization for _, quantization in self.parts.values())
 
     @property
     def label(self) -> str:
@@ -264,10 +254,9 @@ class CheckpointConfig(BaseModel):
     format_version: int = FORMAT_VERSION
     # not "producer": vLLM takes that key for ModelOpt's, an object, and fails on a string
     written_by: str = f"ercsvd-deploy {__version__}"
-    modules: Annotated[
-        dict[str, Storage],
-        Field(description="Checkpoint tensor-name prefix of every altered Linear -> how it is stored."),
-    ]
+    modules: dict[str, Storage] = Field(
+        description="Checkpoint tensor-name prefix of every altered Linear -> how it is stored."
+    )
     require_kernels: bool = Field(
         default=False,
         description="Refuse integer matrices that no kernel multiplies; else they become plain ones.",
@@ -308,7 +297,3 @@ class CheckpointConfig(BaseModel):
         if not self.require_kernels:  # a default is not written: earlier releases do not know the key
             del written["require_kernels"]
         return written
-
-
-# The name that the exporter and the pipelines still use.
-ModuleDescription = Storage

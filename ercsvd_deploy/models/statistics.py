@@ -2,53 +2,93 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from ercsvd_deploy.linalg.symmetric import add_symmetric_product
 
+_LEAST_ENERGY = torch.finfo(torch.float32).tiny  # of a token whose input is all zeros
+
+TokenWeight = Literal["uniform", "unit_norm"]
+
 
 @dataclass
 class InputStatistics:
-    """Sums over the inputs that some Linears share, or over gradients; accumulated in float32."""
+    """Sums over the inputs that some Linears share, or over gradients; accumulated in float32.
 
-    gram: torch.Tensor  # sum of x x^T over tokens, [in, in]
-    absolute_sum: torch.Tensor  # sum of |x| over tokens, [in]
-    num_tokens: float = 0  # tokens in the sums, each counted by its weight
+    Attributes:
+        products: Sum of w x x^T over tokens, [in, in]; w is 1, or 1 / |x|^2 for `unit_norm`.
+        absolute_sum: Sum of |x| over tokens, [in].
+        num_tokens: Tokens in the sums, each counted by the weight that its batch gives it.
+        token_weight: How tokens count beside each other. `uniform`: by their energy, as in GPTQ and SVD-LLM.
+            `unit_norm`: all alike, whatever their norm: a few tokens of a trained model, often the first of
+            a window, have inputs a hundred times as long as all others ("massive activations", arXiv
+            2402.17762), and a sum of x x^T sees no others.
+        log_energy_sum: Sum of log |x|^2 over tokens, for `unit_norm`.
+    """
+
+    products: torch.Tensor
+    absolute_sum: torch.Tensor
+    num_tokens: float = 0
+    token_weight: TokenWeight = "uniform"
+    log_energy_sum: float = 0
 
     @classmethod
-    def zeros(cls, in_features: int, device: torch.device) -> InputStatistics:
+    def zeros(
+        cls, in_features: int, device: torch.device, token_weight: TokenWeight = "uniform"
+    ) -> InputStatistics:
         """Return sums over no tokens."""
         return cls(
-            torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device)
+            torch.zeros(in_features, in_features, device=device),
+            torch.zeros(in_features, device=device),
+            token_weight=token_weight,
         )
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """Sum of x x^T over tokens, [in, in].
+
+        With `unit_norm` every token counts as if |x|^2 were the geometric mean over all tokens, so that
+        errors by it keep the size that they have for an ordinary token.
+        """
+        return self.products if self.token_weight == "uniform" else self.products * self.energy_scale
+
+    @property
+    def energy_scale(self) -> float:
+        """What `products` are multiplied by to give `gram`: 1, or the geometric mean of |x|^2."""
+        if self.token_weight == "uniform" or not self.num_tokens:
+            return 1.0
+        return math.exp(self.log_energy_sum / self.num_tokens)
 
     def add(self, inputs: torch.Tensor, token_weights: torch.Tensor | None = None) -> None:
         """Add activations [..., in], each token counted once or by `token_weights` [...]."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        if token_weights is None:
-            add_symmetric_product(self.gram, rows.T, rows)
-            self.absolute_sum += rows.abs().sum(0)
-            self.num_tokens += len(rows)
-            return
-        weights = token_weights.reshape(-1, 1).to(rows)
-        add_symmetric_product(self.gram, (weights * rows).T, rows)
-        self.absolute_sum += (weights * rows.abs()).sum(0)
-        self.num_tokens += float(weights.sum())
+        weights = None if token_weights is None else token_weights.reshape(-1, 1).to(rows)
+        self.absolute_sum += (rows.abs() if weights is None else weights * rows.abs()).sum(0)
+        self.num_tokens += len(rows) if weights is None else float(weights.sum())
+        if self.token_weight == "unit_norm":
+            energies = rows.square().sum(1, keepdim=True).clamp_(min=_LEAST_ENERGY)
+            logs = energies.log()
+            self.log_energy_sum += float((logs if weights is None else weights * logs).sum())
+            weights = 1 / energies if weights is None else weights / energies
+        add_symmetric_product(self.products, (rows if weights is None else weights * rows).T, rows)
 
     def at_zero(self) -> InputStatistics:
         """Return sums over no tokens, for the same inputs."""
-        return InputStatistics.zeros(len(self.absolute_sum), self.gram.device)
+        return InputStatistics.zeros(len(self.absolute_sum), self.products.device, self.token_weight)
 
     def include(self, other: InputStatistics) -> None:
         """Add the sums over other tokens."""
-        self.gram += other.gram
+        self.products += other.products
         self.absolute_sum += other.absolute_sum
         self.num_tokens += other.num_tokens
+        self.log_energy_sum += other.log_energy_sum
 
     @property
     def mean_absolute(self) -> torch.Tensor:
@@ -57,11 +97,10 @@ class InputStatistics:
 
     def __add__(self, other: InputStatistics) -> InputStatistics:
         """Return the sums over the tokens of both."""
-        return InputStatistics(
-            self.gram + other.gram,
-            self.absolute_sum + other.absolute_sum,
-            self.num_tokens + other.num_tokens,
-        )
+        total = self.at_zero()
+        total.include(self)
+        total.include(other)
+        return total
 
 
 @dataclass(frozen=True)
@@ -71,18 +110,27 @@ class PairedStatistics:
     original: torch.Tensor  # sum of x x^T over tokens, [in, in]
     gram: torch.Tensor  # sum of x' x'^T
     cross_moment: torch.Tensor  # sum of x x'^T
+    token_weight: TokenWeight = "uniform"  # as in `InputStatistics`; by the norm of x
 
     @classmethod
-    def zeros(cls, in_features: int, device: torch.device) -> PairedStatistics:
+    def zeros(
+        cls, in_features: int, device: torch.device, token_weight: TokenWeight = "uniform"
+    ) -> PairedStatistics:
         """Return sums over no tokens."""
-        return cls(*(torch.zeros(in_features, in_features, device=device) for _ in range(3)))
+        original, gram, cross_moment = (
+            torch.zeros(in_features, in_features, device=device) for _ in range(3)
+        )
+        return cls(original, gram, cross_moment, token_weight)
 
     def add(self, original: torch.Tensor, other: torch.Tensor, token_weights: torch.Tensor | None) -> None:
         """Add both activations [..., in] of the same tokens, weighted as in `InputStatistics.add`."""
         rows, others = (inputs.detach().flatten(0, -2).float() for inputs in (original, other))
         weighted, weighted_others = rows, others
-        if token_weights is not None:
-            weights = token_weights.reshape(-1, 1).to(rows)
+        weights = None if token_weights is None else token_weights.reshape(-1, 1).to(rows)
+        if self.token_weight == "unit_norm":
+            energies = rows.square().sum(1, keepdim=True).clamp_(min=_LEAST_ENERGY)
+            weights = 1 / energies if weights is None else weights / energies
+        if weights is not None:
             weighted, weighted_others = weights * rows, weights * others
         add_symmetric_product(self.original, weighted.T, rows)
         add_symmetric_product(self.gram, weighted_others.T, others)

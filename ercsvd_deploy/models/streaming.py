@@ -28,7 +28,7 @@ from ercsvd_deploy.models.loading import check_store, load_tensors
 from ercsvd_deploy.models.meta import build_meta_model, compressed_config, tie_weights
 from ercsvd_deploy.models.modules import replace_linears
 from ercsvd_deploy.models.recording import EmbeddingDone, capture_input, layers_replaced
-from ercsvd_deploy.models.statistics import InputStatistics, observing, observing_gradients
+from ercsvd_deploy.models.statistics import InputStatistics, TokenWeight, observing, observing_gradients
 
 MAX_TOKENS_PER_BATCH = 8192
 _MAX_TOKENS_SIDE_BY_SIDE = 2048  # enough batches for all cores, each small enough for a core's cache
@@ -56,6 +56,7 @@ class LayerwiseModel:
             stored copy of a tied output layer, for example) are hidden and listed in `surplus_tensors`.
         device: Where layers run.
         dtype: Precision in which layers run, whatever the stored one is.
+        token_weight: How tokens count in statistics of inputs, see `InputStatistics`.
     """
 
     config: Any
@@ -63,6 +64,7 @@ class LayerwiseModel:
     device: torch.device
     dtype: torch.dtype
     trust_remote_code: bool = False
+    token_weight: TokenWeight = "uniform"
     model: nn.Module = field(init=False)
     surplus_tensors: tuple[str, ...] = field(init=False)
     architecture: Architecture = field(init=False)
@@ -186,7 +188,9 @@ class LayerwiseModel:
         The key is the name of the group's first Linear within the layer.
         """
         return {
-            layer.local_name(group[0]): InputStatistics.zeros(group[0].in_features, self.device)
+            layer.local_name(group[0]): InputStatistics.zeros(
+                group[0].in_features, self.device, self.token_weight
+            )
             for group in layer.groups
         }
 

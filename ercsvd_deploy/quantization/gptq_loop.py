@@ -16,14 +16,16 @@ stacked as rows of one call, each row with scales, zero points and bits of its o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.quantization.grid import Grid
+from ercsvd_deploy.format.packing import QuantizedWeight
+from ercsvd_deploy.quantization.grid import Grid, GriddedWeight, stack_grids
 
-__all__ = ["HessianFactor", "factor_hessian", "round_columns"]
+__all__ = ["HessianFactor", "factor_hessian", "round_columns", "round_together"]
 
 _BLOCK = 128  # columns whose sums over earlier blocks are made at once
 
@@ -110,3 +112,11 @@ def round_columns(weight: Tensor, grid: Grid, factor: HessianFactor) -> Tensor:
     restored = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
     restored[:, factor.order] = levels.T
     return restored
+
+
+def round_together(matrices: Sequence[GriddedWeight], factor: HessianFactor) -> list[QuantizedWeight]:
+    """Run the loop once over matrices [out, in] with the same inputs; return each one's integers."""
+    grid = stack_grids([matrix.grid for matrix in matrices])
+    values = round_columns(torch.cat([matrix.dense for matrix in matrices]), grid, factor)
+    parts = torch.split(values, [len(matrix.dense) for matrix in matrices])
+    return [matrix.with_values(part) for matrix, part in zip(matrices, parts, strict=True)]

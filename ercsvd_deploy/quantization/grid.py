@@ -19,6 +19,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.format.schema import WeightQuantization
 
 _SEARCH_EXPONENT = 2.4  # of the |error| that the scale search minimises; GPTQ's own choice
@@ -33,7 +34,8 @@ class QuantizationSettings:
         bits: bits of one stored value, 4 or 8.
         group_size: input columns that share a scale; -1 for one scale per row.
         sym: symmetric grid, no zero point.
-        damping: fraction of the Gram's mean diagonal that is added to its diagonal, in (0, 1).
+        damping: fraction of the Gram's mean diagonal that is added to its diagonal, in (0, 1); None: what
+            does best on held-out tokens.
         mse: search each group's scale for the least error instead of covering its extremes.
         desc_act: round the columns with the largest activations first; never visible in the file.
 
@@ -44,7 +46,7 @@ class QuantizationSettings:
     bits: int = 4
     group_size: int = 64
     sym: bool = True
-    damping: float = 0.01
+    damping: float | None = 0.01
     mse: bool = False
     desc_act: bool = True
 
@@ -53,11 +55,11 @@ class QuantizationSettings:
             raise ValueError(f"bits is {self.bits}; it must be 4 or 8")
         if self.group_size != -1 and self.group_size < 1:
             raise ValueError(f"group_size is {self.group_size}; it must be -1 or at least 1")
-        if not 0 < self.damping < 1:
+        if self.damping is not None and not 0 < self.damping < 1:
             raise ValueError(f"damping is {self.damping}; it must lie between 0 and 1, customary is 0.01")
 
     @property
-    def storage(self) -> WeightQuantization:
+    def quantization(self) -> WeightQuantization:
         """What of these settings the checkpoint records."""
         return WeightQuantization(
             bits=cast(Literal[4, 8], self.bits), group_size=self.group_size, sym=self.sym
@@ -80,33 +82,6 @@ class QuantizationSettings:
             f"{' or '.join(map(str, nearest))} (-1: one scale per row), or, where the dimension is a rank, "
             f"rank {' or '.join(map(str, multiples))}"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedWeight:
-    """A matrix as integers: weight = (values - zero_point) * scale, group by group.
-
-    Integers are signed as compressed-tensors packs them: -8..7 for 4 bits, -128..127 for 8.
-
-    Attributes:
-        values: [out, in], int8.
-        scale: [out, groups] in the checkpoint's dtype; positive and finite.
-        zero_point: [out, groups], int8; None if symmetric.
-        storage: bits, group size and symmetry, as the checkpoint records them.
-    """
-
-    values: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    storage: WeightQuantization
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the dense matrix [out, in]; it is rounded once, to `dtype`, as serving kernels do."""
-        out_features, groups = self.scale.shape
-        grouped = self.values.view(out_features, groups, -1).float()
-        if self.zero_point is not None:
-            grouped = grouped - self.zero_point.unsqueeze(2)
-        return (grouped * self.scale.float().unsqueeze(2)).view(self.values.shape).to(dtype)
 
 
 def round_to_nearest(
@@ -196,7 +171,7 @@ class GriddedWeight:
             values=values,
             scale=self.grid.scale.to(self.scale_dtype),
             zero_point=None if self.settings.sym else self.grid.zero_point.to(torch.int8),
-            storage=self.settings.storage,
+            quantization=self.settings.quantization,
         )
 
     def round_to_nearest(self) -> QuantizedWeight:

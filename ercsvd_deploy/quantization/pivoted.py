@@ -14,25 +14,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.linalg.pivoting import PivotedFactors
 from ercsvd_deploy.quantization.gptq import (
-    FactorsReport,
-    LossOf,
     MatrixReport,
-    QuantizedFactors,
     RoundingMethod,
     check_weight_and_gram,
     quantize_better,
     quantize_together,
-    transform_gram,
 )
 from ercsvd_deploy.quantization.grid import (
     GriddedWeight,
     QuantizationSettings,
-    QuantizedWeight,
     check_weight,
     put_on_grid,
 )
+from ercsvd_deploy.quantization.held_out import HeldOutGrams, transform_gram
+from ercsvd_deploy.quantization.losses import LossOf
+from ercsvd_deploy.quantization.pairs import FactorsReport, QuantizedFactors
 
 # Share of the mean energy of the pivot outputs. On the embedded model (docs/decisions/0008) the loss after
 # quantization is smallest about here, and half as large again without damping.
@@ -50,13 +49,20 @@ class PivotedTask:
     refit: bool
     method: RoundingMethod
 
-    def finish(self, first: QuantizedWeight, report: MatrixReport, gram: Tensor) -> QuantizedFactors:
+    def finish(
+        self,
+        first: QuantizedWeight,
+        report: MatrixReport,
+        gram: Tensor,
+        held_out: HeldOutGrams | None = None,
+    ) -> QuantizedFactors:
         """Re-fit the other rows to the quantized pivot rows, and quantize them on those ones' outputs.
 
         Args:
             first: What `first` was quantized to.
             report: Its losses.
             gram: Of the layer's inputs, [in, in].
+            held_out: The same tokens in two parts, see `quantize_together`.
         """
         loss_of_weight = LossOf(self.weight, gram)
 
@@ -70,11 +76,12 @@ class PivotedTask:
             is_other[self.pivoted.pivots] = False
             other_rows = refit_other_rows(self.weight[is_other], pivot_rows, gram).float()
             loss_refitted = loss_of(pivot_rows, other_rows)
-        second, *losses_others = quantize_better(
+        second, report_others = quantize_better(
             other_rows,
             transform_gram(pivot_rows, gram),
             self.settings_others,
             scale_dtype=self.first.scale_dtype,
+            held_out=None if held_out is None else held_out.through(pivot_rows),
             method=self.method,
         )
         return QuantizedFactors(
@@ -82,7 +89,7 @@ class PivotedTask:
             second,
             FactorsReport(
                 factor_a=report,
-                factor_b=MatrixReport(*losses_others),
+                factor_b=report_others,
                 loss_unquantized=loss_of(self.pivoted.pivot_rows, self.pivoted.other_rows),
                 loss_first_quantized=loss_first_quantized,
                 loss_refitted=loss_refitted,

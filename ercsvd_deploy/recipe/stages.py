@@ -210,10 +210,20 @@ class Quantize(Section):
         "refused where the recipe says what ranks are multiples of.",
     )
     sym: bool = Field(default=True, description="Symmetric: no zero point is stored.")
-    damping: float = Field(
-        default=0.01, gt=0, lt=1, description="Share of the Hessian's mean diagonal added to its diagonal."
+    damping: Annotated[
+        Literal["auto"] | Annotated[float, Field(gt=0, lt=1)],
+        expects("'auto' or a number greater than 0 and less than 1"),
+    ] = Field(
+        default="auto",
+        description="Share of the Hessian's mean diagonal added to its diagonal. `auto` takes for matrices "
+        "with the same inputs that of 0.01, 0.03, 0.1 and 0.3 with the smallest error on the last quarter of "
+        "the calibration sequences, rounded by the others.",
     )
-    mse: bool = Field(default=False, description="Search each scale for the smallest squared error.")
+    mse: Annotated[Literal["auto"] | bool, expects("'auto', true or false")] = Field(
+        default="auto",
+        description="Search each scale for the smallest error of its group instead of covering the largest "
+        "weight. `auto` does so at 4 bits and fewer.",
+    )
     desc_act: bool = Field(
         default=True,
         description="Round the columns with the largest activations first. The groups stay those of the "

@@ -24,7 +24,7 @@ from ercsvd_deploy.format.schema import (
     QUANT_METHOD,
     CheckpointConfig,
     CheckpointFormatError,
-    ModuleDescription,
+    Storage,
 )
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
 
     def __init__(self, checkpoint: CheckpointConfig) -> None:
         super().__init__()
-        self._modules: dict[str, tuple[str, ModuleDescription]] = {}
-        for name, description in checkpoint.modules.items():
-            if not description.is_altered:
+        self._modules: dict[str, tuple[str, Storage]] = {}
+        for name, storage in checkpoint.modules.items():
+            if not storage.is_altered:
                 continue
-            other, _ = self._modules.setdefault(canonical_name(name), (name, description))
+            other, _ = self._modules.setdefault(canonical_name(name), (name, storage))
             if other != name:
                 raise CheckpointFormatError(
                     f"quantization_config.modules: {other} and {name} are one layer to vLLM"

@@ -21,7 +21,7 @@ from ercsvd_deploy.format.schema import (
     FACTOR_B,
     OTHER_ROWS,
     PIVOT_ROWS,
-    ModuleDescription,
+    Storage,
     WeightQuantization,
 )
 from ercsvd_deploy.models.families import Architecture
@@ -69,7 +69,7 @@ def find_uncuttable(architecture: Architecture, tensor_parallel_sizes: Iterable[
 
 
 def find_unservable(
-    modules: Mapping[str, ModuleDescription],
+    modules: Mapping[str, Storage],
     architecture: Architecture,
     tensor_parallel_sizes: Iterable[int],
 ) -> list[str]:
@@ -97,7 +97,7 @@ def find_unservable(
 
 
 def find_unaligned(
-    modules: Mapping[str, ModuleDescription],
+    modules: Mapping[str, Storage],
     architecture: Architecture,
     tensor_parallel_sizes: Iterable[int],
 ) -> list[UnalignedMatrix]:
@@ -133,7 +133,7 @@ def local_shape(
 
 def _uncuttable_pivots(
     name: str,
-    description: ModuleDescription,
+    description: Storage,
     architecture: Architecture,
     tensor_parallel_sizes: Iterable[int],
 ) -> list[str]:

@@ -15,7 +15,7 @@ from ercsvd_deploy.format.schema import (
     OTHER_ROWS,
     PIVOT_ROWS,
     CheckpointFormatError,
-    ModuleDescription,
+    Storage,
     WeightQuantization,
 )
 
@@ -32,7 +32,7 @@ class Projection:
     """
 
     name: str
-    description: ModuleDescription
+    description: Storage
     rows: slice
     columns: slice
 

@@ -29,7 +29,7 @@ from ercsvd_deploy.exporters.vllm.loading import (
     add_gates,
     shard_index,
 )
-from ercsvd_deploy.format.schema import GUARD, GUARD_SHAPE, CheckpointFormatError, ModuleDescription
+from ercsvd_deploy.format.schema import GUARD, GUARD_SHAPE, CheckpointFormatError, Storage
 
 _STACKED = "ercsvd"  # the child module of the layer that holds its matrices
 
@@ -48,7 +48,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
 
     def __init__(
         self,
-        projections: Sequence[tuple[str, ModuleDescription | None]],
+        projections: Sequence[tuple[str, Storage | None]],
         record: KernelRecord,
         *,
         check_model: Callable[[], None],
@@ -91,7 +91,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
         for (name, described), full, local in zip(
             self._described, full_sizes, output_partition_sizes, strict=True
         ):
-            description = described or ModuleDescription(layout="dense", shape=(full, input_size))
+            description = described or Storage(layout="dense", shape=(full, input_size))
             if description.shape != (full, input_size):
                 raise CheckpointFormatError(
                     f"{name}: config.json describes shape {list(description.shape)}, "

@@ -14,6 +14,7 @@ from ercsvd_deploy.format.store_views import CastingStore, RenamedStore
 from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore, open_directory
 from ercsvd_deploy.models.families import ArchitectureError, reads_images
 from ercsvd_deploy.models.meta import load_config
+from ercsvd_deploy.models.statistics import TokenWeight
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.importing.llava.config import is_original
 from ercsvd_deploy.pipelines.inputs.libraries import import_transformers
@@ -169,12 +170,26 @@ def compute_dtype(config: Any, device: torch.device) -> torch.dtype:
     return own if device.type == "cuda" and isinstance(own, torch.dtype) else torch.float32
 
 
-def stream(opened: OpenedModel, device: torch.device, store: TensorStore | None = None) -> LayerwiseModel:
-    """Return the model ready to run layer by layer; `store` replaces its own weights."""
+def stream(
+    opened: OpenedModel,
+    device: torch.device,
+    store: TensorStore | None = None,
+    *,
+    token_weight: TokenWeight = "uniform",
+) -> LayerwiseModel:
+    """Return the model ready to run layer by layer.
+
+    Args:
+        opened: The model.
+        device: Where layers run.
+        store: Weights that replace its own.
+        token_weight: How tokens count in statistics of inputs.
+    """
     return LayerwiseModel(
         opened.config,
         store if store is not None else opened.store(),
         device,
         compute_dtype(opened.config, device),
         trust_remote_code=opened.source.trust_remote_code,
+        token_weight=token_weight,
     )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.families import (
     LANGUAGE_PART,
     Architecture,
@@ -29,7 +29,7 @@ class Component:
 
 
 def describe_components(
-    sizes: Mapping[str, int], described: Mapping[str, ModuleDescription], architecture: Architecture
+    sizes: Mapping[str, int], described: Mapping[str, Storage], architecture: Architecture
 ) -> tuple[Component, ...]:
     """Return the parts of a model; one alone for a text model.
 
@@ -47,7 +47,7 @@ def describe_components(
 def _describe(
     part: str,
     sizes: Mapping[str, int],
-    described: Mapping[str, ModuleDescription],
+    described: Mapping[str, Storage],
     architecture: Architecture,
 ) -> Component:
     own = {name: description for name, description in described.items() if component_of(name) == part}
@@ -66,14 +66,14 @@ def _describe(
     )
 
 
-def _treatment(described: Mapping[str, ModuleDescription]) -> str:
+def _treatment(described: Mapping[str, Storage]) -> str:
     """Return how many Linears are stored in which way, the commonest first."""
     kinds = Counter(_kind(description) for description in described.values() if description.is_altered)
     counted = (f"{n} Linear{'s' if n > 1 else ''} {kind}" for kind, n in kinds.most_common())
     return ", ".join(counted) or LEFT_ALONE
 
 
-def _kind(description: ModuleDescription) -> str:
+def _kind(description: Storage) -> str:
     bits = sorted({storage.bits for _, storage in description.parts.values() if storage is not None})
     integers = "/".join(f"int{width}" for width in bits)
     if description.layout == "dense":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ercsvd_deploy.exporters.vllm.target import ExportError, check_target
-from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.pipelines.planning.machine import Machine, look_around
 from ercsvd_deploy.pipelines.planning.resources import StageResources, stage_resources
 from ercsvd_deploy.pipelines.stages.workload import Workload
@@ -62,7 +62,7 @@ class Estimate:
 
 def estimate(
     work: Workload,
-    described: Sequence[Mapping[str, ModuleDescription]],
+    described: Sequence[Mapping[str, Storage]],
     final_bytes: Sequence[int],
     device: torch.device,
     machine: Machine | None = None,

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.streaming import MAX_LOGITS_AT_ONCE
 from ercsvd_deploy.pipelines.stages.workload import Sequences, Workload
 
@@ -96,7 +96,7 @@ def layer_weights(work: Workload) -> Held:
     return _sum(blocks(linear.parameters, work.computed) for linear in work.largest_layer.linears)
 
 
-def layer_matrices(work: Workload, described: Mapping[str, ModuleDescription]) -> Held:
+def layer_matrices(work: Workload, described: Mapping[str, Storage]) -> Held:
     """The matrices of the compressed layer that has most of them, in float32."""
     layers = [
         [

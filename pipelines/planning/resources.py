@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.pipelines.planning import memory as working_memory
 from ercsvd_deploy.pipelines.planning.memory import Held, blocks, highest
@@ -61,7 +61,7 @@ class _Highest:
 
 
 def stage_resources(
-    work: Workload, described: Sequence[Mapping[str, ModuleDescription]], final_bytes: int, *, on_gpu: bool
+    work: Workload, described: Sequence[Mapping[str, Storage]], final_bytes: int, *, on_gpu: bool
 ) -> tuple[StageResources, ...]:
     """Return the needs of every stage of a recipe, in the order in which they run.
 
@@ -85,7 +85,7 @@ def stage_resources(
 
 
 def _stages(
-    work: Workload, described: Sequence[Mapping[str, ModuleDescription]], final_bytes: int
+    work: Workload, described: Sequence[Mapping[str, Storage]], final_bytes: int
 ) -> Iterator[tuple[str, _Highest, int]]:
     """Yield name, memory and the work directory's highest size of every stage."""
     recipe = work.recipe
@@ -252,9 +252,7 @@ def _factorize_allocated(work: Workload) -> _Highest:
     return _Highest(held, waiting.total + weights.total)
 
 
-def _recover(
-    work: Workload, settings: Recover, described: Sequence[Mapping[str, ModuleDescription]]
-) -> _Highest:
+def _recover(work: Workload, settings: Recover, described: Sequence[Mapping[str, Storage]]) -> _Highest:
     assert work.calibration is not None, "the schema asks for calibration where a stage trains"
     # Targets, and inputs from the compressed layers; while one layer is passed, its outputs too.
     states = working_memory.states(work, work.calibration, 2)
@@ -340,7 +338,7 @@ def _waiting_bytes(work: Workload, layer: LayerLinears) -> int:
     return total
 
 
-def _factor_bytes(work: Workload, described: Mapping[str, ModuleDescription]) -> int:
+def _factor_bytes(work: Workload, described: Mapping[str, Storage]) -> int:
     """Bytes of the factors before they are quantized."""
     plain = {
         name: description.model_copy(
@@ -352,7 +350,7 @@ def _factor_bytes(work: Workload, described: Mapping[str, ModuleDescription]) ->
     return sum(module_bytes(description, work.stored) for description in plain.values())
 
 
-def _integer_bytes(work: Workload, described: Mapping[str, ModuleDescription]) -> int:
+def _integer_bytes(work: Workload, described: Mapping[str, Storage]) -> int:
     """Bytes of what the quantize stage writes."""
     return sum(
         module_bytes(description, work.stored)
@@ -361,7 +359,7 @@ def _integer_bytes(work: Workload, described: Mapping[str, ModuleDescription]) -
     )
 
 
-def _untouched_bytes(work: Workload, described: Mapping[str, ModuleDescription]) -> int:
+def _untouched_bytes(work: Workload, described: Mapping[str, Storage]) -> int:
     """Bytes of the export that come from the source model's own files."""
     altered = sum(math.prod(description.shape) for description in described.values())
     return (work.architecture.total_parameters - altered) * work.stored
@@ -373,7 +371,7 @@ def _largest_tensor(work: Workload) -> int:
     return max(map(math.prod, shapes)) * work.stored
 
 
-def _highest_ranks(described: Sequence[Mapping[str, ModuleDescription]]) -> dict[str, int | None]:
+def _highest_ranks(described: Sequence[Mapping[str, Storage]]) -> dict[str, int | None]:
     """Return the largest rank of every Linear over all candidates."""
     ranks: dict[str, int | None] = {}
     for modules in described:

@@ -14,7 +14,7 @@ import torch
 from ercsvd_deploy import __version__
 from ercsvd_deploy.evaluation.comparison import Comparison
 from ercsvd_deploy.evaluation.quality import Quality
-from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.families import LANGUAGE_PART, component_of
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
@@ -86,7 +86,7 @@ def collect_report(
 
 
 def _figures(
-    model: LayerwiseModel, modules: Mapping[str, ModuleDescription], quality: Quality, tasks: Tasks
+    model: LayerwiseModel, modules: Mapping[str, Storage], quality: Quality, tasks: Tasks
 ) -> ModelFigures:
     removed: Counter[str] = Counter()
     for name, description in modules.items():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.recipe.sections import Recipe
 
@@ -65,7 +65,7 @@ class Candidate:
         layer_ratio: Share of the parameters removed in each of them.
     """
 
-    modules: Mapping[str, ModuleDescription] = field(default_factory=dict)
+    modules: Mapping[str, Storage] = field(default_factory=dict)
     num_compressed_layers: int = 0
     layer_ratio: float = 0.0
 

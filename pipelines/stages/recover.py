@@ -31,7 +31,7 @@ from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
-from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.modules import PackedLinear
@@ -72,7 +72,7 @@ class RecoverOutcome:
     """Everything the stage found out; the trained tensors are in its layer files."""
 
     layers: list[RecoveredLayer]
-    modules: dict[str, ModuleDescription]  # the Linears whose tensors are in the files
+    modules: dict[str, Storage]  # the Linears whose tensors are in the files
     files: list[Path]
 
     def warnings(self) -> list[str]:
@@ -89,7 +89,7 @@ def recover_decoder(
     compressed: LayerwiseModel,
     samples: Sequence[Sample],
     settings: Recover,
-    modules: Mapping[str, ModuleDescription],
+    modules: Mapping[str, Storage],
     work: FinishedWork,
     on_layer: Callable[[], None] = lambda: None,
 ) -> RecoverOutcome:
@@ -183,7 +183,7 @@ class _RecoverStage:
     original: LayerwiseModel
     compressed: LayerwiseModel
     settings: Recover
-    modules: Mapping[str, ModuleDescription]
+    modules: Mapping[str, Storage]
     work: FinishedWork
 
     def trainable(self, layer: LayerLinears) -> list[LinearShape]:

@@ -13,7 +13,7 @@ from ercsvd_deploy.format.schema import (
     WEIGHT_SCALE,
     WEIGHT_SHAPE,
     WEIGHT_ZERO_POINT,
-    ModuleDescription,
+    Storage,
 )
 from ercsvd_deploy.format.tensor_store import TensorStore
 from ercsvd_deploy.models.families import (
@@ -32,7 +32,7 @@ PARTS = (TOWER_PART, PROJECTOR_PART, "outside the layers", *_LINEAR_PARTS, "norm
 
 
 def planned_bytes(
-    architecture: Architecture, described: Mapping[str, ModuleDescription], element: int
+    architecture: Architecture, described: Mapping[str, Storage], element: int
 ) -> dict[str, int]:
     """Return tensor name -> bytes of the model that descriptions make; `element` is a plain value's size."""
     sizes = {name: math.prod(shape) * element for name, shape in architecture.other_tensors.items()}
@@ -43,7 +43,7 @@ def planned_bytes(
     return sizes
 
 
-def module_bytes(description: ModuleDescription, element: int) -> int:
+def module_bytes(description: Storage, element: int) -> int:
     """Return the bytes of one Linear's tensors, bias aside."""
     shapes = description.tensor_shapes.items()
     return sum(math.prod(shape) * _element(leaf, element) for leaf, shape in shapes)
@@ -70,7 +70,7 @@ def linear_bits_per_weight(by_part: Mapping[str, int], architecture: Architectur
 
 def bytes_on_rank(
     architecture: Architecture,
-    described: Mapping[str, ModuleDescription],
+    described: Mapping[str, Storage],
     element: int,
     tensor_parallel_size: int,
 ) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ercsvd_deploy.data.samples import Sample
-from ercsvd_deploy.format.schema import CheckpointConfig, ModuleDescription
+from ercsvd_deploy.format.schema import CheckpointConfig, Storage
 from ercsvd_deploy.format.store_views import OverlayStore
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.models.streaming import LayerwiseModel
@@ -29,14 +29,14 @@ class CompressedModel:
     opened: OpenedModel
     device: torch.device
     original: LayerwiseModel
-    modules: dict[str, ModuleDescription] = field(default_factory=dict)
+    modules: dict[str, Storage] = field(default_factory=dict)
     store: TensorStore = field(init=False)
 
     def __post_init__(self) -> None:
         """Start from the original weights."""
         self.store = self.original.store
 
-    def overlay(self, files: Iterable[Path], described: Mapping[str, ModuleDescription]) -> None:
+    def overlay(self, files: Iterable[Path], described: Mapping[str, Storage]) -> None:
         """Put a stage's tensors in the place of the modules that it describes."""
         self.store = OverlayStore(self.store, FileStore(files), described)
         self.modules |= described
@@ -47,7 +47,12 @@ class CompressedModel:
             return self.original
         config = copy.deepcopy(self.opened.config)
         config.quantization_config = CheckpointConfig(modules=self.modules).write()
-        return stream(replace(self.opened, config=config), self.device, self.store)
+        return stream(
+            replace(self.opened, config=config),
+            self.device,
+            self.store,
+            token_weight=self.original.token_weight,
+        )
 
 
 @dataclass(frozen=True)

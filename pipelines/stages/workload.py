@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.format.schema import ModuleDescription
+from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture, LayerLinears, component_of
 from ercsvd_deploy.models.streaming import MAX_TOKENS_PER_BATCH
-from ercsvd_deploy.pipelines.stages.factorize.rank_steps import resolve_rank_steps
+from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
 from ercsvd_deploy.recipe.sections import HeldOutText, Recipe, TextFile
 
 _CHARACTERS_PER_TOKEN = 4  # of ordinary text and a tokenizer of 32,000 tokens or more
@@ -87,7 +87,7 @@ class Workload:
 
     recipe: Recipe
     architecture: Architecture
-    described: Sequence[Mapping[str, ModuleDescription]]
+    described: Sequence[Mapping[str, Storage]]
     stored: int
     computed: int
     calibration: Sequences | None
@@ -151,7 +151,7 @@ class Workload:
 def measure_workload(
     recipe: Recipe,
     architecture: Architecture,
-    described: Sequence[Mapping[str, ModuleDescription]],
+    described: Sequence[Mapping[str, Storage]],
     config: Any,
     *,
     stored: int,

@@ -99,6 +99,7 @@ def take_fingerprints(
         "model_dtype": recipe.model.dtype,
         "device": str(model.device),
         "precision": str(model.dtype),
+        "token_weight": model.token_weight,
         "code": _own_code(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }

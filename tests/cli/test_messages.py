@@ -14,9 +14,7 @@ import typer
 from ercsvd_deploy.data.texts import load_tokenizer
 from ercsvd_deploy.pipelines.cli.failures import command
 from ercsvd_deploy.pipelines.cli.messages import complain
-from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter, factorize, invoke
 
 OURS = logging.getLogger("ercsvd_deploy.pipelines.anything")
 THEIRS = logging.getLogger("some_library")

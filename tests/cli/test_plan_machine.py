@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.flow.test_run import RecipeWriter, invoke, llama, write_recipe
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter, invoke
 
 SMALL = "memory=1MiB,disk=1KiB"
 

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter, factorize, invoke
 
 # A command that does one thing that takes long and that Python cannot interrupt, like a decomposition.
 UNINTERRUPTIBLE = """

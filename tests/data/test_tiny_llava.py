@@ -19,7 +19,7 @@ from ercsvd_deploy.pipelines.inputs.model import open_model, stream
 from ercsvd_deploy.pipelines.inputs.pictures import ask_questions
 from ercsvd_deploy.pipelines.judging.evaluate import open_for_lm_eval
 from ercsvd_deploy.recipe.sections import ConversationFile, ModelSource, VisualQuestions
-from tests.flow.test_run import invoke
+from tests.recipe_runs import invoke
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "tiny-llava"

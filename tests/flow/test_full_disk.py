@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ercsvd_deploy.pipelines.stages.cached import run_stages
-from tests.flow.test_run import RecipeWriter, invoke, llama, write_recipe  # noqa: F401 - fixtures
-from tests.state.test_resume import STAGES, hashes
+from tests.recipe_runs import RecipeWriter, invoke
+from tests.state.interrupted_runs import STAGES, hashes
 
 MOST_RUNS = 60
 
@@ -53,7 +53,7 @@ class Disk:
 @pytest.mark.parametrize("step", [4, 7])
 def test_runs_on_a_disk_that_is_full_again_and_again(
     step: int,
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -85,7 +85,7 @@ def test_runs_on_a_disk_that_is_full_again_and_again(
 
 
 def test_an_earlier_export_outlives_a_full_disk(
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -102,7 +102,7 @@ def test_an_earlier_export_outlives_a_full_disk(
 
 
 def test_disk_full_while_gathering_results_is_told_like_any_other(
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def stages_on_a_full_disk(*arguments: Any, **options: Any) -> None:

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from ercsvd_deploy.exporters.vllm.target import ExportError, check_target
 from ercsvd_deploy.models.config_sizes import impossible_sizes
 from tests.conftest import ModelDirectory
-from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe  # noqa: F401 - fixtures
 from tests.fuzz.strategies import listing
-from tests.importing.test_import_llava import OriginalWriter, convert, original  # noqa: F401 - a fixture
-from tests.state.test_resume import hashes
+from tests.importing.original_llava import convert, original_writer
+from tests.recipe_runs import RecipeWriter, factorize, invoke
+from tests.state.interrupted_runs import hashes
 from tests.tiny_models import WEIGHTS_FILE
 
 NOBODY = 65534
@@ -38,7 +38,7 @@ Change = Callable[[Path], None]
 
 
 @pytest.fixture
-def model(llama: Path, tmp_path: Path) -> Path:  # noqa: F811
+def model(llama: Path, tmp_path: Path) -> Path:
     """A copy of a model that a test may damage."""
     return shutil.copytree(llama, tmp_path / "model")
 
@@ -155,7 +155,7 @@ def test_a_bad_model_is_one_message(
     expected: str,
     model: Path,
     tmp_path: Path,
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
 ) -> None:
     change(model)
     before = listing(model)
@@ -168,15 +168,15 @@ def test_a_bad_model_is_one_message(
     assert {path.name for path in tmp_path.iterdir()} <= {"model", "recipe.yaml", ".out.work"}
 
 
-def test_a_text_model_needs_no_chat_template(model: Path, write_recipe: RecipeWriter) -> None:  # noqa: F811
+def test_a_text_model_needs_no_chat_template(model: Path, write_recipe: RecipeWriter) -> None:
     (model / "chat_template.jinja").unlink()
     code, _, error = invoke("run", write_recipe(factorize(), model={"path": str(model)}))
     assert code == 0, error
 
 
-def test_nan_is_not_imported(original: OriginalWriter, tiny_model: ModelDirectory) -> None:  # noqa: F811
+def test_nan_is_not_imported(tmp_path: Path, tiny_model: ModelDirectory) -> None:
     assert tiny_model("llava").is_dir()
-    source = original()
+    source = original_writer(tmp_path, tiny_model)()
     change_tensor("model.layers.0.mlp.up_proj.weight", with_nan)(source)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\.weight holds NaN or infinite values"):
         convert(source)
@@ -198,7 +198,7 @@ def test_absurd_sizes_are_refused_without_memory_or_time(
     sizes: dict[str, int],
     tiny_model: ModelDirectory,
     tmp_path: Path,
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
 ) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -279,7 +279,7 @@ def test_a_huge_recipe_is_not_read(tmp_path: Path) -> None:
 )
 def test_stages_in_an_order_that_makes_no_sense(
     stages: list[dict[str, Any]],
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
 ) -> None:
     for command in ("validate", "plan", "run"):
         code, _, error = invoke(command, write_recipe(*stages))
@@ -287,7 +287,7 @@ def test_stages_in_an_order_that_makes_no_sense(
         assert "'stages" in error
 
 
-def test_a_stage_that_would_do_nothing_is_refused(write_recipe: RecipeWriter) -> None:  # noqa: F811
+def test_a_stage_that_would_do_nothing_is_refused(write_recipe: RecipeWriter) -> None:
     recipe = write_recipe({"quantize": {"bits": 4, "group_size": 32, "ignore": ["*"]}})
     for command in ("plan", "run"):
         code, _, error = invoke(command, recipe)
@@ -332,7 +332,7 @@ def readable_by_all() -> Iterator[Path]:
         yield Path(directory)
 
 
-def test_read_only_output(readable_by_all: Path, llama: Path, write_recipe: RecipeWriter) -> None:  # noqa: F811
+def test_read_only_output(readable_by_all: Path, llama: Path, write_recipe: RecipeWriter) -> None:
     model = shutil.copytree(llama, readable_by_all / "model")
     raw = yaml.safe_load(write_recipe(factorize(), model={"path": str(model)}).read_text())
     recipe = readable_by_all / "recipe.yaml"
@@ -354,7 +354,7 @@ def test_read_only_output(readable_by_all: Path, llama: Path, write_recipe: Reci
     assert listing(readable_by_all) == before
 
 
-def test_output_below_a_file(write_recipe: RecipeWriter, tmp_path: Path) -> None:  # noqa: F811
+def test_output_below_a_file(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     code, _, error = invoke("run", write_recipe(), "--output", tmp_path / "file" / "out")
     assert code == 1
@@ -363,7 +363,7 @@ def test_output_below_a_file(write_recipe: RecipeWriter, tmp_path: Path) -> None
 
 
 def test_clocks_that_jump_change_nothing(
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
     tmp_path: Path,
     model: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -399,9 +399,9 @@ def _interrupt(*_arguments: object, **_options: object) -> None:
 )
 def test_damaged_memory_of_hashes_is_taken_again(
     content: str,
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
     tmp_path: Path,
-    llama: Path,  # noqa: F811
+    llama: Path,
 ) -> None:
     work = tmp_path / ".out.work"
     work.mkdir()

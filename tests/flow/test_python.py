@@ -6,9 +6,7 @@ from ercsvd_deploy.pipelines import plan, run
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.flow.test_run import RecipeWriter, llama, write_recipe
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter
 
 
 def test_plan_and_run_take_a_recipe_or_its_file(write_recipe: RecipeWriter) -> None:

@@ -9,66 +9,21 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.pipelines.cli.app import app
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.json_values import finite
-from ercsvd_deploy.pipelines.stages.factorize.last_layers import FactorizeOutcome
+from ercsvd_deploy.pipelines.stages.factorize.outcome import FactorizeOutcome
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.tiny_models import save_tiny_model
-
-TEXT = Path(__file__).parents[2] / "examples" / "text"
-RecipeWriter = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama", num_layers=4)
-
-
-@pytest.fixture
-def write_recipe(tmp_path: Path, llama: Path) -> RecipeWriter:
-    def write(*stages: dict[str, Any], **sections: Any) -> Path:
-        recipe = {
-            "model": {"path": str(llama)},
-            "calibration": {
-                "dataset": {"text": str(TEXT / "calibration.txt")},
-                "num_samples": 12,
-                "sequence_length": 48,
-            },
-            "stages": list(stages)
-            or [{"factorize": {"method": "erc_svd", "compression_ratio": 0.3, "num_search_samples": 4}}],
-            "evaluation": {"perplexity": {"held_out": str(TEXT / "in_domain.txt")}, "max_sequences": 4},
-            "export": {"path": str(tmp_path / "out")},
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe | sections))
-        return path
-
-    return write
-
-
-def factorize(**settings: Any) -> dict[str, Any]:
-    defaults = {"method": "svd_llm", "compression_ratio": 0.3, "num_search_samples": 4, "rank_multiple": 8}
-    return {"factorize": defaults | settings}
-
-
-def invoke(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, result.stdout, result.stderr
+from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 
 
 def test_export_is_a_model_that_transformers_loads(

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -29,56 +26,12 @@ from ercsvd_deploy.pipelines.stages.factorize.residual import residual_ranks_on_
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.sections import ModelSource
 from tests.conftest import ModelDirectory
-from tests.flow.test_run import TEXT, factorize, invoke
 from tests.models.streamed import picture_samples
+from tests.recipe_runs import RecipeWriter, factorize, invoke
 from tests.tiny_models import VISION_FAMILIES
-from tests.tiny_vision import IMAGE_SIZE
 
-RecipeWriter = Callable[..., Path]
 INT4 = {"quantize": {"bits": 4, "group_size": 32}}
 VISION_NAMES = ("vision_tower.", "multi_modal_projector.", "image_newline")
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with pictures of noise and conversations about them."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(3)
-    lines = []
-    for index in range(12):
-        width, height = (IMAGE_SIZE * (1 + index % 2), IMAGE_SIZE)
-        noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{index}.png")
-        turns = [
-            {"from": "human", "value": f"<image>\nWhat is picture {index}?"},
-            {"from": "gpt", "value": f"noise {index}"},
-        ]
-        lines.append(json.dumps({"image": f"{index}.png", "conversations": turns}))
-    (folder / "conversations.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-@pytest.fixture
-def write_recipe(tmp_path: Path, tiny_model: ModelDirectory, pictures: Path) -> RecipeWriter:
-    def write(*stages: dict[str, Any], model: Path | None = None, **sections: Any) -> Path:
-        dataset = {"conversations": str(pictures / "conversations.jsonl")}
-        recipe = {
-            "model": {"path": str(model or tiny_model("llava"))},
-            "calibration": {
-                "dataset": {"text": str(TEXT / "calibration.txt")},
-                "num_samples": 16,
-                "sequence_length": 120,
-            },
-            "vision": {"calibration": dataset, "share": 0.75},
-            "stages": list(stages) or [factorize(num_compressed_layers="all")],
-            "evaluation": {"visual_questions": {"noise": {"dataset": dataset}}},
-            "export": {"path": str(tmp_path / "out")},
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe | sections))
-        return path
-
-    return write
 
 
 def logits(directory: Path) -> list[torch.Tensor]:
@@ -93,9 +46,9 @@ def logits(directory: Path) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
 def test_vision_parts_keep_every_bit(
-    family: str, write_recipe: RecipeWriter, tiny_model: ModelDirectory
+    family: str, write_picture_recipe: RecipeWriter, tiny_model: ModelDirectory
 ) -> None:
-    path = write_recipe(factorize(rank_multiple="auto"), INT4, model=tiny_model(family))
+    path = write_picture_recipe(factorize(rank_multiple="auto"), INT4, model=tiny_model(family))
     report, directory = run_recipe(load_recipe(path))
     before = load_file(tiny_model(family) / "model.safetensors")
     after = load_file(directory / "model.safetensors")
@@ -113,9 +66,9 @@ def test_vision_parts_keep_every_bit(
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
 def test_export_has_the_hubs_names_and_loads(
-    family: str, write_recipe: RecipeWriter, tiny_model: ModelDirectory
+    family: str, write_picture_recipe: RecipeWriter, tiny_model: ModelDirectory
 ) -> None:
-    _, directory = run_recipe(load_recipe(write_recipe(model=tiny_model(family))))
+    _, directory = run_recipe(load_recipe(write_picture_recipe(model=tiny_model(family))))
     config = json.loads((directory / "config.json").read_text())
     modules = CheckpointConfig.read(config["quantization_config"]).modules
     assert all(name.startswith("language_model.model.layers.") for name in modules)
@@ -139,7 +92,7 @@ def test_export_has_the_hubs_names_and_loads(
 
 @pytest.mark.parametrize("layout", ["transformers", "mixed"])
 def test_other_layouts_give_the_same_export(
-    layout: str, write_recipe: RecipeWriter, tiny_model: ModelDirectory, tmp_path: Path
+    layout: str, write_picture_recipe: RecipeWriter, tiny_model: ModelDirectory, tmp_path: Path
 ) -> None:
     """A checkpoint with transformers 5's own names, or a mixture, is read too, and written with the hub's."""
     source = shutil.copytree(tiny_model("llava"), tmp_path / "source")
@@ -153,8 +106,8 @@ def test_other_layouts_give_the_same_export(
         renamed[new] = tensor
     assert set(renamed) != set(load_file(source / "model.safetensors"))
     save_file(renamed, source / "model.safetensors", metadata={"format": "pt"})
-    _, directory = run_recipe(load_recipe(write_recipe(), output=tmp_path / "usual"))
-    _, other = run_recipe(load_recipe(write_recipe(model=source), output=tmp_path / "other"))
+    _, directory = run_recipe(load_recipe(write_picture_recipe(), output=tmp_path / "usual"))
+    _, other = run_recipe(load_recipe(write_picture_recipe(model=source), output=tmp_path / "other"))
     usual_tensors = load_file(directory / "model.safetensors")
     other_tensors = load_file(other / "model.safetensors")
     assert set(usual_tensors) == set(other_tensors)
@@ -162,24 +115,26 @@ def test_other_layouts_give_the_same_export(
 
 
 def test_tensor_under_two_names_is_refused(
-    write_recipe: RecipeWriter, tiny_model: ModelDirectory, tmp_path: Path
+    write_picture_recipe: RecipeWriter, tiny_model: ModelDirectory, tmp_path: Path
 ) -> None:
     source = shutil.copytree(tiny_model("llava"), tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["language_model.lm_head.weight"].clone()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    code, _, error = invoke("run", write_recipe(model=source))
+    code, _, error = invoke("run", write_picture_recipe(model=source))
     assert code == 1
     assert "lm_head.weight under two names" in error
 
 
 @pytest.mark.parametrize("layout", ["low_rank", "pivoted"])
-def test_compressed_vision_parts(layout: str, write_recipe: RecipeWriter, tiny_model: ModelDirectory) -> None:
+def test_compressed_vision_parts(
+    layout: str, write_picture_recipe: RecipeWriter, tiny_model: ModelDirectory
+) -> None:
     switched_on = {"compress_tower": True, "compress_projector": True}
     stage = factorize(num_compressed_layers="all", layout=layout)
-    path = write_recipe(stage)
+    path = write_picture_recipe(stage)
     vision = yaml.safe_load(path.read_text())["vision"] | switched_on
-    path = write_recipe(stage, vision=vision)
+    path = write_picture_recipe(stage, vision=vision)
     planned = make_plan(load_recipe(path)).candidates[0]
     report, directory = run_recipe(load_recipe(path))
     assert not [warning for warning in report.warnings if "plan" in warning]
@@ -204,11 +159,13 @@ def test_compressed_vision_parts(layout: str, write_recipe: RecipeWriter, tiny_m
     assert 0 < float((original - compressed).abs().max()) < 100
 
 
-def test_residuals_of_vision_parts_are_chosen_on_held_out_pictures(write_recipe: RecipeWriter) -> None:
+def test_residuals_of_vision_parts_are_chosen_on_held_out_pictures(
+    write_picture_recipe: RecipeWriter,
+) -> None:
     stage = factorize(method="erc_svd", beta="auto", num_compressed_layers="all")
-    path = write_recipe(stage)
+    path = write_picture_recipe(stage)
     vision = yaml.safe_load(path.read_text())["vision"] | {"compress_tower": True, "compress_projector": True}
-    report, _ = run_recipe(load_recipe(write_recipe(stage, vision=vision)))
+    report, _ = run_recipe(load_recipe(write_picture_recipe(stage, vision=vision)))
     assert report.results["vision"] is not None
     for linear in report.results["vision"].linears:
         assert linear.rank is not None
@@ -216,37 +173,41 @@ def test_residuals_of_vision_parts_are_chosen_on_held_out_pictures(write_recipe:
         shape = LinearShape(linear.name, 0, *linear.shape)
         assert linear.residual_rank in residual_ranks_on_offer(shape, linear.rank)
     with pytest.raises(FactorizationError, match=r"there are 3; use at least 4"):
-        run_recipe(load_recipe(write_recipe(stage, vision=vision | {"share": 0.19})))
+        run_recipe(load_recipe(write_picture_recipe(stage, vision=vision | {"share": 0.19})))
 
 
-def test_token_weight_zero_ignores_what_images_show(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+def test_token_weight_zero_ignores_what_images_show(
+    write_picture_recipe: RecipeWriter, tmp_path: Path
+) -> None:
     """Weight is what it says: at 0 the Grams hold text tokens alone, so factors differ from those at 1."""
     factors = {}
     for weight in (0.0, 1.0):
-        path = write_recipe()
+        path = write_picture_recipe()
         vision = yaml.safe_load(path.read_text())["vision"] | {"token_weight": weight}
-        _, directory = run_recipe(load_recipe(write_recipe(vision=vision), output=tmp_path / f"w{weight}"))
+        _, directory = run_recipe(
+            load_recipe(write_picture_recipe(vision=vision), output=tmp_path / f"w{weight}")
+        )
         stored = load_file(directory / "model.safetensors")
         factors[weight] = next(tensor for name, tensor in sorted(stored.items()) if "factor_a" in name)
     assert not torch.allclose(factors[0.0], factors[1.0])
 
 
-def test_two_runs_write_the_same_bytes(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+def test_two_runs_write_the_same_bytes(write_picture_recipe: RecipeWriter, tmp_path: Path) -> None:
     written = [
-        run_recipe(load_recipe(write_recipe(), output=tmp_path / name))[1] / "model.safetensors"
+        run_recipe(load_recipe(write_picture_recipe(), output=tmp_path / name))[1] / "model.safetensors"
         for name in ("one", "two")
     ]
     assert written[0].read_bytes() == written[1].read_bytes()
 
 
 def test_damaged_images_are_counted_and_named(
-    write_recipe: RecipeWriter, pictures: Path, tmp_path: Path
+    write_picture_recipe: RecipeWriter, pictures: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(pictures, tmp_path / "damaged")
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:100])
     (folder / "5.png").write_text("not a picture")
     vision = {"calibration": {"conversations": str(folder / "conversations.jsonl")}, "share": 0.75}
-    report, _ = run_recipe(load_recipe(write_recipe(vision=vision, evaluation={})))
+    report, _ = run_recipe(load_recipe(write_picture_recipe(vision=vision, evaluation={})))
     warnings = "\n".join(report.warnings)
     assert "vision.calibration: 2 left out because a picture is damaged" in warnings
     assert "3.png" in warnings
@@ -261,7 +222,7 @@ BAD_RECORDS = {
 
 @pytest.mark.parametrize("fault", [*BAD_RECORDS, "all damaged", "no processor", "outside"])
 def test_bad_input_is_one_clear_error_before_the_weights_are_read(
-    fault: str, write_recipe: RecipeWriter, tiny_model: ModelDirectory, pictures: Path, tmp_path: Path
+    fault: str, write_picture_recipe: RecipeWriter, tiny_model: ModelDirectory, pictures: Path, tmp_path: Path
 ) -> None:
     source = shutil.copytree(tiny_model("llava"), tmp_path / "source")
     # Whoever touched the weights would stumble over this.
@@ -285,7 +246,7 @@ def test_bad_input_is_one_clear_error_before_the_weights_are_read(
         expected = [str(source), "processor"]
     (folder / "conversations.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     vision = {"calibration": {"conversations": str(folder / "conversations.jsonl")}}
-    path = write_recipe(
+    path = write_picture_recipe(
         model=source, vision=vision, calibration={"num_samples": 8, "sequence_length": 120}, evaluation={}
     )
     code, output, error = invoke("run", path)
@@ -298,19 +259,24 @@ def test_bad_input_is_one_clear_error_before_the_weights_are_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_text_model_with_pictures_is_refused(write_recipe: RecipeWriter, tiny_model: ModelDirectory) -> None:
-    code, _, error = invoke("run", write_recipe(model=tiny_model("llama")))
+def test_text_model_with_pictures_is_refused(
+    write_picture_recipe: RecipeWriter, tiny_model: ModelDirectory
+) -> None:
+    code, _, error = invoke("run", write_picture_recipe(model=tiny_model("llama")))
     assert code == 1
     assert "has vision and evaluation.visual_questions, but" in error
     assert "is not one that reads images here (llava, llava_next)" in error
 
 
-def test_sequences_too_short_for_an_image(write_recipe: RecipeWriter) -> None:
+def test_sequences_too_short_for_an_image(write_picture_recipe: RecipeWriter) -> None:
     code, _, error = invoke(
-        "run", write_recipe(calibration={"num_samples": 8, "sequence_length": 12}, vision=None, evaluation={})
+        "run",
+        write_picture_recipe(
+            calibration={"num_samples": 8, "sequence_length": 12}, vision=None, evaluation={}
+        ),
     )
     assert code == 2  # without pictures or text there is nothing to calibrate on
-    path = write_recipe(calibration={"num_samples": 8, "sequence_length": 12}, evaluation={})
+    path = write_picture_recipe(calibration={"num_samples": 8, "sequence_length": 12}, evaluation={})
     recipe = yaml.safe_load(path.read_text())
     recipe["vision"].pop("share")
     path.write_text(yaml.safe_dump(recipe))
@@ -330,7 +296,7 @@ PROCESSOR_FAULTS = {
 
 @pytest.mark.parametrize("field", PROCESSOR_FAULTS)
 def test_a_processor_of_another_model_is_refused_by_name(
-    field: str, write_recipe: RecipeWriter, tiny_model: ModelDirectory, tmp_path: Path
+    field: str, write_picture_recipe: RecipeWriter, tiny_model: ModelDirectory, tmp_path: Path
 ) -> None:
     source = shutil.copytree(tiny_model("llava"), tmp_path / "source")
     path = source / "processor_config.json"
@@ -338,33 +304,33 @@ def test_a_processor_of_another_model_is_refused_by_name(
     holder = settings["image_processor"] if field == "crop_size" else settings
     holder[field] = PROCESSOR_FAULTS[field]
     path.write_text(json.dumps(settings))
-    code, _, error = invoke("run", write_recipe(model=source))
+    code, _, error = invoke("run", write_picture_recipe(model=source))
     assert code == 1
     assert f"processor and model do not belong together: {field} is" in error
 
 
 @pytest.mark.parametrize(("layer", "ok"), [(-99, False), (99, False), ([], False), ([-2, -3], True)])
 def test_vision_feature_layer_is_checked(
-    layer: Any, ok: bool, write_recipe: RecipeWriter, tiny_model: ModelDirectory, tmp_path: Path
+    layer: Any, ok: bool, write_picture_recipe: RecipeWriter, tiny_model: ModelDirectory, tmp_path: Path
 ) -> None:
     source = shutil.copytree(tiny_model("llava"), tmp_path / "source")
     config = json.loads((source / "config.json").read_text()) | {"vision_feature_layer": layer}
     (source / "config.json").write_text(json.dumps(config))
-    code, _, error = invoke("plan", write_recipe(model=source))
+    code, _, error = invoke("plan", write_picture_recipe(model=source))
     assert code == (0 if ok else 1)
     assert ok or f"vision_feature_layer {layer} of config.json is not in the vision tower" in error
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
 def test_weights_of_a_strange_dtype_are_refused_by_name(
-    dtype: torch.dtype, write_recipe: RecipeWriter, tiny_model: ModelDirectory, tmp_path: Path
+    dtype: torch.dtype, write_picture_recipe: RecipeWriter, tiny_model: ModelDirectory, tmp_path: Path
 ) -> None:
     source = shutil.copytree(tiny_model("llava"), tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     name = "multi_modal_projector.linear_1.weight"
     tensors[name] = tensors[name].to(dtype)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    code, _, error = invoke("run", write_recipe(model=source))
+    code, _, error = invoke("run", write_picture_recipe(model=source))
     assert code == 1
     assert "model.multi_modal_projector.linear_1.weight is stored as" in error
 

@@ -18,13 +18,13 @@ from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe  # noqa: F401 - fixtures
+from tests.recipe_runs import RecipeWriter, factorize, invoke
 
 WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture
-def export(write_recipe: RecipeWriter) -> Path:  # noqa: F811 - a fixture
+def export(write_recipe: RecipeWriter) -> Path:
     _, directory = run_recipe(load_recipe(write_recipe(factorize(num_compressed_layers="all"))))
     return directory
 

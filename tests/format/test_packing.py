@@ -32,8 +32,7 @@ def quantize(out_features: int, in_features: int, settings: QuantizationSettings
     generator = torch.Generator().manual_seed(out_features)
     weight = torch.randn(out_features, in_features, generator=generator)
     weight += torch.linspace(-3, 3, out_features)[:, None]
-    rounded = round_to_nearest(weight, settings, scale_dtype=torch.bfloat16)
-    return QuantizedWeight(rounded.values, rounded.scale, rounded.zero_point, rounded.storage)
+    return round_to_nearest(weight, settings, scale_dtype=torch.bfloat16)
 
 
 @OUT_FEATURES
@@ -42,14 +41,14 @@ def test_unpack_inverts_pack(bits: int, sym: bool, group_size: int, out_features
     settings = QuantizationSettings(bits=bits, sym=sym, group_size=group_size)
     quantized = quantize(out_features, 256, settings)
     leaves = pack(quantized, torch.bfloat16)
-    expected = settings.storage.leaf_shapes(out_features, 256)
+    expected = settings.quantization.leaf_shapes(out_features, 256)
     assert {leaf: tuple(tensor.shape) for leaf, tensor in leaves.items()} == expected
     assert all(tensor.is_contiguous() for tensor in leaves.values())
-    restored = unpack(leaves, settings.storage, (out_features, 256))
+    restored = unpack(leaves, settings.quantization, (out_features, 256))
     assert restored.values.dtype == torch.int8
     assert torch.equal(restored.values, quantized.values)
     assert torch.equal(restored.scale, quantized.scale)
-    assert restored.storage == quantized.storage
+    assert restored.quantization == quantized.quantization
     if quantized.zero_point is None:
         assert restored.zero_point is None
     else:
@@ -88,7 +87,7 @@ def test_leaves_are_those_of_compressed_tensors(
 def test_rows_that_do_not_fill_a_word(bits: int) -> None:
     settings = QuantizationSettings(bits=bits, group_size=-1)
     quantized = quantize(5, 43, settings)
-    restored = unpack(pack(quantized, torch.bfloat16), settings.storage, (5, 43))
+    restored = unpack(pack(quantized, torch.bfloat16), settings.quantization, (5, 43))
     assert torch.equal(restored.values, quantized.values)
 
 
@@ -119,10 +118,10 @@ def test_leaves_that_contradict_the_description_are_refused() -> None:
     leaves = pack(quantize(16, 128, settings), torch.bfloat16)
     missing = {leaf: tensor for leaf, tensor in leaves.items() if leaf != WEIGHT_ZERO_POINT}
     with pytest.raises(ValueError, match="weight_zero_point is missing"):
-        unpack(missing, settings.storage, (16, 128))
+        unpack(missing, settings.quantization, (16, 128))
     with pytest.raises(ValueError, match=r"weight_packed is of shape \[16, 16\].*needs \[16, 32\]"):
         unpack(leaves, WeightQuantization(bits=8, group_size=64, sym=False), (16, 128))
     with pytest.raises(ValueError, match=r"weight_scale is of shape \[16, 2\].*needs \[16, 4\]"):
         unpack(leaves, WeightQuantization(bits=4, group_size=32, sym=False), (16, 128))
     with pytest.raises(ValueError, match=r"weight_shape records \[16, 127\]"):
-        unpack(leaves | {WEIGHT_SHAPE: torch.tensor([16, 127])}, settings.storage, (16, 128))
+        unpack(leaves | {WEIGHT_SHAPE: torch.tensor([16, 127])}, settings.quantization, (16, 128))

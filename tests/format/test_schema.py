@@ -190,15 +190,6 @@ def test_a_storage_of_two_matrices(pivot_blocks: int | None) -> None:
     assert [quantization for _, quantization in storage.parts.values()] == [INT4, int8]
     assert storage.quantization == INT4
     assert storage.label == "rank 32, int4 g32"
+    assert storage.is_quantized
+    assert not Storage.of_rank((48, 64), 32, pivot_blocks).is_quantized
     assert Storage.of_rank((48, 64), 32, pivot_blocks).label == "rank 32"
-
-
-def test_fitted_groups_divide_the_columns() -> None:
-    for group_size in (32, 64, 128):
-        quantization = WeightQuantization(bits=4, group_size=group_size, sym=False)
-        for columns in (32, 64, 96, 160, 256):
-            fitted = quantization.fitted(columns)
-            common = [size for size in range(1, group_size + 1) if columns % size == group_size % size == 0]
-            assert fitted == WeightQuantization(bits=4, group_size=max(common), sym=False)
-    per_row = WeightQuantization(bits=4, group_size=-1)
-    assert per_row.fitted(7) == per_row

@@ -17,9 +17,10 @@ from safetensors.torch import save, save_file
 from ercsvd_deploy.format.manifest import MANIFEST_FILE, verify_export, write_manifest
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.format.tensor_store import INDEX_FILE, SINGLE_FILE, FileStore, open_directory
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE, REPORT_VERSION, check_export
+from ercsvd_deploy.pipelines.judging.check import REPORT_FILE, check_export
 from ercsvd_deploy.pipelines.judging.gates import junit_xml
 from tests.conftest import ModelDirectory
+from tests.fuzz.smallest_report import REPORT
 from tests.fuzz.strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -50,29 +51,6 @@ DESCRIPTION: dict[str, Any] = {
             "pivot_blocks": 4,
             "pivot_rows": {"bits": 8, "group_size": -1, "sym": False},
         },
-    },
-}
-FIGURES = {
-    "num_bytes": 1000,
-    "perplexity": {"prose": 12.5, "code": 9.0},
-    "exact_match": {"pictures": 0.9},
-    "tasks": {"arc_easy": {"acc,none": 0.5}},
-}
-REPORT: dict[str, Any] = {
-    "report_version": REPORT_VERSION,
-    "original": FIGURES,
-    "compressed": FIGURES,
-    "change": {"final_layer_error": {"prose": 0.1}, "logprob_kl": {"prose": 0.01}},
-    "recipe": {
-        "gates": {
-            "perplexity_increase": {"prose": 0.1},
-            "logprob_kl": 0.2,
-            "final_layer_error": 0.3,
-            "exact_match_drop": 0.02,
-            "task_drop": 0.02,
-            "max_size": "1GB",
-            "max_size_ratio": 0.5,
-        }
     },
 }
 

@@ -17,8 +17,8 @@ from ercsvd_deploy.format.tensor_store import SINGLE_FILE
 from ercsvd_deploy.pipelines.cli.app import app
 from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from tests.conftest import ModelDirectory
+from tests.fuzz.smallest_report import REPORT
 from tests.fuzz.strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing
-from tests.fuzz.test_fuzz_checkpoints import REPORT
 
 TEXT = Path(__file__).parents[2] / "examples" / "text" / "in_domain.txt"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from ercsvd_deploy.pipelines.importing.llava.convert import import_llava
 from tests import tiny_vision
+from tests.conftest import ModelDirectory
 from tests.tiny_models import VOCAB_SIZE, WEIGHTS_FILE
 
+OriginalWriter = Callable[..., Path]
 TOWER = "tower"  # a directory beside the checkpoint, or in it
 _HUB_TO_ORIGINAL = (
     (r"^language_model\.model\.", "model."),
@@ -152,3 +155,19 @@ def save_tower(directory: Path, config: Mapping[str, Any], tensors: Mapping[str,
     }
     settings.pop("image_processor_type")
     (directory / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def original_writer(directory: Path, tiny_model: ModelDirectory) -> OriginalWriter:
+    """Return a writer of original checkpoints: family and options of `save_original` -> directory."""
+
+    def write(family: str = "llava", **options: Any) -> Path:
+        return save_original(directory / "original", tiny_model(family), tiny_model("llama"), **options)
+
+    return write
+
+
+def convert(source: Path, **options: Any) -> Path:
+    """Import with the tower beside the checkpoint."""
+    target = source.parent / "imported"
+    import_llava(str(source), target, vision_tower=str(source.parent / TOWER), **options)
+    return target

@@ -30,29 +30,22 @@ from ercsvd_deploy.pipelines.inputs.model import open_config, open_model
 from ercsvd_deploy.recipe.sections import ModelSource
 from tests import tiny_vision
 from tests.conftest import ModelDirectory
-from tests.importing.original_llava import TOWER, save_original, save_tower
+from tests.importing.original_llava import (
+    TOWER,
+    OriginalWriter,
+    convert,
+    original_writer,
+    save_tower,
+)
 from tests.tiny_models import VISION_FAMILIES, VOCAB_SIZE, WEIGHTS_FILE
 
-OriginalWriter = Callable[..., Path]
 GROWN = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 NUM_ROWS = 320  # 256 tokens and the image's, up to a multiple of 64
 
 
 @pytest.fixture
 def original(tmp_path: Path, tiny_model: ModelDirectory) -> OriginalWriter:
-    """Return a writer of original checkpoints: family and options of `save_original` -> directory."""
-
-    def write(family: str = "llava", **options: Any) -> Path:
-        return save_original(tmp_path / "original", tiny_model(family), tiny_model("llama"), **options)
-
-    return write
-
-
-def convert(source: Path, **options: Any) -> Path:
-    """Import with the tower beside the checkpoint."""
-    target = source.parent / "imported"
-    import_llava(str(source), target, vision_tower=str(source.parent / TOWER), **options)
-    return target
+    return original_writer(tmp_path, tiny_model)
 
 
 def change_json(path: Path, **changes: Any) -> None:

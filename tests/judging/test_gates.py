@@ -21,10 +21,8 @@ from ercsvd_deploy.pipelines.stages import measured_export as after_export
 from ercsvd_deploy.recipe.fields import parse_size
 from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT, Gates
 from ercsvd_deploy.recipe.load import RecipeError, load_recipe
-from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
 from tests.recipe.written import MINIMAL, problems_of, written
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter, factorize, invoke
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "tiny-llama")
 REPORT: dict[str, Any] = {

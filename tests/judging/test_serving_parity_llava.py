@@ -15,12 +15,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.exporters.vllm.engines.process import ServedPrompt
 from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
-from tests.flow.test_run import TEXT, invoke
-from tests.flow.test_run_llava import RecipeWriter, pictures, write_recipe
-from tests.judging.test_serving_parity import StandIn, in_place_of_vllm
+from tests.judging.vllm_stand_in import StandIn
+from tests.recipe_runs import TEXT, RecipeWriter, invoke
 from tests.tiny_vision import NUM_PATCHES
-
-__all__ = ["in_place_of_vllm", "pictures", "write_recipe"]  # fixtures
 
 GATES = {"serving_parity": 0.05, "built_in_text": False}
 
@@ -81,7 +78,7 @@ def with_texts(path: Path, **evaluation: Any) -> Path:
 @pytest.mark.parametrize("source", ["questions", "calibration"])
 def test_pictures_are_compared_like_texts(
     source: str,
-    write_recipe: RecipeWriter,
+    write_picture_recipe: RecipeWriter,
     in_place_of_vllm: Callable[..., StandIn],
     pictures: Path,
     tmp_path: Path,
@@ -89,7 +86,7 @@ def test_pictures_are_compared_like_texts(
     vllm = in_place_of_vllm(WithPictures())
     dataset = {"conversations": str(pictures / "conversations.jsonl")}
     questions = {"visual_questions": {"noise": {"dataset": dataset}}} if source == "questions" else {}
-    code, out, _ = invoke("run", with_texts(write_recipe(), **questions))
+    code, out, _ = invoke("run", with_texts(write_picture_recipe(), **questions))
     assert code == 0
     shown = [prompt for prompt in vllm.asked[0]["prompts"] if prompt.pictures]
     assert len(shown) == 8
@@ -108,20 +105,22 @@ def test_pictures_are_compared_like_texts(
 
 
 def test_other_tokens_than_ours_are_a_failure(
-    write_recipe: RecipeWriter, in_place_of_vllm: Callable[..., StandIn], pictures: Path
+    write_picture_recipe: RecipeWriter, in_place_of_vllm: Callable[..., StandIn], pictures: Path
 ) -> None:
     in_place_of_vllm(Misreading())
     dataset = {"conversations": str(pictures / "conversations.jsonl")}
-    code, _, err = invoke("run", with_texts(write_recipe(), visual_questions={"noise": {"dataset": dataset}}))
+    code, _, err = invoke(
+        "run", with_texts(write_picture_recipe(), visual_questions={"noise": {"dataset": dataset}})
+    )
     assert code == 3
     assert "vLLM reads a prompt about pictures as" in err
 
 
 def test_without_pictures_it_is_said(
-    write_recipe: RecipeWriter, in_place_of_vllm: Callable[..., StandIn]
+    write_picture_recipe: RecipeWriter, in_place_of_vllm: Callable[..., StandIn]
 ) -> None:
     vllm = in_place_of_vllm(WithPictures())
-    path = with_texts(write_recipe())
+    path = with_texts(write_picture_recipe())
     recipe = yaml.safe_load(path.read_text())
     del recipe["vision"]
     path.write_text(yaml.safe_dump(recipe))

@@ -23,8 +23,8 @@ from ercsvd_deploy.models.streaming import (
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import ModelDirectory
-from tests.flow.test_run import RecipeWriter, llama, write_recipe  # noqa: F401 - fixtures
-from tests.state.test_resume import STAGES, hashes
+from tests.recipe_runs import RecipeWriter
+from tests.state.interrupted_runs import STAGES, hashes
 
 CPU = torch.device("cpu")
 
@@ -208,7 +208,7 @@ def test_batches_side_by_side_give_what_one_after_the_other_gives(
 
 @pytest.mark.slow
 def test_an_export_is_the_same_bytes_on_every_number_of_cores(
-    write_recipe: RecipeWriter,  # noqa: F811 - a fixture
+    write_recipe: RecipeWriter,
     tmp_path: Path,
     cores: Callable[[int], None],
 ) -> None:

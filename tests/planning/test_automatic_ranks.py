@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from ercsvd_deploy.budget.rank_steps import RankSteps, automatic_step, fixed_steps
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.exporters.vllm.kernels.choice import ACCELERATORS
-from ercsvd_deploy.format.schema import LowRankLayout, ModuleDescription
+from ercsvd_deploy.format.schema import LowRankLayout, Storage
 from ercsvd_deploy.models.families import Architecture, describe
 from ercsvd_deploy.models.meta import build_meta_model, load_config
 from ercsvd_deploy.pipelines.cli.app import app
@@ -311,9 +311,7 @@ def is_possible(factorize: dict[str, Any], architecture: Architecture, sizes: tu
     return False
 
 
-def cannot_be_loaded(
-    name: str, description: ModuleDescription, architecture: Architecture, size: int
-) -> str | None:
+def cannot_be_loaded(name: str, description: Storage, architecture: Architecture, size: int) -> str | None:
     """Say what of a Linear would lie across two GPUs, from the meaning of the format alone."""
     row_parallel = name.endswith(ROW_PARALLEL)
     blocks = description.pivot_blocks
@@ -406,7 +404,7 @@ def test_target_is_planned_without_ranks(
     [factorize] = [stage for stage in plan.stages if isinstance(stage, FactorizeStage)]
     task = factorize.allocation
     assert task is not None
-    assert sum(options[0].cost for options in task.options.values()) <= task.budget
+    assert sum(min(costs.values()) for costs in task.costs.values()) <= task.budget
     assert candidate.num_compressed_layers == config["num_hidden_layers"]
 
 

@@ -30,9 +30,12 @@ from ercsvd_deploy.pipelines.planning.machine import Machine
 from ercsvd_deploy.pipelines.planning.memory import Held, blocks, highest
 from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan
 from ercsvd_deploy.pipelines.planning.resources import HEAP_GAPS
-from ercsvd_deploy.pipelines.stages.factorize.last_layers import _FactorizeStage
+from ercsvd_deploy.pipelines.stages.factorize import walk
+from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
+from ercsvd_deploy.pipelines.stages.factorize.decompositions import forget_decompositions
 from ercsvd_deploy.pipelines.state.lock import work_path
-from ercsvd_deploy.quantization.gptq import QuantizationSettings, quantize_factors
+from ercsvd_deploy.quantization.grid import QuantizationSettings
+from ercsvd_deploy.quantization.pairs import quantize_factors
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import ModelDirectory
 
@@ -197,17 +200,17 @@ def test_work_directory_grows_as_planned(write_recipe: RecipeWriter, monkeypatch
     )
     assert recipe.export.path is not None
     seen: list[int] = []
-    forget = _FactorizeStage.forget_decompositions
+    forget = forget_decompositions
 
-    def look_and_forget(stage: _FactorizeStage) -> None:
+    def look_and_forget(work: Factorization) -> None:
         assert recipe.export.path is not None
         files = work_path(recipe.export.path.absolute()).rglob("*.safetensors")
         headers = [8 + int.from_bytes(path.read_bytes()[:8], "little") for path in files]
         files = work_path(recipe.export.path.absolute()).rglob("*.safetensors")
         seen.append(sum(path.stat().st_size for path in files) - sum(headers))
-        forget(stage)
+        forget(work)
 
-    monkeypatch.setattr(_FactorizeStage, "forget_decompositions", look_and_forget)
+    monkeypatch.setattr(walk, "forget_decompositions", look_and_forget)
     run_recipe(recipe, device=torch.device("cpu"))
     stage = next(
         each

@@ -13,17 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ercsvd_deploy.quantization.gptq import (
-    QuantizationSettings,
-    QuantizedWeight,
-    proxy_loss,
-    quantize_better,
-    quantize_factors,
-    quantize_weight,
-    refit_second_factor,
-    rotate_factors,
-    round_to_nearest,
-)
+from ercsvd_deploy.format.packing import QuantizedWeight
+from ercsvd_deploy.quantization.gptq import quantize_better, quantize_weight
+from ercsvd_deploy.quantization.grid import QuantizationSettings, round_to_nearest
+from ercsvd_deploy.quantization.held_out import DEFAULT_DAMPING
+from ercsvd_deploy.quantization.losses import proxy_loss
+from ercsvd_deploy.quantization.pairs import quantize_factors, refit_second_factor, rotate_factors
 
 FLOAT = torch.float32
 
@@ -58,7 +53,8 @@ def textbook_gptq(weight: Tensor, gram: Tensor, options: QuantizationSettings) -
     columns = w.shape[1]
     size = columns if options.group_size == -1 else options.group_size
     levels = 2**options.bits - 1
-    hessian += options.damping * hessian.diagonal().mean() * torch.eye(columns)
+    damping = DEFAULT_DAMPING if options.damping is None else options.damping
+    hessian += damping * hessian.diagonal().mean() * torch.eye(columns)
     scales, zeros = [], []
     for start in range(0, columns, size):
         group = w[:, start : start + size]
@@ -93,12 +89,12 @@ def assert_servable(quantized: QuantizedWeight) -> None:
     assert torch.isfinite(quantized.scale).all()
     assert (quantized.scale > 0).all()
     assert torch.isfinite(quantized.dequantize()).all()
-    low = -(2 ** (quantized.storage.bits - 1))
+    low = -(2 ** (quantized.quantization.bits - 1))
     for integers in (quantized.values, quantized.zero_point):
         if integers is not None:
             assert integers.dtype == torch.int8
             assert low <= int(integers.min()) <= int(integers.max()) <= -low - 1
-    assert (quantized.zero_point is None) == quantized.storage.sym
+    assert (quantized.zero_point is None) == quantized.quantization.sym
 
 
 @pytest.mark.parametrize("desc_act", [True, False])
@@ -110,7 +106,8 @@ def test_loss_equals_textbook_gptq_and_beats_rounding(
     weight, inputs = layer(seed=group_size + bits)
     gram = inputs.T @ inputs
     options = QuantizationSettings(bits=bits, group_size=group_size, sym=sym, desc_act=desc_act)
-    chosen, gptq_loss, rtn_loss = quantize_better(weight, gram, options, scale_dtype=FLOAT)
+    chosen, report = quantize_better(weight, gram, options, scale_dtype=FLOAT)
+    gptq_loss, rtn_loss = report.gptq_loss, report.rtn_loss
     reference = naive_loss(weight, textbook_gptq(weight, gram, options), inputs)
     assert gptq_loss == pytest.approx(reference, rel=0.02)
     assert gptq_loss < 0.7 * rtn_loss
@@ -203,7 +200,7 @@ def test_scale_search_and_activation_order_lower_the_loss() -> None:
             "mse": dataclasses.replace(plain, mse=True),
             "natural": dataclasses.replace(plain, desc_act=False),
         }.items():
-            losses[name] += quantize_better(weight, gram, options, scale_dtype=FLOAT)[1]
+            losses[name] += quantize_better(weight, gram, options, scale_dtype=FLOAT)[1].gptq_loss
     assert losses["mse"] < losses["plain"] < 0.8 * losses["natural"]
 
 
@@ -214,7 +211,8 @@ def test_the_better_of_both_ways_is_taken() -> None:
         generator = torch.Generator().manual_seed(seed)
         inputs = torch.randn(200, 32, generator=generator) + 3 * torch.randn(200, 1, generator=generator)
         weight = torch.randn(1, 32, generator=generator)
-        chosen, gptq_loss, rtn_loss = quantize_better(weight, inputs.T @ inputs, options, scale_dtype=FLOAT)
+        chosen, report = quantize_better(weight, inputs.T @ inputs, options, scale_dtype=FLOAT)
+        gptq_loss, rtn_loss = report.gptq_loss, report.rtn_loss
         methods.add("gptq" if gptq_loss < rtn_loss else "rtn")
         assert naive_loss(weight, chosen.dequantize(), inputs) == pytest.approx(
             min(gptq_loss, rtn_loss), rel=1e-3
@@ -254,7 +252,7 @@ def test_zero_rows_and_zero_groups_stay_zero() -> None:
     weight[7, 64:128] = 0
     for sym in (True, False):
         options = QuantizationSettings(sym=sym)
-        gptq, _, _ = quantize_better(weight, inputs.T @ inputs, options, scale_dtype=torch.float16)
+        gptq, _ = quantize_better(weight, inputs.T @ inputs, options, scale_dtype=torch.float16)
         rtn = round_to_nearest(weight, options, scale_dtype=torch.float16)
         for quantized in (gptq, rtn):
             assert_servable(quantized)
@@ -267,7 +265,8 @@ def test_dead_input_columns_are_rounded_not_zeroed() -> None:
     dead = torch.arange(0, 256, 7)
     inputs[:, dead] = 0
     options = QuantizationSettings()
-    chosen, gptq_loss, rtn_loss = quantize_better(weight, inputs.T @ inputs, options, scale_dtype=FLOAT)
+    chosen, report = quantize_better(weight, inputs.T @ inputs, options, scale_dtype=FLOAT)
+    gptq_loss, rtn_loss = report.gptq_loss, report.rtn_loss
     assert_servable(chosen)
     assert gptq_loss < rtn_loss
     nearest = round_to_nearest(weight, options, scale_dtype=FLOAT)
@@ -287,7 +286,8 @@ def test_a_gram_of_zeros_means_rounding() -> None:
 def test_rank_deficient_grams_work(tokens: int, damping: float) -> None:
     weight, inputs = layer(seed=8, tokens=tokens)
     options = QuantizationSettings(damping=damping)
-    chosen, gptq_loss, rtn_loss = quantize_better(weight, inputs.T @ inputs, options, scale_dtype=FLOAT)
+    chosen, report = quantize_better(weight, inputs.T @ inputs, options, scale_dtype=FLOAT)
+    gptq_loss, rtn_loss = report.gptq_loss, report.rtn_loss
     assert_servable(chosen)
     assert gptq_loss < rtn_loss
 
@@ -427,8 +427,8 @@ def test_error_aware_order_beats_the_naive_one() -> None:
         weight, inputs = layer(seed)
         gram = inputs.T @ inputs
         factor_a, factor_b = truncate(weight, inputs, rank=32)
-        naive_a, _, _ = quantize_better(factor_a, gram, options, scale_dtype=FLOAT)
-        naive_b, _, _ = quantize_better(factor_b, factor_a @ gram @ factor_a.T, options, scale_dtype=FLOAT)
+        naive_a, _ = quantize_better(factor_a, gram, options, scale_dtype=FLOAT)
+        naive_b, _ = quantize_better(factor_b, factor_a @ gram @ factor_a.T, options, scale_dtype=FLOAT)
         totals["naive"] += naive_loss(weight, naive_b.dequantize() @ naive_a.dequantize(), inputs)
         for name in ("hessian", "refit"):
             pair = quantize_factors(
@@ -458,7 +458,7 @@ def test_the_report_of_a_pair_adds_up(refit: bool) -> None:
     assert_servable(pair.factor_a)
     assert_servable(pair.factor_b)
     assert pair.factor_a.scale.dtype == torch.bfloat16
-    assert (pair.factor_a.storage.sym, pair.factor_b.storage.bits) == (False, 8)
+    assert (pair.factor_a.quantization.sym, pair.factor_b.quantization.bits) == (False, 8)
     assert report.loss == pytest.approx(naive_loss(weight, dense_b @ dense_a, inputs), rel=1e-3)
     assert report.loss_unquantized == pytest.approx(naive_loss(weight, factor_b @ factor_a, inputs), rel=1e-3)
     first = naive_loss(weight, factor_b @ dense_a, inputs)
@@ -530,7 +530,8 @@ def test_refit_is_dropped_where_rounding_alone_would_make_it_worse() -> None:
 
 SIDE_EFFECTS = """
 import logging, os, sys, torch
-from ercsvd_deploy.quantization.gptq import QuantizationSettings, quantize_better
+from ercsvd_deploy.quantization.gptq import quantize_better
+from ercsvd_deploy.quantization.grid import QuantizationSettings
 def state():
     root = logging.getLogger()
     return (dict(os.environ), root.level, root.handlers[:], root.manager.disable, torch.get_num_threads(),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.quantization.gptq import proxy_loss, quantize_together
+from ercsvd_deploy.quantization.gptq import quantize_together
 from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_columns
 from ercsvd_deploy.quantization.grid import Grid, QuantizationSettings, choose_grid, put_on_grid, stack_grids
+from ercsvd_deploy.quantization.losses import proxy_loss
 from tests.quantization.gptqmodel_reference import import_gptqmodel, run_gptqmodel
 
 ROOT = Path(__file__).parents[2]
@@ -202,7 +203,7 @@ def test_quantizing_together_is_quantizing_each() -> None:
     together = quantize_together(matrices, gram)
     for (quantized, report), matrix, each in zip(together, matrices, settings, strict=True):
         [(alone, own)] = quantize_together([matrix], gram)
-        assert quantized.storage == alone.storage == each.storage
+        assert quantized.quantization == alone.quantization == each.quantization
         assert torch.equal(quantized.scale, alone.scale)
         assert report.rtn_loss == own.rtn_loss
         assert report.gptq_loss == pytest.approx(own.gptq_loss, rel=1e-3)

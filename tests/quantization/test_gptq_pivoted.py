@@ -9,7 +9,8 @@ from torch import Tensor
 from ercsvd_deploy.linalg.decomposition import decompose
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, to_pivoted
 from ercsvd_deploy.linalg.truncation import truncate
-from ercsvd_deploy.quantization.gptq import QuantizationSettings, quantize_weight
+from ercsvd_deploy.quantization.gptq import quantize_weight
+from ercsvd_deploy.quantization.grid import QuantizationSettings
 from ercsvd_deploy.quantization.pivoted import quantize_pivoted, refit_other_rows
 
 OUT, IN, RANK, TOKENS = 96, 64, 32, 512

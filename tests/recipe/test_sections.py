@@ -20,6 +20,7 @@ def test_defaults_of_a_minimal_recipe(tmp_path: Path) -> None:
             "num_samples": 256,
             "sequence_length": 2048,
             "seed": 3,
+            "token_weight": "unit_norm",
         },
         "vision": None,
         "stages": [

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 from ercsvd_deploy.pipelines.reporting.schema import ReportDocument, parse_report
+
+MINUS = "\N{MINUS SIGN}"
+HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(1)>$x$ \"'&#0a0b01;"
 
 
 def sample_report(**changed: Any) -> dict[str, Any]:
@@ -178,3 +182,31 @@ _SAMPLE: dict[str, Any] = {
     "warnings": ["the texts are short"],
     "resumed": ["factorize: 2 of 3 layers"],
 }
+
+
+def everywhere_hostile() -> dict[str, Any]:
+    """Return a report in which every name and text that comes from outside is an attack."""
+    text = json.dumps(sample_report())
+    report: dict[str, Any] = json.loads(text.replace("prose", json.dumps(HOSTILE)[1:-1]))
+    report["recipe"]["model"]["path"] = f"organisation/{HOSTILE}"
+    report["recipe"]["export"]["path"] = f"out/{HOSTILE}"
+    report["warnings"] = [HOSTILE]
+    report["resumed"] = [HOSTILE]
+    report["environment"] = {HOSTILE: HOSTILE}
+    report["provenance"] = {HOSTILE: {HOSTILE: HOSTILE}}
+    report["seconds"] = {HOSTILE: 1.0}
+    report["components"] = [{**report["components"][0], "name": HOSTILE, "treatment": HOSTILE}] * 2
+    for part in ("original", "compressed"):
+        report[part]["bytes_by_part"] = {HOSTILE: 1000}
+    for linear in report["factorize"]["linears"]:
+        linear["name"] = f"model.layers.0.{HOSTILE}"
+    for matrix in report["quantize"]["matrices"]:
+        matrix["name"] = f"model.layers.0.{HOSTILE}"
+    report["references"] = [
+        {"label": HOSTILE, "num_bytes": 1500, "perplexity": {HOSTILE: 10.5}, "exact_match": {HOSTILE: 0.5}}
+    ]
+    report["gates"][0]["gate"] = HOSTILE
+    [failure] = report["serving"]["failures"]
+    failure |= dict.fromkeys(("process", "exception", "excerpt", "log"), HOSTILE)
+    report["serving"]["sizes"][0]["mode"] = HOSTILE
+    return report

@@ -19,11 +19,8 @@ from ercsvd_deploy.pipelines.reporting.card import (
 )
 from ercsvd_deploy.pipelines.reporting.schema import parse_report
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.flow.test_run import RecipeWriter, llama, write_recipe
-from tests.reporting.sample_reports import sample_document, sample_report
-from tests.reporting.test_report_page import MINUS, everywhere_hostile
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter
+from tests.reporting.sample_reports import MINUS, everywhere_hostile, sample_document, sample_report
 
 
 def front_matter(card: str) -> dict[str, Any]:

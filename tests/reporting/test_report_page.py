@@ -20,14 +20,10 @@ from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
 from ercsvd_deploy.pipelines.reporting.html.plots import draw_plots
 from ercsvd_deploy.pipelines.reporting.json_values import finite
 from ercsvd_deploy.pipelines.reporting.schema import ReportDocument, parse_report
-from tests.flow.test_run import RecipeWriter, invoke, llama, write_recipe
-from tests.reporting.sample_reports import sample_document, sample_report
+from tests.recipe_runs import RecipeWriter, invoke
+from tests.reporting.sample_reports import HOSTILE, MINUS, everywhere_hostile, sample_document, sample_report
 
-__all__ = ["llama", "write_recipe"]  # fixtures
-
-HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(1)>$x$ \"'&#0a0b01;"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
-MINUS = "\N{MINUS SIGN}"
 OUTSIDE = Path("/srv/models/small")
 
 
@@ -123,34 +119,6 @@ def test_page_fetches_and_runs_nothing() -> None:
     assert re.findall(r"url\((?!#)", source) == []
     assert "http://" not in source.replace("http://www.w3.org/", "")
     assert "https://" not in source
-
-
-def everywhere_hostile() -> dict[str, Any]:
-    """Return a report in which every name and text that comes from outside is an attack."""
-    text = json.dumps(sample_report())
-    report: dict[str, Any] = json.loads(text.replace("prose", json.dumps(HOSTILE)[1:-1]))
-    report["recipe"]["model"]["path"] = f"organisation/{HOSTILE}"
-    report["recipe"]["export"]["path"] = f"out/{HOSTILE}"
-    report["warnings"] = [HOSTILE]
-    report["resumed"] = [HOSTILE]
-    report["environment"] = {HOSTILE: HOSTILE}
-    report["provenance"] = {HOSTILE: {HOSTILE: HOSTILE}}
-    report["seconds"] = {HOSTILE: 1.0}
-    report["components"] = [{**report["components"][0], "name": HOSTILE, "treatment": HOSTILE}] * 2
-    for part in ("original", "compressed"):
-        report[part]["bytes_by_part"] = {HOSTILE: 1000}
-    for linear in report["factorize"]["linears"]:
-        linear["name"] = f"model.layers.0.{HOSTILE}"
-    for matrix in report["quantize"]["matrices"]:
-        matrix["name"] = f"model.layers.0.{HOSTILE}"
-    report["references"] = [
-        {"label": HOSTILE, "num_bytes": 1500, "perplexity": {HOSTILE: 10.5}, "exact_match": {HOSTILE: 0.5}}
-    ]
-    report["gates"][0]["gate"] = HOSTILE
-    [failure] = report["serving"]["failures"]
-    failure |= dict.fromkeys(("process", "exception", "excerpt", "log"), HOSTILE)
-    report["serving"]["sizes"][0]["mode"] = HOSTILE
-    return report
 
 
 def test_names_are_only_ever_text() -> None:

@@ -21,10 +21,8 @@ from ercsvd_deploy.pipelines.reporting.reference import (
 )
 from ercsvd_deploy.pipelines.reporting.schema import ReportDocument, ReportError, load_report, parse_report
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.flow.test_run import RecipeWriter, factorize, llama, write_recipe
+from tests.recipe_runs import RecipeWriter, factorize
 from tests.reporting.sample_reports import sample_report
-
-__all__ = ["llama", "write_recipe"]  # fixtures
 
 ROOT = Path(__file__).parents[2]
 INT4 = {"quantize": {"bits": 4, "group_size": 32, "ignore": ["*.k_proj"]}}

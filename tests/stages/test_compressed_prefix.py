@@ -22,13 +22,11 @@ from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.flow.test_run import RecipeWriter, factorize, llama, write_recipe
 from tests.linalg.references import random_inputs, random_weight
 from tests.models.streamed import CPU, streamed
-from tests.stages.test_residual_choice import gram, inputs_of, naive_erc
-from tests.state.test_resume import half_run, hashes, whole_run
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter, factorize
+from tests.stages.naive_factors import gram, inputs_of, naive_erc
+from tests.state.interrupted_runs import half_run, hashes, whole_run
 
 ALL = factorize(num_compressed_layers="all")["factorize"]
 INT8 = {"quantize": {"bits": 8, "group_size": 32}}

@@ -20,9 +20,7 @@ from ercsvd_deploy.pipelines.stages.judge import JudgeStage
 from ercsvd_deploy.pipelines.stages.work import StageRun
 from ercsvd_deploy.pipelines.state.cache import OUTCOME
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.flow.test_run import RecipeWriter, llama, write_recipe
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,12 @@ from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.stages import sensitivity
-from ercsvd_deploy.pipelines.stages.factorize.allocated import _interpolate, _spread
+from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import interpolate, spread
 from ercsvd_deploy.pipelines.stages.quantize import stage as quantize_stage
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.flow.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe
-from tests.state.test_resume import half_run, hashes, whole_run
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
+from tests.state.interrupted_runs import half_run, hashes, whole_run
 
 TINY_LLAMA = str(TEXT.parent / "tiny-llama")
 CONTROLLED = {"factorize": {"method": "svd_llm", "allocation": "error_controlled", "output_metric": "fisher"}}
@@ -209,8 +207,8 @@ def test_vllm_serves_what_was_chosen(write_recipe: RecipeWriter, tmp_path: Path)
 
 
 def test_probed_ranks_span_all() -> None:
-    assert _spread(range(32, 513, 32), 3) == [32, 128, 512]
-    assert _spread([64], 3) == [64]
-    assert _interpolate({32: 1.0, 128: 3.0}, 64) == pytest.approx(2.0)
-    assert _interpolate({32: 1.0, 128: 3.0}, 32) == 1.0
-    assert _interpolate({64: 1.0}, 640) == 1.0
+    assert spread(range(32, 513, 32), 3) == [32, 128, 512]
+    assert spread([64], 3) == [64]
+    assert interpolate({32: 1.0, 128: 3.0}, 64) == pytest.approx(2.0)
+    assert interpolate({32: 1.0, 128: 3.0}, 32) == 1.0
+    assert interpolate({64: 1.0}, 640) == 1.0

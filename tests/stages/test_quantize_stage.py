@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,7 @@ from ercsvd_deploy.pipelines.stages.quantize.storage import (
 )
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.stages import Quantize, QuantizeOverride
-from tests.flow.test_run import RecipeWriter, factorize, llama, write_recipe
-
-__all__ = ["llama", "write_recipe"]
+from tests.recipe_runs import RecipeWriter, factorize
 
 NAMES = [
     f"model.layers.{layer}.{name}"
@@ -55,12 +54,12 @@ def test_patterns_match_names_and_their_ends() -> None:
         ),
         NAMES,
     )
-    assert plan.storage["model.layers.0.mlp.down_proj"] is None
-    assert plan.storage["model.layers.1.mlp.down_proj"] == WeightQuantization(bits=8, group_size=64)
-    assert plan.storage["model.layers.2.mlp.down_proj"] == WeightQuantization(
+    assert plan.integers["model.layers.0.mlp.down_proj"] is None
+    assert plan.integers["model.layers.1.mlp.down_proj"] == WeightQuantization(bits=8, group_size=64)
+    assert plan.integers["model.layers.2.mlp.down_proj"] == WeightQuantization(
         bits=8, group_size=64, sym=False
     )
-    assert plan.storage["model.layers.1.self_attn.q_proj"] == WeightQuantization(bits=4, group_size=64)
+    assert plan.integers["model.layers.1.self_attn.q_proj"] == WeightQuantization(bits=4, group_size=64)
     assert {match.pattern: len(match.modules) for match in plan.matches} == {
         "layers.0.*": 3,
         "mlp.down_proj": 3,
@@ -228,7 +227,9 @@ def test_rounding_baseline_loses_to_gptq(write_recipe: RecipeWriter) -> None:
         stages = (factorize(num_compressed_layers=3, rank_multiple=32), quantize(method=method))
         report, _ = run_recipe(load_recipe(write_recipe(*stages)))
         assert report.results["quantize"] is not None
-        assert {matrix.method for matrix in report.results["quantize"].matrices} == {method}
+        taken = Counter(matrix.method for matrix in report.results["quantize"].matrices)
+        # On held-out tokens rounding wins here and there: 576 tokens are few for GPTQ.
+        assert taken[method] > 0.8 * taken.total() if method == "gptq" else set(taken) == {"rtn"}
         losses[method] = sum(linear.loss for linear in report.results["quantize"].linears)
     assert losses["gptq"] < losses["rtn"]
 

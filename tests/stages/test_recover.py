@@ -26,10 +26,8 @@ from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.stages.recover import RecoverOutcome, _with_replaced_tokens, recover_decoder
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import ModelSource, Recover, load_recipe
-from tests.flow.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe
-from tests.state.test_resume import half_run, hashes, whole_run
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
+from tests.state.interrupted_runs import half_run, hashes, whole_run
 
 TINY_LLAMA = str(TEXT.parent / "tiny-llama")
 # Plain truncation leaves much to learn; the first of four layers stays whole.

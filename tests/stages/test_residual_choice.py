@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.data.texts import load_tokenizer
 from ercsvd_deploy.linalg.decomposition import decompose
 from ercsvd_deploy.linalg.errors import calibration_error, output_error
 from ercsvd_deploy.linalg.truncation import Factors, truncate
 from ercsvd_deploy.models.statistics import InputStatistics
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizationError
 from ercsvd_deploy.pipelines.stages.factorize.residual import (
@@ -27,11 +24,10 @@ from ercsvd_deploy.pipelines.stages.factorize.residual import (
 )
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.stages import Factorize
-from tests.flow.test_run import RecipeWriter, factorize, llama, write_recipe
 from tests.linalg.references import random_inputs, random_weight
-from tests.state.test_resume import half_run, hashes, whole_run
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter, factorize
+from tests.stages.naive_factors import gram, inputs_of, naive_erc
+from tests.state.interrupted_runs import half_run, hashes, whole_run
 
 AUTO = factorize(method="erc_svd", beta="auto", num_compressed_layers="all")
 CONTROLLED = factorize(
@@ -48,40 +44,6 @@ BETAS = (0.0, 0.02, 0.05, 0.1, 0.2)
 def residual_ranks(report: Report) -> dict[str, int]:
     assert report.results["factorize"] is not None
     return {each.name: each.residual_rank or 0 for each in report.results["factorize"].linears if each.rank}
-
-
-def inputs_of(directory: Path, recipe_file: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    """Return the inputs [windows, tokens, in] of modules on the calibration windows, by transformers."""
-    recipe = load_recipe(recipe_file)
-    assert recipe.calibration is not None
-    tokens = calibration_windows(recipe.calibration, load_tokenizer(recipe.model.path), 256)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    seen: dict[str, torch.Tensor] = {}
-    for name in names:
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _module, inputs, name=name: seen.update({name: inputs[0].detach().double()})
-        )
-    with torch.no_grad():
-        model(tokens)
-    return seen
-
-
-def gram(inputs: torch.Tensor) -> torch.Tensor:
-    rows = inputs.flatten(0, -2)
-    return rows.T @ rows
-
-
-def naive_erc(weight: torch.Tensor, metric: torch.Tensor, rank: int, residual_rank: int) -> torch.Tensor:
-    """Truncate W S by SVD with S the Cholesky factor, undo S, and add the residual's plain truncation."""
-    size = len(metric)
-    damped = metric + 1e-10 * metric.diagonal().mean() * torch.eye(size, dtype=torch.float64)
-    whitening_factor = torch.linalg.cholesky(damped)
-    u, s, vh = torch.linalg.svd(weight @ whitening_factor, full_matrices=False)
-    first = rank - residual_rank
-    product: torch.Tensor = (u[:, :first] * s[:first]) @ vh[:first] @ torch.linalg.inv(whitening_factor)
-    u, s, vh = torch.linalg.svd(weight - product, full_matrices=False)
-    product += (u[:, :residual_rank] * s[:residual_rank]) @ vh[:residual_rank]
-    return product
 
 
 def relative_error(weight: torch.Tensor, product: torch.Tensor, metric: torch.Tensor) -> float:
@@ -138,7 +100,7 @@ def test_held_out_error_is_in_the_metric_of_the_outputs() -> None:
                 return output_error(weight, factors.product(), many @ many.T, metric)
             return calibration_error(weight, factors, many @ many.T)
 
-        choice = choose_residual_ranks(stage, linear, weight, fitting, many @ many.T, [16], metric)
+        choice = choose_residual_ranks(stage, linear, weight, fitting.gram, many @ many.T, [16], metric)
         assert choice == {16: min([0, 1, 2, 4], key=error)}
         found[name] = choice[16]
     assert found["identity"] > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -19,25 +18,14 @@ import pytest
 import torch
 
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
 from ercsvd_deploy.pipelines.stages import export
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.flow.test_run import TEXT, RecipeWriter, factorize, invoke, llama, write_recipe  # noqa: F401 - fixtures
+from tests.recipe_runs import RecipeWriter, invoke
+from tests.state.interrupted_runs import STAGES, Stop, half_run, hashes, whole_run
 
 REPOSITORY = Path(__file__).parents[2]
-INT4 = {"quantize": {"bits": 4, "group_size": 32}}
-STAGES = (factorize(rank_multiple="auto", num_compressed_layers="auto", method="erc_svd"), INT4)
 KILLS = 20
-
-
-def hashes(directory: Path) -> dict[str, str]:
-    """Return the export's contents; report, page and card hold times or the export's name."""
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in REPORT_FILES
-    }
 
 
 class Runner:
@@ -81,7 +69,7 @@ def runner(tmp_path: Path) -> Iterator[Callable[[Path, Path], Runner]]:
 
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_writes_what_an_undisturbed_one_writes(
-    write_recipe: RecipeWriter,  # noqa: F811 - a fixture
+    write_recipe: RecipeWriter,
     tmp_path: Path,
     runner: Callable[[Path, Path], Runner],
 ) -> None:
@@ -114,45 +102,10 @@ def test_a_run_killed_twenty_times_writes_what_an_undisturbed_one_writes(
     assert not (tmp_path / ".disturbed.work").exists()
 
 
-class Stop(Exception):  # noqa: N818 - not an error of the program
-    """Ends a run in the middle."""
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, pieces: int) -> Callable[[], int]:
-    """Let the run end after so many finished pieces; return a count of those computed."""
-    finish = FinishedWork.finish
-    count = 0
-
-    def counted(self: FinishedWork, piece: str, findings: Any, tensors: Any = None) -> None:
-        nonlocal count
-        if count == pieces:
-            raise Stop
-        finish(self, piece, findings, tensors)
-        count += 1
-
-    monkeypatch.setattr(FinishedWork, "finish", counted)
-    return lambda: count
-
-
-def whole_run(recipe: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[int, list[str]]:
-    """Run to the end; return how many pieces were computed, and what was said about earlier ones."""
-    with monkeypatch.context() as patched:
-        count = stop_after(patched, 10_000)
-        report, _ = run_recipe(load_recipe(recipe, overrides))
-        return count(), report.resumed
-
-
-def half_run(recipe: Path, monkeypatch: pytest.MonkeyPatch, pieces: int, *overrides: str) -> None:
-    with monkeypatch.context() as patched:
-        stop_after(patched, pieces)
-        with pytest.raises(Stop):
-            run_recipe(load_recipe(recipe, overrides))
-
-
 @pytest.mark.parametrize("pieces", [0, 4, 9, 12])
 def test_only_what_is_missing_is_computed(
     pieces: int,
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -199,7 +152,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_recipe_recomputes_what_it_must(
     change: str,
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -217,9 +170,9 @@ def test_a_changed_recipe_recomputes_what_it_must(
 
 
 def test_other_weights_under_the_same_name_are_noticed(
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
     tmp_path: Path,
-    llama: Path,  # noqa: F811
+    llama: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import shutil
@@ -241,7 +194,7 @@ def test_other_weights_under_the_same_name_are_noticed(
 
 
 def test_damaged_pieces_are_computed_again(
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -260,7 +213,7 @@ def test_damaged_pieces_are_computed_again(
 
 
 def test_full_disk_keeps_what_is_finished_and_says_so(
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -291,7 +244,7 @@ def test_full_disk_keeps_what_is_finished_and_says_so(
 
 
 def test_status_and_clean(
-    write_recipe: RecipeWriter,  # noqa: F811
+    write_recipe: RecipeWriter,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

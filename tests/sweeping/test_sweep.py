@@ -27,9 +27,7 @@ from ercsvd_deploy.pipelines.sweeping.points import (
     worst_increase,
 )
 from ercsvd_deploy.recipe.load import Recipe, RecipeError, canonical
-from tests.flow.test_run import RecipeWriter, factorize, invoke, llama, write_recipe
-
-__all__ = ["llama", "write_recipe"]  # fixtures
+from tests.recipe_runs import RecipeWriter, factorize, invoke
 
 RATIO = "stages.0.factorize.compression_ratio"
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of the reference
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.vllm.test_serving import REPOSITORY, serving
+from tests.vllm.engines import REPOSITORY, serving
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

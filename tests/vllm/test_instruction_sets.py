@@ -18,7 +18,7 @@ import torch
 
 from tests.conftest import ModelDirectory
 from tests.tiny_models import compress_at_random
-from tests.vllm.test_serving import REPOSITORY, deviation, engine, run_engines
+from tests.vllm.engines import REPOSITORY, deviation, engine, run_engines
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -22,7 +22,7 @@ from ercsvd_deploy.exporters.vllm.kernels.choice import (
     columns_that_agree,
 )
 from ercsvd_deploy.exporters.vllm.layer_plan import Projection, plan_second, plan_stacks
-from ercsvd_deploy.format.schema import ModuleDescription, WeightQuantization
+from ercsvd_deploy.format.schema import Storage, WeightQuantization
 from ercsvd_deploy.pipelines.cli.app import app
 from tests.conftest import ModelDirectory
 
@@ -189,10 +189,8 @@ def test_a_child_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch, tm
 def test_stacks_and_second_parts_are_counted_as_they_are_allocated() -> None:
     """Low-rank projections and a pivoted one, stored alike, on rank 1 of 2; other rows fill blocks."""
     storage = WeightQuantization(bits=4, group_size=32)
-    low_rank = ModuleDescription(
-        layout="low_rank", shape=(256, 128), rank=64, factor_a=storage, factor_b=storage
-    )
-    pivoted = ModuleDescription(
+    low_rank = Storage(layout="low_rank", shape=(256, 128), rank=64, factor_a=storage, factor_b=storage)
+    pivoted = Storage(
         layout="pivoted", shape=(200, 128), rank=32, pivot_blocks=2, pivot_rows=storage, other_rows=storage
     )
     half, columns = slice(128, 256), slice(0, 128)

@@ -20,7 +20,7 @@ from typing import Any
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.exporters.vllm.layer_plan import PlannedMatrix, Projection, plan_second, plan_stacks
-from ercsvd_deploy.format.schema import ModuleDescription, WeightQuantization
+from ercsvd_deploy.format.schema import Storage, WeightQuantization
 from ercsvd_deploy.models.families import Architecture, LayerLinears
 
 PLAIN = "plain"
@@ -84,7 +84,7 @@ class KernelAnswers:
 
 
 def plan_matrices(
-    described: Mapping[str, ModuleDescription],
+    described: Mapping[str, Storage],
     architecture: Architecture,
     tensor_parallel_sizes: Iterable[int],
 ) -> tuple[KernelUse, ...]:
@@ -164,7 +164,7 @@ def without_shape(kernel: str) -> str:
 def _matrices(
     layer: LayerLinears,
     group: Sequence[LinearShape],
-    described: Mapping[str, ModuleDescription],
+    described: Mapping[str, Storage],
     architecture: Architecture,
     size: int,
 ) -> list[PlannedMatrix]:
@@ -172,7 +172,7 @@ def _matrices(
     projections = []
     for linear in group:
         rows, columns = linear.out_features, linear.in_features
-        description = described.get(linear.name) or ModuleDescription(layout="dense", shape=(rows, columns))
+        description = described.get(linear.name) or Storage(layout="dense", shape=(rows, columns))
         if architecture.is_row_parallel(linear.name):
             columns = _share(columns, size)
         else:

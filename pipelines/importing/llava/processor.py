@@ -16,8 +16,8 @@ from ercsvd_deploy.format.atomic_files import write_json_atomically
 from ercsvd_deploy.pipelines.importing.llava.config import Conversation, LlavaImportError, OriginalLlava
 from ercsvd_deploy.pipelines.importing.llava.tower import VisionTower
 
-IMAGE_TOKEN = "<image>"  # noqa: S105 - not a secret
-PAD_TOKEN = "<pad>"  # noqa: S105
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
 _SENTENCEPIECE_FILE = "tokenizer.model"
 # What transformers writes about the machine that it runs on.
 _OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path")

@@ -1,7 +1,6 @@
 """One Linear of the factorize stage: decomposed, truncated, measured, and as tensors of a file.
 
-What both ways of sharing out ranks, and the vision parts, do with every Linear. Tensors in, tensors out; what
-is read and written when is up to the stages.
+Tensors in, tensors out; what is read and written when is up to the walk and the vision stage.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import TypeAdapter
+from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape, split_rank
 from ercsvd_deploy.format.schema import (
@@ -22,13 +22,13 @@ from ercsvd_deploy.format.schema import (
     PIVOT_ROWS,
     ROW_ORDER,
     WEIGHT,
-    ModuleDescription,
+    Storage,
 )
-from ercsvd_deploy.linalg.decomposition import Decomposition, Method, decompose
+from ercsvd_deploy.linalg.decomposition import Decomposition, decompose
 from ercsvd_deploy.linalg.errors import calibration_error, weight_error
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, PivotError, find_pivots, to_pivoted
 from ercsvd_deploy.linalg.truncation import Factors, truncate
-from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.recipe.stages import Factorize
 
 # Beyond this side the residual's exact decomposition is made once, for the chosen k, and the search
@@ -58,42 +58,26 @@ _SPECTRUM_POINTS = 48  # of each Linear's spectrum in the report, at even distan
 Spectrum = list[tuple[int, float]]  # position, from 1, and singular value as a share of the largest
 
 
-def factors_piece(layer: int) -> str:
-    """Return the name of the piece that holds the factors of a layer."""
-    return f"layer-{layer:05d}"
-
-
-def decomposition_tensors(name: str, made: Decomposition) -> dict[str, torch.Tensor]:
-    """Return the tensors in which a Linear's decomposition waits on disk; `read_decomposition` takes them."""
-    tensors = {f"{name}.basis": made.basis, f"{name}.singular_values": made.singular_values}
-    return tensors if made.projection is None else tensors | {f"{name}.projection": made.projection}
-
-
-def read_decomposition(
-    name: str, method: Method, tensors: Mapping[str, torch.Tensor], device: torch.device
-) -> Decomposition:
-    """Return a Linear's decomposition from its tensors; the inverse of `decomposition_tensors`."""
-    projection = tensors.get(f"{name}.projection")
-    return Decomposition(
-        method,
-        tensors[f"{name}.basis"].to(device),
-        tensors[f"{name}.singular_values"].to(device),
-        None if projection is None else projection.to(device),
-    )
-
-
 def decompose_linear(
     settings: Factorize,
     linear: LinearShape,
     weight: torch.Tensor,
-    statistics: InputStatistics | None,
+    gram: torch.Tensor | None,
+    mean_absolute: torch.Tensor | None = None,
     *,
     max_rank: int,
     output_metric: torch.Tensor | None = None,
 ) -> Decomposition:
-    """Decompose a Linear's weight [out, in] by the stage's method, for every rank up to `max_rank`.
+    """Decompose a Linear's weight by the stage's method, for every rank up to `max_rank`.
 
-    `output_metric` [out, out] is used where the stage asks for it.
+    Args:
+        settings: The recipe's stage.
+        linear: The Linear.
+        weight: [out, in].
+        gram: [in, in], sum or mean of x x^T over its inputs; None for a data-free method.
+        mean_absolute: [in], mean |x|; ASVD alone reads it.
+        max_rank: The highest rank to truncate to.
+        output_metric: [out, out], used where the stage asks for `fisher`.
 
     Raises:
         FactorizationError: the weight or its inputs are not finite, say; the message names the Linear.
@@ -102,8 +86,8 @@ def decompose_linear(
         return decompose(
             weight,
             method=settings.method,
-            gram=None if statistics is None else statistics.gram,
-            mean_abs_activation=None if statistics is None else statistics.mean_absolute,
+            gram=gram,
+            mean_abs_activation=mean_absolute,
             activation_exponent=settings.activation_exponent,
             output_metric=output_metric if settings.output_metric == "fisher" else None,
             max_rank=max_rank,
@@ -143,21 +127,21 @@ def truncate_linear(
 
 
 def factor_tensors(
-    name: str, factors: Factors, description: ModuleDescription, dtype: torch.dtype
+    name: str, factors: Factors, storage: Storage, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors that store a factorized Linear in the layout of its description, guard included.
+    """Return the tensors that store a factorized Linear in its layout, guard included.
 
     Raises:
         FactorizationError: the product has no rows that can serve as pivots.
     """
     guard = {f"{name}.{GUARD}": torch.empty(GUARD_SHAPE, dtype=dtype)}
-    if description.pivot_blocks is None:
+    if storage.pivot_blocks is None:
         return guard | {
             f"{name}.{FACTOR_A}.{WEIGHT}": factors.factor_a.to(dtype),
             f"{name}.{FACTOR_B}.{WEIGHT}": factors.factor_b.to(dtype),
         }
     try:
-        pivoted = to_pivoted(factors, description.pivot_blocks)
+        pivoted = to_pivoted(factors, storage.pivot_blocks)
     except PivotError as error:
         raise FactorizationError(f"{name}: {error}") from error
     return guard | {
@@ -168,14 +152,14 @@ def factor_tensors(
 
 
 def stored_product(
-    name: str, tensors: Mapping[str, torch.Tensor], description: ModuleDescription, dtype: torch.dtype
+    name: str, tensors: Mapping[str, torch.Tensor], storage: Storage, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return the weight [out, in] that a factorized Linear's stored tensors stand for, computed in `dtype`.
 
     The inverse of `factor_tensors` up to the rounding to the stored precision.
     """
-    first, second = (tensors[f"{name}.{part}.{WEIGHT}"].to(dtype) for part in description.parts)
-    if description.pivot_blocks is None:
+    first, second = (tensors[f"{name}.{part}.{WEIGHT}"].to(dtype) for part in storage.parts)
+    if storage.pivot_blocks is None:
         return second @ first
     return PivotedFactors(first, second, find_pivots(tensors[f"{name}.{ROW_ORDER}"], len(first))).product()
 
@@ -185,16 +169,16 @@ def measure_linear(
     rank: int,
     weight: torch.Tensor,
     factors: Factors,
-    statistics: InputStatistics | None,
+    gram: torch.Tensor | None,
     residual_rank: int | None,
 ) -> FactorizedLinear:
-    """Return what a Linear lost to its factors."""
+    """Return what a Linear lost to its factors; `gram` [in, in] is of its inputs, if they were seen."""
     return FactorizedLinear(
         linear.name,
         (linear.out_features, linear.in_features),
         rank,
         weight_error(weight, factors),
-        None if statistics is None else calibration_error(weight, factors, statistics.gram),
+        None if gram is None else calibration_error(weight, factors, gram),
         residual_rank,
     )
 
@@ -209,5 +193,17 @@ def thinned(singular_values: torch.Tensor) -> Spectrum:
 
 
 def left_dense(linear: LinearShape) -> FactorizedLinear:
-    """Return what is told of a Linear that has no rank."""
+    """Per-Linear report entry for a dense Linear."""
     return FactorizedLinear(linear.name, (linear.out_features, linear.in_features), None, 0.0, 0.0)
+
+
+def linear_of(module: nn.Module, layer: LayerLinears, linear: LinearShape) -> nn.Linear:
+    """Return a Linear of a loaded layer."""
+    submodule = module.get_submodule(layer.local_name(linear))
+    assert isinstance(submodule, nn.Linear)
+    return submodule
+
+
+def put_weight(module: nn.Module, layer: LayerLinears, linear: LinearShape, weight: torch.Tensor) -> None:
+    """Give a Linear of a loaded layer another weight [out, in]."""
+    linear_of(module, layer, linear).weight = nn.Parameter(weight, requires_grad=False)

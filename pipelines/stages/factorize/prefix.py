@@ -16,137 +16,98 @@ Source: AA-SVD and SAES-SVD, which both calibrate truncation on the compressed p
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.data.samples import Sample
-from ercsvd_deploy.format.schema import WEIGHT, ModuleDescription
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.linalg.compensation import compensated_weight
 from ercsvd_deploy.linalg.errors import compensated_error, weight_error
 from ercsvd_deploy.models.families import LayerLinears
-from ercsvd_deploy.models.statistics import InputStatistics, PairedStatistics
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.models.statistics import PairedStatistics
+from ercsvd_deploy.pipelines.stages.factorize.context import Factorization, factors_piece
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
     FactorizationError,
     FactorizedLinear,
     decompose_linear,
     factor_tensors,
-    factors_piece,
     left_dense,
+    linear_of,
+    put_weight,
     stored_product,
     truncate_linear,
 )
-from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
-from ercsvd_deploy.recipe.stages import Factorize
+from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankDecision
 
 
-@dataclass(frozen=True)
-class ChosenRanks:
-    """What the choice of ranks has left to do.
-
-    Attributes:
-        layers: The layers whose factors are to be written, in order; there are none behind them.
-        descriptions: Of every Linear that gets a rank.
-        residual_ranks: What of that rank belongs to the residual, or None without one.
-    """
-
-    layers: Sequence[LayerLinears]
-    descriptions: Mapping[str, ModuleDescription]
-    residual_ranks: Mapping[str, int | None]
-
-
-def emit_on_compressed_prefix(
-    model: LayerwiseModel,
-    samples: Sequence[Sample],
-    settings: Factorize,
-    chosen: ChosenRanks,
-    work: FinishedWork,
-    sensitivity: Sensitivity | None,
-    on_layer: Callable[[], None] = lambda: None,
-) -> list[FactorizedLinear]:
-    """Write the factors of every chosen layer, as far as an earlier run has not; return what is lost.
+def write_on_compressed_prefix(work: Factorization, decision: RankDecision) -> list[FactorizedLinear]:
+    """Write the factors of every compressed layer, as far as an earlier run has not; return what is lost.
 
     Activations pass through layers that are finished all the same, on their factors: the layers behind are
     measured on that.
 
     Args:
-        model: The original model.
-        samples: Calibration sequences.
-        settings: The recipe's stage.
-        chosen: The ranks.
-        work: Receives `layer-<index>`, the factors of every layer.
-        sensitivity: Fisher information of the Linears' outputs, for `output_metric: fisher`.
-        on_layer: Called after every decoder layer.
+        work: The stage's run; its cache receives `layer-<index>`, the factors of every layer.
+        decision: The chosen ranks.
 
     Raises:
         FactorizationError: a weight or its inputs are not finite, say; the message names the Linear.
     """
-    known = {layer.index: work.findings(factors_piece(layer.index)) for layer in chosen.layers}
-    open_layers = [index for index, findings in known.items() if findings is None]
-    if open_layers:
-        emission = _Emission(model, settings, chosen, work, sensitivity)
-        known |= emission.run(samples, known, max(open_layers), on_layer)
-    return [linear for findings in known.values() for linear in LINEARS.validate_python(findings)]
+    layers = work.model.architecture.layers[decision.chosen.first_layer :]
+    findings = {layer.index: work.cache.findings(factors_piece(layer.index)) for layer in layers}
+    missing = [index for index, found in findings.items() if found is None]
+    if missing:
+        findings |= _Trajectories(work, decision).write(findings, max(missing))
+    return [linear for found in findings.values() for linear in LINEARS.validate_python(found)]
 
 
 @dataclass(frozen=True)
-class _Emission:
+class _Trajectories:
     """What every layer is compressed with."""
 
-    model: LayerwiseModel
-    settings: Factorize
-    chosen: ChosenRanks
-    work: FinishedWork
-    sensitivity: Sensitivity | None
+    work: Factorization
+    decision: RankDecision
 
-    def run(
-        self,
-        samples: Sequence[Sample],
-        known: Mapping[int, object],
-        last: int,
-        on_layer: Callable[[], None],
-    ) -> dict[int, object]:
-        """Pass through the layers up to `last`; return the findings of those that were not known."""
-        batches = self.model.batches(samples)
+    def write(self, findings: Mapping[int, object], last: int) -> dict[int, object]:
+        """Pass through the layers up to `last`; return the findings of those that had none."""
+        model, cache = self.work.model, self.work.cache
+        assert self.work.samples is not None, "the schema asks for calibration where a stage needs it"
+        batches = model.batches(self.work.samples)
         token_weights = [batch.token_weights for batch in batches]
-        original = self.model.embed(batches)
+        original = model.embed(batches)
         compressed: list[torch.Tensor] = []
-        found: dict[int, object] = {}
-        first = self.chosen.layers[0].index
-        for layer in self.model.architecture.layers[: last + 1]:
-            with self.model.layer(layer.index) as module:
-                if layer.index < first:
-                    self.model.advance(layer.index, original, module=module)
-                    on_layer()
+        written: dict[int, object] = {}
+        for layer in model.architecture.layers[: last + 1]:
+            with model.layer(layer.index) as module:
+                if layer.index < self.decision.chosen.first_layer:
+                    model.advance(layer.index, original, module=module)
+                    self.work.on_layer()
                     continue
                 compressed = compressed or list(original)
                 # Shares every tensor with the original but those that are replaced.
                 shared = {id(parameter): parameter for parameter in module.parameters()}
                 twin = copy.deepcopy(module, shared)
                 piece = factors_piece(layer.index)
-                if known[layer.index] is None:
+                if findings[layer.index] is None:
                     tensors, linears = self._compress(
                         layer, (module, twin), (original, compressed), token_weights
                     )
-                    found[layer.index] = LINEARS.dump_python(linears)
-                    self.work.finish(piece, found[layer.index], tensors)
+                    written[layer.index] = LINEARS.dump_python(linears)
+                    cache.finish(piece, written[layer.index], tensors)
                 elif layer.index < last:
-                    store = FileStore([self.work.tensors_file(piece)])
+                    store = FileStore([cache.tensors_file(piece)])
                     tensors = store.read(store.names())
                     for linear in layer.linears:
                         self._put(layer, linear, twin, tensors)
                 if layer.index < last:
-                    self.model.advance(layer.index, original, module=module)
-                    self.model.advance(layer.index, compressed, module=twin)
-            on_layer()
-        return found
+                    model.advance(layer.index, original, module=module)
+                    model.advance(layer.index, compressed, module=twin)
+            self.work.on_layer()
+        return written
 
     def _compress(
         self,
@@ -166,57 +127,54 @@ class _Emission:
         Returns:
             The tensors that store the factors, and what every Linear loses.
         """
-        module, twin = modules
+        model, (module, twin) = self.work.model, modules
         tensors: dict[str, torch.Tensor] = {}
         measured: dict[str, FactorizedLinear] = {}
         for group in layer.groups:
-            ranked = [linear for linear in group if linear.name in self.chosen.descriptions]
+            ranked = [linear for linear in group if self._rank(linear) is not None]
             if not ranked:
                 continue
             name = layer.local_name(group[0])
-            seen = PairedStatistics.zeros(group[0].in_features, self.model.device)
+            inputs = PairedStatistics.zeros(group[0].in_features, model.device, model.token_weight)
             for states, others, weights in zip(*hidden, token_weights, strict=True):
-                seen.add(
-                    self.model.linear_inputs(module, layer.index, states, name),
-                    self.model.linear_inputs(twin, layer.index, others, name),
+                inputs.add(
+                    model.linear_inputs(module, layer.index, states, name),
+                    model.linear_inputs(twin, layer.index, others, name),
                     weights,
                 )
             for linear in ranked:
-                made, measured[linear.name] = self._factorize(layer, linear, module, seen)
-                self._put(layer, linear, twin, made)
-                tensors |= made
+                factors, measured[linear.name] = self._factorize(layer, linear, module, inputs)
+                self._put(layer, linear, twin, factors)
+                tensors |= factors
         return tensors, [measured.get(linear.name, left_dense(linear)) for linear in layer.linears]
 
     def _factorize(
-        self, layer: LayerLinears, linear: LinearShape, module: nn.Module, seen: PairedStatistics
+        self, layer: LayerLinears, linear: LinearShape, module: nn.Module, inputs: PairedStatistics
     ) -> tuple[dict[str, torch.Tensor], FactorizedLinear]:
         """Return the tensors that store a Linear for the inputs it will have, and what is lost."""
-        description = self.chosen.descriptions[linear.name]
-        residual_rank = self.chosen.residual_ranks[linear.name]
-        rank = description.rank
+        work, rank = self.work, self._rank(linear)
+        residual_rank = self.decision.residual_ranks[linear.name]
         assert rank is not None
-        weight = _linear_of(module, layer, linear).weight.data
+        weight, dtype = linear_of(module, layer, linear).weight.data, work.stored_dtype(linear)
         try:
-            target = compensated_weight(weight, seen.gram, seen.cross_moment)
+            target = compensated_weight(weight, inputs.gram, inputs.cross_moment)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # torch does not list it
             text = "its inputs are not finite on the compressed layers before"
             raise FactorizationError(f"{linear.name}: {text} ({error})") from error
-        metric = None
-        if self.sensitivity is not None:
-            metric = self.sensitivity.metric(layer, linear, self.model.device)
-        statistics = InputStatistics(seen.gram, seen.gram.diagonal(), 1)
-        made = decompose_linear(
-            self.settings, linear, target, statistics, max_rank=rank, output_metric=metric
+        metric = work.metric(layer, linear)
+        decomposition = decompose_linear(
+            work.settings, linear, target, inputs.gram, max_rank=rank, output_metric=metric
         )
-        factors = truncate_linear(self.settings, made, target, rank, residual_rank, exact=True)
-        stored = self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
-        rounded = factors.rounded(stored)
-        return factor_tensors(linear.name, factors, description, stored), FactorizedLinear(
+        factors = truncate_linear(work.settings, decomposition, target, rank, residual_rank, exact=True)
+        rounded = factors.rounded(dtype)
+        return factor_tensors(
+            linear.name, factors, work.rules.storage(linear, rank), dtype
+        ), FactorizedLinear(
             linear.name,
             (linear.out_features, linear.in_features),
             rank,
             weight_error(weight, rounded),
-            compensated_error(weight, rounded, seen.original, seen.gram, seen.cross_moment),
+            compensated_error(weight, rounded, inputs.original, inputs.gram, inputs.cross_moment),
             residual_rank,
         )
 
@@ -224,14 +182,12 @@ class _Emission:
         self, layer: LayerLinears, linear: LinearShape, twin: nn.Module, tensors: Mapping[str, torch.Tensor]
     ) -> None:
         """Give a Linear of a loaded layer the weight that its stored factors stand for."""
-        description = self.chosen.descriptions.get(linear.name)
-        if description is None:
+        rank = self._rank(linear)
+        if rank is None:
             return
-        weight = stored_product(linear.name, tensors, description, self.model.dtype)
-        _linear_of(twin, layer, linear).weight = nn.Parameter(weight.to(self.model.device), False)
+        storage = self.work.rules.storage(linear, rank)
+        weight = stored_product(linear.name, tensors, storage, self.work.model.dtype)
+        put_weight(twin, layer, linear, weight.to(self.work.model.device))
 
-
-def _linear_of(module: nn.Module, layer: LayerLinears, linear: LinearShape) -> nn.Linear:
-    found = module.get_submodule(layer.local_name(linear))
-    assert isinstance(found, nn.Linear)
-    return found
+    def _rank(self, linear: LinearShape) -> int | None:
+        return self.decision.chosen.plan.ranks.get(linear.name)

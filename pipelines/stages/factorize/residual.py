@@ -9,52 +9,22 @@ factors that are kept are made with that share from the Gram of all sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape, split_rank
-from ercsvd_deploy.data.samples import Batch, Sample
 from ercsvd_deploy.linalg.errors import calibration_error, output_error
-from ercsvd_deploy.models.families import LayerLinears
-from ercsvd_deploy.models.statistics import InputStatistics
-from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     FactorizationError,
     decompose_linear,
+    planned_residual_rank,
     truncate_linear,
 )
+from ercsvd_deploy.pipelines.stages.observed import num_not_held_out
 from ercsvd_deploy.recipe.stages import FEWEST_SAMPLES_TO_HOLD_OUT, Factorize
 
 BETAS_ON_OFFER = (0.0, 0.02, 0.05, 0.1, 0.2)
-_SHARE_HELD_OUT = 4  # one sequence in so many
-
-
-@dataclass(frozen=True)
-class DividedBatches:
-    """Calibration batches, those held out at the end.
-
-    Attributes:
-        batches: All.
-        num_searched: How many of the first serve the search over k.
-        num_fitting: How many of the first are not held out.
-    """
-
-    batches: list[Batch]
-    num_searched: int
-    num_fitting: int
-
-
-@dataclass(frozen=True)
-class ObservedInputs:
-    """The inputs of Linears that share them: of all sequences and, with `beta: auto`, of each part."""
-
-    whole: InputStatistics
-    fitting: InputStatistics | None = None
-    held_out: InputStatistics | None = None
 
 
 def num_fitting_samples(settings: Factorize, num_samples: int) -> int:
@@ -70,60 +40,38 @@ def num_fitting_samples(settings: Factorize, num_samples: int) -> int:
             "beta is auto, which holds out a quarter of the calibration samples, but there are "
             f"{num_samples}; use at least {FEWEST_SAMPLES_TO_HOLD_OUT}, or give beta a number"
         )
-    return num_samples - num_samples // _SHARE_HELD_OUT
+    return num_not_held_out(num_samples)
 
 
-def divide(
-    model: LayerwiseModel, samples: Sequence[Sample], settings: Factorize, num_searched: int
-) -> DividedBatches:
-    """Put samples into batches that lie on one side of the first `num_searched` and of those held out."""
-    searched, fitting = min(num_searched, len(samples)), num_fitting_samples(settings, len(samples))
-    batches: list[Batch] = []
-    num_batches = {0: 0}  # of the samples before each cut
-    for first, last in pairwise(sorted({0, searched, fitting, len(samples)})):
-        batches += model.batches(samples[first:last])
-        num_batches[last] = len(batches)
-    return DividedBatches(batches, num_batches[searched], num_batches[fitting])
+def share_with_residual(
+    settings: Factorize,
+    linear: LinearShape,
+    weight: torch.Tensor,
+    parts: tuple[torch.Tensor, torch.Tensor] | None,
+    ranks: Iterable[int],
+    output_metric: torch.Tensor | None,
+) -> dict[int, int | None]:
+    """Return for each rank what of it the residual gets; None for a method without one.
 
-
-def advance_observed(
-    model: LayerwiseModel,
-    layer: LayerLinears,
-    module: nn.Module,
-    hidden: list[torch.Tensor],
-    divided: DividedBatches,
-) -> dict[str, ObservedInputs]:
-    """Pass through a loaded layer; return for each group of Linears, by its first, what its inputs were."""
-    token_weights = [batch.token_weights for batch in divided.batches]
-    seen = []
-    for part in (range(divided.num_fitting), range(divided.num_fitting, len(hidden))):
-        if part:
-            seen.append(model.input_statistics(layer))
-            model.advance(
-                layer.index,
-                hidden,
-                observe=seen[-1],
-                token_weights=token_weights,
-                module=module,
-                batches=part,
-            )
-    groups = [(group[0].name, layer.local_name(group[0])) for group in layer.groups]
-    if not seen:
-        return {}
-    if len(seen) == 1:
-        return {name: ObservedInputs(seen[0][local]) for name, local in groups}
-    fitting, held_out = seen
-    return {
-        name: ObservedInputs(fitting[local] + held_out[local], fitting[local], held_out[local])
-        for name, local in groups
-    }
+    Args:
+        settings: The recipe's stage.
+        linear: The Linear.
+        weight: [out, in].
+        parts: With `beta: auto`, Grams [in, in] of the sequences to decompose by and of those held out.
+        ranks: At which the Linear may be truncated.
+        output_metric: [out, out], the metric of the error where the stage asks for `fisher`.
+    """
+    if settings.beta != "auto":
+        return {rank: planned_residual_rank(settings, linear, rank) for rank in ranks}
+    assert parts is not None, "beta auto divides the calibration sequences"
+    return dict(choose_residual_ranks(settings, linear, weight, *parts, ranks, output_metric))
 
 
 def choose_residual_ranks(
     settings: Factorize,
     linear: LinearShape,
     weight: torch.Tensor,
-    fitting: InputStatistics,
+    fitting_gram: torch.Tensor,
     held_out_gram: torch.Tensor,
     ranks: Iterable[int],
     output_metric: torch.Tensor | None,
@@ -134,8 +82,8 @@ def choose_residual_ranks(
         settings: The recipe's stage, with `beta: auto`.
         linear: The Linear.
         weight: [out, in].
-        fitting: Inputs of the sequences to decompose by.
-        held_out_gram: [in, in], sum of x x^T over the others.
+        fitting_gram: [in, in], sum of x x^T over the sequences to decompose by.
+        held_out_gram: [in, in], the same over the others.
         ranks: At which the Linear may be truncated.
         output_metric: [out, out], the metric of the error where the stage asks for `fisher`.
     """
@@ -143,7 +91,7 @@ def choose_residual_ranks(
     if not wanted:
         return {}
     metric = output_metric if settings.output_metric == "fisher" else None
-    made = decompose_linear(settings, linear, weight, fitting, max_rank=wanted[-1], output_metric=metric)
+    made = decompose_linear(settings, linear, weight, fitting_gram, max_rank=wanted[-1], output_metric=metric)
 
     def held_out_error(rank: int, residual_rank: int) -> float:
         factors = truncate_linear(settings, made, weight, rank, residual_rank, exact=False)

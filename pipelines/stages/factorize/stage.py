@@ -1,8 +1,9 @@
 """The factorize stage: low-rank factors for decoder Linears, their ranks chosen in one of two ways.
 
-`allocation: last_k` gives every matrix of the last k layers its share of one budget and searches for k
-(`last_layers`); `allocation: error_controlled` weighs all matrices against each other (`allocated`). Vision
-tower and projector are a stage of their own (`vision`).
+There is one walk through the decoder (`walk`), and two ways to choose ranks: `allocation: last_k` gives every
+matrix of the last k layers its share of one budget and searches for k (`ranks.last_layers`); `allocation:
+error_controlled` weighs all matrices against each other (`ranks.error_controlled`). Vision tower and
+projector are a stage of their own, whose ranks are planned (`vision`).
 """
 
 from __future__ import annotations
@@ -14,13 +15,21 @@ from typing import Any, Self
 from ercsvd_deploy.budget.ranks import RankPlan
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage, Table
-from ercsvd_deploy.pipelines.stages.factorize.allocated import factorize_allocated
-from ercsvd_deploy.pipelines.stages.factorize.choice import plan_allocation, rank_plans
-from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_factorized
-from ercsvd_deploy.pipelines.stages.factorize.last_layers import FactorizeOutcome, factorize_decoder
-from ercsvd_deploy.pipelines.stages.factorize.options import AllocationTask
-from ercsvd_deploy.pipelines.stages.factorize.rank_steps import resolve_rank_steps
-from ercsvd_deploy.pipelines.stages.factorize.tables import allocation_table, layer_table, search_table
+from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
+from ercsvd_deploy.pipelines.stages.factorize.outcome import (
+    FactorizeOutcome,
+    allocation_table,
+    layer_table,
+    search_table,
+)
+from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice
+from ercsvd_deploy.pipelines.stages.factorize.ranks.error_controlled import ErrorControlled
+from ercsvd_deploy.pipelines.stages.factorize.ranks.last_layers import LastLayers
+from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
+from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_allocation, rank_plans
+from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
+from ercsvd_deploy.pipelines.stages.factorize.walk import factorize_decoder
+from ercsvd_deploy.pipelines.stages.storing import StorageRules
 from ercsvd_deploy.pipelines.stages.work import StageRun
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.recipe.stages import Factorize, Quantize
@@ -89,49 +98,35 @@ class FactorizeStage(Stage):
     def store(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Return a candidate for every number of compressed layers."""
         [before] = candidates
+        rules, linears = StorageRules(self.architecture, self.factorize.layout), self.architecture.linears
         return [
             Candidate(
-                {**before.modules, **self._describe(ranks.ranks)},
+                {**before.modules, **rules.factorized(linears, ranks.ranks)},
                 num_compressed_layers=ranks.num_compressed_layers,
                 layer_ratio=ranks.layer_ratio,
             )
             for ranks in self.ranks_by_k.values()
         ] or [before]
 
-    def _describe(self, ranks: Mapping[str, int | None]) -> dict[str, Any]:
-        return {
-            linear.name: describe_factorized(linear, rank, self.factorize.layout, self.architecture)
-            for linear in self.architecture.linears
-            if (rank := ranks.get(linear.name)) is not None
-        }
+    def _choice(self, work: Factorization) -> RankChoice:
+        if self.allocation is not None:
+            return ErrorControlled(work, self.allocation, self.quantize)
+        return LastLayers(work, self.ranks_by_k)
 
     def run(self, run: StageRun) -> FactorizeOutcome:
         """Decompose, choose, and write the factors."""
         model = run.model.stream()
-        sensitivity = run.results.get("sensitivity")
         passes = int(self.factorize.compressed_prefix_inputs) + (1 if self.allocation is None else 2)
         with run.progress(self.title, passes * model.num_layers) as on_layer:
-            if self.allocation is not None:
-                outcome = factorize_allocated(
-                    model,
-                    run.samples,
-                    self.factorize,
-                    self.allocation,
-                    sensitivity,
-                    self.quantize,
-                    run.cache,
-                    on_layer,
-                )
-            else:
-                outcome = factorize_decoder(
-                    model,
-                    run.data.samples,
-                    self.factorize,
-                    self.ranks_by_k,
-                    run.cache,
-                    on_layer,
-                    sensitivity,
-                )
+            work = Factorization(
+                model,
+                run.data.samples,
+                self.factorize,
+                run.cache,
+                run.results.get("sensitivity"),
+                on_layer,
+            )
+            outcome = factorize_decoder(work, self._choice(work))
         run.model.overlay(outcome.files, outcome.modules)
         return outcome
 

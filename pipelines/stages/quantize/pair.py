@@ -7,19 +7,22 @@ import torch
 from ercsvd_deploy.format.schema import WeightQuantization
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, order_rows
 from ercsvd_deploy.linalg.truncation import Factors
-from ercsvd_deploy.quantization.gptq import FactorsTask, QuantizationSettings, QuantizedFactors, start_factors
+from ercsvd_deploy.quantization.grid import QuantizationSettings
+from ercsvd_deploy.quantization.pairs import FactorsTask, QuantizedFactors, start_factors
 from ercsvd_deploy.quantization.pivoted import PivotedTask, start_pivoted
 from ercsvd_deploy.recipe.stages import Quantize
 
+_FEW_BITS = 4  # up to here a scale that covers a group's largest weight is a bad one for the others
 
-def quantization_settings(stage: Quantize, storage: WeightQuantization) -> QuantizationSettings:
-    """Return how the stage quantizes a matrix of this storage."""
+
+def quantization_settings(stage: Quantize, integers: WeightQuantization) -> QuantizationSettings:
+    """Return how the stage makes these integers of a matrix."""
     return QuantizationSettings(
-        bits=storage.bits,
-        group_size=storage.group_size,
-        sym=storage.sym,
-        damping=stage.damping,
-        mse=stage.mse,
+        bits=integers.bits,
+        group_size=integers.group_size,
+        sym=integers.sym,
+        damping=None if stage.damping == "auto" else stage.damping,
+        mse=integers.bits <= _FEW_BITS if stage.mse == "auto" else stage.mse,
         desc_act=stage.desc_act,
     )
 
@@ -28,7 +31,7 @@ def start_pair(
     stage: Quantize,
     weight: torch.Tensor,
     pair: Factors | PivotedFactors,
-    storages: tuple[WeightQuantization, WeightQuantization],
+    integers: tuple[WeightQuantization, WeightQuantization],
     scale_dtype: torch.dtype,
 ) -> FactorsTask | PivotedTask:
     """Prepare both matrices to be quantized in the order in which their errors arise.
@@ -37,13 +40,13 @@ def start_pair(
         stage: The recipe's stage.
         weight: The original weight [out, in].
         pair: What stands for it.
-        storages: Of the first and the second matrix.
+        integers: Of the first and the second matrix.
         scale_dtype: Precision in which scales are stored.
 
     Returns:
         What quantizes the second matrix once the first is quantized, with those that share its inputs.
     """
-    first, second = (quantization_settings(stage, storage) for storage in storages)
+    first, second = (quantization_settings(stage, each) for each in integers)
     uses_gptq = stage.method == "gptq"
     if isinstance(pair, PivotedFactors):
         return start_pivoted(

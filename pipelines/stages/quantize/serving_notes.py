@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ercsvd_deploy.exporters.vllm.cutting import BLOCK, WORD_BITS, find_unaligned
-from ercsvd_deploy.format.schema import ModuleDescription, WeightQuantization
+from ercsvd_deploy.format.schema import Storage, WeightQuantization
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlan
 
 
 def serving_warnings(
     plan: QuantizePlan,
-    described: Mapping[str, ModuleDescription],
+    described: Mapping[str, Storage],
     architecture: Architecture,
     tensor_parallel_sizes: Sequence[int],
     dtype: str,
@@ -26,9 +26,9 @@ def serving_warnings(
         tensor_parallel_sizes: At which it is to be served.
         dtype: Precision of the other tensors, "bfloat16" say.
     """
-    storages = [storage for each in described.values() for _, storage in each.parts.values() if storage]
+    integers = [each for storage in described.values() for _, each in storage.parts.values() if each]
     warnings = _fitting_notes(plan, described, tensor_parallel_sizes)
-    if any(storage.bits == 8 for storage in storages):
+    if any(each.bits == 8 for each in integers):
         warnings.append(
             "quantize: vLLM has no kernel for 8-bit weights on a CPU; it would hold these matrices in 16 bits"
         )
@@ -41,7 +41,7 @@ def serving_warnings(
             f"{first.tensor_parallel_size}, say): GPU kernels pad them; where no kernel takes them, as on a "
             "CPU, they are served as plain ones"
         )
-    if storages and dtype == "float32":
+    if integers and dtype == "float32":
         warnings.append(
             "quantize: vLLM's integer kernels compute in 16 bits; served in float32 the matrices take 32. "
             "Start vLLM with --dtype float16 or bfloat16"
@@ -77,30 +77,30 @@ def gpu_warnings(
 
 
 def _fitting_notes(
-    plan: QuantizePlan, described: Mapping[str, ModuleDescription], tensor_parallel_sizes: Sequence[int]
+    plan: QuantizePlan, described: Mapping[str, Storage], tensor_parallel_sizes: Sequence[int]
 ) -> list[str]:
     """Say which matrices got other groups than the recipe names, and why."""
     changed: dict[tuple[WeightQuantization, WeightQuantization | None], list[str]] = {}
-    for name, wanted in plan.storage.items():
+    for name, wanted in plan.integers.items():
         if wanted is None:
             continue
         parts = described[name].parts if name in described else {"": (None, None)}
-        for part, (_, storage) in parts.items():
-            if storage != wanted:
-                changed.setdefault((wanted, storage), []).append(f"{name}.{part}" if part else name)
+        for part, (_, integers) in parts.items():
+            if integers != wanted:
+                changed.setdefault((wanted, integers), []).append(f"{name}.{part}" if part else name)
     sizes = ", ".join(map(str, tensor_parallel_sizes))
     notes = []
-    for (wanted, storage), names in changed.items():
+    for (wanted, integers), names in changed.items():
         which = f"{len(names)} matrices ({names[0]}, say)"
-        if storage is None:
+        if integers is None:
             notes.append(
                 f"quantize: {which} stay plain: columns on a GPU, or the rank, are no whole {WORD_BITS}-bit "
                 f"words at tensor parallel sizes {sizes}"
             )
             continue
         groups = "one scale a row, which may cost accuracy"
-        if storage.group_size != -1:
-            groups = f"groups of {storage.group_size}"
+        if integers.group_size != -1:
+            groups = f"groups of {integers.group_size}"
         notes.append(
             f"quantize: {which} get {groups}: groups of {wanted.group_size} do not divide their columns on a "
             f"rank at tensor parallel sizes {sizes}"

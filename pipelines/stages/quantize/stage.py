@@ -6,15 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from ercsvd_deploy.format.schema import FACTOR_PARTS, ModuleDescription
+from ercsvd_deploy.format.schema import FACTOR_PARTS, Storage
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
 from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage, Table
-from ercsvd_deploy.pipelines.stages.quantize.decoder import (
-    QuantizedMatrix,
-    QuantizeOutcome,
-    quantize_decoder,
-)
+from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome, quantize_decoder
+from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizedMatrix
 from ercsvd_deploy.pipelines.stages.quantize.storage import (
     QuantizePlan,
     check_num_tokens,
@@ -82,7 +79,7 @@ class QuantizeStage(Stage):
         """
         stored = []
         for before in candidates:
-            ranks = {name: description.rank for name, description in before.modules.items()}
+            ranks = {name: storage.rank for name, storage in before.modules.items()}
             check_shapes(self.storing, ranks, self.architecture, self.tensor_parallel_sizes)
             described = self.storing.describe(ranks, self.architecture)
             stored.append(replace(before, modules={**before.modules, **described}))
@@ -100,7 +97,7 @@ class QuantizeStage(Stage):
 
     def run(self, run: StageRun) -> QuantizeOutcome:
         """Quantize layer by layer."""
-        described = self._describe(run.results.get("factorize"))
+        storages = self._storages(run.results.get("factorize"))
         model = run.model.stream()
         with run.progress(self.title, model.num_layers) as on_layer:
             outcome = quantize_decoder(
@@ -108,27 +105,24 @@ class QuantizeStage(Stage):
                 run.model.original.store,
                 run.samples,
                 self.quantize,
-                described,
+                storages,
                 self.storing.matches,
                 run.cache,
                 on_layer,
                 refits_to_factors=self.is_on_trained_factors,
             )
-        integers = {
-            name: description
-            for name, description in described.items()
-            if any(storage for _, storage in description.parts.values())
-        }
+        integers = {name: storage for name, storage in storages.items() if storage.is_quantized}
         run.model.overlay(outcome.files, integers)
         return outcome
 
-    def _describe(self, factorized: Any) -> Mapping[str, ModuleDescription]:
-        """Return the final description of every Linear, given what the factorize stage chose."""
+    def _storages(self, factorized: Any) -> Mapping[str, Storage]:
+        """Return how every altered Linear is stored in the end, given what the factorize stage chose."""
         if factorized is None:
             return self.storing.describe({}, self.architecture)
-        chosen = factorized.storage
-        storing = self.storing if chosen is None else replace(self.storing, storage=chosen)
-        return storing.describe(factorized.plan.ranks, self.architecture)
+        chosen = factorized.chosen.storages
+        if chosen is not None:
+            return {name: storage for name, storage in chosen.items() if storage.is_altered}
+        return self.storing.describe(factorized.plan.ranks, self.architecture)
 
     def as_json(self, result: QuantizeOutcome) -> Any:
         """Return the losses of every matrix and Linear, and what patterns matched."""

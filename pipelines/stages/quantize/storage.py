@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
-from ercsvd_deploy.format.schema import LowRankLayout, ModuleDescription, WeightQuantization
+from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.stages.contract import PlanError
-from ercsvd_deploy.pipelines.stages.factorize.descriptions import describe_dense, describe_factorized
+from ercsvd_deploy.pipelines.stages.storing import StorageRules
 from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.stages import Quantize
 
@@ -35,30 +35,28 @@ class PatternMatch:
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """How each decoder Linear is stored; None: as it is."""
+    """What a recipe says of how each decoder Linear is stored.
 
-    storage: Mapping[str, WeightQuantization | None]
+    Attributes:
+        integers: Linear -> integers of each of its matrices; None: it stays as it is.
+        matches: What the stage's patterns matched.
+        layout: Of the Linears that have a rank.
+        fitted_to: Tensor parallel sizes to which groups are made to fit; None: they stay as they are.
+    """
+
+    integers: Mapping[str, WeightQuantization | None]
     matches: tuple[PatternMatch, ...]
-    layout: LowRankLayout = "low_rank"  # of the Linears that have a rank
-    # Tensor parallel sizes to which groups are made to fit (`descriptions`); None: they stay as they are.
+    layout: LowRankLayout = "low_rank"
     fitted_to: tuple[int, ...] | None = None
 
-    def describe(
-        self, ranks: Mapping[str, int | None], architecture: Architecture
-    ) -> dict[str, ModuleDescription]:
-        """Return the final description of every altered Linear, given the ranks of the low-rank ones."""
-        described = {}
-        for linear in architecture.linears:
-            rank, storage = ranks.get(linear.name), self.storage[linear.name]
-            if rank is not None:
-                described[linear.name] = describe_factorized(
-                    linear, rank, self.layout, architecture, storage, fitted_to=self.fitted_to
-                )
-            elif storage is not None:
-                dense = describe_dense(linear, architecture, storage, fitted_to=self.fitted_to)
-                if dense.weight is not None:
-                    described[linear.name] = dense
-        return described
+    def describe(self, ranks: Mapping[str, int | None], architecture: Architecture) -> dict[str, Storage]:
+        """Return how every altered Linear is stored in the end, given the ranks of the low-rank ones."""
+        rules = StorageRules(architecture, self.layout, self.fitted_to)
+        storages = {
+            linear.name: rules.storage(linear, ranks.get(linear.name), self.integers[linear.name])
+            for linear in architecture.linears
+        }
+        return {name: storage for name, storage in storages.items() if storage.is_altered}
 
 
 def unquantized(names: Sequence[str]) -> QuantizePlan:
@@ -109,24 +107,24 @@ def plan_quantization(
     overrides = [
         (_match(pattern, "override", ends), change) for pattern, change in settings.overrides.items()
     ]
-    storage: dict[str, WeightQuantization | None] = dict.fromkeys(
+    integers: dict[str, WeightQuantization | None] = dict.fromkeys(
         names, WeightQuantization(bits=settings.bits, group_size=settings.group_size, sym=settings.sym)
     )
     for match, change in overrides:
         for name in match.modules:
-            before = storage[name]
+            before = integers[name]
             assert before is not None
-            storage[name] = WeightQuantization.model_validate(
+            integers[name] = WeightQuantization.model_validate(
                 before.model_dump() | change.model_dump(exclude_none=True)
             )
     for match in matches:
-        storage |= dict.fromkeys(match.modules)
-    if not any(storage.values()):
+        integers |= dict.fromkeys(match.modules)
+    if not any(integers.values()):
         raise QuantizePlanError(
             f"quantize: ignore {list(settings.ignore)} leaves nothing to quantize: "
             "remove a pattern, or the stage"
         )
-    return QuantizePlan(storage, (*matches, *(match for match, _ in overrides)))
+    return QuantizePlan(integers, (*matches, *(match for match, _ in overrides)))
 
 
 def _match(pattern: str, purpose: str, ends: Mapping[str, Sequence[str]]) -> PatternMatch:
@@ -178,7 +176,7 @@ def check_num_tokens(
         QuantizePlanError: there are fewer tokens than input features: the Hessian would be singular, and
             GPTQ worse than rounding.
     """
-    quantized = [linear for linear in architecture.linears if plan.storage[linear.name] is not None]
+    quantized = [linear for linear in architecture.linears if plan.integers[linear.name] is not None]
     if settings.method == "rtn" or not quantized:
         return []
     widest = max(quantized, key=lambda linear: linear.in_features)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.format.schema import ModuleDescription, WeightQuantization
+from ercsvd_deploy.format.schema import Storage, WeightQuantization
 from tests.vllm.kernel_contract.integer_layouts import pack_first, pack_last
 
 
@@ -63,7 +63,7 @@ class StoredLayer:
     def __init__(
         self,
         layer: Layer,
-        descriptions: tuple[ModuleDescription, ...],
+        descriptions: tuple[Storage, ...],
         dtype: torch.dtype,
         least: int = 0,
     ) -> None:
@@ -109,7 +109,7 @@ class StoredLayer:
 
 def describe(
     layer: Layer, layout: str, rank: int, storage: WeightQuantization | None, pivot_blocks: int = 8
-) -> tuple[ModuleDescription, ...]:
+) -> tuple[Storage, ...]:
     """Describe every Linear of a layer as stored in one layout."""
     described = []
     for linear in layer.linears:
@@ -124,9 +124,7 @@ def describe(
             },
         }
         shape = (linear.rows, linear.columns)
-        described.append(
-            ModuleDescription.model_validate({"layout": layout, "shape": shape, **by_layout[layout]})
-        )
+        described.append(Storage.model_validate({"layout": layout, "shape": shape, **by_layout[layout]}))
     return tuple(described)
 
 
@@ -155,7 +153,7 @@ def _integers(
     return leaves, (centred * scales.double()[:, :, None]).reshape(rows, columns)
 
 
-def _row_order(description: ModuleDescription, generator: torch.Generator) -> Tensor:
+def _row_order(description: Storage, generator: torch.Generator) -> Tensor:
     """Choose equally many pivots in every block; outputs are then pivots and others, both ascending."""
     (rows, _), rank, blocks = description.shape, description.rank, description.pivot_blocks
     assert rank is not None

@@ -17,7 +17,7 @@ from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, plan_matrices
 from ercsvd_deploy.models.families import Architecture, describe
 from ercsvd_deploy.models.meta import build_meta_model
 from ercsvd_deploy.pipelines.inputs.model import open_config
-from ercsvd_deploy.pipelines.stages.factorize.choice import rank_plans
+from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import rank_plans
 from ercsvd_deploy.pipelines.stages.quantize.storage import (
     QuantizePlan,
     QuantizePlanError,
@@ -28,7 +28,7 @@ from ercsvd_deploy.pipelines.stages.quantize.storage import (
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.stages import Quantize
-from tests.planning.test_plan_llava import MISTRAL_7B, MODELS, VICUNA_13B
+from tests.planning.llava_configs import MISTRAL_7B, MODELS, VICUNA_13B
 
 REPOSITORY = Path(__file__).parents[3]
 RECIPES = sorted(path.stem for path in (REPOSITORY / "recipes").glob("*.yaml"))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ercsvd_deploy.format.schema import ModuleDescription, WeightQuantization
+from ercsvd_deploy.format.schema import Storage, WeightQuantization
 from tests.vllm.kernel_contract.layers import Layer, Linear, describe
 
 GROUP_SIZES = (-1, 32, 64, 128)
@@ -31,7 +31,7 @@ class SmallLayer:
     name: str
     storage_name: str
     layer: Layer
-    descriptions: tuple[ModuleDescription, ...]
+    descriptions: tuple[Storage, ...]
     rank: tuple[int, int]
     least: int
 
@@ -75,9 +75,7 @@ def small_layers(tensor_parallel_sizes: Iterable[int]) -> Iterator[SmallLayer]:
         )
 
 
-def _describe(
-    layer: Layer, layout: str, rank: int, storage: WeightQuantization
-) -> tuple[ModuleDescription, ...]:
+def _describe(layer: Layer, layout: str, rank: int, storage: WeightQuantization) -> tuple[Storage, ...]:
     if layout != "mixed":
         return describe(layer, layout, rank, storage)
     other = storage.model_copy(update={"bits": 12 - storage.bits})
@@ -89,7 +87,7 @@ def _describe(
     return tuple(kinds[index % 3][index] for index in range(len(layer.linears)))
 
 
-def _is_cut_evenly(layer: Layer, index: int, description: ModuleDescription, size: int) -> bool:
+def _is_cut_evenly(layer: Layer, index: int, description: Storage, size: int) -> bool:
     _, columns = layer.block(index, 0, size)
     width = columns.stop - columns.start
     for part, ((_, part_columns), storage) in description.parts.items():

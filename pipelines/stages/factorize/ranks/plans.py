@@ -1,15 +1,16 @@
-"""The ways to choose ranks, as far as shapes decide: one for each k, or options under one budget."""
+"""Ranks as far as shapes decide: for each number of last layers, under one budget, of the vision parts."""
 
 from __future__ import annotations
 
+from ercsvd_deploy.budget.equal_shares import admissible_num_compressed_layers, allocate_ranks
 from ercsvd_deploy.budget.rank_steps import RankSteps
-from ercsvd_deploy.budget.ranks import RankError, RankPlan, admissible_num_compressed_layers, allocate_ranks
-from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.budget.ranks import RankError, RankPlan
+from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture
 from ercsvd_deploy.pipelines.stages.contract import PlanError
-from ercsvd_deploy.pipelines.stages.factorize.options import AllocationTask, allocation_task
-from ercsvd_deploy.pipelines.stages.factorize.rank_steps import resolve_rank_steps
+from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask, allocation_task
+from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
 from ercsvd_deploy.pipelines.stages.quantize.storage import quantize_plan_of
-from ercsvd_deploy.recipe.sections import Recipe
+from ercsvd_deploy.recipe.sections import Recipe, Vision
 from ercsvd_deploy.recipe.stages import Factorize
 
 _MOST_REMOVED = 0.9  # share of the parameters in a plan that shows what a target may come to
@@ -96,7 +97,7 @@ def _planned_ratio(recipe: Recipe, architecture: Architecture, element: int) -> 
         return recipe.factorize.compression_ratio
     task = plan_allocation(recipe, architecture, element)
     full = sum(
-        min(option.cost for option in options if option.rank is None) for options in task.options.values()
+        min(cost for storage, cost in costs.items() if storage.rank is None) for costs in task.costs.values()
     )
     share = 1 - task.budget / full
     return min(share, _MOST_REMOVED) if share > 0 else None
@@ -111,13 +112,49 @@ def plan_allocation(recipe: Recipe, architecture: Architecture, element: int) ->
     storing = quantize_plan_of(recipe, architecture)
     for steps in resolve_rank_steps(recipe, architecture).coarse_to_fine():
         task = allocation_task(recipe, architecture, storing, {}, rank_steps=steps, element=element)
-        least = sum(options[0].cost for options in task.options.values())
-        if least <= task.budget:
+        if task.least <= task.budget:
             return task
     unit = "bits" if task.is_in_bits else "parameters"
     assert recipe.factorize is not None
     remedy = "" if recipe.factorize.rank_multiple == "auto" else ", or a smaller rank_multiple"
     raise PlanError(
         f"the budget is {task.budget:,} {unit} for all decoder Linears, and the least that is possible "
-        f"is {least:,}: allow more{remedy}"
+        f"is {task.least:,}: allow more{remedy}"
     )
+
+
+def plan_vision_ranks(
+    vision: Vision | None, settings: Factorize | None, architecture: Architecture, rank_steps: RankSteps
+) -> dict[str, int]:
+    """Return the rank of every vision Linear to factorize; empty if the recipe leaves vision alone.
+
+    Raises:
+        RankError: a part cannot reach the compression ratio; the message names it.
+    """
+    if vision is None or settings is None:
+        return {}
+    wanted = {TOWER_PART: vision.compress_tower, PROJECTOR_PART: vision.compress_projector}
+    ranks: dict[str, int] = {}
+    for part, layers in architecture.vision_layers.items():
+        if not wanted[part]:
+            continue
+        assert settings.compression_ratio is not None, "the schema refuses a target with vision parts"
+        refusal = None
+        for steps in rank_steps.coarse_to_fine():
+            try:
+                plan = allocate_ranks(
+                    [linear for layer in layers for linear in layer.linears],
+                    num_layers=len(layers),
+                    compression_ratio=settings.compression_ratio,
+                    num_compressed_layers=len(layers),
+                    rank_multiple=steps.steps,
+                    beta=settings.planned_beta,
+                    layout=settings.layout,
+                )
+                break
+            except RankError as error:
+                refusal = error
+        else:
+            raise RankError(f"{part}: {refusal}")
+        ranks |= {name: rank for name, rank in plan.ranks.items() if rank is not None}
+    return ranks

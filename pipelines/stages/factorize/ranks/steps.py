@@ -21,7 +21,7 @@ def resolve_rank_steps(recipe: Recipe, architecture: Architecture) -> RankSteps:
     Raises:
         QuantizePlanError: the quantize stage cannot work on this model.
     """
-    storage = quantize_plan_of(recipe, architecture).storage
+    storage = quantize_plan_of(recipe, architecture).integers
     return _steps(recipe, architecture, [(linear, storage[linear.name]) for linear in architecture.linears])
 
 

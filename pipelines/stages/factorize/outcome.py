@@ -1,12 +1,74 @@
-"""What people are shown of the factorize stage."""
+"""What the factorize stage found out, and what people are shown of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from pydantic import TypeAdapter
+
+from ercsvd_deploy.budget.ranks import RankPlan
+from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.pipelines.stages.contract import Table
-from ercsvd_deploy.pipelines.stages.factorize.last_layers import AllocatedLinear, FactorizeOutcome
-from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
+from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear, Spectrum
+from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import AllocatedLinear, ChosenRanks, SearchPoint
+
+CHOSEN_RANKS = TypeAdapter(ChosenRanks)
+
+
+@dataclass(frozen=True)
+class FactorizeOutcome:
+    """Everything the stage found out; the factors themselves are in its layer files.
+
+    Attributes:
+        chosen: The ranks, and why.
+        modules: How every factorized Linear is stored in the files: as plain matrices.
+        linears: What every Linear of the compressed layers lost.
+        spectra: Linear -> singular values of the weight in the method's metric.
+        files: The layer files.
+    """
+
+    chosen: ChosenRanks
+    modules: dict[str, Storage]
+    linears: list[FactorizedLinear]
+    spectra: Mapping[str, Spectrum]
+    files: list[Path]
+
+    @property
+    def plan(self) -> RankPlan:
+        """The ranks."""
+        return self.chosen.plan
+
+    @property
+    def search(self) -> Sequence[SearchPoint]:
+        """What a search over the number of compressed layers tried."""
+        return self.chosen.search
+
+    @property
+    def allocation(self) -> Sequence[AllocatedLinear]:
+        """What error control chose for every Linear."""
+        return self.chosen.allocation
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the report has of it."""
+        plan = self.plan
+        return {
+            "num_compressed_layers": plan.num_compressed_layers,
+            "layer_ratio": plan.layer_ratio,
+            "parameter_budget": plan.parameter_budget,
+            "kept_parameters": plan.kept_parameters,
+            "achieved_compression_ratio": plan.achieved_compression_ratio,
+            "search": [asdict(point) for point in self.search],
+            "linears": [
+                {**asdict(linear), "spectrum": self.spectra.get(linear.name, [])} for linear in self.linears
+            ],
+            "allocation": [asdict(linear) for linear in self.allocation],
+            "predicted_kl": sum(linear.predicted_kl for linear in self.allocation)
+            if self.allocation
+            else None,
+        }
 
 
 def search_table(outcome: FactorizeOutcome) -> Table:

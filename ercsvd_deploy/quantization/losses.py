@@ -1,0 +1,36 @@
+"""How far an approximation of a matrix is off, weighed by the inputs: what GPTQ and its judges count in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LossOf:
+    """Relative proxy losses of several approximations of one weight, whose own energy is computed once."""
+
+    def __init__(self, weight: Tensor, gram: Tensor) -> None:
+        self._dtype = torch.promote_types(gram.dtype, torch.float32)
+        self._weight, self._gram = weight.detach().to(self._dtype), gram.to(self._dtype)
+        self._energy = self._weighted(self._weight)
+
+    def __call__(self, approximation: Tensor) -> float:
+        """Return `proxy_loss` of an approximation [out, in]."""
+        loss = self._weighted(self._weight - approximation.detach().to(self._dtype))
+        if self._energy > 0:
+            return max(loss, 0.0) / self._energy
+        return 0.0 if loss <= 0 else float("inf")
+
+    def _weighted(self, error: Tensor) -> float:
+        return float(((error @ self._gram) * error).sum())
+
+
+def proxy_loss(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
+    """Return tr(E G E^T) / tr(W G W^T) for E = W - approximation: the relative error of the layer's output.
+
+    Args:
+        weight: [out, in].
+        approximation: [out, in].
+        gram: [in, in], at any scale.
+    """
+    return LossOf(weight, gram)(approximation)

@@ -1,0 +1,59 @@
+"""What every step of the factorize stage works with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.schema import WEIGHT
+from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity
+from ercsvd_deploy.pipelines.stages.storing import StorageRules
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.recipe.stages import Factorize
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """One run of the stage.
+
+    Attributes:
+        model: The original model.
+        samples: Calibration sequences; None for a data-free method.
+        settings: The recipe's stage.
+        cache: The stage's folder: finished pieces, which are not computed again.
+        sensitivity: Fisher information of the Linears' outputs, where it is used.
+        on_layer: Called after every decoder layer of a pass.
+    """
+
+    model: LayerwiseModel
+    samples: Sequence[Sample] | None
+    settings: Factorize
+    cache: FinishedWork
+    sensitivity: Sensitivity | None = None
+    on_layer: Callable[[], None] = lambda: None
+
+    @property
+    def rules(self) -> StorageRules:
+        """How a Linear of a rank is stored as long as it is not quantized."""
+        return StorageRules(self.model.architecture, self.settings.layout)
+
+    def metric(self, layer: LayerLinears, linear: LinearShape) -> torch.Tensor | None:
+        """Return the Fisher information [out, out] of a Linear's outputs; None if it was not measured."""
+        if self.sensitivity is None:
+            return None
+        return self.sensitivity.metric(layer, linear, self.model.device)
+
+    def stored_dtype(self, linear: LinearShape) -> torch.dtype:
+        """Return the precision in which a Linear's weight is stored, and so its factors."""
+        return self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
+
+
+def factors_piece(layer: int) -> str:
+    """Return the name of the piece that holds the factors of a layer."""
+    return f"layer-{layer:05d}"

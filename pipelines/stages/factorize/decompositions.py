@@ -1,0 +1,136 @@
+"""Decompositions of a layer's Linears: made from its inputs, and kept on disk until ranks are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.format.tensor_store import FileStore
+from ercsvd_deploy.linalg.decomposition import Decomposition, Method
+from ercsvd_deploy.linalg.side_by_side import map_side_by_side
+from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
+from ercsvd_deploy.pipelines.stages.factorize.linear import decompose_linear, linear_of
+from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
+
+
+@dataclass(frozen=True)
+class DecomposedLinear:
+    """A Linear as the walk's pass has left it on disk.
+
+    Attributes:
+        decomposition: Of its weight, up to the highest rank on offer.
+        gram: Mean of x x^T over its inputs, [in, in]; None where Grams are not kept.
+        held_out_gram: With `beta: auto`, the held-out sequences' share of `gram`.
+    """
+
+    decomposition: Decomposition
+    gram: torch.Tensor | None
+    held_out_gram: torch.Tensor | None
+
+
+def decompositions_piece(layer: int) -> str:
+    """Return the name of the piece that holds the decompositions of a layer."""
+    return f"decomposition-{layer:05d}"
+
+
+def decompose_layer(
+    work: Factorization,
+    layer: LayerLinears,
+    module: nn.Module,
+    observed: Mapping[str, ObservedInputs],
+    ranks_on_offer: Callable[[LinearShape], list[int]],
+    *,
+    keeps_grams: bool,
+) -> tuple[dict[str, Decomposition], dict[str, torch.Tensor]]:
+    """Decompose the Linears of a loaded layer.
+
+    Args:
+        work: The stage's run.
+        layer: The layer's Linears.
+        module: The layer, loaded.
+        observed: First Linear of a group that shares its inputs -> those; empty for a data-free method.
+        ranks_on_offer: Gives the ranks that a Linear may get.
+        keeps_grams: Decompose by Grams that are means over tokens, and keep them.
+
+    Returns:
+        Linear -> decomposition, and all tensors to keep, which `read_decomposed` takes.
+    """
+    grams: dict[str, torch.Tensor | None] = {}
+    mean_absolutes: dict[str, torch.Tensor | None] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for group in layer.groups:
+        first, inputs = group[0].name, observed.get(group[0].name)
+        gram = None if inputs is None else inputs.whole.gram
+        if keeps_grams:
+            assert inputs is not None, "error control measures damages on calibration data"
+            num_tokens = inputs.whole.num_tokens or 1
+            gram = tensors[f"{first}.gram"] = inputs.whole.gram / num_tokens
+            if inputs.parts is not None:
+                tensors[f"{first}.held_out_gram"] = inputs.parts[1] / num_tokens
+        for linear in group:
+            grams[linear.name] = gram
+            mean_absolutes[linear.name] = None if inputs is None else inputs.whole.mean_absolute
+
+    def decompose(linear: LinearShape) -> Decomposition:
+        return decompose_linear(
+            work.settings,
+            linear,
+            linear_of(module, layer, linear).weight.data,
+            grams[linear.name],
+            mean_absolutes[linear.name],
+            max_rank=max(ranks_on_offer(linear), default=1),
+            output_metric=work.metric(layer, linear),
+        )
+
+    decomposed = map_side_by_side(decompose, layer.linears, small=work.model.is_small)
+    decompositions = dict(zip((linear.name for linear in layer.linears), decomposed, strict=True))
+    for name, decomposition in decompositions.items():
+        tensors |= _decomposition_tensors(name, decomposition)
+    return decompositions, tensors
+
+
+def read_decomposed(work: Factorization, layer: LayerLinears, linear: LinearShape) -> DecomposedLinear:
+    """Return what the pass has left of a Linear, from the tensors that `decompose_layer` gave."""
+    store = FileStore([work.cache.tensors_file(decompositions_piece(layer.index))])
+    [first] = (group[0].name for group in layer.groups if linear in group)
+    gram, held_out_gram = f"{first}.gram", f"{first}.held_out_gram"
+    of_linear = {f"{linear.name}.{end}" for end in ("basis", "singular_values", "projection")}
+    device = work.model.device
+    tensors = {
+        name: tensor.to(device)
+        for name, tensor in store.read((of_linear | {gram, held_out_gram}) & store.names()).items()
+    }
+    decomposition = _read_decomposition(linear.name, work.settings.method, tensors)
+    return DecomposedLinear(decomposition, tensors.get(gram), tensors.get(held_out_gram))
+
+
+def forget_decompositions(work: Factorization) -> None:
+    """Remove what waited for the choice of ranks."""
+    for layer in work.model.architecture.layers:
+        work.cache.forget(decompositions_piece(layer.index))
+
+
+def _decomposition_tensors(name: str, decomposition: Decomposition) -> dict[str, torch.Tensor]:
+    """Return the tensors of a Linear's decomposition; `_read_decomposition` takes them."""
+    tensors = {
+        f"{name}.basis": decomposition.basis,
+        f"{name}.singular_values": decomposition.singular_values,
+    }
+    if decomposition.projection is not None:
+        tensors[f"{name}.projection"] = decomposition.projection
+    return tensors
+
+
+def _read_decomposition(name: str, method: Method, tensors: Mapping[str, torch.Tensor]) -> Decomposition:
+    """Return a Linear's decomposition from its tensors; the inverse of `_decomposition_tensors`."""
+    return Decomposition(
+        method,
+        tensors[f"{name}.basis"],
+        tensors[f"{name}.singular_values"],
+        tensors.get(f"{name}.projection"),
+    )

@@ -1,0 +1,213 @@
+"""The damage of each storage of a Linear, in nats per token: tr(F E G E^T) / 2.
+
+E is the storage's error, F the Fisher information of the Linear's outputs and G the mean of x x^T over its
+inputs (`sensitivity`). The damage of a rank follows from the spectrum alone. What quantization adds is
+measured, with the quantize stage's own code, at a few ranks and interpolated between them: it varies slowly
+with the rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import nn
+
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.format.schema import Storage
+from ercsvd_deploy.linalg.decomposition import Decomposition
+from ercsvd_deploy.linalg.errors import output_error
+from ercsvd_deploy.linalg.pivoting import PivotedFactors, to_pivoted
+from ercsvd_deploy.linalg.truncation import Factors
+from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
+from ercsvd_deploy.pipelines.stages.factorize.decompositions import read_decomposed
+from ercsvd_deploy.pipelines.stages.factorize.linear import (
+    linear_of,
+    planned_residual_rank,
+    truncate_linear,
+)
+from ercsvd_deploy.pipelines.stages.quantize.pair import (
+    dequantized_product,
+    quantization_settings,
+    start_pair,
+)
+from ercsvd_deploy.quantization.gptq import quantize_together
+from ercsvd_deploy.quantization.gptq_loop import HessianFactor, factor_hessian
+from ercsvd_deploy.quantization.grid import put_on_grid
+from ercsvd_deploy.quantization.held_out import DEFAULT_DAMPING
+from ercsvd_deploy.quantization.pairs import FactorsTask
+from ercsvd_deploy.quantization.pivoted import PivotedTask
+from ercsvd_deploy.recipe.stages import Factorize, Quantize
+
+_PROBED_RANKS = 3  # at which the damage of quantizing factors is measured
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A factorized storage whose quantization is tried."""
+
+    storage: Storage
+    pair: Factors | PivotedFactors
+    task: FactorsTask | PivotedTask
+
+
+@dataclass(frozen=True)
+class DamagePrediction:
+    """What the damages of one Linear follow from.
+
+    Attributes:
+        linear: The Linear.
+        settings: The factorize stage.
+        quantize: The quantize stage that follows, if what it adds counts.
+        weight: [out, in].
+        gram: Mean of x x^T over its inputs, [in, in].
+        metric: Fisher information of its outputs, [out, out].
+        decomposition: Up to the highest rank on offer.
+        scale_dtype: Precision in which scales of integers are stored.
+    """
+
+    linear: LinearShape
+    settings: Factorize
+    quantize: Quantize | None
+    weight: torch.Tensor
+    gram: torch.Tensor
+    metric: torch.Tensor
+    decomposition: Decomposition
+    scale_dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        work: Factorization,
+        quantize: Quantize | None,
+        layer: LayerLinears,
+        linear: LinearShape,
+        module: nn.Module,
+    ) -> Self:
+        """Read what the pass has left of a Linear of a loaded layer."""
+        decomposed, metric = read_decomposed(work, layer, linear), work.metric(layer, linear)
+        assert decomposed.gram is not None
+        assert metric is not None, "error control measures sensitivities"
+        return cls(
+            linear,
+            work.settings,
+            quantize,
+            linear_of(module, layer, linear).weight.data,
+            decomposed.gram,
+            metric,
+            decomposed.decomposition,
+            work.stored_dtype(linear),
+        )
+
+    def hessian_factor(self) -> HessianFactor | None:
+        """Return what GPTQ needs of the Gram, for all bits and ranks of all Linears with these inputs."""
+        if self.quantize is None:
+            return None
+        damping = DEFAULT_DAMPING if self.quantize.damping == "auto" else self.quantize.damping
+        return factor_hessian(self.gram, damping=damping, desc_act=self.quantize.desc_act)
+
+    def damages(self, storages: Sequence[Storage], factor: HessianFactor | None) -> dict[Storage, float]:
+        """Return the damage of each storage; `factor` is `hessian_factor` of these inputs."""
+        of_ranks = self._truncation_damages()
+        added = self._quantization_damages(storages, of_ranks, factor)
+        return {
+            storage: (0.0 if storage.rank is None else of_ranks[storage.rank]) + added.get(storage, 0.0)
+            for storage in storages
+        }
+
+    def _damage(self, approximation: torch.Tensor) -> float:
+        """Return the predicted increase of the KL divergence, in nats per token."""
+        return output_error(self.weight, approximation, self.gram, self.metric) / 2
+
+    def _truncation_damages(self) -> dict[int, float]:
+        """Return rank -> damage of the truncation, from one exact value and the spectrum.
+
+        Directions are orthogonal in the inputs' metric, so that damages of dropping them add up: direction i
+        with basis vector b_i and singular value s_i costs s_i^2 b_i^T F b_i / 2.
+        """
+        made = self.decomposition
+        least = self._damage(self._truncate(made.max_rank).product())
+        metric = self.metric.to(made.basis)
+        sensitivities = ((metric @ made.basis) * made.basis).sum(0)
+        dropped = made.singular_values[: made.max_rank].square() * sensitivities / 2
+        tails = (dropped.flip(0).cumsum(0).flip(0) + least).tolist()
+        return {rank: tails[rank] if rank < made.max_rank else least for rank in range(1, made.max_rank + 1)}
+
+    def _truncate(self, rank: int) -> Factors:
+        residual_rank = planned_residual_rank(self.settings, self.linear, rank)
+        return truncate_linear(
+            self.settings, self.decomposition, self.weight, rank, residual_rank, exact=False
+        )
+
+    def _quantization_damages(
+        self, storages: Sequence[Storage], of_ranks: Mapping[int, float], factor: HessianFactor | None
+    ) -> dict[Storage, float]:
+        """Return what quantizing adds to the damage of storages; nothing where it does not count."""
+        if self.quantize is None:
+            return {}
+        dense = {storage: storage.weight for storage in storages if storage.weight is not None}
+        by_bits: dict[tuple[int, ...], dict[int, Storage]] = {}  # of the two matrices -> rank -> storage
+        for storage in storages:
+            if storage.rank is not None and storage.is_quantized:
+                bits = tuple(each.bits for _, each in storage.parts.values() if each is not None)
+                by_bits.setdefault(bits, {})[storage.rank] = storage
+        probes = [
+            self._start_probe(self.quantize, by_rank[rank])
+            for by_rank in by_bits.values()
+            for rank in spread(list(by_rank), _PROBED_RANKS)
+        ]
+        matrices = [
+            put_on_grid(self.weight, quantization_settings(self.quantize, integers), self.scale_dtype)
+            for integers in dense.values()
+        ]
+        matrices += [probe.task.first for probe in probes]
+        if not matrices:
+            return {}
+        quantized = quantize_together(matrices, self.gram, factor=factor, method=self.quantize.method)
+        added = {
+            storage: self._damage(weight.dequantize())
+            for storage, (weight, _) in zip(dense, quantized[: len(dense)], strict=True)
+        }
+        measured: dict[Storage, float] = {}
+        for probe, (first, report) in zip(probes, quantized[len(dense) :], strict=True):
+            product = dequantized_product(probe.task.finish(first, report, self.gram), probe.pair)
+            assert probe.storage.rank is not None
+            measured[probe.storage] = max(0.0, self._damage(product) - of_ranks[probe.storage.rank])
+        for by_rank in by_bits.values():
+            by_probed_rank = {rank: measured[each] for rank, each in by_rank.items() if each in measured}
+            added |= {storage: interpolate(by_probed_rank, rank) for rank, storage in by_rank.items()}
+        return added
+
+    def _start_probe(self, quantize: Quantize, storage: Storage) -> _Probe:
+        """Truncate to a storage's rank, to see what quantizing adds to the damage."""
+        assert storage.rank is not None
+        factors = self._truncate(storage.rank)
+        first, second = (integers for _, integers in storage.parts.values())
+        assert first is not None
+        assert second is not None
+        pair = factors if storage.pivot_blocks is None else to_pivoted(factors, storage.pivot_blocks)
+        task = start_pair(quantize, self.weight, pair, (first, second), self.scale_dtype)
+        return _Probe(storage, pair, task)
+
+
+def spread(ranks: Sequence[int], count: int) -> list[int]:
+    """Return about `count` ranks at even distances of the logarithm, both ends among them."""
+    ordered = sorted(ranks)
+    low, high = math.log(ordered[0]), math.log(ordered[-1])
+    wanted = [low + (high - low) * step / max(1, count - 1) for step in range(count)]
+    return sorted({min(ordered, key=lambda rank: abs(math.log(rank) - each)) for each in wanted})
+
+
+def interpolate(values: Mapping[int, float], rank: int) -> float:
+    """Return a value at `rank`, linear in the logarithm of the rank between those that are known."""
+    ranks = sorted(values)
+    below = max((each for each in ranks if each <= rank), default=ranks[0])
+    above = min((each for each in ranks if each >= rank), default=ranks[-1])
+    if below == above:
+        return values[below]
+    share = math.log(rank / below) / math.log(above / below)
+    return (1 - share) * values[below] + share * values[above]

@@ -1,0 +1,184 @@
+"""`allocation: last_k`: the last k layers are compressed, all by the same ratio, and k is searched for.
+
+With `num_compressed_layers: auto` every admissible k (compress the last k layers, the fewer the harder
+each) is tried at once. Beside the original activations runs one trajectory for each k on a few calibration
+sequences, through layers compressed at that k's ranks. A layer is decomposed once: every k truncates the
+same decomposition. The k with the smallest error of the last layer's output wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
+from ercsvd_deploy.linalg.side_by_side import map_side_by_side
+from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
+from ercsvd_deploy.pipelines.stages.factorize.linear import (
+    LINEARS,
+    FactorizedLinear,
+    left_dense,
+    linear_of,
+    measure_linear,
+    put_weight,
+    truncate_linear,
+)
+from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import (
+    ChosenRanks,
+    RankChoice,
+    RankDecision,
+    SearchPoint,
+    VisitedLayer,
+)
+from ercsvd_deploy.pipelines.stages.factorize.residual import share_with_residual
+from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
+
+_ResidualRanks = Mapping[str, Mapping[str, int | None]]  # Linear -> rank, as JSON has it -> residual rank
+
+
+@dataclass
+class _Candidate:
+    """One k while the walk is under way."""
+
+    plan: RankPlan
+    hidden: list[torch.Tensor] | None = None  # activations of the search sequences, once it has diverged
+    linears: dict[str, FactorizedLinear] = field(default_factory=dict)
+    residual_ranks: dict[str, int | None] = field(default_factory=dict)
+
+
+class LastLayers(RankChoice):
+    """Ranks of the last k layers, from a plan for every k that is tried."""
+
+    keeps_grams = False
+    tries_layers = True
+
+    def __init__(self, work: Factorization, plans: Mapping[int, RankPlan]) -> None:
+        """Prepare a trajectory for every k; `plans` has its ranks."""
+        self._work = work
+        self._candidates = {k: _Candidate(plan) for k, plan in plans.items()}
+        self.first_layer = work.model.num_layers - max(plans)
+        self.num_search_samples = work.settings.num_search_samples
+
+    def ranks_on_offer(self, linear: LinearShape) -> list[int]:
+        """Return the ranks that some k gives the Linear."""
+        ranks = {candidate.plan.ranks.get(linear.name) for candidate in self._candidates.values()}
+        return sorted(rank for rank in ranks if rank is not None)
+
+    def try_layer(self, visited: VisitedLayer) -> Any:
+        """Advance the trajectory of every k that compresses this layer; return what its Linears lose."""
+        inputs = {
+            linear.name: visited.observed.get(group[0].name)
+            for group in visited.layer.groups
+            for linear in group
+        }
+        residual_ranks = {
+            linear.name: self._residual_ranks(visited, linear, inputs[linear.name])
+            for linear in visited.layer.linears
+        }
+        measured = self._try(visited, residual_ranks, inputs)
+        return {
+            "candidates": {k: LINEARS.dump_python(linears) for k, linears in measured.items()},
+            "residual_ranks": residual_ranks,
+        }
+
+    def try_again(self, visited: VisitedLayer, findings: Any) -> None:
+        """Advance the trajectories once more; what Linears lose is known by now."""
+        self._try(visited, findings["residual_ranks"], None)
+        for k, linears in findings["candidates"].items():
+            candidate = self._candidates[int(k)]
+            candidate.linears |= {linear.name: linear for linear in LINEARS.validate_python(linears)}
+
+    def _residual_ranks(
+        self, visited: VisitedLayer, linear: LinearShape, inputs: ObservedInputs | None
+    ) -> dict[str, int | None]:
+        shares = share_with_residual(
+            self._work.settings,
+            linear,
+            linear_of(visited.module, visited.layer, linear).weight.data,
+            None if inputs is None else inputs.parts,
+            self.ranks_on_offer(linear),
+            self._work.metric(visited.layer, linear),
+        )
+        return {str(rank): residual for rank, residual in shares.items()}
+
+    def _try(
+        self,
+        visited: VisitedLayer,
+        residual_ranks: _ResidualRanks,
+        inputs: Mapping[str, ObservedInputs | None] | None,
+    ) -> dict[int, list[FactorizedLinear]]:
+        """Advance every trajectory through the layer; return what Linears lose if `inputs` are passed."""
+        layer, module, model = visited.layer, visited.module, self._work.model
+        originals = {linear.name: linear_of(module, layer, linear).weight.data for linear in layer.linears}
+        measured: dict[int, list[FactorizedLinear]] = {}
+        for k, candidate in self._candidates.items():
+            if layer.index < model.num_layers - k:
+                continue
+            compress = partial(
+                self._compress, candidate, originals, visited.decompositions, residual_ranks, inputs
+            )
+            compressed = map_side_by_side(compress, layer.linears, small=model.is_small)
+            measured[k] = []
+            for linear, (weight, lost) in zip(layer.linears, compressed, strict=True):
+                put_weight(module, layer, linear, weight)
+                if lost is not None:
+                    measured[k].append(lost)
+            candidate.linears |= {lost.name: lost for lost in measured[k]}
+            if candidate.hidden is None:
+                candidate.hidden = list(visited.entering)
+            model.advance(layer.index, candidate.hidden, module=module)
+            for linear in layer.linears:
+                put_weight(module, layer, linear, originals[linear.name])
+        return measured
+
+    def _compress(
+        self,
+        candidate: _Candidate,
+        weights: Mapping[str, torch.Tensor],
+        decompositions: Mapping[str, Any],
+        residual_ranks: _ResidualRanks,
+        inputs: Mapping[str, ObservedInputs | None] | None,
+        linear: LinearShape,
+    ) -> tuple[torch.Tensor, FactorizedLinear | None]:
+        """Return the weight a candidate gives a Linear and, if its `inputs` are passed, what is lost."""
+        weight, rank = weights[linear.name], candidate.plan.ranks.get(linear.name)
+        if rank is None:
+            return weight, None if inputs is None else left_dense(linear)
+        residual_rank = residual_ranks[linear.name][str(rank)]
+        candidate.residual_ranks[linear.name] = residual_rank
+        factors = truncate_linear(
+            self._work.settings, decompositions[linear.name], weight, rank, residual_rank, exact=False
+        )
+        # A pivoted product differs by rounding alone: pivots are only looked for in the chosen k.
+        factors = factors.rounded(self._work.stored_dtype(linear))
+        lost = None
+        if inputs is not None:
+            observed = inputs[linear.name]
+            gram = None if observed is None else observed.whole.gram
+            lost = measure_linear(linear, rank, weight, factors, gram, residual_rank)
+        return factors.product().to(weight.dtype), lost
+
+    def choose(self, leaving: Sequence[torch.Tensor]) -> RankDecision:
+        """Return the k whose outputs of the last layer are nearest to the original ones."""
+        search = [self._search_point(k, leaving) for k in sorted(self._candidates)]
+        errors = {point.num_compressed_layers: point.final_layer_error for point in search}
+        best = min(self._candidates, key=lambda k: (errors[k] or 0.0, -k))
+        candidate = self._candidates[best]
+        first_layer = self._work.model.num_layers - best
+        chosen = ChosenRanks(candidate.plan, first_layer, search=tuple(search))
+        return RankDecision(chosen, candidate.residual_ranks, candidate.linears)
+
+    def _search_point(self, k: int, original: Sequence[torch.Tensor]) -> SearchPoint:
+        candidate = self._candidates[k]
+        error = None
+        if original and candidate.hidden is not None:
+            pairs = list(zip(candidate.hidden, original, strict=True))
+            lost = sum((tried - true).double().square().sum().item() for tried, true in pairs)
+            whole = sum(true.double().square().sum().item() for _, true in pairs)
+            error = (lost / whole) ** 0.5 if whole else 0.0
+        candidate.hidden = None
+        return SearchPoint(k, candidate.plan.layer_ratio, candidate.plan.kept_parameters, error)

@@ -1,0 +1,133 @@
+"""What `allocation: error_controlled` may choose from, and its budget: from shapes alone, as a plan needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ercsvd_deploy.budget.rank_steps import RankSteps
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.exporters.vllm.cutting import find_unaligned, find_unservable
+from ercsvd_deploy.format.schema import Storage, WeightQuantization
+from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlan
+from ercsvd_deploy.pipelines.stages.sizes import module_bytes, planned_bytes
+from ercsvd_deploy.pipelines.stages.storing import StorageRules
+from ercsvd_deploy.recipe.fields import parse_size
+from ercsvd_deploy.recipe.sections import Recipe, Target
+
+
+@dataclass(frozen=True)
+class AllocationTask:
+    """How each decoder Linear may be stored, and what all may cost together.
+
+    Attributes:
+        costs: Linear -> each way to store it, the cheapest first -> what it costs.
+        budget: In the same unit.
+        is_in_bits: The unit: stored bits, or parameters.
+        rules: How a Linear of a rank is stored.
+    """
+
+    costs: Mapping[str, Mapping[Storage, int]]
+    budget: int
+    is_in_bits: bool
+    rules: StorageRules
+
+    @property
+    def least(self) -> int:
+        """What the cheapest storages cost together."""
+        return sum(min(costs.values()) for costs in self.costs.values())
+
+
+def allocation_task(
+    recipe: Recipe,
+    architecture: Architecture,
+    quantize_plan: QuantizePlan,
+    vision: Mapping[str, Storage],
+    *,
+    rank_steps: RankSteps,
+    element: int,
+) -> AllocationTask:
+    """Return what can be chosen from.
+
+    Args:
+        recipe: With a factorize stage, and a `target` or a `compression_ratio`.
+        architecture: The model's.
+        quantize_plan: How the quantize stage stores every Linear.
+        vision: How the vision parts' altered Linears are stored.
+        rank_steps: What ranks are multiples of.
+        element: Bytes of a plain value.
+    """
+    settings, target = recipe.factorize, recipe.target
+    assert settings is not None
+    rules = StorageRules(architecture, settings.layout, quantize_plan.fitted_to)
+    costs: dict[str, dict[Storage, int]] = {}
+    for linear in architecture.linears:
+        integers = quantize_plan.integers[linear.name]
+        dense = [rules.storage(linear, None, each) for each in _dense_integers(linear, integers, target)]
+        ranks = rank_steps.ranks_on_offer(linear, settings.layout)
+        factorized = [rules.storage(linear, rank, integers) for rank in ranks]
+        storages = _servable(recipe, rules, rank_steps, linear, dense, factorized)
+        cost_of = {
+            storage: storage.num_parameters if target is None else 8 * module_bytes(storage, element)
+            for storage in storages
+        }
+        costs[linear.name] = dict(sorted(cost_of.items(), key=lambda entry: entry[1]))
+    if target is None:
+        assert settings.compression_ratio is not None, "the schema asks for a ratio where there is no target"
+        # As `budget.equal_shares.allocate_ranks` has it: the largest whole number within the exact share.
+        budget = math.floor((1 - settings.compression_ratio) * architecture.linear_parameters + 1e-6)
+    elif target.overall_bits is not None:
+        budget = math.floor(target.overall_bits * architecture.linear_parameters)
+    else:
+        assert target.bytes is not None, "the schema asks for one of the two"
+        sizes = planned_bytes(architecture, vision, element)
+        outside = sum(sizes.values()) - element * architecture.linear_parameters
+        budget = 8 * (parse_size(target.bytes) - outside)
+    return AllocationTask(costs, budget, target is not None, rules)
+
+
+def _dense_integers(
+    linear: LinearShape, integers: WeightQuantization | None, target: Target | None
+) -> list[WeightQuantization | None]:
+    """Return the integers to choose from for a Linear that keeps its one matrix; None: plain values."""
+    if target is None or integers is None:
+        return [integers]
+    groups = target.group_sizes or (integers.group_size,)
+    fitting = [group for group in groups if group == -1 or linear.in_features % group == 0]
+    return [
+        None,
+        *(
+            WeightQuantization(bits=bits, group_size=group, sym=integers.sym)
+            for bits in target.bits
+            for group in fitting or groups
+        ),
+    ]
+
+
+def _servable(
+    recipe: Recipe,
+    rules: StorageRules,
+    rank_steps: RankSteps,
+    linear: LinearShape,
+    dense: list[Storage],
+    factorized: list[Storage],
+) -> list[Storage]:
+    """Return the storages of a Linear that vLLM can serve, each once.
+
+    Of the ranks those that integer kernels take whole, if there are any and they are fine enough.
+    """
+    sizes = recipe.serving.tensor_parallel_sizes
+    if not rank_steps.halvings:
+        aligned = [
+            storage
+            for storage in factorized
+            if not find_unaligned({linear.name: storage}, rules.architecture, sizes)
+        ]
+        factorized = aligned or factorized
+    return [
+        storage
+        for storage in dict.fromkeys([*dense, *factorized])
+        if not find_unservable({linear.name: storage}, rules.architecture, sizes)
+    ]

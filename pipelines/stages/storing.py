@@ -1,0 +1,91 @@
+"""How a Linear that is given a rank or integers is stored.
+
+A recipe names one group size for all matrices, and not every matrix can have it: a second factor has as
+many columns as its rank, and tensor parallelism cuts the inputs of row-parallel Linears, but must not cut a
+group or a 32-bit word of integers. Where groups are to fit, such a matrix gets smaller ones, one scale a row
+if none fit, and stays plain if not even words do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP
+from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
+from ercsvd_deploy.exporters.vllm.cutting import WORD_BITS
+from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization
+from ercsvd_deploy.models.families import Architecture
+
+
+@dataclass(frozen=True)
+class StorageRules:
+    """What of a recipe and a model decides how a Linear of a rank or of integers is stored.
+
+    Attributes:
+        architecture: Tells how tensor parallelism cuts each Linear.
+        layout: Of the Linears that have a rank.
+        fitted_to: Tensor parallel sizes to which groups of integers are made to fit; None: they stay as they
+            are.
+    """
+
+    architecture: Architecture
+    layout: LowRankLayout = "low_rank"
+    fitted_to: tuple[int, ...] | None = None
+
+    def storage(
+        self, linear: LinearShape, rank: int | None = None, quantization: WeightQuantization | None = None
+    ) -> Storage:
+        """Return how a Linear is stored.
+
+        Args:
+            linear: Its name and shape.
+            rank: Its rank; None: it keeps its one matrix.
+            quantization: Integers of each of its matrices; None: they are plain.
+        """
+        shape = (linear.out_features, linear.in_features)
+        first = self._fit(quantization, self._columns_on_ranks(linear))
+        if rank is None:
+            return Storage.dense(shape, first)
+        second = self._fit(quantization, [rank])
+        if first is None or second is None:  # both or none: the second one is re-fitted to the first
+            first = second = None
+        return Storage.of_rank(shape, rank, self._pivot_blocks(linear, rank), first, second)
+
+    def factorized(
+        self, linears: Iterable[LinearShape], ranks: Mapping[str, int | None]
+    ) -> dict[str, Storage]:
+        """Return how those Linears that have a rank are stored, as plain matrices."""
+        return {
+            linear.name: self.storage(linear, rank)
+            for linear in linears
+            if (rank := ranks.get(linear.name)) is not None
+        }
+
+    def _pivot_blocks(self, linear: LinearShape, rank: int) -> int | None:
+        if self.layout == "low_rank":
+            return None
+        # Where inputs are cut every rank has all outputs, and pivots need no quota.
+        is_cut_by_rows = not self.architecture.is_row_parallel(linear.name)
+        return count_pivot_blocks(linear.out_features, rank) if is_cut_by_rows else 1
+
+    def _columns_on_ranks(self, linear: LinearShape) -> list[int]:
+        """Return how many inputs of a Linear a rank holds at every tensor parallel size."""
+        if not self.architecture.is_row_parallel(linear.name):
+            return [linear.in_features]
+        return [linear.in_features // size for size in {1, *(self.fitted_to or ())}]
+
+    def _fit(
+        self, quantization: WeightQuantization | None, columns: Iterable[int]
+    ) -> WeightQuantization | None:
+        """Return integers whose groups and words are whole in all of these numbers of columns."""
+        columns = list(columns)
+        if quantization is None or self.fitted_to is None:
+            return quantization
+        if any(count % (WORD_BITS // quantization.bits) for count in columns):
+            return None
+        size = quantization.group_size
+        while size >= SMALLEST_GROUP and any(count % size for count in columns):
+            size //= 2
+        fitting = size if size >= SMALLEST_GROUP else -1
+        return quantization.model_copy(update={"group_size": fitting})

@@ -1,0 +1,196 @@
+"""Real vLLM engines and servers in processes of their own, and how far what they answer is from transformers.
+
+`ERCSVD_VLLM_PYTHON` names the interpreter of another environment, to test another vLLM release.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+REPOSITORY = Path(__file__).parents[2]
+PYTHON = os.environ.get("ERCSVD_VLLM_PYTHON", sys.executable)
+PROMPTS = [[1, 5, 9, 33, 200, 17], [1, 100, 101, 102], list(range(10, 50))]
+MAX_TOKENS = 12
+TOP = 10
+
+
+def environment(num_ranks: int = 1) -> dict[str, str]:
+    """Return the variables that a vLLM process of `num_ranks` CPU workers needs here."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    return (
+        inherited
+        | {
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "2",
+            "VLLM_CPU_INT4_W4A8": "0",  # else CPUs with AMX round the activations to int8 as well
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join("0123"[:num_ranks]) if num_ranks > 1 else "0-1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_HOST_IP": "127.0.0.1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+    )
+
+
+def engine(directory: Path, dtype: str, *, num_ranks: int = 1, eager: bool = True) -> dict[str, Any]:
+    """Return the arguments of an engine that serves `directory`."""
+    return {
+        "model": str(directory),
+        "dtype": dtype,
+        "enforce_eager": eager,
+        "tensor_parallel_size": num_ranks,
+        "distributed_executor_backend": "mp" if num_ranks > 1 else "uni",
+    }
+
+
+def run_engines(
+    engines: Sequence[dict[str, Any]], answer: Path, prompts: Sequence[Any] = PROMPTS, **variables: str
+) -> tuple[int, str]:
+    """Run engines one after the other in one fresh process; return its exit status and what it printed.
+
+    `answer` then holds what they generated. `variables` are further ones of the process's environment.
+    """
+    num_ranks = max(arguments["tensor_parallel_size"] for arguments in engines)
+    request = {
+        "engines": engines,
+        "prompts": prompts,
+        "max_tokens": MAX_TOKENS,
+        "top": TOP,
+        "answer": str(answer),
+    }
+    command, log = [PYTHON, "tests/vllm/engine_process.py"], answer.with_suffix(".log")
+    with process(command, log, num_ranks, **variables) as engine_process:
+        engine_process.communicate(json.dumps(request).encode(), timeout=400)
+    return engine_process.returncode, answer.with_suffix(".log").read_text()
+
+
+@contextlib.contextmanager
+def process(
+    command: Sequence[str], log: Path, num_ranks: int = 1, **variables: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a vLLM process that writes to `log`; end it with all its workers, whatever happens."""
+    with log.open("w") as output:
+        started = subprocess.Popen(
+            command,
+            env=environment(num_ranks) | variables,
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield started
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the group is gone when every worker has ended
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+
+
+def generate(
+    engines: Sequence[dict[str, Any]], answer: Path, prompts: Sequence[Any] = PROMPTS, **variables: str
+) -> list[dict[str, Any]]:
+    """Return what each engine generated, see `vllm_engine.generate`."""
+    status, printed = run_engines(engines, answer, prompts, **variables)
+    assert status == 0, printed[-8000:]
+    answers: list[dict[str, Any]] = json.loads(answer.read_text())
+    return answers
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How served outputs differ from those of the dense model that a checkpoint stands for."""
+
+    largest: float
+    mean: float
+    same_tokens: bool
+
+
+def deviation(dense: Path, outputs: Sequence[dict[str, Any]]) -> Deviation:
+    """Compare what was generated from `PROMPTS` with transformers in float32."""
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    assert [output["prompt"] for output in outputs] == PROMPTS
+    return compare(model, outputs, [{}] * len(outputs))
+
+
+@torch.no_grad()
+def compare(
+    model: PreTrainedModel, outputs: Sequence[dict[str, Any]], images: Sequence[Mapping[str, torch.Tensor]]
+) -> Deviation:
+    """Compare log-probabilities at all positions, and the greedy tokens, with those of `model`.
+
+    Args:
+        model: The reference.
+        outputs: What an engine generated.
+        images: The model's further inputs for each output.
+    """
+    differences: list[float] = []
+    same_tokens = True
+    for output, inputs in zip(outputs, images, strict=True):
+        prompt, tokens = output["prompt"], output["tokens"]
+        logits = model(input_ids=torch.tensor([prompt + tokens]), **inputs).logits[0]
+        expected = logits.double().log_softmax(-1)
+        same_tokens &= expected[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+        assert len(output["logprobs"]) == len(expected) - 1
+        for position, logprobs in zip(expected, output["logprobs"], strict=False):
+            differences += [abs(position[int(token)].item() - value) for token, value in logprobs.items()]
+    assert len(differences) >= TOP * len(outputs) * MAX_TOKENS
+    return Deviation(max(differences), sum(differences) / len(differences), same_tokens)
+
+
+@contextlib.contextmanager
+def serving(
+    directory: Path, log: Path, *options: str, **variables: str
+) -> Iterator[Callable[[str, dict[str, Any]], dict[str, Any]]]:
+    """Start the OpenAI server on a free loopback port; give a function that posts to one of its paths.
+
+    It returns the first choice of the answer.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    # the CPU build's `vllm serve` fails in its command line; this is the server that it starts
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += options
+    with process(command, log, 1, VLLM_ENABLE_V1_MULTIPROCESSING="1", **variables) as server:
+        deadline = time.monotonic() + 300
+        while not _answers(f"{address}/health"):
+            assert server.poll() is None, log.read_text()[-8000:]
+            assert time.monotonic() < deadline, log.read_text()[-8000:]
+            time.sleep(0.5)
+
+        def post(path: str, request: dict[str, Any]) -> dict[str, Any]:
+            body = json.dumps(request | {"model": str(directory)}).encode()
+            call = urllib.request.Request(f"{address}/v1/{path}", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(call, timeout=120) as response:
+                choice: dict[str, Any] = json.load(response)["choices"][0]
+                return choice
+
+        yield post
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False
