@@ -35,6 +35,7 @@ ERROR_CONTROL = {
     "num_fisher_samples": 16,
     "compressed_prefix_inputs": True,
 }
+PUBLISHED = {"token_weight": "uniform"}  # of the calibration section: tokens count by their energy
 PIVOTED = ERROR_CONTROL | {"layout": "pivoted"}
 METHODS: dict[str, dict[str, Any]] = {
     "svd_llm": {"method": "svd_llm"} | ALL,
@@ -42,12 +43,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "error control": ERROR_CONTROL,
     "error control, pivoted": PIVOTED,
     "error control, pivoted, recovered": PIVOTED,
+    "svd_llm, tokens alike": {"method": "svd_llm"} | ALL,
     "erc_svd, beta 0.05": {"method": "erc_svd", "beta": 0.05} | ALL,
     "erc_svd, beta auto": {"method": "erc_svd", "beta": "auto"} | ALL,
     "erc_svd, beta 0": {"method": "erc_svd", "beta": 0.0} | ALL,
     "svd": {"method": "svd"} | ALL,
     "asvd": {"method": "asvd"} | ALL,
 }
+COUNT_TOKENS_ALIKE = ("error control", "svd_llm, tokens alike")
 RECOVER = {"recover": {"steps": 128, "batch_size": 2}}
 INTEGERS = ((8, 64), (4, 64), (4, 32))
 
@@ -121,6 +124,8 @@ def recipe_of(point: Point, arguments: argparse.Namespace) -> Any:
         "sequence_length": LENGTH,
         "seed": 3,
     }
+    if point.ratio is not None and not point.name.startswith(COUNT_TOKENS_ALIKE):
+        calibration |= PUBLISHED
     recipe: dict[str, Any] = {
         "model": {"path": str(arguments.model), "dtype": "bfloat16"},
         "calibration": calibration,
@@ -172,7 +177,8 @@ tokens of each held-out text, English prose / Python source; calibrated on {argu
 {LENGTH} tokens of other English prose. "-" is not measured. The model's weights were four-bit integers in
 groups of 32 once.
 
-In floating point, by the share of the decoder's parameters that is removed:
+In floating point, by the share of the decoder's parameters that is removed. The published methods count
+tokens by their energy (`calibration: {{token_weight: uniform}}`), error control counts them alike:
 
 {table(rows)}
 

@@ -70,6 +70,7 @@ def _ours(calibration: dict[str, Any]) -> list[Contender]:
     methods: dict[str, dict[str, Any]] = {
         "ours, GPTQ-8": {"stages": [{"quantize": {"bits": 8, "group_size": GROUP_SIZE}}]},
         "ours, GPTQ-4": {"stages": [integers]},
+        "ours, GPTQ-4, tokens by energy": {"stages": [integers], "token_weight": "uniform"},
     }
     for bits in (4.0, 3.5, 3.0):
         factorize = {
@@ -88,11 +89,10 @@ def _ours(calibration: dict[str, Any]) -> list[Contender]:
         for ratio in (0.2, 0.4):
             factorize = {"method": method, "compression_ratio": ratio, "rank_multiple": 32}
             label = f"{name}, {100 * ratio:.0f} % removed"
-            note = "as published, by this package"
-            methods[label] = {"stages": [{"factorize": factorize}], "note": note}
-            methods[f"{label}, GPTQ-4"] = {
-                "stages": [{"factorize": factorize}, {"quantize": {"bits": 4, "group_size": 32}}],
-                "note": note,
+            published = {"note": "as published, by this package", "token_weight": "uniform"}
+            methods[label] = published | {"stages": [{"factorize": factorize}]}
+            methods[f"{label}, GPTQ-4"] = published | {
+                "stages": [{"factorize": factorize}, {"quantize": {"bits": 4, "group_size": 32}}]
             }
     return [
         Contender(name, "ours", "ours_run.py", {"calibration": calibration, **options})

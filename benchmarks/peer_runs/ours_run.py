@@ -1,4 +1,4 @@
-"""This package, through `pipelines.run_recipe`; options: stages, and target if there is one."""
+"""This package, through `run_recipe`; options: calibration, stages, and token_weight and target if named."""
 
 from __future__ import annotations
 
@@ -44,9 +44,12 @@ def in_features_of(model: Any, name: str) -> int:
 def recipe_of(job: Job) -> dict[str, Any]:
     """Return the recipe; it judges nothing, since all peers are judged alike afterwards."""
     options = job.options
+    calibration = options["calibration"]
+    if "token_weight" in options:
+        calibration = calibration | {"token_weight": options["token_weight"]}
     recipe = {
         "model": {"path": str(job.model.resolve()), "dtype": "bfloat16"},
-        "calibration": options["calibration"],
+        "calibration": calibration,
         "stages": options["stages"],
         "export": {"format": "vllm", "path": str(job.checkpoint.resolve())},
     }
