@@ -1,4 +1,4 @@
-"""The checksums of an export: written as its last file, compared by `ercsvd verify`.
+"""The checksums of an export: written as its last file, compared by `verify` and before it is replaced.
 
 Files are listed with the SHA-256 of their contents. Weights are listed tensor by tensor, with the SHA-256 of
 dtype, shape and bytes: a report can name the damaged tensor, and a re-sharded copy still verifies. Report,
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ercsvd_deploy import __version__
+from ercsvd_deploy.format import compressed_tensors
 from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically, write_text_atomically
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
 from ercsvd_deploy.format.tensor_store import INDEX_FILE, CheckpointError, FileStore, open_directory
@@ -59,6 +60,7 @@ def write_manifest(directory: Path, *, unlisted: frozenset[str] = frozenset()) -
             path.relative_to(directory).as_posix(): _file(path) for path in _other_files(directory, unlisted)
         },
         "tensors": {name: _tensor(store, name) for name in sorted(store.names())},
+        "weights": sorted(path.name for path in _weight_files(directory) if path.is_file()),
     }
     write_json_atomically(directory / MANIFEST_FILE, manifest)
 
@@ -89,6 +91,46 @@ def record_reports(directory: Path, names: Iterable[str]) -> None:
         f"{digest}  {name}\n" for name, digest in sorted(digests.items()) if (directory / name).is_file()
     ]
     write_text_atomically(directory / REPORT_SUMS_FILE, "".join(lines))
+
+
+def exported_files(directory: Path) -> frozenset[str]:
+    """Return the names of the files that belong to an export, as paths within it; all others are somebody's.
+
+    Raises:
+        ManifestError: there is no manifest, or it cannot be read.
+    """
+    manifest = _read_manifest(directory)
+    weights = manifest.get("weights")
+    listed = [name for name in weights if isinstance(name, str)] if isinstance(weights, list) else []
+    held = (path.name for path in _weight_files(directory))  # of a re-sharded copy, under other names
+    return frozenset(
+        [*manifest["files"], *listed, *held, *_reports_of(directory), REPORT_SUMS_FILE, MANIFEST_FILE]
+    )
+
+
+def changed_files(directory: Path, *, with_weights: bool = True) -> list[str]:
+    """Return one line for each file or tensor of an export that is not as this program wrote it.
+
+    Files that are missing, or that no export has written, are not among them.
+
+    Args:
+        directory: An export.
+        with_weights: Whether tensors are compared too, which reads all of them.
+
+    Raises:
+        ManifestError: there is no manifest, or it cannot be read.
+    """
+    manifest = _read_manifest(directory)
+    digests = {**manifest["files"], **_reports_of(directory)}
+    there = {name: directory / name for name in digests if (directory / name).exists()}
+    problems = [
+        f"{name}: changed since the export was written"
+        for name, path in there.items()
+        if not path.is_file() or _file(path) != digests[name]
+    ]
+    if with_weights and any(path.is_file() for path in _weight_files(directory)):
+        problems += _tensor_problems(directory, manifest["tensors"])
+    return problems
 
 
 def is_as_recorded(directory: Path, name: str) -> bool:
@@ -162,6 +204,8 @@ def _config_problems(directory: Path) -> list[str]:
     description = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(description, dict):
         return ["config.json: cannot be read, or describes no compressed model"]
+    if description.get("quant_method") == compressed_tensors.QUANT_METHOD:
+        return []
     try:
         CheckpointConfig.read(description)
     except CheckpointFormatError as error:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.json_values import finite
 from ercsvd_deploy.pipelines.stages.factorize.outcome import FactorizeOutcome
+from ercsvd_deploy.pipelines.state.lock import resumable_directory
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 
@@ -67,7 +66,7 @@ def test_searched_error_is_that_of_the_exported_model(
 
     assert recipe.calibration is not None
     assert report.results["factorize"] is not None
-    tokens = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)[:4]
+    tokens = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)[0][:4]
 
     def last_layer_output(path: Path) -> torch.Tensor:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -158,22 +157,16 @@ def test_failure_keeps_the_earlier_export(
         "ercsvd_deploy.format.atomic_files.save_file",
         lambda *_a, **_k: (_ for _ in ()).throw(OSError(28, "full")),
     )
-    code, _, _ = invoke("run", recipe)
+    code, _, _ = invoke("run", recipe, "--force")
     assert code == 1
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
 def test_two_runs_on_one_output_exclude_each_other(write_recipe: RecipeWriter, tmp_path: Path) -> None:
-    work = tmp_path / ".out.work"
-    work.mkdir()
-    descriptor = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with resumable_directory(tmp_path / "out"):
         code, _, error = invoke("run", write_recipe())
         assert code == 1
         assert "another run is writing" in error
-    finally:
-        os.close(descriptor)
     assert invoke("run", write_recipe())[0] == 0
 
 

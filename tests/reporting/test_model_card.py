@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ercsvd_deploy.installation import install_command
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.card import (
     escaped,
@@ -52,7 +53,7 @@ def test_card_says_what_it_is_and_how_to_use_it(tmp_path: Path) -> None:
         f"| Loss of exact match, shapes | 2.5 points ({MINUS}0.5 to 5.5 points) | 2.0 points "
         "| undecided: about 2,880 questions would decide |",
         "| Size | 1.00 MB | 500 KB | missed |",
-        "```bash\npip install 'vllm>=0.29' ercsvd-deploy\nvllm serve out/small\n```",
+        f"```bash\n{install_command(beside='vllm>=0.29')}\nvllm serve out/small\n```",
         "import ercsvd_deploy.hf",
         'AutoModelForCausalLM.from_pretrained("out/small")',
         "method: erc_svd",
