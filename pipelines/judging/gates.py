@@ -61,9 +61,17 @@ class GateResult:
         Field(description="About how many items would decide an undecided gate, were the value to stay."),
     ] = None
 
-    @property
-    def verdict(self) -> Verdict:
-        """Passed, missed, or undecided: the limit lies within the interval."""
+    verdict: Annotated[
+        Verdict,
+        Field(description="`undecided` where the limit lies within the interval, else as `passed` says."),
+    ] = None  # type: ignore[assignment] # what follows from the others is filled in, for older reports too
+
+    def __post_init__(self) -> None:
+        """Say what follows from value, interval and limit."""
+        if self.verdict is None:
+            object.__setattr__(self, "verdict", self._verdict())  # type: ignore[unreachable]
+
+    def _verdict(self) -> Verdict:
         if self.low is not None and self.high is not None and self.low <= self.limit < self.high:
             return "undecided"
         return "passed" if self.passed else "missed"
@@ -187,14 +195,18 @@ def judge_gates(gates: Gates, measured: Measurements) -> list[GateResult]:
 def _result(gate: str, subject: str | None, limit: float, found: Estimate | None) -> GateResult:
     if found is None or not math.isfinite(found.value):
         return GateResult(gate, subject, limit, None, passed=False)
-    result = GateResult(gate, subject, limit, found.value, passed=found.value <= limit)
-    if not found.count:
-        return result
-    result = replace(result, count=found.count, unit=found.unit)
-    if not found.has_interval:
-        return result
-    result = replace(result, low=found.low, high=found.high)
-    return replace(result, deciding_count=deciding_count(found, limit))
+    return GateResult(
+        gate,
+        subject,
+        limit,
+        found.value,
+        passed=found.value <= limit,
+        low=found.low if found.has_interval else None,
+        high=found.high if found.has_interval else None,
+        count=found.count or None,
+        unit=found.unit or None,
+        deciding_count=deciding_count(found, limit),
+    )
 
 
 def _why_not_served(serving: ServingParity) -> str | None:

@@ -51,12 +51,14 @@ def estimate(value: float, margin: float | None, count: int, unit: str) -> dict[
 def _gate(gate: str, subject: str | None, limit: float, value: float | None, **more: Any) -> dict[str, Any]:
     nothing = dict.fromkeys(("reason", "low", "high", "count", "unit", "deciding_count"))
     passed = value is not None and value <= limit
+    is_undecided = more.get("low") is not None and more["low"] <= limit < more["high"]
     return {
         "gate": gate,
         "subject": subject,
         "limit": limit,
         "value": value,
         "passed": passed,
+        "verdict": "undecided" if is_undecided else "passed" if passed else "missed",
         **nothing,
     } | more
 

@@ -45,6 +45,7 @@ def test_one_verdict_in_five_places(case: str, tmp_path: Path) -> None:
     [gate] = report.gates
     assert (gate.verdict, gate.passed) == (verdict, not is_failing)
     told: dict[str, Any] = report.as_json()["gates"][0]
+    assert told["verdict"] == verdict
     assert (told["low"], told["high"], told["count"]) == (pytest.approx(0.08), pytest.approx(0.12), 64)
     # Twice as near as the interval is wide: four times the windows.
     assert told["deciding_count"] == (pytest.approx(256, abs=1) if verdict == "undecided" else None)
@@ -82,6 +83,9 @@ def test_a_report_without_intervals_is_judged_by_its_values() -> None:
     del values["differences"], values["tables"]
     for part in ("original", "compressed"):
         del values[part]["estimates"]
+    for gate in values["gates"]:
+        for key in ("verdict", "low", "high", "count", "unit", "deciding_count"):
+            del gate[key]
     report = parse_report(values)
     gates = Gates.model_validate(
         {
@@ -100,3 +104,4 @@ def test_a_report_without_intervals_is_judged_by_its_values() -> None:
         "task_drop, arc": "missed",
     }
     assert "11.000" in on_terminal(report)
+    assert [gate.verdict for gate in report.gates] == ["passed", "missed", "missed", "missed"]
