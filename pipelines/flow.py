@@ -158,10 +158,10 @@ def _execute(run: Run, target: Path, progress: ProgressReporter, options: RunOpt
         write_report_files(made, run.report(), target)
 
     run.stages(progress, complete_export, is_forced=options.is_forced)
-    report = run.report()  # the stages' files in the work directory are still needed
-    if not options.keeps_work:
-        clear(run.cache.directory)
+    report = run.report()
     report.warnings.extend(write_report_files(target, report))
+    if not options.keeps_work:
+        clear(run.cache.directory)  # last: until the report is written, the stages' files are needed
     return report
 
 

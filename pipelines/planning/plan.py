@@ -179,6 +179,7 @@ def make_plan(
         config,
         stored=element,
         computed=compute_dtype(config, device).itemsize,
+        device=device,
     )
     storing = quantize_plan_of(recipe, architecture)
     return Plan(

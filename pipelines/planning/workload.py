@@ -9,7 +9,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture, component_of
+from ercsvd_deploy.models.streaming import max_tokens_per_batch
 from ercsvd_deploy.pipelines.stages.workload import Sequences, Tower, Workload
 from ercsvd_deploy.recipe.sections import HeldOutText, Recipe, TextFile
 
@@ -28,6 +31,7 @@ def measure_workload(
     *,
     stored: int,
     computed: int,
+    device: torch.device,
 ) -> Workload:
     """Count what a recipe has to compute with.
 
@@ -37,6 +41,7 @@ def measure_workload(
         config: The model's.
         stored: Bytes of a value in the files.
         computed: Bytes of a value where layers run.
+        device: Where that is.
     """
     assumptions: list[str] = []
     tower = _tower(architecture, config)
@@ -61,6 +66,7 @@ def measure_workload(
         architecture,
         stored,
         computed,
+        max_tokens_per_batch(architecture, device),
         calibration,
         tuple(judged),
         tower,

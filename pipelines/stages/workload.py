@@ -70,6 +70,7 @@ class Workload:
         architecture: The model's.
         stored: Bytes of a value in the files.
         computed: Bytes of a value where layers run.
+        tokens_at_once: Of a batch; a small model's pass side by side, no more than `Sequences.batch_tokens`.
         calibration: What the stages are calibrated on; None where nothing is.
         judged: What both models are compared on.
         tower: None for text models.
@@ -80,6 +81,7 @@ class Workload:
     architecture: Architecture
     stored: int
     computed: int
+    tokens_at_once: int
     calibration: Sequences | None
     judged: tuple[Sequences, ...]
     tower: Tower | None
@@ -193,7 +195,8 @@ class Workload:
     def logits(self, sequences: Sequences, *, parts: int) -> int:
         """Return the bytes of logits of so many parts of a batch, which are made one after the other."""
         vocabulary = self.architecture.vocab_size
-        rows = min(sequences.batch_rows, max(1, MAX_LOGITS_AT_ONCE // (vocabulary * sequences.length)))
+        tokens = min(self.tokens_at_once, MAX_LOGITS_AT_ONCE // vocabulary)
+        rows = max(1, tokens // sequences.length)
         return min(parts * rows, sequences.count) * sequences.length * vocabulary * FLOAT32
 
     def forward_flops(self, sequences: Sequences) -> float:

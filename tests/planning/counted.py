@@ -47,7 +47,7 @@ def declared(recipe: Recipe) -> dict[str, Needs]:
     """Return what every stage of a recipe declares on a CPU."""
     config = load_config(recipe.model.path)
     architecture = describe(build_meta_model(config), config)
-    work = measure_workload(recipe, architecture, config, stored=4, computed=4)
+    work = measure_workload(recipe, architecture, config, stored=4, computed=4, device=torch.device("cpu"))
     stages = plan_stages(recipe, config, architecture, "float32")
     return {each.stage.name: each.stage.needs(work, each.candidates) for each in stages}
 
