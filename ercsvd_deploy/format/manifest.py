@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ercsvd_deploy import __version__
+from ercsvd_deploy.format import compressed_tensors
 from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically, write_text_atomically
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
 from ercsvd_deploy.format.tensor_store import INDEX_FILE, CheckpointError, FileStore, open_directory
@@ -203,6 +204,8 @@ def _config_problems(directory: Path) -> list[str]:
     description = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(description, dict):
         return ["config.json: cannot be read, or describes no compressed model"]
+    if description.get("quant_method") == compressed_tensors.QUANT_METHOD:
+        return []
     try:
         CheckpointConfig.read(description)
     except CheckpointFormatError as error:

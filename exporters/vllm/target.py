@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ercsvd_deploy.format import compressed_tensors
 from ercsvd_deploy.format.schema import CheckpointConfig
 
 CONFIG_FILE = "config.json"
@@ -85,6 +86,10 @@ def is_export(directory: Path) -> bool:
         return True
     try:
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        if config["quantization_config"]["quant_method"] == compressed_tensors.QUANT_METHOD:
+            from ercsvd_deploy.format.manifest import MANIFEST_FILE  # needs torch
+
+            return (directory / MANIFEST_FILE).is_file()  # others write this format too
         CheckpointConfig.read(config["quantization_config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

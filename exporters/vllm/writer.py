@@ -16,6 +16,7 @@ from typing import Any
 from ercsvd_deploy.exporters.vllm.replacement import replace_export
 from ercsvd_deploy.exporters.vllm.target import CONFIG_FILE, check_target, check_unchanged
 from ercsvd_deploy.format.atomic_files import write_json_atomically
+from ercsvd_deploy.format.compressed_tensors import describe_dense_integers, guards_of
 from ercsvd_deploy.format.manifest import write_manifest
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.format.shards import write_sharded
@@ -62,6 +63,7 @@ def write_export(
     architecture: Architecture,
     compressed: CheckpointConfig,
     max_shard_bytes: int,
+    needs_plugin: bool = True,
     add_files: Callable[[Path], None] = lambda _directory: None,
     add_reports: Callable[[Path], None] = lambda _directory: None,
     unlisted: frozenset[str] = frozenset(),
@@ -79,6 +81,8 @@ def write_export(
             checkpoints call them.
         compressed: Description of every altered module.
         max_shard_bytes: Upper size of a safetensors file.
+        needs_plugin: Whether the directory is in our own format; else it is in compressed-tensors', which can
+            hold dense integers alone.
         add_files: Writes further files, which the manifest lists, into the directory before it appears.
         add_reports: Writes those of `unlisted` into it, which may name the weights by the manifest.
         unlisted: Names of files that may be written again later, and are not verified.
@@ -94,9 +98,12 @@ def write_export(
     partial = work / "export"
     shutil.rmtree(partial, ignore_errors=True)  # half an export of a run that was killed
     partial.mkdir()
+    if not needs_plugin:
+        store = RenamedStore(store, {name: name for name in store.names() - guards_of(compressed.modules)})
     num_bytes = write_weights(partial, store, architecture, max_shard_bytes)
-    compressed = CheckpointConfig(
-        modules={architecture.checkpoint_name(name): module for name, module in compressed.modules.items()}
+    modules = {architecture.checkpoint_name(name): module for name, module in compressed.modules.items()}
+    description = (
+        CheckpointConfig(modules=modules).write() if needs_plugin else describe_dense_integers(modules)
     )
     for path in carried_over(source):
         if path.is_dir():
@@ -105,7 +112,7 @@ def write_export(
             shutil.copyfile(path, partial / path.name)
     add_files(partial)
     # Last: without a config no loader takes the directory for a model.
-    write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, compressed))
+    write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, description))
     write_manifest(partial, unlisted=unlisted)
     add_reports(partial)
     replace_export(partial, target, is_forced=is_forced)
@@ -139,15 +146,15 @@ def write_weights(
     )
 
 
-def _served_config(source: Path, dtype: str | None, compressed: CheckpointConfig) -> dict[str, Any]:
-    """Return the source's own config.json with our description added; nothing else is rewritten."""
+def _served_config(source: Path, dtype: str | None, description: dict[str, Any]) -> dict[str, Any]:
+    """Return the source's own config.json with the description added; nothing else is rewritten."""
     served: dict[str, Any] = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
     if dtype is not None:
         parts = [part for part in served.values() if isinstance(part, dict)]
         for config in [served, *(part for part in parts if "dtype" in part or "torch_dtype" in part)]:
             config.pop("torch_dtype", None)
             config["dtype"] = dtype
-    served["quantization_config"] = compressed.write()
+    served["quantization_config"] = description
     return served
 
 

@@ -53,8 +53,8 @@ def plan(
         str | None,
         typer.Option(
             metavar="gpu=SIZE,...",
-            help="Ask about another machine, e.g. gpu=80GiB,memory=512GiB,disk=1TiB or gpu=none; a key left "
-            "out is not judged.",
+            help="Ask about another machine, e.g. gpu=80GiB,memory=512GiB,disk=1TiB,flops=300T or gpu=none; "
+            "a key left out is not judged.",
         ),
     ] = None,
     strict_machine: Annotated[
@@ -90,7 +90,7 @@ def plan(
                 complain(str(error))
                 raise typer.Exit(EXIT_USAGE) from error
             planned = make_plan(loaded, device=there, machine=asked)
-        planned = planned.with_kernels()
+        planned = planned.with_kernels().with_peak()
         if as_json:
             print_json(planned.as_json())
         else:

@@ -11,8 +11,9 @@ import torch
 
 from ercsvd_deploy.data.chat import check_processor
 from ercsvd_deploy.data.pictures import load_processor
+from ercsvd_deploy.data.rows import read_text
 from ercsvd_deploy.data.samples import QuestionSample
-from ercsvd_deploy.data.texts import CalibrationError, load_tokenizer, read_text, token_windows
+from ercsvd_deploy.data.texts import CalibrationError, load_tokenizer, token_windows
 from ercsvd_deploy.evaluation.quality import Quality, measure_quality
 from ercsvd_deploy.models.families import reads_images
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream

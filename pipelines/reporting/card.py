@@ -21,6 +21,7 @@ from ercsvd_deploy.pipelines.reporting.description import (
     hub_model,
     is_vision_model,
     model_name,
+    needs_plugin,
     rounding_method,
     serve_commands,
     tensor_parallel_sizes,
@@ -207,10 +208,13 @@ def _markdown_table(
 def _serving(report: Report, path: Path) -> str:
     sizes = tensor_parallel_sizes(report)
     said = f" Made for tensor parallel sizes {', '.join(map(str, sizes))}." if len(sizes) > 1 else ""
+    plugin = "vLLM reads the format without a plugin."
+    if needs_plugin(report):
+        plugin = "The package is the plugin, which vLLM finds by itself."
     return (
         "## Serve it with vLLM\n\n"
         + fenced("\n".join(serve_commands(report, _public(path))), "bash")
-        + f"\nThe package is the plugin, which vLLM finds by itself.{said}{_origin()}\n"
+        + f"\n{plugin}{said}{_origin() if needs_plugin(report) else ''}\n"
     )
 
 
@@ -228,17 +232,18 @@ def _public(path: Path) -> str:
 def _loading(report: Report, path: Path) -> str:
     model_class = "AutoModelForImageTextToText" if is_vision_model(report) else "AutoModelForCausalLM"
     shown = json.dumps(_public(path), ensure_ascii=False)  # a JSON string is a Python string too
-    code = (
+    registering = (
         "import ercsvd_deploy.hf  # registers the format; without it transformers refuses the directory\n"
+    )
+    package = (
+        install_command("compress") if needs_plugin(report) else "pip install transformers compressed-tensors"
+    )
+    code = (
+        f"{registering if needs_plugin(report) else ''}"
         f"from transformers import {model_class}\n\n"
         f"model = {model_class}.from_pretrained({shown})"
     )
-    return (
-        "## Load it in transformers\n\n"
-        + fenced(install_command("compress"), "bash")
-        + "\n"
-        + fenced(code, "python")
-    )
+    return "## Load it in transformers\n\n" + fenced(package, "bash") + "\n" + fenced(code, "python")
 
 
 def _making(report: Report) -> str:
@@ -262,10 +267,11 @@ def _without_folders(value: Any) -> Any:
 
 
 def _limits(report: Report) -> str:
+    refusal = "It needs ercsvd-deploy: without it, vLLM and transformers refuse the directory."
     lines = [
         "It answers differently from the original, by as much as the table says on what was measured there; "
         "what was not measured may have suffered more.",
-        "It needs ercsvd-deploy: without it, vLLM and transformers refuse the directory.",
+        *([refusal] if needs_plugin(report) else []),
         *_unserved(report),
         *(escaped(warning) for warning in report.warnings),
     ]

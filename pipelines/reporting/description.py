@@ -16,7 +16,8 @@ from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
 from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome
 from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
-from ercsvd_deploy.pipelines.stages.recover import RecoverOutcome, RecoverQuantizedStage, RecoverStage
+from ercsvd_deploy.pipelines.stages.recover.stage import RecoverQuantizedStage, RecoverStage
+from ercsvd_deploy.pipelines.stages.recover.training import RecoverOutcome
 
 _METHODS = {"svd": "SVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "erc_svd": "ERC-SVD"}
 _HUB_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")
@@ -146,7 +147,13 @@ def serve_commands(report: Report, path: str) -> list[str]:
     smallest = min(tensor_parallel_sizes(report), default=1)
     if smallest > 1:
         words += ["--tensor-parallel-size", str(smallest)]
-    return [install_command(beside="vllm>=0.29"), shlex.join(words)]
+    install = install_command(beside="vllm>=0.29") if needs_plugin(report) else "pip install 'vllm>=0.29'"
+    return [install, shlex.join(words)]
+
+
+def needs_plugin(report: Report) -> bool:
+    """Whether the export is in our own format."""
+    return bool(_section(report.recipe, "export").get("format", "vllm") == "vllm")
 
 
 def tensor_parallel_sizes(report: Report) -> list[int]:

@@ -73,13 +73,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Needs:
-    """Coarse upper bounds of what a stage takes, beside what stages before it have left on disk.
+    """Coarse counts of what a stage takes, beside what stages before it have left on disk.
 
     Attributes:
-        working_bytes: Memory where layers run, at its highest.
-        beside_bytes: Memory of the host, if layers run on a GPU: tensors on their way to and from disk.
+        working_bytes: Of tensors where layers run, at their highest.
+        beside_bytes: Of tensors on the host if layers run on a GPU: those on their way to and from disk.
         scratch_bytes: Of the work directory, at its highest.
-        kept_bytes: What of that stays until the run ends.
+        kept_bytes: What of that stays until the run ends, or until the stage that it is for has finished.
         flops: Floating-point operations, at least; a multiplication and an addition are two.
     """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from pydantic import TypeAdapter
@@ -25,10 +25,8 @@ from ercsvd_deploy.evaluation.quality import Quality
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 from ercsvd_deploy.pipelines.state.cache import OUTCOME, FinishedWork
-
-if TYPE_CHECKING:
-    from ercsvd_deploy.pipelines.stages.workload import Workload
 
 _COMPARISON = TypeAdapter(Comparison)
 _QUALITY = TypeAdapter(Quality)
@@ -64,13 +62,22 @@ class JudgeOriginalStage(Stage):
         return {**model, "texts": data["texts"], "questions": data["questions"]}
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return what the kept outputs take on disk."""
+        """Return a pass of the original and its logits, and what the kept outputs take on disk."""
         del candidates
+        logits = max(work.logits(each, parts=2) for each in work.judged)
+        passing = work.layer_weights + max(map(work.passing, work.judged))
         layers = work.architecture.num_layers - 1
         tokens = [each.tokens for each in work.judged if not each.pictures]
         kept = sum(count + layers * min(count, MOST_POSITIONS) for count in tokens)
         num_bytes = kept * work.hidden * work.computed
-        return Needs(scratch_bytes=num_bytes, kept_bytes=num_bytes)
+        return Needs(
+            working_bytes=sum(map(work.activations, work.judged))
+            + max(passing, work.layer_load, work.outside_weights + logits, work.embedding(work.judged)),
+            beside_bytes=2 * work.layer_weights,
+            scratch_bytes=num_bytes,
+            kept_bytes=num_bytes,
+            flops=sum(work.forward_flops(each) + work.head_flops(each) for each in work.judged),
+        )
 
     def run(self, run: StageRun) -> Quality:
         """Stream the original through everything."""
@@ -111,6 +118,26 @@ class JudgeStage(Stage):
     def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the model depends on, and digests of what it is judged on."""
         return {**before, "texts": data["texts"], "questions": data["questions"]}
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the highest of both models' passes and of their logits."""
+        del candidates  # layers are computed on whole matrices, however they are stored
+        states = 2 * sum(map(work.activations, work.judged))
+        # Outputs are compared in float64: the difference, widened and squared.
+        comparing = max(each.batch_tokens for each in work.judged) * work.hidden * (FLOAT32 + 2 * FLOAT64)
+        passing = work.layer_weights + max(comparing, *map(work.passing, work.judged))
+        # Of both models, the old until the new are there, and log-probabilities of one window.
+        vocabulary = work.architecture.vocab_size
+        logits = max(
+            2 * work.logits(each, parts=2) + 5 * FLOAT32 * each.length * vocabulary for each in work.judged
+        )
+        return Needs(
+            working_bytes=states
+            + max(passing, work.layer_load, 2 * work.outside_weights + logits, work.embedding(work.judged)),
+            beside_bytes=2 * work.layer_weights,
+            # Of the compressed model only the logits: how little its layers compute, the run decides.
+            flops=sum(map(work.head_flops, work.judged)),
+        )
 
     def run(self, run: StageRun) -> Comparison:
         """Stream the compressed model through everything."""

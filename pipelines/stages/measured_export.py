@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -15,9 +15,13 @@ from ercsvd_deploy.pipelines.judging.tasks import (
     check_tasks,
     run_tasks,
 )
-from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.recipe.sections import LmEval
+
+# Of a vLLM process beside its weights: libraries and workspace, and a small KV cache.
+_ENGINE_BYTES = 2 * 2**30
 
 
 @dataclass
@@ -48,7 +52,7 @@ class MeasuredExportStage(Stage):
     is_served: bool
 
     name = "measured_export"
-    memory_remedy = "lower evaluation.lm_eval.batch_size"
+    memory_remedy = "leave out gates.serving_parity, or lower evaluation.lm_eval.batch_size"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
@@ -77,6 +81,16 @@ class MeasuredExportStage(Stage):
             check_tasks(self._task_settings(self.lm_eval))
         if self.is_served:
             check_serving()
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the weights of a whole model, which the original is for lm-eval.
+
+        Nor does vLLM hold more of the export, even where it has no kernel for integers. What either computes
+        depends on the tasks and is not counted.
+        """
+        del candidates
+        weights = work.architecture.total_parameters * work.stored
+        return Needs(working_bytes=weights + (_ENGINE_BYTES if self.is_served else 0), beside_bytes=weights)
 
     def run(self, run: StageRun) -> MeasuredExport:
         """Measure, in processes of their own where vLLM is needed."""

@@ -66,7 +66,7 @@ def test_searched_error_is_that_of_the_exported_model(
 
     assert recipe.calibration is not None
     assert report.results["factorize"] is not None
-    tokens = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)[:4]
+    tokens = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)[0][:4]
 
     def last_layer_output(path: Path) -> torch.Tensor:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
 import pytest
+import torch
 from pydantic import Field
 from rich.console import Console, RenderableType
 
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning import plan as planning
 from ercsvd_deploy.pipelines.reporting.document import document_adapter, load_report
+from ercsvd_deploy.pipelines.reporting.plan_tables import render as render_plan
 from ercsvd_deploy.pipelines.reporting.terminal import render
 from ercsvd_deploy.pipelines.stages import STAGES
-from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.export import CARD_FILE, PAGE_FILE, ExportStage
 from ercsvd_deploy.pipelines.stages.judge import JudgeStage
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.cache import OUTCOME
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import RecipeWriter
@@ -50,6 +53,9 @@ class CountStage(Stage):
 
     def settings(self) -> Any:
         return {"factor": self.factor}
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        return Needs(2**40, 2**39, 2**28 + work.architecture.num_layers, 2**27, len(candidates) * 1e18)
 
     def run(self, run: StageRun) -> Counted:
         counted = run.cache.findings(OUTCOME)
@@ -109,6 +115,30 @@ def test_a_new_stage_is_planned_run_and_reported(
         assert load_report(directory).tables == report.tables  # also where the stage is not known
     finally:
         document_adapter.cache_clear()
+
+
+def test_what_a_new_stage_needs_is_in_the_plan(
+    toy: type[CountStage],
+    write_recipe: RecipeWriter,
+) -> None:
+    recipe = load_recipe(write_recipe())
+    plan = planning.make_plan(recipe, device=torch.device("cuda"))
+    factorized, counted, judged, _ = plan.estimate.stages
+    assert counted.stage == toy.name
+    assert counted.flops == len(plan.candidates) * 1e18
+    assert plan.estimate.flops == sum(stage.flops for stage in plan.estimate.stages)
+    # Beside the process itself, and what the stage before has left.
+    assert 0 < counted.device_bytes - 2**40 < 2**30
+    assert 0 < counted.host_bytes - 2**39 < 2**32
+    assert factorized.scratch_bytes > counted.scratch_bytes - 2**28 - plan.num_layers > 0
+    assert judged.scratch_bytes == counted.scratch_bytes - 2**28 - plan.num_layers + 2**27
+    assert plan.estimate.peak_device_bytes == counted.device_bytes
+    on_cpu = planning.make_plan(recipe, device=torch.device("cpu")).estimate
+    assert on_cpu.peak_device_bytes == 0
+    assert on_cpu.peak_host_bytes > 2**40
+    row = next(line for line in shown(render_plan(plan)).splitlines() if line.startswith(f"│ {toy.name} "))
+    assert "1,024.59 GiB" in row
+    assert f"{len(plan.candidates)} E" in row
 
 
 def test_a_new_stage_is_resumed_and_fingerprinted(

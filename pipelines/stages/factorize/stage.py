@@ -14,8 +14,9 @@ from typing import Any, Self
 
 from ercsvd_deploy.budget.ranks import RankPlan
 from ercsvd_deploy.models.families import Architecture
-from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
+from ercsvd_deploy.pipelines.stages.factorize.needs import factorize_needs
 from ercsvd_deploy.pipelines.stages.factorize.outcome import (
     Factorized,
     FactorizeOutcome,
@@ -35,6 +36,7 @@ from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_st
 from ercsvd_deploy.pipelines.stages.factorize.walk import factorize_decoder
 from ercsvd_deploy.pipelines.stages.storing import StorageRules
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.recipe.stages import Factorize, Quantize
 
@@ -117,6 +119,10 @@ class FactorizeStage(Stage):
         if self.allocation is not None:
             return ErrorControlled(work, self.allocation, self.quantize)
         return LastLayers(work, self.ranks_by_k)
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the highest of observing, trying and writing."""
+        return factorize_needs(self, work, candidates)
 
     def run(self, run: StageRun) -> FactorizeOutcome:
         """Decompose, choose, and write the factors."""

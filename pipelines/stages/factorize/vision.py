@@ -21,7 +21,14 @@ from ercsvd_deploy.format.described import NotReported
 from ercsvd_deploy.format.schema import WEIGHT, Storage
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.models.statistics import InputStatistics
-from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.contract import (
+    Candidate,
+    Needs,
+    PlanError,
+    PlanningContext,
+    Stage,
+    Table,
+)
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
@@ -31,6 +38,7 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
     measure_linear,
     truncate_linear,
 )
+from ercsvd_deploy.pipelines.stages.factorize.needs import vision_needs
 from ercsvd_deploy.pipelines.stages.factorize.outcome import linear_table
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_vision_ranks
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_vision_steps
@@ -41,6 +49,7 @@ from ercsvd_deploy.pipelines.stages.factorize.residual import (
 from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
 from ercsvd_deploy.pipelines.stages.storing import StorageRules
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.cache import OUTCOME
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.recipe.stages import Factorize
@@ -182,6 +191,10 @@ class VisionStage(Stage):
         rules = StorageRules(self.architecture, self.factorize.layout)
         storages = rules.factorized(self.architecture.vision_linears, self.ranks)
         return [replace(before, modules={**before.modules, **storages}) for before in candidates]
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the higher of observing and decomposing."""
+        return vision_needs(self, work, candidates)
 
     def run(self, run: StageRun) -> VisionOutcome:
         """Factorize both parts in one pass over the calibration pictures."""

@@ -9,9 +9,10 @@ from typing import Any, Self
 from ercsvd_deploy.format.schema import FACTOR_PARTS, Storage
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
-from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome, quantize_decoder
 from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizedLinear, QuantizedMatrix
+from ercsvd_deploy.pipelines.stages.quantize.needs import quantize_needs
 from ercsvd_deploy.pipelines.stages.quantize.storage import (
     QuantizePlan,
     check_num_tokens,
@@ -19,6 +20,7 @@ from ercsvd_deploy.pipelines.stages.quantize.storage import (
     quantize_plan_of,
 )
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.recipe.stages import Quantize
 
 
@@ -85,6 +87,10 @@ class QuantizeStage(Stage):
             described = self.storing.describe(ranks, self.architecture)
             stored.append(replace(before, modules={**before.modules, **described}))
         return stored
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return what a layer takes at its highest."""
+        return quantize_needs(work, candidates)
 
     def check_data(self, data: RunData) -> Iterable[str]:
         """Say if there are few tokens for GPTQ.
