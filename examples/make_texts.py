@@ -6,10 +6,14 @@ Two kinds of text, so that a report can show both faces of a compressed model:
 * out-of-domain: English prose of the language reference (`pydoc_data.topics`). The model is trained
   on some of it, calibration never sees any, and `out_of_domain.txt` is held out from both.
 
+`calibration_prose.txt` is for models that were trained elsewhere (`real_model.py`): calibrated on English
+prose, they are judged on `out_of_domain.txt`, which is then other prose of the same kind, and on the Python
+source of `in_domain.txt`, which is foreign to the calibration.
+
 Whole files (whole topics) go to one split by a hash of their name, so no held-out text is a
 neighbour of training text. All of it is under the PSF License Version 2, see `examples/README.md`.
 
-Run `python examples/make_texts.py`; the three committed texts came from CPython 3.11.7.
+Run `python examples/make_texts.py`; the four committed texts came from CPython 3.11.7.
 """
 
 from __future__ import annotations
@@ -94,11 +98,14 @@ def _take(documents: list[str], characters: int) -> str:
 
 
 def main() -> None:
-    """Write calibration.txt, in_domain.txt and out_of_domain.txt."""
+    """Write calibration.txt, calibration_prose.txt, in_domain.txt and out_of_domain.txt."""
     sources = [(split_of(name), text) for name, text in stdlib_sources()]
     topics = sorted(pydoc_data.topics.topics.items())
+    prose = [t for n, t in topics if not is_reference_held_out(n)]
+    prose += [d for s, t in sources if s == "calibration" and (d := docstrings(t))]
     texts = {
         "calibration": _take([t for s, t in sources if s == "calibration"], CALIBRATION_CHARACTERS),
+        "calibration_prose": _take(prose, CALIBRATION_CHARACTERS),
         "in_domain": _take([t for s, t in sources if s == "held_out"], HELD_OUT_CHARACTERS),
         "out_of_domain": _take([t for n, t in topics if is_reference_held_out(n)], HELD_OUT_CHARACTERS),
     }

@@ -1,9 +1,9 @@
 """Serve a model directory with vLLM's OpenAI server on this machine, ask it one thing, stop.
 
-What `vllm serve DIRECTORY` does, for a demonstration: the server listens on 127.0.0.1 only, on a free
-port, and ends with this script. Run `python examples/serve_and_ask.py out/tiny-llama-erc20-int4`, or, with a
-vision-language model, add `--image FILE --question "How many circles are there?"`: the picture travels
-inside the request, as a base64 data URL.
+What `vllm serve DIRECTORY` does, for a demonstration: the server listens on 127.0.0.1 only, on a free port,
+and ends with this script. Run `python examples/serve_and_ask.py out/tiny-llama-erc20-int4`. A chat model
+gets `--question "What is the capital of France?"` through the chat endpoint, and a vision-language model
+`--image FILE` beside it: the picture travels inside the request, as a base64 data URL.
 """
 
 from __future__ import annotations
@@ -118,11 +118,14 @@ def complete(port: int, model: str, prompt: str) -> str:
     return text
 
 
-def ask_about(port: int, model: str, image: Path, question: str) -> str:
-    kind = mimetypes.guess_type(image.name)[0] or "application/octet-stream"
-    url = f"data:{kind};base64,{base64.b64encode(image.read_bytes()).decode()}"
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": parts}]
+def ask(port: int, model: str, question: str, image: Path | None) -> str:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
+    if image is not None:
+        kind = mimetypes.guess_type(image.name)[0] or "application/octet-stream"
+        url = f"data:{kind};base64,{base64.b64encode(image.read_bytes()).decode()}"
+        parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    # chat templates of models without pictures expect a string
+    messages = [{"role": "user", "content": question if image is None else parts}]
     body = {"model": model, "messages": messages, "max_tokens": 48, "temperature": 0}
     answer: str = post(port, "chat/completions", body)["message"]["content"]
     return answer.strip()
@@ -133,10 +136,10 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--prompt", default=PROMPT, help="text to continue")
     parser.add_argument("--image", type=Path, help="a picture to ask about")
-    parser.add_argument("--question", help="what to ask about the picture")
+    parser.add_argument("--question", help="what to ask a chat model, about the picture if there is one")
     arguments = parser.parse_args()
-    if (arguments.image is None) != (arguments.question is None):
-        parser.error("--image and --question go together")
+    if arguments.image and arguments.question is None:
+        parser.error("--image needs a --question about it")
     if arguments.image and not arguments.image.is_file():
         parser.error(f"--image: {arguments.image} is no file")
     return serve_and_ask(arguments)
@@ -155,9 +158,11 @@ def serve_and_ask(arguments: argparse.Namespace) -> int:
             tell_failure(log, "the server did not start")
             return 1
         print(f"ready after {time.monotonic() - started:.0f} s; ", end="")
-        if arguments.image:
-            print(f"{arguments.image}: {arguments.question}\n")
-            print(ask_about(port, arguments.model.name, arguments.image, arguments.question))
+        if arguments.question is not None:
+            print(
+                f"{arguments.image}: {arguments.question}\n" if arguments.image else f"{arguments.question}\n"
+            )
+            print(ask(port, arguments.model.name, arguments.question, arguments.image))
         else:
             print("prompt and completion:\n")
             print(arguments.prompt + complete(port, arguments.model.name, arguments.prompt))

@@ -31,13 +31,17 @@ ModelDirectory = Callable[[str], Path]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out GPU tests where there is no GPU; they are deselected, and the summary line counts them."""
-    if torch.cuda.is_available():
-        return
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if on_gpu:
-        config.hook.pytest_deselected(items=on_gpu)
-        items[:] = [item for item in items if item not in on_gpu]
+    """Leave out GPU tests where there is no GPU, and those of the real model unless they are asked for.
+
+    They are deselected, and the summary line counts them.
+    """
+    left_out = [] if torch.cuda.is_available() else ["gpu"]
+    if "real" not in config.getoption("markexpr"):
+        left_out.append("real")
+    deselected = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(autouse=True)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from ercsvd_deploy.exporters.vllm.writer import Export, write_export
 from ercsvd_deploy.format.compressed_tensors import find_unreadable
+from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.pipelines.stages.contract import PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanError, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.storage import quantize_plan_of
+from ercsvd_deploy.pipelines.stages.sizes import planned_bytes
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 
+REPORT_FILE = "ercsvd_report.json"
+PAGE_FILE = "ercsvd_report.html"
+CARD_FILE = "README.md"
+ORIGINAL_CARD_FILE = "README.original.md"
 # Written again when the finished export has been measured, so the manifest has no checksums of them.
-REPORT_FILES = frozenset({"ercsvd_report.json", "ercsvd_report.html", "README.md"})
+REPORT_FILES = frozenset({REPORT_FILE, PAGE_FILE, CARD_FILE, REPORT_SUMS_FILE})
 
 
 @dataclass(frozen=True)
@@ -23,13 +33,16 @@ class ExportStage(Stage):
 
     Attributes:
         target: The directory to appear, absolute.
+        max_shard_bytes: Upper size of a file of tensors.
         needs_plugin: Whether it is in our own format, which vLLM reads by the plugin.
     """
 
     target: Path
+    max_shard_bytes: int
     needs_plugin: bool
 
     name = "export"
+    memory_remedy = "lower export.max_shard_size"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
@@ -42,11 +55,25 @@ class ExportStage(Stage):
         needs_plugin = export.format == "vllm"
         if not needs_plugin:
             _check_readable(context)
-        return None if export.path is None else cls(export.path.absolute(), needs_plugin)
+        if export.path is None:
+            return None
+        return cls(export.path.absolute(), export.max_shard_bytes, needs_plugin)
 
     def settings(self) -> Any:
-        """Return the directory and its format."""
-        return {"path": str(self.target), "needs_plugin": self.needs_plugin}
+        """Return what the files depend on: wherever they are, they are the same."""
+        return {"max_shard_bytes": self.max_shard_bytes, "needs_plugin": self.needs_plugin}
+
+    def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the model depends on, and digests of the files that come with it."""
+        return super().fingerprint(before, data) | {"carried_over": data["carried_over"]}
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the largest shard, beside the pages of the files that it comes from."""
+        total = max(
+            sum(planned_bytes(work.architecture, each.modules, work.stored).values()) for each in candidates
+        )
+        shard = min(total, max(work.recipe.export.max_shard_bytes, work.largest_tensor))
+        return Needs(beside_bytes=2 * shard, scratch_bytes=total, kept_bytes=total)
 
     def run(self, run: StageRun) -> Export:
         """Write all tensors, and what came with the original model."""
@@ -59,11 +86,20 @@ class ExportStage(Stage):
             store=run.model.store,
             architecture=run.model.original.architecture,
             compressed=CheckpointConfig(modules=run.model.modules),
-            max_shard_bytes=recipe.export.max_shard_bytes,
+            max_shard_bytes=self.max_shard_bytes,
             needs_plugin=self.needs_plugin,
-            add_files=run.write_report,
+            add_files=partial(carry_over_card, run.model.opened.directory),
+            add_reports=run.write_report,
             unlisted=REPORT_FILES,
+            is_forced=run.is_forced,
         )
+
+
+def carry_over_card(source: Path, directory: Path) -> None:
+    """Copy the original model's own card, which names its licence, beside ours."""
+    card = source / CARD_FILE
+    if card.is_file():
+        shutil.copyfile(card, directory / ORIGINAL_CARD_FILE)
 
 
 def _check_readable(context: PlanningContext) -> None:

@@ -82,6 +82,17 @@ def test_a_missed_gate_does_not_hide_the_completion(
     assert ("A gate was missed" in made.stderr) == (code == 3)
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_real_model_is_made_first_and_asked_through_the_chat_endpoint(tmp_path: Path) -> None:
+    made = make("demo-real", tmp_path, run=0, ask=0)
+    assert [line for line in made.stdout.splitlines() if line.startswith("called: ")] == [
+        "called: python examples/real_model.py",
+        "called: ercsvd run recipes/demo-real.yaml",
+        "called: python examples/serve_and_ask.py out/SmolLM2-135M-Instruct-int4 "
+        "--question What is the capital of France?",
+    ]
+
+
 def test_the_exception_of_the_process_that_failed_first_is_told(demo: ModuleType) -> None:
     assert demo.first_exception(LOG) == "AttributeError: '_C' object has no attribute 'gemm'"
     assert demo.first_exception("INFO: all is well\nValueError: in no traceback\n") is None
@@ -107,8 +118,21 @@ def test_a_server_that_does_not_start_leaves_its_log(
     assert str(log) in told.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        (["--prompt", "one"], "prompt and completion:\n\none and model\n"),
+        (["--question", "Who?"], "Who?\n\n/v1/chat/completions was asked Who?\n"),
+    ],
+    ids=["completion", "chat"],
+)
 def test_a_server_that_answers_leaves_nothing(
-    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demo: ModuleType,
+    arguments: list[str],
+    printed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     answering = """
 import http.server, json, sys
@@ -118,8 +142,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.send_response(200), self.end_headers()
-        text = json.dumps({"choices": [{"text": " and " + asked["model"]}]})
-        self.wfile.write(text.encode())
+        choice = {"text": " and " + asked["model"]}
+        if "messages" in asked:
+            content = asked["messages"][0]["content"]  # a string, as chat templates without pictures expect
+            choice = {"message": {"content": self.path + " was asked " + content}}
+        self.wfile.write(json.dumps({"choices": [choice]}).encode())
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
     started: list[subprocess.Popen[bytes]] = []
@@ -132,8 +159,8 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
     monkeypatch.setattr(demo, "start_server", start)
     monkeypatch.setattr(demo.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["serve_and_ask.py", "out/model", "--prompt", "one"])
+    monkeypatch.setattr(sys, "argv", ["serve_and_ask.py", "out/model", *arguments])
     assert demo.main() == 0
-    assert capsys.readouterr().out.endswith("prompt and completion:\n\none and model\n")
+    assert capsys.readouterr().out.endswith(printed)
     assert started[0].wait(timeout=10) != 0
     assert not list(tmp_path.iterdir())

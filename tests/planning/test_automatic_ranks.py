@@ -199,7 +199,7 @@ def test_groups_fit_what_a_gpu_holds(write_config: Callable[[Mapping[str, Any]],
     def groups(sizes: list[int]) -> tuple[set[int], set[int], tuple[str, ...]]:
         recipe = Recipe.model_validate(raw_recipe(directory, *NATURAL, INT4, sizes=sizes))
         config = load_config(str(directory))
-        _, candidates = plan_stages(recipe, config, architecture_of(directory), "bfloat16")
+        candidates = plan_stages(recipe, config, architecture_of(directory), "bfloat16")[-1].candidates
         firsts: set[int] = set()
         others: set[int] = set()
         for candidate in candidates:
@@ -387,7 +387,7 @@ def test_recipe_without_ranks_is_planned_if_its_ratio_is_possible(
             make_plan(recipe)
         return
     make_plan(recipe)
-    _, candidates = plan_stages(recipe, load_config(str(tmp_path)), architecture, "bfloat16")
+    candidates = plan_stages(recipe, load_config(str(tmp_path)), architecture, "bfloat16")[-1].candidates
     for candidate in candidates:
         for module, description in candidate.modules.items():
             for size in sizes:

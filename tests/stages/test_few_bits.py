@@ -15,7 +15,7 @@ from ercsvd_deploy.data.texts import load_tokenizer
 from ercsvd_deploy.format.schema import CheckpointConfig, Storage
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import evaluation_windows
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
+from ercsvd_deploy.pipelines.stages.export import REPORT_FILE
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 
@@ -62,7 +62,7 @@ def test_streamed_model_is_the_one_that_transformers_loads(
     report, directory = run_recipe(recipe)
     assert widths(described(directory)) == {2, 3, 5, 6}
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    tokens = evaluation_windows(recipe, load_tokenizer(str(llama)), 256)["held_out"]
+    tokens, _ = evaluation_windows(recipe, load_tokenizer(str(llama)), 256)[0]["held_out"]
     with torch.no_grad():
         loss = model(input_ids=tokens, labels=tokens).loss
     assert report.compressed.perplexity["held_out"] == pytest.approx(float(loss.exp()), rel=1e-3)

@@ -167,7 +167,7 @@ def test_whole_decoder_is_stored_as_integers(layout: str, write_recipe: RecipeWr
     from ercsvd_deploy.data.texts import load_tokenizer
     from ercsvd_deploy.pipelines.inputs.texts import evaluation_windows
 
-    tokens = evaluation_windows(
+    tokens, _ = evaluation_windows(
         load_recipe(write_recipe(*stages, quantize())), load_tokenizer(str(llama)), 256
     )
     with torch.no_grad():

@@ -55,7 +55,7 @@ def _find_calibration_without_data(recipe: Recipe) -> Iterator[tuple[Location, s
                 "is missing: it says how many samples are drawn from vision.calibration; add calibration: {}",
             )
         return
-    if recipe.calibration.dataset is None and recipe.picture_share < 1:
+    if not recipe.calibration.sources and recipe.picture_share < 1:
         share = (
             f"vision.share {recipe.picture_share:g} leaves a part for text" if pictures else "nothing else is"
         )
@@ -71,7 +71,7 @@ def _find_calibration_without_data(recipe: Recipe) -> Iterator[tuple[Location, s
             f"is {recipe.picture_share:g}, which makes {num_pictures} of {num_samples} samples conversations "
             "about pictures; draw more samples or change the share",
         )
-    if recipe.calibration.dataset is not None and recipe.picture_share == 1:
+    if recipe.calibration.sources and recipe.picture_share == 1:
         yield (
             ("calibration", "dataset"),
             "would not be used, since vision.share is 1; lower vision.share or remove the dataset",

@@ -30,6 +30,16 @@ class LmEval(Section):
     )
     limit: PositiveInt | None = Field(default=None, description="Documents per task; null: all.")
     batch_size: PositiveInt = Field(default=8, description="Requests in a batch.")
+    apply_chat_template: bool = Field(
+        default=False, description="Put prompts into the tokenizer's chat template, for instruction models."
+    )
+    fewshot_as_multiturn: bool = Field(
+        default=True,
+        description="With the chat template, examples are turns of the conversation, not one long message.",
+    )
+    include_path: LocalPath | None = Field(
+        default=None, description="Directory with lm-eval tasks (YAML files) of your own; null: none."
+    )
 
 
 class Evaluation(Section):

@@ -69,6 +69,17 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
     },
+    # examples/real_model.py makes it; the tests need its sizes alone.
+    "out/SmolLM2-135M-Instruct": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
 } | {f"llava-hf/{name}-hf": config for name, (config, *_) in MODELS.items()}
 
 
@@ -95,12 +106,11 @@ def integer_matrices(
     plans = rank_plans(loaded, architecture, 2)
     served = loaded.serving.tensor_parallel_sizes
     storage = _storage(loaded, plans, architecture)
+    candidates = [plan.ranks for plan in plans.values()] or [{}]  # no ranks: every matrix stays dense
     return tuple(
         use
-        for plan in plans.values()
-        for use in plan_matrices(
-            storage.describe(plan.ranks, architecture), architecture, tensor_parallel_sizes
-        )
+        for ranks in candidates
+        for use in plan_matrices(storage.describe(ranks, architecture), architecture, tensor_parallel_sizes)
         if use.quantization is not None
         and (use.tensor_parallel_size in served or use.columns % max(use.quantization["group_size"], 32) == 0)
     )
