@@ -130,7 +130,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 continue
             mean, half = paired(row["losses"][text], reference[text])
             cell.append(f"{mean:+.3f} ± {half:.3f}")
-        cell += [f"{row['core_seconds']:.0f} s", f"{row['peak_bytes'] / 2**30:.1f} GiB", row["note"]]
+        peak = f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else "-"
+        cell += [f"{row['core_seconds']:.0f} s", peak, row["note"]]
         cells.append(cell)
     against = [f"{text}, against {REFERENCE}" for text in TEXTS]
     return markdown_table(
