@@ -153,8 +153,8 @@ Every peer's weights are dequantized and judged by plain transformers in bfloat1
 points of the decoder's Linears; all else stays in bfloat16, GGUF's table of tokens in float16. Core time is
 that of compressing alone, all cores together, and memory the most of its process.
 
-GGUF's blocks of 32 lie on the very groups in which this model's weights were integers once, which no model that
-was trained in bfloat16 would give it; and K-quants need rows of a multiple of 256, so that all matrices with 576
+GGUF's blocks of 32 lie on the very groups in which this model's weights were integers once, which no model
+that was trained in bfloat16 would give it. K-quants need rows of a multiple of 256: all matrices with 576
 columns fall back to larger types, see the notes.
 
 {table(rows)}
