@@ -3,12 +3,13 @@
 # Two images from one file:
 #
 #   docker build --target compress -t ercsvd-compress .
-#   docker run --rm -v "$PWD:/work" --user "$(id -u):$(id -g)" ercsvd-compress run recipes/demo.yaml
+#   docker run --rm -v "$PWD:/work" --user "$(id -u):$(id -g)" ercsvd-compress run recipes/demo-lowrank.yaml
 #
 #   docker build --target serve -t ercsvd-serve .
 #   docker run --rm --gpus all -p 8000:8000 -v "$PWD/out/tiny-llama-erc20:/model:ro" ercsvd-serve
 #
-# `compress` has everything that a recipe needs. Which build of torch it gets is up to pip's settings, or
+# `compress` has everything that a recipe needs, but vLLM: the gate serving_parity, which recipes/demo.yaml has, is
+# for a machine with both, or left out with --set gates.serving_parity=null. Which build of torch it gets is up to pip's settings, or
 # to --build-arg TORCH_INDEX=URL, the CPU or CUDA index of PyTorch.
 # `serve` is stock vLLM and the plugin, nothing else.
 

@@ -5,7 +5,7 @@
 Each recipe is planned, then run in a process of its own that notes, stage by stage, the kernel's counter of
 the highest resident memory (VmHWM, reset at the start of every stage); meanwhile this process watches the
 size of the work directory. Writes `benchmarks/results/plan_accuracy.json` and `.md`; ends with an error if a
-whole run's memory, scratch or bytes are more than 15 % off.
+whole run's memory, scratch or bytes are more than 25 % off, or if it is faster than the bound on its time.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples/tiny-llama"
 TEXTS = ROOT / "examples/text"
 _INTERVAL_S = 0.02
-_TOLERANCE = 0.15
-_STAGE_OF_TITLE = {"gptq": "quantize", "rtn": "quantize", "quality": "evaluate", "sensitivity": "sensitivity"}
+_TOLERANCE = 0.25
+_STAGE_OF_TITLE = {"gptq": "quantize", "rtn": "quantize", "judge": "judge"}
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Figures:
     scratch: int
     tensors: int  # bytes of the export's tensors
     memory_of_stage: dict[str, int]
-    seconds_of_stage: dict[str, float]
+    seconds: float  # planned: at least
 
 
 def read_status() -> dict[str, int]:
@@ -199,7 +199,9 @@ def measure(recipe: Path, output: Path, threads: int) -> Figures:
     if process.returncode:
         sys.exit(f"the measured run ended with status {process.returncode}")
     found = json.loads(lines[-1])
-    return Figures(max(found["peaks"].values()), scratch, found["bytes"], found["peaks"], found["seconds"])
+    return Figures(
+        max(found["peaks"].values()), scratch, found["bytes"], found["peaks"], sum(found["seconds"].values())
+    )
 
 
 def plan(recipe: Path, threads: int) -> Figures:
@@ -223,7 +225,7 @@ def plan(recipe: Path, threads: int) -> Figures:
         needs["scratch_bytes"],
         found["candidates"][-1]["num_bytes"],
         {stage["stage"]: stage["host_bytes"] for stage in needs["stages"]},
-        needs["seconds"] or {},
+        needs["least_seconds"],
     )
 
 
@@ -262,10 +264,10 @@ def render(found: list[tuple[Case, int, Figures, Figures]]) -> str:
     parts = [
         "# Is the plan true?\n\n`ercsvd plan` against a run, MiB. Memory is resident memory at its highest "
         "(VmHWM), libraries included; work directory the size of its files at its highest. The bold rows "
-        f"must be within {100 * _TOLERANCE:.0f} %. Seconds depend on what else the machine does and are only "
-        "shown.\n\nWhat moves memory away from the plan: glibc keeps freed blocks below 32 MiB, which most "
-        "tensors of models this small are and few of a large one's; the plan counts them as kept, at their "
-        "highest."
+        f"must be within {100 * _TOLERANCE:.0f} %. Seconds are a lower bound: "
+        "floating-point operations at the peak that a matrix product reaches.\n\nWhat moves memory away "
+        "from the plan: glibc keeps freed blocks below 32 MiB, which most tensors of models this small are "
+        "and few of a large one's. So a stage may have more than it needs: what stages before it have freed."
     ]
     for case, num_bytes, planned, measured in found:
         rows = [
@@ -275,9 +277,7 @@ def render(found: list[tuple[Case, int, Figures, Figures]]) -> str:
         ]
         for stage, memory in planned.memory_of_stage.items():
             rows.append(_row(f"memory, {stage}", memory, measured.memory_of_stage[stage]))
-        for stage, seconds in planned.seconds_of_stage.items():
-            if stage in measured.seconds_of_stage:
-                rows.append(_row(f"seconds, {stage}", seconds, measured.seconds_of_stage[stage], unit=1))
+        rows.append(_row("seconds, at least", planned.seconds, measured.seconds, unit=1))
         table = markdown_table(["", "planned", "measured", "off"], rows)
         parts.append(f"## {case.name}\n\n{num_bytes / 1e6:,.0f} MB of weights.\n\n{table}")
     return "\n\n".join(parts)
@@ -307,6 +307,11 @@ def main() -> None:
         for case, _, planned, measured in found
         for name in ("memory", "scratch", "tensors")
         if abs(_off(getattr(planned, name), getattr(measured, name))) > _TOLERANCE
+    ]
+    wrong += [
+        f"{case.name}: bound on seconds"
+        for case, _, planned, measured in found
+        if planned.seconds > measured.seconds
     ]
     if wrong:
         sys.exit(f"more than {100 * _TOLERANCE:.0f} % off: {'; '.join(wrong)}")

@@ -173,7 +173,7 @@ def measure(point: Point, shared: Path | None = None) -> Row:
         for text in TEXTS
     }
     removed = 1 - report.compressed.linear_parameters / report.original.linear_parameters
-    divergence = {text: report.change[text].logprob_kl for text in TEXTS}
+    divergence = {text: report.change.logprob_kl[text] for text in TEXTS}
     bits = report.compressed.linear_bits_per_weight
     return Row(point.model, point.label, point.table, removed, bits, excess, divergence)
 
@@ -250,7 +250,7 @@ def _measure_textbook(point: Point, prepared: Any, work: Path) -> Row:
         text: math.log(found.compressed.perplexity[text].value / found.original.perplexity[text].value)
         for text in TEXTS
     }
-    divergence = {text: found.change[text].logprob_kl for text in TEXTS}
+    divergence = {text: found.change.logprob_kl[text] for text in TEXTS}
     return Row(point.model, point.label, point.table, 0.0, bits + 16 / group, excess, divergence)
 
 

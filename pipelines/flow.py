@@ -7,28 +7,34 @@ The stages are listed in `stages/__init__.py`; each knows itself what it plans, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ercsvd_deploy.exporters.vllm.replacement import finish_replacement
+from ercsvd_deploy.exporters.vllm.target import check_unchanged
+from ercsvd_deploy.format.manifest import changed_files
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.checks import check_inputs
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.inputs.run_data import RunData, load_run_data
+from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.planning.feasibility import check_resources
 from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan
 from ercsvd_deploy.pipelines.reporting.collect import collect_report
-from ercsvd_deploy.pipelines.reporting.document import Report
-from ercsvd_deploy.pipelines.reporting.files import carry_over_card, write_report_files
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, ReportError, parse_report
+from ercsvd_deploy.pipelines.reporting.files import write_report_files
 from ercsvd_deploy.pipelines.stages.cached import RunState, StageCache, run_stages
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.work import CompressedModel
-from ercsvd_deploy.pipelines.state.fingerprint import Fingerprints, take_fingerprints
-from ercsvd_deploy.pipelines.state.lock import resumable_directory
+from ercsvd_deploy.pipelines.state.fingerprint import HASHES_FILE, Fingerprints, take_fingerprints
+from ercsvd_deploy.pipelines.state.finished import finished_report
+from ercsvd_deploy.pipelines.state.lock import clear, has_pieces, resumable_directory
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
-from ercsvd_deploy.recipe.load import check_files
+from ercsvd_deploy.recipe.load import canonical, check_files
 from ercsvd_deploy.recipe.sections import Recipe
 
 logger = logging.getLogger(__name__)
@@ -47,15 +53,50 @@ class PreparedRun:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run does beside its recipe.
+
+    Attributes:
+        is_forced: Run even if the output is finished, and replace what somebody has changed in it.
+        keeps_work: Keep the stages' results beside the output, for a next run with another gate or task.
+        cache: Directory in which stages' results are kept, and found again, by the runs of several outputs.
+    """
+
+    is_forced: bool = False
+    keeps_work: bool = False
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What there is of an output, made by this run or before.
+
+    Attributes:
+        report: The report, with the recipe's gates judged.
+        directory: The finished directory.
+        was_finished: Whether there was nothing to do: the output was there, just as a run writes it.
+    """
+
+    report: Report
+    directory: Path
+    was_finished: bool
+
+
 def run_recipe(
-    recipe: Recipe, *, device: torch.device | None = None, progress: ProgressReporter = silent
+    recipe: Recipe,
+    *,
+    device: torch.device | None = None,
+    progress: ProgressReporter = silent,
+    options: RunOptions = RunOptions(),
 ) -> tuple[Report, Path]:
-    """Compress, judge and export.
+    """Compress, judge and export, whether or not the output is finished already.
 
     Args:
         recipe: A validated recipe whose `export.path` is set.
         device: Where layers run; default the GPU if there is one.
         progress: Told about long work.
+        options: What to do beside the recipe.
 
     Returns:
         The report, with the recipe's gates judged, and the finished directory.
@@ -65,6 +106,28 @@ def run_recipe(
             TargetInUseError: the recipe, the model, a text or the output cannot be used; all that can be
             is found before heavy work.
     """
+    with _opened(recipe, device, options) as (run, target):
+        return _execute(run, target, progress, options), target
+
+
+def run_unless_finished(
+    recipe: Recipe,
+    *,
+    device: torch.device | None = None,
+    progress: ProgressReporter = silent,
+    options: RunOptions = RunOptions(),
+) -> Outcome:
+    """Do as `run_recipe` does, unless the output is what the recipe makes; then only judge its gates."""
+    with _opened(recipe, device, options) as (run, target):
+        finished = None if options.is_forced else find_finished(run, target)
+        if finished is not None:
+            return Outcome(finished, target, was_finished=True)
+        return Outcome(_execute(run, target, progress, options), target, was_finished=False)
+
+
+@contextmanager
+def _opened(recipe: Recipe, device: torch.device | None, options: RunOptions) -> Iterator[tuple[Run, Path]]:
+    """Prepare a run, and hold its work directory."""
     if recipe.export.path is None:
         raise PlanError("the recipe has no export.path: give one, or --output DIRECTORY")
     target = recipe.export.path.absolute()
@@ -72,17 +135,51 @@ def run_recipe(
     for warning in prepared.warnings:
         logger.warning(warning)
     with resumable_directory(target) as directory:
-        run = start_run(prepared, directory)
+        finish_replacement(target)
+        try:
+            yield start_run(prepared, directory, options.cache), target
+        except BaseException as error:
+            if options.cache is not None and has_pieces(options.cache):
+                error.add_note(f"{options.cache} keeps what is finished: the same command goes on from there")
+            raise
 
-        def complete_export(made: Path) -> None:
-            """Put report, page and card into an export before it appears."""
-            carry_over_card(prepared.opened.directory, made)
-            write_report_files(made, run.report().as_json(), target)
 
-        run.stages(progress, complete_export)
-        report = run.report()  # within the lock: the stages' files in `directory` are still needed
-    report.warnings.extend(write_report_files(target, report.as_json()))
-    return report, target
+def _execute(run: Run, target: Path, progress: ProgressReporter, options: RunOptions) -> Report:
+    """Run the stages that are not there yet, and write the report.
+
+    Raises:
+        ExportError: somebody has changed what is to be replaced.
+    """
+    if not options.is_forced:
+        check_unchanged(target)
+
+    def complete_export(made: Path) -> None:
+        """Put report, page and card into an export before it appears."""
+        write_report_files(made, run.report(), target)
+
+    run.stages(progress, complete_export, is_forced=options.is_forced)
+    report = run.report()
+    report.warnings.extend(write_report_files(target, report))
+    if not options.keeps_work:
+        clear(run.cache.directory)  # last: until the report is written, the stages' files are needed
+    return report
+
+
+def find_finished(run: Run, target: Path) -> Report | None:
+    """Return the report of the output that is there, by the recipe's gates, if a run makes just that."""
+    recipe = run.prepared.recipe
+    values = finished_report(target, REPORT_FILE, run.digests())
+    if values is None:
+        return None
+    try:
+        report = parse_report(values)
+    except ReportError:
+        return None
+    report.recipe = canonical(recipe)
+    report.gates = judge_gates(recipe.gates, report) if recipe.gates is not None else []
+    if report.as_json() != values and not changed_files(target, with_weights=False):
+        write_report_files(target, report)
+    return report
 
 
 def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | None = None) -> PreparedRun:
@@ -119,13 +216,18 @@ class Run:
     state: RunState
 
     def stages(
-        self, progress: ProgressReporter, complete_export: Callable[[Path], None] = lambda _made: None
+        self,
+        progress: ProgressReporter,
+        complete_export: Callable[[Path], None] = lambda _made: None,
+        *,
+        is_forced: bool = False,
     ) -> None:
         """Run all stages in order, as far as their results are not there already.
 
         Args:
             progress: Told about long work.
             complete_export: Writes further files into an export before it appears.
+            is_forced: Whether an export replaces what somebody has changed in an earlier one.
         """
         prepared = self.prepared
         run_stages(
@@ -136,7 +238,13 @@ class Run:
             self.cache,
             progress,
             complete_export,
+            is_forced=is_forced,
         )
+
+    def digests(self) -> dict[str, str]:
+        """Return stage -> digest of all its result depends on, of the stages whose results stay."""
+        stages = self.prepared.plan.stages
+        return self.fingerprints.digests(stage.name for stage in stages if stage.temporary_for is None)
 
     def report(self) -> Report:
         """Return what is known so far."""
@@ -145,7 +253,8 @@ class Run:
             prepared.recipe,
             prepared.plan,
             self.state,
-            provenance=self.fingerprints.provenance(prepared.recipe),
+            provenance=self.fingerprints.provenance(prepared.recipe)
+            | {"stages": {name: own for name, own in self.digests().items() if name in self.state.results}},
             warnings=prepared.warnings,
             resumed=self.cache.notes,
         )
@@ -160,7 +269,12 @@ def start_run(prepared: PreparedRun, directory: Path, shared: Path | None = None
         shared: Where stages are kept that several runs have in common; None: in `directory`.
     """
     fingerprints = take_fingerprints(
-        prepared.plan.stages, prepared.recipe, prepared.opened, prepared.original, prepared.data, directory
+        prepared.plan.stages,
+        prepared.recipe,
+        prepared.opened,
+        prepared.original,
+        prepared.data,
+        (shared or directory) / HASHES_FILE,
     )
     cache = StageCache(directory, fingerprints.by_stage, shared)
     model = CompressedModel(prepared.opened, prepared.device, prepared.original)

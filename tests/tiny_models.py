@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized import (
+    PackedQuantizationCompressor,
+    pack_to_int32,
+    unpack_from_int32,
+)
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
@@ -54,6 +58,7 @@ from ercsvd_deploy.format.schema import (
     WeightQuantization,
 )
 from tests import tiny_vision
+from tests.vllm.kernel_contract.integer_layouts import pack_first, pack_last, unpack_last
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 VISION_FAMILIES = ("llava", "llava_next")
@@ -386,7 +391,7 @@ def _scheme(quantization: WeightQuantization) -> QuantizationScheme:
 
 
 def _pack(matrix: torch.Tensor, quantization: WeightQuantization) -> dict[str, torch.Tensor]:
-    """Round to nearest and pack with compressed-tensors; the inverse of `_unpack` up to rounding."""
+    """Round to nearest with compressed-tensors and pack; the inverse of `_unpack` up to rounding."""
     scheme = _scheme(quantization)
     grouped = matrix.view(len(matrix), quantization.num_groups(matrix.shape[1]), -1)
     scale, zero_point = calculate_qparams(grouped.amin(-1), grouped.amax(-1), scheme.weights)
@@ -396,11 +401,28 @@ def _pack(matrix: torch.Tensor, quantization: WeightQuantization) -> dict[str, t
         "weight_zero_point": zero_point.to(torch.int8),
     }
     packed = PackedQuantizationCompressor.compress(state, scheme)
-    return {leaf: tensor.contiguous() for leaf, tensor in packed.items()}
+    leaves = {leaf: tensor.contiguous() for leaf, tensor in packed.items()}
+    if 32 % quantization.bits:  # that library leaves gaps in the words
+        half = 2 ** (quantization.bits - 1)
+        values = unpack_from_int32(leaves["weight_packed"], quantization.bits, matrix.shape)
+        leaves["weight_packed"] = pack_last(values.int() + half, quantization.bits)
+        if not quantization.sym:
+            leaves["weight_zero_point"] = pack_first(zero_point.int() + half, quantization.bits)
+    return leaves
 
 
 def _unpack(leaves: Mapping[str, torch.Tensor], quantization: WeightQuantization) -> torch.Tensor:
     state = {leaf: tensor for leaf, tensor in leaves.items() if leaf != GUARD}
+    if 32 % quantization.bits:
+        half = 2 ** (quantization.bits - 1)
+        values = unpack_last(state["weight_packed"], quantization.bits) - half
+        state["weight_packed"] = pack_to_int32(values.to(torch.int8), quantization.bits)
+        if not quantization.sym:
+            rows = len(values)
+            words = torch.nn.functional.pad(state["weight_zero_point"].T, (0, quantization.bits))
+            whole = words[:, : words.shape[1] // quantization.bits * quantization.bits].contiguous()
+            zeros = (unpack_last(whole, quantization.bits)[:, :rows].T - half).to(torch.int8)
+            state["weight_zero_point"] = pack_to_int32(zeros, quantization.bits, packed_dim=0)
     weight: torch.Tensor = PackedQuantizationCompressor.decompress(state, _scheme(quantization))["weight"]
     return weight
 

@@ -21,7 +21,6 @@ from ercsvd_deploy.format.schema import LowRankLayout
 LARGEST_STEP = 128
 SMALLEST_GROUP = 32  # that integer kernels have
 _STEPS_TO_BREAK_EVEN = 6
-_WHOLE_WORD = 8  # 4-bit integers share a 32-bit word
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,12 @@ def fixed_steps(shapes: Iterable[LinearShape], rank_multiple: int) -> RankSteps:
 
 
 def automatic_step(
-    shape: LinearShape, layout: LowRankLayout, *, group_size: int | None = None, num_blocks: int = 1
+    shape: LinearShape,
+    layout: LowRankLayout,
+    *,
+    group_size: int | None = None,
+    whole_words: int = 8,
+    num_blocks: int = 1,
 ) -> int:
     """Return the step that suits a matrix, a power of two.
 
@@ -83,6 +87,7 @@ def automatic_step(
         shape: The matrix.
         layout: How its rank is stored.
         group_size: Of the quantized second factor, a power of two, or -1; None: it is not quantized.
+        whole_words: Of how many columns every multiple fills whole words, a power of two; 8 at 4 bits.
         num_blocks: A power of two that must divide every rank.
     """
     most = shape.rank_within(shape.parameters, layout)
@@ -93,5 +98,5 @@ def automatic_step(
         group = max(group_size, SMALLEST_GROUP)
         while group > SMALLEST_GROUP and not shape.largest_rank(group, layout):
             group //= 2
-        step = max(step, group if shape.largest_rank(group, layout) else _WHOLE_WORD)
+        step = max(step, group if shape.largest_rank(group, layout) else whole_words)
     return max(step, num_blocks)

@@ -1,15 +1,14 @@
 """Turn calibration and evaluation texts into windows of token ids.
 
-As is customary in this family of methods the documents are joined into one stream of tokens, cut
-into windows of equal length, and a number of windows is drawn by a seeded permutation.
+As is customary in this family of methods plain documents are joined into one stream of tokens, cut into
+windows of equal length, and a number of windows is drawn by a seeded permutation. Conversations are not cut
+into: a window begins where a conversation begins, as the model meets them in use.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +16,9 @@ import torch
 # Characters given to a tokenizer for each token that is needed: a huge file would only make the start slow.
 # Ordinary tokenizers need three to six.
 _CHARACTERS_PER_TOKEN = 64
+_CHARACTERS_AT_ONCE = (
+    1_000_000  # a tokenizer takes many times the memory and time for a text of many times the size
+)
 
 
 class CalibrationError(ValueError):
@@ -26,8 +28,15 @@ class CalibrationError(ValueError):
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is used here."""
 
-    def __call__(self, text: str, *, verbose: bool = True) -> Any:
+    bos_token_id: int | None
+    chat_template: Any
+
+    def __call__(self, text: str, *, verbose: bool = True, add_special_tokens: bool = True) -> Any:
         """Return a mapping with `input_ids`, a list of token ids; warn of a long text if `verbose`."""
+        ...
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], *, tokenize: bool) -> Any:
+        """Return messages as the model reads them: a text, unless it is to be tokenized."""
         ...
 
 
@@ -51,20 +60,29 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     return tokenizer
 
 
-def read_text(path: Path, max_characters: int | None = None) -> str:
-    """Return the beginning of a UTF-8 text file.
+def render_conversation(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> str:
+    """Return messages of `role` and `content` as the model's chat template writes them.
+
+    A template that knows no system message gets its words in front of the first of the user's.
 
     Raises:
-        CalibrationError: missing, not a file, not UTF-8, or blank.
+        CalibrationError: the model has no chat template, or it refuses the messages.
     """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise CalibrationError("holds a conversation, but the model has no chat template: give plain text")
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(-1 if max_characters is None else max_characters)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    if not text.strip():
-        raise CalibrationError(f"{path}: the text is empty")
-    return text
+        rendered: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        if len(messages) > 1 and messages[0]["role"] == "system" and messages[1]["role"] == "user":
+            content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+            return render_conversation([{**messages[1], "content": content}, *messages[2:]], tokenizer)
+        reason = str(error).strip().splitlines()
+        raise CalibrationError(
+            f"the model's chat template refuses it: {reason[0] if reason else type(error).__name__}"
+        ) from error
+    return rendered
 
 
 def read_built_in_prose(max_characters: int | None = None) -> str:
@@ -73,105 +91,103 @@ def read_built_in_prose(max_characters: int | None = None) -> str:
     return text if max_characters is None else text[:max_characters]
 
 
-def read_jsonl(path: Path, field: str, max_characters: int | None = None) -> str:
-    """Return the `field` of every line of a JSON-lines file, joined by blank lines.
-
-    Raises:
-        CalibrationError: a line is not a JSON object or lacks the field; the message names the line.
-    """
-    return "\n\n".join(_jsonl_documents(path, field, max_characters))
-
-
-def _jsonl_documents(path: Path, field: str, max_characters: int | None) -> Iterator[str]:
-    num_characters = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
-                    raise CalibrationError(f"{path}:{number}: not JSON ({error})") from error
-                value = record.get(field) if isinstance(record, dict) else None
-                if not isinstance(value, str):
-                    keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-                    raise CalibrationError(f"{path}:{number}: no text field {field!r}; it has: {keys}")
-                if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-                    raise CalibrationError(f"{path}:{number}: field {field!r} has half a surrogate pair")
-                yield value
-                num_characters += len(value)
-                if max_characters is not None and num_characters >= max_characters:
-                    return
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    if num_characters == 0:
-        raise CalibrationError(f"{path}: no text in field {field!r}")
-
-
-def read_hub_dataset(
-    name: str,
-    *,
-    config: str | None,
-    split: str,
-    field: str,
-    revision: str | None,
-    max_characters: int | None = None,
-) -> str:
-    """Return the text of a hub dataset, streamed, joined by blank lines.
-
-    Raises:
-        CalibrationError: the `hub` extra is not installed, or the dataset or field is not there.
-    """
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise CalibrationError(
-            f"calibration.dataset.hub {name}: needs the hub extra: pip install 'ercsvd-deploy[hub]'"
-        ) from None
-    try:
-        rows = load_dataset(name, config, split=split, revision=revision, streaming=True)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"calibration.dataset.hub {name}: {error}") from error
-    documents: list[str] = []
-    num_characters = 0
-    for row in rows:
-        if field not in row:
-            raise CalibrationError(
-                f"calibration.dataset.hub {name}: no field {field!r}; it has: {sorted(row)}"
-            )
-        documents.append(str(row[field]))
-        num_characters += len(documents[-1])
-        if max_characters is not None and num_characters >= max_characters:
-            break
-    return "\n\n".join(documents)
-
-
 def character_limit(num_tokens: int) -> int:
     """Return how many characters of a text are enough to give `num_tokens` tokens."""
     return max(1_000_000, num_tokens * _CHARACTERS_PER_TOKEN)
 
 
-def token_windows(text: str, tokenizer: Tokenizer, sequence_length: int, vocab_size: int) -> torch.Tensor:
+def tokenize(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool = True) -> list[int]:
+    """Return the token ids of a text; a long one is given to the tokenizer in pieces, cut at white space."""
+    ids: list[int] = []
+    for piece in _pieces(text):
+        # Not verbose: that a text is longer than the model's context means nothing to its windows.
+        ids += tokenizer(piece, verbose=False, add_special_tokens=add_special_tokens and not ids)["input_ids"]
+    return ids
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > _CHARACTERS_AT_ONCE:
+        stop = start + _CHARACTERS_AT_ONCE
+        cuts = [text.rfind(space, start + 1, stop) for space in ("\n", " ")]
+        cut = cuts[0] if cuts[0] > 0 else cuts[1]
+        yield text[start : cut if cut > 0 else stop]
+        start = cut if cut > 0 else stop
+    yield text[start:]
+
+
+def token_windows(
+    text: str, tokenizer: Tokenizer, sequence_length: int, vocab_size: int, *, each_begins: bool = False
+) -> torch.Tensor:
     """Tokenize `text` and cut it into windows [windows, sequence_length]; a shorter rest is dropped.
+
+    Args:
+        text: The text.
+        tokenizer: The model's.
+        sequence_length: Tokens of a window.
+        vocab_size: The model's.
+        each_begins: Put the token that begins a sequence, if the tokenizer begins texts with one, in front
+            of every window, as in use, instead of the first one alone.
 
     Raises:
         CalibrationError: not one window comes out, or a token id is not below `vocab_size`.
     """
-    # Not verbose: that the whole text is longer than the model's context means nothing to its windows.
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-    count = len(ids) // sequence_length
+    ids = tokenize(text, tokenizer)
+    beginning = ids[:1] if each_begins and ids and ids[0] == tokenizer.bos_token_id else []
+    body = ids[len(beginning) :]
+    length = sequence_length - len(beginning)
+    count = len(body) // length
     if count == 0:
         raise CalibrationError(
             f"the text has {len(ids)} tokens, fewer than one sequence of {sequence_length}: "
             "give more text or lower sequence_length"
         )
-    if int(ids.max()) >= vocab_size:
+    _check_vocabulary(ids, vocab_size)
+    windows = torch.tensor(body[: count * length], dtype=torch.long).view(count, length)
+    return torch.cat([torch.tensor([beginning] * count, dtype=torch.long).view(count, -1), windows], 1)
+
+
+def conversation_windows(
+    conversations: Sequence[str], tokenizer: Tokenizer, sequence_length: int, vocab_size: int
+) -> torch.Tensor:
+    """Tokenize conversations and pack them into windows [windows, sequence_length].
+
+    A window begins with a conversation and is filled up by those after it; what of the last one does not fit
+    is left out. Of a conversation that is too long for a window the beginning is taken.
+
+    Args:
+        conversations: Rendered by the chat template, special tokens included.
+        tokenizer: The model's.
+        sequence_length: Tokens of a window.
+        vocab_size: The model's.
+
+    Raises:
+        CalibrationError: not one window comes out, or a token id is not below `vocab_size`.
+    """
+    windows, packed, num_tokens = [], [], 0
+    for conversation in conversations:
+        ids = tokenize(conversation, tokenizer, add_special_tokens=False)
+        _check_vocabulary(ids, vocab_size)
+        num_tokens += len(ids)
+        packed += ids
+        if len(packed) >= sequence_length:
+            windows.append(packed[:sequence_length])
+            packed = []
+    if not windows:
         raise CalibrationError(
-            f"the tokenizer produced token {int(ids.max())}, but the model's vocabulary has {vocab_size}: "
-            "tokenizer and model do not belong together"
+            f"the conversations have {num_tokens} tokens, fewer than one sequence of {sequence_length}: "
+            "give more of them or lower sequence_length"
         )
-    return ids[: count * sequence_length].view(count, sequence_length)
+    return torch.tensor(windows, dtype=torch.long)
+
+
+def _check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
+    highest = max(ids, default=0)
+    if highest >= vocab_size:
+        raise CalibrationError(
+            f"the tokenizer produced token {highest}, but config.json has vocab_size {vocab_size}: tokenizer "
+            "and model do not belong together, or vocab_size is not the number of rows that the embedding has"
+        )
 
 
 def sample_windows(windows: torch.Tensor, num_samples: int, seed: int) -> torch.Tensor:

@@ -1,52 +1,153 @@
 """Judge a compressed model and its original: the quality of both, and the distance between their outputs.
 
-Both stream through the same texts a decoder layer at a time, so that the distance after every layer and the
-divergence of the predicted distributions come from the pass that measures quality anyway.
-
-    layer error   ||H' - H||_F / ||H||_F over all tokens of a text, H the original's output of the layer
+    layer error   ||H' - H||_F / ||H||_F over the tokens of a text, H the original's output of the layer
     log-prob KL   mean over positions of KL(p || p'), p the original's next-token distribution, in nats
 
-The error of the last layer is the criterion by which ERC-SVD (arXiv 2505.20112) chooses its layers.
+The original is judged first and alone. What it leaves behind is enough to compare any number of compressed
+models with it: its quality, the last layer's outputs, and of the layers before it the outputs at evenly
+spaced positions, at most `MOST_POSITIONS` of a text. The error of the last layer, which is over all
+tokens, is the criterion by which ERC-SVD (arXiv 2505.20112) chooses its layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch.nn import functional
 
 from ercsvd_deploy.data.samples import Batch, QuestionSample, text_samples
-from ercsvd_deploy.evaluation.exact_match import judge_questions
-from ercsvd_deploy.evaluation.perplexity import Loss
+from ercsvd_deploy.evaluation.exact_match import ExactMatch, judge_questions
+from ercsvd_deploy.evaluation.perplexity import Loss, judge_text
 from ercsvd_deploy.evaluation.quality import Quality
+from ercsvd_deploy.format.described import Measured
 from ercsvd_deploy.models.streaming import LayerwiseModel
+
+MOST_POSITIONS = 8192  # of a text, at which the outputs of layers before the last are compared
+
+Outputs = Mapping[str, torch.Tensor]  # text -> outputs [positions, hidden] of a layer of the original
 
 
 @dataclass(frozen=True)
-class Change:
-    """Distance of the outputs on one text from the original's."""
+class OutputChange:
+    """How far the outputs on each text are from the original's."""
 
-    layer_errors: tuple[float, ...]  # of every decoder layer's output, the first layer's first
-    logprob_kl: float  # nats per predicted token
-
-    @property
-    def final_layer_error(self) -> float:
-        """Relative error of the last decoder layer's output."""
-        return self.layer_errors[-1]
+    layer_errors: Annotated[
+        dict[str, tuple[Measured, ...]],
+        Field(
+            description="Text -> relative error (Frobenius) of every decoder layer's output, from the first "
+            f"on; before the last layer at up to {MOST_POSITIONS} evenly spaced positions."
+        ),
+    ] = field(default_factory=dict)
+    final_layer_error: Annotated[
+        dict[str, Measured], Field(description="Text -> the last of these, over all tokens.")
+    ] = field(default_factory=dict)
+    logprob_kl: Annotated[
+        dict[str, Measured],
+        Field(
+            description="Text -> mean KL divergence of the next-token distribution from the original's, in "
+            "nats per token."
+        ),
+    ] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Quality of both models, and the change on each text."""
+    """Quality of both models, and how far the outputs moved.
+
+    Attributes:
+        original: Quality of the reference.
+        compressed: Quality of the compressed model, on the same windows and questions.
+        change: Distance between their outputs.
+        window_kl: Text -> `logprob_kl` of every window, in the text's order.
+    """
 
     original: Quality = field(default_factory=Quality)
     compressed: Quality = field(default_factory=Quality)
-    change: Mapping[str, Change] = field(default_factory=dict)
+    change: OutputChange = field(default_factory=OutputChange)
+    window_kl: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @torch.no_grad()
+def judge_original(
+    model: LayerwiseModel,
+    texts: Mapping[str, torch.Tensor],
+    questions: Mapping[str, Sequence[QuestionSample]],
+    keep: Callable[[int, Outputs], None],
+    on_layer: Callable[[], None] = lambda: None,
+) -> Quality:
+    """Return the quality of the original, and give away the outputs that others are compared with.
+
+    Args:
+        model: The original.
+        texts: Name -> token ids [windows, tokens]. Windows are judged independently of each other.
+        questions: Name -> questions about pictures, judged independently of each other.
+        keep: Given every layer's index and its outputs on the texts: all of the last layer's.
+        on_layer: Called after every decoder layer, for progress.
+    """
+    judged = _Judged(model, texts, questions)
+    last = model.num_layers - 1
+    for index in range(model.num_layers):
+        judged.advance(index)
+        positions = _all_positions if index == last else _some_positions
+        keep(index, {name: positions(states) for name, states in judged.states_of_texts().items()})
+        on_layer()
+    return judged.quality()
+
+
+@torch.no_grad()
+def judge_compressed(
+    compressed: LayerwiseModel,
+    original: LayerwiseModel,
+    before: Quality,
+    kept: Callable[[int], Outputs],
+    texts: Mapping[str, torch.Tensor],
+    questions: Mapping[str, Sequence[QuestionSample]],
+    on_layer: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """Judge a compressed model beside an original that `judge_original` has judged on the same.
+
+    Args:
+        compressed: The original model after compression.
+        original: The original, of which only the output layer is run.
+        before: The original's quality.
+        kept: Gives the outputs of the original's layers back, by index.
+        texts: Name -> token ids [windows, tokens].
+        questions: Name -> questions about pictures.
+        on_layer: Called after every decoder layer, for progress.
+    """
+    judged = _Judged(compressed, texts, questions)
+    errors: dict[str, list[float]] = {name: [] for name in texts}
+    last = compressed.num_layers - 1
+    final: Outputs = {}
+    for index in range(compressed.num_layers):
+        judged.advance(index)
+        final = kept(index)
+        for name, states in judged.states_of_texts().items():
+            true = final[name].to(compressed.device)
+            if index == last:
+                error = relative_error(states, _as_batches(true, judged.text_batches[name]))
+            else:
+                error = relative_error([_some_positions(states)], [true])
+            errors[name].append(error)
+        on_layer()
+    losses, divergences = {}, {}
+    for name, states in judged.states_of_texts().items():
+        batches = judged.text_batches[name]
+        true_states = _as_batches(final[name].to(original.device), batches)
+        losses[name], divergences[name] = _judge_text((original, compressed), batches, (true_states, states))
+    change = OutputChange(
+        {name: tuple(listed) for name, listed in errors.items()},
+        {name: listed[-1] for name, listed in errors.items()},
+        {name: sum(of_windows) / max(1, len(of_windows)) for name, of_windows in divergences.items()},
+    )
+    after = Quality({name: loss.perplexity for name, loss in losses.items()}, judged.exact_match())
+    return Comparison(before, after, change, divergences)
+
+
 def compare_models(
     original: LayerwiseModel,
     compressed: LayerwiseModel,
@@ -54,51 +155,81 @@ def compare_models(
     questions: Mapping[str, Sequence[QuestionSample]],
     on_layer: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Judge two models of one architecture on everything at once.
+    """Judge two models of one architecture, the original's outputs kept in memory.
 
     Args:
         original: The reference.
         compressed: The same model after compression.
         texts: Name -> token ids [windows, tokens]. Windows are judged independently of each other.
         questions: Name -> questions about pictures, judged independently of each other.
-        on_layer: Called when both have passed a decoder layer, for progress.
+        on_layer: Called after every decoder layer of either model, for progress.
     """
-    text_batches = {name: original.batches(text_samples(windows)) for name, windows in texts.items()}
-    question_batches = {
-        name: original.batches([question.sample for question in listed]) for name, listed in questions.items()
-    }
-    groups = [*text_batches.values(), *question_batches.values()]
-    original_states = [original.embed(batches) for batches in groups]
-    compressed_states = [compressed.embed(batches) for batches in groups]
-    errors: list[list[float]] = [[] for _ in texts]
-    for index in range(original.num_layers):
-        for model, states in ((original, original_states), (compressed, compressed_states)):
-            with model.layer(index) as module:
-                for hidden in states:
-                    model.advance(index, hidden, module=module)
-        for position, layer_errors in enumerate(errors):
-            layer_errors.append(relative_error(compressed_states[position], original_states[position]))
-        on_layer()
-    change, losses = {}, {}
-    for position, (name, batches) in enumerate(text_batches.items()):
-        losses[name], divergence = _judge_text(
-            (original, compressed), batches, (original_states[position], compressed_states[position])
-        )
-        change[name] = Change(tuple(errors[position]), divergence)
-    first_questions = len(texts)
+    outputs: dict[int, Outputs] = {}
+    before = judge_original(original, texts, questions, outputs.__setitem__, on_layer)
+    return judge_compressed(compressed, original, before, outputs.__getitem__, texts, questions, on_layer)
 
-    def quality_of(side: int, model: LayerwiseModel, states: Sequence[list[torch.Tensor]]) -> Quality:
-        return Quality(
-            {name: both[side].perplexity for name, both in losses.items()},
-            {
-                name: judge_questions(model, questions[name], batches, states[first_questions + position])
-                for position, (name, batches) in enumerate(question_batches.items())
-            },
-        )
 
-    return Comparison(
-        quality_of(0, original, original_states), quality_of(1, compressed, compressed_states), change
-    )
+class _Judged:
+    """A model on its way through texts and questions at once."""
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        texts: Mapping[str, torch.Tensor],
+        questions: Mapping[str, Sequence[QuestionSample]],
+    ) -> None:
+        self.model = model
+        self.questions = questions
+        self.text_batches = {name: model.batches(text_samples(windows)) for name, windows in texts.items()}
+        self.question_batches = {
+            name: model.batches([question.sample for question in listed])
+            for name, listed in questions.items()
+        }
+        groups = [*self.text_batches.values(), *self.question_batches.values()]
+        self.states = [model.embed(batches) for batches in groups]
+
+    def advance(self, index: int) -> None:
+        """Pass everything through a layer while it is loaded."""
+        with self.model.layer(index) as module:
+            for states in self.states:
+                self.model.advance(index, states, module=module)
+
+    def states_of_texts(self) -> dict[str, list[torch.Tensor]]:
+        """Return text -> outputs [rows, tokens, hidden] of the layer passed last, for every batch."""
+        return dict(zip(self.text_batches, self.states, strict=False))
+
+    def quality(self) -> Quality:
+        """Return perplexities and exact matches, behind the last layer."""
+        perplexity = {
+            name: judge_text(self.model, self.text_batches[name], states)
+            for name, states in self.states_of_texts().items()
+        }
+        return Quality(perplexity, self.exact_match())
+
+    def exact_match(self) -> dict[str, ExactMatch]:
+        """Return the exact match on every set of questions, behind the last layer."""
+        states = self.states[len(self.text_batches) :]
+        return {
+            name: judge_questions(self.model, self.questions[name], batches, hidden)
+            for (name, batches), hidden in zip(self.question_batches.items(), states, strict=True)
+        }
+
+
+def _some_positions(states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return outputs [positions, hidden] at evenly spaced positions of all batches."""
+    step = -(-sum(tensor[..., 0].numel() for tensor in states) // MOST_POSITIONS)
+    return torch.cat([tensor.flatten(0, 1)[::step] for tensor in states])
+
+
+def _all_positions(states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return outputs [positions, hidden] of all batches; the inverse of `_as_batches`."""
+    return torch.cat([tensor.flatten(0, 1) for tensor in states])
+
+
+def _as_batches(outputs: torch.Tensor, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """Return outputs [positions, hidden] as [rows, tokens, hidden] for every batch."""
+    parts = torch.split(outputs, [batch.tokens.numel() for batch in batches])
+    return [part.reshape(*batch.tokens.shape, -1) for part, batch in zip(parts, batches, strict=True)]
 
 
 def relative_error(changed: Sequence[torch.Tensor], original: Sequence[torch.Tensor]) -> float:
@@ -113,15 +244,15 @@ def _judge_text(
     models: tuple[LayerwiseModel, LayerwiseModel],
     batches: Sequence[Batch],
     hidden: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
-) -> tuple[tuple[Loss, Loss], float]:
-    """Return the losses of both models on a text, and the mean divergence of the second from the first."""
-    losses = (Loss(), Loss())
-    divergence = 0.0
+) -> tuple[Loss, tuple[float, ...]]:
+    """Return the loss of the second model on a text, and its mean divergence from the first by window."""
+    loss = Loss()
+    divergences: dict[int, float] = {}
     rows = (model.logits(batches, states) for model, states in zip(models, hidden, strict=True))
-    for (_, tokens, original), (_, _, compressed) in zip(*rows, strict=True):
-        losses[0].add(tokens, original)
-        losses[1].add(tokens, compressed)
-        divergence += functional.kl_div(
+    for (_, _, original), (window, tokens, compressed) in zip(*rows, strict=True):
+        loss.add(window, tokens, compressed)
+        divergence = functional.kl_div(
             compressed[:-1].log_softmax(-1), original[:-1].log_softmax(-1), reduction="sum", log_target=True
         ).item()
-    return losses, divergence / max(1, losses[0].num_tokens)
+        divergences[window] = divergence / max(1, len(tokens) - 1)
+    return loss, tuple(divergences[window] for window in sorted(divergences))

@@ -18,10 +18,17 @@ from ercsvd_deploy.models.streaming import LayerwiseModel
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """Share of the questions whose greedy answer is the reference, token for token and to its end."""
+    """Share of the questions whose greedy answer is the reference, token for token and to its end.
+
+    Attributes:
+        value: The share.
+        num_questions: How many were asked.
+        is_exact: The verdict of each question, in the order of the set.
+    """
 
     value: float
     num_questions: int
+    is_exact: tuple[bool, ...] = ()
 
 
 @torch.no_grad()
@@ -32,8 +39,8 @@ def judge_questions(
     hidden: Sequence[torch.Tensor],
 ) -> ExactMatch:
     """Return the share answered exactly, from the last layer's outputs of the questions' batches."""
-    num_exact = 0
+    is_exact = [False] * len(questions)
     for row, tokens, logits in model.logits(batches, hidden):
         start = questions[row].answer_start
-        num_exact += logits[start - 1 : -1].argmax(-1).tolist() == tokens[start:].tolist()
-    return ExactMatch(num_exact / len(questions), len(questions))
+        is_exact[row] = logits[start - 1 : -1].argmax(-1).tolist() == tokens[start:].tolist()
+    return ExactMatch(sum(is_exact) / len(questions), len(questions), tuple(is_exact))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 _METADATA = {"format": "pt"}
+_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def write_atomically(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -45,7 +47,8 @@ def read_json(path: Path) -> Any:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield a hidden path to write to; on success it is renamed to `path`, otherwise deleted."""
-    partial = path.with_name(f".{path.name}.partial")
+    # Two processes that write the same file at once both write a whole one.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         with partial.open("rb") as file:
@@ -55,7 +58,10 @@ def _replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
         _sync_directory(path.parent)
     except SafetensorError as error:  # how the library reports a full disk
-        raise OSError(f"{path}: cannot be written ({error})") from error
+        number = _NUMBER.search(str(error))
+        if number is None:
+            raise OSError(f"{path}: cannot be written ({error})") from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -1,14 +1,17 @@
-"""The checksums of an export: written as its last file, compared by `ercsvd verify`.
+"""The checksums of an export: written as its last file, compared by `verify` and before it is replaced.
 
 Files are listed with the SHA-256 of their contents. Weights are listed tensor by tensor, with the SHA-256 of
-dtype, shape and bytes: a report can name the damaged tensor, and a re-sharded copy still verifies.
+dtype, shape and bytes: a report can name the damaged tensor, and a re-sharded copy still verifies. Report,
+page and card hold times, and may be written again later: their checksums stand in a file of their own, in the
+format of `sha256sum`, and tell whether somebody else has changed them since. The report in turn names the
+weights that it is about by `weights_digest`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,13 @@ from typing import Any
 import torch
 
 from ercsvd_deploy import __version__
-from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically
+from ercsvd_deploy.format import compressed_tensors
+from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically, write_text_atomically
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
 from ercsvd_deploy.format.tensor_store import INDEX_FILE, CheckpointError, FileStore, open_directory
 
 MANIFEST_FILE = "ercsvd_manifest.json"
+REPORT_SUMS_FILE = "ercsvd_report.sha256"
 _MANIFEST_VERSION = 1
 
 
@@ -55,8 +60,94 @@ def write_manifest(directory: Path, *, unlisted: frozenset[str] = frozenset()) -
             path.relative_to(directory).as_posix(): _file(path) for path in _other_files(directory, unlisted)
         },
         "tensors": {name: _tensor(store, name) for name in sorted(store.names())},
+        "weights": sorted(path.name for path in _weight_files(directory) if path.is_file()),
     }
     write_json_atomically(directory / MANIFEST_FILE, manifest)
+
+
+def weights_digest(directory: Path) -> str | None:
+    """Return one SHA-256 of all tensors of an export, as its manifest lists them; None without a manifest.
+
+    Raises:
+        ManifestError: the manifest cannot be read.
+    """
+    if not (directory / MANIFEST_FILE).is_file():
+        return None
+    return hashlib.sha256(
+        json.dumps(_read_manifest(directory)["tensors"], sort_keys=True).encode()
+    ).hexdigest()
+
+
+def record_reports(directory: Path, names: Iterable[str]) -> None:
+    """Note how report files look now.
+
+    Args:
+        directory: An export.
+        names: Files that this program has just written.
+    """
+    written = {name: _file(directory / name) for name in names if (directory / name).is_file()}
+    digests = _reports_of(directory) | written
+    lines = [
+        f"{digest}  {name}\n" for name, digest in sorted(digests.items()) if (directory / name).is_file()
+    ]
+    write_text_atomically(directory / REPORT_SUMS_FILE, "".join(lines))
+
+
+def exported_files(directory: Path) -> frozenset[str]:
+    """Return the names of the files that belong to an export, as paths within it; all others are somebody's.
+
+    Raises:
+        ManifestError: there is no manifest, or it cannot be read.
+    """
+    manifest = _read_manifest(directory)
+    weights = manifest.get("weights")
+    listed = [name for name in weights if isinstance(name, str)] if isinstance(weights, list) else []
+    held = (path.name for path in _weight_files(directory))  # of a re-sharded copy, under other names
+    return frozenset(
+        [*manifest["files"], *listed, *held, *_reports_of(directory), REPORT_SUMS_FILE, MANIFEST_FILE]
+    )
+
+
+def changed_files(directory: Path, *, with_weights: bool = True) -> list[str]:
+    """Return one line for each file or tensor of an export that is not as this program wrote it.
+
+    Files that are missing, or that no export has written, are not among them.
+
+    Args:
+        directory: An export.
+        with_weights: Whether tensors are compared too, which reads all of them.
+
+    Raises:
+        ManifestError: there is no manifest, or it cannot be read.
+    """
+    manifest = _read_manifest(directory)
+    digests = {**manifest["files"], **_reports_of(directory)}
+    there = {name: directory / name for name in digests if (directory / name).exists()}
+    problems = [
+        f"{name}: changed since the export was written"
+        for name, path in there.items()
+        if not path.is_file() or _file(path) != digests[name]
+    ]
+    if with_weights and any(path.is_file() for path in _weight_files(directory)):
+        problems += _tensor_problems(directory, manifest["tensors"])
+    return problems
+
+
+def is_as_recorded(directory: Path, name: str) -> bool:
+    """Whether a report file is the one this program wrote; also if it is gone, or was never recorded."""
+    recorded = _reports_of(directory).get(name)
+    path = directory / name
+    return recorded is None or not path.exists() or (path.is_file() and _file(path) == recorded)
+
+
+def _reports_of(directory: Path) -> dict[str, str]:
+    """Return the checksums of report files; exports of earlier versions have none."""
+    try:
+        lines = (directory / REPORT_SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return {}
+    pairs = (line.partition("  ") for line in lines)
+    return {name: digest for digest, _, name in pairs if Path(name).name == name}
 
 
 def verify_export(directory: Path, *, unlisted: frozenset[str] = frozenset()) -> Verification:
@@ -113,6 +204,8 @@ def _config_problems(directory: Path) -> list[str]:
     description = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(description, dict):
         return ["config.json: cannot be read, or describes no compressed model"]
+    if description.get("quant_method") == compressed_tensors.QUANT_METHOD:
+        return []
     try:
         CheckpointConfig.read(description)
     except CheckpointFormatError as error:

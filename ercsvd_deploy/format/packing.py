@@ -1,7 +1,7 @@
-"""Integer matrices, and their tensors in a checkpoint: compressed-tensors' `pack-quantized` layout.
+"""Integer matrices, and their tensors in a checkpoint.
 
-Four 8-bit or eight 4-bit values share an int32, the first in the lowest bits; values run along the row, zero
-points down the column. Leaf names and shapes are those of `format.schema`.
+Values are packed along the row, zero points down the column, both as `integer_words` has it; a signed integer
+v is stored as v + 2^(bits - 1). Leaf names and shapes are those of `format.schema`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ercsvd_deploy.format.integer_words import pack_columns, pack_rows, unpack_columns, unpack_rows
 from ercsvd_deploy.format.schema import (
     WEIGHT_PACKED,
     WEIGHT_SCALE,
@@ -20,16 +21,12 @@ from ercsvd_deploy.format.schema import (
     WeightQuantization,
 )
 
-# compressed-tensors is imported inside the functions: it imports transformers, and planning needs neither.
-# Its bit packing is called on our integers directly. The compressor around it would divide a dense weight by
-# the scales again, and a matrix rounded by GPTQ must not be rounded twice.
-
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A matrix as integers: weight = (values - zero_point) * scale, group by group.
 
-    Integers are signed as compressed-tensors packs them: -8..7 for 4 bits, -128..127 for 8.
+    Integers are signed: -8..7 for 4 bits, -128..127 for 8.
 
     Attributes:
         values: [out, in], int8.
@@ -63,8 +60,6 @@ def pack(quantized: QuantizedWeight, scale_dtype: torch.dtype) -> dict[str, Tens
     Raises:
         ValueError: `scale_dtype` would change the scales.
     """
-    from compressed_tensors.compressors.pack_quantized import pack_to_int32
-
     scale = quantized.scale.to(scale_dtype)
     if not torch.equal(scale.double(), quantized.scale.double()):
         raise ValueError(
@@ -73,12 +68,12 @@ def pack(quantized: QuantizedWeight, scale_dtype: torch.dtype) -> dict[str, Tens
         )
     bits = quantized.quantization.bits
     leaves = {
-        WEIGHT_PACKED: pack_to_int32(quantized.values, bits).contiguous(),
+        WEIGHT_PACKED: pack_columns(quantized.values.int() + 2 ** (bits - 1), bits),
         WEIGHT_SCALE: scale.contiguous(),
         WEIGHT_SHAPE: torch.tensor(quantized.values.shape),
     }
     if quantized.zero_point is not None:
-        leaves[WEIGHT_ZERO_POINT] = pack_to_int32(quantized.zero_point, bits, packed_dim=0).contiguous()
+        leaves[WEIGHT_ZERO_POINT] = pack_rows(quantized.zero_point.int() + 2 ** (bits - 1), bits)
     return leaves
 
 
@@ -95,8 +90,6 @@ def unpack(
     Raises:
         ValueError: a leaf is missing, has another shape than described, or records another matrix shape.
     """
-    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
-
     for leaf, expected in quantization.leaf_shapes(*shape).items():
         stored = tuple(leaves[leaf].shape) if leaf in leaves else None
         if stored != expected:
@@ -108,15 +101,13 @@ def unpack(
     recorded = tuple(leaves[WEIGHT_SHAPE].tolist())
     if recorded != shape:
         raise ValueError(f"{WEIGHT_SHAPE} records {list(recorded)}, the description {list(shape)}")
-    scale = leaves[WEIGHT_SCALE]
+    bits, half = quantization.bits, 2 ** (quantization.bits - 1)
     zero_point = None
     if not quantization.sym:
-        zero_point = unpack_from_int32(
-            leaves[WEIGHT_ZERO_POINT], quantization.bits, torch.Size(scale.shape), packed_dim=0
-        )
+        zero_point = (unpack_rows(leaves[WEIGHT_ZERO_POINT], bits, shape[0]) - half).to(torch.int8)
     return QuantizedWeight(
-        values=unpack_from_int32(leaves[WEIGHT_PACKED], quantization.bits, torch.Size(shape)),
-        scale=scale,
+        values=(unpack_columns(leaves[WEIGHT_PACKED], bits, shape[1]) - half).to(torch.int8),
+        scale=leaves[WEIGHT_SCALE],
         zero_point=zero_point,
         quantization=quantization,
     )

@@ -23,8 +23,9 @@ as the original model stores them. For a module `m` the tensors are
                m.weight (the guard, empty), m.bias unchanged: h = pivot_rows x, o = other_rows h, and
                output i is element row_order[i] (int32 [out]) of cat(h, o). See `linalg.pivoting`.
 
-where `<leaf>` is `weight` for a plain matrix, and for an int4/int8 one the compressed-tensors
-`pack-quantized` tensors `weight_packed`, `weight_scale`, `weight_shape` and, asymmetric, `weight_zero_point`.
+where `<leaf>` is `weight` for a plain matrix, and for one of integers `weight_packed`, `weight_scale`,
+`weight_shape` and, asymmetric, `weight_zero_point`: compressed-tensors' `pack-quantized` names, and at 2, 4
+and 8 bits its tensors (`format.integer_words` says how words are filled).
 
 The guard `m.weight` has shape [0]. A loader that does not know this format would otherwise find no
 `m.weight`, warn, and fill it with random numbers; with the guard it stops on a size mismatch.
@@ -34,6 +35,7 @@ No torch here: vLLM's front end and editors' tools read this module too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -66,11 +68,17 @@ _PARTS: Mapping[Layout, tuple[str, ...]] = {
     "low_rank": (FACTOR_A, FACTOR_B),
     "pivoted": (PIVOT_ROWS, OTHER_ROWS),
 }
-_WORD_BITS = 32
+WORD_BITS = 32  # integers are packed into int32 words
+Bits = Literal[2, 3, 4, 5, 6, 8]
 
 
 class CheckpointFormatError(ValueError):
     """A checkpoint's description cannot be read by this version, or contradicts itself."""
+
+
+def values_in_whole_words(bits: int) -> int:
+    """Return the least number of packed integers that fill whole words: 8 of 4 bits, 32 of 3 bits."""
+    return WORD_BITS // math.gcd(WORD_BITS, bits)
 
 
 class WeightQuantization(BaseModel):
@@ -78,7 +86,7 @@ class WeightQuantization(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bits: Literal[4, 8] = Field(description="Bits of one stored value.")
+    bits: Bits = Field(description="Bits of one stored value.")
     group_size: int = Field(description="Input columns sharing a scale; -1 for one scale per row.")
     sym: bool = Field(default=True, description="Symmetric: no zero point is stored.")
 
@@ -106,12 +114,12 @@ class WeightQuantization(BaseModel):
         """Return leaf name -> shape of the tensors that store an [out, in] matrix."""
         groups = self.num_groups(in_features)
         leaves: dict[str, tuple[int, ...]] = {
-            WEIGHT_PACKED: (out_features, -(-in_features * self.bits // _WORD_BITS)),
+            WEIGHT_PACKED: (out_features, -(-in_features * self.bits // WORD_BITS)),
             WEIGHT_SCALE: (out_features, groups),
             WEIGHT_SHAPE: (2,),
         }
         if not self.sym:
-            leaves[WEIGHT_ZERO_POINT] = (-(-out_features * self.bits // _WORD_BITS), groups)
+            leaves[WEIGHT_ZERO_POINT] = (-(-out_features * self.bits // WORD_BITS), groups)
         return leaves
 
 

@@ -173,6 +173,17 @@ class Architecture:
         return sum(linear.parameters for linear in self.linears)
 
 
+def check_supported(config: Any) -> None:
+    """Refuse a config whose model cannot be compressed here, before anything is built from it.
+
+    Raises:
+        ArchitectureError: the model type, the language model's or the vision tower's is unsupported.
+    """
+    _language_style(config)
+    if reads_images(config):
+        _vision_style(config)
+
+
 def describe(model: nn.Module, config: Any) -> Architecture:
     """Describe the compressible Linears of a model built from `config`.
 
@@ -181,15 +192,9 @@ def describe(model: nn.Module, config: Any) -> Architecture:
     """
     model_type = str(getattr(config, "model_type", None))
     text_config = config.get_text_config()
-    style = _style_of(str(getattr(text_config, "model_type", None)))
+    style = _language_style(config)
     prefix = style.layers
     if reads_images(config):
-        if style is not _LLAMA:
-            supported = ", ".join(name for name, row in _STYLE_OF_MODEL_TYPE.items() if row is _LLAMA)
-            raise ArchitectureError(
-                f"LLaVA on a language model of type {text_config.model_type} is not supported; "
-                f"supported: {supported}"
-            )
         prefix = LANGUAGE_MODEL + prefix.removeprefix("model.")
     modules = dict(model.named_modules())
     stack = modules[prefix]
@@ -232,11 +237,7 @@ def _within_layer(name: str) -> str:
 
 
 def _describe_vision(config: Any, modules: Mapping[str, nn.Module]) -> dict[str, tuple[LayerLinears, ...]]:
-    tower = str(getattr(config.vision_config, "model_type", None))
-    style = _STYLE_OF_VISION_TOWER.get(tower)
-    if style is None:
-        supported = ", ".join(sorted(_STYLE_OF_VISION_TOWER))
-        raise ArchitectureError(f"vision tower {tower!r} is not supported; supported: {supported}")
+    style = _vision_style(config)
     # Layers behind the one whose output the projector reads are not run, and vLLM does not even build them.
     feature_layer = config.vision_feature_layer
     num_hidden = config.vision_config.num_hidden_layers
@@ -253,6 +254,31 @@ def _describe_vision(config: Any, modules: Mapping[str, nn.Module]) -> dict[str,
         ),
         PROJECTOR_PART: (_describe_layer(_PROJECTOR.layers, 0, _PROJECTOR, modules),),
     }
+
+
+def _language_style(config: Any) -> LayerStyle:
+    """Return the style of a config's language model."""
+    model_type = str(getattr(config, "model_type", None))
+    text_type = str(getattr(config.get_text_config(), "model_type", None))
+    if model_type != text_type and not reads_images(config):
+        _style_of(model_type)  # a model of other parts around a decoder of a supported type
+    style = _style_of(text_type)
+    if reads_images(config) and style is not _LLAMA:
+        supported = ", ".join(name for name, row in _STYLE_OF_MODEL_TYPE.items() if row is _LLAMA)
+        raise ArchitectureError(
+            f"LLaVA on a language model of type {text_type} is not supported; supported: {supported}"
+        )
+    return style
+
+
+def _vision_style(config: Any) -> LayerStyle:
+    """Return the style of a config's vision tower."""
+    tower = str(getattr(config.vision_config, "model_type", None))
+    style = _STYLE_OF_VISION_TOWER.get(tower)
+    if style is None:
+        supported = ", ".join(sorted(_STYLE_OF_VISION_TOWER))
+        raise ArchitectureError(f"vision tower {tower!r} is not supported; supported: {supported}")
+    return style
 
 
 def _style_of(model_type: str) -> LayerStyle:

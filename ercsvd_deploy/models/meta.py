@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ from torch import nn
 
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.models.config_sizes import impossible_sizes
-from ercsvd_deploy.models.families import ArchitectureError, reads_images
+from ercsvd_deploy.models.families import (
+    Architecture,
+    ArchitectureError,
+    check_supported,
+    describe,
+    reads_images,
+)
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -38,17 +45,39 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     return config
 
 
+def read_architecture(config: Any, *, trust_remote_code: bool = False) -> Architecture:
+    """Return what a config says of a model's Linears and of the sizes of the rest; nothing is allocated.
+
+    Raises:
+        ArchitectureError: the architecture is not supported, or no model can be built from the config.
+    """
+    # Some models make a parameter in memory before a library moves it away; here it never is there.
+    return describe(_build(config, torch.device("meta"), trust_remote_code=trust_remote_code), config)
+
+
 def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     """Build the model on the meta device: shapes and module tree, no weights.
 
     Buffers that a checkpoint does not hold (rotary frequencies) are real.
+
+    Raises:
+        ArchitectureError: the architecture is not supported, or no model can be built from the config.
     """
     from accelerate import init_empty_weights
+
+    without_weights = init_empty_weights(include_buffers=False)
+    return _build(config, without_weights, trust_remote_code=trust_remote_code)
+
+
+def _build(
+    config: Any, without_weights: AbstractContextManager[Any], *, trust_remote_code: bool
+) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    check_supported(config)
     auto = AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
     try:
-        with init_empty_weights(include_buffers=False):
+        with without_weights:
             model: nn.Module = auto.from_config(
                 config, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
             )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
+from ercsvd_deploy.format.integer_words import dequantize, unpack_rows
 from ercsvd_deploy.format.schema import (
     FACTOR_A,
     FACTOR_B,
@@ -85,12 +86,10 @@ class PackedLinear(nn.Module):
     def dequantize(self) -> torch.Tensor:
         """Return the weight [out, in] in the dtype of the scales."""
         bits = self.quantization.bits
-        integers = unpack_integers(self.weight_packed, bits, self.in_features)
-        integers = integers.view(self.out_features, self.weight_scale.shape[1], -1)  # [out, groups, columns]
+        zero_point = None
         if not self.quantization.sym:
-            zero_points = unpack_integers(self.weight_zero_point.T, bits, self.out_features).T
-            integers = integers - zero_points[..., None]
-        return (integers * self.weight_scale[..., None]).view(self.out_features, self.in_features)
+            zero_point = unpack_rows(self.weight_zero_point, bits, self.out_features)
+        return dequantize(self.weight_packed, self.weight_scale, zero_point, bits, self.in_features)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]."""
@@ -211,17 +210,6 @@ def _add_matrices(
             else PackedLinear(columns, rows, quantization, device=device, dtype=dtype)
         )
         module.add_module(part, matrix)
-
-
-def unpack_integers(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Unpack int32 words [rows, words] into signed integers [rows, columns] (int32).
-
-    The layout is compressed-tensors' pack-quantized one: v is stored as v + 2^(bits-1), the first column in
-    the lowest bits. `ercsvd_deploy.format.packing` is the inverse; it needs that library, reading does not.
-    """
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    unsigned = (words[..., None] >> shifts) & ((1 << bits) - 1)
-    return unsigned.flatten(1)[:, :columns] - (1 << (bits - 1))
 
 
 def build_linear(

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from ercsvd_deploy.format.described import Measured
 from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.quantization.gptq_loop import HessianFactor, factor_hessian, round_together
 from ercsvd_deploy.quantization.grid import (
@@ -35,17 +37,16 @@ RoundingMethod = Literal["gptq", "rtn"]
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """Both ways to round one matrix; the better one was taken.
+    """Both ways to round one matrix; the better one was taken."""
 
-    Attributes:
-        gptq_loss: Relative proxy loss (`proxy_loss`) of GPTQ, on held-out tokens where there are any.
-        rtn_loss: The same of rounding to nearest.
-        damping: GPTQ's.
-    """
-
-    gptq_loss: float
-    rtn_loss: float
-    damping: float
+    gptq_loss: Annotated[
+        Measured,
+        Field(description="Relative proxy loss of GPTQ, on held-out tokens where there are any."),
+    ]
+    rtn_loss: Annotated[Measured, Field(description="The same of rounding to nearest.")]
+    damping: Annotated[
+        float | None, Field(description="GPTQ's; null in reports from before it was chosen.")
+    ] = None
 
     @property
     def method(self) -> Literal["gptq", "rtn"]:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from ercsvd_deploy.format.packing import QuantizedWeight
-from ercsvd_deploy.format.schema import WeightQuantization
+from ercsvd_deploy.format.schema import Bits, WeightQuantization
 
 _SEARCH_EXPONENT = 2.4  # of the |error| that the scale search minimises; GPTQ's own choice
 _SEARCH_SHRINKS = tuple(1 - step / 100 for step in range(80))
@@ -31,7 +31,7 @@ class QuantizationSettings:
     """How to quantize one matrix.
 
     Attributes:
-        bits: bits of one stored value, 4 or 8.
+        bits: bits of one stored value: 2, 3, 4, 5, 6 or 8.
         group_size: input columns that share a scale; -1 for one scale per row.
         sym: symmetric grid, no zero point.
         damping: fraction of the Gram's mean diagonal that is added to its diagonal, in (0, 1); None: what
@@ -51,8 +51,10 @@ class QuantizationSettings:
     desc_act: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ValueError(f"bits is {self.bits}; it must be 4 or 8")
+        if self.bits not in get_args(Bits):
+            *smaller, largest = get_args(Bits)
+            known = f"{', '.join(map(str, smaller))} or {largest}"
+            raise ValueError(f"bits is {self.bits}; it must be {known}")
         if self.group_size != -1 and self.group_size < 1:
             raise ValueError(f"group_size is {self.group_size}; it must be -1 or at least 1")
         if self.damping is not None and not 0 < self.damping < 1:
@@ -61,9 +63,7 @@ class QuantizationSettings:
     @property
     def quantization(self) -> WeightQuantization:
         """What of these settings the checkpoint records."""
-        return WeightQuantization(
-            bits=cast(Literal[4, 8], self.bits), group_size=self.group_size, sym=self.sym
-        )
+        return WeightQuantization(bits=cast(Bits, self.bits), group_size=self.group_size, sym=self.sym)
 
     def resolve_group_size(self, in_features: int) -> int:
         """Return the columns of one group in a row of `in_features` columns.

@@ -8,10 +8,13 @@ B is re-fitted in closed form to the original weight given the quantized A, then
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from ercsvd_deploy.format.described import Measured
 from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.quantization.gptq import (
     MatrixReport,
@@ -32,24 +35,28 @@ from ercsvd_deploy.quantization.losses import LossOf
 
 @dataclass(frozen=True)
 class FactorsReport:
-    """Losses of a pair of factors, or of the two matrices of a pivoted Linear.
+    """Losses of a pair of factors, or of the two matrices of a pivoted Linear, as they arise."""
 
-    Attributes:
-        factor_a: of the first factor (pivot rows), under the Gram of the layer's inputs.
-        factor_b: of the second factor (other rows) as re-fitted, under the Gram of the quantized first
-            factor's outputs.
-        loss_unquantized: proxy loss of the product against the original weight, nothing quantized.
-        loss_first_quantized: the same with the first factor quantized.
-        loss_refitted: the same after the re-fit; equals `loss_first_quantized` where that did not help.
-        loss: the same with both factors quantized: what is served.
-    """
-
-    factor_a: MatrixReport
-    factor_b: MatrixReport
-    loss_unquantized: float
-    loss_first_quantized: float
-    loss_refitted: float
-    loss: float
+    factor_a: Annotated[
+        MatrixReport,
+        Field(description="The first factor, or the pivot rows, under the Gram of the layer's inputs."),
+    ]
+    factor_b: Annotated[
+        MatrixReport,
+        Field(
+            description="The second factor as re-fitted, or the other rows, under the Gram of the quantized "
+            "first factor's outputs."
+        ),
+    ]
+    loss_unquantized: Annotated[
+        Measured, Field(description="Of the product against the original weight, nothing quantized.")
+    ]
+    loss_first_quantized: Annotated[Measured, Field(description="With the first factor quantized.")]
+    loss_refitted: Annotated[
+        Measured,
+        Field(description="After the second was re-fitted to that; unchanged where that did not help."),
+    ]
+    loss: Annotated[Measured, Field(description="With both quantized: what is served.")]
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,8 +29,10 @@ from ercsvd_deploy.recipe.sections import (
     JsonLines,
     LmEval,
     ModelSource,
+    ParquetFile,
     PictureDataset,
     Recipe,
+    SavedDataset,
     Serving,
     TextDataset,
     TextFile,
@@ -57,6 +59,7 @@ __all__ = [
     "JsonLines",
     "LmEval",
     "ModelSource",
+    "ParquetFile",
     "Quantize",
     "QuantizeOverride",
     "QuantizeStage",
@@ -64,6 +67,7 @@ __all__ = [
     "RecipeError",
     "Recover",
     "RecoverStage",
+    "SavedDataset",
     "Serving",
     "Stage",
     "TextDataset",
@@ -139,17 +143,39 @@ def _missing_model(model: ModelSource) -> Iterator[str]:
         yield f"{field}, which does not exist; give a directory or a name on the Hub such as org/name"
 
 
+def _missing_tasks(recipe: Recipe) -> Iterator[str]:
+    settings = recipe.evaluation.lm_eval
+    if settings is not None and settings.include_path is not None and not settings.include_path.is_dir():
+        path = shown(str(settings.include_path))
+        yield f"field 'evaluation.lm_eval.include_path' is {path}, which is not a folder; give a folder"
+
+
 def _missing_texts(recipe: Recipe) -> Iterator[str]:
-    datasets = {f"evaluation.perplexity.{name}": text for name, text in recipe.evaluation.perplexity.items()}
-    if recipe.calibration is not None and recipe.calibration.dataset is not None:
-        datasets = {"calibration.dataset": recipe.calibration.dataset, **datasets}
+    datasets: dict[str, TextDataset] = {}
+    if recipe.calibration is not None:
+        if recipe.calibration.dataset is not None:
+            datasets["calibration.dataset"] = recipe.calibration.dataset
+        for number, dataset in enumerate(recipe.calibration.datasets):
+            datasets[f"calibration.datasets.{number}"] = dataset
+    for name, text in recipe.evaluation.perplexity.items():
+        datasets[f"evaluation.perplexity.{name}"] = text
     for field, dataset in datasets.items():
         if isinstance(dataset, HubDataset):
             continue
-        key, path = ("text", dataset.text) if isinstance(dataset, TextFile) else ("jsonl", dataset.jsonl)
-        if not path.is_file():
-            reason = "which is a directory" if path.is_dir() else "which does not exist"
-            yield f"field '{field}.{key}' is {shown(str(path))}, {reason}; give a file"
+        key, path = _named_path(dataset)
+        if not path.exists():
+            yield f"field '{field}.{key}' is {shown(str(path))}, which does not exist; give a file or folder"
+        elif key == "saved" and not path.is_dir():
+            yield f"field '{field}.{key}' is {shown(str(path))}, which is a file; give a folder"
+
+
+def _named_path(dataset: TextFile | JsonLines | ParquetFile | SavedDataset) -> tuple[str, Path]:
+    """Return the key that tells a dataset's form, and the path that it names."""
+    if isinstance(dataset, TextFile):
+        return "text", dataset.text
+    if isinstance(dataset, JsonLines):
+        return "jsonl", dataset.jsonl
+    return ("parquet", dataset.parquet) if isinstance(dataset, ParquetFile) else ("saved", dataset.saved)
 
 
 def _missing_pictures(recipe: Recipe) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
 
+from ercsvd_deploy.format.schema import Bits
 from ercsvd_deploy.recipe.fields import (
     ListWithoutRepetition,
     Section,
@@ -181,7 +182,7 @@ class Factorize(Section):
 class QuantizeOverride(Section):
     """What differs for some modules; a key left out keeps the stage's value."""
 
-    bits: Literal[4, 8] | None = Field(default=None, description="Bits of one stored value.")
+    bits: Bits | None = Field(default=None, description="Bits of one stored value.")
     group_size: Literal[32, 64, 128, -1] | None = Field(
         default=None, description="Input columns that share a scale; -1 for one scale per row."
     )
@@ -202,7 +203,11 @@ class Quantize(Section):
         description="`gptq`: later columns make up for the rounding errors of earlier ones, weighted by "
         "the calibration data. `rtn`: rounding to nearest, the baseline.",
     )
-    bits: Literal[4, 8] = Field(default=4, description="Bits of one stored value.")
+    bits: Bits = Field(
+        default=4,
+        description="Bits of one stored value. vLLM has kernels for 4 bits everywhere, and for the others on "
+        "NVIDIA GPUs; elsewhere such a matrix takes 16.",
+    )
     group_size: Literal[32, 64, 128, -1] = Field(
         default=128,
         description="Input columns that share a scale; -1 for one scale per row. A matrix whose columns on "

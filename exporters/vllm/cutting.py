@@ -23,11 +23,11 @@ from ercsvd_deploy.format.schema import (
     PIVOT_ROWS,
     Storage,
     WeightQuantization,
+    values_in_whole_words,
 )
 from ercsvd_deploy.models.families import Architecture
 
 BLOCK = 32
-WORD_BITS = 32
 GROUP_SIZES = (-1, 32, 64, 128)
 _FIRST_PARTS = (FACTOR_A, PIVOT_ROWS)
 _SECOND_PARTS = (FACTOR_B, OTHER_ROWS)
@@ -167,10 +167,13 @@ def _refusal(columns: int, part: str, storage: WeightQuantization | None) -> str
             f", or rank_multiple {storage.group_size} or auto" if is_second_factor else ""
         )
         return f"group_size {storage.group_size} does not divide its {columns} columns on a rank; {remedy}"
-    per_word = WORD_BITS // storage.bits
-    if columns % per_word:
+    whole = values_in_whole_words(storage.bits)
+    if columns % whole:
         remedy = "leave it out with ignore"
         if is_second_factor:
-            remedy = f"rank_multiple {per_word} or auto would do"
-        return f"its {columns} columns on a rank are no whole words of {per_word} integers; {remedy}"
+            remedy = f"rank_multiple {whole} or auto would do"
+        return (
+            f"its {columns} columns on a rank are no multiple of {whole}, so that {storage.bits}-bit "
+            f"integers do not fill whole words; {remedy}"
+        )
     return None

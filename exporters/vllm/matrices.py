@@ -7,6 +7,7 @@ to multiply from then on (vLLM repacks it, or has no kernel for its integers), `
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -20,14 +21,16 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
     current_platform,
     kernel_config,
 )
-from ercsvd_deploy.exporters.vllm.kernels.integer_words import WORD_BITS, dequantize, pack_rows, unpack_rows
 from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
+from ercsvd_deploy.format.integer_words import dequantize, pack_rows, unpack_rows
 from ercsvd_deploy.format.schema import (
     WEIGHT,
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     WEIGHT_ZERO_POINT,
+    WORD_BITS,
     WeightQuantization,
+    values_in_whole_words,
 )
 
 _TRIED_ROWS = 256  # of a kernel's first product are compared with the stored integers
@@ -105,7 +108,8 @@ class PackedMatrix(nn.Module):
         rows, columns = shape
         self._name, self._shape, self._full_shape = name, shape, full_shape
         self._quantization, self._dtype, self._record = quantization, dtype, record
-        self._per_word = WORD_BITS // quantization.bits
+        per_word = Fraction(WORD_BITS, quantization.bits)  # as vLLM's own scheme tells kernels
+        self._per_word = per_word if per_word.denominator > 1 else int(per_word)
         cut = cut_group(columns, quantization)
         if cut:
             raise ValueError(self._describe(cut))
@@ -120,7 +124,7 @@ class PackedMatrix(nn.Module):
         self.has_bias = False
         self.register_parameter("bias", None)  # some kernels repack the layer's bias
         self.weight_packed = PackedvLLMParameter(
-            data=torch.zeros(rows, columns // self._per_word, dtype=torch.int32),
+            data=torch.zeros(rows, columns * quantization.bits // WORD_BITS, dtype=torch.int32),
             input_dim=1,
             output_dim=0,
             packed_dim=1,
@@ -146,12 +150,13 @@ class PackedMatrix(nn.Module):
         size = self._quantization.group_size
         groups = slice(None) if size == -1 else slice(columns.start // size, columns.stop // size)
         if leaf == WEIGHT_PACKED:
-            words = slice(columns.start // self._per_word, columns.stop // self._per_word)
+            bits = self._quantization.bits
+            words = slice(columns.start * bits // WORD_BITS, columns.stop * bits // WORD_BITS)
             _copy_rows(self.weight_packed, tensor[rows, words], first_row)
         elif leaf == WEIGHT_SCALE:
             _copy_rows(self.weight_scale, tensor[rows, groups], first_row)
         elif leaf == WEIGHT_ZERO_POINT and self._zero_points is not None:
-            one_a_word = unpack_rows(tensor, self._quantization.bits)
+            one_a_word = unpack_rows(tensor, self._quantization.bits, rows.stop)
             _copy_rows(self._zero_points, one_a_word[rows, groups], first_row)
 
     def finalize(self) -> Matrix:
@@ -241,7 +246,7 @@ class PackedMatrix(nn.Module):
             return f"vLLM's {name} does not work here: {type(error).__name__}: {error}"
         rows = slice(0, _TRIED_ROWS)
         offsets = None if zero_points is None else zero_points[rows]
-        matrix = dequantize(words[rows], scale[rows], offsets, self._quantization.bits)
+        matrix = dequantize(words[rows], scale[rows], offsets, self._quantization.bits, self._shape[1])
         expected = x.float() @ matrix.float().t()
         deviation, size = (product - expected).norm(), expected.norm()
         # what is damaged or absent (load format dummy) has no finite product, and is no measure
@@ -263,7 +268,7 @@ class PackedMatrix(nn.Module):
         for start in range(0, rows, _ROWS_AT_ONCE):
             some = slice(start, start + _ROWS_AT_ONCE)
             offsets = None if self._zero_points is None else self._zero_points[some]
-            matrix = dequantize(words[some], scale[some], offsets, self._quantization.bits)
+            matrix = dequantize(words[some], scale[some], offsets, self._quantization.bits, columns)
             plain.load(WEIGHT, matrix, slice(None), slice(None), start)
         extra_bytes = rows * columns * self._dtype.itemsize - words.nbytes - scale.nbytes
         assert self._reason is not None
@@ -283,11 +288,11 @@ Matrix = PlainMatrix | PackedMatrix
 
 def cut_group(columns: int, quantization: WeightQuantization) -> str | None:
     """Say if a rank's share of columns cuts a scale group or a packed word (not every kernel checks)."""
-    per_word = WORD_BITS // quantization.bits
+    whole = values_in_whole_words(quantization.bits)
     size = quantization.group_size
-    if (size != -1 and columns % size) or columns % per_word:
+    if (size != -1 and columns % size) or columns % whole:
         return (
-            f"{columns} columns on a rank are not whole groups of {size if size != -1 else per_word}: "
+            f"{columns} columns on a rank are not whole groups of {size if size != -1 else whole}: "
             "serve with a smaller tensor_parallel_size or quantize with a smaller group_size"
         )
     return None

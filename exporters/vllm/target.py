@@ -1,13 +1,15 @@
-"""Where an export may be written, and what it must not replace. No torch here."""
+"""Where an export may be written, and what of a user's it must not replace. No torch at import."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from ercsvd_deploy.format import compressed_tensors
 from ercsvd_deploy.format.schema import CheckpointConfig
 
 CONFIG_FILE = "config.json"
+_MOST_NAMED = 5
 
 
 class ExportError(ValueError):
@@ -31,6 +33,10 @@ def check_target(target: Path, source: Path) -> None:
         raise ExportError(
             f"output {target} is a mount point, which cannot be replaced: choose a directory in it"
         )
+    if target.is_symlink():
+        raise ExportError(
+            f"output {target} is a link, which a finished directory would replace: give {target.resolve()}"
+        )
     if target.exists() and not is_export(target):
         raise ExportError(
             f"output {target} exists and is not an earlier export of this tool: remove it or choose another"
@@ -38,6 +44,38 @@ def check_target(target: Path, source: Path) -> None:
     nearest = next(parent for parent in [target.absolute(), *target.absolute().parents] if parent.exists())
     if target.absolute() != nearest and not nearest.is_dir():
         raise ExportError(f"output {target} cannot be created: {nearest} is a file")
+
+
+def check_unchanged(target: Path, *, with_weights: bool = True) -> None:
+    """Refuse to replace an export in which somebody has changed what the export wrote.
+
+    Files that no export has written are not looked at: they are kept.
+
+    Args:
+        target: Where an export is to be written.
+        with_weights: Whether tensors are compared too, which reads all of them.
+
+    Raises:
+        ExportError: files or tensors differ from the manifest, or there is none.
+    """
+    from ercsvd_deploy.format.manifest import ManifestError, changed_files
+
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    try:
+        changed = changed_files(target, with_weights=with_weights)
+    except ManifestError as error:
+        raise ExportError(
+            f"output {target} would be replaced, but what of it was exported is not known ({error}): move it "
+            "away, choose another output, or replace it with --force"
+        ) from error
+    if changed:
+        more = f"\n  and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
+        listed = "\n  ".join(changed[:_MOST_NAMED])
+        raise ExportError(
+            f"output {target} would be replaced, but somebody has changed it:\n  {listed}{more}\n"
+            "move it away, choose another output, or replace it with --force"
+        )
 
 
 def is_export(directory: Path) -> bool:
@@ -48,6 +86,10 @@ def is_export(directory: Path) -> bool:
         return True
     try:
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        if config["quantization_config"]["quant_method"] == compressed_tensors.QUANT_METHOD:
+            from ercsvd_deploy.format.manifest import MANIFEST_FILE  # needs torch
+
+            return (directory / MANIFEST_FILE).is_file()  # others write this format too
         CheckpointConfig.read(config["quantization_config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

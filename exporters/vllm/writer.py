@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.exporters.vllm.target import CONFIG_FILE, check_target
+from ercsvd_deploy.exporters.vllm.replacement import replace_export
+from ercsvd_deploy.exporters.vllm.target import CONFIG_FILE, check_target, check_unchanged
 from ercsvd_deploy.format.atomic_files import write_json_atomically
+from ercsvd_deploy.format.compressed_tensors import describe_dense_integers, guards_of
 from ercsvd_deploy.format.manifest import write_manifest
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.format.shards import write_sharded
@@ -62,10 +63,13 @@ def write_export(
     architecture: Architecture,
     compressed: CheckpointConfig,
     max_shard_bytes: int,
+    needs_plugin: bool = True,
     add_files: Callable[[Path], None] = lambda _directory: None,
+    add_reports: Callable[[Path], None] = lambda _directory: None,
     unlisted: frozenset[str] = frozenset(),
+    is_forced: bool = False,
 ) -> Export:
-    """Write the directory, replacing an earlier export of that name.
+    """Write the directory, in the place of an earlier export of that name; what else is in that is kept.
 
     Args:
         target: The directory to appear.
@@ -77,33 +81,47 @@ def write_export(
             checkpoints call them.
         compressed: Description of every altered module.
         max_shard_bytes: Upper size of a safetensors file.
-        add_files: Writes further files (report, model card) into the directory before it appears.
-        unlisted: Names of files that may change later, and have no checksum in the manifest.
+        needs_plugin: Whether the directory is in our own format; else it is in compressed-tensors', which can
+            hold dense integers alone.
+        add_files: Writes further files, which the manifest lists, into the directory before it appears.
+        add_reports: Writes those of `unlisted` into it, which may name the weights by the manifest.
+        unlisted: Names of files that may be written again later, and are not verified.
+        is_forced: Whether files are replaced that somebody has changed, or has put where new ones go.
 
     Raises:
-        ExportError: the target exists and is not an earlier export.
+        ExportError: the target exists and is not an earlier export, or somebody has changed it since.
         OSError: the disk is full or not writable; nothing appears at the target.
     """
     check_target(target, source)
+    if not is_forced:
+        check_unchanged(target, with_weights=False)
     partial = work / "export"
     shutil.rmtree(partial, ignore_errors=True)  # half an export of a run that was killed
     partial.mkdir()
+    if not needs_plugin:
+        store = RenamedStore(store, {name: name for name in store.names() - guards_of(compressed.modules)})
     num_bytes = write_weights(partial, store, architecture, max_shard_bytes)
-    compressed = CheckpointConfig(
-        modules={architecture.checkpoint_name(name): module for name, module in compressed.modules.items()}
+    modules = {architecture.checkpoint_name(name): module for name, module in compressed.modules.items()}
+    description = (
+        CheckpointConfig(modules=modules).write() if needs_plugin else describe_dense_integers(modules)
     )
-    for pattern in _CARRIED_OVER:
-        for path in sorted(source.glob(pattern)):
-            if path.is_dir():
-                shutil.copytree(path, partial / path.name)
-            else:
-                shutil.copyfile(path, partial / path.name)
+    for path in carried_over(source):
+        if path.is_dir():
+            shutil.copytree(path, partial / path.name)
+        else:
+            shutil.copyfile(path, partial / path.name)
     add_files(partial)
     # Last: without a config no loader takes the directory for a model.
-    write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, compressed))
+    write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, description))
     write_manifest(partial, unlisted=unlisted)
-    _replace_directory(partial, target)
+    add_reports(partial)
+    replace_export(partial, target, is_forced=is_forced)
     return Export(target, num_bytes)
+
+
+def carried_over(source: Path) -> list[Path]:
+    """Return what of an original model's directory comes into an export as it is."""
+    return [path for pattern in _CARRIED_OVER for path in sorted(source.glob(pattern))]
 
 
 def write_weights(
@@ -128,15 +146,15 @@ def write_weights(
     )
 
 
-def _served_config(source: Path, dtype: str | None, compressed: CheckpointConfig) -> dict[str, Any]:
-    """Return the source's own config.json with our description added; nothing else is rewritten."""
+def _served_config(source: Path, dtype: str | None, description: dict[str, Any]) -> dict[str, Any]:
+    """Return the source's own config.json with the description added; nothing else is rewritten."""
     served: dict[str, Any] = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
     if dtype is not None:
         parts = [part for part in served.values() if isinstance(part, dict)]
         for config in [served, *(part for part in parts if "dtype" in part or "torch_dtype" in part)]:
             config.pop("torch_dtype", None)
             config["dtype"] = dtype
-    served["quantization_config"] = compressed.write()
+    served["quantization_config"] = description
     return served
 
 
@@ -149,18 +167,3 @@ def _tensor_groups(store: TensorStore, architecture: Architecture) -> list[list[
         remaining -= names
         groups.append(sorted(names))
     return [sorted(remaining), *groups]
-
-
-def _replace_directory(partial: Path, target: Path) -> None:
-    """Put `partial` in the place of `target`; an older export steps aside until the new one is there."""
-    if not target.exists():
-        partial.rename(target)
-        return
-    aside = target.with_name(f".{target.name}.replaced-{uuid.uuid4().hex[:8]}")
-    target.rename(aside)
-    try:
-        partial.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

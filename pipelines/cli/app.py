@@ -16,7 +16,9 @@ from ercsvd_deploy.pipelines.cli.failures import command
 from ercsvd_deploy.pipelines.cli.messages import print_json
 from ercsvd_deploy.pipelines.cli.models import evaluate, import_llava
 from ercsvd_deploy.pipelines.cli.outputs import check, clean, report, status, verify
-from ercsvd_deploy.pipelines.cli.recipes import plan, run, sweep, validate
+from ercsvd_deploy.pipelines.cli.ready import recipes
+from ercsvd_deploy.pipelines.cli.recipes import plan, run, validate
+from ercsvd_deploy.pipelines.cli.sweeps import sweep
 
 app = typer.Typer(
     name="ercsvd",
@@ -30,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "run": run,
     "sweep": sweep,
+    "recipes": recipes,
     "eval": evaluate,
     "import-llava": import_llava,
     "status": status,

@@ -1,13 +1,15 @@
 """How a command ends: failures as one message and an exit code, and signals.
 
 Exit codes: 0 done; 1 the work failed; 2 the command line or the recipe is wrong; 3 the work is done, but a
-quality gate was missed; 130 interrupted by Ctrl-C; 143 ended by SIGTERM. A failure is one message on
-standard error that says what is wrong, where, and what to do; `--debug` adds the traceback. What an
-interrupted run has finished stays for the next one. A second signal ends the process at once.
+quality gate was missed; 130 interrupted by Ctrl-C; 143 ended by SIGTERM, 129 by SIGHUP, which comes when a
+terminal is closed. A failure is one message on standard error that says what is wrong, where, and what to do;
+`--debug` adds the traceback. What an interrupted run has finished stays for the next one. A second signal
+ends the process at once.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -24,17 +26,27 @@ from rich.console import Console
 
 from ercsvd_deploy.pipelines.cli.messages import complain, shown_on, written_to
 from ercsvd_deploy.pipelines.cli.progress import LINES, reporter
+from ercsvd_deploy.pipelines.state.memory_errors import exhausted_memory, first_sentence
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_GATE_MISSED = 3
-_ENDING = (signal.SIGINT, signal.SIGTERM)
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_REMEDIES = {
+    errno.ENOSPC: ": make room on that disk, or choose another output",
+    errno.EDQUOT: ": free some of your quota there, or choose another output",
+    errno.EROFS: ": choose an output that can be written to",
+}
 _SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM has arrived; ends a command as Ctrl-C does."""
+    """SIGTERM or SIGHUP has arrived; ends a command as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 @contextmanager
@@ -76,10 +88,10 @@ def failures_explained(*, debug: bool) -> Iterator[None]:
     except typer.Exit:  # is a RuntimeError
         raise
     except KeyboardInterrupt as interrupt:
-        is_terminated = isinstance(interrupt, Terminated)
-        word = "terminated" if is_terminated else "interrupted"
+        number = interrupt.number if isinstance(interrupt, Terminated) else signal.SIGINT
+        word = "interrupted" if number == signal.SIGINT else "terminated"
         complain("; ".join([word, *getattr(interrupt, "__notes__", ())]))
-        raise typer.Exit(128 + (signal.SIGTERM if is_terminated else signal.SIGINT)) from None
+        raise typer.Exit(128 + number) from None
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if debug:
             raise
@@ -102,9 +114,12 @@ def _exit_code(error: Exception) -> int:
 
 def _explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'}: {error.strerror}"
-    if isinstance(error, MemoryError):
-        return "out of memory: lower calibration.num_samples or sequence_length"
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        return f"{error.filename or 'a file'}: {error.strerror}{remedy}"
+    kind = exhausted_memory(error)
+    if kind is not None and type(error).__name__ != "StageMemoryError":  # which says all this itself
+        device = ", or --device cpu" if kind == "GPU memory" else ""
+        return f"out of {kind} ({first_sentence(error)}): give shorter or fewer sequences{device}"
     return str(error) or type(error).__name__
 
 
@@ -115,7 +130,7 @@ def _explain_with_notes(error: BaseException) -> str:
 
 @contextmanager
 def signals_heeded() -> Iterator[None]:
-    """Let SIGTERM end the work as Ctrl-C does, and a second signal end the process at once, while this lasts.
+    """Let SIGTERM and SIGHUP end the work as Ctrl-C does, and a second signal end the process at once.
 
     Python runs a signal's handler between two of its own instructions, and the decomposition of a large
     matrix can be minutes of one. A thread, which is told of a signal at once, therefore waits for the second.
@@ -139,7 +154,7 @@ def signals_heeded() -> Iterator[None]:
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
 
 def _end_at_second(listening: socket.socket, ending: list[signal.Signals]) -> None:

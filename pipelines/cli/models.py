@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,17 +71,28 @@ def _evaluation_table(found: dict[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(title=found["model"], title_justify="left")
-    for column in ("what", "value"):
-        table.add_column(column, justify="right" if column == "value" else "left")
-    for name, value in found["perplexity"].items():
-        table.add_row(f"perplexity, {name}", f"{value:.3f}")
-    for name, value in found["exact_match"].items():
-        asked = f"{found['num_questions'][name]} questions"
-        table.add_row(f"exact match, {name}, {asked}", f"{100 * value:.1f} %")
-    for task, metrics in found["tasks"].items():
-        for metric, value in metrics.items():
-            table.add_row(f"{task}, {metric}", f"{value:.4f}")
+    for column in ("what", "value", "95 % interval", "measured on"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    estimates = found["estimates"]
+    for name, estimate in estimates["perplexity"].items():
+        table.add_row(f"Perplexity, {name}", *_estimate_cells(estimate, 1, 3, ""))
+    for name, estimate in estimates["exact_match"].items():
+        table.add_row(f"Exact match, {name}", *_estimate_cells(estimate, 100, 1, " %"))
+    for task, metrics in estimates["tasks"].items():
+        for metric, estimate in metrics.items():
+            table.add_row(f"{task}, {metric}", *_estimate_cells(estimate, 1, 4, ""))
     return table
+
+
+def _estimate_cells(estimate: dict[str, Any], scale: float, digits: int, unit: str) -> tuple[str, str, str]:
+    """Return value, interval and count of an estimate."""
+    value, low, high = (
+        None if estimate[key] is None or not isfinite(estimate[key]) else scale * estimate[key]
+        for key in ("value", "low", "high")
+    )
+    interval = "" if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}{unit}"
+    told = "not finite" if value is None else f"{value:.{digits}f}{unit}"
+    return told, interval, f"{estimate['count']:,} {estimate['unit']}"
 
 
 def import_llava(

@@ -24,6 +24,21 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:
 Junit = Annotated[
     Path | None, typer.Option("--junit", metavar="FILE", help="Write the gates' verdicts as JUnit XML.")
 ]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Run even if the output is finished, and replace what somebody has changed in it; files that no "
+        "export has written are kept.",
+    ),
+]
+KeepWork = Annotated[
+    bool,
+    typer.Option(
+        "--keep-work",
+        help="Keep the stages' results beside the output, for a next run with another gate or task.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Tell what is done, and what is reused, layer by layer.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +14,7 @@ from ercsvd_deploy.pipelines.cli.options import AsJson, Debug, Junit, LogFile, Q
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.judging.gates import GateResult
+    from ercsvd_deploy.pipelines.sweeping.status import SweepStatus
 
 _MOST_LISTED = 40  # problems that `verify` lists
 Target = Annotated[Path, typer.Argument(help="The directory a recipe writes.", show_default=False)]
@@ -24,12 +25,21 @@ def status(output: Target, as_json: AsJson = False, debug: Debug = False) -> Non
     """Tell whether an output is finished, running or interrupted, and what of it is done."""
     with command(debug=debug):
         from ercsvd_deploy.pipelines.state.status import output_status
+        from ercsvd_deploy.pipelines.sweeping.status import sweep_status
 
+        swept = sweep_status(output)
+        if swept is not None:
+            if as_json:
+                print_json({"output": str(output), "sweep": asdict(swept)})
+            else:
+                result_console().print(_told_of_sweep(output, swept), highlight=False, markup=False)
+            return
         found = output_status(output)
         if as_json:
             print_json(asdict(found))
             return
         absent = "there, but not an export of this tool" if output.exists() else "not there"
+        absent = "results of stages that runs share" if found.is_shared else absent
         word = "running" if found.running else "finished" if found.finished else absent
         lines = [f"{output}: {word}"]
         lines += [
@@ -44,14 +54,34 @@ def status(output: Target, as_json: AsJson = False, debug: Debug = False) -> Non
         result_console().print("\n".join(lines), highlight=False, markup=False)
 
 
+def _told_of_sweep(output: Path, swept: SweepStatus) -> str:
+    """Return what there is of a sweep, for people."""
+    word = "running" if swept.running else "interrupted" if swept.unfinished else "finished"
+    counts = f"{len(swept.finished)} points done, {len(swept.failed)} failed, {len(swept.unfinished)} to do"
+    lines = [f"{output}: a sweep, {word}; {counts}"]
+    lines += [f"  failed: {name}: {why}" for name, why in swept.failed.items()]
+    if swept.picked is not None:
+        lines.append(f"  picked: {swept.picked}")
+    if not swept.running and (swept.unfinished or swept.failed):
+        lines.append("the same command goes on with what is missing; `ercsvd clean` removes what stages left")
+    return "\n".join(lines)
+
+
 def clean(output: Target, debug: Debug = False) -> None:
-    """Remove what an unfinished run left; a finished export stays."""
+    """Remove what an unfinished run left, or what a directory of `--cache` holds; a finished export stays."""
     with command(debug=debug):
         from ercsvd_deploy.pipelines.state.lock import remove_unfinished, work_path
+        from ercsvd_deploy.pipelines.state.shared import remove_shared
+        from ercsvd_deploy.pipelines.sweeping.file import WORK
 
-        was_there = remove_unfinished(output.absolute())
-        said = f"removed {work_path(output)}" if was_there else f"{output}: nothing to remove"
-        result_console().print(said, highlight=False, markup=False)
+        places = (output, output / WORK)  # of a run, and of a sweep
+        removed = [str(work_path(place)) for place in places if remove_unfinished(place.absolute())]
+        stages, in_use = remove_shared(output)
+        removed += [str(output / name) for name in stages]
+        lines = [f"removed {path}" for path in removed] + [f"in use: {output / name}" for name in in_use]
+        result_console().print(
+            "\n".join(lines) or f"{output}: nothing to remove", highlight=False, markup=False
+        )
 
 
 def verify(
@@ -65,9 +95,11 @@ def verify(
     """Compare every tensor and file of an export with the checksums it was written with."""
     with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
         from ercsvd_deploy.format.manifest import verify_export
+        from ercsvd_deploy.pipelines.reporting.check import verify_report
         from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
 
         found = verify_export(directory, unlisted=REPORT_FILES)
+        found = replace(found, problems=(*found.problems, *verify_report(directory)))
         if as_json:
             print_json(asdict(found) | {"directory": str(directory), "sound": not found.problems})
         elif not found.problems:
@@ -101,8 +133,8 @@ def check(
 ) -> None:
     """Judge an export's report by gates, without computing anything again."""
     with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
-        from ercsvd_deploy.pipelines.judging.check import check_export
-        from ercsvd_deploy.pipelines.reporting.document import gate_table
+        from ercsvd_deploy.pipelines.reporting.check import check_export
+        from ercsvd_deploy.pipelines.reporting.terminal import gate_table
 
         results = check_export(directory, recipe)
         if as_json:
@@ -117,7 +149,7 @@ def check(
 def end_with_gates(results: list[GateResult], directory: Path, junit: Path | None) -> None:
     """Write the verdicts where asked, and leave with the exit code of a missed gate if there is one."""
     from ercsvd_deploy.format.atomic_files import write_text_atomically
-    from ercsvd_deploy.pipelines.judging.gates import junit_xml
+    from ercsvd_deploy.pipelines.judging.junit import junit_xml
 
     if junit is not None:
         write_text_atomically(junit, junit_xml(results, str(directory)))
@@ -143,12 +175,15 @@ def report(
     """Make the HTML page of a run from its report, without computing anything again."""
     with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
         from ercsvd_deploy.format.atomic_files import write_text_atomically
+        from ercsvd_deploy.format.manifest import record_reports
+        from ercsvd_deploy.pipelines.reporting.document import load_report
         from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
-        from ercsvd_deploy.pipelines.reporting.schema import load_report
 
         page = make_page(load_report(directory), directory.absolute())
         file = output or directory / PAGE_FILE
         write_text_atomically(file, page)
+        if output is None:
+            record_reports(directory, [PAGE_FILE])
         if as_json:
             print_json({"directory": str(directory), "page": str(file)})
         else:

@@ -1,20 +1,21 @@
-"""Commands that take a recipe, or a sweep over one: `validate`, `plan`, `run`, `sweep`."""
+"""Commands that take a recipe: `validate`, `plan`, `run`; the first two take a sweep, too."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ercsvd_deploy.pipelines.cli.failures import EXIT_FAILED, EXIT_GATE_MISSED, EXIT_USAGE, command
+from ercsvd_deploy.pipelines.cli.failures import EXIT_FAILED, EXIT_USAGE, command
 from ercsvd_deploy.pipelines.cli.messages import complain, print_json, result_console, warn
 from ercsvd_deploy.pipelines.cli.options import (
     AsJson,
     Debug,
     Device,
+    Force,
     Junit,
+    KeepWork,
     LogFile,
     Output,
     Overrides,
@@ -23,11 +24,7 @@ from ercsvd_deploy.pipelines.cli.options import (
     Verbose,
 )
 from ercsvd_deploy.pipelines.cli.outputs import end_with_gates
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from ercsvd_deploy.pipelines.sweeping.points import SweepResult
+from ercsvd_deploy.pipelines.cli.sweeps import looks_like_sweep, plan_sweep, validate_sweep
 
 
 def validate(
@@ -37,6 +34,9 @@ def validate(
     with command(debug=debug):
         from ercsvd_deploy.recipe.load import check_files, load_recipe
 
+        if looks_like_sweep(recipe):
+            validate_sweep(recipe, overrides or (), as_json=as_json)
+            return
         check_files(load_recipe(recipe, overrides or ()))
         if as_json:
             print_json({"recipe": str(recipe), "valid": True})
@@ -53,8 +53,8 @@ def plan(
         str | None,
         typer.Option(
             metavar="gpu=SIZE,...",
-            help="Ask about another machine, e.g. gpu=80GiB,memory=512GiB,disk=1TiB or gpu=none; a key left "
-            "out is not judged.",
+            help="Ask about another machine, e.g. gpu=80GiB,memory=512GiB,disk=1TiB,flops=300T or gpu=none; "
+            "a key left out is not judged.",
         ),
     ] = None,
     strict_machine: Annotated[
@@ -75,6 +75,10 @@ def plan(
         from ercsvd_deploy.pipelines.reporting.plan_tables import render
         from ercsvd_deploy.recipe.load import load_recipe
 
+        if looks_like_sweep(recipe):
+            refused = {"--set": overrides, "--machine": machine, "--strict-machine": strict_machine}
+            plan_sweep(recipe, output, device, refused, as_json=as_json)
+            return
         loaded = load_recipe(recipe, overrides or (), output)
         if machine is None:
             planned = make_plan(loaded, device=find_device(device))
@@ -86,7 +90,7 @@ def plan(
                 complain(str(error))
                 raise typer.Exit(EXIT_USAGE) from error
             planned = make_plan(loaded, device=there, machine=asked)
-        planned = planned.with_kernels()
+        planned = planned.with_kernels().with_peak()
         if as_json:
             print_json(planned.as_json())
         else:
@@ -106,6 +110,14 @@ def run(
     overrides: Overrides = None,
     output: Output = None,
     device: Device = None,
+    force: Force = False,
+    keep_work: KeepWork = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep the stages' results in a directory that runs of several outputs share."
+        ),
+    ] = None,
     junit: Junit = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -118,13 +130,21 @@ def run(
         from ercsvd_deploy.recipe.load import load_recipe
 
         loaded = load_recipe(recipe, overrides or (), output)
-        from ercsvd_deploy.pipelines.flow import run_recipe
+        from ercsvd_deploy.pipelines.flow import RunOptions, run_unless_finished
         from ercsvd_deploy.pipelines.inputs.model import find_device
-        from ercsvd_deploy.pipelines.reporting.document import render
+        from ercsvd_deploy.pipelines.reporting.terminal import gate_table, render
 
-        report, directory = run_recipe(loaded, device=find_device(device), progress=progress)
+        options = RunOptions(is_forced=force, keeps_work=keep_work, cache=cache and cache.absolute())
+        outcome = run_unless_finished(loaded, device=find_device(device), progress=progress, options=options)
+        report, directory = outcome.report, outcome.directory
         if as_json:
-            print_json(report.as_json() | {"directory": str(directory)})
+            told = {"directory": str(directory), "nothing_to_do": outcome.was_finished}
+            print_json(report.as_json() | told)
+        elif outcome.was_finished:
+            console = result_console()
+            if report.gates:
+                console.print(gate_table(report.gates))
+            console.print(f"{directory} is finished and unchanged: nothing to do", highlight=False)
         else:
             console = result_console()
             console.print(render(report))
@@ -132,65 +152,3 @@ def run(
                 f"\nWritten to {directory}. Serve it with:  vllm serve {directory}", highlight=False
             )
         end_with_gates(report.gates, directory, junit)
-
-
-def sweep(
-    file: Annotated[Path, typer.Argument(help="The sweep, a YAML file.", show_default=False)],
-    output: Output = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Points at a time; default what cores and memory allow.")
-    ] = None,
-    export: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Export the picked model to this directory.")
-    ] = None,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    log_file: LogFile = None,
-    debug: Debug = False,
-) -> None:
-    """Run every point of a grid, share what they have in common, and pick the best."""
-    with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file) as progress:
-        from ercsvd_deploy.pipelines.sweeping.file import load_sweep
-
-        loaded = load_sweep(file)
-        from ercsvd_deploy.pipelines.sweeping.plot import draw_sweep, missing_texts
-        from ercsvd_deploy.pipelines.sweeping.points import SweepError, export_point, run_sweep
-
-        directory = output or loaded.output
-        if directory is None:
-            raise SweepError("the sweep has no output: give one, or --output DIRECTORY")
-        found = run_sweep(loaded, directory, jobs=jobs, progress=progress)
-        drawn = [] if missing_texts(found.points) else draw_sweep(found, directory)
-        if as_json:
-            print_json(asdict(found))
-        else:
-            console = result_console()
-            console.print(_sweep_table(found))
-            console.print(f"picked: {found.picked or 'none'}, {found.why}", highlight=False)
-            console.print("\n".join(f"written: {path}" for path in drawn), highlight=False)
-        for name, why in found.failures.items():
-            complain(f"point ({name}): {why}")
-        if found.picked is not None and export is not None:
-            settings = found.point(found.picked).recipe
-            assert settings is not None, "the original is never picked"
-            export_point(settings, export, progress)
-            if not as_json:
-                result_console().print(f"exported to {export}", highlight=False)
-        if found.picked is None and loaded.pick is not None:
-            complain(found.why)
-            raise typer.Exit(EXIT_GATE_MISSED)
-
-
-def _sweep_table(found: SweepResult) -> Table:
-    from rich.table import Table
-
-    from ercsvd_deploy.pipelines.sweeping.plot import sweep_rows
-
-    columns, rows = sweep_rows(found)
-    table = Table(title=f"{len(found.points)} models, the smallest first", title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("point", "gates", "front of") else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table

@@ -54,8 +54,9 @@ def load_run_data(recipe: Recipe, opened: OpenedModel) -> RunData:
         assert reads_images(opened.config), "refused when the recipe was checked against the config"
         processor = load_processor(directory, trust_remote_code=trusted)
         check_processor(processor, opened.config)
-    texts = evaluation_windows(recipe, tokenizer, vocab_size)
+    texts, text_notes = evaluation_windows(recipe, tokenizer, vocab_size)
     asked, notes = ask_questions(recipe.evaluation.visual_questions, processor, opened.config)
+    notes += text_notes
     prompts: list[PicturePrompt] = []
     if for_parity:
         prompts = draw_prompts(
@@ -76,7 +77,8 @@ def load_run_data(recipe: Recipe, opened: OpenedModel) -> RunData:
         num_pictures = round(recipe.picture_share * recipe.calibration.num_samples)
         num_texts = recipe.calibration.num_samples - num_pictures
         if num_texts:
-            windows = calibration_windows(recipe.calibration, tokenizer, vocab_size, num_texts)
+            windows, window_notes = calibration_windows(recipe.calibration, tokenizer, vocab_size, num_texts)
+            notes += window_notes
             samples += text_samples(windows)
         if num_pictures and recipe.vision is not None:
             drawn, left_out = draw_pictures(

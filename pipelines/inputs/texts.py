@@ -2,40 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ercsvd_deploy.data.documents import Documents, read_documents
+from ercsvd_deploy.data.rows import Row, hub_rows, jsonl_rows, parquet_rows, read_text, saved_rows
 from ercsvd_deploy.data.texts import (
     CalibrationError,
     Tokenizer,
     character_limit,
+    conversation_windows,
     read_built_in_prose,
-    read_hub_dataset,
-    read_jsonl,
-    read_text,
+    render_conversation,
     sample_windows,
     token_windows,
 )
-from ercsvd_deploy.recipe.sections import Calibration, HubDataset, JsonLines, Recipe, TextDataset, TextFile
+from ercsvd_deploy.recipe.sections import (
+    Calibration,
+    JsonLines,
+    ParquetFile,
+    Recipe,
+    SavedDataset,
+    TextDataset,
+    TextFile,
+)
 
 
-def read_dataset(dataset: TextDataset, max_characters: int | None = None) -> str:
-    """Return the text of a dataset section."""
+@dataclass(frozen=True)
+class Windows:
+    """What a dataset gives.
+
+    Attributes:
+        tokens: Token ids [windows, tokens].
+        are_conversations: Whether each begins with a conversation.
+        notes: What was left out.
+    """
+
+    tokens: torch.Tensor
+    are_conversations: bool
+    notes: tuple[str, ...]
+
+
+def read_windows(
+    dataset: TextDataset,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    vocab_size: int,
+    *,
+    max_characters: int | None = None,
+    each_begins: bool = False,
+) -> Windows:
+    """Read a dataset and cut it into windows.
+
+    Args:
+        dataset: The recipe's section.
+        tokenizer: The model's.
+        sequence_length: Tokens of a window.
+        vocab_size: The model's.
+        max_characters: How much of the dataset is enough; None: all of it.
+        each_begins: Begin every window of plain text as the tokenizer begins a text.
+
+    Raises:
+        CalibrationError: it cannot be read or is too short; the message names the place.
+    """
     if isinstance(dataset, TextFile):
-        return read_text(dataset.text, max_characters)
+        documents = Documents([read_text(dataset.text, max_characters)])
+    else:
+
+        def render(messages: list[dict[str, Any]]) -> str:
+            return render_conversation(messages, tokenizer)
+
+        documents = read_documents(_rows(dataset), dataset.field, render, max_characters)
+    notes: tuple[str, ...] = ()
+    if documents.num_empty:
+        notes = (f"{documents.num_empty} of {documents.num_rows} rows are empty and were left out",)
+    if documents.are_conversations:
+        tokens = conversation_windows(documents.texts, tokenizer, sequence_length, vocab_size)
+    else:
+        text = "\n\n".join(documents.texts)
+        tokens = token_windows(text, tokenizer, sequence_length, vocab_size, each_begins=each_begins)
+    return Windows(tokens, documents.are_conversations, notes)
+
+
+def _rows(dataset: TextDataset) -> Iterator[Row]:
     if isinstance(dataset, JsonLines):
-        return read_jsonl(dataset.jsonl, dataset.field, max_characters)
-    assert isinstance(dataset, HubDataset)
-    return read_hub_dataset(
-        dataset.hub,
-        config=dataset.config,
-        split=dataset.split,
-        field=dataset.field,
-        revision=dataset.revision,
-        max_characters=max_characters,
-    )
+        return jsonl_rows(dataset.jsonl)
+    if isinstance(dataset, ParquetFile):
+        return parquet_rows(dataset.parquet)
+    if isinstance(dataset, SavedDataset):
+        return saved_rows(dataset.saved, dataset.split)
+    assert not isinstance(dataset, TextFile)
+    return hub_rows(dataset.hub, config=dataset.config, split=dataset.split, revision=dataset.revision)
 
 
 def check_length(sequence_length: int, config: Any, field: str) -> None:
@@ -51,34 +111,93 @@ def check_length(sequence_length: int, config: Any, field: str) -> None:
 
 def calibration_windows(
     calibration: Calibration, tokenizer: Tokenizer, vocab_size: int, num_samples: int | None = None
-) -> torch.Tensor:
-    """Return calibration sequences of text [num_samples, sequence_length]; as many as asked for by default.
+) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Return calibration sequences of text, drawn by a seed, and what people should know of them.
+
+    Args:
+        calibration: The recipe's section, which names at least one dataset.
+        tokenizer: The model's.
+        vocab_size: The model's.
+        num_samples: How many sequences; default as many as the section asks for.
+
+    Returns:
+        Token ids [num_samples, sequence_length], and notes.
 
     Raises:
-        CalibrationError: the text cannot be read or is too short.
+        CalibrationError: a text cannot be read or is too short; the message names its field.
     """
-    assert calibration.dataset is not None, "the schema asks for a dataset where text is to be drawn"
-    num_samples = calibration.num_samples if num_samples is None else num_samples
-    text = read_dataset(calibration.dataset, character_limit(num_samples * calibration.sequence_length))
-    windows = token_windows(text, tokenizer, calibration.sequence_length, vocab_size)
-    return sample_windows(windows, num_samples, calibration.seed)
+    sources = calibration.sources
+    assert sources, "the schema asks for a dataset where text is to be drawn"
+    total = calibration.num_samples if num_samples is None else num_samples
+    counts = shared_out(total, [1.0 if each.share is None else each.share for each in sources])
+    drawn, notes, has_conversations = [], [], False
+    for number, (dataset, count) in enumerate(zip(sources, counts, strict=True)):
+        field = "calibration.dataset" if calibration.dataset else f"calibration.datasets.{number}"
+        if not count:
+            continue
+        try:
+            windows = read_windows(
+                dataset,
+                tokenizer,
+                calibration.sequence_length,
+                vocab_size,
+                max_characters=character_limit(count * calibration.sequence_length),
+                each_begins=True,
+            )
+            drawn.append(sample_windows(windows.tokens, count, calibration.seed))
+        except CalibrationError as error:
+            raise CalibrationError(f"{field}: {error}") from error
+        notes += [f"{field}: {note}" for note in windows.notes]
+        has_conversations |= windows.are_conversations
+    if tokenizer.chat_template and not has_conversations:
+        notes.append(
+            "the model has a chat template, but calibration reads plain text only: rows of `messages` would "
+            "be rendered by the template, as the model meets them in use"
+        )
+    if len(drawn) == 1:
+        return drawn[0], tuple(notes)
+    # Evenly mixed: the first ones, which a search uses, and the last, which are held out, are of every kind.
+    places = [(number + 0.5) / len(part) for part in drawn for number in range(len(part))]
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    return torch.cat(drawn)[order], tuple(notes)
 
 
-def evaluation_windows(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) -> Mapping[str, torch.Tensor]:
+def shared_out(total: int, shares: list[float]) -> list[int]:
+    """Return whole numbers that add up to `total`, as near to the shares as can be."""
+    exact = [total * share / sum(shares) for share in shares]
+    counts = [int(each) for each in exact]
+    by_rest = sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])
+    for index in by_rest[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def evaluation_windows(
+    recipe: Recipe, tokenizer: Tokenizer, vocab_size: int
+) -> tuple[Mapping[str, torch.Tensor], tuple[str, ...]]:
     """Return text name -> windows [n, tokens] of every held-out text, the package's own if gates want it.
+
+    Returns:
+        The windows, and notes of what was left out.
 
     Raises:
         CalibrationError: a text cannot be read or is too short; the message names it.
     """
     length, most = recipe.evaluation_sequence_length, recipe.evaluation.max_sequences
-    windows = {}
+    windows, notes = {}, []
     for name in recipe.judged_texts:
         assert length is not None, "the schema asks for a length where there are texts"
         dataset = recipe.evaluation.perplexity.get(name)
         limit = None if most is None else character_limit(length * most)
         try:
-            text = read_built_in_prose(limit) if dataset is None else read_dataset(dataset, limit)
-            windows[name] = token_windows(text, tokenizer, length, vocab_size)[:most]
+            if dataset is None:
+                windows[name] = token_windows(read_built_in_prose(limit), tokenizer, length, vocab_size)[
+                    :most
+                ]
+                continue
+            read = read_windows(dataset, tokenizer, length, vocab_size, max_characters=limit)
         except CalibrationError as error:
             raise CalibrationError(f"evaluation.perplexity.{name}: {error}") from error
-    return windows
+        windows[name] = read.tokens[:most]
+        notes += [f"evaluation.perplexity.{name}: {note}" for note in read.notes]
+    return windows, tuple(notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,24 @@ import torch
 
 from ercsvd_deploy.data.chat import check_processor
 from ercsvd_deploy.data.pictures import load_processor
+from ercsvd_deploy.data.rows import read_text
 from ercsvd_deploy.data.samples import QuestionSample
-from ercsvd_deploy.data.texts import CalibrationError, load_tokenizer, read_text, token_windows
+from ercsvd_deploy.data.texts import CalibrationError, load_tokenizer, token_windows
 from ercsvd_deploy.evaluation.quality import Quality, measure_quality
 from ercsvd_deploy.models.families import reads_images
-from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.inputs.pictures import ask_questions
 from ercsvd_deploy.pipelines.inputs.texts import check_length
+from ercsvd_deploy.pipelines.judging.differences import quality_estimates, values_of
+from ercsvd_deploy.pipelines.judging.tasks import (
+    EvaluationError,
+    TaskResults,
+    TaskSettings,
+    check_tasks,
+    run_tasks,
+)
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
 from ercsvd_deploy.recipe.sections import ConversationFile, ModelSource, VisualQuestions
-
-
-class EvaluationError(ValueError):
-    """An evaluation cannot be carried out as asked."""
 
 
 def evaluate_model(
@@ -39,6 +44,8 @@ def evaluate_model(
     progress: ProgressReporter = silent,
 ) -> dict[str, Any]:
     """Return "model", "perplexity" of each text, "exact_match" of each set, metrics of each of "tasks".
+
+    "estimates" has all three with their 95 % intervals and counts.
 
     Args:
         model: Directory of an original or compressed model, or a hub id.
@@ -69,13 +76,19 @@ def evaluate_model(
         streamed = stream(opened, device)
         with progress("quality", streamed.num_layers) as on_layer:
             quality = measure_quality(streamed, windows, asked, on_layer)
+    settings = TaskSettings(tasks, limit=limit)
+    if tasks:
+        check_tasks(settings)
+    results = run_tasks(opened.directory, settings, device) if tasks else TaskResults()
+    estimates = quality_estimates(quality, results.metrics)
     return {
         "model": model,
         "perplexity": {name: found.value for name, found in quality.perplexity.items()},
         "exact_match": {name: found.value for name, found in quality.exact_match.items()},
         "num_questions": {name: found.num_questions for name, found in quality.exact_match.items()},
-        "notes": notes,
-        "tasks": run_lm_eval(opened.directory, tasks, limit=limit, device=device) if tasks else {},
+        "notes": [*notes, *results.problems],
+        "tasks": values_of(results.metrics),
+        "estimates": asdict(estimates),
     }
 
 
@@ -134,66 +147,3 @@ def _named(arguments: Sequence[str], option: str) -> dict[str, Path]:
         if not path.is_file():
             raise EvaluationError(f"{option}: {str(path)!r} is not a file")
     return paths
-
-
-def check_tasks(tasks: Sequence[str]) -> Any:
-    """Return lm-eval's task manager, after checking that it knows all tasks.
-
-    Raises:
-        EvaluationError: lm-eval is not installed or knows no such task.
-    """
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise EvaluationError(
-            "lm-eval tasks need the eval extra: pip install 'ercsvd-deploy[eval]'"
-        ) from None
-    manager = TaskManager()
-    unknown = sorted(set(tasks) - set(manager.all_tasks))
-    if unknown:
-        raise EvaluationError(f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them")
-    return manager
-
-
-def open_for_lm_eval(directory: Path, device: torch.device, batch_size: int = 8) -> Any:
-    """Return lm-eval's wrapper of a model, compressed or not: the multimodal one if it reads images."""
-    from lm_eval.models.hf_vlms import HFMultimodalLM
-    from lm_eval.models.huggingface import HFLM
-
-    import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
-
-    model_class = HFMultimodalLM if reads_images(load_config(str(directory))) else HFLM
-    return model_class(pretrained=str(directory), device=str(device), batch_size=batch_size)
-
-
-def run_lm_eval(
-    directory: Path,
-    tasks: Sequence[str],
-    *,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    device: torch.device,
-) -> dict[str, dict[str, float]]:
-    """Return task -> metric -> value, measured by lm-eval on the model loaded with transformers.
-
-    Raises:
-        EvaluationError: lm-eval is not installed or knows no such task.
-    """
-    manager = check_tasks(tasks)
-    import lm_eval
-
-    model = open_for_lm_eval(directory, device, batch_size)
-    results = lm_eval.simple_evaluate(
-        model=model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager
-    )["results"]
-    return {
-        task: {
-            metric.removesuffix(",none"): float(value)
-            for metric, value in metrics.items()
-            if isinstance(value, float)
-            and not metric.startswith(("alias", "sample"))
-            and "stderr" not in metric
-        }
-        for task, metrics in results.items()
-    }

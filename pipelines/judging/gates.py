@@ -1,32 +1,80 @@
-"""Judge a report by a recipe's gates. It reads the report's JSON alone, so that `check` can do it again."""
+"""Judge what was measured by a recipe's gates: in a run that has just ended, or from its report.
+
+A gate is passed or missed where the measurement's whole 95 % interval lies on one side of the limit, and
+undecided where the limit is within it. Whether a run counts as failed follows from the measured value in
+either case (docs/decisions/0016).
+"""
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Literal, Protocol
 
-from junitparser import Failure, JUnitXml, TestCase, TestSuite
+from pydantic import Field
 
+from ercsvd_deploy.evaluation.comparison import OutputChange
 from ercsvd_deploy.exporters.vllm.engines.failure import one_line
+from ercsvd_deploy.format.described import Count
+from ercsvd_deploy.pipelines.judging.figures import Differences, ModelFigures
+from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
+from ercsvd_deploy.pipelines.judging.tasks import find_metric
+from ercsvd_deploy.pipelines.judging.uncertainty import LEVEL, Estimate, deciding_count
 from ercsvd_deploy.recipe.fields import parse_size
 from ercsvd_deploy.recipe.gates import Gates
 
-_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_TASK_METRICS = ("acc_norm", "acc", "exact_match")  # what `task_drop` judges, the first that a task has
+Verdict = Literal["passed", "missed", "undecided"]
 
 
 @dataclass(frozen=True)
 class GateResult:
     """One gate for one text, set of questions or task."""
 
-    gate: str
-    subject: str | None  # None: the whole model
-    limit: float
-    value: float | None  # None: not measured, or not finite
-    passed: bool
-    reason: str | None = None  # why nothing was measured, where that is known
+    gate: Annotated[str, Field(description="The gate's key in the recipe.")]
+    subject: Annotated[
+        str | None, Field(description="The text, set of questions or task; null: the whole model.")
+    ]
+    limit: Annotated[float, Field(description="The largest value allowed.")]
+    value: Annotated[
+        float | None, Field(description="What was measured; null if nothing was, or nothing finite.")
+    ]
+    passed: Annotated[
+        bool, Field(description="Whether the value is within the limit; the exit code follows this.")
+    ]
+    reason: Annotated[
+        str | None,
+        Field(description="Why nothing was measured, on one line, where that is known."),
+    ] = None
+    low: Annotated[
+        float | None, Field(description="Lower end of the value's 95 % interval; null: it has none.")
+    ] = None
+    high: Annotated[float | None, Field(description="Upper end.")] = None
+    count: Annotated[
+        Count | None, Field(description="Items it was measured on; null where none are counted.")
+    ] = None
+    unit: Annotated[
+        str | None, Field(description="What the items are: `windows`, `questions` or `documents`.")
+    ] = None
+    deciding_count: Annotated[
+        Count | None,
+        Field(description="About how many items would decide an undecided gate, were the value to stay."),
+    ] = None
+
+    verdict: Annotated[
+        Verdict,
+        Field(description="`undecided` where the limit lies within the interval, else as `passed` says."),
+    ] = None  # type: ignore[assignment] # what follows from the others is filled in, for older reports too
+
+    def __post_init__(self) -> None:
+        """Say what follows from value, interval and limit."""
+        if self.verdict is None:
+            object.__setattr__(self, "verdict", self._verdict())  # type: ignore[unreachable]
+
+    def _verdict(self) -> Verdict:
+        if self.low is not None and self.high is not None and self.low <= self.limit < self.high:
+            return "undecided"
+        return "passed" if self.passed else "missed"
 
     @property
     def name(self) -> str:
@@ -39,122 +87,157 @@ class GateResult:
             why = f" ({self.reason})" if self.reason else ", or not finite"
             return f"{self.name}: not measured{why}; the limit is {self.limit:g}"
         sign = "<=" if self.passed else ">"
-        return f"{self.name}: {self.value:.4g} {sign} {self.limit:.4g}"
+        said = f"{self.name}: {self.value:.4g} {sign} {self.limit:.4g}"
+        if self.low is not None and self.high is not None:
+            said += f" ({LEVEL:.0%} interval {self.low:.4g} to {self.high:.4g} over {self.count} {self.unit})"
+        return said if self.verdict != "undecided" else f"{said}, undecided{self.remedy}"
+
+    @property
+    def remedy(self) -> str:
+        """What would decide an undecided gate, to be put behind that word."""
+        if self.deciding_count is None:
+            return ""
+        return f"; about {self.deciding_count:,} {self.unit} would decide"
 
 
-def judge_gates(gates: Gates, report: Mapping[str, Any]) -> list[GateResult]:
-    """Compare what was measured with every limit; a missing measurement fails.
+class Measurements(Protocol):
+    """What gates read: a report, or what a point of a sweep has of one."""
 
-    Args:
-        gates: The limits.
-        report: A report as plain JSON values.
-    """
-    original, compressed = report.get("original") or {}, report.get("compressed") or {}
-    change = report.get("change") or {}
+    @property
+    def original(self) -> ModelFigures:
+        """The model before."""
+        ...
+
+    @property
+    def compressed(self) -> ModelFigures:
+        """The model now."""
+        ...
+
+    @property
+    def change(self) -> OutputChange:
+        """How far the outputs moved."""
+        ...
+
+    @property
+    def differences(self) -> Differences:
+        """The same as paired differences, with intervals."""
+        ...
+
+    @property
+    def serving(self) -> ServingParity | None:
+        """The export in vLLM."""
+        ...
+
+
+def judge_gates(gates: Gates, measured: Measurements) -> list[GateResult]:
+    """Compare what was measured with every limit; a missing measurement fails."""
+    original, compressed, paired = measured.original, measured.compressed, measured.differences
     results = []
 
     def judge(
-        gate: str, limit: float | Mapping[str, float], subjects: Iterable[str], value_of: _ValueOf
+        gate: str,
+        limit: float | Mapping[str, float] | None,
+        subjects: Iterable[str],
+        estimate_of: Callable[[str], Estimate | None],
     ) -> None:
+        if limit is None:
+            return
         limits = limit if isinstance(limit, Mapping) else dict.fromkeys(subjects, limit)
         if not limits:
             assert not isinstance(limit, Mapping), "the schema refuses an empty mapping"
             results.append(_result(gate, None, limit, None))
-        results.extend(_result(gate, subject, most, value_of(subject)) for subject, most in limits.items())
+        results.extend(_result(gate, subject, most, estimate_of(subject)) for subject, most in limits.items())
 
-    perplexity = compressed.get("perplexity") or {}
-    if gates.perplexity_increase is not None:
-        judge(
-            "perplexity_increase",
-            gates.perplexity_increase,
-            perplexity,
-            lambda text: _increase((original.get("perplexity") or {}).get(text), perplexity.get(text)),
-        )
-    for gate, limit in (
-        ("logprob_kl", gates.logprob_kl),
-        ("final_layer_error", gates.final_layer_error),
-    ):
-        if limit is not None:
-            found = change.get(gate) or {}
-            judge(gate, limit, perplexity, found.get)
-    if gates.exact_match_drop is not None:
-        before, after = original.get("exact_match") or {}, compressed.get("exact_match") or {}
-        judge(
-            "exact_match_drop",
-            gates.exact_match_drop,
-            after,
-            lambda name: _drop(before.get(name), after.get(name)),
-        )
-    if gates.task_drop is not None:
-        tasks_before, tasks_after = original.get("tasks") or {}, compressed.get("tasks") or {}
-        judge(
-            "task_drop",
-            gates.task_drop,
-            tasks_after,
-            lambda name: _drop(_accuracy(tasks_before, name), _accuracy(tasks_after, name)),
-        )
-    size = compressed.get("num_bytes")
+    judge(
+        "perplexity_increase",
+        gates.perplexity_increase,
+        compressed.perplexity,
+        lambda text: (
+            paired.perplexity_increase.get(text)
+            or _increase(original.perplexity.get(text), compressed.perplexity.get(text))
+        ),
+    )
+    judge(
+        "logprob_kl",
+        gates.logprob_kl,
+        compressed.perplexity,
+        lambda text: paired.logprob_kl.get(text) or _alone(measured.change.logprob_kl.get(text)),
+    )
+    judge(
+        "final_layer_error",
+        gates.final_layer_error,
+        compressed.perplexity,
+        lambda text: _alone(measured.change.final_layer_error.get(text)),
+    )
+    judge(
+        "exact_match_drop",
+        gates.exact_match_drop,
+        compressed.exact_match,
+        lambda name: (
+            paired.exact_match_drop.get(name)
+            or _drop(original.exact_match.get(name), compressed.exact_match.get(name))
+        ),
+    )
+    judge("task_drop", gates.task_drop, compressed.tasks, lambda name: _task_drop(measured, name))
     if gates.max_size is not None:
-        results.append(_result("max_size", None, parse_size(gates.max_size), size))
+        results.append(_result("max_size", None, parse_size(gates.max_size), _alone(compressed.num_bytes)))
     if gates.max_size_ratio is not None:
-        whole = original.get("num_bytes")
-        ratio = size / whole if size is not None and whole else None
-        results.append(_result("max_size_ratio", None, gates.max_size_ratio, ratio))
+        ratio = compressed.num_bytes / original.num_bytes if original.num_bytes else None
+        results.append(_result("max_size_ratio", None, gates.max_size_ratio, _alone(ratio)))
     if gates.serving_parity is not None:
-        serving = report.get("serving") or {}
-        value = serving.get("mean_difference")
-        result = _result("serving_parity", None, gates.serving_parity.mean_difference, value)
-        results.append(result if value is not None else replace(result, reason=_why_not_served(serving)))
+        value = None if measured.serving is None else measured.serving.mean_difference
+        result = _result("serving_parity", None, gates.serving_parity.mean_difference, _alone(value))
+        known = measured.serving if result.value is None else None
+        results.append(result if known is None else replace(result, reason=_why_not_served(known)))
     return results
 
 
-def junit_xml(results: Iterable[GateResult], title: str) -> str:
-    """Return verdicts as JUnit XML, one test case for each gate and subject."""
-    suite = TestSuite(_printable(title))
-    for result in results:
-        case = TestCase(_printable(result.subject or "model"), classname=f"gates.{result.gate}")
-        if not result.passed:
-            case.result = [Failure(_printable(result.explain()), "GateMissed")]
-        suite.add_testcase(case)
-    document = JUnitXml("ercsvd gates")
-    document.add_testsuite(suite)
-    text: bytes = document.tostring()  # type: ignore[no-untyped-call]
-    return text.decode("utf-8")
+def _result(gate: str, subject: str | None, limit: float, found: Estimate | None) -> GateResult:
+    if found is None or not math.isfinite(found.value):
+        return GateResult(gate, subject, limit, None, passed=False)
+    return GateResult(
+        gate,
+        subject,
+        limit,
+        found.value,
+        passed=found.value <= limit,
+        low=found.low if found.has_interval else None,
+        high=found.high if found.has_interval else None,
+        count=found.count or None,
+        unit=found.unit or None,
+        deciding_count=deciding_count(found, limit),
+    )
 
 
-def _printable(text: str) -> str:
-    """Return a text without the characters that XML cannot hold."""
-    return _NOT_IN_XML.sub("\ufffd", text)
-
-
-_ValueOf = Callable[[str], float | None]
-
-
-def _result(gate: str, subject: str | None, limit: float, value: float | None) -> GateResult:
-    return GateResult(gate, subject, limit, value, value is not None and value <= limit)
-
-
-def _why_not_served(serving: Mapping[str, Any]) -> str | None:
-    """Return on one line why serving parity was not measured; None if the report does not say."""
-    failures = serving.get("failures") or ()
-    if failures:
-        first = failures[0]
-        where = f"vLLM failed at tensor-parallel size {first['tensor_parallel_size']}"
-        return f"{where}: {one_line(first['process'], first['exception'])}"
-    reasons = serving.get("not_measured") or {}
+def _why_not_served(serving: ServingParity) -> str | None:
+    """Return on one line why serving parity was not measured; None if that is not known."""
+    if serving.failures:
+        first = serving.failures[0]
+        where = f"vLLM failed at tensor-parallel size {first.tensor_parallel_size}"
+        return f"{where}: {one_line(first.process, first.exception)}"
+    reasons = serving.not_measured
     return "; ".join(f"tensor-parallel size {size}: {reason}" for size, reason in reasons.items()) or None
 
 
-def _increase(before: float | None, after: float | None) -> float | None:
-    return after / before - 1 if before and after is not None else None
+def _alone(value: float | None) -> Estimate | None:
+    """Return a value without an interval: it is exact, or of a report that has none."""
+    return None if value is None else Estimate(value, math.nan, math.nan, 0, "")
 
 
-def _drop(before: float | None, after: float | None) -> float | None:
-    return before - after if before is not None and after is not None else None
+def _increase(before: float | None, after: float | None) -> Estimate | None:
+    return _alone(after / before - 1 if before and after is not None else None)
 
 
-def _accuracy(tasks: Mapping[str, Mapping[str, float]], name: str) -> float | None:
-    """Return a task's accuracy; `TASK/METRIC` names the metric."""
-    task, _, metric = name.partition("/")
-    metrics = tasks.get(task) or {}
-    return next((metrics[each] for each in ([metric] if metric else _TASK_METRICS) if each in metrics), None)
+def _drop(before: float | None, after: float | None) -> Estimate | None:
+    return _alone(before - after if before is not None and after is not None else None)
+
+
+def _task_drop(measured: Measurements, name: str) -> Estimate | None:
+    """Return what a task has lost; `TASK/METRIC` names the metric."""
+    task, _, wanted = name.partition("/")
+    before, after = measured.original.tasks.get(task, {}), measured.compressed.tasks.get(task, {})
+    metric = find_metric(after, wanted)
+    if metric is None:
+        return None
+    paired = measured.differences.task_drop.get(task, {}).get(metric)
+    return paired or _drop(before.get(metric), after.get(metric))

@@ -6,7 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field
+
+from ercsvd_deploy.format.described import Count
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.families import (
     LANGUAGE_PART,
@@ -19,13 +23,16 @@ LEFT_ALONE = "left alone"
 
 @dataclass(frozen=True)
 class Component:
-    """One part of a model after compression."""
+    """What became of the language model, the vision tower or the projector."""
 
-    name: str
-    original_parameters: int
-    parameters: int
-    num_bytes: int
-    treatment: str  # LEFT_ALONE, or how many of its Linears are stored how
+    name: Annotated[str, Field(description="Which of them.")]
+    original_parameters: Annotated[Count, Field(description="Its parameters before.")]
+    parameters: Annotated[Count, Field(description="Its parameters now.")]
+    num_bytes: Annotated[Count, Field(description="Its bytes now.")]
+    treatment: Annotated[
+        str,
+        Field(description=f"`{LEFT_ALONE}`, or how many of its Linears are stored in which way."),
+    ]
 
 
 def describe_components(

@@ -5,7 +5,7 @@ Estimates are of one machine and one device; `plan` carries them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from ercsvd_deploy.exporters.vllm.target import ExportError, check_target
-from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.pipelines.planning.machine import Machine, look_around
-from ercsvd_deploy.pipelines.planning.resources import StageResources, stage_resources
+from ercsvd_deploy.pipelines.planning.needs import PlannedStage, StageNeeds, add_up_needs
 from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.lock import work_path
 
 if TYPE_CHECKING:  # a plan holds an estimate; only its type is needed here
     from ercsvd_deploy.pipelines.planning.plan import Plan
 
-_CERTAINLY = 0.85  # of an estimate: measured ones are within 15 %
+_CERTAINLY = 0.75  # of an estimate: measured ones are within 25 %
 
 
 class TooLittleDiskError(ValueError):
@@ -40,6 +39,8 @@ class Estimate:
         peak_device_bytes: Highest GPU memory; 0 without one.
         scratch_bytes: Highest size of the work directory beside the output, unfinished export included.
         least_scratch_bytes: The same if the search takes the candidate with the smallest files.
+        flops: Floating-point operations of all stages, at least.
+        least_seconds: What these take at the machine's peak: a lower bound; None where no peak is known.
         final_bytes: Of the finished export's tensors, of the largest candidate.
         machine: What there is: here, or on the machine asked about.
         problems: Why the run cannot work on any machine, one line each.
@@ -48,12 +49,14 @@ class Estimate:
     """
 
     device: str
-    stages: tuple[StageResources, ...]
+    stages: tuple[StageNeeds, ...]
     peak_host_bytes: int
     peak_device_bytes: int
     scratch_bytes: int
     least_scratch_bytes: int
     final_bytes: int
+    flops: float
+    least_seconds: float | None
     machine: Machine
     problems: tuple[str, ...]
     shortages: tuple[str, ...]
@@ -62,7 +65,7 @@ class Estimate:
 
 def estimate(
     work: Workload,
-    described: Sequence[Mapping[str, Storage]],
+    planned: Sequence[PlannedStage],
     final_bytes: Sequence[int],
     device: torch.device,
     machine: Machine | None = None,
@@ -71,17 +74,17 @@ def estimate(
 
     Args:
         work: What there is to compute.
-        described: For every candidate, the final description of every altered Linear.
+        planned: The stages.
         final_bytes: Bytes of every candidate's export.
         device: Where layers run.
         machine: The machine asked about; None for this one.
     """
     largest = max(final_bytes)
     on_gpu = device.type == "cuda"
-    stages = stage_resources(work, described, largest, on_gpu=on_gpu)
+    stages = add_up_needs(planned, work, on_gpu=on_gpu)
     of_candidates = [
-        stage_resources(work, [modules], num_bytes, on_gpu=on_gpu)
-        for modules, num_bytes in zip(described, final_bytes, strict=True)
+        add_up_needs([each.only(index) for each in planned], work, on_gpu=on_gpu)
+        for index in range(len(final_bytes))
     ]
     target = work.recipe.export.path
     target = None if target is None else target.absolute()
@@ -94,19 +97,27 @@ def estimate(
         scratch_bytes=max(stage.scratch_bytes for stage in stages),
         least_scratch_bytes=min(max(each.scratch_bytes for each in one) for one in of_candidates),
         final_bytes=largest,
+        flops=sum(stage.flops for stage in stages),
+        least_seconds=None,
         machine=machine,
         problems=tuple(_target_problems(work, target)),
         shortages=(),
         assumptions=work.assumptions,
     )
-    return replace(found, shortages=tuple(_shortages(found, target)))
+    return on_machine(replace(found, shortages=tuple(_shortages(found, target))), machine)
+
+
+def on_machine(needs: Estimate, machine: Machine) -> Estimate:
+    """Return an estimate with the time that a machine's peak allows, if the machine has one."""
+    seconds = needs.flops / machine.flops if machine.flops else None
+    return replace(needs, machine=machine, least_seconds=seconds)
 
 
 def check_resources(plan: Plan) -> list[str]:
     """Return a warning for every resource that this machine seems to lack for a planned run.
 
     Raises:
-        TooLittleDiskError: the disk surely does not suffice: not even for 85 % of what is to be written.
+        TooLittleDiskError: the disk surely does not suffice: not even for 75 % of what is to be written.
     """
     needs = plan.estimate
     free = needs.machine.disk_bytes
@@ -133,16 +144,16 @@ def _target_problems(work: Workload, target: Path | None) -> list[str]:
 def _shortages(needs: Estimate, target: Path | None) -> Iterable[str]:
     machine = needs.machine
     if machine.memory_bytes is not None and needs.peak_host_bytes > machine.memory_bytes:
-        stage = max(needs.stages, key=lambda each: each.host_bytes).stage
+        stage = max(needs.stages, key=lambda each: each.host_bytes)
         yield (
-            f"{stage} needs about {_size(needs.peak_host_bytes)} of memory, "
-            f"{_size(machine.memory_bytes)} are available: {_remedy(stage)}"
+            f"{stage.stage} needs about {_size(needs.peak_host_bytes)} of memory, "
+            f"{_size(machine.memory_bytes)} are available: {stage.memory_remedy}"
         )
     if machine.gpu_bytes and needs.peak_device_bytes > machine.gpu_bytes:
-        stage = max(needs.stages, key=lambda each: each.device_bytes).stage
+        stage = max(needs.stages, key=lambda each: each.device_bytes)
         yield (
-            f"{stage} needs about {_size(needs.peak_device_bytes)} of GPU memory, {_size(machine.gpu_bytes)} "
-            f"are free: {_remedy(stage)}, or use --device cpu"
+            f"{stage.stage} needs about {_size(needs.peak_device_bytes)} of GPU memory, "
+            f"{_size(machine.gpu_bytes)} are free: {stage.memory_remedy}, or use --device cpu"
         )
     if machine.disk_bytes is None:
         return
@@ -158,14 +169,6 @@ def _disk_problem(needs: Estimate, target: Path | None) -> str:
         f"the run writes up to {_size(needs.scratch_bytes)} to the disk of {where}, which has "
         f"{_size(needs.machine.disk_bytes)} free: make room, or choose another output"
     )
-
-
-def _remedy(stage: str) -> str:
-    if stage == "evaluate":
-        return "lower evaluation.max_sequences or evaluation.sequence_length"
-    if stage == "export":
-        return "lower export.max_shard_size"
-    return "lower calibration.num_samples or calibration.sequence_length"
 
 
 def _already_written(target: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,13 @@ _CGROUP_FILES = (
 
 
 # Key of `--machine` -> field.
-_KEYS = {"gpu": "gpu_bytes", "memory": "memory_bytes", "disk": "disk_bytes"}
+_KEYS = {"gpu": "gpu_bytes", "memory": "memory_bytes", "disk": "disk_bytes", "flops": "flops"}
+_EXAMPLE = "gpu=80GiB,memory=512GiB,disk=1TiB,flops=300T"
+_POWERS = {"M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+_RATE = re.compile(r"(?P<number>[0-9]{1,9}(\.[0-9]{1,9})?)(?P<power>[MGTP])")
+_SIDES = (512, 1024, 2048, 4096, 8192)  # of the products that tell a device's peak
+_LONG_ENOUGH_S = 0.02  # for a product to keep the whole device busy
+_REPEATS = 10  # on a busy machine most products are interrupted
 _SIZE = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?[KMGT]i?B")
 
 
@@ -32,7 +39,7 @@ class MachineError(ValueError):
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is for one run, in bytes.
+    """What there is for one run, in bytes, and how fast it computes.
 
     Attributes:
         memory_bytes: Free for a process: available now, and not beyond the control group's limit (a
@@ -40,12 +47,14 @@ class Machine:
         gpu_bytes: Of the GPU that layers would run on; 0 for a machine that has none; None if there is none
             here, or nothing is known of it.
         disk_bytes: Free where the output is to be; None without an output.
+        flops: Floating-point operations a second that layers run with at most; None: not known.
         is_this_one: Whether this is the machine that the program runs on.
     """
 
     memory_bytes: int | None
     gpu_bytes: int | None
     disk_bytes: int | None
+    flops: float | None = None
     is_this_one: bool = True
 
     @property
@@ -55,28 +64,30 @@ class Machine:
 
 
 def parse_machine(text: str) -> Machine:
-    """Return the machine that a text such as `gpu=80GiB,memory=512GiB,disk=1TiB` describes.
+    """Return the machine that a text such as `gpu=80GiB,memory=512GiB,disk=1TiB,flops=300T` describes.
 
     Args:
         text: Keys and sizes. Nothing is compared with a key that is left out; `gpu=none` says that there is
-            no GPU.
+            no GPU. `flops` is a peak in operations a second, with M, G, T or P.
 
     Raises:
         MachineError: an unknown key, one given twice, or something that is no size.
     """
     sizes: dict[str, int] = {}
+    flops: float | None = None
     for part in text.split(","):
         key, separator, value = (word.strip() for word in part.partition("="))
         if not separator or key not in _KEYS:
             close = did_you_mean(key, _KEYS)
-            remedy = (
-                f"did you mean {close}=SIZE?" if close else "write it like gpu=80GiB,memory=512GiB,disk=1TiB"
-            )
+            remedy = f"did you mean {close}=SIZE?" if close else f"write it like {_EXAMPLE}"
             raise MachineError(
-                f"--machine: {shown(part)} is none of gpu, memory and disk with a size; {remedy}"
+                f"--machine: {shown(part)} is none of gpu, memory, disk and flops with a size; {remedy}"
             )
-        if key in sizes:
+        if key in sizes or (key == "flops" and flops is not None):
             raise MachineError(f"--machine: {key} is given twice; keep one of the two")
+        if key == "flops":
+            flops = _parse_rate(value)
+            continue
         if key == "gpu" and value == "none":
             sizes[key] = 0
             continue
@@ -87,8 +98,47 @@ def parse_machine(text: str) -> Machine:
                 f"or TiB, such as {key}=80GiB{other}"
             )
         sizes[key] = parse_size(value)
-    described: dict[str, int | None] = {field: sizes.get(key) for key, field in _KEYS.items()}
-    return Machine(**described, is_this_one=False)
+    described: dict[str, int | None] = {
+        field: sizes.get(key) for key, field in _KEYS.items() if key != "flops"
+    }
+    return Machine(**described, flops=flops, is_this_one=False)
+
+
+def _parse_rate(value: str) -> float:
+    """Return the operations a second that `300T` says."""
+    found = _RATE.fullmatch(value)
+    if found is None or float(found["number"]) == 0:
+        raise MachineError(
+            f"--machine: flops is {shown(value)}; it must be a number and M, G, T or P, such as flops=300T"
+        )
+    return float(found["number"]) * _POWERS[found["power"]]
+
+
+def measure_flops(device: torch.device) -> float:
+    """Return the floating-point operations a second that a device reaches in a matrix product, at its best.
+
+    Products grow until one takes long enough; the precision is the fastest in which layers run there.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    best = 0.0
+    for side in _SIDES:
+        matrix = torch.ones(side, side, dtype=dtype, device=device)
+        product = matrix @ matrix
+        shortest = min(_seconds_of_product(matrix, product) for _ in range(_REPEATS))
+        best = max(best, 2 * side**3 / shortest)
+        if shortest > _LONG_ENOUGH_S:
+            break
+    return best
+
+
+def _seconds_of_product(matrix: torch.Tensor, product: torch.Tensor) -> float:
+    if matrix.is_cuda:
+        torch.cuda.synchronize(matrix.device)
+    start = time.perf_counter()
+    torch.matmul(matrix, matrix, out=product)
+    if matrix.is_cuda:
+        torch.cuda.synchronize(matrix.device)
+    return max(time.perf_counter() - start, 1e-9)
 
 
 def planned_device(machine: Machine, device: torch.device | None) -> torch.device | None:

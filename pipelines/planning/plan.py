@@ -14,14 +14,15 @@ from ercsvd_deploy.models.families import (
     VISION_LANGUAGE_MODEL_TYPES,
     Architecture,
     ArchitectureError,
-    describe,
     reads_images,
 )
-from ercsvd_deploy.models.meta import build_meta_model, compressed_config
+from ercsvd_deploy.models.meta import compressed_config, read_architecture
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.components import Component, describe_components
-from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate
-from ercsvd_deploy.pipelines.planning.machine import Machine
+from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine
+from ercsvd_deploy.pipelines.planning.machine import Machine, measure_flops
+from ercsvd_deploy.pipelines.planning.needs import PlannedStage
+from ercsvd_deploy.pipelines.planning.workload import measure_workload
 from ercsvd_deploy.pipelines.stages import STAGES
 from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.serving_notes import gpu_warnings, serving_warnings
@@ -32,7 +33,6 @@ from ercsvd_deploy.pipelines.stages.sizes import (
     planned_bytes,
     sum_by_part,
 )
-from ercsvd_deploy.pipelines.stages.workload import measure_workload
 from ercsvd_deploy.recipe.sections import Recipe
 
 
@@ -95,6 +95,14 @@ class Plan:
             self, kernels=answers.uses, kernel_source=answers.source, kernel_problem=answers.problem
         )
 
+    def with_peak(self) -> Plan:
+        """Return the plan with the time that this machine takes at least: a quick product tells its peak."""
+        machine = self.estimate.machine
+        if not machine.is_this_one:
+            return self
+        peak = replace(machine, flops=measure_flops(torch.device(self.estimate.device)))
+        return replace(self, estimate=on_machine(self.estimate, peak))
+
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values; of stages, the names."""
         lists = {"problems": list(self.estimate.problems), "shortages": list(self.estimate.shortages)}
@@ -155,14 +163,12 @@ def make_plan(
     config = open_config(recipe.model) if config is None else config
     refuse_compressed(config)
     check_vision(recipe, config)
-    architecture = describe(
-        build_meta_model(config, trust_remote_code=recipe.model.trust_remote_code), config
-    )
+    architecture = read_architecture(config, trust_remote_code=recipe.model.trust_remote_code)
     check_tensor_parallel_sizes(recipe, architecture)
     dtype = planned_dtype(recipe, config)
     element = getattr(torch, dtype).itemsize
-    stages, candidates = plan_stages(recipe, config, architecture, dtype)
-    described = [candidate.modules for candidate in candidates]
+    planned = plan_stages(recipe, config, architecture, dtype)
+    candidates = planned[-1].candidates if planned else (Candidate(),)
     sizes = recipe.serving.tensor_parallel_sizes
     dense_on_gpu = {size: bytes_on_rank(architecture, {}, element, size) for size in sizes}
     shown = tuple(_candidate(candidate, architecture, element, dense_on_gpu) for candidate in candidates)
@@ -170,10 +176,10 @@ def make_plan(
     work = measure_workload(
         recipe,
         architecture,
-        described,
         config,
         stored=element,
         computed=compute_dtype(config, device).itemsize,
+        device=device,
     )
     storing = quantize_plan_of(recipe, architecture)
     return Plan(
@@ -186,40 +192,48 @@ def make_plan(
         num_bytes=architecture.total_parameters * element,
         gpu_bytes=dense_on_gpu,
         candidates=shown,
-        estimate=estimate(work, described, [each.num_bytes for each in shown], device, machine),
-        kernels=plan_matrices(described[-1], architecture, sizes),
+        estimate=estimate(work, planned, [each.num_bytes for each in shown], device, machine),
+        kernels=plan_matrices(candidates[-1].modules, architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=storing.matches,
         notes=_allocation_note(recipe),
         warnings=(
-            *serving_warnings(storing, described[-1], architecture, sizes, dtype),
+            *serving_warnings(
+                storing,
+                candidates[-1].modules,
+                architecture,
+                sizes,
+                dtype,
+                has_plugin=recipe.export.format == "vllm",
+            ),
             *gpu_warnings(
                 dense_on_gpu,
                 [each.gpu_bytes for each in shown],
                 is_quantized=recipe.quantize is not None,
             ),
         ),
-        stages=stages,
+        stages=tuple(each.stage for each in planned),
         architecture=architecture,
     )
 
 
 def plan_stages(
     recipe: Recipe, config: Any, architecture: Architecture, dtype: str
-) -> tuple[tuple[Stage, ...], Sequence[Candidate]]:
-    """Return the recipe's stages in order, and the ways in which the model may be stored behind them.
+) -> tuple[PlannedStage, ...]:
+    """Return the recipe's stages in order, and the ways in which the model may be stored behind each.
 
     Raises:
         PlanError: the recipe cannot work on this model.
     """
-    planned: dict[str, Stage] = {}
+    planned: dict[str, PlannedStage] = {}
     candidates: Sequence[Candidate] = (Candidate(),)
     for kind in STAGES:
-        stage = kind.plan(PlanningContext(recipe, config, architecture, dtype, planned))
+        before = {name: each.stage for name, each in planned.items()}
+        stage = kind.plan(PlanningContext(recipe, config, architecture, dtype, before))
         if stage is not None:
-            planned[stage.name] = stage
             candidates = stage.store(candidates)
-    return tuple(planned.values()), candidates
+            planned[stage.name] = PlannedStage(stage, candidates)
+    return tuple(planned.values())
 
 
 def _allocation_note(recipe: Recipe) -> tuple[str, ...]:

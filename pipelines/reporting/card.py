@@ -8,42 +8,47 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
-from ercsvd_deploy.pipelines.reporting.rows import (
-    Row,
+from ercsvd_deploy.installation import install_command, where_from
+from ercsvd_deploy.pipelines.reporting.description import (
     describe_treatment,
-    encodable,
     export_path,
-    gate_name,
-    gate_value,
     hub_model,
     is_vision_model,
     model_name,
-    quality_rows,
+    needs_plugin,
+    rounding_method,
     serve_commands,
-    size_rows,
     tensor_parallel_sizes,
 )
-from ercsvd_deploy.pipelines.reporting.schema import ReportDocument
-
-CARD_FILE = "README.md"
-ORIGINAL_CARD_FILE = "README.original.md"
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
+from ercsvd_deploy.pipelines.reporting.numbers import encodable
+from ercsvd_deploy.pipelines.reporting.rows import Row, gate_rows, quality_rows, size_rows
+from ercsvd_deploy.pipelines.reporting.tables import report_tables
+from ercsvd_deploy.pipelines.stages.contract import Table
+from ercsvd_deploy.pipelines.stages.export import ORIGINAL_CARD_FILE
+from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
+from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome
+from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _CARRIED_OVER = (*_LICENSE_KEYS, "language")  # of the original card's front matter
 _LARGEST_CARD = 4 << 20  # bytes; larger ones are not read
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_INTERVALS = (
+    "In brackets 95 % intervals; that of a change is of both models on the same windows, questions or "
+    "documents."
+)
 _MARKUP = re.compile(r"([\\`*_\[\]#|~$&<>])")
 _BREAKS = re.compile(r"\s+")
 
 
-def make_card(report: ReportDocument, directory: Path, target: Path | None = None) -> str:
+def make_card(report: Report, directory: Path, target: Path | None = None) -> str:
     """Return the model card.
 
     Args:
@@ -58,13 +63,14 @@ def make_card(report: ReportDocument, directory: Path, target: Path | None = Non
         f"{escaped(model_name(report))}, compressed with ercsvd-deploy. "
         f"{escaped(describe_treatment(report))}\n",
         _figures(report),
+        _stages(report),
         _serving(report, path),
         _loading(report, path),
         _making(report),
         _limits(report),
         _licence(directory),
     ]
-    return encodable("\n".join(sections))
+    return encodable("\n".join(filter(None, sections)))
 
 
 def escaped(text: str) -> str:
@@ -81,12 +87,14 @@ def fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"
 
 
-def _front_matter(report: ReportDocument, directory: Path) -> str:
+def _front_matter(report: Report, directory: Path) -> str:
     tags = ["ercsvd", "vllm", "compressed"]
-    if report.factorize is not None:
+    if FactorizeStage.name in report.stages:
         tags += ["low-rank", "svd"]
-    if report.quantize is not None:
-        tags += ["gptq", *sorted({f"int{matrix.bits}" for matrix in report.quantize.matrices})]
+    quantized: QuantizeOutcome | None = report.stages.get(QuantizeStage.name)
+    if quantized is not None:
+        tags += ["gptq"] if rounding_method(report) == "GPTQ" else ["rtn"]
+        tags += sorted({f"int{matrix.bits}" for matrix in quantized.matrices})
     if is_vision_model(report):
         tags.append("llava")
     fields: dict[str, Any] = {}
@@ -131,50 +139,89 @@ def _is_plain(value: object) -> bool:
     return bool(listed) and all(isinstance(item, str) and 0 < len(item) <= 200 for item in listed)
 
 
-def _figures(report: ReportDocument) -> str:
+def _figures(report: Report) -> str:
     lines = [
         "## Size and quality\n",
-        _table(
-            ("", "original", "this model", "change"), map(_cells, [*size_rows(report), *quality_rows(report)])
+        _markdown_table(
+            ("", "original", "this model", "change", "measured on"),
+            map(_cells, [*size_rows(report), *quality_rows(report)]),
         ),
     ]
+    if any(row.measured_on for row in quality_rows(report)):
+        lines.append(f"{_INTERVALS}\n")
     if report.gates:
         verdicts = (
             (
-                gate_name(gate),
-                gate_value(gate, gate.value),
-                gate_value(gate, gate.limit),
-                _verdict(gate.passed),
+                row.name,
+                _with_interval(row.value, row.interval),
+                row.limit,
+                f"{row.verdict}: {row.remedy}" if row.remedy else row.verdict,
             )
-            for gate in report.gates
+            for row in gate_rows(report.gates)
         )
         lines.append("Gates that were set beforehand:\n")
-        lines.append(_table(("", "measured", "at most", ""), verdicts))
+        lines.append(_markdown_table(("", "measured", "at most", ""), verdicts))
     return "\n".join(lines)
 
 
-def _verdict(passed: bool) -> str:
-    return "passed" if passed else "missed"
-
-
 def _cells(row: Row) -> tuple[str, ...]:
-    return row.name, row.original, row.compressed, row.change
+    return (
+        row.name,
+        _with_interval(row.original, row.original_interval),
+        _with_interval(row.compressed, row.compressed_interval),
+        _with_interval(row.change, row.change_interval),
+        row.measured_on,
+    )
 
 
-def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+def _with_interval(value: str, interval: str) -> str:
+    return f"{value} ({interval})" if interval else value
+
+
+def _stages(report: Report) -> str:
+    """Return what the stages show of their results, but for the long tables, which the page has."""
+    shown = [table for table in report_tables(report) if not table.is_detail]
+    if not shown:
+        return ""
+    return "\n".join(["## What was done\n", *map(_stage_table, shown)])
+
+
+def _stage_table(table: Table) -> str:
+    heads = tuple(map(escaped, table.columns))
+    is_number = [column in table.numbers for column in table.columns]
+    return f"{escaped(table.title)}:\n\n{_markdown_table(heads, table.rows, is_number)}"
+
+
+def _markdown_table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], is_number: Sequence[bool] | None = None
+) -> str:
+    """Return a table; all columns but the first are aligned to the right unless `is_number` says which."""
+    aligned = is_number or [False, *[True] * (len(heads) - 1)]
+    lines = [
+        "| " + " | ".join(heads) + " |",
+        "|" + "|".join("---:" if each else "---" for each in aligned) + "|",
+    ]
     lines += ["| " + " | ".join(map(escaped, row)) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def _serving(report: ReportDocument, path: Path) -> str:
+def _serving(report: Report, path: Path) -> str:
     sizes = tensor_parallel_sizes(report)
     said = f" Made for tensor parallel sizes {', '.join(map(str, sizes))}." if len(sizes) > 1 else ""
+    plugin = "vLLM reads the format without a plugin."
+    if needs_plugin(report):
+        plugin = "The package is the plugin, which vLLM finds by itself."
     return (
         "## Serve it with vLLM\n\n"
         + fenced("\n".join(serve_commands(report, _public(path))), "bash")
-        + f"\nThe package is the plugin, which vLLM finds by itself.{said}\n"
+        + f"\n{plugin}{said}{_origin() if needs_plugin(report) else ''}\n"
     )
+
+
+def _origin() -> str:
+    """Return where the package comes from as long as no package index has it."""
+    said = where_from()
+    return "" if said is None else f" {said.replace('  ', ' `')}`."
 
 
 def _public(path: Path) -> str:
@@ -182,23 +229,24 @@ def _public(path: Path) -> str:
     return path.name if path.is_absolute() else str(path)
 
 
-def _loading(report: ReportDocument, path: Path) -> str:
+def _loading(report: Report, path: Path) -> str:
     model_class = "AutoModelForImageTextToText" if is_vision_model(report) else "AutoModelForCausalLM"
     shown = json.dumps(_public(path), ensure_ascii=False)  # a JSON string is a Python string too
-    code = (
+    registering = (
         "import ercsvd_deploy.hf  # registers the format; without it transformers refuses the directory\n"
+    )
+    package = (
+        install_command("compress") if needs_plugin(report) else "pip install transformers compressed-tensors"
+    )
+    code = (
+        f"{registering if needs_plugin(report) else ''}"
         f"from transformers import {model_class}\n\n"
         f"model = {model_class}.from_pretrained({shown})"
     )
-    return (
-        "## Load it in transformers\n\n"
-        + fenced("pip install 'ercsvd-deploy[compress]'", "bash")
-        + "\n"
-        + fenced(code, "python")
-    )
+    return "## Load it in transformers\n\n" + fenced(package, "bash") + "\n" + fenced(code, "python")
 
 
-def _making(report: ReportDocument) -> str:
+def _making(report: Report) -> str:
     recipe = {key: value for key, value in report.recipe.items() if key != "export"}
     text = yaml.safe_dump(_without_folders(recipe), sort_keys=False, allow_unicode=True, width=100)
     return (
@@ -218,18 +266,19 @@ def _without_folders(value: Any) -> Any:
     return value
 
 
-def _limits(report: ReportDocument) -> str:
+def _limits(report: Report) -> str:
+    refusal = "It needs ercsvd-deploy: without it, vLLM and transformers refuse the directory."
     lines = [
         "It answers differently from the original, by as much as the table says on what was measured there; "
         "what was not measured may have suffered more.",
-        "It needs ercsvd-deploy: without it, vLLM and transformers refuse the directory.",
+        *([refusal] if needs_plugin(report) else []),
         *_unserved(report),
         *(escaped(warning) for warning in report.warnings),
     ]
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 
 
-def _unserved(report: ReportDocument) -> list[str]:
+def _unserved(report: Report) -> list[str]:
     """Say at which sizes vLLM failed; what it printed tells of a machine and not of the model."""
     failures = report.serving.failures if report.serving is not None else []
     if not failures:

@@ -17,12 +17,15 @@ from ercsvd_deploy.evaluation.quality import Quality
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.families import LANGUAGE_PART, component_of
 from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.judging.differences import differences, quality_estimates, values_of
+from ercsvd_deploy.pipelines.judging.figures import ModelFigures
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
+from ercsvd_deploy.pipelines.judging.tasks import TaskMetrics
 from ercsvd_deploy.pipelines.planning.components import describe_components
 from ercsvd_deploy.pipelines.planning.plan import Plan
-from ercsvd_deploy.pipelines.reporting.document import ModelFigures, Report
+from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.stages.cached import RunState
-from ercsvd_deploy.pipelines.stages.measured_export import MeasuredExport, Tasks
+from ercsvd_deploy.pipelines.stages.measured_export import MeasuredExport
 from ercsvd_deploy.pipelines.stages.sizes import (
     linear_bits_per_weight,
     planned_bytes,
@@ -59,7 +62,6 @@ def collect_report(
     comparison: Comparison = state.results.get("judge") or Comparison()
     measured: MeasuredExport = state.results.get("measured_export") or MeasuredExport()
     ran = [(stage, state.results[stage.name]) for stage in plan.stages if stage.name in state.results]
-    found = {stage.name: stage.as_json(result) for stage, result in ran}
     report = Report(
         recipe=canonical(recipe),
         environment=_environment(model.device),
@@ -67,9 +69,10 @@ def collect_report(
         original=_figures(model.original, {}, comparison.original, measured.original_tasks),
         compressed=_figures(model.stream(), model.modules, comparison.compressed, measured.compressed_tasks),
         change=comparison.change,
+        differences=differences(comparison, measured.original_tasks, measured.compressed_tasks),
         components=describe_components(stored_bytes(model.store), model.modules, model.original.architecture),
         results=dict(state.results),
-        stages={name: value for name, value in found.items() if value is not None},
+        stages={stage.name: stage.reported(result) for stage, result in ran if stage.reported_as},
         tables=[table for stage, result in ran for table in stage.tables(result)],
         seconds=dict(state.seconds),
         serving=measured.serving,
@@ -81,12 +84,12 @@ def collect_report(
         resumed=list(resumed),
     )
     if recipe.gates is not None and len(ran) == len(plan.stages):
-        report.gates = judge_gates(recipe.gates, report.as_json())
+        report.gates = judge_gates(recipe.gates, report)
     return report
 
 
 def _figures(
-    model: LayerwiseModel, modules: Mapping[str, Storage], quality: Quality, tasks: Tasks
+    model: LayerwiseModel, modules: Mapping[str, Storage], quality: Quality, tasks: TaskMetrics
 ) -> ModelFigures:
     removed: Counter[str] = Counter()
     for name, description in modules.items():
@@ -100,7 +103,8 @@ def _figures(
         linear_parameters=model.architecture.linear_parameters - removed[LANGUAGE_PART],
         perplexity={name: measured.value for name, measured in quality.perplexity.items()},
         exact_match={name: measured.value for name, measured in quality.exact_match.items()},
-        tasks=tasks,
+        tasks=values_of(tasks),
+        estimates=quality_estimates(quality, tasks),
     )
 
 

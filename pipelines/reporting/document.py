@@ -1,208 +1,196 @@
-"""What a run found out, as data; `report.json` in the export, and the table that ends a run."""
+"""The report: everything a run tells, declared once, written as JSON and read again.
+
+The document is put together from the dataclasses that are the results: those of the stages, under the stages'
+names, and those of the judging. Their descriptions are the published schema (`reference`). Unknown keys are
+ignored, so that a newer minor version's report can be read. A measured number is null where it is not finite.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, cast
 
-from rich.console import Group, RenderableType
-from rich.table import Table as RichTable
-from rich.text import Text
+from pydantic import Field, TypeAdapter, ValidationError
 
-from ercsvd_deploy.evaluation.comparison import Change
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE, REPORT_VERSION
+from ercsvd_deploy.evaluation.comparison import OutputChange
+from ercsvd_deploy.format.atomic_files import read_json
+from ercsvd_deploy.format.described import Count, Finite, Measured, NotReported
+from ercsvd_deploy.pipelines.judging.figures import Differences, ModelFigures
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
 from ercsvd_deploy.pipelines.planning.components import Component
 from ercsvd_deploy.pipelines.reporting.json_values import finite
-from ercsvd_deploy.pipelines.reporting.serving import (
-    SERVING_HEADS,
-    SERVING_TITLE,
-    failure_text,
-    failure_title,
-    serving_rows,
-)
+from ercsvd_deploy.pipelines.stages import STAGES
 from ercsvd_deploy.pipelines.stages.contract import Table
+from ercsvd_deploy.pipelines.stages.export import REPORT_FILE
+
+__all__ = ["REPORT_FILE", "REPORT_VERSION", "Reference", "Report", "ReportError", "load_report"]
+
+REPORT_VERSION = 2
+
+
+class ReportError(ValueError):
+    """A directory has no report, or one that cannot be read."""
 
 
 @dataclass(frozen=True)
-class ModelFigures:
-    """Size and quality of one model."""
+class Reference:
+    """Another model to compare with, such as plain GPTQ in a sweep; a single run has none."""
 
-    num_bytes: int  # of its tensors, tied ones once
-    bytes_by_part: Mapping[str, int]
-    linear_bits_per_weight: float  # stored bits of the decoder Linears per weight of the original ones
-    parameters: int
-    linear_parameters: int  # of the decoder Linears
-    perplexity: Mapping[str, float] = field(default_factory=dict)  # held-out text -> perplexity
-    exact_match: Mapping[str, float] = field(default_factory=dict)  # questions about pictures -> share right
-    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # lm-eval task -> metric -> value
+    label: Annotated[str, Field(description="What it is.")]
+    num_bytes: Annotated[Count, Field(description="Bytes of all tensors.")]
+    perplexity: Annotated[dict[str, Measured], Field(description="Text -> perplexity.")] = field(
+        default_factory=dict
+    )
+    exact_match: Annotated[dict[str, Measured], Field(description="Set of questions -> share right.")] = (
+        field(default_factory=dict)
+    )
 
 
 @dataclass
 class Report:
-    """Everything a run tells.
+    """Everything a run tells, as it is stored beside the model.
 
     Attributes:
-        results: Stage -> its result, for Python.
-        stages: Stage -> what of its result is kept, as JSON values.
-        tables: What people are shown of the stages.
+        stages: Stage -> what of its result is kept, in the JSON at the top level.
+        results: Stage -> its whole result; in a run that has just ended.
     """
 
-    recipe: dict[str, Any]
-    environment: dict[str, str]
-    original: ModelFigures
-    compressed: ModelFigures
-    components: tuple[Component, ...]
-    change: Mapping[str, Change]  # held-out text -> how far the outputs are from the original's
-    seconds: dict[str, float]
-    results: dict[str, Any] = field(default_factory=dict)
-    stages: dict[str, Any] = field(default_factory=dict)
-    tables: list[Table] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
-    serving: ServingParity | None = None
-    gates: list[GateResult] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    resumed: list[str] = field(default_factory=list)  # what of an earlier, unfinished run was found
+    recipe: Annotated[
+        dict[str, Any],
+        Field(
+            description="The recipe with every default written out; itself a valid recipe (docs/recipes.md)."
+        ),
+    ]
+    original: Annotated[ModelFigures, Field(description="The model before.")]
+    compressed: Annotated[ModelFigures, Field(description="The model now.")]
+    report_version: Annotated[Literal[2], Field(description="Version of this format.")] = 2
+    environment: Annotated[
+        dict[str, str],
+        Field(description="Versions of Python and the libraries, the device and the number of threads."),
+    ] = field(default_factory=dict)
+    provenance: Annotated[
+        dict[str, Any],
+        Field(
+            description="Seed, and SHA-256 sums of the recipe, this package's code, the model's files, the "
+            "calibration samples, the texts and the questions."
+        ),
+    ] = field(default_factory=dict)
+    weights_sha256: Annotated[
+        str | None,
+        Field(
+            description="SHA-256 of the export's tensors, as its manifest lists them: no report is taken for "
+            "that of other weights; null without an export."
+        ),
+    ] = None
+    components: Annotated[
+        tuple[Component, ...],
+        Field(description="Parts of the model: one for a text model, three for a vision-language model."),
+    ] = ()
+    change: Annotated[OutputChange, Field(description="How far the outputs moved.")] = field(
+        default_factory=OutputChange
+    )
+    differences: Annotated[
+        Differences,
+        Field(description="What the compression cost, with 95 % intervals; empty in older reports."),
+    ] = field(default_factory=Differences)
+    serving: Annotated[
+        ServingParity | None,
+        Field(description="The export in vLLM; null if the recipe has no such gate."),
+    ] = None
+    gates: Annotated[
+        list[GateResult], Field(description="The recipe's gates, judged; empty without any.")
+    ] = field(default_factory=list)
+    tables: Annotated[
+        list[Table], Field(description="What the stages show of their results, ready to be read.")
+    ] = field(default_factory=list)
+    references: Annotated[
+        list[Reference], Field(description="Other models beside which this one is shown.")
+    ] = field(default_factory=list)
+    seconds: Annotated[dict[str, Finite], Field(description="Stage -> time it took in this run.")] = field(
+        default_factory=dict
+    )
+    warnings: Annotated[list[str], Field(description="What a user should know.")] = field(
+        default_factory=list
+    )
+    resumed: Annotated[list[str], Field(description="What was found of an earlier, unfinished run.")] = field(
+        default_factory=list
+    )
+    stages: NotReported[dict[str, Any]] = field(default_factory=dict)
+    results: NotReported[dict[str, Any]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
-        plain: dict[str, Any] = asdict(replace(self, results={}, stages={}, tables=[]))
-        for name in ("results", "stages", "tables"):
-            del plain[name]
-        plain["report_version"] = REPORT_VERSION
-        plain["change"] = {
-            "layer_errors": {text: list(found.layer_errors) for text, found in self.change.items()},
-            "final_layer_error": {text: found.final_layer_error for text, found in self.change.items()},
-            "logprob_kl": {text: found.logprob_kl for text, found in self.change.items()},
-        }
-        valid: dict[str, Any] = finite(plain | self.stages)
+        plain = _own_adapter().dump_python(self, warnings=False)
+        for stage, told in self.stages.items():
+            plain[stage] = TypeAdapter(type(told)).dump_python(told, warnings=False)
+        valid: dict[str, Any] = finite(plain)
         return valid
 
 
-def read_report(directory: Path) -> dict[str, Any]:
-    """Return the report of an export as plain JSON values."""
-    report: dict[str, Any] = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
-    return report
-
-
-def render(report: Report) -> RenderableType:
-    """Return what `ercsvd run` prints at its end."""
-    parts: list[RenderableType] = [_summary_table(report)]
-    if len(report.components) > 1:
-        parts.append(component_table(report.components))
-    parts.extend(rich_table(table) for table in report.tables)
-    if report.serving is not None:
-        parts.extend(_serving_parts(report.serving))
-    if report.gates:
-        parts.append(gate_table(report.gates))
-    parts.extend(Text(note) for note in report.resumed)
-    parts.extend(Text(f"warning: {warning}", style="yellow") for warning in report.warnings)
-    return Group(*parts)
-
-
-def _summary_table(report: Report) -> RichTable:
-    table = RichTable(title="What was gained and lost", title_justify="left")
-    table.add_column("")
-    for column in ("original", "compressed", "change"):
-        table.add_column(column, justify="right")
-    before, after = report.original, report.compressed
-    for name, old, new in (
-        ("bytes", before.num_bytes, after.num_bytes),
-        ("parameters", before.parameters, after.parameters),
-        ("decoder-Linear parameters", before.linear_parameters, after.linear_parameters),
-    ):
-        table.add_row(name, f"{old:,}", f"{new:,}", _percent(new / old - 1))
-    table.add_row(
-        "bits per decoder-Linear weight",
-        f"{before.linear_bits_per_weight:.2f}",
-        f"{after.linear_bits_per_weight:.2f}",
-        _percent(after.linear_bits_per_weight / before.linear_bits_per_weight - 1),
-    )
-    for part, old_size in before.bytes_by_part.items():
-        new_size = after.bytes_by_part[part]
-        if old_size or new_size:
-            change = _percent(new_size / old_size - 1) if old_size else ""
-            table.add_row(f"  bytes, {part}", f"{old_size:,}", f"{new_size:,}", change)
-    for text, old_value in before.perplexity.items():
-        new_value = after.perplexity[text]
-        table.add_row(
-            f"perplexity, {text}", f"{old_value:.3f}", f"{new_value:.3f}", _percent(new_value / old_value - 1)
+@cache
+def document_adapter() -> TypeAdapter[Any]:
+    """Return reader and schema of a whole report, the results of all stages among its keys."""
+    told = [
+        (
+            stage.name,
+            Annotated[
+                stage.reported_as | None,
+                Field(description=f"What the stage `{stage.name}` found and did; null without it."),
+            ],
+            field(default=None),
         )
-    for text, found in report.change.items():
-        table.add_row(f"  log-prob KL, {text}", "", f"{found.logprob_kl:.4f} nats", "")
-        table.add_row(f"  final-layer error, {text}", "", f"{found.final_layer_error:.4f}", "")
-    for name, old_value in before.exact_match.items():
-        new_value = after.exact_match[name]
-        change = f"{100 * (new_value - old_value):+.1f} points"
-        table.add_row(f"exact match, {name}", f"{100 * old_value:.1f} %", f"{100 * new_value:.1f} %", change)
-    for task, metrics in before.tasks.items():
-        for metric, old_value in metrics.items():
-            new_value = after.tasks[task][metric]
-            table.add_row(
-                f"{task}, {metric}", f"{old_value:.4f}", f"{new_value:.4f}", f"{new_value - old_value:+.4f}"
-            )
-    return table
+        for stage in STAGES
+        if stage.reported_as is not None
+    ]
+    whole = make_dataclass("WholeReport", told, bases=(Report,), namespace={"__doc__": Report.__doc__})
+    return TypeAdapter(whole)
 
 
-def gate_table(gates: Sequence[GateResult]) -> RichTable:
-    """Return one row for each gate and what it was judged on."""
-    table = RichTable(title="Gates", title_justify="left")
-    for column in ("gate", "measured", "limit", ""):
-        table.add_column(column, justify="left" if column in ("gate", "") else "right")
-    for gate in gates:
-        measured = "not measured" if gate.value is None else f"{gate.value:,.4g}"
-        style, verdict = (None, "passed") if gate.passed else ("red", "MISSED")
-        table.add_row(gate.name, measured, f"{gate.limit:,.4g}", verdict, style=style)
-    return table
+@cache
+def _own_adapter() -> TypeAdapter[Report]:
+    return TypeAdapter(Report)
 
 
-def _serving_parts(parity: ServingParity) -> list[RenderableType]:
-    """Return the table of what was measured in vLLM, and why it failed where it did."""
-    serving = finite(asdict(parity))
-    parts: list[RenderableType] = []
-    rows = serving_rows(serving)
-    if rows:
-        table = RichTable(title=SERVING_TITLE, title_justify="left")
-        for head in SERVING_HEADS:
-            table.add_column(head, justify="left" if head in SERVING_HEADS[:2] else "right")
-        for row in rows:
-            table.add_row(*row)
-        parts.append(table)
-    for failure in serving["failures"]:
-        said = f"{failure_title(failure)}:\n{failure_text(failure, with_excerpt=False)}"
-        parts.append(Text(said, style="red", overflow="fold"))
-    return parts
+def parse_report(values: dict[str, Any], origin: str = REPORT_FILE) -> Report:
+    """Return a report from JSON values; the inverse of `Report.as_json`.
 
+    Args:
+        values: Plain JSON values.
+        origin: Where they come from, for messages.
 
-def component_table(components: Sequence[Component]) -> RichTable:
-    """Return one row for each part of a vision-language model."""
-    table = RichTable(title="Parts of the model", title_justify="left")
-    for column in ("part", "parameters", "afterwards", "bytes afterwards", "treatment"):
-        table.add_column(column, justify="left" if column in ("part", "treatment") else "right")
-    for part in components:
-        table.add_row(
-            part.name,
-            f"{part.original_parameters:,}",
-            f"{part.parameters:,}",
-            f"{part.num_bytes:,}",
-            part.treatment,
+    Raises:
+        ReportError: it is of another version, or damaged; the message names the first wrong field.
+    """
+    version = values.get("report_version")
+    if version != REPORT_VERSION:
+        raise ReportError(
+            f"{origin} has report_version {version!r}, this version reads {REPORT_VERSION}: run the recipe "
+            "again"
         )
-    return table
+    try:
+        whole = document_adapter().validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ReportError(f"{origin} is damaged: {where}: {first['msg']}") from error
+    names = {item.name for item in fields(Report)}
+    own = {name: getattr(whole, name) for name in names - {"stages"}}
+    told = {item.name: getattr(whole, item.name) for item in fields(whole) if item.name not in names}
+    return Report(**own, stages={name: value for name, value in told.items() if value is not None})
 
 
-def _percent(change: float) -> str:
-    return f"{100 * change:+.1f} %"
+def load_report(directory: Path) -> Report:
+    """Return the report of an export or of a point of a sweep.
 
-
-def rich_table(table: Table) -> RichTable:
-    """Return a table as the terminal shows it."""
-    shown = RichTable(title=table.title, title_justify="left")
-    for column in table.columns:
-        shown.add_column(column, justify="right" if column in table.numbers else "left")
-    for number, row in enumerate(table.rows):
-        shown.add_row(*row, style="bold" if number in table.bold_rows else None)
-    return shown
+    Raises:
+        ReportError: there is none, or it cannot be read.
+    """
+    path = directory / REPORT_FILE
+    report = read_json(path)
+    if not isinstance(report, dict):
+        found = "is damaged" if path.exists() else "is not there"
+        raise ReportError(f"{path} {found}: give the directory of a finished run")
+    return parse_report(cast("dict[str, Any]", report), str(path))

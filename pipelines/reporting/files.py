@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 from ercsvd_deploy.format.atomic_files import write_json_atomically, write_text_atomically
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
-from ercsvd_deploy.pipelines.reporting.card import CARD_FILE, ORIGINAL_CARD_FILE, make_card
-from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, PAGE_NEEDS, can_make_page, make_page
-from ercsvd_deploy.pipelines.reporting.schema import ReportError, parse_report
+from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE, record_reports, weights_digest
+from ercsvd_deploy.pipelines.reporting.card import make_card
+from ercsvd_deploy.pipelines.reporting.document import Report, parse_report
+from ercsvd_deploy.pipelines.reporting.html.page import PAGE_NEEDS, can_make_page, make_page
+from ercsvd_deploy.pipelines.stages.export import CARD_FILE, PAGE_FILE, REPORT_FILE, REPORT_FILES
 
-# Written again when the finished export has been measured, so the manifest has no checksums of them.
-REPORT_FILES = frozenset({REPORT_FILE, PAGE_FILE, CARD_FILE})
+__all__ = ["REPORT_FILES", "write_report_files"]
 
 
-def write_report_files(directory: Path, report: dict[str, Any], target: Path | None = None) -> list[str]:
+def write_report_files(directory: Path, report: Report, target: Path | None = None) -> list[str]:
     """Write report, page and model card into a directory, in place of those that are there.
 
     Args:
         directory: Where to.
-        report: The report as plain JSON values.
+        report: What to tell.
         target: Where the directory will be, if that is somewhere else.
 
     Returns:
@@ -30,27 +28,24 @@ def write_report_files(directory: Path, report: dict[str, Any], target: Path | N
     Raises:
         OSError: a file cannot be written.
     """
-    write_json_atomically(directory / REPORT_FILE, report)
-    try:
-        document = parse_report(report)
-    except ReportError as error:
-        return [f"no page and no model card were written: {error}"]
+    report.weights_sha256 = weights_digest(directory) or report.weights_sha256
+    problems = _write(directory, report, target or directory)
+    record_reports(directory, REPORT_FILES - {REPORT_SUMS_FILE})
+    return problems
+
+
+def _write(directory: Path, report: Report, shown: Path) -> list[str]:
+    values = report.as_json()
+    write_json_atomically(directory / REPORT_FILE, values)
+    read = parse_report(values)  # what `ercsvd report` will read, which makes the same page
     (directory / PAGE_FILE).unlink(missing_ok=True)  # an older one would tell of another model
-    shown = target or directory
-    write_text_atomically(directory / CARD_FILE, make_card(document, directory, shown))
+    write_text_atomically(directory / CARD_FILE, make_card(read, directory, shown))
     again = f"ercsvd report {shown}"
     if not can_make_page():
         return [f"no {PAGE_FILE} was written, for want of matplotlib and jinja2: {PAGE_NEEDS}, then {again}"]
     try:
-        page = make_page(document, shown)
+        page = make_page(read, shown)
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError, ImportError) as error:
         return [f"no {PAGE_FILE} was written ({type(error).__name__}: {error}); `{again} --debug` shows why"]
     write_text_atomically(directory / PAGE_FILE, page)
     return []
-
-
-def carry_over_card(source: Path, directory: Path) -> None:
-    """Copy the original model's own card, which names its licence, beside ours."""
-    card = source / CARD_FILE
-    if card.is_file():
-        shutil.copyfile(card, directory / ORIGINAL_CARD_FILE)

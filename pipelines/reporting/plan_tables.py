@@ -11,7 +11,8 @@ from rich.text import Text
 
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, columns_that_agree, without_shape
 from ercsvd_deploy.pipelines.planning.plan import CandidatePlan, Plan
-from ercsvd_deploy.pipelines.reporting.document import component_table
+from ercsvd_deploy.pipelines.reporting.tables import component_table
+from ercsvd_deploy.pipelines.reporting.terminal import rich_table
 from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch
 
 
@@ -29,14 +30,14 @@ def render(plan: Plan) -> RenderableType:
         )
     parts.extend(_rank_table(candidate) for candidate in _shown(plan).values())
     if len(plan.candidates[-1].components) > 1:
-        parts.append(component_table(plan.candidates[-1].components))
+        parts.append(rich_table(component_table(plan.candidates[-1].components)))
     parts += [_size_table(plan), _gpu_table(plan)]
     if plan.patterns:
         parts.append(_pattern_table(plan.patterns))
     parts.append(_kernel_table(plan))
     if plan.kernel_problem:
         parts.append(Text(f"vLLM is needed to say which kernels multiply them: {plan.kernel_problem}"))
-    parts += [_resource_table(plan), Text(_machine_line(plan))]
+    parts += [_resource_table(plan), *map(Text, filter(None, (_time_line(plan), _machine_line(plan))))]
     parts.extend(Text(f"assumed: {assumption}") for assumption in plan.estimate.assumptions)
     parts.extend(Text(f"note: {note}") for note in plan.notes)
     parts.extend(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings)
@@ -159,16 +160,44 @@ def _resource_table(plan: Plan) -> Table:
     if needs.peak_device_bytes:
         table.add_column("GPU memory", justify="right")
     table.add_column("work directory", justify="right")
+    table.add_column("FLOP, at least", justify="right")
     for stage in needs.stages:
         cells = [stage.stage, _size(stage.host_bytes)]
         cells += [_size(stage.device_bytes)] if needs.peak_device_bytes else []
-        cells.append(_size(stage.scratch_bytes))
+        cells += [_size(stage.scratch_bytes), _count(stage.flops)]
         table.add_row(*cells)
     total = ["the run", _size(needs.peak_host_bytes)]
     total += [_size(needs.peak_device_bytes)] if needs.peak_device_bytes else []
-    total.append(_size(needs.scratch_bytes))
+    total += [_size(needs.scratch_bytes), _count(needs.flops)]
     table.add_row(*total, style="bold")
     return table
+
+
+def _time_line(plan: Plan) -> str:
+    """Return the lower bound on the run's time; empty where no peak is known."""
+    seconds, peak = plan.estimate.least_seconds, plan.estimate.machine.flops
+    if seconds is None or peak is None:
+        return ""
+    source = "measured in a matrix product" if plan.estimate.machine.is_this_one else "as --machine says"
+    return (
+        f"At least {_duration(seconds)} at a peak of {_count(peak)}FLOP/s ({source}). This is a lower "
+        "bound, not a prediction; a run tells the time left once a stage's first layer is done."
+    )
+
+
+def _count(number: float) -> str:
+    """Return a large number in three digits: `1.25 T`."""
+    for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= power:
+            return f"{number / power:.3g} {letter}"
+    return f"{number:.0f}" if number else "-"
+
+
+def _duration(seconds: float) -> str:
+    for length, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
 
 
 def _machine_line(plan: Plan) -> str:

@@ -1,7 +1,7 @@
 """What is published about reports: the JSON schema, and a reference of every key.
 
-Both are generated from the models in `schema`, and the repository's copies are compared with what
-this module returns by a test; `publish` writes them again.
+Both are generated from the dataclasses that are the results, and a test compares the repository's copies with
+what this module returns; `publish` writes them again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.pipelines.reporting.schema import ReportDocument
+from ercsvd_deploy.pipelines.reporting.document import document_adapter
 
 SCHEMA_FILE = Path("docs/report.schema.json")
 REFERENCE_FILE = Path("docs/report.md")
@@ -34,7 +34,7 @@ page again.
 [`report.schema.json`](report.schema.json) is the JSON schema (draft 2020-12). A measured number is null where
 it is not finite. Keys may be added within a `report_version`: a reader should ignore those it does not know.
 
-<!-- generated from pipelines/reporting/schema.py: change the descriptions there, not here -->
+<!-- generated from the descriptions of the results' fields in the code: change them there, not here -->
 """
 _TABLE_HEAD = "| key | value | meaning |\n|---|---|---|\n"
 
@@ -43,7 +43,7 @@ def report_json_schema() -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of a report."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **ReportDocument.model_json_schema(),
+        **document_adapter().json_schema(),
         "title": "ercsvd-deploy report",
     }
 

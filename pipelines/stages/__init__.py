@@ -6,13 +6,14 @@ from ercsvd_deploy.pipelines.stages.contract import Stage
 from ercsvd_deploy.pipelines.stages.export import ExportStage
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
 from ercsvd_deploy.pipelines.stages.factorize.vision import VisionStage
-from ercsvd_deploy.pipelines.stages.judge import JudgeStage
+from ercsvd_deploy.pipelines.stages.judge import JudgeOriginalStage, JudgeStage
 from ercsvd_deploy.pipelines.stages.measured_export import MeasuredExportStage
 from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
-from ercsvd_deploy.pipelines.stages.recover import RecoverQuantizedStage, RecoverStage
+from ercsvd_deploy.pipelines.stages.recover.stage import RecoverQuantizedStage, RecoverStage
 from ercsvd_deploy.pipelines.stages.sensitivity import SensitivityStage
 
 STAGES: tuple[type[Stage], ...] = (
+    JudgeOriginalStage,
     VisionStage,
     SensitivityStage,
     FactorizeStage,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import shutil
 import time
@@ -17,10 +16,17 @@ from ercsvd_deploy.pipelines.stages.contract import Stage
 from ercsvd_deploy.pipelines.stages.work import CompressedModel, StageRun
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.pipelines.state.fingerprint import short_digest
+from ercsvd_deploy.pipelines.state.lock import exclusive
+from ercsvd_deploy.pipelines.state.memory_errors import exhausted_memory, first_sentence
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter
+from ercsvd_deploy.pipelines.state.shared import lock_of
 from ercsvd_deploy.recipe.sections import Recipe
 
 logger = logging.getLogger(__name__)
+
+
+class StageMemoryError(MemoryError):
+    """A stage ran out of memory; the message says what takes less."""
 
 
 @dataclass
@@ -44,17 +50,12 @@ class StageCache:
         """Give a stage's folder, with what an earlier run with the same fingerprint left in it."""
         fingerprint = self.fingerprints[stage]
         if self.shared is None:
-            finished = FinishedWork(self.directory / stage, fingerprint)
-            self.notes += finished.notes
-            for note in finished.notes:
-                logger.info(note)
-            yield finished
+            yield self._noted(FinishedWork(self.directory / stage, fingerprint))
             return
         folder = self._shared_folder(stage)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, however that happens
-            yield FinishedWork(folder, fingerprint)
+        with exclusive(lock_of(folder), stage):
+            yield self._noted(FinishedWork(folder, fingerprint))
 
     def peek(self, stage: str) -> FinishedWork:
         """Return a stage's folder to read from; nothing in it is removed or noted."""
@@ -65,6 +66,12 @@ class StageCache:
         """Remove the folder of a stage whose result nobody reads any more; a shared one serves other runs."""
         if self.shared is None:
             shutil.rmtree(self.directory / stage, ignore_errors=True)
+
+    def _noted(self, finished: FinishedWork) -> FinishedWork:
+        self.notes += finished.notes
+        for note in finished.notes:
+            logger.info(note)
+        return finished
 
     def _shared_folder(self, stage: str) -> Path:
         assert self.shared is not None
@@ -94,13 +101,14 @@ def run_stages(
     cache: StageCache,
     progress: ProgressReporter,
     write_report: Callable[[Path], None] = lambda _directory: None,
+    is_forced: bool = False,
 ) -> None:
     """Run stages in order, as far as `cache` has not their results; `state` follows them."""
     for stage in stages:
         if stage.temporary_for is not None and cache.peek(stage.temporary_for).is_complete:
             continue
         started = time.monotonic()
-        with cache.open(stage.name) as folder:
+        with _explained(stage), cache.open(stage.name) as folder:
             state.results[stage.name] = stage.run(
                 StageRun(
                     recipe=recipe,
@@ -112,9 +120,26 @@ def run_stages(
                     progress=progress,
                     directory=cache.directory,
                     write_report=write_report,
+                    is_forced=is_forced,
                 )
             )
         state.seconds[stage.name] = round(time.monotonic() - started, 2)
+        logger.info("%s: done in %.0f s", stage.title, state.seconds[stage.name])
         for other in stages:
-            if other.temporary_for == stage.name:
+            if other.temporary_for == stage.name and not other.is_kept:
                 cache.discard(other.name)
+
+
+@contextmanager
+def _explained(stage: Stage) -> Iterator[None]:
+    """Say of memory that runs out where it did, and what takes less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        kind = exhausted_memory(error)
+        if kind is None:
+            raise
+        device = ", or use --device cpu" if kind == "GPU memory" else ""
+        raise StageMemoryError(
+            f"{stage.title} ran out of {kind} ({first_sentence(error)}): {stage.memory_remedy}{device}"
+        ) from error

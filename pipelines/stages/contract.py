@@ -12,9 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
+from pydantic import Field
 
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.families import Architecture
@@ -72,13 +73,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Needs:
-    """Coarse upper bounds of what a stage takes, beside what stages before it have left on disk.
+    """Coarse counts of what a stage takes, beside what stages before it have left on disk.
 
     Attributes:
-        working_bytes: Memory where layers run, at its highest.
-        beside_bytes: Memory of the host, if layers run on a GPU: tensors on their way to and from disk.
+        working_bytes: Of tensors where layers run, at their highest.
+        beside_bytes: Of tensors on the host if layers run on a GPU: those on their way to and from disk.
         scratch_bytes: Of the work directory, at its highest.
-        kept_bytes: What of that stays until the run ends.
+        kept_bytes: What of that stays until the run ends, or until the stage that it is for has finished.
         flops: Floating-point operations, at least; a multiplication and an addition are two.
     """
 
@@ -91,13 +92,16 @@ class Needs:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a report, computed once; terminal, page and model card show the same."""
+    """Rows that a stage shows, computed once: terminal, page and model card have the same."""
 
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    numbers: frozenset[str] = frozenset()  # columns that are aligned to the right
-    bold_rows: frozenset[int] = frozenset()
+    title: Annotated[str, Field(description="What it shows.")]
+    columns: Annotated[tuple[str, ...], Field(description="Heads of the columns.")]
+    rows: Annotated[tuple[tuple[str, ...], ...], Field(description="Cells of every row.")]
+    numbers: Annotated[tuple[str, ...], Field(description="Columns that are aligned to the right.")] = ()
+    bold_rows: Annotated[tuple[int, ...], Field(description="Rows that stand out, from 0.")] = ()
+    is_detail: Annotated[
+        bool, Field(description="Whether it is long, so that the page alone shows it, folded away.")
+    ] = False
 
 
 class Stage(ABC):
@@ -107,10 +111,17 @@ class Stage(ABC):
         name: Its key in the report, its folder in the work directory, its name in messages and `--set`.
         temporary_for: Name of the one later stage that reads this one's result. If that is finished, this
             one is not run, and when it has finished, this one's files go.
+        is_kept: Whether they stay instead until the run ends, for a second try with other settings.
+        reported_as: The dataclass that the report has of a result, under the stage's name; its fields are
+            described, and its JSON schema is published. None: nothing.
+        memory_remedy: What of the recipe makes it take less memory, for whoever has too little.
     """
 
     name: ClassVar[str]
     temporary_for: ClassVar[str | None] = None
+    memory_remedy: ClassVar[str] = "lower calibration.num_samples or calibration.sequence_length"
+    is_kept: ClassVar[bool] = False
+    reported_as: ClassVar[type | None] = None
 
     @classmethod
     @abstractmethod
@@ -173,10 +184,9 @@ class Stage(ABC):
             The result: a dataclass; with `files` and `modules` if the model is changed.
         """
 
-    def as_json(self, result: Any) -> Any:
-        """Return what the report has of a result, as JSON values; None: nothing."""
-        del result
-        return None
+    def reported(self, result: Any) -> Any:
+        """Return what the report has of a result, a `reported_as`; the result itself if it is one."""
+        return result
 
     def tables(self, result: Any) -> Iterable[Table]:
         """Return what people are shown of a result."""

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from ercsvd_deploy.exporters.vllm.writer import Export, write_export
+from ercsvd_deploy.format.compressed_tensors import find_unreadable
+from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.quantize.storage import quantize_plan_of
+from ercsvd_deploy.pipelines.stages.sizes import planned_bytes
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 
+REPORT_FILE = "ercsvd_report.json"
+PAGE_FILE = "ercsvd_report.html"
+CARD_FILE = "README.md"
+ORIGINAL_CARD_FILE = "README.original.md"
 # Written again when the finished export has been measured, so the manifest has no checksums of them.
-REPORT_FILES = frozenset({"ercsvd_report.json", "ercsvd_report.html", "README.md"})
+REPORT_FILES = frozenset({REPORT_FILE, PAGE_FILE, CARD_FILE, REPORT_SUMS_FILE})
 
 
 @dataclass(frozen=True)
@@ -21,21 +33,47 @@ class ExportStage(Stage):
 
     Attributes:
         target: The directory to appear, absolute.
+        max_shard_bytes: Upper size of a file of tensors.
+        needs_plugin: Whether it is in our own format, which vLLM reads by the plugin.
     """
 
     target: Path
+    max_shard_bytes: int
+    needs_plugin: bool
 
     name = "export"
+    memory_remedy = "lower export.max_shard_size"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if the recipe names no directory."""
-        path = context.recipe.export.path
-        return None if path is None else cls(path.absolute())
+        """Return the stage; None if the recipe names no directory.
+
+        Raises:
+            PlanError: the format cannot hold what the recipe asks for.
+        """
+        export = context.recipe.export
+        needs_plugin = export.format == "vllm"
+        if not needs_plugin:
+            _check_readable(context)
+        if export.path is None:
+            return None
+        return cls(export.path.absolute(), export.max_shard_bytes, needs_plugin)
 
     def settings(self) -> Any:
-        """Return the directory."""
-        return {"path": str(self.target)}
+        """Return what the files depend on: wherever they are, they are the same."""
+        return {"max_shard_bytes": self.max_shard_bytes, "needs_plugin": self.needs_plugin}
+
+    def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the model depends on, and digests of the files that come with it."""
+        return super().fingerprint(before, data) | {"carried_over": data["carried_over"]}
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the largest shard, beside the pages of the files that it comes from."""
+        total = max(
+            sum(planned_bytes(work.architecture, each.modules, work.stored).values()) for each in candidates
+        )
+        shard = min(total, max(work.recipe.export.max_shard_bytes, work.largest_tensor))
+        return Needs(beside_bytes=2 * shard, scratch_bytes=total, kept_bytes=total)
 
     def run(self, run: StageRun) -> Export:
         """Write all tensors, and what came with the original model."""
@@ -48,7 +86,41 @@ class ExportStage(Stage):
             store=run.model.store,
             architecture=run.model.original.architecture,
             compressed=CheckpointConfig(modules=run.model.modules),
-            max_shard_bytes=recipe.export.max_shard_bytes,
-            add_files=run.write_report,
+            max_shard_bytes=self.max_shard_bytes,
+            needs_plugin=self.needs_plugin,
+            add_files=partial(carry_over_card, run.model.opened.directory),
+            add_reports=run.write_report,
             unlisted=REPORT_FILES,
+            is_forced=run.is_forced,
+        )
+
+
+def carry_over_card(source: Path, directory: Path) -> None:
+    """Copy the original model's own card, which names its licence, beside ours."""
+    card = source / CARD_FILE
+    if card.is_file():
+        shutil.copyfile(card, directory / ORIGINAL_CARD_FILE)
+
+
+def _check_readable(context: PlanningContext) -> None:
+    """Refuse what vLLM and transformers would not read without this package.
+
+    Raises:
+        PlanError: names the Linears and the reason.
+    """
+    architecture = context.architecture
+    if architecture.vision_layers:
+        raise PlanError(
+            "export.format compressed-tensors is for language models: vision-language models have other "
+            "names in checkpoints than in memory; set vllm"
+        )
+    modules = quantize_plan_of(context.recipe, architecture).describe({}, architecture)
+    fused = [[linear.name for linear in group] for layer in architecture.layers for group in layer.groups]
+    problems = find_unreadable(modules, fused)
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise PlanError(
+            "export.format compressed-tensors cannot hold this model; change quantize, or set vllm:\n  "
+            + "\n  ".join(problems[:8])
+            + more
         )

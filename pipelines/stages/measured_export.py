@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from ercsvd_deploy.pipelines.inputs.parity_prompts import make_prompts
-from ercsvd_deploy.pipelines.judging.evaluate import check_tasks, run_lm_eval
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity, check_serving, measure_parity
-from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage
+from ercsvd_deploy.pipelines.judging.tasks import (
+    TaskMetrics,
+    TaskSettings,
+    check_tasks,
+    run_tasks,
+)
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.recipe.sections import LmEval
 
-Tasks = Mapping[str, Mapping[str, float]]  # lm-eval task -> metric -> value
+# Of a vLLM process beside its weights: libraries and workspace, and a small KV cache.
+_ENGINE_BYTES = 2 * 2**30
 
 
 @dataclass
 class MeasuredExport:
     """What the export turned out to be worth; what could not be measured is told in `problems`."""
 
-    original_tasks: Tasks = field(default_factory=dict)
-    compressed_tasks: Tasks = field(default_factory=dict)
+    original_tasks: TaskMetrics = field(default_factory=dict)
+    compressed_tasks: TaskMetrics = field(default_factory=dict)
     serving: ServingParity | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -36,13 +43,16 @@ class MeasuredExportStage(Stage):
 
     Attributes:
         lm_eval: The recipe's tasks.
+        trust_remote_code: Whether the model's own code is run for them.
         is_served: Whether it is served by vLLM, at every tensor-parallel size that this machine can run.
     """
 
     lm_eval: LmEval | None
+    trust_remote_code: bool
     is_served: bool
 
     name = "measured_export"
+    memory_remedy = "leave out gates.serving_parity, or lower evaluation.lm_eval.batch_size"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
@@ -51,7 +61,7 @@ class MeasuredExportStage(Stage):
         is_served = recipe.gates is not None and recipe.gates.serving_parity is not None
         if recipe.export.path is None or (recipe.evaluation.lm_eval is None and not is_served):
             return None
-        return cls(recipe.evaluation.lm_eval, is_served)
+        return cls(recipe.evaluation.lm_eval, recipe.model.trust_remote_code, is_served)
 
     def settings(self) -> Any:
         """Return the tasks, and whether the export is served."""
@@ -61,16 +71,26 @@ class MeasuredExportStage(Stage):
         }
 
     def check_here(self) -> None:
-        """Refuse tasks that lm-eval does not know, and a parity gate where vLLM is not installed.
+        """Refuse tasks that cannot be loaded, and a parity gate where vLLM is not installed.
 
         Raises:
-            EvaluationError: lm-eval is not installed, or knows no such task.
+            EvaluationError: lm-eval is not installed, or cannot load a task.
             ServingError: vLLM is not installed.
         """
         if self.lm_eval is not None:
-            check_tasks(self.lm_eval.tasks)
+            check_tasks(self._task_settings(self.lm_eval))
         if self.is_served:
             check_serving()
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the weights of a whole model, which the original is for lm-eval.
+
+        Nor does vLLM hold more of the export, even where it has no kernel for integers. What either computes
+        depends on the tasks and is not counted.
+        """
+        del candidates
+        weights = work.architecture.total_parameters * work.stored
+        return Needs(working_bytes=weights + (_ENGINE_BYTES if self.is_served else 0), beside_bytes=weights)
 
     def run(self, run: StageRun) -> MeasuredExport:
         """Measure, in processes of their own where vLLM is needed."""
@@ -78,8 +98,12 @@ class MeasuredExportStage(Stage):
         export: Path = run.results["export"].directory
         if self.lm_eval is not None:
             try:
-                measured.original_tasks = self._tasks(self.lm_eval, run, run.model.opened.directory)
-                measured.compressed_tasks = self._tasks(self.lm_eval, run, export)
+                settings = self._task_settings(self.lm_eval)
+                before = run_tasks(run.model.opened.directory, settings, run.model.device)
+                after = run_tasks(export, settings, run.model.device)
+                measured.original_tasks, measured.compressed_tasks = before.metrics, after.metrics
+                measured.problems += [f"{problem} (original)" for problem in before.problems]
+                measured.problems += after.problems
             except (ValueError, OSError, RuntimeError, ImportError) as error:
                 measured.problems.append(f"lm-eval did not finish: {error}")
         if self.is_served:
@@ -93,14 +117,16 @@ class MeasuredExportStage(Stage):
                 measured.problems.append(f"serving parity was not measured: {error}")
         return measured
 
-    def _tasks(self, settings: LmEval, run: StageRun, directory: Path) -> Tasks:
-        return run_lm_eval(
-            directory,
-            settings.tasks,
-            num_fewshot=settings.num_fewshot,
-            limit=settings.limit,
-            batch_size=settings.batch_size,
-            device=run.model.device,
+    def _task_settings(self, recipe: LmEval) -> TaskSettings:
+        return TaskSettings(
+            tasks=recipe.tasks,
+            num_fewshot=recipe.num_fewshot,
+            limit=recipe.limit,
+            batch_size=recipe.batch_size,
+            apply_chat_template=recipe.apply_chat_template,
+            fewshot_as_multiturn=recipe.apply_chat_template and recipe.fewshot_as_multiturn,
+            include_path=recipe.include_path,
+            trust_remote_code=self.trust_remote_code,
         )
 
     def warnings(self, result: MeasuredExport) -> Iterable[str]:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP
 from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
-from ercsvd_deploy.exporters.vllm.cutting import WORD_BITS
-from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization
+from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization, values_in_whole_words
 from ercsvd_deploy.models.families import Architecture
 
 
@@ -82,7 +81,7 @@ class StorageRules:
         columns = list(columns)
         if quantization is None or self.fitted_to is None:
             return quantization
-        if any(count % (WORD_BITS // quantization.bits) for count in columns):
+        if any(count % values_in_whole_words(quantization.bits) for count in columns):
             return None
         size = quantization.group_size
         while size >= SMALLEST_GROUP and any(count % size for count in columns):

@@ -69,6 +69,7 @@ class StageRun:
         progress: Told about long work.
         directory: The run's work directory, on the output's disk.
         write_report: Writes report, page and card, as far as they are known, into a directory.
+        is_forced: Whether an export replaces what somebody has changed in an earlier one.
     """
 
     recipe: Recipe
@@ -80,6 +81,7 @@ class StageRun:
     progress: ProgressReporter
     directory: Path
     write_report: Callable[[Path], None]
+    is_forced: bool = False
 
     @property
     def samples(self) -> Sequence[Sample]:

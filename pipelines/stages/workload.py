@@ -1,29 +1,20 @@
-"""How much a recipe has to compute with: sequences, widths and precisions, from recipe and config alone.
+"""How much a recipe has to compute with, and what every stage's needs are counted from.
 
-Resources and times are estimated from this. What only the data can tell (how many windows a text has) is
-assumed here, and said.
+Bytes are of one thing in memory at once; stages add up which of them they hold side by side. Floating-point
+operations are a lower bound: what a matrix product of these shapes takes, nothing for anything smaller.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture, LayerLinears, component_of
-from ercsvd_deploy.models.streaming import MAX_TOKENS_PER_BATCH
-from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
-from ercsvd_deploy.recipe.sections import HeldOutText, Recipe, TextFile
+from ercsvd_deploy.models.families import Architecture, LayerLinears
+from ercsvd_deploy.models.streaming import MAX_LOGITS_AT_ONCE, MAX_TOKENS_PER_BATCH
+from ercsvd_deploy.recipe.sections import Recipe
 
-_CHARACTERS_PER_TOKEN = 4  # of ordinary text and a tokenizer of 32,000 tokens or more
-_TOKENS_OF_UNSEEN_TEXT = 350_000  # the size of WikiText-2's test split
-_UNSEEN_QUESTIONS = 1000
-_TOKENS_OF_QUESTION = 64  # beside its pictures
-_TILES = {"llava_next": 5}  # pictures that one picture becomes, at most of the usual tilings
+FLOAT32, FLOAT64 = 4, 8  # bytes of a value
 
 
 @dataclass(frozen=True)
@@ -32,7 +23,7 @@ class Sequences:
 
     count: int
     length: int
-    pictures: int = 0  # that come with them, tiles counted
+    pictures: int = 0  # that come with them
 
     @property
     def tokens(self) -> int:
@@ -43,7 +34,7 @@ class Sequences:
     def batch_rows(self) -> int:
         """Sequences that are computed at once.
 
-        A small model's pass in smaller batches side by side (`layerwise`): no more than this on four cores.
+        A small model's pass in smaller batches side by side (`streaming`): no more than this on four cores.
         """
         return min(self.count, max(1, MAX_TOKENS_PER_BATCH // self.length))
 
@@ -60,12 +51,14 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Tower:
-    """The vision tower's share of the work on one picture."""
+    """The vision tower's share of the work on one tile of a picture; most models take a picture whole."""
 
-    pixels: int  # values of one picture, tiles counted
-    tokens: int  # positions in the tower, tiles counted
+    pixels: int  # values of a tile
+    tokens: int  # positions in the tower
     widest: int  # values of one position that are alive at once
-    parameters: int
+    parameters: int  # of tower and projector
+    fewest_tiles: int = 1  # that a picture becomes
+    most_tiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,26 +68,30 @@ class Workload:
     Attributes:
         recipe: The recipe.
         architecture: The model's.
-        described: For every candidate, the final description of every altered Linear.
         stored: Bytes of a value in the files.
         computed: Bytes of a value where layers run.
+        tokens_at_once: Of a batch; a small model's pass side by side, no more than `Sequences.batch_tokens`.
         calibration: What the stages are calibrated on; None where nothing is.
         judged: What both models are compared on.
         tower: None for text models.
         assumptions: What was taken for granted, for people.
-        rank_steps: Linear -> what its rank is a multiple of; empty where nothing is factorized.
     """
 
     recipe: Recipe
     architecture: Architecture
-    described: Sequence[Mapping[str, Storage]]
     stored: int
     computed: int
+    tokens_at_once: int
     calibration: Sequences | None
     judged: tuple[Sequences, ...]
     tower: Tower | None
     assumptions: tuple[str, ...]
-    rank_steps: Mapping[str, int]
+
+    @property
+    def calibrating(self) -> Sequences:
+        """What a stage that cannot do without calibration is calibrated on."""
+        assert self.calibration is not None, "the schema asks for calibration where a stage needs it"
+        return self.calibration
 
     @property
     def largest_layer(self) -> LayerLinears:
@@ -107,11 +104,6 @@ class Workload:
         return self.largest_layer.linears[0].in_features
 
     @property
-    def layer_parameters(self) -> int:
-        """Weights of the largest layer."""
-        return sum(linear.parameters for linear in self.largest_layer.linears)
-
-    @property
     def outside_parameters(self) -> int:
         """Parameters outside the decoder layers: embeddings, output layer if it has its own, vision."""
         prefix = f"{self.architecture.layers_prefix}."
@@ -122,123 +114,109 @@ class Workload:
         )
 
     @property
-    def embedding_parameters(self) -> int:
-        """Parameters outside the layers that a pass to the first layer loads: all but the output layer."""
-        head = self.architecture.vocab_size * self.hidden
-        return self.outside_parameters - (head if "lm_head.weight" in self.architecture.other_tensors else 0)
+    def head_parameters(self) -> int:
+        """Parameters that turn the last layer's output into logits."""
+        return self.architecture.vocab_size * self.hidden
 
-    def compressed_layers(self) -> tuple[LayerLinears, ...]:
-        """Return the layers that the factorize stage decomposes."""
-        settings = self.recipe.factorize
-        if settings is None:
-            return ()
-        if settings.allocation == "error_controlled":
-            return self.architecture.layers
-        return tuple(
-            layer for layer in self.architecture.layers if any(map(self.highest_rank, layer.linears))
-        )
+    @property
+    def layer_weights(self) -> int:
+        """Bytes of a loaded decoder layer."""
+        return self.computed * sum(linear.parameters for linear in self.largest_layer.linears)
 
-    def highest_rank(self, linear: LinearShape) -> int:
-        """Return the largest rank of a Linear that its decomposition must be good for; 0 for none."""
-        settings = self.recipe.factorize
-        if settings is not None and settings.allocation == "error_controlled":
-            step = self.rank_steps[linear.name]
-            return linear.largest_rank(step, settings.layout)
-        found = [modules[linear.name] for modules in self.described if linear.name in modules]
-        return max((description.rank or 0 for description in found), default=0)
+    @property
+    def layer_load(self) -> int:
+        """Bytes of a layer while it is read: the stored tensors beside those in compute precision."""
+        converting = 0 if self.stored == self.computed else self.layer_weights * self.stored // self.computed
+        return self.layer_weights + converting
 
+    @property
+    def layer_grams(self) -> int:
+        """Bytes of the Grams of a layer's inputs, one for each group of Linears that share an input."""
+        return FLOAT32 * sum(group[0].in_features ** 2 for group in self.largest_layer.groups)
 
-def measure_workload(
-    recipe: Recipe,
-    architecture: Architecture,
-    described: Sequence[Mapping[str, Storage]],
-    config: Any,
-    *,
-    stored: int,
-    computed: int,
-) -> Workload:
-    """Count what a recipe has to compute with.
+    @property
+    def layer_metrics(self) -> int:
+        """Bytes of the Fisher information of a layer's outputs, one for each Linear."""
+        return FLOAT32 * sum(linear.out_features**2 for linear in self.largest_layer.linears)
 
-    Args:
-        recipe: The recipe.
-        architecture: The model's.
-        described: For every candidate, the final description of every altered Linear.
-        config: The model's.
-        stored: Bytes of a value in the files.
-        computed: Bytes of a value where layers run.
-    """
-    assumptions: list[str] = []
-    tower = _tower(architecture, config)
-    tiles = _TILES.get(architecture.model_type, 1)
-    calibration = None
-    if recipe.calibration is not None:
-        count = recipe.calibration.num_samples
-        pictures = round(recipe.picture_share * count) * tiles
-        calibration = Sequences(count, recipe.calibration.sequence_length, pictures)
-    judged = [_text(recipe, name, assumptions) for name in recipe.judged_texts]
-    judged += [
-        _questions(name, asked.max_questions, tower, tiles, assumptions)
-        for name, asked in recipe.evaluation.visual_questions.items()
-    ]
-    if recipe.evaluation.lm_eval is not None:
-        assumptions.append("lm-eval, which loads both models whole, is not counted")
-    return Workload(
-        recipe,
-        architecture,
-        described,
-        stored,
-        computed,
-        calibration,
-        tuple(judged),
-        tower,
-        tuple(assumptions),
-        resolve_rank_steps(recipe, architecture).steps if recipe.factorize is not None else {},
-    )
+    @property
+    def outside_weights(self) -> int:
+        """Bytes of everything outside the decoder layers, loaded."""
+        return self.computed * self.outside_parameters
 
+    @property
+    def pixels(self) -> int:
+        """Bytes of the pixels of all samples and questions, which are read before the first stage."""
+        if self.tower is None:
+            return 0
+        calibrating = [self.calibration] if self.calibration else []
+        pictures = sum(each.pictures for each in (*calibrating, *self.judged))
+        return pictures * self.tower.most_tiles * self.tower.pixels * FLOAT32
 
-def _text(recipe: Recipe, name: str, assumptions: list[str]) -> Sequences:
-    length, most = recipe.evaluation_sequence_length, recipe.evaluation.max_sequences
-    assert length is not None, "the schema asks for a length where there are texts"
-    tokens, source = _tokens_of(recipe.evaluation.perplexity.get(name))
-    windows = max(1, tokens // length)
-    if most is not None and (most <= windows or source is None):
-        return Sequences(most, length)
-    assumptions.append(f"{name} has about {tokens:,} tokens" + (f" ({source})" if source else ""))
-    return Sequences(windows, length)
+    @property
+    def largest_tensor(self) -> int:
+        """Bytes of the largest tensor in the files."""
+        shapes = [*self.architecture.other_tensors.values()]
+        shapes += [(linear.out_features, linear.in_features) for linear in self.architecture.linears]
+        return max(map(math.prod, shapes)) * self.stored
 
+    def activations(self, sequences: Sequences | None) -> int:
+        """Return the bytes of all sequences between two layers."""
+        return 0 if sequences is None else sequences.tokens * self.hidden * self.computed
 
-def _tokens_of(text: HeldOutText | None) -> tuple[int, str | None]:
-    """Return about how many tokens a text has, and what that was taken from; None: from nothing."""
-    if isinstance(text, TextFile) and Path(text.text).is_file():
-        size = Path(text.text).stat().st_size
-        return size // _CHARACTERS_PER_TOKEN, f"its bytes by {_CHARACTERS_PER_TOKEN}"
-    return _TOKENS_OF_UNSEEN_TEXT, None
+    def embedding(self, sequences: Iterable[Sequences]) -> int:
+        """Return the bytes of what stands before the layers, and of a batch in the vision tower."""
+        has_own_head = "lm_head.weight" in self.architecture.other_tensors
+        loaded = self.outside_weights - (self.head_parameters * self.computed if has_own_head else 0)
+        if self.tower is None:
+            return loaded
+        pictures = max(math.ceil(each.pictures / max(1, each.count)) * each.batch_rows for each in sequences)
+        tokens = pictures * self.tower.most_tiles * self.tower.tokens
+        return loaded + tokens * self.tower.widest * self.computed
 
+    def passing(self, sequences: Sequences) -> int:
+        """Return the bytes of a batch on its way through a decoder layer, its input and output aside.
 
-def _questions(
-    name: str, most: int | None, tower: Tower | None, tiles: int, assumptions: list[str]
-) -> Sequences:
-    count = most or _UNSEEN_QUESTIONS
-    if most is None:
-        assumptions.append(f"{name} has {count:,} questions")
-    features = tower.tokens if tower is not None else 0
-    return Sequences(count, features + _TOKENS_OF_QUESTION, count * tiles)
+        Attention scores are never in memory. Attention holds queries, keys and values with the rotated
+        copies, and what comes out; the MLP gate, up and their product; both the normalized input and a copy.
+        """
+        groups = self.largest_layer.groups
+        attention = 4 * groups[0][0].out_features + 2 * groups[0][1].out_features
+        mlp = (3 if len(groups[-2]) > 1 else 2) * groups[-1][0].in_features
+        return sequences.batch_tokens * (2 * self.hidden + max(attention, mlp)) * self.computed
 
+    def training_pass(self, sequences: Sequences) -> int:
+        """Return the bytes of a batch's pass through a decoder layer if a pass back follows.
 
-def _tower(architecture: Architecture, config: Any) -> Tower | None:
-    if not architecture.vision_layers:
-        return None
-    vision = config.vision_config
-    tiles = _TILES.get(architecture.model_type, 1)
-    layer = architecture.vision_layers[TOWER_PART][0]
-    hidden = layer.linears[0].in_features
-    return Tower(
-        pixels=tiles * vision.num_channels * vision.image_size**2,
-        tokens=tiles * (vision.image_size // vision.patch_size) ** 2,
-        widest=3 * max(linear.out_features for linear in layer.linears) + 2 * hidden,
-        parameters=sum(
-            math.prod(shape)
-            for name, shape in architecture.other_tensors.items()
-            if component_of(name) in (TOWER_PART, PROJECTOR_PART)
-        ),
-    )
+        Every intermediate is kept: about two and a half times what is alive at once without.
+        """
+        return 5 * self.passing(sequences) // 2
+
+    def logits(self, sequences: Sequences, *, parts: int) -> int:
+        """Return the bytes of logits of so many parts of a batch, which are made one after the other."""
+        vocabulary = self.architecture.vocab_size
+        tokens = min(self.tokens_at_once, MAX_LOGITS_AT_ONCE // vocabulary)
+        rows = max(1, tokens // sequences.length)
+        return min(parts * rows, sequences.count) * sequences.length * vocabulary * FLOAT32
+
+    def forward_flops(self, sequences: Sequences) -> float:
+        """Return the operations of sequences passing all decoder layers, the vision tower before them."""
+        attention = sum(layer.groups[0][0].out_features for layer in self.architecture.layers)
+        each_token = 2 * self.architecture.linear_parameters + 2 * sequences.length * attention
+        return float(sequences.tokens * each_token + self.tower_flops(sequences, parameters=None))
+
+    def tower_flops(self, sequences: Sequences, *, parameters: int | None) -> float:
+        """Return the operations of pictures passing so many parameters a position; None: the tower's."""
+        if self.tower is None:
+            return 0.0
+        tokens = sequences.pictures * self.tower.fewest_tiles * self.tower.tokens
+        return 2.0 * tokens * (self.tower.parameters if parameters is None else parameters)
+
+    def head_flops(self, sequences: Sequences) -> float:
+        """Return the operations of making logits for all positions."""
+        return 2.0 * sequences.tokens * self.head_parameters
+
+    def gram_flops(self, sequences: Sequences | None, layers: Sequence[LayerLinears]) -> float:
+        """Return the operations of adding all inputs of some layers to their Grams, which are symmetric."""
+        tokens = 0 if sequences is None else sequences.tokens
+        return float(tokens) * sum(group[0].in_features ** 2 for layer in layers for group in layer.groups)

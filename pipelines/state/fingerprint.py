@@ -1,14 +1,16 @@
 """What each stage's results depend on, as values that two runs can compare.
 
-A stage is started over if anything in its fingerprint differs: the model's files, the data, the settings of
-this stage and of those before it, this package's own code, the libraries, the device and precision. File
+A stage is started over if anything in its fingerprint differs: the model's files, the data, the settings and
+the code of this stage and of those before it, the libraries, the device and what of it changes numbers. File
 contents are hashed once, and remembered as long as a file's size, times and identity stay the same.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,16 +21,21 @@ import torch
 
 import ercsvd_deploy
 from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.exporters.vllm.writer import carried_over
 from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
 from ercsvd_deploy.pipelines.state.cache import file_digest
+from ercsvd_deploy.pipelines.state.code_version import code_version
+from ercsvd_deploy.pipelines.state.machine import device_identity
 from ercsvd_deploy.recipe.load import canonical
 from ercsvd_deploy.recipe.sections import Recipe
 
-_LIBRARIES = ("torch", "transformers", "compressed-tensors", "numpy")
-_HASHES_FILE = "model-files.json"
+_LIBRARIES = ("torch", "transformers", "compressed-tensors", "numpy", "scipy")
+HASHES_FILE = "model-files.json"
+_TOLD_FROM = 2**30  # bytes of a file that takes seconds to hash
+logger = logging.getLogger(__name__)
 
 
 class FingerprintedStage(Protocol):
@@ -55,7 +62,7 @@ class Fingerprints:
 
     Attributes:
         by_stage: Stage -> JSON values.
-        base: What all have in common: model, device, code and libraries.
+        base: What all have in common: model, device and libraries.
         data: Digests of the calibration samples, texts and questions.
     """
 
@@ -68,12 +75,16 @@ class Fingerprints:
         return {
             "seed": recipe.calibration.seed if recipe.calibration else None,
             "recipe_sha256": digest_of(canonical(recipe)),
-            "code_sha256": self.base["code"],
+            "code_sha256": _own_code(),
             "model_files_sha256": dict(self.base["model"]),
             "calibration_sha256": self.data["calibration_samples"],
             "texts_sha256": dict(self.data["texts"]),
             "questions_sha256": dict(self.data["questions"]),
         }
+
+    def digests(self, stages: Iterable[str]) -> dict[str, str]:
+        """Return stage -> digest of all that its result depends on, for stages that have run."""
+        return {name: short_digest(self.by_stage[name]) for name in stages}
 
 
 def take_fingerprints(
@@ -82,7 +93,7 @@ def take_fingerprints(
     opened: OpenedModel,
     model: LayerwiseModel,
     data: RunData,
-    work: Path,
+    hashes: Path,
 ) -> Fingerprints:
     """Return the fingerprints of a run's stages.
 
@@ -92,15 +103,14 @@ def take_fingerprints(
         opened: Where the model's files are.
         model: The original model; tells device and precision.
         data: What the recipe's texts and pictures became.
-        work: Where file hashes are remembered.
+        hashes: File in which the hashes of the model's files are remembered.
     """
     base = {
-        "model": _model_files(opened.directory, work),
+        "model": model_files(opened.directory, hashes),
         "model_dtype": recipe.model.dtype,
-        "device": str(model.device),
+        "device": device_identity(model.device),
         "precision": str(model.dtype),
         "token_weight": model.token_weight,
-        "code": _own_code(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }
     digests = {
@@ -109,11 +119,16 @@ def take_fingerprints(
         "questions": {
             name: _samples([question.sample for question in asked]) for name, asked in data.questions.items()
         },
+        "carried_over": {
+            path.name: file_digest(path) for path in carried_over(opened.directory) if path.is_file()
+        },
     }
     before: Mapping[str, Any] = base | {"calibration_samples": digests["calibration_samples"]}
     by_stage = {}
+    code: dict[str, str] = {}
     for stage in stages:
-        by_stage[stage.name] = stage.fingerprint(before, digests)
+        code = code | {stage.name: code_version(type(stage).__module__)}
+        by_stage[stage.name] = stage.fingerprint(before, digests) | {"code": code}
         if stage.temporary_for is None:
             before = by_stage[stage.name]
     return Fingerprints(by_stage, base, digests)
@@ -124,9 +139,14 @@ def short_digest(fingerprint: Mapping[str, Any]) -> str:
     return digest_of(fingerprint)[:16]
 
 
-def _model_files(directory: Path, work: Path) -> dict[str, str]:
-    """Return file name -> SHA-256 of the model's config and weights."""
-    remembered = read_json(work / _HASHES_FILE)
+def model_files(directory: Path, hashes_file: Path) -> dict[str, str]:
+    """Return file name -> SHA-256 of a model's config and weights.
+
+    Args:
+        directory: The model's.
+        hashes_file: Where they are remembered.
+    """
+    remembered = read_json(hashes_file)
     known = remembered if isinstance(remembered, dict) else {}
     hashes: dict[str, dict[str, Any]] = {}
     for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
@@ -134,12 +154,17 @@ def _model_files(directory: Path, work: Path) -> dict[str, str]:
         identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         entry = known.get(str(path))
         if not isinstance(entry, dict) or entry.get("identity") != identity or "sha256" not in entry:
+            if status.st_size > _TOLD_FROM:
+                logger.info("hashing %s, %.1f GB", path, status.st_size / 1e9)
             entry = {"identity": identity, "sha256": file_digest(path)}
         hashes[str(path)] = entry
-    write_json_atomically(work / _HASHES_FILE, hashes)
+    if any(known.get(name) != entry for name, entry in hashes.items()):
+        hashes_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(hashes_file, known | hashes)
     return {Path(name).name: str(entry["sha256"]) for name, entry in hashes.items()}
 
 
+@functools.cache
 def _own_code() -> str:
     """Return the SHA-256 of this package's source files."""
     root = Path(ercsvd_deploy.__file__).resolve().parent

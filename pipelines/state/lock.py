@@ -1,17 +1,25 @@
-"""A place to build a directory in, beside the name under which it is to appear when it is complete."""
+"""A place to build a directory in, beside the name under which it is to appear, and locks between runs.
+
+A lock is a regular file in the directory that it protects: network file systems lock those between machines,
+and directories not. It goes with the process that holds it, however that ends.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import os
+import logging
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+LOCK_FILE = ".lock"
 # Another run that has just ended, or `ercsvd status`, holds the lock for a moment.
 _ATTEMPTS, _PAUSE = 5, 0.1  # seconds
+_TOLD_AFTER = 2.0  # seconds of waiting for another run
+logger = logging.getLogger(__name__)
 
 
 class TargetInUseError(ValueError):
@@ -39,16 +47,16 @@ def work_directory(target: Path) -> Iterator[Path]:
         TargetInUseError: another run is writing to this target.
     """
     with _locked(target) as work:
-        _clear(work)
+        clear(work)
         try:
             yield work
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            clear(work)
 
 
 @contextmanager
 def resumable_directory(target: Path) -> Iterator[Path]:
-    """As `work_directory`, but what an unfinished run leaves in it stays for the next one.
+    """As `work_directory`, but finished pieces of stages stay for the next run, unless they are cleared.
 
     Raises:
         TargetInUseError: another run is writing to this target.
@@ -57,30 +65,45 @@ def resumable_directory(target: Path) -> Iterator[Path]:
         try:
             yield work
         except BaseException as error:
-            if any(work.rglob("*.findings.json")):
+            if has_pieces(work):
                 error.add_note(
                     f"what is finished is kept: the same command goes on from there, and "
                     f"`ercsvd clean {target}` removes it"
                 )
-            else:
-                shutil.rmtree(work, ignore_errors=True)
             raise
-        shutil.rmtree(work, ignore_errors=True)
+        finally:
+            if not has_pieces(work):
+                clear(work)
+
+
+def has_pieces(work: Path) -> bool:
+    """Whether a directory holds finished pieces of stages."""
+    return any(work.rglob("*.findings.json"))
+
+
+def clear(work: Path) -> None:
+    """Remove everything in a work directory but its lock."""
+    for left_over in work.iterdir():
+        if left_over.name == LOCK_FILE:
+            continue
+        if left_over.is_dir() and not left_over.is_symlink():
+            shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
 
 
 def is_in_use(target: Path) -> bool:
     """Whether a run is writing to the target now."""
-    try:
-        descriptor = os.open(work_path(target), os.O_RDONLY)
-    except FileNotFoundError:
+    file = work_path(target) / LOCK_FILE
+    if not file.exists():
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go at once; a starting run tries again
-    except BlockingIOError:
+        with FileLock(file, timeout=0):  # let go at once; a starting run tries again
+            return False
+    except Timeout:
         return True
-    finally:
-        os.close(descriptor)
-    return False
+    except OSError:
+        return False  # it has just ended, or this user may not lock
 
 
 def remove_unfinished(target: Path) -> bool:
@@ -92,8 +115,28 @@ def remove_unfinished(target: Path) -> bool:
     if not work_path(target).is_dir():
         return False
     with _locked(target) as work:
-        shutil.rmtree(work)
+        clear(work)
     return True
+
+
+@contextmanager
+def exclusive(file: Path, what: str) -> Iterator[None]:
+    """Wait until nobody else holds a lock, and hold it.
+
+    Args:
+        file: The lock, a file in an existing directory.
+        what: What it protects, for the message that says why nothing happens.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=_TOLD_AFTER)
+    except Timeout:
+        logger.info("waiting for another run, which is at %s", what)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -103,29 +146,24 @@ def _locked(target: Path) -> Iterator[Path]:
         if attempt:
             time.sleep(_PAUSE)
         work.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(work, os.O_RDONLY)
+        lock = FileLock(work / LOCK_FILE, timeout=0)
         try:
-            if _take(descriptor, work):
-                yield work
-                return
+            lock.acquire()  # tells a lock file that was removed meanwhile from one that is there
+        except (Timeout, FileNotFoundError):
+            continue
+        try:
+            yield work
         finally:
-            os.close(descriptor)
+            _let_go(lock, work)
+        return
     raise TargetInUseError(f"another run is writing to {target}: wait for it, or choose another output")
 
 
-def _take(descriptor: int, work: Path) -> bool:
-    """Lock an opened work directory; False if another has it, or it was removed before it was locked."""
-    try:
-        # The lock goes with the process, however that ends.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), work.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
-
-
-def _clear(work: Path) -> None:
-    for left_over in work.iterdir():
-        if left_over.is_dir() and not left_over.is_symlink():
-            shutil.rmtree(left_over)
-        else:
-            left_over.unlink()
+def _let_go(lock: FileLock, work: Path) -> None:
+    """Release a lock, and remove the directory if nothing but the lock is in it."""
+    if [path.name for path in work.iterdir()] == [LOCK_FILE]:
+        # Removed while it is held: whoever has opened it meanwhile sees that, and tries again.
+        (work / LOCK_FILE).unlink()
+    lock.release()
+    with suppress(OSError):  # somebody else is already in it, or finished pieces are
+        work.rmdir()

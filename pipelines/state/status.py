@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ercsvd_deploy.exporters.vllm.target import is_export
 from ercsvd_deploy.pipelines.state.lock import is_in_use, work_path
+from ercsvd_deploy.pipelines.state.shared import shared_stages
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,28 @@ class OutputStatus:
         output: The directory a recipe writes.
         finished: Whether a complete export is there.
         running: Whether a run is writing to it now.
-        stages: What an unfinished run has finished.
+        stages: What an unfinished run has finished, or what runs share.
+        is_shared: Whether it is a directory of stages' results that runs share.
     """
 
     output: str
     finished: bool
     running: bool
     stages: tuple[StageStatus, ...]
+    is_shared: bool = False
 
 
 def output_status(output: Path) -> OutputStatus:
-    """Look at an output without changing anything."""
+    """Look at an output, or at a directory that runs share, without changing anything."""
     work = work_path(output.absolute())
-    stages = [_stage_status(folder) for folder in sorted(work.glob("*")) if folder.is_dir()]
+    folders = [folder for folder in sorted(work.glob("*")) if folder.is_dir()] + shared_stages(output)
+    stages = [_stage_status(folder) for folder in folders]
     return OutputStatus(
         output=str(output),
         finished=output.is_dir() and any(output.iterdir()) and is_export(output),
         running=is_in_use(output.absolute()),
         stages=tuple(stage for stage in stages if stage.pieces),
+        is_shared=bool(shared_stages(output)),
     )
 
 

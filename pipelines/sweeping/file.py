@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,11 @@ from ercsvd_deploy.recipe.load import RecipeError, canonical, load_recipe
 from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.yaml_source import read_yaml_file
 
+RESULTS_FILE = "sweep.json"  # in a sweep's output
+WORK = "sweep"  # the name in a sweep's output beside which its work directory is
 _MOST_POINTS = 1000
+_OWN_KEYS = frozenset({"recipe", "grid", "also"})  # no recipe has them
+_KEYS_OF_RECIPES = frozenset({"model", "stages"})
 
 
 class Pick(Section):
@@ -84,6 +89,17 @@ class Point:
     recipe: Recipe
 
 
+def is_sweep(path: Path) -> bool:
+    """Whether a YAML file is a sweep, and not a recipe.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    value = read_yaml_file(path).value
+    keys = frozenset(map(str, value)) if isinstance(value, Mapping) else frozenset()
+    return not keys.isdisjoint(_OWN_KEYS) and keys.isdisjoint(_KEYS_OF_RECIPES)
+
+
 def load_sweep(path: Path) -> Sweep:
     """Read a sweep file.
 
@@ -110,7 +126,8 @@ def sweep_points(sweep: Sweep) -> list[Point]:
     """Return every point, its recipe validated; equal recipes once.
 
     Raises:
-        RecipeError: a point's recipe is refused; the message names the point.
+        RecipeError: a point's recipe is refused, two points have one name, or the smallest that passes the
+            gates is to be picked and there are none; the message names the point.
     """
     values = [[(field, value) for value in listed] for field, listed in sweep.grid.items()]
     varied = {field for field, listed in sweep.grid.items() if len(listed) > 1}
@@ -122,14 +139,33 @@ def sweep_points(sweep: Sweep) -> list[Point]:
     if len(combinations) > _MOST_POINTS:
         raise RecipeError([f"the sweep has {len(combinations)} points; at most {_MOST_POINTS} are sensible"])
     points: dict[str, Point] = {}
+    names = Counter(name for name, _ in combinations)
     for name, settings in combinations:
         overrides = [f"{field}={json.dumps(value)}" for field, value in {**sweep.set, **settings}.items()]
         try:
             recipe = load_recipe(sweep.recipe, overrides)
         except RecipeError as error:
             raise RecipeError([f"point ({name}): {problem}" for problem in error.problems]) from error
+        if sweep.pick is not None and sweep.pick.smallest:
+            _check_judged(name, recipe)
         points.setdefault(json.dumps(canonical(recipe), sort_keys=True), Point(name, settings, recipe))
+    twice = [name for name, count in names.items() if count > 1]
+    distinct = [point for point in points.values() if point.name in twice]
+    if len(distinct) > len({point.name for point in distinct}):
+        raise RecipeError([f"two points are called ({twice[0]}): rename the one under also"])
     return list(points.values())
+
+
+def _check_judged(name: str, recipe: Recipe) -> None:
+    """Refuse to pick the smallest of points that nothing holds to a quality."""
+    if recipe.gates is None or recipe.gates.without_export() is None:
+        why = "its recipe has no gates" if recipe.gates is None else "a sweep can judge none of its gates"
+        raise RecipeError(
+            [
+                f"point ({name}): pick.smallest takes the smallest that passes the gates, but {why}: give "
+                "one on texts or questions, such as gates.perplexity_increase, or pick best_under: SIZE"
+            ]
+        )
 
 
 def _short(field: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ercsvd_deploy.pipelines.sweeping.points import DENSE, PointResult, SweepResult
+from ercsvd_deploy.pipelines.sweeping.points import DENSE, PointResult
+from ercsvd_deploy.pipelines.sweeping.run import SweepResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +62,8 @@ def draw_sweep(result: SweepResult, directory: Path, stem: str = "pareto") -> li
 
 def _draw_text(panel: Axes, result: SweepResult, text: str, ink: str) -> None:
     series: dict[tuple[str, str], list[PointResult]] = {}
-    for point in result.points:
+    shown = [point for point in result.points if math.isfinite(point.perplexity[text])]
+    for point in shown:
         if point.recipe is not None and not point.name.startswith(_PLAIN):
             series.setdefault(_series_of(point.recipe), []).append(point)
     methods = list(dict.fromkeys(method for method, _ in series))
@@ -87,7 +90,7 @@ def _draw_text(panel: Axes, result: SweepResult, text: str, ink: str) -> None:
         zorder=1,
         label="Pareto front",
     )
-    for point in result.points:
+    for point in shown:
         if point.name == DENSE or point.name.startswith(_PLAIN):
             where = (point.num_bytes / 1e6, point.perplexity[text])
             panel.scatter(*where, color=ink, marker="*", s=110, zorder=3)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,3 +112,61 @@ def test_examples_are_yaml_that_plans_always_and_judges_on_demand(path: Path) ->
     assert "ercsvd run" not in scripts["plan"]
     assert "--junit gates.xml" in scripts["gates"]
     assert "gates.xml" in kept
+
+
+def plan_script(path: Path) -> str:
+    """Return what a template runs on every change, without its installations."""
+    parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.name == "github.yml":
+        lines = [step["run"] for step in parsed["jobs"]["plan"]["steps"] if "run" in step]
+    else:
+        lines = parsed["plan"]["script"]
+    installs = [line for line in lines if line.startswith("pip install")]
+    assert any("ercsvd_deploy-*.whl" in line for line in installs)
+    return "\n".join(line for line in lines if line not in installs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_the_plans_of_a_template_are_green_on_a_small_runner(path: Path, tmp_path: Path) -> None:
+    """Two cores, no GPU, no vLLM, little memory: as its own script runs it, on this repository's recipes."""
+    (tmp_path / "recipes").mkdir()
+    for name in ("demo", "demo-lowrank", "demo-llava"):
+        shutil.copy(ROOT / "recipes" / f"{name}.yaml", tmp_path / "recipes")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "ercsvd").write_text(
+        "#!/bin/sh\n"
+        "ulimit -v 8000000\n"  # addresses, of which libraries reserve more than they use
+        f"exec {sys.executable} -c \"import sys; sys.modules['vllm'] = None\n"
+        'from ercsvd_deploy.pipelines.cli.entry_point import main; main()" "$@"\n'
+    )
+    (tools / "ercsvd").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-e", "-c", plan_script(path)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    plans = [json.loads(plan.read_text()) for plan in (tmp_path / "plans").glob("*.json")]
+    assert len(plans) == 3
+    assert all(plan["candidates"] for plan in plans)
+    # The same script is red where a recipe cannot work.
+    text = (tmp_path / "recipes" / "demo-lowrank.yaml").read_text()
+    (tmp_path / "recipes" / "demo-lowrank.yaml").write_text(text.replace("ratio: 0.2", "ratio: 2"))
+    for name in ("demo", "demo-llava"):
+        (tmp_path / "recipes" / f"{name}.yaml").unlink()
+    again = subprocess.run(
+        ["bash", "-e", "-c", plan_script(path)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert again.returncode == 1

@@ -6,6 +6,10 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
+from ercsvd_deploy.recipe.load import check_files, load_recipe
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 INSTRUCTION = re.compile(r"^([A-Z]+) (.*(?:\\\n.*)*)", re.MULTILINE)
@@ -68,3 +72,23 @@ def test_images_end_without_root_and_name_no_package_index() -> None:
     assert last_user == {"compress": "ercsvd", "serve": "ercsvd"}
     assert re.findall(r"https?://(?!127\.0\.0\.1)", TEXT) == []
     assert '${TORCH_INDEX:+--index-url "$TORCH_INDEX"}' in TEXT
+
+
+def test_its_own_commands_work_in_its_own_images() -> None:
+    """What `compress` is told to run needs no vLLM, and writes what `serve` is told to serve."""
+    (extras,) = re.findall(r"\.whl\)\[([\w,]+)\]", TEXT)
+    assert "serve" not in extras.split(",")
+    (recipe_file,) = re.findall(r"ercsvd-compress run (\S+)", TEXT)
+    recipe = load_recipe(ROOT / recipe_file)
+    assert recipe.gates is None or recipe.gates.serving_parity is None
+    served = re.findall(r'-v "\$PWD/(\S+?):/model:ro"', TEXT)
+    assert [str(recipe.export.path)] == served
+    with_parity = load_recipe(ROOT / "recipes" / "demo.yaml", ["gates.serving_parity=null"])
+    assert with_parity.gates is not None
+    assert with_parity.gates.serving_parity is None
+
+
+def test_its_recipe_finds_its_files_in_the_mounted_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (recipe_file,) = re.findall(r"ercsvd-compress run (\S+)", TEXT)
+    check_files(load_recipe(Path(recipe_file)))

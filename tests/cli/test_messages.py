@@ -137,7 +137,7 @@ def test_run_tells_its_layers_and_what_it_reuses(
     assert re.search(r"factorize: \d+ finished pieces of an earlier run are used", error)
     assert re.search(r"factorize: .* is reused", error)
 
-    code, output, error = invoke("run", recipe)
+    code, output, error = invoke("run", recipe, "--force")
     assert code == 0
     assert "svd_llm, 1 candidate: 4/4, 0:00:0" in error
     assert " is done" not in error

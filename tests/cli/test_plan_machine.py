@@ -37,6 +37,25 @@ def test_a_strict_plan_fails_for_what_the_machine_lacks(write_recipe: RecipeWrit
     assert plan(write_recipe(), "--machine", "memory=1TiB,disk=1TiB", "--strict-machine")[0] == 0
 
 
+def test_time_is_bounded_by_operations_at_a_peak(write_recipe: RecipeWriter) -> None:
+    recipe = write_recipe()
+    _, planned, _ = plan(recipe, "--machine", "flops=2G")
+    needs = planned["estimate"]
+    assert needs["flops"] == sum(stage["flops"] for stage in needs["stages"]) > 0
+    assert needs["least_seconds"] == needs["flops"] / 2e9
+    _, planned, _ = plan(recipe, "--machine", "memory=1TiB")
+    assert planned["estimate"]["least_seconds"] is None
+    _, planned, _ = plan(recipe)
+    assert planned["estimate"]["least_seconds"] == pytest.approx(
+        needs["flops"] / planned["estimate"]["machine"]["flops"]
+    )
+    shown = invoke("plan", recipe, "--machine", "flops=2G")[1]
+    assert "FLOP, at least" in shown
+    assert "at a peak of 2 GFLOP/s" in shown
+    assert "lower bound" in shown
+    assert "at a peak" not in invoke("plan", recipe, "--machine", "memory=1TiB")[1]
+
+
 def test_quiet_leaves_warnings_out(write_recipe: RecipeWriter) -> None:
     assert plan(write_recipe(), "--machine", SMALL, "-q")[::2] == (0, "")
 

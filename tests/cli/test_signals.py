@@ -38,7 +38,12 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "word", "code"), [(signal.SIGTERM, "terminated", 143), (signal.SIGINT, "interrupted", 130)]
+    ("number", "word", "code"),
+    [
+        (signal.SIGTERM, "terminated", 143),
+        (signal.SIGINT, "interrupted", 130),
+        (signal.SIGHUP, "terminated", 129),
+    ],
 )
 def test_a_run_that_is_told_to_end_can_be_resumed(
     number: signal.Signals,

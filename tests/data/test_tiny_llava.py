@@ -17,7 +17,7 @@ from ercsvd_deploy.data.samples import QuestionSample, Sample
 from ercsvd_deploy.evaluation.quality import measure_quality
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
 from ercsvd_deploy.pipelines.inputs.pictures import ask_questions
-from ercsvd_deploy.pipelines.judging.evaluate import open_for_lm_eval
+from ercsvd_deploy.pipelines.judging.tasks import open_for_lm_eval
 from ercsvd_deploy.recipe.sections import ConversationFile, ModelSource, VisualQuestions
 from tests.recipe_runs import invoke
 

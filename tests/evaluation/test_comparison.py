@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ercsvd_deploy.evaluation import comparison
 from ercsvd_deploy.evaluation.comparison import compare_models, relative_error
 from ercsvd_deploy.evaluation.quality import perplexities
 from tests.models.streamed import streamed
@@ -47,14 +48,14 @@ def test_layer_errors_and_divergence_equal_those_of_whole_models(
             logprobs.append(model(input_ids=tokens).logits.log_softmax(-1)[:, :-1])
         outputs.append(layers)
     models = [streamed(directory) for directory in directories]
-    found = compare_models(models[0], models[1], {"text": tokens}, {}).change["text"]
+    found = compare_models(models[0], models[1], {"text": tokens}, {}).change
     expected = [float((tried - true).norm() / true.norm()) for true, tried in zip(*outputs, strict=True)]
-    assert found.layer_errors == pytest.approx(expected, rel=1e-3)
-    assert found.final_layer_error == found.layer_errors[-1]
+    assert found.layer_errors["text"] == pytest.approx(expected, rel=1e-3)
+    assert found.final_layer_error["text"] == found.layer_errors["text"][-1]
     true, tried = logprobs
     divergence = (true.exp() * (true - tried)).sum(-1).mean()
-    assert found.logprob_kl == pytest.approx(float(divergence), rel=1e-3)
-    assert found.logprob_kl > 0
+    assert found.logprob_kl["text"] == pytest.approx(float(divergence), rel=1e-3)
+    assert found.logprob_kl["text"] > 0
 
 
 def test_quality_is_what_each_model_has_alone(directories: tuple[Path, Path], tokens: torch.Tensor) -> None:
@@ -63,20 +64,39 @@ def test_quality_is_what_each_model_has_alone(directories: tuple[Path, Path], to
     found = compare_models(models[0], models[1], texts, {})
     assert found.original.perplexity == perplexities(models[0], texts)
     assert found.compressed.perplexity == perplexities(models[1], texts)
-    assert list(found.change) == ["a", "b"]
+    assert list(found.change.logprob_kl) == ["a", "b"]
 
 
 def test_a_model_is_no_distance_from_itself(directories: tuple[Path, Path], tokens: torch.Tensor) -> None:
     found = compare_models(streamed(directories[0]), streamed(directories[0]), {"a": tokens}, {})
-    assert found.change["a"].layer_errors == (0.0, 0.0, 0.0)
-    assert found.change["a"].logprob_kl == pytest.approx(0, abs=1e-6)
+    assert found.change.layer_errors["a"] == (0.0, 0.0, 0.0)
+    assert found.change.logprob_kl["a"] == pytest.approx(0, abs=1e-6)
 
 
 def test_every_layer_is_counted_once(directories: tuple[Path, Path], tokens: torch.Tensor) -> None:
     calls: list[None] = []
     model = streamed(directories[0])
     compare_models(model, model, {"a": tokens}, {}, lambda: calls.append(None))
-    assert len(calls) == 3
+    assert len(calls) == 2 * 3  # of either model
+
+
+def test_errors_of_early_layers_at_some_positions_are_near_those_at_all(
+    directories: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.randint(3, 250, (8, 64), generator=torch.Generator().manual_seed(2))
+    models = [streamed(directory) for directory in directories]
+    every = compare_models(models[0], models[1], {"a": tokens}, {}).change
+    monkeypatch.setattr(comparison, "MOST_POSITIONS", 128)
+    kept: dict[int, int] = {}
+    comparison.judge_original(
+        models[0], {"a": tokens}, {}, lambda index, outputs: kept.update({index: len(outputs["a"])})
+    )
+    assert kept == {0: 128, 1: 128, 2: 512}
+    some = compare_models(models[0], models[1], {"a": tokens}, {}).change
+    assert some.layer_errors["a"] == pytest.approx(every.layer_errors["a"], rel=0.1)
+    assert some.layer_errors["a"][:2] != every.layer_errors["a"][:2]
+    assert some.final_layer_error == every.final_layer_error
+    assert some.logprob_kl == every.logprob_kl
 
 
 def test_relative_error() -> None:

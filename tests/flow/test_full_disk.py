@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,5 +118,87 @@ def test_disk_full_while_gathering_results_is_told_like_any_other(
     monkeypatch.setattr("ercsvd_deploy.pipelines.flow.run_stages", patched)
     code, _, error = invoke("run", write_recipe(*STAGES))
     assert code == 1
-    assert error.startswith("error: somewhere: No space left on device")
+    assert "\nerror: somewhere: No space left on device: make room on that disk" in error
     assert "the same command goes on from there" in error
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.ENOSPC, "make room on that disk"), (errno.EDQUOT, "free some of your quota there")],
+)
+@pytest.mark.parametrize("kind", ["tensors", "findings"])
+def test_a_full_disk_and_a_full_quota_have_a_remedy(
+    kind: str,
+    number: int,
+    remedy: str,
+    write_recipe: RecipeWriter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(path: Any, *_arguments: Any, **_options: Any) -> None:
+        if kind == "tensors":  # how safetensors words it
+            raise SafetensorError(
+                f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+            )
+        raise OSError(number, os.strerror(number), str(path))
+
+    recipe = write_recipe(*STAGES)
+    if kind == "tensors":
+        monkeypatch.setattr("ercsvd_deploy.format.atomic_files.save_file", full)
+    else:
+        monkeypatch.setattr(Path, "write_text", full)
+    code, _, error = invoke("run", recipe)
+    assert code == 1
+    assert f"{os.strerror(number)}: {remedy}, or choose another output" in error
+
+
+# In a name space of its own a user may mount a disk, and nobody else sees it.
+REALLY_FULL = """
+set -u
+mount -t tmpfs -o size=30m none "$DISK" || exit 77
+"$PYTHON" -m ercsvd_deploy.pipelines.cli.app run "$RECIPE" --output "$DISK/out" 2> "$DISK.first" &
+run=$!
+while ! ls "$DISK"/.out.work/factorize/*.findings.json > /dev/null 2>&1; do
+  kill -0 $run 2> /dev/null || exit 78
+  sleep 0.01
+done
+cat /dev/zero > "$DISK/fill" 2> /dev/null  # until no byte is left
+wait $run; echo $? > "$DISK.code"
+rm "$DISK/fill"
+"$PYTHON" -m ercsvd_deploy.pipelines.cli.app run "$RECIPE" --output "$DISK/out" --json > "$DISK.second"
+test $? -eq 0 || exit 79
+cp -r "$DISK/out" "$DISK.out"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], check=False, capture_output=True
+    ).returncode
+    != 0,
+    reason="this system lets no user mount a disk in a name space of its own",
+)
+def test_a_really_full_disk(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    recipe = write_recipe(*STAGES)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    environment = os.environ | {"DISK": str(disk), "PYTHON": sys.executable, "RECIPE": str(recipe)}
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", REALLY_FULL],
+        check=False,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr + (tmp_path / "disk.first").read_text()
+    assert (tmp_path / "disk.code").read_text() == "1\n"
+    told = (tmp_path / "disk.first").read_text()
+    assert "No space left on device: make room on that disk" in told
+    assert "the same command goes on from there" in told
+    assert "Traceback" not in told
+    resumed = json.loads((tmp_path / "disk.second").read_text())["resumed"]
+    assert any("are used" in note for note in resumed)
+    code, _, error = invoke("run", recipe)
+    assert code == 0, error
+    assert hashes(tmp_path / "disk.out") == hashes(tmp_path / "out")

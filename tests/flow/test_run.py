@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,9 +17,10 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.json_values import finite
 from ercsvd_deploy.pipelines.stages.factorize.outcome import FactorizeOutcome
+from ercsvd_deploy.pipelines.state.lock import resumable_directory
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 
@@ -67,7 +66,7 @@ def test_searched_error_is_that_of_the_exported_model(
 
     assert recipe.calibration is not None
     assert report.results["factorize"] is not None
-    tokens = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)[:4]
+    tokens = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)[0][:4]
 
     def last_layer_output(path: Path) -> torch.Tensor:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -158,22 +157,16 @@ def test_failure_keeps_the_earlier_export(
         "ercsvd_deploy.format.atomic_files.save_file",
         lambda *_a, **_k: (_ for _ in ()).throw(OSError(28, "full")),
     )
-    code, _, _ = invoke("run", recipe)
+    code, _, _ = invoke("run", recipe, "--force")
     assert code == 1
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
 def test_two_runs_on_one_output_exclude_each_other(write_recipe: RecipeWriter, tmp_path: Path) -> None:
-    work = tmp_path / ".out.work"
-    work.mkdir()
-    descriptor = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with resumable_directory(tmp_path / "out"):
         code, _, error = invoke("run", write_recipe())
         assert code == 1
         assert "another run is writing" in error
-    finally:
-        os.close(descriptor)
     assert invoke("run", write_recipe())[0] == 0
 
 
@@ -209,7 +202,7 @@ def test_run_prints_the_table_and_json(write_recipe: RecipeWriter) -> None:
     recipe = write_recipe()
     code, output, _ = invoke("run", recipe)
     assert code == 0
-    for expected in ("bytes", "perplexity, held_out", "chosen", "vllm serve"):
+    for expected in ("Size of all tensors", "Perplexity, held_out", "chosen", "vllm serve"):
         assert expected in output
     code, output, _ = invoke("run", recipe, "--json")
     assert code == 0
@@ -343,4 +336,4 @@ def test_names_with_brackets_are_names(write_recipe: RecipeWriter, tmp_path: Pat
     text = f"[/red]x={TEXT / 'in_domain.txt'}"
     code, printed, error = invoke("eval", output, "--text", text, "--max-sequences", 1)
     assert code == 0, error
-    assert "perplexity, [/red]x" in printed
+    assert "Perplexity, [/red]x" in printed

@@ -16,13 +16,15 @@ from ercsvd_deploy.format.schema import (
     WEIGHT_SCALE,
     WEIGHT_SHAPE,
     WEIGHT_ZERO_POINT,
+    Bits,
     WeightQuantization,
 )
 from ercsvd_deploy.quantization.grid import QuantizationSettings, round_to_nearest
 
+BITS: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
 FORMATS = pytest.mark.parametrize(
     ("bits", "sym", "group_size"),
-    [(bits, sym, size) for bits in (4, 8) for sym in (True, False) for size in (32, 64, 128, -1)],
+    [(bits, sym, size) for bits in BITS for sym in (True, False) for size in (32, 64, 128, -1)],
 )
 OUT_FEATURES = pytest.mark.parametrize("out_features", [1, 13, 16, 30])  # words of zero points left unfilled
 
@@ -59,7 +61,8 @@ def test_unpack_inverts_pack(bits: int, sym: bool, group_size: int, out_features
 
 
 @OUT_FEATURES
-@FORMATS
+@pytest.mark.parametrize("bits", [2, 4, 8])  # at others that library leaves gaps between values
+@pytest.mark.parametrize(("sym", "group_size"), [(True, 32), (True, -1), (False, 64), (False, -1)])
 def test_leaves_are_those_of_compressed_tensors(
     bits: int, sym: bool, group_size: int, out_features: int
 ) -> None:
@@ -83,7 +86,7 @@ def test_leaves_are_those_of_compressed_tensors(
     torch.testing.assert_close(dense["weight"], quantized.dequantize(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_rows_that_do_not_fill_a_word(bits: int) -> None:
     settings = QuantizationSettings(bits=bits, group_size=-1)
     quantized = quantize(5, 43, settings)
@@ -92,9 +95,9 @@ def test_rows_that_do_not_fill_a_word(bits: int) -> None:
 
 
 def test_every_level_survives() -> None:
-    for bits in (4, 8):
+    for bits in BITS:
         levels = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).to(torch.int8)
-        storage = WeightQuantization(bits=4 if bits == 4 else 8, group_size=-1, sym=False)
+        storage = WeightQuantization(bits=bits, group_size=-1, sym=False)
         count = len(levels)
         quantized = QuantizedWeight(
             levels.repeat(count, 1), torch.ones(count, 1), levels[:, None].clone(), storage

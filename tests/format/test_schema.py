@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from ercsvd_deploy.format.schema import (
     FORMAT_VERSION,
+    Bits,
     CheckpointConfig,
     CheckpointFormatError,
     Storage,
@@ -23,13 +24,13 @@ from ercsvd_deploy.format.schema import (
 INT4 = WeightQuantization(bits=4, group_size=32)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize(
     ("out_features", "in_features", "group_size"), [(64, 128, 32), (64, 96, -1), (9, 13, -1), (7, 64, 64)]
 )
 def test_leaf_shapes_are_those_compressed_tensors_writes(
-    bits: int, sym: bool, out_features: int, in_features: int, group_size: int
+    bits: Bits, sym: bool, out_features: int, in_features: int, group_size: int
 ) -> None:
     quantization = WeightQuantization(bits=bits, group_size=group_size, sym=sym)
     groups = 1 if group_size == -1 else in_features // group_size
@@ -134,6 +135,12 @@ def test_a_contradictory_description_is_refused(fields: dict[str, Any], message:
 def test_a_config_survives_json() -> None:
     config = CheckpointConfig(
         modules={
+            **{
+                f"model.layers.{bits}.mlp.gate_proj": Storage.dense(
+                    (48, 64), WeightQuantization(bits=bits, group_size=32, sym=bits % 2 == 0)
+                )
+                for bits in get_args(Bits)
+            },
             "model.layers.0.mlp.up_proj": Storage(layout="dense", shape=(48, 64), weight=INT4),
             "model.layers.1.mlp.up_proj": Storage(layout="low_rank", shape=(48, 64), rank=32, factor_a=INT4),
         }

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ercsvd_deploy.pipelines.judging.check import REPORT_VERSION
+from ercsvd_deploy.pipelines.reporting.document import REPORT_VERSION
 
 FIGURES = {
     "num_bytes": 1000,
+    "bytes_by_part": {"factors": 1000},
+    "linear_bits_per_weight": 4.25,
+    "parameters": 500,
+    "linear_parameters": 400,
     "perplexity": {"prose": 12.5, "code": 9.0},
     "exact_match": {"pictures": 0.9},
     "tasks": {"arc_easy": {"acc,none": 0.5}},

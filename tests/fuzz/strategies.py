@@ -22,7 +22,8 @@ from ercsvd_deploy.format.manifest import ManifestError
 from ercsvd_deploy.format.schema import CheckpointFormatError
 from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.models.families import ArchitectureError
-from ercsvd_deploy.pipelines.judging.check import CheckError
+from ercsvd_deploy.pipelines.reporting.check import CheckError
+from ercsvd_deploy.pipelines.reporting.document import ReportError
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlanError
 from ercsvd_deploy.recipe.load import RecipeError
@@ -31,6 +32,7 @@ DOCUMENTED = (
     ArchitectureError,
     CalibrationError,
     CheckError,
+    ReportError,
     CheckpointError,
     CheckpointFormatError,
     ManifestError,

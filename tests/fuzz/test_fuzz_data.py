@@ -12,12 +12,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ercsvd_deploy.data.conversations import open_images, read_conversations
+from ercsvd_deploy.data.documents import read_documents
 from ercsvd_deploy.data.images import DamagedImageError
+from ercsvd_deploy.data.rows import jsonl_rows, read_text
 from ercsvd_deploy.data.texts import (
+    CalibrationError,
     Tokenizer,
     load_tokenizer,
-    read_jsonl,
-    read_text,
     sample_windows,
     token_windows,
 )
@@ -50,6 +51,15 @@ def as_lines(records: Any) -> bytes:
     return b"\n".join(map(as_json, records if isinstance(records, list) else [records]))
 
 
+def text_of(path: Path) -> str:
+    """The text of JSON lines; conversations cannot be rendered here."""
+
+    def refuse(_messages: list[dict[str, Any]]) -> str:
+        raise CalibrationError("no chat template")
+
+    return "\n\n".join(read_documents(jsonl_rows(path), "text", refuse).texts)
+
+
 def windows_of(text: str, tokenizer: Tokenizer) -> torch.Tensor:
     return sample_windows(token_windows(text, tokenizer, 16, VOCAB_SIZE), 2, seed=0)
 
@@ -62,7 +72,7 @@ def windows_of(text: str, tokenizer: Tokenizer) -> torch.Tensor:
 def test_damaged_json_lines(content: bytes, folder: Path, tokenizer: Tokenizer, fuzz_log: FuzzLog) -> None:
     path = folder / "lines.jsonl"
     path.write_bytes(content)
-    text = fuzz_log.attempt("calibration JSON lines", lambda: read_jsonl(path, "text"), named=path.name)
+    text = fuzz_log.attempt("calibration JSON lines", lambda: text_of(path), named=path.name)
     if text is not None:
         windows = fuzz_log.attempt("calibration windows", lambda: windows_of(text, tokenizer))
         assert windows is None or windows.shape == (2, 16)

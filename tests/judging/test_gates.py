@@ -13,10 +13,12 @@ import pytest
 import yaml
 
 from ercsvd_deploy.pipelines.inputs.parity_prompts import NUM_DECODED
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
-from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates, junit_xml
+from ercsvd_deploy.pipelines.judging.figures import ModelFigures
+from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
+from ercsvd_deploy.pipelines.judging.junit import junit_xml
 from ercsvd_deploy.pipelines.judging.parity import measure as serving_parity
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingError, ServingParity
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, parse_report
 from ercsvd_deploy.pipelines.stages import measured_export as after_export
 from ercsvd_deploy.recipe.fields import parse_size
 from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT, Gates
@@ -25,23 +27,32 @@ from tests.recipe.written import MINIMAL, problems_of, written
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "tiny-llama")
+SIZES = {"bytes_by_part": {}, "linear_bits_per_weight": 4.0, "parameters": 9, "linear_parameters": 8}
 REPORT: dict[str, Any] = {
     "report_version": 2,
     "recipe": {"gates": {"perplexity_increase": 0.1, "built_in_text": False}},
     "original": {
+        **SIZES,
         "num_bytes": 1000,
         "perplexity": {"a": 10.0, "b": 20.0},
         "exact_match": {"asked": 0.9},
         "tasks": {"arc": {"acc": 0.5, "acc_norm": 0.6}, "gsm8k": {"exact_match": 0.3}},
     },
     "compressed": {
+        **SIZES,
         "num_bytes": 300,
         "perplexity": {"a": 10.5, "b": 23.0},
         "exact_match": {"asked": 0.87},
         "tasks": {"arc": {"acc": 0.5, "acc_norm": 0.55}, "gsm8k": {"exact_match": 0.31}},
     },
     "change": {"final_layer_error": {"a": 0.1, "b": 0.3}, "logprob_kl": {"a": 0.01, "b": 0.05}},
-    "serving": {"mean_difference": 0.02},
+    "serving": {
+        "mean_difference": 0.02,
+        "largest_difference": 0.1,
+        "num_tokens": 9,
+        "tensor_parallel_size": 1,
+        "vllm_version": "0",
+    },
 }
 
 
@@ -52,7 +63,7 @@ def failures_in(junit: Path) -> str | None:
 
 
 def judged(**gates: Any) -> dict[str, tuple[float | None, bool]]:
-    results = judge_gates(Gates.model_validate(gates), REPORT)
+    results = judge_gates(Gates.model_validate(gates), parse_report(REPORT))
     return {result.name: (result.value and round(result.value, 6), result.passed) for result in results}
 
 
@@ -95,12 +106,13 @@ def test_what_was_not_measured_fails(gates: dict[str, Any]) -> None:
 
 def test_a_number_for_nothing_measured_fails() -> None:
     gates = Gates.model_validate({"exact_match_drop": 0.5, "serving_parity": 0.5})
-    assert [result.passed for result in judge_gates(gates, {})] == [False, False]
+    nothing = Report({}, ModelFigures(1, {}, 1.0, 1, 1), ModelFigures(1, {}, 1.0, 1, 1))
+    assert [result.passed for result in judge_gates(gates, nothing)] == [False, False]
 
 
 def test_perplexity_that_is_not_finite_fails() -> None:
-    report = REPORT | {"compressed": {"perplexity": {"a": None}}}
-    [result] = judge_gates(Gates(perplexity_increase=1e9), report)
+    report = REPORT | {"compressed": SIZES | {"num_bytes": 1, "perplexity": {"a": None}}}
+    [result] = judge_gates(Gates(perplexity_increase=1e9), parse_report(report))
     assert not result.passed
     assert "not finite" in result.explain()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from ercsvd_deploy.pipelines.inputs.parity_prompts import (
     make_prompts,
 )
 from ercsvd_deploy.pipelines.inputs.run_data import RunData, load_run_data
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.judging.parity import measure as serving_parity
 from ercsvd_deploy.pipelines.judging.parity.comparison import (
@@ -40,13 +39,15 @@ from ercsvd_deploy.pipelines.judging.parity.comparison import (
     misread_prompt,
 )
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingFailure, SizeParity, log_path, summarise
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, load_report
 from ercsvd_deploy.pipelines.reporting.html.page import make_page
-from ercsvd_deploy.pipelines.reporting.schema import load_report
+from ercsvd_deploy.pipelines.reporting.json_values import finite
 from ercsvd_deploy.recipe.gates import Gates
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.sections import ModelSource
 from tests.judging.vllm_stand_in import FOUND, StandIn, continue_naively
 from tests.recipe_runs import RecipeWriter, factorize, invoke
+from tests.reporting.sample_reports import sample_document
 
 CPU = torch.device("cpu")
 
@@ -141,7 +142,7 @@ def test_what_is_not_finite_is_the_worst(value: float, llama: Path, reference: L
     parity = summarise((SizeParity(1, "eager", 1.0, (found,)),), (), {}, "0")
     assert parity.mean_difference == float("inf")
     gates = Gates.model_validate({"serving_parity": 1e9})
-    [result] = judge_gates(gates, {"serving": {"mean_difference": None}})  # as JSON has it
+    [result] = judge_gates(gates, sample_document(serving=finite(asdict(parity))))  # as JSON has it
     assert not result.passed
 
 

@@ -81,3 +81,29 @@ PUBLIC_MODELS: dict[str, dict[str, Any]] = {
     "LLaVA-1.5-7B": _llava("llava", text_config("llama", 4096, 11008, 32, 32, 32, 32064)),
     "LLaVA-1.6-Mistral-7B": _llava("llava_next", text_config("mistral", 4096, 14336, 32, 32, 8, 32064)),
 }
+
+
+def _experts(model_type: str, hidden: int, intermediate: int, layers: int, **more: Any) -> dict[str, Any]:
+    """Return the config.json of a mixture of experts."""
+    return text_config(model_type, hidden, intermediate, layers, 40, 8, 202048, **more)
+
+
+def _llama_4(experts: int) -> dict[str, Any]:
+    """Return the config.json of a Llama 4, whose experts are one tensor that its class makes in memory."""
+    text = _experts("llama4_text", 5120, 8192, 48, intermediate_size_mlp=16384, num_local_experts=experts)
+    vision = {"model_type": "llama4_vision_model", "hidden_size": 1408, "num_hidden_layers": 34}
+    return {"model_type": "llama4", "text_config": text, "vision_config": vision, "torch_dtype": "bfloat16"}
+
+
+# What a plan refuses by name: each would take many gigabytes to build.
+UNSUPPORTED_MODELS: dict[str, dict[str, Any]] = {
+    "Llama-4-Scout": _llama_4(16),
+    "Llama-4-Maverick": _llama_4(128),
+    "Mixtral-8x22B": _experts("mixtral", 6144, 16384, 56, num_local_experts=8),
+    "Qwen3-235B-A22B": _experts("qwen3_moe", 4096, 12288, 94, num_experts=128, moe_intermediate_size=1536),
+    "gpt-oss-120b": _experts("gpt_oss", 2880, 2880, 36, num_local_experts=128),
+    "LLaVA-OneVision": {
+        **_llava("llava", text_config("qwen2", 3584, 18944, 28, 28, 4, 152064)),
+        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152, "num_hidden_layers": 26},
+    },
+}

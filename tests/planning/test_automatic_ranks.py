@@ -107,6 +107,12 @@ def test_second_factor_gets_a_group_where_that_is_below_break_even(
     assert automatic_step(LinearShape("m", 0, *shape), "low_rank", group_size=group_size) == step
 
 
+@pytest.mark.parametrize(("whole_words", "step"), [(8, 8), (16, 16), (32, 32)])
+def test_step_fills_whole_words_where_no_group_fits(whole_words: int, step: int) -> None:
+    small = LinearShape("m", 0, 40, 40)
+    assert automatic_step(small, "low_rank", group_size=64, whole_words=whole_words) == step
+
+
 SHAPES = st.builds(
     lambda out, columns: LinearShape("m", 0, out, columns), st.integers(1, 3000), st.integers(1, 3000)
 )
@@ -193,7 +199,7 @@ def test_groups_fit_what_a_gpu_holds(write_config: Callable[[Mapping[str, Any]],
     def groups(sizes: list[int]) -> tuple[set[int], set[int], tuple[str, ...]]:
         recipe = Recipe.model_validate(raw_recipe(directory, *NATURAL, INT4, sizes=sizes))
         config = load_config(str(directory))
-        _, candidates = plan_stages(recipe, config, architecture_of(directory), "bfloat16")
+        candidates = plan_stages(recipe, config, architecture_of(directory), "bfloat16")[-1].candidates
         firsts: set[int] = set()
         others: set[int] = set()
         for candidate in candidates:
@@ -381,7 +387,7 @@ def test_recipe_without_ranks_is_planned_if_its_ratio_is_possible(
             make_plan(recipe)
         return
     make_plan(recipe)
-    _, candidates = plan_stages(recipe, load_config(str(tmp_path)), architecture, "bfloat16")
+    candidates = plan_stages(recipe, load_config(str(tmp_path)), architecture, "bfloat16")[-1].candidates
     for candidate in candidates:
         for module, description in candidate.modules.items():
             for size in sizes:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+
 import pytest
 import torch
 
+from ercsvd_deploy.pipelines.planning import machine
 from ercsvd_deploy.pipelines.planning.machine import (
     Machine,
     MachineError,
     look_around,
+    measure_flops,
     parse_machine,
     planned_device,
 )
@@ -33,7 +38,7 @@ def test_sizes_are_bytes_and_missing_keys_unknown(
     ("text", "said"),
     [
         ("", "write it like gpu=80GiB,memory=512GiB,disk=1TiB"),
-        ("gpu", "'gpu' is none of gpu, memory and disk with a size"),
+        ("gpu", "'gpu' is none of gpu, memory, disk and flops with a size"),
         ("gpus=80GiB", "did you mean gpu=SIZE?"),
         ("memroy=1GiB", "did you mean memory=SIZE?"),
         ("gpu=80", "gpu is '80'; it must be a number and KB"),
@@ -44,6 +49,9 @@ def test_sizes_are_bytes_and_missing_keys_unknown(
         ("memory=-1GiB", "memory is '-1GiB'"),
         ("disk=1EiB", "disk is '1EiB'"),
         ("disk=infGiB", "disk is 'infGiB'"),
+        ("flops=300", "flops is '300'; it must be a number and M, G, T or P"),
+        ("flops=0T", "flops is '0T'"),
+        ("flops=1T,flops=2T", "flops is given twice"),
         ("gpu=None", "such as gpu=80GiB, or none"),
     ],
 )
@@ -52,6 +60,27 @@ def test_what_describes_no_machine(text: str, said: str) -> None:
         parse_machine(text)
     assert said in str(caught.value)
     assert str(caught.value).startswith("--machine: ")
+
+
+def test_a_peak_is_in_powers_of_a_thousand() -> None:
+    assert parse_machine("flops=312.5T") == Machine(None, None, None, flops=312.5e12, is_this_one=False)
+    assert parse_machine("gpu=80GiB, flops=1P").flops == 1e15
+
+
+def test_a_peak_is_that_of_the_best_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small products are slowed by their start; nothing is learnt from larger ones once one takes long enough.
+    rates = {512: [2e9, 5e9], 1024: [3e9, 9e9], 2048: [11e9, 10e9]}
+    times = {side: itertools.cycle([2 * side**3 / rate for rate in each]) for side, each in rates.items()}
+    monkeypatch.setattr(machine, "_seconds_of_product", lambda matrix, _product: next(times[len(matrix)]))
+    monkeypatch.setattr(machine, "_LONG_ENOUGH_S", 1.0)
+    assert measure_flops(torch.device("cpu")) == pytest.approx(11e9)
+
+
+def test_a_peak_is_at_least_that_of_one_product() -> None:
+    matrix = torch.ones(512, 512)
+    start = time.perf_counter()
+    matrix @ matrix
+    assert 2 * 512**3 / (time.perf_counter() - start) < 10 * measure_flops(torch.device("cpu"))
 
 
 def test_device_follows_from_the_machine() -> None:

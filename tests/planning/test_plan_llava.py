@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ercsvd_deploy.models.families import LANGUAGE_PART, PROJECTOR_PART, TOWER_PART
 from ercsvd_deploy.pipelines.planning.components import LEFT_ALONE
@@ -13,10 +14,12 @@ from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import ModelDirectory
+from tests.planning.counted import declared, run_counted
 from tests.planning.llava_configs import (
     MODELS,
     TOWER_PARAMETERS,
 )
+from tests.recipe_runs import RecipeWriter
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -61,3 +64,24 @@ def test_text_model_with_a_vision_section_is_refused(tiny_model: ModelDirectory)
         PlanError, match=r"has vision, but .* is a llama model, which is not one that reads images"
     ):
         make_plan(recipe)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_vision_parts_take_what_they_declare(
+    family: str,
+    tiny_model: ModelDirectory,
+    write_picture_recipe: RecipeWriter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = write_picture_recipe(model=tiny_model(family))
+    switched_on = {"compress_tower": True, "compress_projector": True}
+    vision = yaml.safe_load(path.read_text())["vision"] | switched_on
+    recipe = load_recipe(write_picture_recipe(model=tiny_model(family), vision=vision))
+    needs = declared(recipe)["vision"]
+    most, flops = run_counted(recipe, monkeypatch)["vision"]
+    if family == "llava":
+        assert needs.working_bytes == pytest.approx(most, rel=0.25)
+    else:  # memory is for five tiles, operations are for two; the pictures have two or three
+        assert most <= needs.working_bytes <= 2.5 * most
+    assert 0.3 * flops <= needs.flops <= flops
+    assert needs.kept_bytes == needs.scratch_bytes > 0

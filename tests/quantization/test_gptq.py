@@ -99,7 +99,10 @@ def assert_servable(quantized: QuantizedWeight) -> None:
 
 @pytest.mark.parametrize("desc_act", [True, False])
 @pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 64), (4, 128), (4, -1), (8, 64)])
+@pytest.mark.parametrize(
+    ("bits", "group_size"),
+    [(4, 32), (4, 64), (4, 128), (4, -1), (8, 64), (2, 32), (3, 64), (5, -1), (6, 128)],
+)
 def test_loss_equals_textbook_gptq_and_beats_rounding(
     bits: int, group_size: int, sym: bool, desc_act: bool
 ) -> None:
@@ -110,7 +113,7 @@ def test_loss_equals_textbook_gptq_and_beats_rounding(
     gptq_loss, rtn_loss = report.gptq_loss, report.rtn_loss
     reference = naive_loss(weight, textbook_gptq(weight, gram, options), inputs)
     assert gptq_loss == pytest.approx(reference, rel=0.02)
-    assert gptq_loss < 0.7 * rtn_loss
+    assert gptq_loss < (0.7 if bits > 2 else 0.75) * rtn_loss
     assert naive_loss(weight, chosen.dequantize(), inputs) == pytest.approx(gptq_loss, rel=1e-3)
     assert_servable(chosen)
 
@@ -143,7 +146,7 @@ def test_groups_of_one_sign_keep_their_extremes(sym: bool, sign: float) -> None:
 @given(
     exponent=st.integers(-30, 3),
     seed=st.integers(0, 1000),
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
     sym=st.booleans(),
     mse=st.booleans(),
     scale_dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
@@ -366,7 +369,7 @@ def test_a_group_size_that_does_not_divide_names_those_that_do(
 
 
 @pytest.mark.parametrize(
-    "bad", [{"bits": 3}, {"group_size": 0}, {"group_size": -2}, {"damping": 0.0}, {"damping": 1.0}]
+    "bad", [{"bits": 7}, {"group_size": 0}, {"group_size": -2}, {"damping": 0.0}, {"damping": 1.0}]
 )
 def test_settings_out_of_range_are_refused(bad: dict[str, float]) -> None:
     name, value = next(iter(bad.items()))

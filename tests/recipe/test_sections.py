@@ -131,8 +131,9 @@ def test_one_mistake_gives_one_line_with_place_value_and_remedy(tmp_path: Path) 
         ("allocation: error_controlled", "target: {}", "'target' has to have exactly one of bytes"),
         ("allocation: error_controlled", "target: {bytes: 1GB, overall_bits: 3}", "exactly one of bytes"),
         ("allocation: error_controlled", "target: {overall_bits: 16}", "it must be less than 16"),
-        ("allocation: error_controlled", "target: {overall_bits: 3, bits: [3]}", "'target.bits.0' is 3"),
+        ("allocation: error_controlled", "target: {overall_bits: 3, bits: [7]}", "'target.bits.0' is 7"),
         ("allocation: error_controlled", "target: {overall_bits: 3, group_sizes: [32]}", "no quantize stage"),
+        ("allocation: error_controlled", "target: {overall_bits: 3, factor_bits: [3]}", "no quantize stage"),
         ("allocation: error_controlled", "", "compression_ratio' is missing; add it, or a target"),
         (
             "compression_ratio: 0.2, allocation: uniform, num_compressed_layers: 3",
@@ -211,7 +212,11 @@ def test_error_control_needs_the_inputs_metric(tmp_path: Path, method: str) -> N
         ),
         ("- factorize", "- svd\n  - factorize", "'stages.0' is 'svd'; a stage is a mapping with one of"),
         ("  - ", "  - factorize: {method: svd, compression_ratio: 0.5}\n  - ", "repeats stages.0.factorize"),
-        ("  - ", "  - quantize: {bits: 3}\n  - ", "'stages.0.quantize.bits' is 3; it must be 4 or 8"),
+        (
+            "  - ",
+            "  - quantize: {bits: 7}\n  - ",
+            "quantize.bits' is 7; it must be 2, 3, 4, 5, 6 or 8",
+        ),
         (
             "  - ",
             "  - quantize: {overrides: {x: {}}}\n  - ",

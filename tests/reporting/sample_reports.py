@@ -6,7 +6,7 @@ import copy
 import json
 from typing import Any
 
-from ercsvd_deploy.pipelines.reporting.schema import ReportDocument, parse_report
+from ercsvd_deploy.pipelines.reporting.document import Report, parse_report
 
 MINUS = "\N{MINUS SIGN}"
 HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(1)>$x$ \"'&#0a0b01;"
@@ -17,7 +17,7 @@ def sample_report(**changed: Any) -> dict[str, Any]:
     return copy.deepcopy(_SAMPLE) | changed
 
 
-def sample_document(**changed: Any) -> ReportDocument:
+def sample_document(**changed: Any) -> Report:
     """Return the same, read."""
     return parse_report(sample_report(**changed))
 
@@ -32,7 +32,35 @@ def figures(num_bytes: int, perplexity: float, exact_match: float) -> dict[str, 
         "perplexity": {"prose": perplexity, "code": 2 * perplexity},
         "exact_match": {"shapes": exact_match},
         "tasks": {"arc": {"acc": exact_match / 2}},
+        "estimates": {
+            "perplexity": {
+                "prose": estimate(perplexity, 0.5, 64, "windows"),
+                "code": estimate(2 * perplexity, 0.25, 64, "windows"),
+            },
+            "exact_match": {"shapes": estimate(exact_match, 0.03125, 80, "questions")},
+            "tasks": {"arc": {"acc": estimate(exact_match / 2, 0.02, 500, "documents")}},
+        },
     }
+
+
+def estimate(value: float, margin: float | None, count: int, unit: str) -> dict[str, Any]:
+    ends = {"low": None, "high": None} if margin is None else {"low": value - margin, "high": value + margin}
+    return {"value": value, **ends, "count": count, "unit": unit}
+
+
+def _gate(gate: str, subject: str | None, limit: float, value: float | None, **more: Any) -> dict[str, Any]:
+    nothing = dict.fromkeys(("reason", "low", "high", "count", "unit", "deciding_count"))
+    passed = value is not None and value <= limit
+    is_undecided = more.get("low") is not None and more["low"] <= limit < more["high"]
+    return {
+        "gate": gate,
+        "subject": subject,
+        "limit": limit,
+        "value": value,
+        "passed": passed,
+        "verdict": "undecided" if is_undecided else "passed" if passed else "missed",
+        **nothing,
+    } | more
 
 
 def _linear(layer: int, kind: str, rank: int | None) -> dict[str, Any]:
@@ -42,6 +70,7 @@ def _linear(layer: int, kind: str, rank: int | None) -> dict[str, Any]:
         "rank": rank,
         "weight_error": 0.25,
         "calibration_error": 0.125,
+        "residual_rank": None,
         "spectrum": [[1, 1.0], [4, 0.5], [32, 0.01 * (layer + 1)]],
     }
 
@@ -56,6 +85,7 @@ def _matrix(layer: int, factor: str) -> dict[str, Any]:
         "method": "gptq",
         "gptq_loss": 0.001,
         "rtn_loss": 0.004,
+        "damping": 0.01,
     }
 
 
@@ -80,7 +110,7 @@ def _served(size: int, mean: float) -> dict[str, Any]:
     }
 
 
-_LOSSES = {"gptq_loss": 0.001, "rtn_loss": 0.004}
+_LOSSES = {"gptq_loss": 0.001, "rtn_loss": 0.004, "damping": 0.01}
 _SAMPLE: dict[str, Any] = {
     "report_version": 2,
     "recipe": {
@@ -94,6 +124,7 @@ _SAMPLE: dict[str, Any] = {
     },
     "environment": {"ercsvd-deploy": "0.1.0", "device": "cpu (x86_64)"},
     "provenance": {"seed": 3, "recipe_sha256": "ab" * 32, "model_files_sha256": {"config.json": "cd" * 32}},
+    "weights_sha256": "ef" * 32,
     "original": figures(2_000_000, 10.0, 0.9),
     "compressed": figures(1_000_000, 11.0, 0.875),
     "components": [
@@ -110,13 +141,13 @@ _SAMPLE: dict[str, Any] = {
         "final_layer_error": {"prose": 0.3, "code": 0.5},
         "logprob_kl": {"prose": 0.05, "code": None},
     },
-    "vision": None,
     "factorize": {
         "num_compressed_layers": 2,
         "layer_ratio": 0.5,
         "parameter_budget": 1_000_000,
         "kept_parameters": 990_000,
         "achieved_compression_ratio": 0.5,
+        "budget": {"unit": "parameters", "allowed": 1_000_000, "spent": 990_000},
         "search": [
             {
                 "num_compressed_layers": k,
@@ -173,11 +204,37 @@ _SAMPLE: dict[str, Any] = {
         "not_measured": {"8": "it takes 8 GPUs, and this machine has 4"},
     },
     "gates": [
-        {"gate": "perplexity_increase", "subject": "prose", "limit": 0.2, "value": 0.1, "passed": True},
-        {"gate": "max_size", "subject": None, "limit": 500_000.0, "value": 1_000_000.0, "passed": False},
-        {"gate": "logprob_kl", "subject": "code", "limit": 0.1, "value": None, "passed": False}
-        | {"reason": "the model is away"},
+        _gate("perplexity_increase", "prose", 0.2, 0.1, low=0.08, high=0.12, count=64, unit="windows"),
+        _gate("max_size", None, 500_000.0, 1_000_000.0),
+        _gate("logprob_kl", "code", 0.1, None, reason="the model is away"),
+        _gate("exact_match_drop", "shapes", 0.02, 0.025, low=-0.005, high=0.055, count=80, unit="questions")
+        | {"deciding_count": 2880},
     ],
+    "differences": {
+        "perplexity_increase": {"prose": estimate(0.1, 0.02, 64, "windows")},
+        "logprob_kl": {"prose": estimate(0.05, 0.01, 64, "windows")},
+        "exact_match_drop": {"shapes": estimate(0.025, 0.03, 80, "questions")},
+        "task_drop": {"arc": {"acc": estimate(0.0125, 0.025, 500, "documents")}},
+    },
+    "tables": [
+        {
+            "title": "Search over the number of compressed layers",
+            "columns": ["last k layers", "final-layer error", ""],
+            "rows": [["1", "0.6000", ""], ["2", "0.3000", "chosen"]],
+            "numbers": ["last k layers", "final-layer error"],
+            "bold_rows": [1],
+            "is_detail": False,
+        },
+        {
+            "title": "Factorized Linears",
+            "columns": ["Linear", "rank"],
+            "rows": [["model.layers.1.mlp.up_proj", "16"], ["model.layers.2.mlp.up_proj", "16"]],
+            "numbers": ["rank"],
+            "bold_rows": [],
+            "is_detail": True,
+        },
+    ],
+    "references": [],
     "seconds": {"factorize": 12.5},
     "warnings": ["the texts are short"],
     "resumed": ["factorize: 2 of 3 layers"],

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
+from ercsvd_deploy.installation import install_command
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.card import (
-    CARD_FILE,
-    ORIGINAL_CARD_FILE,
     escaped,
     fenced,
     make_card,
 )
-from ercsvd_deploy.pipelines.reporting.schema import parse_report
+from ercsvd_deploy.pipelines.reporting.document import parse_report
+from ercsvd_deploy.pipelines.stages.export import CARD_FILE, ORIGINAL_CARD_FILE
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import RecipeWriter
 from tests.reporting.sample_reports import MINUS, everywhere_hostile, sample_document, sample_report
@@ -41,18 +41,36 @@ def test_card_says_what_it_is_and_how_to_use_it(tmp_path: Path) -> None:
     for said in (
         "\n# small\n",
         "ERC-SVD removed 50.0 %",
-        f"| Size of all tensors | 2.00 MB | 1.00 MB | {MINUS}50.0 % |",
-        "| Perplexity, prose | 10.000 | 11.000 | +10.0 % |",
-        f"| Exact match, shapes | 90.0 % | 87.5 % | {MINUS}2.5 points |",
-        f"| arc, acc | 0.4500 | 0.4375 | {MINUS}0.0125 |",
+        f"| Size of all tensors | 2.00 MB | 1.00 MB | {MINUS}50.0 % |  |",
+        "| Perplexity, prose | 10.000 (9.500 to 10.500) | 11.000 (10.500 to 11.500) "
+        "| +10.0 % (+8.0 to +12.0 %) | 64 windows |",
+        "| Exact match, shapes | 90.0 % (86.9 to 93.1 %) | 87.5 % (84.4 to 90.6 %) "
+        f"| {MINUS}2.5 points ({MINUS}5.5 to +0.5 points) | 80 questions |",
+        "| arc, acc | 0.4500 (0.4300 to 0.4700) | 0.4375 (0.4175 to 0.4575) "
+        f"| {MINUS}0.0125 ({MINUS}0.0375 to +0.0125) | 500 documents |",
+        "| Log-prob KL, prose |  | 0.0500 nats (0.0400 to 0.0600) |  | 64 windows |",
+        "| Increase of perplexity, prose | 10.0 % (8.0 to 12.0 %) | 20.0 % | passed |",
+        f"| Loss of exact match, shapes | 2.5 points ({MINUS}0.5 to 5.5 points) | 2.0 points "
+        "| undecided: about 2,880 questions would decide |",
         "| Size | 1.00 MB | 500 KB | missed |",
-        "```bash\npip install 'vllm>=0.29' ercsvd-deploy\nvllm serve out/small\n```",
+        f"```bash\n{install_command(beside='vllm>=0.29')}\nvllm serve out/small\n```",
         "import ercsvd_deploy.hf",
         'AutoModelForCausalLM.from_pretrained("out/small")',
         "method: erc_svd",
         "- the texts are short",
     ):
         assert said in card, said
+
+
+def test_rounding_to_nearest_is_not_called_gptq(tmp_path: Path) -> None:
+    report = sample_report()
+    for matrix in report["quantize"]["matrices"]:
+        matrix["method"] = "rtn"
+    report["recipe"]["stages"][1]["quantize"]["method"] = "rtn"
+    card = make_card(parse_report(report), tmp_path)
+    assert "Rounding to nearest stores what is left of them as int4" in card
+    assert "rtn" in front_matter(card)["tags"]
+    assert "gptq" not in card.lower()
 
 
 def test_card_of_a_vision_model(tmp_path: Path) -> None:

@@ -5,58 +5,27 @@ from __future__ import annotations
 import json
 import re
 import sys
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ercsvd_deploy.format.manifest import verify_export
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting import files as report_files
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, load_report, parse_report
 from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES, write_report_files
 from ercsvd_deploy.pipelines.reporting.html import page as report_page
 from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
 from ercsvd_deploy.pipelines.reporting.html.plots import draw_plots
-from ercsvd_deploy.pipelines.reporting.json_values import finite
-from ercsvd_deploy.pipelines.reporting.schema import ReportDocument, parse_report
 from tests.recipe_runs import RecipeWriter, invoke
+from tests.reporting.page_reader import Page
 from tests.reporting.sample_reports import HOSTILE, MINUS, everywhere_hostile, sample_document, sample_report
 
-VOID = {"meta", "br", "img", "link", "input", "hr"}
 OUTSIDE = Path("/srv/models/small")
 
 
-class Page(HTMLParser):
-    """What of a page a browser would act on, and what a reader sees."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
-def page_of(report: ReportDocument, directory: Path = OUTSIDE) -> tuple[str, Page]:
+def page_of(report: Report, directory: Path = OUTSIDE) -> tuple[str, Page]:
     source = make_page(report, directory)
     page = Page(source)
     assert page.open == []
@@ -69,7 +38,11 @@ def test_page_says_everything() -> None:
         "small",  # the export's name
         "ERC-SVD removed 50.0 % of the decoder Linears' parameters, in the last 2 of 3 decoder layers.",
         "GPTQ stores what is left of them as int4, in groups of 32.",
-        "2 of 3 gates missed",
+        "2 of 4 gates missed, 1 undecided",
+        "64 windows",
+        "10.500 to 11.500",
+        "+8.0 to +12.0 %",
+        "about 2,880 questions would decide",
         "2.00 MB",
         "1.00 MB",
         f"{MINUS}50.0 %",
@@ -233,7 +206,7 @@ def test_without_the_extra_a_run_is_finished_all_the_same(
 ) -> None:
     (tmp_path / PAGE_FILE).write_text("of another run")
     monkeypatch.setattr(report_page, "find_spec", lambda _name: None)
-    [note] = write_report_files(tmp_path, sample_report())
+    [note] = write_report_files(tmp_path, sample_document())
     assert note.endswith(f"jinja2: pip install 'ercsvd-deploy[report]', then ercsvd report {tmp_path}")
     assert len(note.splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} == REPORT_FILES - {PAGE_FILE}
@@ -249,7 +222,7 @@ def test_what_only_the_page_cannot_show_does_not_fail_a_run(
         raise ValueError("too strange to draw")
 
     monkeypatch.setattr(report_files, "make_page", fail)
-    [note] = write_report_files(tmp_path, sample_report())
+    [note] = write_report_files(tmp_path, sample_document())
     assert "too strange to draw" in note
     assert json.loads((tmp_path / REPORT_FILE).read_text()) == sample_report()
     assert not (tmp_path / PAGE_FILE).exists()
@@ -257,9 +230,12 @@ def test_what_only_the_page_cannot_show_does_not_fail_a_run(
 
 def test_names_that_are_no_characters_are_written_all_the_same(tmp_path: Path) -> None:
     undecodable = "text-\udcff.txt"
-    report = sample_report(warnings=[undecodable])
-    report["original"]["perplexity"] = report["compressed"]["perplexity"] = {undecodable: 3.0}
-    assert write_report_files(tmp_path, finite(report), tmp_path / undecodable) == []
+    report = sample_document()
+    report.warnings = [undecodable]
+    report.original = replace(report.original, perplexity={undecodable: 3.0})
+    report.compressed = replace(report.compressed, perplexity={undecodable: 3.0})
+    assert write_report_files(tmp_path, report, tmp_path / undecodable) == []
+    assert load_report(tmp_path).warnings == ["text-?.txt"]
     assert "text-?.txt" in (tmp_path / PAGE_FILE).read_text(encoding="utf-8")
     assert "text-?.txt" in (tmp_path / "README.md").read_text(encoding="utf-8")
 

@@ -10,7 +10,12 @@ import jsonschema
 import pytest
 
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.document import (
+    REPORT_FILE,
+    ReportError,
+    load_report,
+    parse_report,
+)
 from ercsvd_deploy.pipelines.reporting.reference import (
     REFERENCE_FILE,
     SCHEMA_FILE,
@@ -19,7 +24,6 @@ from ercsvd_deploy.pipelines.reporting.reference import (
     report_reference,
     report_schema_text,
 )
-from ercsvd_deploy.pipelines.reporting.schema import ReportDocument, ReportError, load_report, parse_report
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import RecipeWriter, factorize
 from tests.reporting.sample_reports import sample_report
@@ -30,7 +34,7 @@ INT4 = {"quantize": {"bits": 4, "group_size": 32, "ignore": ["*.k_proj"]}}
 
 def as_read(report: dict[str, Any]) -> dict[str, Any]:
     """Return a report after it went through the documented model: what that does not know is gone."""
-    return ReportDocument.model_validate(report).model_dump(mode="json", exclude_unset=True)
+    return parse_report(report).as_json()
 
 
 def test_published_copies_are_current(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def inputs_of(directory: Path, recipe_file: Path, names: list[str]) -> dict[str,
     """Return the inputs [windows, tokens, in] of modules on the calibration windows, by transformers."""
     recipe = load_recipe(recipe_file)
     assert recipe.calibration is not None
-    tokens = calibration_windows(recipe.calibration, load_tokenizer(recipe.model.path), 256)
+    tokens = calibration_windows(recipe.calibration, load_tokenizer(recipe.model.path), 256)[0]
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     seen: dict[str, torch.Tensor] = {}
     for name in names:

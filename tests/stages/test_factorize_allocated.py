@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,8 +16,7 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
-from ercsvd_deploy.pipelines.reporting.document import Report
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.stages import sensitivity
 from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import interpolate, spread
 from ercsvd_deploy.pipelines.stages.quantize import stage as quantize_stage
@@ -37,6 +37,12 @@ def run(recipe: Path) -> tuple[Report, Path]:
     return run_recipe(load_recipe(recipe))
 
 
+def told_budget(report: Report) -> tuple[str, int, int]:
+    """Return unit, what was allowed and what is spent, as the report's JSON has it."""
+    budget = report.as_json()["factorize"]["budget"]
+    return budget["unit"], budget["allowed"], budget["spent"]
+
+
 @pytest.mark.parametrize("metric", ["identity", "fisher"])
 @pytest.mark.parametrize("layout", ["low_rank", "pivoted"])
 def test_budget_in_parameters_is_kept_and_used(write_recipe: RecipeWriter, metric: str, layout: str) -> None:
@@ -46,6 +52,7 @@ def test_budget_in_parameters_is_kept_and_used(write_recipe: RecipeWriter, metri
     assert report.results["factorize"] is not None
     plan = report.results["factorize"].plan
     assert 0.3 <= plan.achieved_compression_ratio < 0.34
+    assert told_budget(report) == ("parameters", plan.parameter_budget, plan.kept_parameters)
     assert len({rank for rank in plan.ranks.values() if rank is not None}) > 1
     assert all(rank is None or rank % 8 == 0 for rank in plan.ranks.values())
     assert not [warning for warning in report.warnings if "foresaw" in warning]
@@ -104,6 +111,10 @@ def test_target_in_bits_is_met_by_ranks_and_integers(write_recipe: RecipeWriter,
     report, directory = run(recipe)
     assert report.compressed.linear_bits_per_weight <= 4.2
     assert report.compressed.linear_bits_per_weight > 3.9
+    weights = report.original.linear_parameters
+    unit, allowed, spent = told_budget(report)
+    assert (unit, allowed) == ("bits", math.floor(4.2 * weights))
+    assert spent == round(report.compressed.linear_bits_per_weight * weights)
     assert report.results["factorize"] is not None
     described = CheckpointConfig.read(
         json.loads((directory / "config.json").read_text())["quantization_config"]
@@ -182,7 +193,7 @@ def test_it_is_worth_it_on_a_trained_model(write_recipe: RecipeWriter) -> None:
             },
         )
         report, _ = run(recipe)
-        lost[name] = report.change["held_out"].logprob_kl
+        lost[name] = report.change.logprob_kl["held_out"]
     assert lost["error control"] < 0.5 * lost["equal shares"]
 
 

@@ -15,15 +15,19 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches, text_samples
 from ercsvd_deploy.data.texts import load_tokenizer
+from ercsvd_deploy.format.integer_words import dequantize
 from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear, unpack_integers
+from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
-from ercsvd_deploy.pipelines.judging.check import REPORT_FILE
-from ercsvd_deploy.pipelines.reporting.document import Report
-from ercsvd_deploy.pipelines.stages.recover import RecoverOutcome, _with_replaced_tokens, recover_decoder
+from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
+from ercsvd_deploy.pipelines.stages.recover.training import (
+    RecoverOutcome,
+    _with_replaced_tokens,
+    recover_decoder,
+)
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import ModelSource, Recover, load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
@@ -74,7 +78,7 @@ def test_factors_alone_change_and_outputs_come_nearer(
     for layer in recovered.results["recover"].layers:
         assert layer.is_kept
         assert layer.error_after < layer.error_before
-    assert recovered.change["held_out"].final_layer_error < plain.change["held_out"].final_layer_error
+    assert recovered.change.final_layer_error["held_out"] < plain.change.final_layer_error["held_out"]
     loaded = AutoModelForCausalLM.from_pretrained(directory)
     kind = PivotedLinear if layout == "pivoted" else LowRankLinear
     assert any(isinstance(module, kind) for module in loaded.modules())
@@ -94,7 +98,7 @@ def test_reported_errors_are_those_of_the_models(
     report, directory = run_recipe(recipe)
     assert recipe.calibration is not None
     assert report.results["recover"] is not None
-    windows = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)
+    windows = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)[0]
     batches = make_batches(text_samples(windows), 4 * 32)
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
     tokens = batches[order[-1]].tokens
@@ -170,8 +174,7 @@ def test_quantization_keeps_to_the_trained_factors(write_recipe: RecipeWriter, t
 def unpacked(state: dict[str, torch.Tensor], prefix: str) -> torch.Tensor:
     """Return a matrix from its integers of eight bits, in groups of 32."""
     scale = state[f"{prefix}.weight_scale"]
-    integers = unpack_integers(state[f"{prefix}.weight_packed"], 8, 32 * scale.shape[1])
-    return (integers.view(*scale.shape, 32) * scale[..., None]).flatten(1)
+    return dequantize(state[f"{prefix}.weight_packed"], scale, None, bits=8, columns=32 * scale.shape[1])
 
 
 @pytest.mark.parametrize("stages", [[], [HARD], [HARD, recover()]], ids=len)
@@ -201,7 +204,7 @@ def test_scales_alone_change_behind_integers(
     assert outcome is not None
     assert len(outcome.layers) == 4
     assert all(layer.is_kept and layer.error_after < layer.error_before for layer in outcome.layers)
-    assert recovered.change["held_out"].final_layer_error < plain.change["held_out"].final_layer_error
+    assert recovered.change.final_layer_error["held_out"] < plain.change.final_layer_error["held_out"]
     assert ("recover" not in recovered.results) == (len(stages) < 2)
     for file in ("ercsvd_report.html", "README.md"):
         told = (directory / file).read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ import torch
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.stages import export
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.lock import resumable_directory
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import RecipeWriter, invoke
 from tests.state.interrupted_runs import STAGES, Stop, half_run, hashes, whole_run
@@ -233,7 +234,7 @@ def test_full_disk_keeps_what_is_finished_and_says_so(
         from safetensors.torch import save_file
 
         patched.setattr("ercsvd_deploy.format.atomic_files.save_file", full_after_five)
-        code, _, error = invoke("run", recipe)
+        code, _, error = invoke("run", recipe, "--force")
     assert code == 1
     assert "No space left on device" in error
     assert "the same command goes on from there" in error
@@ -271,19 +272,11 @@ def test_status_and_clean(
 
 
 def test_running_is_told_apart_from_interrupted(tmp_path: Path) -> None:
-    import fcntl
-
-    work = tmp_path / ".out.work"
-    work.mkdir()
-    descriptor = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with resumable_directory(tmp_path / "out"):
         assert json.loads(invoke("status", tmp_path / "out", "--json")[1])["running"] is True
         code, _, error = invoke("clean", tmp_path / "out")
         assert code == 1
         assert "another run is writing" in error
-    finally:
-        os.close(descriptor)
 
 
 def test_a_piece_is_finished_with_its_findings(tmp_path: Path) -> None:

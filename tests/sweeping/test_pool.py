@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 
-from ercsvd_deploy.pipelines.sweeping.pool import run_in_processes
+from ercsvd_deploy.pipelines.sweeping.pool import WorkerError, run_in_processes
 
 LOG = logging.getLogger("ercsvd_deploy.pipelines.tests")
 
@@ -66,3 +71,88 @@ def test_processes_end_with_their_parent(how: str) -> None:
         child.join(10)
         assert not child.is_alive()
     assert time.monotonic() - start < 60
+
+
+def tell_much() -> None:
+    for _ in range(10**6):
+        LOG.error("y" * 5000)
+
+
+def end_in_a_way(how: str) -> str:
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "exits":
+        sys.exit(3)
+    if how == "ends at once":
+        os._exit(4)
+    if how == "killed while it tells":
+        logging.getLogger("ercsvd_deploy").warning("x" * 10)
+        threading.Thread(target=tell_much, daemon=True).start()
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "raises what cannot be sent":
+        error = ValueError("with a lock")
+        error.lock = threading.Lock()  # type: ignore[attr-defined]
+        raise error
+    if how == "raises what cannot be read":
+        raise NeedsTwoError("first", "second")
+    if how == "returns what cannot be sent":
+        return threading.Lock()  # type: ignore[return-value]
+    return how
+
+
+class NeedsTwoError(Exception):
+    """Cannot be made again from its message alone, as pickle tries to."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+ENDS = {
+    "killed": "ended by SIGKILL; out of memory?",
+    "exits": "3",
+    "ends at once": "exit code 4",
+    "killed while it tells": "SIGKILL",
+    "raises what cannot be sent": "ValueError: with a lock",
+    "raises what cannot be read": "NeedsTwoError",
+    "returns what cannot be sent": "its result: ",
+}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_however_a_task_ends_the_others_have_their_results(processes: int) -> None:
+    tasks = {how: (how,) for how in ("first", *ENDS, "last")}
+    found = dict(run_in_processes(end_in_a_way, tasks, processes))
+    assert found.keys() == tasks.keys()
+    assert (found["first"].result(), found["last"].result()) == ("first", "last")
+    for how, said in ENDS.items():
+        error = found[how].exception()
+        assert said in str(error), how
+    assert isinstance(found["killed"].exception(), WorkerError)
+
+
+PARENT = """
+import os, time
+from ercsvd_deploy.pipelines.sweeping.pool import run_in_processes
+def wait(seconds):
+    time.sleep(seconds)
+    return os.getpid()
+if __name__ == "__main__":
+    for name, future in run_in_processes(wait, {"first": (0.0,), "long": (300.0,)}, 1):
+        print(future.result(), flush=True)
+"""
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    command = [sys.executable, str(script)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

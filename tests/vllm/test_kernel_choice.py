@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import yaml
@@ -22,14 +22,14 @@ from ercsvd_deploy.exporters.vllm.kernels.choice import (
     columns_that_agree,
 )
 from ercsvd_deploy.exporters.vllm.layer_plan import Projection, plan_second, plan_stacks
-from ercsvd_deploy.format.schema import Storage, WeightQuantization
+from ercsvd_deploy.format.schema import Bits, Storage, WeightQuantization
 from ercsvd_deploy.pipelines.cli.app import app
 from tests.conftest import ModelDirectory
 
 LIMITED_CPU = Path(__file__).parent / "limited_cpu"
 GPUS = [name for name in ACCELERATORS if name != "CPU"]
 SHAPES = [(128, 4096), (96, 4096), (4096, 96), (100, 128)]
-_BITS: tuple[Literal[4, 8], ...] = (4, 8)
+_BITS: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
 STORAGES = [
     WeightQuantization(bits=bits, group_size=group_size, sym=sym)
     for bits in _BITS
@@ -74,6 +74,11 @@ def test_gpus_are_told_apart(answers: dict[tuple[Any, ...], KernelUse]) -> None:
     # 8 bits with zero points are nothing for Marlin, and no reason to serve a plain matrix
     wide = answers[96, 4096, 8, 32, False].kernels
     assert {wide[name] for name in GPUS} == {"Humming, padded to 256 x 4096"}
+    for bits in (2, 3, 5, 6):
+        for sym in (True, False):
+            few = answers[96, 4096, bits, 64, sym].kernels
+            assert {few[name] for name in GPUS} == {"Humming, padded to 256 x 4096"}
+            assert few["CPU"] == NO_KERNEL
 
 
 @pytest.mark.vllm

@@ -33,6 +33,7 @@ def find_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     yield from _find_idle_vision_settings(recipe)
     yield from _find_idle_gates(recipe)
     yield from _find_unclear_budget(recipe)
+    yield from _find_unreadable_export(recipe)
     if recipe.judged_texts and recipe.evaluation_sequence_length is None:
         yield (
             ("evaluation", "sequence_length"),
@@ -54,7 +55,7 @@ def _find_calibration_without_data(recipe: Recipe) -> Iterator[tuple[Location, s
                 "is missing: it says how many samples are drawn from vision.calibration; add calibration: {}",
             )
         return
-    if recipe.calibration.dataset is None and recipe.picture_share < 1:
+    if not recipe.calibration.sources and recipe.picture_share < 1:
         share = (
             f"vision.share {recipe.picture_share:g} leaves a part for text" if pictures else "nothing else is"
         )
@@ -70,7 +71,7 @@ def _find_calibration_without_data(recipe: Recipe) -> Iterator[tuple[Location, s
             f"is {recipe.picture_share:g}, which makes {num_pictures} of {num_samples} samples conversations "
             "about pictures; draw more samples or change the share",
         )
-    if recipe.calibration.dataset is not None and recipe.picture_share == 1:
+    if recipe.calibration.sources and recipe.picture_share == 1:
         yield (
             ("calibration", "dataset"),
             "would not be used, since vision.share is 1; lower vision.share or remove the dataset",
@@ -128,8 +129,10 @@ def _find_unclear_budget(recipe: Recipe) -> Iterator[tuple[Location, str]]:
                 )
     if recipe.target is not None and recipe.factorize is None:
         yield ("target",), "is set, but there is no factorize stage whose ranks could meet it; add one"
-    if recipe.target is not None and recipe.quantize is None and recipe.target.group_sizes is not None:
-        yield ("target", "group_sizes"), "is set, but there is no quantize stage; add one, or remove it"
+    if recipe.target is not None and recipe.quantize is None:
+        given = recipe.target.model_dump(exclude_none=True)
+        for key in [key for key in ("group_sizes", "factor_bits") if key in given]:
+            yield ("target", key), "is set, but there is no quantize stage; add one, or remove it"
 
 
 def _find_idle_gates(recipe: Recipe) -> Iterator[tuple[Location, str]]:
@@ -163,6 +166,19 @@ def _find_idle_gates(recipe: Recipe) -> Iterator[tuple[Location, str]]:
                 if name.partition("/")[0] not in names:
                     listed = ", ".join(names)
                     yield ("gates", gate, name), f"is not measured; {section} has {listed or 'nothing'}"
+
+
+def _find_unreadable_export(recipe: Recipe) -> Iterator[tuple[Location, str]]:
+    """Yield a format that cannot hold what the stages make."""
+    if recipe.export.format != "compressed-tensors":
+        return
+    if recipe.factorize is not None:
+        yield (
+            ("export", "format"),
+            "is compressed-tensors, which has no low-rank matrices; set vllm, or remove the factorize stage",
+        )
+    elif recipe.quantize is None:
+        yield ("export", "format"), "is compressed-tensors, which holds integers; add a quantize stage"
 
 
 def _find_disorder(stages: tuple[Stage, ...]) -> Iterator[tuple[Location, str]]:

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, StringConstraints, Tag
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 
-from ercsvd_deploy.recipe.fields import LocalPath, Section, Text, told_apart_by
+from ercsvd_deploy.recipe.fields import (
+    ListOf,
+    LocalPath,
+    Section,
+    Text,
+    refusal,
+    refuse_together,
+    told_apart_by,
+)
 
 
 class ModelSource(Section):
@@ -25,34 +41,83 @@ class ModelSource(Section):
     )
 
 
-class TextFile(Section):
+class _Dataset(Section):
+    """What every form of a dataset has."""
+
+    share: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="In `calibration.datasets`: share of the sequences that come from here, beside the other "
+        "datasets' shares; 1 if left out.",
+    )
+
+
+class _Rows(_Dataset):
+    """What datasets of rows have."""
+
+    field: Text | None = Field(
+        default=None,
+        description="Column of a text, or of a conversation: a list of messages, which the model's chat "
+        "template renders. Default `text`, else `messages` or `conversations`.",
+    )
+
+
+class TextFile(_Dataset):
     """A UTF-8 text file."""
 
-    text: LocalPath = Field(description="Path of a UTF-8 text file.")
+    text: LocalPath = Field(
+        description="Path of a UTF-8 text file, which may be compressed (`.txt.gz`), or of a folder of them."
+    )
 
 
-class JsonLines(Section):
+class JsonLines(_Rows):
     """A file with one JSON object a line."""
 
-    jsonl: LocalPath = Field(description="Path of a file with one JSON object a line.")
-    field: Text = Field(default="text", description="Key of the text in each object.")
+    jsonl: LocalPath = Field(
+        description="Path of a file with one JSON object a line, which may be compressed (`.jsonl.gz`), or "
+        "of a folder of them."
+    )
 
 
-class HubDataset(Section):
+class ParquetFile(_Rows):
+    """A parquet file; needs the `hub` extra."""
+
+    parquet: LocalPath = Field(description="Path of a parquet file, or of a folder of them.")
+
+
+class SavedDataset(_Rows):
+    """A folder that `save_to_disk` of datasets wrote; needs the `hub` extra."""
+
+    saved: LocalPath = Field(
+        description="Path of a folder that `save_to_disk` of the library datasets wrote."
+    )
+    split: Text | None = Field(default=None, description="Split, if it has several; default `train`.")
+
+
+class HubDataset(_Rows):
     """A dataset on the Hugging Face Hub; needs the `hub` extra."""
 
     hub: Text = Field(description="Name of a dataset on the Hugging Face Hub.")
     config: Text | None = Field(default=None, description="Configuration (subset) of the dataset.")
     split: Text = Field(default="train", description="Split of the dataset.")
-    field: Text = Field(default="text", description="Column of the text.")
     revision: Text | None = Field(default=None, description="Branch, tag or commit on the Hub.")
 
 
 TextDataset = Annotated[
     Annotated[TextFile, Tag("TextFile")]
     | Annotated[JsonLines, Tag("JsonLines")]
+    | Annotated[ParquetFile, Tag("ParquetFile")]
+    | Annotated[SavedDataset, Tag("SavedDataset")]
     | Annotated[HubDataset, Tag("HubDataset")],
-    *told_apart_by({"text": "TextFile", "jsonl": "JsonLines", "hub": "HubDataset"}, "a dataset"),
+    *told_apart_by(
+        {
+            "text": "TextFile",
+            "jsonl": "JsonLines",
+            "parquet": "ParquetFile",
+            "saved": "SavedDataset",
+            "hub": "HubDataset",
+        },
+        "a dataset",
+    ),
 ]
 
 
@@ -60,8 +125,16 @@ def _path_means_text_file(value: Any) -> Any:
     return {"text": value} if isinstance(value, str) else value
 
 
+def _refuse_share(value: TextDataset) -> TextDataset:
+    if value.share is not None:
+        raise refusal("has a share, which is read in `calibration.datasets` only; remove it")
+    return value
+
+
 HeldOutText = Annotated[
-    TextDataset, BeforeValidator(_path_means_text_file, json_schema_input_type=Text | TextDataset)
+    TextDataset,
+    AfterValidator(_refuse_share),
+    BeforeValidator(_path_means_text_file, json_schema_input_type=Text | TextDataset),
 ]
 TextName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -71,7 +144,11 @@ class Calibration(Section):
 
     dataset: TextDataset | None = Field(
         default=None,
-        description="Text: exactly one of the forms below. Needed unless `vision.calibration` gives it all.",
+        description="Text: exactly one of the forms below. Needed unless `datasets` or `vision.calibration` "
+        "gives it all.",
+    )
+    datasets: ListOf[TextDataset] = Field(
+        default=(), description="Several of these forms, instead of `dataset`, each with its `share`."
     )
     num_samples: PositiveInt = Field(default=256, description="Sequences drawn from the dataset.")
     sequence_length: int = Field(default=2048, ge=2, description="Tokens in each sequence.")
@@ -82,3 +159,17 @@ class Calibration(Section):
         "`uniform`: by their energy, as GPTQ and SVD-LLM were published; in trained models a few tokens, "
         "often the first of a window, then outweigh all others.",
     )
+
+    @property
+    def sources(self) -> tuple[TextDataset, ...]:
+        """The datasets of text, one or several."""
+        return self.datasets if self.dataset is None else (self.dataset,)
+
+    @model_validator(mode="after")
+    def _one_way_to_name_datasets(self) -> Calibration:
+        if self.dataset is not None and self.datasets:
+            refuse_together([(("datasets",), "is given beside `dataset`; put all of them into `datasets`")])
+        if self.dataset is not None and self.dataset.share is not None:
+            text = "is given, but there is one dataset only; remove it, or list several in `datasets`"
+            refuse_together([(("dataset", "share"), text)])
+        return self

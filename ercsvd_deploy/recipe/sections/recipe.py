@@ -88,7 +88,7 @@ class Recipe(Section):
             return 0.0
         if self.vision.share is not None:
             return self.vision.share
-        return 0.5 if self.calibration is not None and self.calibration.dataset is not None else 1.0
+        return 0.5 if self.calibration is not None and self.calibration.sources else 1.0
 
     @property
     def evaluation_sequence_length(self) -> int | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from ercsvd_deploy.format.schema import Bits
 from ercsvd_deploy.recipe.fields import (
     ListWithoutRepetition,
     LocalPath,
@@ -29,6 +30,16 @@ class LmEval(Section):
     )
     limit: PositiveInt | None = Field(default=None, description="Documents per task; null: all.")
     batch_size: PositiveInt = Field(default=8, description="Requests in a batch.")
+    apply_chat_template: bool = Field(
+        default=False, description="Put prompts into the tokenizer's chat template, for instruction models."
+    )
+    fewshot_as_multiturn: bool = Field(
+        default=True,
+        description="With the chat template, examples are turns of the conversation, not one long message.",
+    )
+    include_path: LocalPath | None = Field(
+        default=None, description="Directory with lm-eval tasks (YAML files) of your own; null: none."
+    )
 
 
 class Evaluation(Section):
@@ -62,7 +73,11 @@ class Serving(Section):
 class Export(Section):
     """The directory to write."""
 
-    format: Literal["vllm"] = Field(default="vllm", description="Kind of directory to write.")
+    format: Literal["vllm", "compressed-tensors"] = Field(
+        default="vllm",
+        description="Kind of directory to write. `compressed-tensors` is read by vLLM and transformers "
+        "without this package, but holds no low-rank matrices, and integers of 2, 4 and 8 bits only.",
+    )
     path: LocalPath | None = Field(
         default=None, description="Directory to write; the command line's `--output` comes first."
     )
@@ -91,11 +106,17 @@ class Target(Section):
         default=None,
         description="Stored bits per original weight over all decoder Linears, scales included.",
     )
-    bits: ListWithoutRepetition[Literal[4, 8]] = Field(
+    bits: ListWithoutRepetition[Bits] = Field(
         default=(4,),
         min_length=1,
-        description="Bits that a quantized matrix may have. vLLM has kernels for 8 bits on GPUs only; on a "
-        "CPU such a matrix takes 16.",
+        description="Bits that a quantized dense matrix may have. vLLM has kernels for others than 4 on "
+        "NVIDIA GPUs only; elsewhere such a matrix takes 16.",
+    )
+    factor_bits: ListWithoutRepetition[Bits] | None = Field(
+        default=None,
+        min_length=1,
+        description="Bits that both factors of a low-rank matrix may have; null: the stage's own. Each is "
+        "tried, which takes time.",
     )
     group_sizes: ListWithoutRepetition[Literal[32, 64, 128, -1]] | None = Field(
         default=None, description="Group sizes that a dense quantized matrix may have; null: the stage's own."

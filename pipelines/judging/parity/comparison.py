@@ -5,43 +5,45 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.described import Count, Measured
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.parity_prompts import ParityPrompt, Subject
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Absolute differences of log-probabilities, in nats."""
+    """Absolute differences between vLLM's log-probabilities and this package's own."""
 
-    mean: float
-    largest: float
-    num_tokens: int
+    mean: Annotated[Measured, Field(description="Mean, in nats.")]
+    largest: Annotated[Measured, Field(description="Largest, in nats.")]
+    num_tokens: Annotated[Count, Field(description="Tokens compared.")]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far vLLM is from the reference on prompts of one kind.
+    """How far vLLM is from this package on prompts of one kind."""
 
-    Attributes:
-        subject: `texts` or `pictures`.
-        num_prompts: How many.
-        prompt: Of the prompts' own tokens, image tokens excepted.
-        decoded: Of the tokens that vLLM generated, the reference having read the same ones before.
-        together: Of both.
-        greedy_agreeing: How many of the generated tokens are the reference's most probable ones too.
-    """
-
-    subject: Subject
-    num_prompts: int
-    prompt: Difference
-    decoded: Difference
-    together: Difference
-    greedy_agreeing: int
+    subject: Annotated[Subject, Field(description="What the prompts are about.")]
+    num_prompts: Annotated[Count, Field(description="How many.")]
+    prompt: Annotated[Difference, Field(description="Of the prompts' own tokens, image tokens excepted.")]
+    decoded: Annotated[
+        Difference,
+        Field(
+            description="Of the tokens that vLLM generated greedily; this package has read the same ones "
+            "before."
+        ),
+    ]
+    together: Annotated[Difference, Field(description="Of both.")]
+    greedy_agreeing: Annotated[
+        Count,
+        Field(description="How many of the generated tokens are this package's most probable ones too."),
+    ]
 
     @property
     def worst_mean(self) -> float:

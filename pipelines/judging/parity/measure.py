@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from ercsvd_deploy.exporters.vllm.engines.machine import (
     NotServableHereError,
@@ -19,6 +20,7 @@ from ercsvd_deploy.exporters.vllm.engines.machine import (
     find_machine,
 )
 from ercsvd_deploy.exporters.vllm.engines.process import EngineError, score_with_vllm
+from ercsvd_deploy.format.described import Count, Finite
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.parity_prompts import NUM_DECODED, ParityPrompt
 from ercsvd_deploy.pipelines.judging.parity.comparison import (
@@ -42,35 +44,59 @@ class ServingError(RuntimeError):
 class SizeParity:
     """What was measured at one tensor-parallel size."""
 
-    tensor_parallel_size: int
-    mode: str  # how vLLM ran: eager, compiled, or compiled with CUDA graphs
-    seconds: float
-    agreements: tuple[Agreement, ...]
+    tensor_parallel_size: Annotated[Count, Field(description="Devices, or workers on a CPU.")]
+    mode: Annotated[
+        str, Field(description="How vLLM ran: `eager`, `compiled` or `compiled, with CUDA graphs`.")
+    ]
+    seconds: Annotated[Finite, Field(description="What it took, the start included.")]
+    agreements: Annotated[
+        tuple[Agreement, ...], Field(description="On texts, and on pictures if there were any.")
+    ]
 
 
 @dataclass(frozen=True)
 class ServingFailure:
     """Why vLLM did not serve the export at one tensor-parallel size."""
 
-    tensor_parallel_size: int
-    process: str  # the one that failed first, as vLLM calls it; empty where that is not known
-    exception: str
-    excerpt: str  # what it printed about that
-    log: str | None  # file with all that vLLM printed; None if it was not started
+    tensor_parallel_size: Annotated[Count, Field(description="Devices, or workers on a CPU.")]
+    process: Annotated[
+        str,
+        Field(description="The process that failed first, as vLLM calls it; empty where that is not known."),
+    ]
+    exception: Annotated[str, Field(description="Its exception, or how it died.")]
+    excerpt: Annotated[str, Field(description="What it printed about that, such as its traceback.")]
+    log: Annotated[
+        str | None,
+        Field(description="File with all that vLLM printed, beside the export; null if it was not started."),
+    ]
 
 
 @dataclass(frozen=True)
 class ServingParity:
-    """Differences between vLLM's log-probabilities of tokens and this package's own, in nats."""
+    """Difference between vLLM's log-probabilities of tokens and this package's own."""
 
-    mean_difference: float | None  # worst of all means; None unless every size that can be was measured
-    largest_difference: float | None
-    num_tokens: int
-    tensor_parallel_size: int | None  # where the mean is worst
-    vllm_version: str
-    sizes: tuple[SizeParity, ...] = ()
-    failures: tuple[ServingFailure, ...] = ()
-    not_measured: dict[str, str] = field(default_factory=dict)  # tensor-parallel size -> why not
+    mean_difference: Annotated[
+        float | None,
+        Field(
+            description="What the gate judges: the largest of all means, of every size, of texts and "
+            "pictures, of prompts and of decoding, in nats; null if vLLM failed at a size. Reports without "
+            "`sizes` have the mean over the prompts' tokens at one size."
+        ),
+    ]
+    largest_difference: Annotated[float | None, Field(description="Largest absolute value of all, in nats.")]
+    num_tokens: Annotated[Count, Field(description="Tokens compared, at all sizes together.")]
+    tensor_parallel_size: Annotated[
+        Count | None, Field(description="Where the mean is largest; null if nothing was measured.")
+    ]
+    vllm_version: Annotated[str, Field(description="Version of vLLM; empty if it never started.")]
+    sizes: Annotated[tuple[SizeParity, ...], Field(description="Every size that was measured.")] = ()
+    failures: Annotated[
+        tuple[ServingFailure, ...], Field(description="Every size at which vLLM failed.")
+    ] = ()
+    not_measured: Annotated[
+        dict[str, str],
+        Field(description="Tensor-parallel size that this machine cannot run -> why."),
+    ] = field(default_factory=dict)
 
     def warnings(self) -> list[str]:
         """Return a line for each size that this machine cannot run."""

@@ -7,7 +7,7 @@ templates; the only markup that passes through is the plots', whose texts matplo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -15,66 +15,33 @@ from typing import Any
 
 import yaml
 
-from ercsvd_deploy.pipelines.reporting.rows import (
-    Row,
+from ercsvd_deploy.pipelines.judging.gates import GateResult
+from ercsvd_deploy.pipelines.reporting.description import (
     describe_gates,
     describe_treatment,
-    encodable,
     export_path,
-    gate_name,
-    gate_value,
     model_name,
-    number,
-    percent,
-    quality_rows,
-    readable_bytes,
     serve_commands,
-    size_rows,
     tensor_parallel_sizes,
 )
-from ercsvd_deploy.pipelines.reporting.schema import (
-    FactorizedLinear,
-    GateResult,
-    RecoverOutcome,
-    ReportDocument,
+from ercsvd_deploy.pipelines.reporting.document import Report
+from ercsvd_deploy.pipelines.reporting.numbers import encodable, number, percent
+from ercsvd_deploy.pipelines.reporting.rows import (
+    INTERVALS,
+    Row,
+    gate_rows,
+    part_rows,
+    quality_rows,
+    size_rows,
 )
-from ercsvd_deploy.pipelines.reporting.serving import (
-    SERVING_HEADS,
-    SERVING_TITLE,
-    failure_text,
-    failure_title,
-    serving_rows,
-)
+from ercsvd_deploy.pipelines.reporting.tables import failure_text, failure_title, report_tables
+from ercsvd_deploy.pipelines.stages.contract import Table
+from ercsvd_deploy.pipelines.stages.export import PAGE_FILE
 
-PAGE_FILE = "ercsvd_report.html"
+__all__ = ["PAGE_FILE", "PAGE_NEEDS", "can_make_page", "make_page"]
+
 PAGE_NEEDS = "pip install 'ercsvd-deploy[report]'"
 _TEMPLATES = Path(__file__).parent / "templates"
-
-
-@dataclass(frozen=True)
-class DetailTable:
-    """A long table, folded away."""
-
-    title: str
-    heads: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class _GateLine:
-    name: str
-    value: str
-    limit: str
-    passed: bool
-
-
-@dataclass(frozen=True)
-class _PartLine:
-    name: str
-    original: str
-    compressed: str
-    share: str
-    width: str  # of its bar, in percent
 
 
 def can_make_page() -> bool:
@@ -82,7 +49,7 @@ def can_make_page() -> bool:
     return all(find_spec(library) is not None for library in ("jinja2", "matplotlib"))
 
 
-def make_page(report: ReportDocument, directory: Path) -> str:
+def make_page(report: Report, directory: Path) -> str:
     """Return the page.
 
     Args:
@@ -111,29 +78,30 @@ def make_page(report: ReportDocument, directory: Path) -> str:
     return encodable(page.lstrip() + "\n")
 
 
-def _contents(report: ReportDocument, directory: Path) -> dict[str, Any]:
+def _contents(report: Report, directory: Path) -> dict[str, Any]:
     """Return everything the template shows but the plots."""
-    passed = all(gate.passed for gate in report.gates)
     path = export_path(report, directory)
     return {
         "title": path.name or model_name(report),
         "source": model_name(report),
         "treatment": describe_treatment(report),
         "verdict": describe_gates(report.gates),
-        "verdict_class": "" if not report.gates else "good" if passed else "bad",
+        "verdict_class": _verdict_class(report.gates),
         "tiles": _tiles(report),
         "warnings": report.warnings,
         "serve_commands": serve_commands(report, str(path)),
         "tensor_parallel_sizes": _listed(tensor_parallel_sizes(report)),
         "size_rows": size_rows(report),
         "quality_rows": quality_rows(report),
-        "gates": [_gate_line(gate) for gate in report.gates],
+        "intervals": INTERVALS if any(row.measured_on for row in quality_rows(report)) else "",
+        "gates": gate_rows(report.gates),
         "failures": [
             (failure_title(failure), failure_text(failure, with_excerpt=True))
-            for failure in (_serving(report) or {}).get("failures", ())
+            for failure in (report.serving.failures if report.serving is not None else ())
         ],
-        "parts": list(_part_lines(report)),
-        "tables": [_with_short_names(table) for table in _tables(report) if table.rows],
+        "parts": [(part, f"{100 * part.share:.1f}", percent(part.share)) for part in part_rows(report)],
+        "tables": [table for table in report_tables(report) if not table.is_detail],
+        "details": [_with_short_names(table) for table in report_tables(report) if table.is_detail],
         "recipe_yaml": yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True, width=100),
         "provenance": list(_flat(report.provenance)),
         "environment": [
@@ -145,151 +113,28 @@ def _contents(report: ReportDocument, directory: Path) -> dict[str, Any]:
     }
 
 
-def _tiles(report: ReportDocument) -> list[Row]:
+def _verdict_class(gates: Sequence[GateResult]) -> str:
+    """Return the colour of the verdict over all gates."""
+    if any(not gate.passed for gate in gates):
+        return "bad"
+    return "open" if any(gate.verdict == "undecided" for gate in gates) else "good" if gates else ""
+
+
+def _tiles(report: Report) -> list[Row]:
     """Return what a reader looks for first: size, bits, and quality."""
     sizes = size_rows(report)
     return [sizes[0], sizes[3], *(row for row in quality_rows(report) if row.original)]
 
 
-def _gate_line(gate: GateResult) -> _GateLine:
-    return _GateLine(gate_name(gate), gate_value(gate, gate.value), gate_value(gate, gate.limit), gate.passed)
-
-
-def _part_lines(report: ReportDocument) -> Iterator[_PartLine]:
-    before, after = report.original.bytes_by_part, report.compressed.bytes_by_part
-    whole = max(1, sum(after.values()))
-    for part in dict.fromkeys([*before, *after]):
-        old, new = before.get(part, 0), after.get(part, 0)
-        if old or new:
-            yield _PartLine(
-                part,
-                readable_bytes(old),
-                readable_bytes(new),
-                percent(new / whole),
-                f"{100 * new / whole:.1f}",
-            )
-
-
-def _tables(report: ReportDocument) -> Iterator[DetailTable]:
-    if len(report.components) > 1:
-        yield DetailTable(
-            "Parts of the model",
-            ("part", "parameters before", "now", "bytes now", "treatment"),
-            [
-                (
-                    part.name,
-                    f"{part.original_parameters:,}",
-                    f"{part.parameters:,}",
-                    f"{part.num_bytes:,}",
-                    part.treatment,
-                )
-                for part in report.components
-            ],
-        )
-    if report.factorize is not None:
-        yield _factorized_table(report, "Factorized Linears", report.factorize.linears)
-        yield DetailTable(
-            "Choices of the allocation",
-            ("Linear", "stored as", "bits per weight", "adds, nats per token", "alternatives"),
-            [
-                (
-                    choice.name,
-                    choice.chosen,
-                    number(choice.bits_per_weight, 2),
-                    number(choice.predicted_kl, 5),
-                    str(len(choice.alternatives)),
-                )
-                for choice in report.factorize.allocation
-            ],
-        )
-        yield DetailTable(
-            "Search over the number of layers",
-            ("last layers", "removed in each", "parameters kept", "final-layer error"),
-            [
-                (
-                    str(point.num_compressed_layers),
-                    percent(point.layer_ratio),
-                    f"{point.kept_parameters:,}",
-                    number(point.final_layer_error, 4),
-                )
-                for point in report.factorize.search
-            ],
-        )
-    if report.vision is not None:
-        yield _factorized_table(report, "Factorized vision Linears", report.vision.linears)
-    if report.recover is not None:
-        yield _recovery_table("factors", report.recover)
-    if report.quantize is not None:
-        yield DetailTable(
-            "Quantized matrices",
-            ("matrix", "shape", "bits", "group", "method", "GPTQ loss", "rounding loss"),
-            [
-                (
-                    matrix.name,
-                    _shape(matrix.shape),
-                    str(matrix.bits),
-                    "row" if matrix.group_size < 0 else str(matrix.group_size),
-                    {"gptq": "GPTQ", "rtn": "rounding"}[matrix.method],
-                    number(matrix.gptq_loss, 5),
-                    number(matrix.rtn_loss, 5),
-                )
-                for matrix in report.quantize.matrices
-            ],
-        )
-    if report.recover_quantized is not None:
-        yield _recovery_table("scales", report.recover_quantized)
-    yield DetailTable(SERVING_TITLE, SERVING_HEADS, serving_rows(_serving(report)))
-
-
-def _serving(report: ReportDocument) -> dict[str, Any] | None:
-    return None if report.serving is None else report.serving.model_dump()
-
-
-def _recovery_table(trained: str, outcome: RecoverOutcome) -> DetailTable:
-    return DetailTable(
-        f"Recovery of {trained}",
-        ("layer", "error before", "error after", ""),
-        [
-            (
-                str(layer.layer),
-                number(layer.error_before, 5),
-                number(layer.error_after, 5),
-                "" if layer.is_kept else "left as it was",
-            )
-            for layer in outcome.layers
-        ],
-    )
-
-
-def _factorized_table(report: ReportDocument, title: str, linears: list[FactorizedLinear]) -> DetailTable:
-    losses = {linear.name: linear.loss for linear in report.quantize.linears} if report.quantize else {}
-    return DetailTable(
-        title,
-        ("Linear", "shape", "rank", "of it residual", "weight error", "output error", "quantization loss"),
-        [
-            (
-                linear.name,
-                _shape(linear.shape),
-                "dense" if linear.rank is None else str(linear.rank),
-                "" if linear.residual_rank is None else str(linear.residual_rank),
-                number(linear.weight_error, 4),
-                number(linear.calibration_error, 4),
-                number(losses.get(linear.name), 5),
-            )
-            for linear in linears
-        ],
-    )
-
-
-def _with_short_names(table: DetailTable) -> DetailTable:
+def _with_short_names(table: Table) -> Table:
     """Return a table whose head says once what all names begin with."""
     words = (row[0].split(".")[:-1] for row in table.rows)
     shared = list(takewhile(lambda places: len(set(places)) == 1, zip(*words, strict=False)))
     if len(table.rows) < 2 or not shared:
         return table
     prefix = ".".join(places[0] for places in shared)
-    rows = [(row[0].removeprefix(f"{prefix}."), *row[1:]) for row in table.rows]
-    return DetailTable(table.title, (f"{table.heads[0]} of {prefix}", *table.heads[1:]), rows)
+    rows = tuple((row[0].removeprefix(f"{prefix}."), *row[1:]) for row in table.rows)
+    return replace(table, columns=(f"{table.columns[0]} of {prefix}", *table.columns[1:]), rows=rows)
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
@@ -304,10 +149,6 @@ def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str
             yield from _flat(value, f"{name}, ")
         else:
             yield name, "none" if value is None else str(value)
-
-
-def _shape(shape: tuple[int, int]) -> str:
-    return f"{shape[0]:,} \N{MULTIPLICATION SIGN} {shape[1]:,}"
 
 
 def _listed(values: Sequence[object]) -> str:

@@ -1,81 +1,43 @@
-"""The plots of the HTML report, as SVG that follows the page's colours and font.
+"""The plots of the HTML report: what each shows of the results.
 
-matplotlib draws with marker colours, which are then replaced by CSS variables: one picture serves light and
-dark pages. Text stays text. Every plot is small, since the page lays them out beside each other or, on a
-phone, below each other.
+Every plot is small, since the page lays them out beside each other or, on a phone, below each other.
 """
 
 from __future__ import annotations
 
-import io
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import cycle
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from ercsvd_deploy.pipelines.reporting.rows import readable_bytes
-from ercsvd_deploy.pipelines.reporting.schema import (
-    FactorizedLinear,
-    Figures,
-    QuantizedMatrix,
-    Reference,
-    ReportDocument,
+from ercsvd_deploy.pipelines.judging.figures import ModelFigures
+from ercsvd_deploy.pipelines.reporting.document import Reference, Report
+from ercsvd_deploy.pipelines.reporting.html.drawing import (
+    LINE,
+    PAPER,
+    QUIET,
+    SERIES,
+    SMALL,
+    legend,
+    logarithmic,
+    picture,
+    whole_numbers,
 )
+from ercsvd_deploy.pipelines.reporting.numbers import readable_bytes
+from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
+from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
+from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
+from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome
+from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizedMatrix
+from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
 
 if TYPE_CHECKING:  # matplotlib belongs to an extra
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Marker colour -> CSS variable of the page.
-_VARIABLES = {
-    "#0a0b01": "--ink",
-    "#0a0b02": "--quiet",
-    "#0a0b03": "--line",
-    "#0a0b04": "--paper",
-    "#0a0b11": "--series-1",
-    "#0a0b12": "--series-2",
-    "#0a0b13": "--series-3",
-    "#0a0b14": "--series-4",
-    "#0a0b15": "--series-5",
-}
-_INK, _QUIET, _LINE, _PAPER, *_SERIES = _VARIABLES
-_SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ercsvd",  # the same plot has the same bytes
-    "text.parse_math": False,  # a dollar sign in a file's name is a dollar sign
-    "font.family": "DejaVu Sans",  # the one that comes with matplotlib; it is wide, so what fits it fits
-    "font.size": 9.5,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _QUIET,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _QUIET,
-    "ytick.labelcolor": _QUIET,
-    "ytick.major.size": 0,
-    "xtick.major.size": 3,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "text.color": _INK,
-    "legend.frameon": False,
-    "legend.labelcolor": _QUIET,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-}
-_WIDTH, _HEIGHT = 4.7, 2.9  # inches; on the page about 340 to 520 pixels wide
-_SMALL = (2.3, 1.8)
 _MANY_LAYERS = 12  # beyond that, cells are too small for numbers
 _LONGEST_NAME = 26
 _SMALLEST_SHOWN = 1e-4  # of the largest singular value: below that there is only rounding
@@ -91,7 +53,7 @@ class Plot:
     pictures: tuple[str, ...]  # SVG elements; several are small multiples
 
 
-def draw_plots(report: ReportDocument) -> list[Plot]:
+def draw_plots(report: Report) -> list[Plot]:
     """Return every plot for which the report has the numbers.
 
     Raises:
@@ -120,10 +82,10 @@ def kind_of(linear: str) -> str:
     return linear.rpartition(".")[2]
 
 
-def _perplexity_against_size(report: ReportDocument) -> Plot | None:
-    models: list[Figures | Reference] = [report.original, report.compressed, *report.references]
+def _perplexity_against_size(report: Report) -> Plot | None:
+    models: list[ModelFigures | Reference] = [report.original, report.compressed, *report.references]
     series = {
-        text: [(model.num_bytes, model.perplexity.get(text)) for model in models]
+        text: [(model.num_bytes, _finite(model.perplexity.get(text))) for model in models]
         for text in report.original.perplexity
     }
     caption = "Perplexity of the next token; lower and further left is better."
@@ -132,10 +94,10 @@ def _perplexity_against_size(report: ReportDocument) -> Plot | None:
     )
 
 
-def _exact_match_against_size(report: ReportDocument) -> Plot | None:
-    models: list[Figures | Reference] = [report.original, report.compressed, *report.references]
+def _exact_match_against_size(report: Report) -> Plot | None:
+    models: list[ModelFigures | Reference] = [report.original, report.compressed, *report.references]
     series = {
-        name: [(model.num_bytes, _times_100(model.exact_match.get(name))) for model in models]
+        name: [(model.num_bytes, _times_100(_finite(model.exact_match.get(name)))) for model in models]
         for name in report.original.exact_match
     }
     caption = "Questions about pictures answered word for word, in %; higher and further left is better."
@@ -156,18 +118,18 @@ def _against_size(
     unit, name = _unit(max(size for points in series.values() for size, _ in points))
 
     def draw(axes: Axes) -> None:
-        for colour, (text, points) in zip(cycle(_SERIES), series.items(), strict=False):
+        for colour, (text, points) in zip(cycle(SERIES), series.items(), strict=False):
             known = [(size / unit, value) for size, value in points[:2] if value is not None]
             axes.plot(*zip(*known, strict=True), color=colour, linewidth=1, alpha=0.6)
             (before, original), (after, compressed) = points[:2]
             if original is not None:
-                axes.plot([before / unit], [original], "o", color=colour, markerfacecolor=_PAPER)
+                axes.plot([before / unit], [original], "o", color=colour, markerfacecolor=PAPER)
             if compressed is not None:
                 axes.plot([after / unit], [compressed], "o", color=colour, label=_short(text), markersize=6)
             for label, (size, value) in zip(references, points[2:], strict=True):
                 if value is not None:
                     axes.plot([size / unit], [value], "D", color=colour, markersize=4, alpha=0.7)
-                    if colour == _SERIES[0]:  # the others are above and below it
+                    if colour == SERIES[0]:  # the others are above and below it
                         axes.annotate(
                             _short(label),
                             (size / unit, value),
@@ -181,67 +143,69 @@ def _against_size(
         axes.locator_params(axis="x", nbins=6)
         if highest is not None:
             axes.set_ylim(top=min(highest, axes.get_ylim()[1]))
-        _legend(axes, len(series))
+        legend(axes, len(series))
 
     told = f"{caption} Filled: this model; hollow: the original" + (
         "; diamonds: others." if references else "."
     )
-    return Plot(title, told, (_picture(draw, title),))
+    return Plot(title, told, (picture(draw, title),))
 
 
-def _errors_by_layer(report: ReportDocument) -> Plot | None:
+def _errors_by_layer(report: Report) -> Plot | None:
     series = {text: errors for text, errors in report.change.layer_errors.items() if errors}
     if not series:
         return None
 
     def draw(axes: Axes) -> None:
-        for colour, (text, errors) in zip(cycle(_SERIES), series.items(), strict=False):
+        for colour, (text, errors) in zip(cycle(SERIES), series.items(), strict=False):
             marker = "o" if len(errors) <= 2 * _MANY_LAYERS else ""
-            axes.plot(range(len(errors)), _gaps(errors), marker=marker, color=colour, label=_short(text))
+            axes.plot(range(len(errors)), errors, marker=marker, color=colour, label=_short(text))
         axes.set_xlabel("decoder layer")
         axes.set_ylim(bottom=0)
-        _whole_numbers(axes)
-        _legend(axes, len(series))
+        whole_numbers(axes)
+        legend(axes, len(series))
 
     title = "Error by layer"
     caption = "Relative error of each layer's output, all that happened before it included."
-    return Plot(title, caption, (_picture(draw, title),))
+    return Plot(title, caption, (picture(draw, title),))
 
 
-def _search(report: ReportDocument) -> Plot | None:
-    if report.factorize is None:
+def _search(report: Report) -> Plot | None:
+    factorized: Factorized | None = report.stages.get(FactorizeStage.name)
+    if factorized is None:
         return None
-    chosen = report.factorize.num_compressed_layers
+    chosen = factorized.num_compressed_layers
     points = [
         (point.num_compressed_layers, point.final_layer_error)
-        for point in report.factorize.search
+        for point in factorized.search
         if point.final_layer_error is not None
     ]
     if len(points) < 2:
         return None
 
     def draw(axes: Axes) -> None:
-        axes.plot(*zip(*points, strict=True), "o-", color=_SERIES[0])
+        axes.plot(*zip(*points, strict=True), "o-", color=SERIES[0])
         for layers, error in points:
             if layers == chosen:
-                axes.plot([layers], [error], "o", color=_SERIES[1], markersize=8)
+                axes.plot([layers], [error], "o", color=SERIES[1], markersize=8)
                 side = "right" if layers == points[-1][0] else "center"
                 axes.annotate(
                     f"chosen: {layers}", (layers, error), (0, -15), textcoords="offset points", ha=side
                 )
         axes.set_xlabel("last k layers compressed")
         axes.set_ylim(bottom=0)
-        _whole_numbers(axes)
+        whole_numbers(axes)
 
     title = "Search over the number of layers"
     caption = "Relative error of the last layer's output on the search sequences, all at the same budget."
-    return Plot(title, caption, (_picture(draw, title),))
+    return Plot(title, caption, (picture(draw, title),))
 
 
-def _ranks(report: ReportDocument) -> Plot | None:
-    if report.factorize is None:
+def _ranks(report: Report) -> Plot | None:
+    factorized: Factorized | None = report.stages.get(FactorizeStage.name)
+    if factorized is None:
         return None
-    cells = _by_layer_and_kind(report.factorize.linears)
+    cells = _by_layer_and_kind(factorized.linears)
     if not cells:
         return None
     layers = sorted({layer for layer, _ in cells})
@@ -254,10 +218,10 @@ def _ranks(report: ReportDocument) -> Plot | None:
             corner = (layers.index(layer) + 0.04, kinds.index(kind) + 0.06)
             share = None if linear.rank is None else linear.rank / max(1, min(linear.shape))
             if share is None:
-                axes.add_patch(Rectangle(corner, 0.92, 0.88, facecolor="none", edgecolor=_LINE))
+                axes.add_patch(Rectangle(corner, 0.92, 0.88, facecolor="none", edgecolor=LINE))
             else:
                 axes.add_patch(
-                    Rectangle(corner, 0.92, 0.88, facecolor=_SERIES[0], alpha=0.06 + 0.6 * min(1, share))
+                    Rectangle(corner, 0.92, 0.88, facecolor=SERIES[0], alpha=0.06 + 0.6 * min(1, share))
                 )
             if len(layers) <= _MANY_LAYERS:
                 said = "dense" if linear.rank is None else str(linear.rank)
@@ -276,14 +240,15 @@ def _ranks(report: ReportDocument) -> Plot | None:
     caption = (
         "Rank of the factors; the stronger the colour, the larger the share of full rank. Outlined: dense."
     )
-    return Plot(title, caption, (_picture(draw, title),))
+    return Plot(title, caption, (picture(draw, title),))
 
 
-def _quantization_losses(report: ReportDocument) -> Plot | None:
-    if report.quantize is None:
+def _quantization_losses(report: Report) -> Plot | None:
+    quantized: QuantizeOutcome | None = report.stages.get(QuantizeStage.name)
+    if quantized is None:
         return None
     layers: dict[int, list[QuantizedMatrix]] = defaultdict(list)
-    for matrix in report.quantize.matrices:
+    for matrix in quantized.matrices:
         layer = layer_of(matrix.name)
         if layer is not None:
             layers[layer].append(matrix)
@@ -292,8 +257,8 @@ def _quantization_losses(report: ReportDocument) -> Plot | None:
 
     def draw(axes: Axes) -> None:
         measured: tuple[tuple[str, str, Callable[[QuantizedMatrix], float | None]], ...] = (
-            ("rounding to nearest", _QUIET, lambda matrix: matrix.rtn_loss),
-            ("GPTQ", _SERIES[0], lambda matrix: matrix.gptq_loss),
+            ("rounding to nearest", QUIET, lambda matrix: matrix.rtn_loss),
+            ("GPTQ", SERIES[0], lambda matrix: matrix.gptq_loss),
         )
         for label, colour, loss_of in measured:
             found = {layer: _positive(map(loss_of, matrices)) for layer, matrices in sorted(layers.items())}
@@ -302,21 +267,22 @@ def _quantization_losses(report: ReportDocument) -> Plot | None:
             if means:
                 axes.plot(*zip(*dots, strict=True), ".", color=colour, alpha=0.35, markersize=3)
                 axes.plot(*zip(*means, strict=True), color=colour, label=f"{label}, mean")
-        _logarithmic(axes, "y")
+        logarithmic(axes, "y")
         axes.set_xlabel("decoder layer")
-        _whole_numbers(axes)
-        _legend(axes, 2)
+        whole_numbers(axes)
+        legend(axes, 2)
 
     title = "Quantization loss by layer"
     caption = "Relative proxy loss of every matrix on its calibration inputs; each dot is one matrix."
-    return Plot(title, caption, (_picture(draw, title),))
+    return Plot(title, caption, (picture(draw, title),))
 
 
-def _spectra(report: ReportDocument) -> Plot | None:
-    if report.factorize is None:
+def _spectra(report: Report) -> Plot | None:
+    factorized: Factorized | None = report.stages.get(FactorizeStage.name)
+    if factorized is None:
         return None
     kinds: dict[str, list[FactorizedLinear]] = defaultdict(list)
-    for linear in report.factorize.linears:
+    for linear in factorized.linears:
         if len(linear.spectrum) > 1:
             kinds[kind_of(linear.name)].append(linear)
     if not kinds:
@@ -324,7 +290,7 @@ def _spectra(report: ReportDocument) -> Plot | None:
     values = [value for linears in kinds.values() for one in linears for _, value in one.spectrum]
     lowest = max(_SMALLEST_SHOWN, 0.8 * min(_positive(values), default=0.0))
     pictures = tuple(
-        _picture(_spectrum_drawing(linears, lowest), f"Singular values of {kind}", _SMALL, _short(kind))
+        picture(_spectrum_drawing(linears, lowest), f"Singular values of {kind}", SMALL, _short(kind))
         for kind, linears in kinds.items()
     )
     caption = (
@@ -339,16 +305,16 @@ def _spectrum_drawing(linears: Sequence[FactorizedLinear], lowest: float) -> Cal
 
     def draw(axes: Axes) -> None:
         for place, linear in enumerate(linears):
-            known = [(at, value) for at, value in linear.spectrum if value is not None and value > 0]
+            known = [(at, value) for at, value in linear.spectrum if _finite(value) is not None and value > 0]
             if known:
                 depth = (place + 1) / len(linears)
-                axes.plot(*zip(*known, strict=True), color=_SERIES[0], alpha=0.2 + 0.8 * depth, linewidth=0.9)
+                axes.plot(*zip(*known, strict=True), color=SERIES[0], alpha=0.2 + 0.8 * depth, linewidth=0.9)
         ranks = [linear.rank for linear in linears if linear.rank]
         if ranks:
-            axes.axvline(median(ranks), color=_SERIES[1], linewidth=1, linestyle=(0, (3, 2)))
+            axes.axvline(median(ranks), color=SERIES[1], linewidth=1, linestyle=(0, (3, 2)))
         axes.set_ylim(lowest, 1.15)
-        _logarithmic(axes, "x")
-        _logarithmic(axes, "y")
+        logarithmic(axes, "x")
+        logarithmic(axes, "y")
         axes.tick_params(labelsize=8)
 
     return draw
@@ -359,77 +325,14 @@ def _by_layer_and_kind(linears: Iterable[FactorizedLinear]) -> dict[tuple[int, s
     return {(layer, kind_of(linear.name)): linear for layer, linear in located if layer is not None}
 
 
-def _picture(
-    draw: Callable[[Axes], None],
-    label: str,
-    size: tuple[float, float] = (_WIDTH, _HEIGHT),
-    heading: str | None = None,
-) -> str:
-    """Return a drawing as an SVG element."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(_SETTINGS):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        if heading is not None:
-            axes.set_title(heading, fontsize=9.5, loc="left")
-        return _themed(figure, label)
-
-
-def _themed(figure: Figure, label: str) -> str:
-    """Return a figure as an SVG element in the page's colours and font."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)  # matplotlib before 3.11
-    text = re.sub(r" ?font-family: [^;\"]*;?", "", text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
-    opening, _, rest = text.partition(">")
-    box = re.search(r'viewBox="[^"]*"', opening)
-    assert box is not None, "matplotlib writes a viewBox"
-    # Names are unique in a file, and there are many on one page: only those that are referred to stay.
-    referred = set(re.findall(r"#([\w-]+)", rest))
-    rest = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in referred else "", rest)
-    return f'<svg {box[0]} role="img" aria-label="{escape(label)}">{rest.strip()}'
-
-
-def _legend(axes: Axes, columns: int) -> None:
-    if not axes.get_legend_handles_labels()[1]:
-        return
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(columns, 2), borderaxespad=0.1)
-
-
-def _whole_numbers(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-
-
-def _logarithmic(axes: Axes, direction: Literal["x", "y"]) -> None:
-    """Make an axis logarithmic, with few ticks and plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis, scale = (axes.xaxis, axes.set_xscale) if direction == "x" else (axes.yaxis, axes.set_yscale)
-    scale("log")
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _gaps(values: Sequence[float | None]) -> list[float]:
-    """Return values with a gap in the line where one is missing."""
-    return [float("nan") if value is None else value for value in values]
+def _finite(value: float | None) -> float | None:
+    """Return a measured number; None where nothing was measured, or nothing finite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _positive(values: Iterable[float | None]) -> list[float]:
     """Return what a logarithmic axis can show."""
-    return [value for value in values if value is not None and value > 0]
+    return [value for value in map(_finite, values) if value is not None and value > 0]
 
 
 def _times_100(share: float | None) -> float | None:

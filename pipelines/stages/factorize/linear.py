@@ -6,13 +6,15 @@ Tensors in, tensors out; what is read and written when is up to the walk and the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape, split_rank
+from ercsvd_deploy.format.described import Count, Measured, Shape
 from ercsvd_deploy.format.schema import (
     FACTOR_A,
     FACTOR_B,
@@ -40,22 +42,39 @@ class FactorizationError(ValueError):
     """A weight or its calibration inputs cannot be factorized; the message names the Linear."""
 
 
+Spectrum = list[tuple[Count, Measured]]  # position, from 1, and singular value as a share of the largest
+
+
 @dataclass(frozen=True)
 class FactorizedLinear:
     """What became of one Linear of a compressed layer."""
 
-    name: str
-    shape: tuple[int, int]
-    rank: int | None  # None: left dense
-    weight_error: float  # ||W - BA||_F / ||W||_F
-    calibration_error: float | None  # ||(W - BA) X||_F / ||W X||_F
-    residual_rank: int | None = None  # what of the rank belongs to the residual; None: there is none
+    name: Annotated[str, Field(description="The module's name.")]
+    shape: Annotated[Shape, Field(description="Outputs and inputs.")]
+    rank: Annotated[Count | None, Field(description="Rank of its factors; null where it was left dense.")]
+    weight_error: Annotated[Measured, Field(description="||W - BA|| / ||W|| (Frobenius).")]
+    calibration_error: Annotated[
+        float | None,
+        Field(
+            description="||(W - BA) X|| / ||W X|| on the calibration data; null without such data. With "
+            "`compressed_prefix_inputs` ||W X - BA X'|| / ||W X||, X' the inputs from compressed layers."
+        ),
+    ]
+    residual_rank: Annotated[
+        Count | None,
+        Field(description="What of the rank belongs to the residual; null where there is none."),
+    ] = None
+    spectrum: Annotated[
+        Spectrum,
+        Field(
+            description="Positions from 1, and singular values (in the method's metric) relative to the "
+            "first; empty where it was not decomposed."
+        ),
+    ] = field(default_factory=list)
 
 
 LINEARS = TypeAdapter(list[FactorizedLinear])
 _SPECTRUM_POINTS = 48  # of each Linear's spectrum in the report, at even distances of the logarithm
-
-Spectrum = list[tuple[int, float]]  # position, from 1, and singular value as a share of the largest
 
 
 def decompose_linear(

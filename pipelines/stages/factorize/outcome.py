@@ -3,19 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from ercsvd_deploy.budget.ranks import RankPlan
+from ercsvd_deploy.format.described import Count, Finite
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.pipelines.stages.contract import Table
 from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear, Spectrum
-from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import AllocatedLinear, ChosenRanks, SearchPoint
+from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import (
+    AllocatedLinear,
+    Budget,
+    ChosenRanks,
+    SearchPoint,
+)
 
 CHOSEN_RANKS = TypeAdapter(ChosenRanks)
+
+
+@dataclass(frozen=True)
+class Factorized:
+    """What the factorize stage found and did, as the report has it."""
+
+    num_compressed_layers: Annotated[Count, Field(description="How many of the last layers are compressed.")]
+    layer_ratio: Annotated[Finite, Field(description="Share of the parameters removed in each of them.")]
+    parameter_budget: Annotated[
+        Count,
+        Field(
+            description="Parameters of the decoder's Linears that were allowed; with a target, which is in "
+            "bits, those that were kept: see `budget`."
+        ),
+    ]
+    kept_parameters: Annotated[
+        Count, Field(description="Parameters that the factors and dense Linears have.")
+    ]
+    achieved_compression_ratio: Annotated[
+        Finite, Field(description="Share of the decoder Linears' parameters removed.")
+    ]
+    search: Annotated[
+        list[SearchPoint], Field(description="The search over the number of compressed layers.")
+    ]
+    linears: Annotated[list[FactorizedLinear], Field(description="Every Linear of the compressed layers.")]
+    budget: Annotated[
+        Budget | None,
+        Field(description="What was allowed and what is spent, in its own unit; null in older reports."),
+    ] = None
+    allocation: Annotated[
+        list[AllocatedLinear],
+        Field(description="What error-controlled allocation chose; empty without it."),
+    ] = field(default_factory=list)
+    predicted_kl: Annotated[
+        float | None,
+        Field(description="What its choices add together, in nats per token; null without it."),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -51,30 +94,31 @@ class FactorizeOutcome:
         """What error control chose for every Linear."""
         return self.chosen.allocation
 
-    def as_json(self) -> dict[str, Any]:
+    def reported(self) -> Factorized:
         """Return what the report has of it."""
         plan = self.plan
-        return {
-            "num_compressed_layers": plan.num_compressed_layers,
-            "layer_ratio": plan.layer_ratio,
-            "parameter_budget": plan.parameter_budget,
-            "kept_parameters": plan.kept_parameters,
-            "achieved_compression_ratio": plan.achieved_compression_ratio,
-            "search": [asdict(point) for point in self.search],
-            "linears": [
-                {**asdict(linear), "spectrum": self.spectra.get(linear.name, [])} for linear in self.linears
+        return Factorized(
+            num_compressed_layers=plan.num_compressed_layers,
+            layer_ratio=plan.layer_ratio,
+            parameter_budget=plan.parameter_budget,
+            kept_parameters=plan.kept_parameters,
+            achieved_compression_ratio=plan.achieved_compression_ratio,
+            budget=self.chosen.budget or Budget("parameters", plan.parameter_budget, plan.kept_parameters),
+            search=list(self.search),
+            linears=[
+                # From the cache, where JSON has made lists of pairs.
+                replace(linear, spectrum=[(at, value) for at, value in self.spectra.get(linear.name, [])])
+                for linear in self.linears
             ],
-            "allocation": [asdict(linear) for linear in self.allocation],
-            "predicted_kl": sum(linear.predicted_kl for linear in self.allocation)
-            if self.allocation
-            else None,
-        }
+            allocation=list(self.allocation),
+            predicted_kl=sum(linear.predicted_kl for linear in self.allocation) if self.allocation else None,
+        )
 
 
 def search_table(outcome: FactorizeOutcome) -> Table:
     """One row a tried number of compressed layers."""
     chosen = outcome.plan.num_compressed_layers
-    rows = [
+    rows = tuple(
         (
             str(point.num_compressed_layers),
             f"{100 * point.layer_ratio:.1f} %",
@@ -82,12 +126,10 @@ def search_table(outcome: FactorizeOutcome) -> Table:
             "chosen" if point.num_compressed_layers == chosen else "",
         )
         for point in outcome.search
-    ]
-    columns = ("last k layers", "removed in each", "final-layer error", "")
-    bold = {row for row, point in enumerate(outcome.search) if point.num_compressed_layers == chosen}
-    return Table(
-        "Search over the number of compressed layers", columns, rows, frozenset(columns[:3]), frozenset(bold)
     )
+    columns = ("last k layers", "removed in each", "final-layer error", "")
+    bold = tuple(row for row, point in enumerate(outcome.search) if point.num_compressed_layers == chosen)
+    return Table("Search over the number of compressed layers", columns, rows, columns[:3], bold)
 
 
 def layer_table(outcome: FactorizeOutcome) -> Table:
@@ -97,8 +139,18 @@ def layer_table(outcome: FactorizeOutcome) -> Table:
         layers.setdefault(_layer_of(linear.name), []).append(linear)
     first = next(iter(layers.values()), [])
     columns = ("layer", *(linear.name.rpartition(".")[2] for linear in first))
-    rows = [(layer, *(_rank_and_error(linear) for linear in linears)) for layer, linears in layers.items()]
-    return Table("Rank and relative output error of every Linear", columns, rows, frozenset(columns))
+    rows = tuple(
+        (layer, *(_rank_and_error(linear) for linear in linears)) for layer, linears in layers.items()
+    )
+    return Table("Rank and relative output error of every Linear", columns, rows, columns)
+
+
+def budget_table(budget: Budget) -> Table:
+    """Show what was allowed and what is spent."""
+    columns = ("of all decoder Linears", "allowed", "spent", "left")
+    left = f"{100 * (1 - budget.spent / budget.allowed):.2f} %" if budget.allowed else ""
+    row = (budget.unit, f"{budget.allowed:,}", f"{budget.spent:,}", left)
+    return Table("Budget", columns, (row,), columns[1:])
 
 
 def allocation_table(linears: Sequence[AllocatedLinear]) -> Table:
@@ -108,7 +160,7 @@ def allocation_table(linears: Sequence[AllocatedLinear]) -> Table:
     choices: dict[str, list[AllocatedLinear]] = {}
     for linear in linears:
         choices.setdefault(linear.chosen, []).append(linear)
-    rows = [
+    rows = tuple(
         (
             label,
             str(len(alike)),
@@ -116,9 +168,42 @@ def allocation_table(linears: Sequence[AllocatedLinear]) -> Table:
             f"{sum(linear.predicted_kl for linear in alike):.5f}",
         )
         for label, alike in sorted(choices.items(), key=lambda entry: -len(entry[1]))
-    ]
+    )
     title = f"What error control chose; predicted log-prob KL {total:.4f} nats"
-    return Table(title, columns, rows, frozenset(columns[1:]))
+    return Table(title, columns, rows, columns[1:])
+
+
+def linear_table(title: str, linears: Sequence[FactorizedLinear]) -> Table:
+    """List every Linear with its rank and errors."""
+    columns = ("Linear", "shape", "rank", "of it residual", "weight error", "output error")
+    rows = tuple(
+        (
+            linear.name,
+            f"{linear.shape[0]:,} \N{MULTIPLICATION SIGN} {linear.shape[1]:,}",
+            "dense" if linear.rank is None else str(linear.rank),
+            "" if linear.residual_rank is None else str(linear.residual_rank),
+            f"{linear.weight_error:.4f}",
+            "" if linear.calibration_error is None else f"{linear.calibration_error:.4f}",
+        )
+        for linear in linears
+    )
+    return Table(title, columns, rows, columns[1:], is_detail=True)
+
+
+def choice_table(linears: Sequence[AllocatedLinear]) -> Table:
+    """List what error control chose for every Linear."""
+    columns = ("Linear", "stored as", "bits per weight", "adds, nats per token", "alternatives")
+    rows = tuple(
+        (
+            linear.name,
+            linear.chosen,
+            f"{linear.bits_per_weight:.2f}",
+            f"{linear.predicted_kl:.5f}",
+            str(len(linear.alternatives)),
+        )
+        for linear in linears
+    )
+    return Table("Choices of the allocation", columns, rows, columns[1:], is_detail=True)
 
 
 def _layer_of(name: str) -> str:

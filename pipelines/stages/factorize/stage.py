@@ -14,12 +14,17 @@ from typing import Any, Self
 
 from ercsvd_deploy.budget.ranks import RankPlan
 from ercsvd_deploy.models.families import Architecture
-from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
+from ercsvd_deploy.pipelines.stages.factorize.needs import factorize_needs
 from ercsvd_deploy.pipelines.stages.factorize.outcome import (
+    Factorized,
     FactorizeOutcome,
     allocation_table,
+    budget_table,
+    choice_table,
     layer_table,
+    linear_table,
     search_table,
 )
 from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice
@@ -31,6 +36,7 @@ from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_st
 from ercsvd_deploy.pipelines.stages.factorize.walk import factorize_decoder
 from ercsvd_deploy.pipelines.stages.storing import StorageRules
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.recipe.stages import Factorize, Quantize
 
@@ -56,6 +62,7 @@ class FactorizeStage(Stage):
     further_settings: Mapping[str, Any]
 
     name = "factorize"
+    reported_as = Factorized
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
@@ -113,6 +120,10 @@ class FactorizeStage(Stage):
             return ErrorControlled(work, self.allocation, self.quantize)
         return LastLayers(work, self.ranks_by_k)
 
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the highest of observing, trying and writing."""
+        return factorize_needs(self, work, candidates)
+
     def run(self, run: StageRun) -> FactorizeOutcome:
         """Decompose, choose, and write the factors."""
         model = run.model.stream()
@@ -130,14 +141,19 @@ class FactorizeStage(Stage):
         run.model.overlay(outcome.files, outcome.modules)
         return outcome
 
-    def as_json(self, result: FactorizeOutcome) -> Any:
+    def reported(self, result: FactorizeOutcome) -> Factorized:
         """Return what was chosen, and what every Linear lost."""
-        return result.as_json()
+        return result.reported()
 
     def tables(self, result: FactorizeOutcome) -> Iterable[Table]:
         """Show the search, every Linear, and what error control chose."""
         if len(result.search) > 1:
             yield search_table(result)
         yield layer_table(result)
+        if result.chosen.budget is not None:
+            yield budget_table(result.chosen.budget)
         if result.allocation:
             yield allocation_table(result.allocation)
+        yield linear_table("Factorized Linears", result.linears)
+        if result.allocation:
+            yield choice_table(result.allocation)

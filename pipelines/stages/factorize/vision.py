@@ -8,18 +8,27 @@ give.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 
 from ercsvd_deploy.budget.ranks import LinearShape, RankError
+from ercsvd_deploy.format.described import NotReported
 from ercsvd_deploy.format.schema import WEIGHT, Storage
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.models.statistics import InputStatistics
-from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import (
+    Candidate,
+    Needs,
+    PlanError,
+    PlanningContext,
+    Stage,
+    Table,
+)
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
@@ -29,6 +38,8 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
     measure_linear,
     truncate_linear,
 )
+from ercsvd_deploy.pipelines.stages.factorize.needs import vision_needs
+from ercsvd_deploy.pipelines.stages.factorize.outcome import linear_table
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_vision_ranks
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_vision_steps
 from ercsvd_deploy.pipelines.stages.factorize.residual import (
@@ -38,6 +49,7 @@ from ercsvd_deploy.pipelines.stages.factorize.residual import (
 from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
 from ercsvd_deploy.pipelines.stages.storing import StorageRules
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.cache import OUTCOME
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.recipe.stages import Factorize
@@ -45,11 +57,11 @@ from ercsvd_deploy.recipe.stages import Factorize
 
 @dataclass(frozen=True)
 class VisionOutcome:
-    """What became of the vision parts that the recipe asked to compress."""
+    """What factorization made of the vision parts."""
 
-    modules: dict[str, Storage]
-    linears: list[FactorizedLinear]
-    files: list[Path]
+    linears: Annotated[list[FactorizedLinear], Field(description="Its Linears.")]
+    modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
+    files: NotReported[list[Path]] = field(default_factory=list)
 
 
 def factorize_vision(work: Factorization, ranks: Mapping[str, int]) -> VisionOutcome:
@@ -78,7 +90,7 @@ def factorize_vision(work: Factorization, ranks: Mapping[str, int]) -> VisionOut
                 linears.append(measured)
         findings = LINEARS.dump_python(linears)
         work.cache.finish(OUTCOME, findings, tensors)
-    return VisionOutcome(storages, LINEARS.validate_python(findings), [work.cache.tensors_file(OUTCOME)])
+    return VisionOutcome(LINEARS.validate_python(findings), storages, [work.cache.tensors_file(OUTCOME)])
 
 
 def _groups(architecture: Architecture, ranks: Mapping[str, int]) -> list[list[LinearShape]]:
@@ -148,6 +160,7 @@ class VisionStage(Stage):
     steps_digest: str
 
     name = "vision"
+    reported_as = VisionOutcome
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
@@ -179,6 +192,10 @@ class VisionStage(Stage):
         storages = rules.factorized(self.architecture.vision_linears, self.ranks)
         return [replace(before, modules={**before.modules, **storages}) for before in candidates]
 
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return the higher of observing and decomposing."""
+        return vision_needs(self, work, candidates)
+
     def run(self, run: StageRun) -> VisionOutcome:
         """Factorize both parts in one pass over the calibration pictures."""
         work = Factorization(run.model.original, run.data.samples, self.factorize, run.cache)
@@ -186,6 +203,6 @@ class VisionStage(Stage):
         run.model.overlay(outcome.files, outcome.modules)
         return outcome
 
-    def as_json(self, result: VisionOutcome) -> Any:
-        """Return what every Linear lost."""
-        return {"linears": [asdict(linear) for linear in result.linears]}
+    def tables(self, result: VisionOutcome) -> Iterable[Table]:
+        """List every Linear."""
+        yield linear_table("Factorized vision Linears", result.linears)

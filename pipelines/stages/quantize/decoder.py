@@ -9,13 +9,14 @@ first one's quantized output.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from ercsvd_deploy.data.samples import Sample
+from ercsvd_deploy.format.described import NotReported
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.models.streaming import LayerwiseModel
@@ -31,13 +32,15 @@ _LINEARS = TypeAdapter(list[QuantizedLinear])
 
 @dataclass
 class QuantizeOutcome:
-    """Everything the stage found out; the integers themselves are in its layer files."""
+    """What the quantize stage found and did; the integers themselves are in its layer files."""
 
-    modules: dict[str, Storage]
-    matrices: list[QuantizedMatrix]
-    linears: list[QuantizedLinear]
-    matches: tuple[PatternMatch, ...]
-    files: list[Path]
+    matrices: Annotated[list[QuantizedMatrix], Field(description="Every quantized matrix.")]
+    linears: Annotated[list[QuantizedLinear], Field(description="Every quantized Linear.")]
+    patterns: Annotated[
+        tuple[PatternMatch, ...], Field(description="What the recipe's patterns matched.")
+    ] = ()
+    modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
+    files: NotReported[list[Path]] = field(default_factory=list)
 
 
 def quantize_decoder(
@@ -76,7 +79,7 @@ def quantize_decoder(
     findings: dict[int, Any] = {index: work.findings(piece) for index, piece in pieces.items()}
     if None in findings.values():
         _quantize_missing(model, quantizer, samples, pieces, findings, work, on_layer)
-    outcome = QuantizeOutcome(dict(modules), [], [], matches, [])
+    outcome = QuantizeOutcome([], [], matches, dict(modules))
     for index, piece in pieces.items():
         outcome.matrices += _MATRICES.validate_python(findings[index]["matrices"])
         outcome.linears += _LINEARS.validate_python(findings[index]["linears"])

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.format.described import Count, Measured, Shape
 from ercsvd_deploy.format.packing import QuantizedWeight, pack, unpack
 from ercsvd_deploy.format.schema import GUARD, GUARD_SHAPE, ROW_ORDER, WEIGHT, Storage
 from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
@@ -19,7 +22,7 @@ from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
 from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
 from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings, start_pair
-from ercsvd_deploy.quantization.gptq import MatrixReport, quantize_together
+from ercsvd_deploy.quantization.gptq import MatrixReport, RoundingMethod, quantize_together
 from ercsvd_deploy.quantization.grid import GriddedWeight, put_on_grid
 from ercsvd_deploy.quantization.held_out import HeldOutGrams
 from ercsvd_deploy.quantization.losses import proxy_loss
@@ -36,24 +39,32 @@ class QuantizationError(ValueError):
 class QuantizedMatrix:
     """What became of one matrix: a dense weight, or one factor."""
 
-    name: str
-    shape: tuple[int, int]
-    bits: int
-    group_size: int
-    sym: bool
-    method: str  # "gptq" or "rtn", whichever was taken
-    gptq_loss: float  # relative proxy loss tr(E G E^T) / tr(W G W^T) of either, on held-out tokens if any
-    rtn_loss: float
-    damping: float  # GPTQ's
+    name: Annotated[str, Field(description="The module's name, and which factor.")]
+    shape: Annotated[Shape, Field(description="Outputs and inputs.")]
+    bits: Annotated[Count, Field(description="Bits of each integer.")]
+    group_size: Annotated[int, Field(description="Weights that share a scale; -1: a whole row.")]
+    sym: Annotated[bool, Field(description="Whether there are no zero points.")]
+    method: Annotated[RoundingMethod, Field(description="What was taken: GPTQ, or rounding to nearest.")]
+    gptq_loss: Annotated[
+        Measured,
+        Field(
+            description="Relative proxy loss tr(E G E') / tr(W G W') of GPTQ, on held-out tokens if there "
+            "are any."
+        ),
+    ]
+    rtn_loss: Annotated[Measured, Field(description="The same of rounding to nearest.")]
+    damping: Annotated[
+        float | None, Field(description="GPTQ's; null in reports from before it was chosen.")
+    ] = None
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
     """The loss of a whole Linear against the original weight, in the steps in which it arose."""
 
-    name: str
-    loss: float
-    factors: FactorsReport | None  # of a factorized Linear
+    name: Annotated[str, Field(description="The module's name.")]
+    loss: Annotated[Measured, Field(description="Relative proxy loss of what is served.")]
+    factors: Annotated[FactorsReport | None, Field(description="Of a factorized Linear: the steps.")]
 
 
 @dataclass(frozen=True)

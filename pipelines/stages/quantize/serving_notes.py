@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ercsvd_deploy.exporters.vllm.cutting import BLOCK, WORD_BITS, find_unaligned
-from ercsvd_deploy.format.schema import Storage, WeightQuantization
+from ercsvd_deploy.exporters.vllm.cutting import BLOCK, find_unaligned
+from ercsvd_deploy.format.schema import WORD_BITS, Storage, WeightQuantization
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlan
 
@@ -16,6 +16,8 @@ def serving_warnings(
     architecture: Architecture,
     tensor_parallel_sizes: Sequence[int],
     dtype: str,
+    *,
+    has_plugin: bool = True,
 ) -> list[str]:
     """Return what about a quantized model is served otherwise than its recipe may suggest.
 
@@ -25,13 +27,15 @@ def serving_warnings(
         architecture: The model's.
         tensor_parallel_sizes: At which it is to be served.
         dtype: Precision of the other tensors, "bfloat16" say.
+        has_plugin: Whether our plugin serves the model, which makes plain what no kernel takes.
     """
     integers = [each for storage in described.values() for _, each in storage.parts.values() if each]
     warnings = _fitting_notes(plan, described, tensor_parallel_sizes)
-    if any(each.bits == 8 for each in integers):
-        warnings.append(
-            "quantize: vLLM has no kernel for 8-bit weights on a CPU; it would hold these matrices in 16 bits"
-        )
+    without_cpu_kernel = sorted({each.bits for each in integers} - {4})
+    if without_cpu_kernel:
+        kinds = ", ".join(f"{bits}-bit" for bits in without_cpu_kernel)
+        without = "it would hold these matrices in 16 bits" if has_plugin else "it would not start there"
+        warnings.append(f"quantize: vLLM has no kernel for {kinds} weights on a CPU; {without}")
     unaligned = find_unaligned(described, architecture, tensor_parallel_sizes)
     if unaligned:
         first = unaligned[0]

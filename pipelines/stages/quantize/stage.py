@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from ercsvd_deploy.format.schema import FACTOR_PARTS, Storage
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
-from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome, quantize_decoder
-from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizedMatrix
+from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizedLinear, QuantizedMatrix
+from ercsvd_deploy.pipelines.stages.quantize.needs import quantize_needs
 from ercsvd_deploy.pipelines.stages.quantize.storage import (
     QuantizePlan,
     check_num_tokens,
@@ -19,6 +20,7 @@ from ercsvd_deploy.pipelines.stages.quantize.storage import (
     quantize_plan_of,
 )
 from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.recipe.stages import Quantize
 
 
@@ -42,6 +44,7 @@ class QuantizeStage(Stage):
     is_on_trained_factors: bool
 
     name = "quantize"
+    reported_as = QuantizeOutcome
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
@@ -85,6 +88,10 @@ class QuantizeStage(Stage):
             stored.append(replace(before, modules={**before.modules, **described}))
         return stored
 
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return what a layer takes at its highest."""
+        return quantize_needs(work, candidates)
+
     def check_data(self, data: RunData) -> Iterable[str]:
         """Say if there are few tokens for GPTQ.
 
@@ -124,22 +131,14 @@ class QuantizeStage(Stage):
             return {name: storage for name, storage in chosen.items() if storage.is_altered}
         return self.storing.describe(factorized.plan.ranks, self.architecture)
 
-    def as_json(self, result: QuantizeOutcome) -> Any:
-        """Return the losses of every matrix and Linear, and what patterns matched."""
-        return {
-            "matrices": [asdict(matrix) for matrix in result.matrices],
-            "linears": [asdict(linear) for linear in result.linears],
-            "patterns": [asdict(match) for match in result.matches],
-        }
-
     def tables(self, result: QuantizeOutcome) -> Iterable[Table]:
-        """Summarise the proxy losses by kind of matrix; the report's JSON has every one."""
+        """Summarise the proxy losses by kind of matrix, then list every matrix and Linear."""
         kinds: dict[str, list[QuantizedMatrix]] = {}
         for matrix in result.matrices:
             end = matrix.name.rpartition(".")[2]
             kinds.setdefault(end if end in FACTOR_PARTS else "dense", []).append(matrix)
         columns = ("matrix", "count", "GPTQ", "rounding", "GPTQ taken")
-        rows = [
+        rows = tuple(
             (
                 kind,
                 str(len(matrices)),
@@ -148,5 +147,47 @@ class QuantizeStage(Stage):
                 str(sum(matrix.method == "gptq" for matrix in matrices)),
             )
             for kind, matrices in kinds.items()
-        ]
-        yield Table("Quantized matrices, mean relative proxy loss", columns, rows, frozenset(columns[1:]))
+        )
+        yield Table("Quantized matrices, mean relative proxy loss", columns, rows, columns[1:])
+        yield _matrix_table(result.matrices)
+        yield _linear_table(result.linears)
+
+
+def _matrix_table(matrices: Iterable[QuantizedMatrix]) -> Table:
+    columns = ("matrix", "shape", "bits", "group", "method", "GPTQ loss", "rounding loss")
+    rows = tuple(
+        (
+            matrix.name,
+            f"{matrix.shape[0]:,} \N{MULTIPLICATION SIGN} {matrix.shape[1]:,}",
+            str(matrix.bits),
+            "row" if matrix.group_size < 0 else str(matrix.group_size),
+            {"gptq": "GPTQ", "rtn": "rounding"}[matrix.method],
+            f"{matrix.gptq_loss:.5f}",
+            f"{matrix.rtn_loss:.5f}",
+        )
+        for matrix in matrices
+    )
+    return Table("Quantized matrices", columns, rows, columns[1:], is_detail=True)
+
+
+def _linear_table(linears: Iterable[QuantizedLinear]) -> Table:
+    """Every factorized Linear in the steps in which its loss arose; a dense one has no steps."""
+    columns = ("Linear", "not quantized", "first quantized", "re-fitted", "as served")
+    rows = tuple(
+        (
+            linear.name,
+            *(
+                ("", "", "")
+                if linear.factors is None
+                else (
+                    f"{linear.factors.loss_unquantized:.5f}",
+                    f"{linear.factors.loss_first_quantized:.5f}",
+                    f"{linear.factors.loss_refitted:.5f}",
+                )
+            ),
+            f"{linear.loss:.5f}",
+        )
+        for linear in linears
+    )
+    title = "Quantized Linears, relative proxy loss step by step"
+    return Table(title, columns, rows, columns[1:], is_detail=True)

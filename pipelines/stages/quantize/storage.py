@@ -10,6 +10,9 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
+
+from pydantic import Field
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization
@@ -28,9 +31,9 @@ class QuantizePlanError(PlanError):
 class PatternMatch:
     """What one pattern of the stage matched."""
 
-    pattern: str
-    purpose: str  # "ignore" or "override"
-    modules: tuple[str, ...]
+    pattern: Annotated[str, Field(description="As the recipe has it.")]
+    purpose: Annotated[str, Field(description="`ignore` or `override`.")]
+    modules: Annotated[tuple[str, ...], Field(description="Names of the Linears.")]
 
 
 @dataclass(frozen=True)

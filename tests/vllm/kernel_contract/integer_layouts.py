@@ -15,7 +15,9 @@ _EIGHT_BIT_INTERLEAVE = [0, 2, 1, 3]
 
 
 def pack_last(values: Tensor, bits: int) -> Tensor:
-    """Pack unsigned values [..., n] into int32 words [..., n * bits / 32], low bits first."""
+    """Pack unsigned values [..., n] into int32 words [..., n * bits / 32], low bits first, without gaps."""
+    if 32 % bits:  # values go on in the next word: every bit is placed by itself
+        values, bits = (values.long()[..., None] >> torch.arange(bits)).flatten(-2) & 1, 1
     per_word = 32 // bits
     shifts = torch.arange(per_word, dtype=torch.int64) * bits
     words: Any = (values.long().reshape(*values.shape[:-1], -1, per_word) << shifts).sum(-1)
@@ -25,6 +27,10 @@ def pack_last(values: Tensor, bits: int) -> Tensor:
 
 def unpack_last(words: Tensor, bits: int) -> Tensor:
     """Unpack int32 words [..., m] into unsigned values [..., m * 32 / bits], int64."""
+    if 32 % bits:
+        single = unpack_last(words, 1).reshape(*words.shape[:-1], -1, bits)
+        together: Tensor = (single << torch.arange(bits, device=words.device)).sum(-1)
+        return together
     shifts = torch.arange(32 // bits, dtype=torch.int64, device=words.device) * bits
     values = (words.long()[..., None] >> shifts) & (2**bits - 1)
     unpacked: Tensor = values.reshape(*words.shape[:-1], -1)
@@ -33,9 +39,9 @@ def unpack_last(words: Tensor, bits: int) -> Tensor:
 
 def pack_first(values: Tensor, bits: int) -> Tensor:
     """Pack unsigned values [n, m] along the first dimension, filled up with zeros to whole words."""
-    missing = -len(values) % (32 // bits)
-    filled = torch.cat([values, values.new_zeros(missing, values.shape[1])])
-    return pack_last(filled.T.contiguous(), bits).T.contiguous()
+    num_words = -(-len(values) * bits // 32)
+    filled = torch.cat([values, values.new_zeros(-len(values) % 32, values.shape[1])])
+    return pack_last(filled.T.contiguous(), bits).T[:num_words].contiguous()
 
 
 def grouped_order() -> list[int]:

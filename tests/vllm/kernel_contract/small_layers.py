@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from ercsvd_deploy.format.schema import Storage, WeightQuantization
+from ercsvd_deploy.format.schema import Bits, Storage, WeightQuantization
 from tests.vllm.kernel_contract.layers import Layer, Linear, describe
 
 GROUP_SIZES = (-1, 32, 64, 128)
-_BITS: tuple[Literal[4, 8], ...] = (4, 8)
+# Marlin and Machete multiply 4 and 8 bits; Humming alone the others, which fewer cases are asked about
+_FEW_GROUP_SIZES: Mapping[Bits, tuple[int, ...]] = {2: (-1, 64), 3: (32, 128), 5: (-1, 64), 6: (32, 128)}
+_GROUP_SIZES: Mapping[Bits, tuple[int, ...]] = {4: GROUP_SIZES, 8: GROUP_SIZES, **_FEW_GROUP_SIZES}
+_FEW_SIZES = (1, 4)
+NUM_STORAGES = 2 * sum(map(len, _GROUP_SIZES.values()))  # with zero points or not
 _LAYOUTS = ("low_rank", "dense", "pivoted", "mixed")
 
 
@@ -55,10 +58,18 @@ _PADDED_RANKS = {-1: 96, 32: 96, 64: 64, 128: 128}
 def small_layers(tensor_parallel_sizes: Iterable[int]) -> Iterator[SmallLayer]:
     """Yield every layer that can be cut into whole groups at a tensor-parallel size, on its last rank."""
     number = 0
-    for layout, bits, sym, group, layer, size in itertools.product(
-        _LAYOUTS, _BITS, (True, False), GROUP_SIZES, (*_WHOLE, *_PADDED), tuple(tensor_parallel_sizes)
+    kinds = [
+        WeightQuantization(bits=bits, group_size=group, sym=sym)
+        for bits, groups in _GROUP_SIZES.items()
+        for sym in (True, False)
+        for group in groups
+    ]
+    for layout, storage, layer, size in itertools.product(
+        _LAYOUTS, kinds, (*_WHOLE, *_PADDED), tuple(tensor_parallel_sizes)
     ):
-        storage = WeightQuantization(bits=bits, group_size=group, sym=sym)
+        bits, group, sym = storage.bits, storage.group_size, storage.sym
+        if bits in _FEW_GROUP_SIZES and size not in _FEW_SIZES:
+            continue
         rank = 128 if layer in _WHOLE else _PADDED_RANKS[group]
         descriptions = _describe(layer, layout, rank, storage)
         if not all(_is_cut_evenly(layer, index, d, size) for index, d in enumerate(descriptions)):
@@ -78,7 +89,7 @@ def small_layers(tensor_parallel_sizes: Iterable[int]) -> Iterator[SmallLayer]:
 def _describe(layer: Layer, layout: str, rank: int, storage: WeightQuantization) -> tuple[Storage, ...]:
     if layout != "mixed":
         return describe(layer, layout, rank, storage)
-    other = storage.model_copy(update={"bits": 12 - storage.bits})
+    other = storage.model_copy(update={"bits": 8 if storage.bits == 4 else 4})
     kinds = (
         describe(layer, "low_rank", rank, storage),
         describe(layer, "dense", rank, other),

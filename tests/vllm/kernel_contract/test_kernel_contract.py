@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.vllm.kernel_contract.recipe_matrices import RECIPES, REPOSITORY, integer_matrices
+from tests.vllm.kernel_contract.small_layers import NUM_STORAGES
 
 pytestmark = pytest.mark.vllm
 
@@ -88,9 +89,7 @@ def test_chosen_kernels_multiply_what_is_stored(
     assert len(chosen) > 900
     assert {case["rank"][1] for case in chosen} == set(TENSOR_PARALLEL_SIZES)
     assert {case["layer"].split()[1] for case in chosen} == {"low_rank", "dense", "pivoted", "mixed"}
-    assert (
-        len({case["storage"] for case in chosen}) == 16
-    )  # two widths, four group sizes, with zero points or not
+    assert len({case["storage"] for case in chosen}) == NUM_STORAGES
     assert all(case["kernels"] for case in chosen)
     assert_none_failed(chosen)
 
@@ -115,6 +114,9 @@ def test_hopper_is_served_by_humming_where_machete_refuses(cases: list[dict[str,
                 by_kernel.setdefault(kernel, set()).add(tuple(case["capability"]))
     assert by_kernel["MacheteLinearKernel"] == {(9, 0)}
     assert by_kernel["HummingLinearKernel"] == set(CAPABILITIES)  # 8 bits with zero points, elsewhere
+    for case in cases:
+        if case["group"] == "chosen" and case["storage"].startswith(("int2", "int3", "int5", "int6")):
+            assert "HummingLinearKernel" in case["kernels"], described(case)
     assert (9, 0) not in by_kernel["MarlinLinearKernel"]
 
 

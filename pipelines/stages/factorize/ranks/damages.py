@@ -155,10 +155,17 @@ class DamagePrediction:
             if storage.rank is not None and storage.is_quantized:
                 bits = tuple(each.bits for _, each in storage.parts.values() if each is not None)
                 by_bits.setdefault(bits, {})[storage.rank] = storage
+        probed = [
+            by_rank[rank] for by_rank in by_bits.values() for rank in spread(list(by_rank), _PROBED_RANKS)
+        ]
+        pairs: dict[tuple[int | None, int | None], Factors | PivotedFactors] = {}  # one for all bits
+        for storage in probed:
+            key = (storage.rank, storage.pivot_blocks)
+            if key not in pairs:
+                pairs[key] = self._truncated_pair(storage)
         probes = [
-            self._start_probe(self.quantize, by_rank[rank])
-            for by_rank in by_bits.values()
-            for rank in spread(list(by_rank), _PROBED_RANKS)
+            self._start_probe(self.quantize, storage, pairs[storage.rank, storage.pivot_blocks])
+            for storage in probed
         ]
         matrices = [
             put_on_grid(self.weight, quantization_settings(self.quantize, integers), self.scale_dtype)
@@ -182,14 +189,17 @@ class DamagePrediction:
             added |= {storage: interpolate(by_probed_rank, rank) for rank, storage in by_rank.items()}
         return added
 
-    def _start_probe(self, quantize: Quantize, storage: Storage) -> _Probe:
-        """Truncate to a storage's rank, to see what quantizing adds to the damage."""
+    def _truncated_pair(self, storage: Storage) -> Factors | PivotedFactors:
+        """Return the plain matrices of a storage's rank and layout."""
         assert storage.rank is not None
         factors = self._truncate(storage.rank)
+        return factors if storage.pivot_blocks is None else to_pivoted(factors, storage.pivot_blocks)
+
+    def _start_probe(self, quantize: Quantize, storage: Storage, pair: Factors | PivotedFactors) -> _Probe:
+        """Put the first matrix of a pair on its grid, to see what quantizing adds to the damage."""
         first, second = (integers for _, integers in storage.parts.values())
         assert first is not None
         assert second is not None
-        pair = factors if storage.pivot_blocks is None else to_pivoted(factors, storage.pivot_blocks)
         task = start_pair(quantize, self.weight, pair, (first, second), self.scale_dtype)
         return _Probe(storage, pair, task)
 

@@ -20,6 +20,7 @@ from ercsvd_deploy.pipelines.stages.factorize.decompositions import read_decompo
 from ercsvd_deploy.pipelines.stages.factorize.linear import linear_of, planned_residual_rank
 from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import (
     AllocatedLinear,
+    Budget,
     ChosenRanks,
     RankChoice,
     RankDecision,
@@ -70,6 +71,11 @@ class ErrorControlled(RankChoice):
             self.first_layer,
             allocation=tuple(self._explain(picked, options)),
             storages=storages if self._task.is_in_bits else None,
+            budget=Budget(
+                unit="bits" if self._task.is_in_bits else "parameters",
+                allowed=self._task.budget,
+                spent=sum(option.cost for option in picked.values()),
+            ),
         )
         residual_ranks: dict[str, int | None] = {}
         for layer in self._work.model.architecture.layers:

@@ -67,7 +67,9 @@ def allocation_task(
         integers = quantize_plan.integers[linear.name]
         dense = [rules.storage(linear, None, each) for each in _dense_integers(linear, integers, target)]
         ranks = rank_steps.ranks_on_offer(linear, settings.layout)
-        factorized = [rules.storage(linear, rank, integers) for rank in ranks]
+        factorized = [
+            rules.storage(linear, rank, each) for rank in ranks for each in _factor_integers(integers, target)
+        ]
         storages = _servable(recipe, rules, rank_steps, linear, dense, factorized)
         cost_of = {
             storage: storage.num_parameters if target is None else 8 * module_bytes(storage, element)
@@ -104,6 +106,15 @@ def _dense_integers(
             for group in fitting or groups
         ),
     ]
+
+
+def _factor_integers(
+    integers: WeightQuantization | None, target: Target | None
+) -> list[WeightQuantization | None]:
+    """Return the integers to choose from for the matrices of a Linear that gets a rank."""
+    if target is None or integers is None or target.factor_bits is None:
+        return [integers]
+    return [integers.model_copy(update={"bits": bits}) for bits in target.factor_bits]
 
 
 def _servable(

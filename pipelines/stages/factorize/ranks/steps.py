@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP, RankSteps, automatic_step, fixed_steps
 from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
-from ercsvd_deploy.format.schema import WeightQuantization
+from ercsvd_deploy.format.schema import WeightQuantization, values_in_whole_words
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.stages.quantize.storage import quantize_plan_of
 from ercsvd_deploy.recipe.sections import Recipe
@@ -41,12 +41,18 @@ def _steps(
         return fixed_steps([linear for linear, _ in linears], wanted)
     preferred, finest = {}, {}
     for linear, storage in linears:
-        group_size = None
+        group_size, whole_words = None, 1
         if storage is not None:
             group_size = storage.group_size if recipe.target is None else SMALLEST_GROUP
+            offered = recipe.target.factor_bits if recipe.target else None
+            whole_words = max(values_in_whole_words(bits) for bits in offered or (storage.bits,))
         finest[linear.name] = _pivot_blocks(linear, recipe, architecture)
         preferred[linear.name] = automatic_step(
-            linear, layout, group_size=group_size, num_blocks=finest[linear.name]
+            linear,
+            layout,
+            group_size=group_size,
+            whole_words=whole_words,
+            num_blocks=finest[linear.name],
         )
     return RankSteps(preferred, finest)
 

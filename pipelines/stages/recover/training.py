@@ -1,4 +1,4 @@
-"""The recover stage: what a layer has of floating point is trained for a while on the original's outputs.
+"""Recovery: what a layer has of floating point is trained for a while on the original's outputs.
 
 No labels and no gradient through more than one layer are needed. Layer by layer, from the first to the last,
 
@@ -20,26 +20,24 @@ optimizer of the factors Muon (arXiv 2502.16982). docs/decisions/0010 has the me
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
+from ercsvd_deploy.format.described import Count, Measured, NotReported
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.modules import PackedLinear
 from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.stages.contract import PlanningContext, Stage, Table
-from ercsvd_deploy.pipelines.stages.work import StageRun
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
-from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.stages import Recover
 
 _HELD_OUT_SHARE = 1 / 16  # of the batches, at least one
@@ -49,19 +47,23 @@ _GRADIENT_NORM = 1.0  # at which the gradient of all factors together is clipped
 
 @dataclass(frozen=True)
 class RecoveredLayer:
-    """What training made of one layer.
+    """What training made of one layer."""
 
-    Attributes:
-        layer: Its index.
-        error_before: Mean over held-out tokens of |o - t|^2 / |t|^2 with the layer as it came.
-        error_after: The same after training, in the precision of the files; not finite if it diverged.
-        is_kept: Whether the layer is the trained one now.
-    """
-
-    layer: int
-    error_before: float
-    error_after: float
-    is_kept: bool
+    layer: Annotated[Count, Field(description="Index of the decoder layer.")]
+    error_before: Annotated[
+        Measured,
+        Field(
+            description="Mean over held-out tokens of |o - t|^2 / |t|^2, o the layer's output, t the "
+            "original's, with the layer as it came."
+        ),
+    ]
+    error_after: Annotated[
+        Measured,
+        Field(
+            description="The same after training, in the precision of the files; null if training diverged."
+        ),
+    ]
+    is_kept: Annotated[bool, Field(description="Whether the trained layer was taken.")]
 
 
 _LAYER = TypeAdapter(RecoveredLayer)
@@ -69,11 +71,12 @@ _LAYER = TypeAdapter(RecoveredLayer)
 
 @dataclass(frozen=True)
 class RecoverOutcome:
-    """Everything the stage found out; the trained tensors are in its layer files."""
+    """What the recovery did; the trained tensors are in its layer files."""
 
-    layers: list[RecoveredLayer]
-    modules: dict[str, Storage]  # the Linears whose tensors are in the files
-    files: list[Path]
+    layers: Annotated[list[RecoveredLayer], Field(description="Every compressed layer.")]
+    # The Linears whose tensors are in the files.
+    modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
+    files: NotReported[list[Path]] = field(default_factory=list)
 
     def warnings(self) -> list[str]:
         """Say which layers training did no good."""
@@ -351,78 +354,3 @@ def _examples(
         _Example(before, behind, batch.token_weights)
         for batch, before, behind in zip(batches, inputs, targets, strict=True)
     ]
-
-
-@dataclass(frozen=True)
-class RecoverStage(Stage):
-    """Recovery of what earlier stages left in floating point: factors.
-
-    Attributes:
-        recover: The recipe's stage.
-    """
-
-    recover: Recover
-
-    name = "recover"
-    trained: ClassVar[str] = "factors"
-
-    @classmethod
-    def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if the recipe does not recover here."""
-        settings = cls.settings_of(context.recipe)
-        return None if settings is None else cls(settings)
-
-    @classmethod
-    def settings_of(cls, recipe: Recipe) -> Recover | None:
-        """Return the recipe's settings of this stage."""
-        return recipe.recover
-
-    def settings(self) -> Any:
-        """Return the recipe's stage."""
-        return self.recover.model_dump(mode="json")
-
-    def run(self, run: StageRun) -> RecoverOutcome:
-        """Train every layer, from the first to the last."""
-        model = run.model.stream()
-        with run.progress(self.title, model.num_layers) as on_layer:
-            outcome = recover_decoder(
-                run.model.original, model, run.samples, self.recover, run.model.modules, run.cache, on_layer
-            )
-        run.model.overlay(outcome.files, outcome.modules)
-        return outcome
-
-    def as_json(self, result: RecoverOutcome) -> Any:
-        """Return both errors of every layer."""
-        return {"layers": [asdict(layer) for layer in result.layers]}
-
-    def tables(self, result: RecoverOutcome) -> Iterable[Table]:
-        """Show both errors of every layer."""
-        columns = ("layer", "error before", "error after", "change", "")
-        rows = [
-            (
-                str(layer.layer),
-                f"{layer.error_before:.5f}",
-                f"{layer.error_after:.5f}",
-                f"{100 * (layer.error_after / layer.error_before - 1):+.1f} %" if layer.error_before else "",
-                "" if layer.is_kept else "left as it was",
-            )
-            for layer in result.layers
-        ]
-        yield Table(f"Recovery of {self.trained}", columns, rows, frozenset(columns[:4]))
-
-    def warnings(self, result: RecoverOutcome) -> Iterable[str]:
-        """Say which layers training did no good."""
-        return result.warnings()
-
-
-@dataclass(frozen=True)
-class RecoverQuantizedStage(RecoverStage):
-    """Recovery behind the quantization: of scales."""
-
-    name = "recover_quantized"
-    trained = "scales"
-
-    @classmethod
-    def settings_of(cls, recipe: Recipe) -> Recover | None:
-        """Return the recipe's settings of this stage."""
-        return recipe.recover_quantized

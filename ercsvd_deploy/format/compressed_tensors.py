@@ -1,0 +1,90 @@
+"""The description of a checkpoint of dense integers in compressed-tensors' format, which stock loaders read.
+
+Its tensors are those of our own format, less the guards: where no matrix is low rank, `pack-quantized` has a
+name for everything. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ercsvd_deploy.format.schema import GUARD, Storage, WeightQuantization
+
+QUANT_METHOD = "compressed-tensors"
+_PACKED = "pack-quantized"
+# At other bits the library leaves the rest of a word empty, and vLLM's loader reads words without gaps.
+READABLE_BITS = (2, 4, 8)
+
+
+def find_unreadable(modules: Mapping[str, Storage], fused: Iterable[Iterable[str]]) -> list[str]:
+    """Return one line for everything that compressed-tensors or vLLM's loader of its format cannot read.
+
+    Args:
+        modules: Name of every altered Linear -> how it is stored.
+        fused: Names of Linears that vLLM stacks into one layer, for each such layer.
+    """
+    problems = []
+    for name, storage in modules.items():
+        if storage.layout != "dense":
+            problems.append(f"{name} is {storage.label}: the format has no low-rank matrices")
+        elif storage.weight is not None and storage.weight.bits not in READABLE_BITS:
+            problems.append(
+                f"{name} has {storage.weight.bits} bits: compressed-tensors and vLLM agree on words of 2, 4 "
+                "and 8 bits only"
+            )
+    for layer in fused:
+        names = list(layer)
+        kinds = [modules[name].weight if name in modules else None for name in names]
+        if len(set(kinds)) > 1:
+            problems.append(
+                f"{', '.join(names)} are stored in {len(set(kinds))} ways: vLLM stacks them into one layer, "
+                "which the format stores in one way"
+            )
+    return problems
+
+
+def guards_of(modules: Iterable[str]) -> set[str]:
+    """Return the names of our empty guard tensors, which other loaders would take for weights."""
+    return {f"{module}.{GUARD}" for module in modules}
+
+
+def describe_dense_integers(modules: Mapping[str, Storage]) -> dict[str, Any]:
+    """Return the `quantization_config` of config.json.
+
+    Args:
+        modules: Checkpoint name of every altered Linear -> how it is stored; all of them readable.
+    """
+    targets: dict[WeightQuantization, list[str]] = {}
+    for name, storage in modules.items():
+        assert storage.weight is not None
+        targets.setdefault(storage.weight, []).append(name)
+    return {
+        "quant_method": QUANT_METHOD,
+        "format": _PACKED,
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{number}": {
+                "targets": names,
+                "weights": _arguments(integers),
+                "input_activations": None,
+                "output_activations": None,
+                "format": _PACKED,
+            }
+            for number, (integers, names) in enumerate(targets.items())
+        },
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
+def _arguments(integers: WeightQuantization) -> dict[str, Any]:
+    is_per_row = integers.group_size == -1
+    return {
+        "num_bits": integers.bits,
+        "type": "int",
+        "symmetric": integers.sym,
+        "strategy": "channel" if is_per_row else "group",
+        "group_size": None if is_per_row else integers.group_size,
+        "dynamic": False,
+    }

@@ -1,0 +1,122 @@
+"""Count what a recipe has to compute with, from recipe and config alone.
+
+What only the data can tell (how many windows a text has) is assumed here, and said.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture, component_of
+from ercsvd_deploy.models.streaming import max_tokens_per_batch
+from ercsvd_deploy.pipelines.stages.workload import Sequences, Tower, Workload
+from ercsvd_deploy.recipe.sections import HeldOutText, Recipe, TextFile
+
+_CHARACTERS_PER_TOKEN = 4  # of ordinary text and a tokenizer of 32,000 tokens or more
+_TOKENS_OF_UNSEEN_TEXT = 350_000  # the size of WikiText-2's test split
+_UNSEEN_QUESTIONS = 1000
+_TOKENS_OF_QUESTION = 64  # beside its pictures
+# Tiles that one picture becomes: itself made small, and one to four parts in the usual tilings.
+_TILES = {"llava_next": (2, 5)}
+
+
+def measure_workload(
+    recipe: Recipe,
+    architecture: Architecture,
+    config: Any,
+    *,
+    stored: int,
+    computed: int,
+    device: torch.device,
+) -> Workload:
+    """Count what a recipe has to compute with.
+
+    Args:
+        recipe: The recipe.
+        architecture: The model's.
+        config: The model's.
+        stored: Bytes of a value in the files.
+        computed: Bytes of a value where layers run.
+        device: Where that is.
+    """
+    assumptions: list[str] = []
+    tower = _tower(architecture, config)
+    calibration = None
+    if recipe.calibration is not None:
+        count = recipe.calibration.num_samples
+        pictures = round(recipe.picture_share * count)
+        calibration = Sequences(count, recipe.calibration.sequence_length, pictures)
+    judged = [_text(recipe, name, assumptions) for name in recipe.judged_texts]
+    judged += [
+        _questions(name, asked.max_questions, tower, assumptions)
+        for name, asked in recipe.evaluation.visual_questions.items()
+    ]
+    if tower is not None and tower.most_tiles > 1:
+        assumptions.append(
+            f"every picture is cut into {tower.most_tiles} tiles, the most in the usual tilings"
+        )
+    if recipe.evaluation.lm_eval is not None:
+        assumptions.append("of lm-eval only the weights are counted, and none of its computing")
+    return Workload(
+        recipe,
+        architecture,
+        stored,
+        computed,
+        max_tokens_per_batch(architecture, device),
+        calibration,
+        tuple(judged),
+        tower,
+        tuple(assumptions),
+    )
+
+
+def _text(recipe: Recipe, name: str, assumptions: list[str]) -> Sequences:
+    length, most = recipe.evaluation_sequence_length, recipe.evaluation.max_sequences
+    assert length is not None, "the schema asks for a length where there are texts"
+    tokens, source = _tokens_of(recipe.evaluation.perplexity.get(name))
+    windows = max(1, tokens // length)
+    if most is not None and (most <= windows or source is None):
+        return Sequences(most, length)
+    assumptions.append(f"{name} has about {tokens:,} tokens" + (f" ({source})" if source else ""))
+    return Sequences(windows, length)
+
+
+def _tokens_of(text: HeldOutText | None) -> tuple[int, str | None]:
+    """Return about how many tokens a text has, and what that was taken from; None: from nothing."""
+    if isinstance(text, TextFile) and Path(text.text).is_file():
+        size = Path(text.text).stat().st_size
+        return size // _CHARACTERS_PER_TOKEN, f"its bytes by {_CHARACTERS_PER_TOKEN}"
+    return _TOKENS_OF_UNSEEN_TEXT, None
+
+
+def _questions(name: str, most: int | None, tower: Tower | None, assumptions: list[str]) -> Sequences:
+    count = most or _UNSEEN_QUESTIONS
+    if most is None:
+        assumptions.append(f"{name} has {count:,} questions")
+    features = tower.most_tiles * tower.tokens if tower is not None else 0
+    return Sequences(count, features + _TOKENS_OF_QUESTION, count)
+
+
+def _tower(architecture: Architecture, config: Any) -> Tower | None:
+    if not architecture.vision_layers:
+        return None
+    vision = config.vision_config
+    fewest, most = _TILES.get(architecture.model_type, (1, 1))
+    layer = architecture.vision_layers[TOWER_PART][0]
+    hidden = layer.linears[0].in_features
+    return Tower(
+        pixels=vision.num_channels * vision.image_size**2,
+        tokens=(vision.image_size // vision.patch_size) ** 2,
+        widest=3 * max(linear.out_features for linear in layer.linears) + 2 * hidden,
+        parameters=sum(
+            math.prod(shape)
+            for name, shape in architecture.other_tensors.items()
+            if component_of(name) in (TOWER_PART, PROJECTOR_PART)
+        ),
+        fewest_tiles=fewest,
+        most_tiles=most,
+    )

@@ -1,0 +1,179 @@
+"""What a report comes to, in words: names, a sentence or two, the verdict, and how to serve the model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ercsvd_deploy.installation import install_command
+from ercsvd_deploy.pipelines.judging.gates import GateResult
+from ercsvd_deploy.pipelines.reporting.document import Report
+from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
+from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
+from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome
+from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
+from ercsvd_deploy.pipelines.stages.recover.stage import RecoverQuantizedStage, RecoverStage
+from ercsvd_deploy.pipelines.stages.recover.training import RecoverOutcome
+
+_METHODS = {"svd": "SVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "erc_svd": "ERC-SVD"}
+_HUB_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_name(report: Report) -> str:
+    """Return the original model's short name."""
+    path = str(_section(report.recipe, "model").get("path", "model")).rstrip("/\\")
+    snapshot = _HUB_SNAPSHOT.search(path)
+    return snapshot[2] if snapshot else PurePosixPath(path).name or "model"
+
+
+def hub_model(report: Report) -> str | None:
+    """Return the original model's name on the Hub, if the recipe took it from there.
+
+    A local directory may look like `organisation/name` too: it is one if it is there now.
+    """
+    path = str(_section(report.recipe, "model").get("path", ""))
+    snapshot = _HUB_SNAPSHOT.search(path)
+    if snapshot:
+        return f"{snapshot[1]}/{snapshot[2]}"
+    return path if _HUB_NAME.fullmatch(path) and not Path(path).is_dir() and path[0] != "." else None
+
+
+def is_vision_model(report: Report) -> bool:
+    """Whether the model looks at pictures."""
+    return len(report.components) > 1
+
+
+def describe_treatment(report: Report) -> str:
+    """Return in a sentence or two what was done to the model."""
+    sentences = [*_factorization(report), *_quantization(report), *_recovery(report)]
+    return " ".join(sentences) or "The tensors are the original's."
+
+
+def _factorization(report: Report) -> Iterator[str]:
+    factorized: Factorized | None = report.stages.get(FactorizeStage.name)
+    if factorized is None:
+        return
+    settings = _stage(report.recipe, FactorizeStage.name)
+    before, after = report.original.linear_parameters, report.compressed.linear_parameters
+    method = _METHODS.get(str(settings.get("method")), str(settings.get("method", "Factorization")))
+    removed = f"{100 * (1 - after / before):.1f} %" if before else "some"
+    is_last_k = settings.get("allocation", "last_k") == "last_k"
+    where = _place(factorized.num_compressed_layers, count_layers(report)) if is_last_k else ""
+    yield f"{method} removed {removed} of the decoder Linears' parameters{where}."
+
+
+def _place(compressed: int, layers: int | None) -> str:
+    """Return in which layers the factors are."""
+    if compressed == layers:
+        return f", in all {layers} decoder layers"
+    return f", in the last {compressed}" + (f" of {layers}" if layers else "") + " decoder layers"
+
+
+def _quantization(report: Report) -> Iterator[str]:
+    quantized: QuantizeOutcome | None = report.stages.get(QuantizeStage.name)
+    if quantized is None or not quantized.matrices:
+        return
+    widths = sorted({matrix.bits for matrix in quantized.matrices})
+    groups = sorted({matrix.group_size for matrix in quantized.matrices})
+    stored = " and ".join(f"int{width}" for width in widths)
+    sizes = " and ".join("whole rows" if size < 0 else str(size) for size in groups)
+    in_groups = f"in groups of {sizes}" if groups != [-1] else "by whole rows"
+    verb = f"{rounding_method(report)} stores"
+    yield f"{verb} what is left of them as {stored}, {in_groups}."
+
+
+def rounding_method(report: Report) -> str | None:
+    """Return how integers were found: by GPTQ or by rounding to nearest; None if there are none.
+
+    The recipe's method counts: within GPTQ, single matrices may be rounded where that loses less.
+    """
+    quantized: QuantizeOutcome | None = report.stages.get(QuantizeStage.name)
+    if quantized is None or not quantized.matrices:
+        return None
+    taken = {matrix.method for matrix in quantized.matrices}
+    return "Rounding to nearest" if taken == {"rtn"} else "GPTQ"
+
+
+def _recovery(report: Report) -> Iterator[str]:
+    trained = []
+    for stage in (RecoverStage, RecoverQuantizedStage):
+        recovered: RecoverOutcome | None = report.stages.get(stage.name)
+        if recovered is not None and any(layer.is_kept for layer in recovered.layers):
+            trained.append(stage.trained)
+    if trained:
+        yield f"{' and '.join(trained).capitalize()} were trained on the original layers' outputs."
+
+
+def count_layers(report: Report) -> int | None:
+    """Return how many decoder layers the model has; None if nothing in the report tells."""
+    measured = [len(errors) for errors in report.change.layer_errors.values()]
+    if measured:
+        return max(measured)
+    factorized: Factorized | None = report.stages.get(FactorizeStage.name)
+    tried = [point.num_compressed_layers for point in factorized.search] if factorized else []
+    return max(tried, default=None)
+
+
+def describe_gates(gates: Sequence[GateResult]) -> str:
+    """Return the verdict of all gates together."""
+    if not gates:
+        return "No gates in the recipe"
+    counts = Counter(gate.verdict for gate in gates)
+    if counts["passed"] == len(gates):
+        return "Gate passed" if len(gates) == 1 else f"All {len(gates)} gates passed"
+    undecided = counts["undecided"]
+    if not counts["missed"]:
+        return f"{undecided} of {len(gates)} gates undecided"
+    return f"{counts['missed']} of {len(gates)} gates missed" + (
+        f", {undecided} undecided" if undecided else ""
+    )
+
+
+def serve_commands(report: Report, path: str) -> list[str]:
+    """Return the shell lines that serve the model: the installation, and `vllm serve` with its flags.
+
+    Args:
+        report: The model's report.
+        path: Where the model is.
+    """
+    words = ["vllm", "serve", path]
+    if _section(report.recipe, "model").get("trust_remote_code"):
+        words.append("--trust-remote-code")
+    smallest = min(tensor_parallel_sizes(report), default=1)
+    if smallest > 1:
+        words += ["--tensor-parallel-size", str(smallest)]
+    install = install_command(beside="vllm>=0.29") if needs_plugin(report) else "pip install 'vllm>=0.29'"
+    return [install, shlex.join(words)]
+
+
+def needs_plugin(report: Report) -> bool:
+    """Whether the export is in our own format."""
+    return bool(_section(report.recipe, "export").get("format", "vllm") == "vllm")
+
+
+def tensor_parallel_sizes(report: Report) -> list[int]:
+    """Return the sizes for which the ranks were made to divide."""
+    sizes = _section(report.recipe, "serving").get("tensor_parallel_sizes")
+    return [size for size in sizes if isinstance(size, int)] if isinstance(sizes, list) else []
+
+
+def export_path(report: Report, directory: Path) -> Path:
+    """Return the export's path as the recipe has it, or where it is if it was moved or written elsewhere."""
+    named = _section(report.recipe, "export").get("path")
+    return Path(named) if isinstance(named, str) and Path(named).name == directory.name else directory
+
+
+def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = recipe.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _stage(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    stages = recipe.get("stages")
+    listed = stages if isinstance(stages, list) else []
+    return next((_section(stage, name) for stage in listed if isinstance(stage, dict) and name in stage), {})

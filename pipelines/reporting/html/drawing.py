@@ -1,0 +1,129 @@
+"""How plots are drawn: as SVG in the page's colours and font, at one size, with plain axes.
+
+matplotlib draws with marker colours, which are then replaced by CSS variables: one picture serves light and
+dark pages. Text stays text.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # matplotlib belongs to an extra
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Marker colour -> CSS variable of the page.
+_VARIABLES = {
+    "#0a0b01": "--ink",
+    "#0a0b02": "--quiet",
+    "#0a0b03": "--line",
+    "#0a0b04": "--paper",
+    "#0a0b11": "--series-1",
+    "#0a0b12": "--series-2",
+    "#0a0b13": "--series-3",
+    "#0a0b14": "--series-4",
+    "#0a0b15": "--series-5",
+}
+INK, QUIET, LINE, PAPER, *SERIES = _VARIABLES
+_SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ercsvd",  # the same plot has the same bytes
+    "text.parse_math": False,  # a dollar sign in a file's name is a dollar sign
+    "font.family": "DejaVu Sans",  # the one that comes with matplotlib; it is wide, so what fits it fits
+    "font.size": 9.5,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": QUIET,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": QUIET,
+    "ytick.labelcolor": QUIET,
+    "ytick.major.size": 0,
+    "xtick.major.size": 3,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.labelcolor": QUIET,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+}
+_WIDTH, _HEIGHT = 4.7, 2.9  # inches; on the page about 340 to 520 pixels wide
+SMALL = (2.3, 1.8)
+
+
+def picture(
+    draw: Callable[[Axes], None],
+    label: str,
+    size: tuple[float, float] = (_WIDTH, _HEIGHT),
+    heading: str | None = None,
+) -> str:
+    """Return a drawing as an SVG element."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        if heading is not None:
+            axes.set_title(heading, fontsize=9.5, loc="left")
+        return _themed(figure, label)
+
+
+def _themed(figure: Figure, label: str) -> str:
+    """Return a figure as an SVG element in the page's colours and font."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)  # matplotlib before 3.11
+    text = re.sub(r" ?font-family: [^;\"]*;?", "", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    opening, _, rest = text.partition(">")
+    box = re.search(r'viewBox="[^"]*"', opening)
+    assert box is not None, "matplotlib writes a viewBox"
+    # Names are unique in a file, and there are many on one page: only those that are referred to stay.
+    referred = set(re.findall(r"#([\w-]+)", rest))
+    rest = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in referred else "", rest)
+    return f'<svg {box[0]} role="img" aria-label="{escape(label)}">{rest.strip()}'
+
+
+def legend(axes: Axes, columns: int) -> None:
+    """Put a legend above the plot, if anything in it has a label."""
+    if not axes.get_legend_handles_labels()[1]:
+        return
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(columns, 2), borderaxespad=0.1)
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Let the lower axis have ticks at whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+
+
+def logarithmic(axes: Axes, direction: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, with few ticks and plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis, scale = (axes.xaxis, axes.set_xscale) if direction == "x" else (axes.yaxis, axes.set_yscale)
+    scale("log")
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

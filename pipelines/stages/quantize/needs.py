@@ -1,0 +1,103 @@
+"""What GPTQ takes of memory, disk and arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.format.schema import Storage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs
+from ercsvd_deploy.pipelines.stages.sizes import module_bytes
+from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
+
+
+def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
+    """Return what the stage takes: two trajectories, the Grams of a layer, and one group of Linears."""
+    ranks = _highest_ranks(candidates)
+    weights = work.layer_weights
+    step = max(
+        work.passing(work.calibrating),
+        *(_group_bytes(group, ranks) for group in work.largest_layer.groups),
+    )
+    # Behind the unquantized layer, and before it or behind the quantized one.
+    states = 2 * work.activations(work.calibrating)
+    kept = max(_integer_bytes(work, candidate.modules) for candidate in candidates)
+    return Needs(
+        # Grams of what GPTQ is fitted to, of what is held out to judge it, and of both together.
+        working_bytes=max(
+            states + weights + 3 * work.layer_grams + step,
+            states + work.layer_load,
+            states // 2 + work.embedding([work.calibrating]),
+        ),
+        beside_bytes=2 * weights,
+        scratch_bytes=kept,
+        kept_bytes=kept,
+        flops=work.forward_flops(work.calibrating)
+        + work.gram_flops(work.calibrating, work.architecture.layers)
+        + _quantize_flops(work, candidates),
+    )
+
+
+def rounding_bytes(rows: int, columns: int) -> int:
+    """Return the bytes of quantizing matrices with the same inputs, stacked to so many rows.
+
+    Either the Hessian's factorization in float64 is the most, three matrices, or the loop and the losses:
+    six copies of what is quantized in float32.
+    """
+    return max(3 * FLOAT64 * columns**2, 6 * FLOAT32 * rows * columns)
+
+
+def rounding_flops(rows: int, columns: int) -> float:
+    """Return the operations of factorizing a Hessian, of the column loop and of one loss."""
+    return float(columns**3 + 3 * rows * columns**2)
+
+
+def _group_bytes(group: Sequence[LinearShape], ranks: Mapping[str, int]) -> int:
+    """Return the bytes of quantizing Linears with the same inputs, their pairs of factors included."""
+    rows = sum(ranks.get(linear.name) or linear.out_features for linear in group)
+    pairs, refitting = 0, 0
+    for linear in group:
+        if rank := ranks.get(linear.name):
+            pairs += FLOAT32 * linear.parameters
+            pairs += 2 * FLOAT64 * rank * (linear.out_features + linear.in_features)
+            refitting = max(refitting, FLOAT64 * (3 * linear.parameters + linear.in_features**2))
+    return pairs + max(rounding_bytes(rows, group[0].in_features), refitting)
+
+
+def _quantize_flops(work: Workload, candidates: Sequence[Candidate]) -> float:
+    """Return the operations of the loops, of the candidate with the fewest."""
+    return min(
+        sum(
+            rounding_flops(
+                sum(_first_rows(linear, candidate.modules) for linear in group), group[0].in_features
+            )
+            for layer in work.architecture.layers
+            for group in layer.groups
+        )
+        for candidate in candidates
+    )
+
+
+def _first_rows(linear: LinearShape, modules: Mapping[str, Storage]) -> int:
+    """Return the rows that are quantized on a Linear's own inputs: its weight's, or its first factor's."""
+    description = modules.get(linear.name)
+    return (description.rank if description is not None else None) or linear.out_features
+
+
+def _highest_ranks(candidates: Sequence[Candidate]) -> dict[str, int]:
+    """Return the largest rank of every factorized Linear."""
+    ranks: dict[str, int] = {}
+    for candidate in candidates:
+        for name, description in candidate.modules.items():
+            if description.rank is not None:
+                ranks[name] = max(description.rank, ranks.get(name, 0))
+    return ranks
+
+
+def _integer_bytes(work: Workload, modules: Mapping[str, Storage]) -> int:
+    """Return the bytes of what the stage writes."""
+    return sum(
+        module_bytes(description, work.stored)
+        for description in modules.values()
+        if any(storage for _, storage in description.parts.values())
+    )

@@ -1,0 +1,1 @@
+"""Recovery: a compressed layer is trained on the original's outputs."""

@@ -1,0 +1,91 @@
+"""The recover stages: of factors before the quantization, of scales behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.recover.needs import recover_needs
+from ercsvd_deploy.pipelines.stages.recover.training import RecoverOutcome, recover_decoder
+from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.workload import Workload
+from ercsvd_deploy.recipe.sections import Recipe
+from ercsvd_deploy.recipe.stages import Recover
+
+
+@dataclass(frozen=True)
+class RecoverStage(Stage):
+    """Recovery of what earlier stages left in floating point: factors.
+
+    Attributes:
+        recover: The recipe's stage.
+    """
+
+    recover: Recover
+
+    name = "recover"
+    reported_as = RecoverOutcome
+    trained: ClassVar[str] = "factors"
+
+    @classmethod
+    def plan(cls, context: PlanningContext) -> Self | None:
+        """Return the stage; None if the recipe does not recover here."""
+        settings = cls.settings_of(context.recipe)
+        return None if settings is None else cls(settings)
+
+    @classmethod
+    def settings_of(cls, recipe: Recipe) -> Recover | None:
+        """Return the recipe's settings of this stage."""
+        return recipe.recover
+
+    def settings(self) -> Any:
+        """Return the recipe's stage."""
+        return self.recover.model_dump(mode="json")
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return what training one layer takes, beside the activations of both models."""
+        return recover_needs(self.recover, work, candidates)
+
+    def run(self, run: StageRun) -> RecoverOutcome:
+        """Train every layer, from the first to the last."""
+        model = run.model.stream()
+        with run.progress(self.title, model.num_layers) as on_layer:
+            outcome = recover_decoder(
+                run.model.original, model, run.samples, self.recover, run.model.modules, run.cache, on_layer
+            )
+        run.model.overlay(outcome.files, outcome.modules)
+        return outcome
+
+    def tables(self, result: RecoverOutcome) -> Iterable[Table]:
+        """Show both errors of every layer."""
+        columns = ("layer", "error before", "error after", "change", "")
+        rows = tuple(
+            (
+                str(layer.layer),
+                f"{layer.error_before:.5f}",
+                f"{layer.error_after:.5f}",
+                f"{100 * (layer.error_after / layer.error_before - 1):+.1f} %" if layer.error_before else "",
+                "" if layer.is_kept else "left as it was",
+            )
+            for layer in result.layers
+        )
+        yield Table(f"Recovery of {self.trained}", columns, rows, columns[:4])
+
+    def warnings(self, result: RecoverOutcome) -> Iterable[str]:
+        """Say which layers training did no good."""
+        return result.warnings()
+
+
+@dataclass(frozen=True)
+class RecoverQuantizedStage(RecoverStage):
+    """Recovery behind the quantization: of scales."""
+
+    name = "recover_quantized"
+    trained = "scales"
+
+    @classmethod
+    def settings_of(cls, recipe: Recipe) -> Recover | None:
+        """Return the recipe's settings of this stage."""
+        return recipe.recover_quantized

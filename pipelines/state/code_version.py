@@ -1,0 +1,105 @@
+"""Which code a stage's result depends on: its own file, and what that imports of the rooms that compute.
+
+Docstrings and comments do not count, nor do planning, reports and the command line: a better message never
+makes anybody compute for hours again.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import ercsvd_deploy
+
+_PACKAGE = "ercsvd_deploy"
+_COMPUTING = tuple(
+    f"{_PACKAGE}.{room}"
+    for room in (
+        "budget",
+        "data",
+        "evaluation",
+        "format.packing",
+        "linalg",
+        "models",
+        "quantization",
+        "pipelines.stages",
+    )
+)
+# What of the stages' room only plans and runs them.
+_RUNNING = frozenset(
+    f"{_PACKAGE}.pipelines.stages.{name}" for name in ("cached", "contract", "sizes", "work", "workload")
+)
+
+
+def code_version(module: str) -> str:
+    """Return a digest of a module of this package and of all it imports from the rooms that compute.
+
+    Args:
+        module: Its full name. Of a module of another package there is no digest: "".
+    """
+    if _file_of(module) is None:
+        return ""
+    digest = hashlib.sha256()
+    for name in sorted(_needed_by(module)):
+        digest.update(f"{name} {_parsed(name)[0]}\n".encode())
+    return digest.hexdigest()
+
+
+def _needed_by(module: str) -> set[str]:
+    """Return a module and what it imports, directly or not."""
+    needed, unread = {module}, [module]
+    while unread:
+        imported = {name for name in _parsed(unread.pop())[1] if _counts(name)} - needed
+        needed |= imported
+        unread += imported
+    return needed
+
+
+def _counts(name: str) -> bool:
+    is_computing = any(name == room or name.startswith(f"{room}.") for room in _COMPUTING)
+    return is_computing and name not in _RUNNING and _file_of(name) is not None
+
+
+@functools.cache
+def _parsed(module: str) -> tuple[str, frozenset[str]]:
+    """Return a digest of what a module does, and the names that it may import modules by."""
+    file = _file_of(module)
+    assert file is not None, "only modules of this package are read"
+    tree = ast.parse(file.read_bytes())
+    imported = frozenset(_imports(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            _remove_docstring(node)
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imported
+
+
+def _remove_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+    first = node.body[0] if node.body else None
+    if (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    ):
+        del node.body[0]
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _file_of(module: str) -> Path | None:
+    """Return the file of a module of this package; None if there is none."""
+    package, *parts = module.split(".")
+    if package != _PACKAGE:
+        return None
+    path = Path(ercsvd_deploy.__file__).parent.joinpath(*parts)
+    files = (path.with_name(f"{path.name}.py"), path / "__init__.py")
+    return next((file for file in files if parts and file.is_file()), None)

@@ -1,0 +1,56 @@
+"""What every sweep is compared with: the recipe's model with plain GPTQ alone."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ercsvd_deploy.pipelines.sweeping.file import Point, Sweep, sweep_points
+from ercsvd_deploy.recipe.fields import RecipeError
+from ercsvd_deploy.recipe.sections import Recipe
+from ercsvd_deploy.recipe.stages import Quantize, QuantizeStage
+
+_GROUP_SIZES = (128, 64, 32)
+logger = logging.getLogger(__name__)
+
+
+def points_and_baselines(sweep: Sweep) -> list[Point]:
+    """Return all points of a sweep, the baselines first; without them where the first point's model has none.
+
+    Raises:
+        RecipeError: a point's recipe is refused.
+    """
+    points = sweep_points(sweep)
+    try:
+        baselines = plain_gptq(points[0].recipe)
+    except Exception as error:  # noqa: BLE001 - many points survive any one of them
+        logger.warning("no plain GPTQ is compared with: %s", error)
+        return points
+    names = {point.name for point in baselines}
+    twice = next((point.name for point in points if point.name in names), None)
+    if twice is not None:
+        raise RecipeError([f"a point is called ({twice}), as a baseline is: rename it"])
+    return [*baselines, *points]
+
+
+def plain_gptq(base: Recipe) -> list[Point]:
+    """Return the baselines: a recipe's model with GPTQ alone, at 4 and at 8 bits."""
+    settings = base.quantize or Quantize().model_copy(update={"group_size": _group_size(base)})
+    points = []
+    for bits in (4, 8):
+        changed: dict[str, Any] = {"bits": bits, "overrides": {}, "ignore": ()}
+        stage = QuantizeStage(quantize=settings.model_copy(update=changed))
+        recipe = base.model_copy(update={"stages": (stage,), "target": None})
+        points.append(Point(f"plain GPTQ-{bits}", {"bits": bits}, recipe))
+    return points
+
+
+def _group_size(recipe: Recipe) -> int:
+    """Return the largest group size that every Linear of the model can have."""
+    from ercsvd_deploy.models.meta import read_architecture
+    from ercsvd_deploy.pipelines.inputs.model import open_config
+
+    config = open_config(recipe.model)
+    architecture = read_architecture(config, trust_remote_code=recipe.model.trust_remote_code)
+    sizes = [linear.in_features for linear in architecture.linears]
+    return next((group for group in _GROUP_SIZES if all(size % group == 0 for size in sizes)), -1)

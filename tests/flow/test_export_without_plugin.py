@@ -1,0 +1,112 @@
+"""Exports in compressed-tensors' format: loaded by transformers and served by vLLM without this package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import ercsvd_deploy.hf  # noqa: F401 - registers the loader of our own format, for comparison
+from ercsvd_deploy.exporters.vllm.target import is_export
+from ercsvd_deploy.format.manifest import verify_export
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.planning.plan import make_plan
+from ercsvd_deploy.pipelines.stages.contract import PlanError
+from ercsvd_deploy.pipelines.stages.export import REPORT_FILE, REPORT_FILES
+from ercsvd_deploy.recipe.load import load_recipe
+from tests.recipe_runs import RecipeWriter, invoke
+
+# Prints the logits of a model that stock transformers has loaded.
+LOGITS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+with torch.no_grad():
+    logits = model(torch.arange(3, 20)[None]).logits[0]
+assert not any(name.startswith("ercsvd") for name in sys.modules)
+torch.save(logits, sys.argv[2])
+"""
+MIXED = {
+    "*.down_proj": {"bits": 8},
+    "*.o_proj": {"bits": 2, "group_size": -1},
+    "layers.0.mlp.*": {"sym": False},
+}
+
+
+def quantize(**settings: Any) -> dict[str, Any]:
+    return {"quantize": {"bits": 4, "group_size": 32} | settings}
+
+
+def exported(path: Path, output_format: str) -> dict[str, str]:
+    return {"path": str(path), "format": output_format}
+
+
+def test_transformers_reads_it_without_this_package(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    stage = quantize(overrides=MIXED, ignore=["layers.1.self_attn.[qkv]_proj"])
+    directories = {}
+    for output_format in ("vllm", "compressed-tensors"):
+        recipe = write_recipe(stage, export=exported(tmp_path / output_format, output_format))
+        _, directories[output_format] = run_recipe(load_recipe(recipe))
+    stock, own = directories["compressed-tensors"], directories["vllm"]
+    result = tmp_path / "logits.pt"
+    subprocess.run([sys.executable, "-c", LOGITS, str(stock), str(result)], check=True, cwd=tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(own, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.arange(3, 20)[None]).logits[0]
+    torch.testing.assert_close(torch.load(result), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_verified_and_replaced_like_any_export(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(quantize(), export=exported(tmp_path / "out", "compressed-tensors")))
+    _, directory = run_recipe(recipe)
+    assert not verify_export(directory, unlisted=REPORT_FILES).problems
+    assert is_export(directory)
+    tensors = {
+        name: each for path in directory.glob("*.safetensors") for name, each in load_file(path).items()
+    }
+    assert all(tensor.numel() for tensor in tensors.values())
+    card = (directory / "README.md").read_text()
+    assert "import ercsvd_deploy" not in card
+    assert "refuse the directory" not in card
+    (directory / "ercsvd_manifest.json").unlink()
+    assert not is_export(directory)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"*.down_proj": {"bits": 3}}, "down_proj has 3 bits: compressed-tensors and vLLM agree"),
+        ({"*.k_proj": {"bits": 8}}, "v_proj are stored in 2 ways: vLLM stacks them into one layer"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused(
+    overrides: dict[str, Any], message: str, write_recipe: RecipeWriter, tmp_path: Path
+) -> None:
+    recipe = write_recipe(
+        quantize(overrides=overrides), export=exported(tmp_path / "out", "compressed-tensors")
+    )
+    with pytest.raises(PlanError, match=message):
+        make_plan(load_recipe(recipe))
+
+
+@pytest.mark.vllm
+def test_stock_vllm_serves_it(
+    write_recipe: RecipeWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "none")
+    recipe = write_recipe(
+        quantize(overrides={"layers.0.mlp.*": {"sym": False}}),
+        export=exported(tmp_path / "out", "compressed-tensors"),
+        gates={"serving_parity": 0.05},
+    )
+    code, _, err = invoke("run", recipe)
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+    assert 0 < report["serving"]["mean_difference"] < 0.05
