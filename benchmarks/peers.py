@@ -130,7 +130,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 continue
             mean, half = paired(row["losses"][text], reference[text])
             cell.append(f"{mean:+.3f} ± {half:.3f}")
-        cell += [f"{row['core_seconds']:.0f} s", f"{row['peak_bytes'] / 2**30:.1f} GiB", row["note"]]
+        peak = f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else "-"
+        cell += [f"{row['core_seconds']:.0f} s", peak, row["note"]]
         cells.append(cell)
     against = [f"{text}, against {REFERENCE}" for text in TEXTS]
     return markdown_table(
@@ -151,6 +152,10 @@ windows, paired; "against" is the difference from our GPTQ-4 on the same windows
 Every peer's weights are dequantized and judged by plain transformers in bfloat16. Bits count scales and zero
 points of the decoder's Linears; all else stays in bfloat16, GGUF's table of tokens in float16. Core time is
 that of compressing alone, all cores together, and memory the most of its process.
+
+GGUF's blocks of 32 lie on the very groups in which this model's weights were integers once, which no model
+that was trained in bfloat16 would give it. K-quants need rows of a multiple of 256: all matrices with 576
+columns fall back to larger types, see the notes.
 
 {table(rows)}
 
