@@ -162,8 +162,8 @@ windows, paired; "against" is the difference from our GPTQ-4 on the same windows
 {arguments.samples} sequences of {LENGTH} tokens of English prose, the same tokens for all.
 Releases: {packages}.
 Every peer's weights are dequantized and judged by plain transformers in bfloat16. Bits count scales and zero
-points of the decoder's Linears; all else stays in bfloat16, GGUF's table of tokens in float16. Core time is that
-of compressing alone, all cores together, and memory the most of its process.
+points of the decoder's Linears; all else stays in bfloat16, GGUF's table of tokens in float16. Core time is
+that of compressing alone, all cores together, and memory the most of its process.
 
 GGUF's blocks of 32 lie on the very groups in which this model's weights were integers once, which no model
 that was trained in bfloat16 would give it. K-quants need rows of a multiple of 256: all matrices with 576
