@@ -167,8 +167,8 @@ def _missing_texts(recipe: Recipe) -> Iterator[str]:
         if not path.exists():
             yield f"field '{field}.{key}' is {shown(str(path))}, which does not exist; give a file or folder"
         elif key in DATA_FILES and path.is_dir() and not any(map(any, map(path.rglob, DATA_FILES[key]))):
-            names = ", ".join(DATA_FILES[key])
-            yield f"field '{field}.{key}' is {shown(str(path))}, a folder without {names}; give a file or folder"
+            lacking = f"a folder without {', '.join(DATA_FILES[key])}"
+            yield f"field '{field}.{key}' is {shown(str(path))}, {lacking}; give a file or folder"
         elif key == "saved" and not path.is_dir():
             yield f"field '{field}.{key}' is {shown(str(path))}, which is a file; give a folder"
 
