@@ -87,7 +87,8 @@ def check_needs(needs: SweepNeeds, output: Path, jobs: int, written: int = 0) ->
     if _CERTAINLY * needs.least_scratch_bytes > free:
         raise TooLittleDiskError(
             f"a point of the sweep writes up to {_size(needs.least_scratch_bytes)} to the disk of {output}, "
-            f"which has {_size(free)} free: make room, or choose another output; nothing has been computed yet"
+            f"which has {_size(free)} free: make room, or choose another output; nothing has "
+            "been computed yet"
         )
     warnings = []
     if needs.scratch_bytes > free:
