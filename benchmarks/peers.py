@@ -27,7 +27,7 @@ from peer_runs.environments import PACKAGES, python_of
 from peer_runs.judge import Judge, paired
 from results_file import environment, markdown_table, write_results
 
-SCRIPTS = Path(__file__).parent / "peer_runs"
+SCRIPTS = Path(__file__).parent.resolve() / "peer_runs"
 TEXTS = {"prose": "examples/text/out_of_domain.txt", "python": "examples/text/in_domain.txt"}
 WINDOWS, LENGTH = 16, 512
 DENSE = "the model itself"
@@ -58,8 +58,9 @@ def read_tokens(model: Path, samples: int) -> tuple[torch.Tensor, Mapping[str, t
     tokenizer = load_tokenizer(str(model), trust_remote_code=False)
     vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
     assert loaded.calibration is not None
-    windows = calibration_windows(loaded.calibration, tokenizer, vocab_size)
-    return windows, evaluation_windows(loaded, tokenizer, vocab_size)
+    windows, _ = calibration_windows(loaded.calibration, tokenizer, vocab_size)
+    texts, _ = evaluation_windows(loaded, tokenizer, vocab_size)
+    return windows, texts
 
 
 def run_contender(
@@ -71,7 +72,12 @@ def run_contender(
         RuntimeError: it failed; the message is the last line that it wrote.
     """
     folder.mkdir(parents=True)
-    job = {"model": str(model), "tokens": str(tokens), "options": contender.options, "folder": str(folder)}
+    job = {
+        "model": str(model.resolve()),
+        "tokens": str(tokens),
+        "options": contender.options,
+        "folder": str(folder),
+    }
     (folder / "job.json").write_text(json.dumps(job))
     own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     own["GPTQMODEL_CPU_WORKERS"] = "2"  # its default on two cores is 1, with which it does not start
@@ -81,10 +87,11 @@ def run_contender(
     log = folder / "log.txt"
     with log.open("w") as output:
         ran = subprocess.run(
-            [str(python), str(SCRIPTS / contender.script), str(folder / "job.json")],
+            [str(python.absolute()), str(SCRIPTS / contender.script), str(folder / "job.json")],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environ,
+            cwd=folder,  # some leave logs where they were started
             check=False,
         )
     if ran.returncode:
@@ -130,7 +137,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 continue
             mean, half = paired(row["losses"][text], reference[text])
             cell.append(f"{mean:+.3f} ± {half:.3f}")
-        cell += [f"{row['core_seconds']:.0f} s", f"{row['peak_bytes'] / 2**30:.1f} GiB", row["note"]]
+        peak = f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else "-"
+        cell += [f"{row['core_seconds']:.0f} s", peak, row["note"]]
         cells.append(cell)
     against = [f"{text}, against {REFERENCE}" for text in TEXTS]
     return markdown_table(
@@ -138,23 +146,32 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def write_report(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> None:
+def write_report(
+    rows: Sequence[Mapping[str, Any]], wanted: Sequence[Contender], arguments: argparse.Namespace
+) -> None:
     """Write the results files."""
     failed = [f"- {row['name']}: {row['error']}" for row in rows if "error" in row]
+    names = {row["name"] for row in rows}
+    failed += [f"- {contender.name}: not run yet" for contender in wanted if contender.name not in names]
     packages = ", ".join(sorted({row["package"] for row in rows if "package" in row}))
     text = f"""# Peers on a real model
 
 SmolLM2-135M-Instruct (`examples/real_model.py`), whose weights were four-bit integers in groups of 32 once.
 ln(perplexity / dense) on {WINDOWS} windows of {LENGTH} tokens of each held-out text, with 95 % intervals over
 windows, paired; "against" is the difference from our GPTQ-4 on the same windows. Calibrated on
-{arguments.samples} sequences of {LENGTH} tokens of English prose, the same tokens for all; {packages}.
+{arguments.samples} sequences of {LENGTH} tokens of English prose, the same tokens for all.
+Releases: {packages}.
 Every peer's weights are dequantized and judged by plain transformers in bfloat16. Bits count scales and zero
 points of the decoder's Linears; all else stays in bfloat16, GGUF's table of tokens in float16. Core time is
 that of compressing alone, all cores together, and memory the most of its process.
 
+GGUF's blocks of 32 lie on the very groups in which this model's weights were integers once, which no model
+that was trained in bfloat16 would give it. K-quants need rows of a multiple of 256: all matrices with 576
+columns fall back to larger types, see the notes.
+
 {table(rows)}
 
-## What could not be measured
+## What is not measured
 
 {chr(10).join(failed) or "Nothing."}
 """
@@ -208,13 +225,14 @@ def main() -> None:
     if DENSE not in rows:
         rows[DENSE] = {"name": DENSE, "losses": judge.losses(None)}
         append(rows[DENSE], arguments.rows)
-    for contender in contenders(section, extract_gguf(arguments.environments.resolve())):
+    wanted = contenders(section, extract_gguf(arguments.environments.resolve()))
+    for contender in wanted:
         is_asked = arguments.only is None or contender.name.startswith(tuple(arguments.only))
         if is_asked and (arguments.again or contender.name not in rows):
             print(f"{contender.name} ...", flush=True)
             rows[contender.name] = measure(contender, arguments, judge, tokens)
             append(rows[contender.name], arguments.rows)
-    write_report(list(rows.values()), arguments)
+    write_report(list(rows.values()), wanted, arguments)
 
 
 def append(row: Mapping[str, Any], file: Path) -> None:

@@ -70,6 +70,11 @@ def _ours(calibration: dict[str, Any]) -> list[Contender]:
     methods: dict[str, dict[str, Any]] = {
         "ours, GPTQ-8": {"stages": [{"quantize": {"bits": 8, "group_size": GROUP_SIZE}}]},
         "ours, GPTQ-4": {"stages": [integers]},
+        "ours, GPTQ-4, groups of 32": {"stages": [{"quantize": {"bits": 4, "group_size": 32}}]},
+        "ours, GPTQ-4, recovered": {
+            "stages": [integers, {"recover": {"steps": ITERATIONS, "batch_size": BATCH}}],
+            "note": f"scales trained, {ITERATIONS} steps of {BATCH} sequences",
+        },
         "ours, GPTQ-4, tokens by energy": {"stages": [integers], "token_weight": "uniform"},
     }
     for bits in (4.0, 3.5, 3.0):

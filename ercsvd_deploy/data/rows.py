@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ercsvd_deploy.data.texts import CalibrationError
+from ercsvd_deploy.format.data_files import DATA_FILES
 
-_JSONL_NAMES = ("*.jsonl", "*.jsonl.gz", "*.ndjson", "*.ndjson.gz")
-_TEXT_NAMES = ("*.txt", "*.txt.gz", "*.md")
 _ROWS_AT_ONCE = 256  # of a parquet file
 
 Row = tuple[str, Mapping[str, Any]]  # where it was read, for messages, and its cells by column
@@ -46,7 +45,7 @@ def read_text(path: Path, max_characters: int | None = None) -> str:
     """
     texts: list[str] = []
     missing = max_characters
-    for file in files_of(path, _TEXT_NAMES):
+    for file in files_of(path, DATA_FILES["text"]):
         if missing is not None and missing <= 0:
             break
         try:
@@ -68,7 +67,7 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
     Raises:
         CalibrationError: a file cannot be read, or a line is not a JSON object; the message names the line.
     """
-    for file in files_of(path, _JSONL_NAMES):
+    for file in files_of(path, DATA_FILES["jsonl"]):
         try:
             with open_text(file) as opened:
                 for number, line in enumerate(opened, start=1):
@@ -98,7 +97,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise CalibrationError(f"{path}: needs the hub extra: pip install 'ercsvd-deploy[hub]'") from None
-    for file in files_of(path, ("*.parquet",)):
+    for file in files_of(path, DATA_FILES["parquet"]):
         number = 0
         try:
             with parquet.ParquetFile(file) as opened:

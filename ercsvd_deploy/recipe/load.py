@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ercsvd_deploy.format.data_files import DATA_FILES
 from ercsvd_deploy.recipe.fields import RecipeError, shown
 from ercsvd_deploy.recipe.messages import explain
 from ercsvd_deploy.recipe.overrides import apply_override, with_override
@@ -165,6 +166,9 @@ def _missing_texts(recipe: Recipe) -> Iterator[str]:
         key, path = _named_path(dataset)
         if not path.exists():
             yield f"field '{field}.{key}' is {shown(str(path))}, which does not exist; give a file or folder"
+        elif key in DATA_FILES and path.is_dir() and not any(map(any, map(path.rglob, DATA_FILES[key]))):
+            lacking = f"a folder without {', '.join(DATA_FILES[key])}"
+            yield f"field '{field}.{key}' is {shown(str(path))}, {lacking}; give a file or folder"
         elif key == "saved" and not path.is_dir():
             yield f"field '{field}.{key}' is {shown(str(path))}, which is a file; give a folder"
 

@@ -153,10 +153,12 @@ def end_with_gates(results: list[GateResult], directory: Path, junit: Path | Non
 
     if junit is not None:
         write_text_atomically(junit, junit_xml(results, str(directory)))
-    missed = [result.explain() for result in results if not result.passed]
-    if missed:
-        lines = "\n  ".join(missed)
-        complain(f"{len(missed)} of {len(results)} gates missed in {directory}:\n  {lines}")
+    failing = [result for result in results if not result.passed]
+    if failing:
+        lines = "\n  ".join(result.explain() for result in failing)
+        undecided = sum(result.verdict == "undecided" for result in failing)
+        among = f" ({undecided} undecided, with a value above the limit)" if undecided else ""
+        complain(f"{len(failing)} of {len(results)} gates missed{among} in {directory}:\n  {lines}")
         raise typer.Exit(EXIT_GATE_MISSED)
 
 

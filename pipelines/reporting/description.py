@@ -84,7 +84,8 @@ def _quantization(report: Report) -> Iterator[str]:
     sizes = " and ".join("whole rows" if size < 0 else str(size) for size in groups)
     in_groups = f"in groups of {sizes}" if groups != [-1] else "by whole rows"
     verb = f"{rounding_method(report)} stores"
-    yield f"{verb} what is left of them as {stored}, {in_groups}."
+    what = "what is left of them" if FactorizeStage.name in report.stages else "the decoder Linears"
+    yield f"{verb} {what} as {stored}, {in_groups}."
 
 
 def rounding_method(report: Report) -> str | None:

@@ -122,7 +122,7 @@ def test_another_gate_is_judged_on_what_is_there(
     computed.clear()
     said = run(write_recipe(*STAGES, **GATE))
     assert "nothing to do" in said
-    assert "perplexity_increase" in said
+    assert "Increase of perplexity" in said
     missed = {"gates": {"logprob_kl": 0.0, "built_in_text": False}}
     assert "MISSED" in run(write_recipe(*STAGES, **missed), code=3)
     assert stages_of(computed) == set()

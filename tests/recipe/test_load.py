@@ -37,12 +37,12 @@ def test_check_files_names_everything_that_is_missing(
     assert missing_files(recipe).splitlines() == [
         f"field 'model.path' is './nowhere', which does not exist; give a directory or a name on the Hub "
         f"such as org/name (paths are relative to {tmp_path})",
-        f"field 'calibration.dataset.jsonl' is 'lines.jsonl', which does not exist; give a file "
+        f"field 'calibration.dataset.jsonl' is 'lines.jsonl', which does not exist; give a file or folder "
         f"(paths are relative to {tmp_path})",
-        f"field 'evaluation.perplexity.gone.text' is 'gone.txt', which does not exist; give a file "
+        f"field 'evaluation.perplexity.gone.text' is 'gone.txt', which does not exist; give a file or folder "
         f"(paths are relative to {tmp_path})",
-        f"field 'evaluation.perplexity.folder.text' is '.', which is a directory; give a file "
-        f"(paths are relative to {tmp_path})",
+        f"field 'evaluation.perplexity.folder.text' is '.', a folder without *.txt, *.txt.gz, *.md; give "
+        f"a file or folder (paths are relative to {tmp_path})",
     ]
 
 

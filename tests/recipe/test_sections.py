@@ -16,7 +16,8 @@ def test_defaults_of_a_minimal_recipe(tmp_path: Path) -> None:
     assert canonical(recipe) == {
         "model": {"path": "some/model", "revision": None, "dtype": "auto", "trust_remote_code": False},
         "calibration": {
-            "dataset": {"text": "text.txt"},
+            "dataset": {"share": None, "text": "text.txt"},
+            "datasets": [],
             "num_samples": 256,
             "sequence_length": 2048,
             "seed": 3,
@@ -234,9 +235,13 @@ def test_error_control_needs_the_inputs_metric(tmp_path: Path, method: str) -> N
         ("path: some/model", "path: some/model, dtype: BF16", "did you mean 'bfloat16'?"),
         ("model:", "modell:", "did you mean 'model'?"),
         ("{text: text.txt}", "{text: ''}", "'calibration.dataset.text' is empty; give a path"),
-        ("{text: text.txt}", "{txt: a}", "exactly one of text, jsonl, hub: did you mean 'text'?"),
+        (
+            "{text: text.txt}",
+            "{txt: a}",
+            "exactly one of text, jsonl, parquet, saved, hub: did you mean 'text'?",
+        ),
         ("{text: text.txt}", "{text: a, hub: b}", "has text and hub; a dataset has exactly one"),
-        ("{text: text.txt}", "{text: a, split: b}", "is unknown (value 'b'); known here: text"),
+        ("{text: text.txt}", "{text: a, split: b}", "is unknown (value 'b'); known here: share, text"),
         ("{text: text.txt}", "a.txt", "2:15: field 'calibration.dataset' is 'a.txt'; a dataset is a mapping"),
         ("text.txt}", "text.txt}, seed: -1", "'calibration.seed' is -1; it must be at least 0"),
         ("stages:", "serving: {tensor_parallel_sizes: [2, 2]}\nstages:", "has 2 twice; list each once"),

@@ -70,6 +70,9 @@ def test_rounding_to_nearest_is_not_called_gptq(tmp_path: Path) -> None:
     card = make_card(parse_report(report), tmp_path)
     assert "Rounding to nearest stores what is left of them as int4" in card
     assert "rtn" in front_matter(card)["tags"]
+    del report["factorize"]
+    alone = make_card(parse_report(report), tmp_path)
+    assert "Rounding to nearest stores the decoder Linears as int4" in alone
     assert "gptq" not in card.lower()
 
 
