@@ -123,7 +123,7 @@ def test_what_a_new_stage_needs_is_in_the_plan(
 ) -> None:
     recipe = load_recipe(write_recipe())
     plan = planning.make_plan(recipe, device=torch.device("cuda"))
-    factorized, counted, judged, _ = plan.estimate.stages
+    _, factorized, counted, judged, _ = plan.estimate.stages
     assert counted.stage == toy.name
     assert counted.flops == len(plan.candidates) * 1e18
     assert plan.estimate.flops == sum(stage.flops for stage in plan.estimate.stages)
