@@ -31,7 +31,12 @@ TINY = ROOT / "examples/tiny-llama"
 TEXTS = ROOT / "examples/text"
 _INTERVAL_S = 0.02
 _TOLERANCE = 0.25
-_STAGE_OF_TITLE = {"gptq": "quantize", "rtn": "quantize", "judge": "judge"}
+_STAGE_OF_TITLE = {
+    "gptq": "quantize",
+    "rtn": "quantize",
+    "judge": "judge",
+    "judge original": "judge_original",
+}
 
 
 @dataclass(frozen=True)

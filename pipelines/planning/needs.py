@@ -72,6 +72,6 @@ def add_up_needs(planned: Sequence[PlannedStage], work: Workload, *, on_gpu: boo
         found.append(of_stage)
         kept[stage.name] = needs.kept_bytes
         for other in planned:
-            if other.stage.temporary_for == stage.name:
+            if other.stage.temporary_for == stage.name and not other.stage.is_kept:
                 kept.pop(other.stage.name, None)
     return tuple(found)

@@ -135,8 +135,9 @@ class JudgeStage(Stage):
             working_bytes=states
             + max(passing, work.layer_load, 2 * work.outside_weights + logits, work.embedding(work.judged)),
             beside_bytes=2 * work.layer_weights,
-            # Of the compressed model only the logits: how little its layers compute, the run decides.
-            flops=sum(map(work.head_flops, work.judged)),
+            # Logits of both models on texts, of one on questions. How little the compressed layers compute,
+            # the run decides.
+            flops=sum((1 if each.pictures else 2) * work.head_flops(each) for each in work.judged),
         )
 
     def run(self, run: StageRun) -> Comparison:

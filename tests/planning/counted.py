@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -43,6 +44,11 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+def _causal_attention_flops(queries: tuple[int, ...], keys: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Return the operations of both products, of which a causal mask leaves half."""
+    return 2 * math.prod(queries) * keys[-2]
+
+
 def declared(recipe: Recipe) -> dict[str, Needs]:
     """Return what every stage of a recipe declares on a CPU."""
     config = load_config(recipe.model.path)
@@ -61,7 +67,10 @@ def run_counted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> dict[str, tu
         def run_and_count(stage: Stage, given: StageRun) -> Any:
             flops = FlopCounterMode(
                 display=False,
-                custom_mapping={torch.ops.aten._linalg_eigh: lambda shape, *_, **__: 4 * shape[-1] ** 3},
+                custom_mapping={
+                    torch.ops.aten._linalg_eigh: lambda shape, *_, **__: 4 * shape[-1] ** 3,
+                    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _causal_attention_flops,
+                },
             )
             # Hooks of the counter of operations refuse `torch.autograd.grad`.
             counter = nullcontext() if isinstance(stage, SensitivityStage) else flops
