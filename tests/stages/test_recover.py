@@ -147,7 +147,7 @@ def test_changed_steps_train_again_and_factorize_no_more(
     write_recipe: RecipeWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(HARD, recover(), calibration=CALIBRATION)
-    half_run(recipe, monkeypatch, 8)
+    half_run(recipe, monkeypatch, 13)  # of them five for the original, which is judged first
     _, notes = whole_run(recipe, monkeypatch, "stages.1.recover.steps=5")
     assert any(note.startswith("recover: computed again, because recover.steps") for note in notes)
     assert any(note.startswith("factorize: ") and "are used" in note for note in notes)
