@@ -103,7 +103,9 @@ def variants() -> Iterator[Variant]:
 def measure(variant: Variant) -> Row:
     """Run the pipeline for one row; nothing is exported."""
     torch.set_num_threads(1)
-    from ercsvd_deploy.pipelines.flow import compress_and_judge, prepare_run
+    from ercsvd_deploy.pipelines.flow import prepare_run, start_run
+    from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
+    from ercsvd_deploy.pipelines.state.progress import silent
     from ercsvd_deploy.recipe.load import TextFile
 
     stage = {"factorize": {**variant.settings, "compression_ratio": variant.ratio, "rank_multiple": 8}}
@@ -117,10 +119,16 @@ def measure(variant: Variant) -> Row:
             recipe = recipe.model_copy(update={"calibration": calibration})
         prepared = prepare_run(recipe, None, device=torch.device("cpu"))
         if variant.layers is not None:
-            prepared = replace(prepared, stages=moved(prepared.stages, variant.layers))
-        report = compress_and_judge(prepared, Path(folder)).report
-    assert report.factorize is not None
-    return Row(variant.key, quality.excess_of(report), dict(report.factorize.plan.ranks))
+            stages = tuple(
+                moved(stage, variant.layers) if isinstance(stage, FactorizeStage) else stage
+                for stage in prepared.plan.stages
+            )
+            prepared = replace(prepared, plan=replace(prepared.plan, stages=stages))
+        run = start_run(prepared, Path(folder))
+        run.stages(silent)
+        report = run.report()
+    ranks = report.results["factorize"].chosen.plan.ranks
+    return Row(variant.key, quality.excess_of(report), dict(ranks))
 
 
 def english_prose() -> str:

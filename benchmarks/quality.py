@@ -160,14 +160,17 @@ def _in_bits(model: str) -> Iterator[Point]:
 def measure(point: Point, shared: Path | None = None) -> Row:
     """Run the pipeline for one row; nothing is exported, and stages in `shared` are not repeated."""
     torch.set_num_threads(1)
-    from ercsvd_deploy.pipelines.flow import compress_and_judge, prepare_run
+    from ercsvd_deploy.pipelines.flow import prepare_run, start_run
+    from ercsvd_deploy.pipelines.state.progress import silent
 
     recipe = recipe_of(point)
     prepared = prepare_run(recipe, None, device=torch.device("cpu"))
     with tempfile.TemporaryDirectory() as work:
         if point.textbook_bits is not None:
             return _measure_textbook(point, prepared, Path(work))
-        report = compress_and_judge(prepared, Path(work), shared=shared).report
+        run = start_run(prepared, Path(work), shared)
+        run.stages(silent)
+        report = run.report()
     excess = {
         text: math.log(report.compressed.perplexity[text] / report.original.perplexity[text])
         for text in TEXTS
