@@ -29,7 +29,7 @@ def write_report_files(directory: Path, report: Report, target: Path | None = No
         OSError: a file cannot be written.
     """
     report.weights_sha256 = weights_digest(directory) or report.weights_sha256
-    # First of all: a run that is killed in between leaves reports without checksums, which nobody has changed.
+    # First: a run that is killed in between leaves reports without checksums, not changed ones.
     (directory / REPORT_SUMS_FILE).unlink(missing_ok=True)
     problems = _write(directory, report, target or directory)
     record_reports(directory, REPORT_FILES - {REPORT_SUMS_FILE})
