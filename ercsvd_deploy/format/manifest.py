@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ercsvd_deploy.format.tensor_store import INDEX_FILE, CheckpointError, FileS
 
 MANIFEST_FILE = "ercsvd_manifest.json"
 REPORT_SUMS_FILE = "ercsvd_report.sha256"
+_BEING_WRITTEN = "-"  # in the place of a checksum
 _MANIFEST_VERSION = 1
 
 
@@ -126,7 +127,7 @@ def changed_files(directory: Path, *, with_weights: bool = True) -> list[str]:
     problems = [
         f"{name}: changed since the export was written"
         for name, path in there.items()
-        if not path.is_file() or _file(path) != digests[name]
+        if digests[name] != _BEING_WRITTEN and (not path.is_file() or _file(path) != digests[name])
     ]
     if with_weights and any(path.is_file() for path in _weight_files(directory)):
         problems += _tensor_problems(directory, manifest["tensors"])
@@ -138,6 +139,12 @@ def is_as_recorded(directory: Path, name: str) -> bool:
     recorded = _reports_of(directory).get(name)
     path = directory / name
     return recorded is None or not path.exists() or (path.is_file() and _file(path) == recorded)
+
+
+def announce_reports(directory: Path, names: Collection[str]) -> None:
+    """Note that report files are going to be written: if that is cut short, nobody has changed them."""
+    lines = (f"{_BEING_WRITTEN}  {name}\n" for name in sorted(names))
+    write_text_atomically(directory / REPORT_SUMS_FILE, "".join(lines))
 
 
 def _reports_of(directory: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ercsvd_deploy.format.atomic_files import write_json_atomically, write_text_atomically
-from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE, record_reports, weights_digest
+from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE, announce_reports, record_reports, weights_digest
 from ercsvd_deploy.pipelines.reporting.card import make_card
 from ercsvd_deploy.pipelines.reporting.document import Report, parse_report
 from ercsvd_deploy.pipelines.reporting.html.page import PAGE_NEEDS, can_make_page, make_page
@@ -29,8 +29,7 @@ def write_report_files(directory: Path, report: Report, target: Path | None = No
         OSError: a file cannot be written.
     """
     report.weights_sha256 = weights_digest(directory) or report.weights_sha256
-    # First: a run that is killed in between leaves reports without checksums, not changed ones.
-    (directory / REPORT_SUMS_FILE).unlink(missing_ok=True)
+    announce_reports(directory, REPORT_FILES - {REPORT_SUMS_FILE})
     problems = _write(directory, report, target or directory)
     record_reports(directory, REPORT_FILES - {REPORT_SUMS_FILE})
     return problems
