@@ -6,7 +6,7 @@ ShareGPT's (`from`, `value`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,9 +165,3 @@ def _part(part: Any, where: str) -> str:
 def _refuse_half_surrogates(text: str, where: str) -> None:
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise CalibrationError(f"{where}: the text has half a surrogate pair")
-
-
-def joined(documents: Iterable[str]) -> Iterator[str]:
-    """Yield documents with blank lines between them."""
-    for number, text in enumerate(documents):
-        yield text if number == 0 else f"\n\n{text}"

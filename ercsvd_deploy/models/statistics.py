@@ -73,7 +73,7 @@ class InputStatistics:
         self.absolute_sum += (rows.abs() if weights is None else weights * rows.abs()).sum(0)
         self.num_tokens += len(rows) if weights is None else float(weights.sum())
         if self.token_weight == "unit_norm":
-            energies = rows.square().sum(1, keepdim=True).clamp_(min=_LEAST_ENERGY)
+            energies = _energies(rows)
             logs = energies.log()
             self.log_energy_sum += float((logs if weights is None else weights * logs).sum())
             weights = 1 / energies if weights is None else weights / energies
@@ -128,13 +128,18 @@ class PairedStatistics:
         weighted, weighted_others = rows, others
         weights = None if token_weights is None else token_weights.reshape(-1, 1).to(rows)
         if self.token_weight == "unit_norm":
-            energies = rows.square().sum(1, keepdim=True).clamp_(min=_LEAST_ENERGY)
+            energies = _energies(rows)
             weights = 1 / energies if weights is None else weights / energies
         if weights is not None:
             weighted, weighted_others = weights * rows, weights * others
         add_symmetric_product(self.original, weighted.T, rows)
         add_symmetric_product(self.gram, weighted_others.T, others)
         self.cross_moment.addmm_(weighted.T, others)
+
+
+def _energies(rows: torch.Tensor) -> torch.Tensor:
+    """Return |x|^2 of every token of [tokens, in], [tokens, 1]; never zero."""
+    return rows.square().sum(1, keepdim=True).clamp_(min=_LEAST_ENERGY)
 
 
 @contextmanager

@@ -30,8 +30,8 @@ from ercsvd_deploy.pipelines.state.cache import OUTCOME, FinishedWork
 
 _COMPARISON = TypeAdapter(Comparison)
 _QUALITY = TypeAdapter(Quality)
-# Results of stages before, which are in every fingerprint, are no business of the original.
-_CALIBRATION = "calibration_samples"
+# What stages are calibrated on and how, which is in every fingerprint, is no business of the original.
+_CALIBRATION = frozenset({"calibration_samples", "token_weight"})
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class JudgeOriginalStage(Stage):
 
     def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
         """Return the model, and digests of what it is judged on."""
-        model = {name: value for name, value in before.items() if name != _CALIBRATION}
+        model = {name: value for name, value in before.items() if name not in _CALIBRATION}
         return {**model, "texts": data["texts"], "questions": data["questions"]}
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:

@@ -110,7 +110,6 @@ def take_fingerprints(
         "model_dtype": recipe.model.dtype,
         "device": device_identity(model.device),
         "precision": str(model.dtype),
-        "token_weight": model.token_weight,
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }
     digests = {
@@ -123,7 +122,10 @@ def take_fingerprints(
             path.name: file_digest(path) for path in carried_over(opened.directory) if path.is_file()
         },
     }
-    before: Mapping[str, Any] = base | {"calibration_samples": digests["calibration_samples"]}
+    before: Mapping[str, Any] = base | {
+        "calibration_samples": digests["calibration_samples"],
+        "token_weight": model.token_weight,
+    }
     by_stage = {}
     code: dict[str, str] = {}
     for stage in stages:
