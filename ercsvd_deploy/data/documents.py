@@ -43,11 +43,16 @@ class Documents:
 
 
 def read_documents(
-    rows: Iterable[Row], column: str | None, render: Renderer, max_characters: int | None = None
+    source: str,
+    rows: Iterable[Row],
+    column: str | None,
+    render: Renderer,
+    max_characters: int | None = None,
 ) -> Documents:
     """Turn rows into documents, until there are enough characters.
 
     Args:
+        source: What the dataset is called in messages.
         rows: Rows with the place that each was read from.
         column: The column of the text or conversation; None: `text`, else `messages` or `conversations`.
         render: Applies the model's chat template to messages of `role` and `content`.
@@ -58,7 +63,6 @@ def read_documents(
             is no text at all.
     """
     documents = Documents()
-    where = "the dataset"
     for where, row in rows:
         value = _cell(row, column, where)
         if _is_empty(value):
@@ -79,9 +83,9 @@ def read_documents(
             break
     if not documents.texts:
         raise CalibrationError(
-            f"{where}: no text in {documents.num_empty} rows"
+            f"{source}: no text in {documents.num_empty} rows"
             if documents.num_empty
-            else f"{where} has no rows"
+            else f"{source}: has no rows"
         )
     return documents
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 _METADATA = {"format": "pt"}
+_PARTIAL = re.compile(r"\..+\.\d+\.partial")
 _NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
@@ -42,6 +43,18 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def remove_partial_files(directory: Path, name: str = "*") -> None:
+    """Remove what a process that was killed while it wrote files here left; nobody else may write them now.
+
+    Args:
+        directory: Where to look.
+        name: Of the files; a pattern as in `glob`.
+    """
+    for partial in directory.glob(f".{name}.*.partial"):
+        if _PARTIAL.fullmatch(partial.name):
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -75,7 +75,8 @@ def read_windows(
         def render(messages: list[dict[str, Any]]) -> str:
             return render_conversation(messages, tokenizer)
 
-        documents = read_documents(_rows(dataset), dataset.field, render, max_characters)
+        source, rows = _rows(dataset)
+        documents = read_documents(source, rows, dataset.field, render, max_characters)
     notes: tuple[str, ...] = ()
     if documents.num_empty:
         notes = (f"{documents.num_empty} of {documents.num_rows} rows are empty and were left out",)
@@ -87,15 +88,18 @@ def read_windows(
     return Windows(tokens, documents.are_conversations, notes)
 
 
-def _rows(dataset: TextDataset) -> Iterator[Row]:
+def _rows(dataset: TextDataset) -> tuple[str, Iterator[Row]]:
+    """Return what to call the dataset, and its rows."""
     if isinstance(dataset, JsonLines):
-        return jsonl_rows(dataset.jsonl)
+        return str(dataset.jsonl), jsonl_rows(dataset.jsonl)
     if isinstance(dataset, ParquetFile):
-        return parquet_rows(dataset.parquet)
+        return str(dataset.parquet), parquet_rows(dataset.parquet)
     if isinstance(dataset, SavedDataset):
-        return saved_rows(dataset.saved, dataset.split)
+        return str(dataset.saved), saved_rows(dataset.saved, dataset.split)
     assert not isinstance(dataset, TextFile)
-    return hub_rows(dataset.hub, config=dataset.config, split=dataset.split, revision=dataset.revision)
+    return dataset.hub, hub_rows(
+        dataset.hub, config=dataset.config, split=dataset.split, revision=dataset.revision
+    )
 
 
 def check_length(sequence_length: int, config: Any, field: str) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ercsvd_deploy.format.atomic_files import write_json_atomically, write_text_atomically
+from ercsvd_deploy.format.atomic_files import (
+    remove_partial_files,
+    write_json_atomically,
+    write_text_atomically,
+)
 from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE, announce_reports, record_reports, weights_digest
 from ercsvd_deploy.pipelines.reporting.card import make_card
 from ercsvd_deploy.pipelines.reporting.document import Report, parse_report
@@ -28,6 +32,8 @@ def write_report_files(directory: Path, report: Report, target: Path | None = No
     Raises:
         OSError: a file cannot be written.
     """
+    for name in REPORT_FILES:
+        remove_partial_files(directory, name)
     report.weights_sha256 = weights_digest(directory) or report.weights_sha256
     announce_reports(directory, REPORT_FILES - {REPORT_SUMS_FILE})
     problems = _write(directory, report, target or directory)

@@ -19,7 +19,12 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.format.atomic_files import read_json, write_atomically, write_json_atomically
+from ercsvd_deploy.format.atomic_files import (
+    read_json,
+    remove_partial_files,
+    write_atomically,
+    write_json_atomically,
+)
 from ercsvd_deploy.pipelines.state.shared import FINGERPRINT_FILE
 
 logger = logging.getLogger(__name__)
@@ -54,8 +59,7 @@ class FinishedWork:
         if fingerprint is not None:
             self._settle(json.loads(json.dumps(fingerprint)))
         directory.mkdir(parents=True, exist_ok=True)
-        for partial in directory.glob(".*.partial"):
-            partial.unlink(missing_ok=True)  # of a run that was killed while it wrote
+        remove_partial_files(directory)
         if fingerprint is not None:
             write_json_atomically(directory / FINGERPRINT_FILE, fingerprint)
 

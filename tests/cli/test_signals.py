@@ -16,11 +16,12 @@ import pytest
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 
 # A command that does one thing that takes long and that Python cannot interrupt, like a decomposition.
+# That it has begun is told from beside it: just before, a signal would still be heeded.
 UNINTERRUPTIBLE = """
-import hashlib
+import hashlib, threading
 from ercsvd_deploy.pipelines.cli.failures import command
 with command():
-    print("begins", flush=True)
+    threading.Timer(0.5, print, ["begins"], {"flush": True}).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 """
 
@@ -34,6 +35,14 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
+
+
+@pytest.fixture(autouse=True)
+def _heeded_interrupts() -> Iterator[None]:
+    """Let what is started here heed SIGINT, which a shell's background ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow
@@ -90,7 +99,7 @@ def test_the_second_signal_ends_the_process_at_once(numbers: tuple[signal.Signal
 def test_signals_that_the_caller_ignores_stay_ignored() -> None:
     """As for a job in a shell's background, which Ctrl-C must not reach."""
     code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + UNINTERRUPTIBLE
-    with started("-c", code.replace("10**9", "10**6")) as process:
+    with started("-c", code.replace("10**9", "4 * 10**6")) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "begins\n"
         process.send_signal(signal.SIGINT)

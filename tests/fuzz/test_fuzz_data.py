@@ -57,7 +57,7 @@ def text_of(path: Path) -> str:
     def refuse(_messages: list[dict[str, Any]]) -> str:
         raise CalibrationError("no chat template")
 
-    return "\n\n".join(read_documents(jsonl_rows(path), "text", refuse).texts)
+    return "\n\n".join(read_documents(str(path), jsonl_rows(path), "text", refuse).texts)
 
 
 def windows_of(text: str, tokenizer: Tokenizer) -> torch.Tensor:

@@ -29,8 +29,16 @@ def inputs_of(directory: Path, recipe_file: Path, names: list[str]) -> dict[str,
     return seen
 
 
+def unit_rows(inputs: torch.Tensor, original: torch.Tensor | None = None) -> torch.Tensor:
+    """Return [tokens, in] with every token divided by its norm, or by that of its original input."""
+    norms = (inputs if original is None else original).norm(dim=-1, keepdim=True)
+    rows: torch.Tensor = (inputs / norms).flatten(0, -2)
+    return rows
+
+
 def gram(inputs: torch.Tensor) -> torch.Tensor:
-    rows = inputs.flatten(0, -2)
+    """Return the sum of x x^T over tokens that all count alike, as by `token_weight: unit_norm`."""
+    rows = unit_rows(inputs)
     return rows.T @ rows
 
 

@@ -25,7 +25,7 @@ from ercsvd_deploy.recipe.load import load_recipe
 from tests.linalg.references import random_inputs, random_weight
 from tests.models.streamed import CPU, streamed
 from tests.recipe_runs import RecipeWriter, factorize
-from tests.stages.naive_factors import gram, inputs_of, naive_erc
+from tests.stages.naive_factors import inputs_of, naive_erc, unit_rows
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 
 ALL = factorize(num_compressed_layers="all")["factorize"]
@@ -65,8 +65,8 @@ def test_every_matrix_is_made_for_the_inputs_it_has_in_the_export(
     for name in names:
         weight, rank = originals[f"{name}.weight"].double(), ranks[name].rank
         assert rank is not None
-        x, other = original[name].flatten(0, 1), compressed[name].flatten(0, 1)
-        seen = gram(other)
+        x, other = unit_rows(original[name]), unit_rows(compressed[name], original[name])
+        seen = other.T @ other
         ridge = 0.01 * seen.diagonal().mean() * torch.eye(len(seen), dtype=torch.float64)
         target = weight @ (x.T @ other + ridge) @ torch.linalg.inv(seen + ridge)
         expected = naive_erc(target, seen, rank, 0)

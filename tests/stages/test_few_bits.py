@@ -62,7 +62,7 @@ def test_streamed_model_is_the_one_that_transformers_loads(
     report, directory = run_recipe(recipe)
     assert widths(described(directory)) == {2, 3, 5, 6}
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    tokens, _ = evaluation_windows(recipe, load_tokenizer(str(llama)), 256)[0]["held_out"]
+    tokens = evaluation_windows(recipe, load_tokenizer(str(llama)), 256)[0]["held_out"]
     with torch.no_grad():
         loss = model(input_ids=tokens, labels=tokens).loss
     assert report.compressed.perplexity["held_out"] == pytest.approx(float(loss.exp()), rel=1e-3)

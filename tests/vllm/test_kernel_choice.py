@@ -30,6 +30,7 @@ LIMITED_CPU = Path(__file__).parent / "limited_cpu"
 GPUS = [name for name in ACCELERATORS if name != "CPU"]
 SHAPES = [(128, 4096), (96, 4096), (4096, 96), (100, 128)]
 _BITS: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
+PER_CHANNEL_INT4 = WeightQuantization(bits=4, group_size=-1, sym=True)
 STORAGES = [
     WeightQuantization(bits=bits, group_size=group_size, sym=sym)
     for bits in _BITS
@@ -104,8 +105,9 @@ def test_this_cpu_is_told_what_it_can_do(answers: dict[tuple[Any, ...], KernelUs
 
 @pytest.mark.vllm
 def test_rocm_can_be_asked_too() -> None:
-    int4, int8 = ({**storage.model_dump(), "shape": (128, 4096)} for storage in (STORAGES[3], STORAGES[11]))
-    matrices = [{**matrix, "full_shape": matrix["shape"]} for matrix in (int4, int8)]
+    storages = [WeightQuantization(bits=bits, group_size=128, sym=True) for bits in (4, 8)]
+    shape = (128, 4096)
+    matrices = [{**storage.model_dump(), "shape": shape, "full_shape": shape} for storage in storages]
     question = {"kind": "ROCM", "capability": (9, 4), "dtype": "float16"}
     [[for_int4, for_int8]] = kernel_choice._ask_vllm({"matrices": matrices, "questions": [question]})[
         "answers"
@@ -118,7 +120,7 @@ def test_rocm_can_be_asked_too() -> None:
 def test_a_cpu_without_avx512_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{LIMITED_CPU}:{Path(__file__).parents[2]}")
     monkeypatch.setenv("ERCSVD_TEST_CPU", "avx2")
-    answered = ask_kernels([use(128, 4096, STORAGES[0])], "bfloat16")
+    answered = ask_kernels([use(128, 4096, PER_CHANNEL_INT4)], "bfloat16")
     assert answered.problem is None
     assert answered.uses[0].kernels["CPU"] == NO_KERNEL
     assert answered.uses[0].kernels["Ampere"] == "Marlin"
@@ -187,7 +189,7 @@ def test_a_child_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(kernel_choice, "find_spec", lambda _: object())
     monkeypatch.setattr(kernel_choice, "_SOURCE", "sleeper")
     monkeypatch.setattr(kernel_choice, "_PATIENCE", 0.5)
-    answered = ask_kernels([use(128, 128, STORAGES[0])], "bfloat16")
+    answered = ask_kernels([use(128, 128, PER_CHANNEL_INT4)], "bfloat16")
     assert answered.problem == "it gave no answer: it was not ready after 0 seconds"
 
 
