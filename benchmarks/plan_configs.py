@@ -20,7 +20,7 @@ from pathlib import Path
 import transformers.modeling_utils  # noqa: F401 - imported once instead of in every child
 import yaml
 
-from ercsvd_deploy.models.families import ArchitectureError
+from ercsvd_deploy.models.architecture import ArchitectureError
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.recipe.load import load_recipe
 

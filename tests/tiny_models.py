@@ -137,17 +137,17 @@ def save_tiny_model(
     else:
         arguments = _config_arguments(family, num_layers) | config_overrides
     model = model_class(config_class(**arguments))
-    _randomise(model, torch.Generator().manual_seed(seed))
+    randomise(model, torch.Generator().manual_seed(seed))
     model.to(dtype)
     model.config.dtype = dtype
     generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     if reads_images:
         tiny_vision.save_in_hub_layout(model, generation_config, directory / WEIGHTS_FILE)
-        tiny_vision.make_processor(family, _tokenizer()).save_pretrained(directory)
+        tiny_vision.make_processor(family, make_tokenizer()).save_pretrained(directory)
     else:
         model.generation_config = generation_config
         model.save_pretrained(directory)
-        _tokenizer().save_pretrained(directory)
+        make_tokenizer().save_pretrained(directory)
     return directory
 
 
@@ -237,7 +237,8 @@ def _config_arguments(family: str, num_layers: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Give every parameter of a model random values, see `save_tiny_model`."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("bias"):
@@ -251,7 +252,8 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
             parameter.copy_(noise * gain / parameter.shape[1] ** 0.5)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes, and three special tokens."""
     # the byte-level alphabet writes bytes 0xFD..0xFF as the characters of the same code
     impossible = {chr(code) for code in range(0xFD, 0x100)}
     alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - impossible)

@@ -10,14 +10,9 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.config_sizes import impossible_sizes
-from ercsvd_deploy.models.families import (
-    Architecture,
-    ArchitectureError,
-    check_supported,
-    describe,
-    reads_images,
-)
+from ercsvd_deploy.models.families import attention_implementation, check_supported, describe, reads_images
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -79,7 +74,9 @@ def _build(
     try:
         with without_weights:
             model: nn.Module = auto.from_config(
-                config, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+                config,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attention_implementation(config),
             )
     except Exception as error:
         where = getattr(config, "name_or_path", "") or "this config"

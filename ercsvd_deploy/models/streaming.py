@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,12 @@ from ercsvd_deploy.data.samples import Batch, Sample, make_batches
 from ercsvd_deploy.format.store_views import RenamedStore
 from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.side_by_side import is_small, map_side_by_side
-from ercsvd_deploy.models.families import Architecture, LayerLinears, describe
+from ercsvd_deploy.models.architecture import Architecture, LayerLinears
+from ercsvd_deploy.models.families import describe
 from ercsvd_deploy.models.loading import check_store, load_tensors
 from ercsvd_deploy.models.meta import build_meta_model, compressed_config, tie_weights
 from ercsvd_deploy.models.modules import replace_linears
-from ercsvd_deploy.models.recording import EmbeddingDone, capture_input, layers_replaced
+from ercsvd_deploy.models.recording import EmbeddingDone, OnCall, capture_input, layers_replaced
 from ercsvd_deploy.models.statistics import InputStatistics, TokenWeight, observing, observing_gradients
 
 MAX_TOKENS_PER_BATCH = 8192
@@ -150,7 +151,7 @@ class LayerwiseModel:
                         raise EmbeddingDone
                     return states
 
-                with layers_replaced(self._stack, self._layers, record), suppress(EmbeddingDone):
+                with self._layers_replaced(record), suppress(EmbeddingDone):
                     self.model(**batch.model_inputs(self.device, self.dtype), use_cache=False)
                 # Without padding the arguments depend on the batch's shape alone.
                 self._layer_arguments.setdefault(batch.tokens.shape, calls)
@@ -344,9 +345,14 @@ class LayerwiseModel:
             calls += 1
             return last if calls == len(self._layers) else passed
 
-        with layers_replaced(self._stack, self._layers, replay):
+        with self._layers_replaced(replay):
             logits: torch.Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
         return logits.float()
+
+    def _layers_replaced(self, on_call: OnCall) -> AbstractContextManager[None]:
+        """Replace the decoder layers by calls of `on_call` while the context lasts."""
+        return_tuples = self.architecture.layers_return_tuples
+        return layers_replaced(self._stack, self._layers, on_call, return_tuples=return_tuples)
 
     @contextmanager
     def _outside_layers(self, *, with_head: bool) -> Iterator[None]:

@@ -22,7 +22,7 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.format.shards import write_sharded
 from ercsvd_deploy.format.store_views import RenamedStore
 from ercsvd_deploy.format.tensor_store import TensorStore
-from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.models.architecture import Architecture
 
 # What a tokenizer, a processor or a chat template may be stored in; weights and configs are not copied.
 _CARRIED_OVER = (

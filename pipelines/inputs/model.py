@@ -12,7 +12,8 @@ import torch
 from ercsvd_deploy.format.names import to_module
 from ercsvd_deploy.format.store_views import CastingStore, RenamedStore
 from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore, open_directory
-from ercsvd_deploy.models.families import ArchitectureError, reads_images
+from ercsvd_deploy.models.architecture import ArchitectureError
+from ercsvd_deploy.models.families import reads_images
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.statistics import TokenWeight
 from ercsvd_deploy.models.streaming import LayerwiseModel

@@ -10,13 +10,10 @@ import torch
 
 from ercsvd_deploy.exporters.vllm.cutting import find_uncuttable
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, ask_kernels, plan_matrices
-from ercsvd_deploy.models.families import (
-    VISION_LANGUAGE_MODEL_TYPES,
-    Architecture,
-    ArchitectureError,
-    reads_images,
-)
+from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
+from ercsvd_deploy.models.families import reads_images
 from ercsvd_deploy.models.meta import compressed_config, read_architecture
+from ercsvd_deploy.models.vision import VISION_LANGUAGE_MODEL_TYPES
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.components import Component, describe_components
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from ercsvd_deploy.format.tensor_store import SINGLE_FILE, open_directory
-from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, ArchitectureError
+from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, ArchitectureError
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream

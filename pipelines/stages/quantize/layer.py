@@ -18,7 +18,7 @@ from ercsvd_deploy.format.schema import GUARD, GUARD_SHAPE, ROW_ORDER, WEIGHT, S
 from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
 from ercsvd_deploy.linalg.truncation import Factors
-from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
 from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
 from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings, start_pair
