@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.format.names import to_module
+from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.store_views import CastingStore, RenamedStore
 from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore, open_directory
 from ercsvd_deploy.models.families import ArchitectureError, reads_images
