@@ -1,7 +1,7 @@
 """What is known of a model without its weights: its Linears layer by layer, and the sizes of all the rest.
 
 Names here are those of transformers' modules. Checkpoints of text models use the same names, those of LLaVA
-do not: `format.names` translates where files are read and written, and nowhere else.
+do not: `format.llava_names` translates where files are read and written, and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.format.names import PROJECTOR, VISION_TOWER, to_checkpoint
+from ercsvd_deploy.format.llava_names import PROJECTOR, VISION_TOWER, to_checkpoint
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.tensor_parallel import OutputBlock, cuts_inputs, holds_key_values, output_blocks
 
@@ -61,6 +61,7 @@ class Architecture:
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
+    stored_prefixes: Mapping[str, str]  # module -> what checkpoints call it, where that differs
     image_token_id: int | None  # marks the places of image features; None: the model reads text only
     # Part (`TOWER_PART`, `PROJECTOR_PART`) -> its layers that are run; empty for text models.
     vision_layers: Mapping[str, tuple[LayerLinears, ...]]
@@ -107,7 +108,12 @@ class Architecture:
 
     def checkpoint_name(self, name: str) -> str:
         """Return the name under which checkpoints hold a module or tensor of this model."""
-        return name if self.image_token_id is None else to_checkpoint(name)
+        if self.image_token_id is not None:
+            return to_checkpoint(name)
+        for module, stored in self.stored_prefixes.items():
+            if f"{name}.".startswith(f"{module}."):
+                return stored + name.removeprefix(module)
+        return name
 
     @property
     def vision_linears(self) -> tuple[LinearShape, ...]:

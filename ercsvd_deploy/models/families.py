@@ -6,16 +6,20 @@ where a family differs from what its modules tell.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.discovery import find_decoder, on_meta
 from ercsvd_deploy.models.vision import VISION_LANGUAGE_MODEL_TYPES, check_vision, describe_vision
 
 # What the configs of mixtures of experts call the number of experts of a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Model type -> module -> what checkpoints call it.
+_STORED_PREFIXES: Mapping[str, Mapping[str, str]] = {"gpt_neox": {"lm_head": "embed_out"}}
 
 
 def check_supported(config: Any) -> None:
@@ -61,6 +65,7 @@ def describe(model: nn.Module, config: Any) -> Architecture:
         num_attention_heads=text_config.num_attention_heads,
         num_key_value_heads=_num_key_value_heads(text_config),
         vocab_size=text_config.vocab_size,
+        stored_prefixes=_STORED_PREFIXES.get(config.model_type, {}),
         image_token_id=config.image_token_index if reads_images(config) else None,
         vision_layers=describe_vision(model, config) if reads_images(config) else {},
     )
@@ -69,6 +74,19 @@ def describe(model: nn.Module, config: Any) -> Architecture:
 def reads_images(config: Any) -> bool:
     """Whether this is the config of a vision-language model."""
     return getattr(config, "model_type", None) in VISION_LANGUAGE_MODEL_TYPES
+
+
+def module_tensor(config: Any, stored_name: str) -> str:
+    """Return the name that transformers' modules have for a tensor of a checkpoint.
+
+    The inverse of `Architecture.checkpoint_name`.
+    """
+    if reads_images(config):
+        return to_module(stored_name)
+    for module, stored in _STORED_PREFIXES.get(config.model_type, {}).items():
+        if stored_name.startswith(f"{stored}."):
+            return module + stored_name.removeprefix(stored)
+    return stored_name
 
 
 def attention_implementation(config: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ercsvd_deploy.format.names import PROJECTOR
+from ercsvd_deploy.format.llava_names import PROJECTOR
 from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, ArchitectureError, LayerLinears
 from ercsvd_deploy.models.discovery import watch_module, watch_stack
 

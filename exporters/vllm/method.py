@@ -90,7 +90,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
             full_sizes, local_sizes = [sum(full_sizes)], [sum(local_sizes)]
         if not len(names) == len(full_sizes) == len(local_sizes):
             raise CheckpointFormatError(
-                f"{', '.join(names)}: vLLM computes {len(full_sizes)} projections in this layer, the checkpoint "
+                f"{', '.join(names)}: vLLM computes {len(full_sizes)} projections here, the checkpoint "
                 f"describes {len(names)}; all of them have to be stored apart, or as one matrix"
             )
         columns = keep_of_rank(input_size, input_size_per_partition, layer.tp_rank, layer.tp_size)

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.format.names import to_module
 from ercsvd_deploy.format.store_views import CastingStore, RenamedStore
 from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore, open_directory
 from ercsvd_deploy.models.architecture import ArchitectureError
-from ercsvd_deploy.models.families import reads_images
+from ercsvd_deploy.models.families import module_tensor
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.statistics import TokenWeight
 from ercsvd_deploy.models.streaming import LayerwiseModel
@@ -50,12 +49,11 @@ class OpenedModel:
             CheckpointError: the weights cannot be read, or two of them are the same tensor of the model.
         """
         files: TensorStore = open_directory(self.directory)
-        if reads_images(self.config):
-            stored_names = {to_module(name): name for name in sorted(files.names())}
-            if len(stored_names) != len(files.names()):
-                twice = sorted(files.names() - set(stored_names.values()))
-                raise CheckpointError(f"{self.directory}: holds {twice[0]} under two names")
-            files = RenamedStore(files, stored_names)
+        stored_names = {module_tensor(self.config, name): name for name in sorted(files.names())}
+        if len(stored_names) != len(files.names()):
+            twice = sorted(files.names() - set(stored_names.values()))
+            raise CheckpointError(f"{self.directory}: holds {twice[0]} under two names")
+        files = RenamedStore(files, stored_names)
         return (
             files if self.source.dtype == "auto" else CastingStore(files, getattr(torch, self.source.dtype))
         )

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from ercsvd_deploy.models.families import attention_implementation
 from ercsvd_deploy.models.meta import load_config, read_architecture
+from ercsvd_deploy.pipelines.inputs.model import open_model, stream
+from ercsvd_deploy.recipe.sections import ModelSource
 from tests.families.tiny_families import FAMILIES, save_tiny_family
-from tests.models.streamed import streamed, streamed_logits
+from tests.models.streamed import CPU, streamed_logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -24,7 +26,7 @@ def test_streamed_logits_are_those_of_transformers(family: str, tmp_path: Path) 
     )
     with torch.no_grad():
         expected = model.eval()(tokens).logits
-    layerwise = streamed(directory)
+    layerwise = stream(open_model(ModelSource(path=str(directory))), CPU)
     found = streamed_logits(layerwise, tokens)
     assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
     assert read_architecture(load_config(str(directory))) == layerwise.architecture
