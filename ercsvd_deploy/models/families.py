@@ -36,6 +36,10 @@ def check_supported(config: Any) -> None:
         raise _unsupported(config, f"a decoder with other parts around it; supported of those: {known}")
     if getattr(config, "is_encoder_decoder", False):
         raise _unsupported(config, "an encoder with a decoder; supported are decoders alone, such as llama")
+    if _model_class(config) is None and not getattr(config, "auto_map", None):
+        raise _unsupported(config, "transformers has no language model of this type")
+    if not isinstance(getattr(text_config, "num_attention_heads", None), int):
+        raise _unsupported(text_config, "it has no attention heads; supported are decoders such as llama")
     for key in _EXPERTS:
         if (getattr(text_config, key, None) or 0) > 1:
             raise _unsupported(text_config, f"a mixture of {getattr(text_config, key)} experts a layer")
@@ -94,7 +98,17 @@ def attention_implementation(config: Any) -> str:
 
     Its sdpa leaves out the soft-capping of attention scores, and says nothing.
     """
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+    has_sdpa = getattr(_model_class(config), "_supports_sdpa", True)
+    is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if has_sdpa and not is_capped else "eager"
+
+
+def _model_class(config: Any) -> Any:
+    """Return transformers' class of the model; None if it has none."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if reads_images(config) else MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping.get(type(config), None)
 
 
 def _num_key_value_heads(text_config: Any) -> int:

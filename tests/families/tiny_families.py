@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from tests.tiny_models import make_tokenizer, randomise
 
@@ -86,11 +86,15 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
+def tiny_config(family: str) -> PreTrainedConfig:
+    """Return the config of a family's tiny model."""
+    model_type, differences = FAMILIES[family]
+    return AutoConfig.for_model(model_type, **(_SHARED | dict(differences)))
+
+
 def save_tiny_family(directory: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
     """Write a random model of a family with tokenizer and generation config; return `directory`."""
-    model_type, differences = FAMILIES[family]
-    config = AutoConfig.for_model(model_type, **(_SHARED | dict(differences)))
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
     randomise(model, torch.Generator().manual_seed(0))
     model.to(dtype)
     model.config.dtype = dtype
