@@ -197,7 +197,7 @@ def compress_at_random(
     )
     for name, described in config.modules.items():
         weight = tensors.pop(f"{name}.weight")
-        tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in _store(weight, described).items()}
+        tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in store_linear(weight, described).items()}
     _write_like(source, target, tensors, config)
     return config
 
@@ -209,7 +209,7 @@ def materialise(compressed: Path, target: Path) -> Path:
     tensors = load_file(compressed / WEIGHTS_FILE)
     for name, described in config.modules.items():
         stored = {leaf: tensors.pop(f"{name}.{leaf}") for leaf in described.tensor_shapes}
-        tensors[f"{name}.weight"] = _restore(stored, described)
+        tensors[f"{name}.weight"] = restore_linear(stored, described)
     _write_like(compressed, target, tensors, None)
     return target
 
@@ -316,8 +316,8 @@ def _describe(
     return Storage(layout="low_rank", shape=shape, rank=possible[0], factor_a=first, factor_b=second)
 
 
-def _store(weight: torch.Tensor, described: Storage) -> dict[str, torch.Tensor]:
-    """Return an altered module's tensors, named relative to it; `_restore` inverts it up to truncation."""
+def store_linear(weight: torch.Tensor, described: Storage) -> dict[str, torch.Tensor]:
+    """Return an altered module's tensors by relative name; `restore_linear` inverts it up to truncation."""
     stored = {GUARD: torch.empty(GUARD_SHAPE, dtype=weight.dtype)}
     matrices = {"": weight}
     if described.layout == "pivoted":
@@ -361,7 +361,8 @@ def _pivots(basis: torch.Tensor, num_blocks: int) -> list[int]:
     return sorted(pivots)
 
 
-def _restore(stored: Mapping[str, torch.Tensor], described: Storage) -> torch.Tensor:
+def restore_linear(stored: Mapping[str, torch.Tensor], described: Storage) -> torch.Tensor:
+    """Return the weight [out, in] that an altered module's tensors stand for."""
     matrices = {}
     for part, (_, quantization) in described.parts.items():
         prefix = f"{part}." if part else ""
