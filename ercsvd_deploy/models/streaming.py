@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
-from ercsvd_deploy.format.names import to_module
+from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.side_by_side import is_small, map_side_by_side
 from ercsvd_deploy.models.families import Architecture, LayerLinears, describe, reads_images

@@ -13,7 +13,7 @@ from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, columns_that_
 from ercsvd_deploy.pipelines.planning.plan import CandidatePlan, Plan
 from ercsvd_deploy.pipelines.reporting.tables import component_table
 from ercsvd_deploy.pipelines.reporting.terminal import rich_table
-from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import PatternMatch
 
 
 def render(plan: Plan) -> RenderableType:

@@ -24,7 +24,7 @@ from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.statistics import InputStatistics
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
-from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 

@@ -28,7 +28,7 @@ from ercsvd_deploy.pipelines.inputs.model import OpenedModel
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
 from ercsvd_deploy.pipelines.state.cache import file_digest
 from ercsvd_deploy.pipelines.state.code_version import code_version
-from ercsvd_deploy.pipelines.state.machine import device_identity
+from ercsvd_deploy.pipelines.state.device_identity import device_identity
 from ercsvd_deploy.recipe.load import canonical
 from ercsvd_deploy.recipe.sections import Recipe
 

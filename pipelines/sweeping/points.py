@@ -19,8 +19,8 @@ from pydantic import TypeAdapter
 from ercsvd_deploy.format.atomic_files import write_json_atomically
 from ercsvd_deploy.pipelines.flow import prepare_run, start_run
 from ercsvd_deploy.pipelines.inputs.model import find_device
-from ercsvd_deploy.pipelines.judging.figures import ModelFigures
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
+from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, ReportError, load_report
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.pipelines.state.progress import log_lines

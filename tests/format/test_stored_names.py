@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ercsvd_deploy.format.names import to_module
+from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.stored_names import match_names
 from ercsvd_deploy.format.tensor_store import CheckpointError
 

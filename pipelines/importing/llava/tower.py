@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.format.names import VISION_TOWER
+from ercsvd_deploy.format.llava_names import VISION_TOWER
 from ercsvd_deploy.format.store_views import RenamedStore
 from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore
 from ercsvd_deploy.format.weight_files import open_directory

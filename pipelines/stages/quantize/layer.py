@@ -20,7 +20,7 @@ from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
 from ercsvd_deploy.linalg.truncation import Factors
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
-from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
+from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
 from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings, start_pair
 from ercsvd_deploy.quantization.gptq import MatrixReport, RoundingMethod, quantize_together
 from ercsvd_deploy.quantization.grid import GriddedWeight, put_on_grid
