@@ -198,11 +198,13 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
     for stage in plan.stages:
         stage.check_here()
     short = check_resources(plan)
-    data = load_run_data(recipe, opened)
     token_weight = recipe.calibration.token_weight if recipe.calibration is not None else "uniform"
+    # Before any text is read: it checks names and shapes.
     original = stream(opened, device, token_weight=token_weight)
+    data = load_run_data(recipe, opened)
     calibration = [warning for stage in plan.stages for warning in stage.check_data(data)]
-    warnings = (*data.warnings, *original.surplus_warnings(), *calibration, *plan.warnings, *short)
+    model_notes = (*opened.notes(), *original.surplus_warnings())
+    warnings = (*data.warnings, *model_notes, *calibration, *plan.warnings, *short)
     return PreparedRun(recipe, device, opened, data, original, plan, warnings)
 
 

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ from torch import nn
 from torch.nn import functional
 
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
-from ercsvd_deploy.format.store_views import RenamedStore
 from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.side_by_side import is_small, map_side_by_side
 from ercsvd_deploy.models.architecture import Architecture, LayerLinears
-from ercsvd_deploy.models.families import describe
-from ercsvd_deploy.models.loading import check_store, load_tensors
+from ercsvd_deploy.models.families import describe, module_tensor
+from ercsvd_deploy.models.fitting import fit_store
+from ercsvd_deploy.models.loading import load_tensors
 from ercsvd_deploy.models.meta import build_meta_model, compressed_config, tie_weights
 from ercsvd_deploy.models.modules import replace_linears
 from ercsvd_deploy.models.recording import EmbeddingDone, OnCall, capture_input, layers_replaced
@@ -88,9 +89,7 @@ class LayerwiseModel:
         self.architecture = describe(self.model, config)
         if compressed is not None:
             replace_linears(self.model, compressed)
-        names = check_store(self.model, self.store)
-        self.surplus_tensors = tuple(sorted(self.store.names() - names))
-        self.store = RenamedStore(self.store, {name: name for name in names})
+        self.store, self.surplus_tensors = fit_store(self.model, self.store, partial(module_tensor, config))
         self._layers = list(self._stack)
 
     @property
