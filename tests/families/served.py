@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -21,7 +20,7 @@ from tests.tiny_models import materialise
 from tests.vllm.engines import PROMPTS, compare, engine, run_engines
 
 TOLERANCES = {"float32": 1e-4, "float16": 0.03}
-# Half of the layers as factors, the other half dense; one Linear of each layer stays plain.
+# Factors of all Linears; or int4, in half of the layers of factors, in the others of dense matrices.
 STAGES: Mapping[str, list[dict[str, Any]]] = {
     "float32": [factorize(num_compressed_layers="all")],
     "float16": [
@@ -31,21 +30,8 @@ STAGES: Mapping[str, list[dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Served:
-    """What vLLM's CPU engine does with a family, in a word for each of `TOLERANCES`.
-
-    Attributes:
-        float32: Low-rank factors in float32: `same`, or what keeps vLLM from it.
-        float16: Factors and dense matrices in int4, in float16.
-    """
-
-    float32: str
-    float16: str
-
-    def as_json(self) -> dict[str, str]:
-        """Return it as plain values."""
-        return asdict(self)
+NO_FLOAT16 = "does not support float16"  # vLLM says so of a few families
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 def compress(model: Path, directory: Path, dtype: str) -> Path:
@@ -77,54 +63,58 @@ def reference(directory: Path) -> PreTrainedModel:
     return loaded.eval()
 
 
-def serve(dense: Path, exports: Mapping[str, Path], work: Path) -> tuple[Served, Mapping[str, str]]:
-    """Serve exports by dtype; return what comes of it, and vLLM's class of each Linear that it serves.
+def run_all(jobs: Mapping[_Key, dict[str, Any]], work: Path) -> dict[_Key, dict[str, Any]]:
+    """Run engines, all in one process as far as they work there; return their answers, or `error` alone.
 
     Args:
-        dense: The model that was compressed, which vLLM is given where it does not serve an export.
-        exports: Dtype -> directory.
+        jobs: Arguments of each engine, under any key.
+        work: A directory for answers and logs.
+    """
+    work.mkdir(parents=True)
+    status, _ = run_engines(list(jobs.values()), work / "all.json", goes_on=True)
+    answers = [{"error": ""}] * len(jobs) if status else json.loads((work / "all.json").read_text())
+    by_key = dict(zip(jobs, answers, strict=True))
+    failed = [
+        key for key, answer in by_key.items() if "error" in answer and NO_FLOAT16 not in answer["error"]
+    ]
+    for number, key in enumerate(failed):  # an engine may fail for what another has left behind
+        alone = work / f"{number}.json"
+        status, printed = run_engines([jobs[key]], alone)
+        by_key[key] = {"error": _last_error(printed)} if status else json.loads(alone.read_text())[0]
+    return {key: answer | {"dtype": jobs[key]["dtype"]} for key, answer in by_key.items()}
+
+
+def largest_difference(directory: Path, answer: Mapping[str, Any]) -> float:
+    """Return the largest difference of log-probabilities between an engine and a dense model in float32."""
+    return compare(reference(directory), answer["outputs"], [{}] * len(PROMPTS)).largest
+
+
+def judge(dense: Path, export: Path, dtype: str, answer: Mapping[str, Any], work: Path) -> str:
+    """Return in a word how vLLM serves an export: `same`, or what vLLM does with the original too.
+
+    Args:
+        dense: The original model.
+        export: What was made of it.
+        dtype: In which it was served.
+        answer: Of its engine.
         work: An empty directory.
 
     Raises:
-        AssertionError: vLLM serves the original, but not what was made of it.
+        AssertionError: vLLM serves the original as transformers does, but not the export.
     """
-    engines = [engine(directory, dtype) for dtype, directory in exports.items()]
-    status, printed = run_engines(engines, work / "answer.json")
-    if status:
-        refusal = _refusal(dense, work)
-        assert refusal, printed[-6000:]
-        return Served(refusal, refusal), {}
-    answers = json.loads((work / "answer.json").read_text())
-    verdicts = {}
-    for (dtype, directory), answer in zip(exports.items(), answers, strict=True):
-        made = materialise(directory, work / f"{dtype}-dense")
-        largest = _largest_difference(made, answer)
-        verdicts[dtype] = "same" if largest <= TOLERANCES[dtype] else _excuse(dense, dtype, largest, work)
-    return Served(**verdicts), {name: kind for answer in answers for name, kind in answer["cut"].items()}
-
-
-def _refusal(dense: Path, work: Path) -> str | None:
-    """Return why vLLM does not run the original model; None if it does."""
-    status, printed = run_engines([engine(dense, "float32")], work / "original.json")
-    if not status:
-        return None
-    errors = [line.strip() for line in printed.splitlines() if "Error: " in line]
-    return f"vLLM does not run the original: {errors[-1] if errors else 'it ended'}"[:120]
-
-
-def _excuse(dense: Path, dtype: str, largest: float, work: Path) -> str:
-    """Return how far vLLM is off with the original too.
-
-    Raises:
-        AssertionError: with the original it is not.
-    """
-    status, printed = run_engines([engine(dense, dtype)], work / f"original-{dtype}.json")
-    assert not status, printed[-6000:]
-    [answer] = json.loads((work / f"original-{dtype}.json").read_text())
-    of_original = _largest_difference(dense, answer)
+    if "error" not in answer:
+        largest = largest_difference(materialise(export, work / "dense"), answer)
+        if largest <= TOLERANCES[dtype]:
+            return "same"
+    [original] = run_all({"original": engine(dense, dtype)}, work / "original").values()
+    if "error" in original:
+        return f"vLLM does not run the original: {original['error']}"[:160]
+    assert "error" not in answer, answer["error"]
+    of_original = largest_difference(dense, original)
     assert largest <= 2 * of_original, f"off by {largest:.2g}, and by {of_original:.2g} with the original"
-    return "other than transformers, with the original too"
+    return "not as transformers computes it, nor is the original"
 
 
-def _largest_difference(directory: Path, answer: Mapping[str, Any]) -> float:
-    return compare(reference(directory), answer["outputs"], [{}] * len(PROMPTS)).largest
+def _last_error(printed: str) -> str:
+    errors = [line.strip() for line in printed.splitlines() if "Error: " in line or "error, " in line]
+    return errors[-1] if errors else printed[-300:]

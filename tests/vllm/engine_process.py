@@ -85,10 +85,14 @@ def _request(prompt: list[int] | dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Answer the request on stdin."""
     request = json.load(sys.stdin)
-    answers = [
-        generate(engine, request["prompts"], request["max_tokens"], request["top"])
-        for engine in request["engines"]
-    ]
+    answers = []
+    for engine in request["engines"]:
+        try:
+            answers.append(generate(engine, request["prompts"], request["max_tokens"], request["top"]))
+        except Exception as error:
+            if not request["goes_on"]:
+                raise
+            answers.append({"error": f"{type(error).__name__}: {error}"})
     Path(request["answer"]).write_text(json.dumps(answers))
     os._exit(0)  # vLLM's exit handlers wait for processes that are gone already
 
