@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,7 +158,7 @@ def refused(config: Any) -> str:
         ("deepseek_v3", "a mixture of 256 experts a layer"),
         ("bart", "an encoder with a decoder"),
         ("t5", "an encoder with a decoder"),
-        ("qwen2_vl", "a decoder with other parts around it; supported of those: llava, llava_next"),
+        ("qwen2_vl", "a vision-language model; supported of those: llava, llava_next"),
         ("mamba", "it has no attention heads"),
         ("vit", "transformers has no language model of this type"),
     ],
@@ -165,6 +167,24 @@ def test_what_is_refused_is_named(model_type: str, reason: str) -> None:
     message = refused(AutoConfig.for_model(model_type))
     assert model_type in message
     assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto_map", "reason"),
+    [
+        ("lama", None, "has no such models (did you mean llama?)"),
+        ("internlm3", {"AutoConfig": "configuration_internlm3.Config"}, "brings its own code"),
+    ],
+)
+def test_types_that_transformers_does_not_have(
+    model_type: str, auto_map: dict[str, str] | None, reason: str, tmp_path: Path
+) -> None:
+    config = {"model_type": model_type} | ({"auto_map": auto_map} if auto_map else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArchitectureError) as caught:
+        load_config(str(tmp_path))
+    assert f"{model_type!r} is not supported" in str(caught.value)
+    assert reason in str(caught.value)
 
 
 def tiny_llama() -> nn.Module:
