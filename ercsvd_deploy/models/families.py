@@ -34,11 +34,9 @@ def check_supported(config: Any) -> None:
     elif text_config is not config:
         known = ", ".join(sorted(VISION_LANGUAGE_MODEL_TYPES))
         kind = (
-            "vision-language model"
-            if hasattr(config, "vision_config")
-            else "decoder with other parts around it"
+            "a vision-language model" if hasattr(config, "vision_config") else "a decoder among other parts"
         )
-        raise _unsupported(config, f"a {kind}; supported of those: {known}")
+        raise _unsupported(config, f"{kind}; supported of those: {known}")
     if getattr(config, "is_encoder_decoder", False):
         raise _unsupported(config, "an encoder with a decoder; supported are decoders alone, such as llama")
     if _model_class(config) is None and not getattr(config, "auto_map", None):

@@ -52,7 +52,8 @@ def _unknown_type(raw: Mapping[str, Any]) -> str | None:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type in transformers.CONFIG_MAPPING:
         return None
-    text = f"model_type {model_type!r} is not supported: transformers {transformers.__version__} has no such models"
+    release = transformers.__version__
+    text = f"model_type {model_type!r} is not supported: transformers {release} has no such models"
     if raw.get("auto_map"):
         return f"{text}, and this one brings its own code: set model.trust_remote_code to true to run that"
     near = difflib.get_close_matches(model_type, list(transformers.CONFIG_MAPPING), n=1)
