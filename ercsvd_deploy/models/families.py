@@ -6,7 +6,7 @@ where a family differs from what its modules tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from ercsvd_deploy.models.vision import VISION_LANGUAGE_MODEL_TYPES, check_visio
 
 # What the configs of mixtures of experts call the number of experts of a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Model type -> module -> what checkpoints call it.
 _STORED_PREFIXES: Mapping[str, Mapping[str, str]] = {"gpt_neox": {"lm_head": "embed_out"}}
 
@@ -43,9 +44,8 @@ def check_supported(config: Any) -> None:
         raise _unsupported(config, "transformers has no language model of this type")
     if not isinstance(getattr(text_config, "num_attention_heads", None), int):
         raise _unsupported(text_config, "it has no attention heads; supported are decoders such as llama")
-    for key in _EXPERTS:
-        if (getattr(text_config, key, None) or 0) > 1:
-            raise _unsupported(text_config, f"a mixture of {getattr(text_config, key)} experts a layer")
+    for obstacle in _obstacles(text_config):
+        raise _unsupported(text_config, obstacle)
 
 
 def describe(model: nn.Module, config: Any) -> Architecture:
@@ -112,6 +112,24 @@ def _model_class(config: Any) -> Any:
 
     mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if reads_images(config) else MODEL_FOR_CAUSAL_LM_MAPPING
     return mapping.get(type(config), None)
+
+
+def _obstacles(text_config: Any) -> Iterator[str]:
+    """Yield what of a decoder's layers cannot be compressed, streamed or served here."""
+    for key in _EXPERTS:
+        if (getattr(text_config, key, None) or 0) > 1:
+            yield f"a mixture of {getattr(text_config, key)} experts a layer"
+    others = sorted(set(getattr(text_config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
+    if others:
+        yield f"it has layers of another kind than attention: {', '.join(others)}"
+    if getattr(text_config, "kv_lora_rank", None):
+        yield "multi-head latent attention, whose matrices vLLM multiplies with each other"
+    if getattr(text_config, "is_heterogeneous", False):
+        yield "its layers have heads of different sizes"
+    if getattr(text_config, "num_kv_shared_layers", None):
+        yield "layers that read keys and values of others"
+    if getattr(text_config, "hidden_size_per_layer_input", None):
+        yield "layers that read embeddings of their own"
 
 
 def _num_key_value_heads(text_config: Any) -> int:
