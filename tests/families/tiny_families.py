@@ -37,7 +37,8 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "phi3",
         _GROUPED
         | {
-            "original_max_position_embeddings": 64,
+            # vLLM takes the long factors for all sequences if it may meet one that is longer than this
+            "original_max_position_embeddings": 128,
             "rope_scaling": {"type": "longrope", "short_factor": [1.1] * 16, "long_factor": [2.0] * 16},
         },
     ),
