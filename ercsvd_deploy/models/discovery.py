@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,7 @@ def find_decoder(model: nn.Module) -> DecoderStack:
     finally:
         for handle in handles:
             handle.remove()
+    _refuse_shared_weights(model, layers)
     return DecoderStack(prefix, layers, any(isinstance(output, tuple) for output in returned))
 
 
@@ -153,6 +154,19 @@ def _describe_layer(prefix: str, index: int, layer: nn.Module, calls: _Calls) ->
         shape = LinearShape(f"{prefix}.{name}", index, out_features, in_features)
         groups.setdefault(id(read), []).append(shape)
     return LayerLinears(index, prefix, tuple(map(tuple, groups.values())))
+
+
+def _refuse_shared_weights(model: nn.Module, layers: Sequence[LayerLinears]) -> None:
+    """Refuse Linears that are two names of one weight: each would be stored in a way of its own.
+
+    Raises:
+        ArchitectureError: names two.
+    """
+    owners: dict[int, str] = {}
+    for linear in (linear for layer in layers for linear in layer.linears):
+        owner = owners.setdefault(id(model.get_submodule(linear.name).weight), linear.name)
+        if owner != linear.name:
+            raise ArchitectureError(f"{owner} and {linear.name} share one weight")
 
 
 def _refuse_other_weights(prefix: str, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> None:

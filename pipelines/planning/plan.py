@@ -13,6 +13,7 @@ from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, ask_kernels, 
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.families import reads_images
 from ercsvd_deploy.models.meta import compressed_config, read_architecture
+from ercsvd_deploy.models.tested_families import serving_doubts
 from ercsvd_deploy.models.vision import VISION_LANGUAGE_MODEL_TYPES
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.components import Component, describe_components
@@ -203,6 +204,7 @@ def make_plan(
                 dtype,
                 has_plugin=recipe.export.format == "vllm",
             ),
+            *serving_doubts(architecture.model_type),
             *gpu_warnings(
                 dense_on_gpu,
                 [each.gpu_bytes for each in shown],

@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from ercsvd_deploy.models import tested_families
 from tests.families.tiny_families import FAMILIES
 
-RESULTS = Path(__file__).with_name("results.json")
 README = Path(__file__).parents[2] / "README.md"
+RESULTS = README.with_name("ercsvd_deploy") / "models" / tested_families.FILE
 _BEGIN, _END = "<!-- families -->\n", "<!-- /families -->\n"
 
 

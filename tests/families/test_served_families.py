@@ -1,7 +1,7 @@
 """Every family: a recipe runs, transformers loads what it wrote, and vLLM serves it with the same numbers.
 
 Engines take many seconds to start, so these tests are run by `make test-families` alone, and those of all
-families that are asked for share a process. What they find is in `results.json`, from which
+families that are asked for share a process. What they find is in `models/tested_families.json`, from which
 `python -m tests.families.table` makes the README's table; with ERCSVD_UPDATE_FAMILIES=1 they write it.
 """
 

@@ -28,6 +28,11 @@ _GROUPED = {"intermediate_size": 256, "num_key_value_heads": 2}
 _GEMMA = {"head_dim": 32, "sliding_window": WINDOW, "layer_types": _SLIDING, "tie_word_embeddings": True}
 # Family, with the variant where there are several -> (model type, what its config says beside `_SHARED`).
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "llama": ("llama", _GROUPED),
+    "mistral": ("mistral", _GROUPED | {"sliding_window": WINDOW}),
+    "qwen2": ("qwen2", _GROUPED),
+    "qwen3": ("qwen3", _GROUPED | {"head_dim": 32}),
+    "opt": ("opt", {"ffn_dim": 256, "word_embed_proj_dim": 128}),
     "gemma": ("gemma", _GROUPED | {"head_dim": 32, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", _GROUPED | _GEMMA | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
     "gemma3_text": ("gemma3_text", _GROUPED | _GEMMA | {"query_pre_attn_scalar": 24}),

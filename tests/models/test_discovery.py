@@ -219,6 +219,16 @@ def test_a_linear_that_never_runs_is_refused() -> None:
         find_decoder(model)
 
 
+def test_linears_that_share_a_weight_are_refused() -> None:
+    model = tiny_llama()
+    first, second = (model.get_submodule(f"model.layers.{index}.mlp.up_proj") for index in range(2))
+    second.weight = first.weight
+    with pytest.raises(
+        ArchitectureError, match=r"layers\.0\.mlp\.up_proj and .*layers\.1\.mlp\.up_proj share"
+    ):
+        find_decoder(on_meta(model))
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny_llama()
     before = {name: copy.deepcopy(buffer) for name, buffer in model.named_buffers()}
