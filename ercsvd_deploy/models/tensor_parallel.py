@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 # The Linear that ends an attention or an MLP: its inputs lie on several ranks, its outputs are summed.
 _ENDS_OF_BLOCKS = frozenset(
-    {"o_proj", "out_proj", "dense", "down_proj", "fc2", "c_proj", "dense_4h_to_h", "w2", "linear_2"}
+    ("o_proj", "out_proj", "dense", "wo", "c_proj")  # of attention
+    + ("down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out", "linear_2")  # of an MLP
 )
 _KEY_VALUES = frozenset({"k_proj", "v_proj"})
 # Several projections that transformers keep as one Linear.

@@ -227,4 +227,5 @@ class Workload:
 
 def _attention_width(layer: LayerLinears) -> int:
     """Return the values of a token that attention gives: all heads', which its last Linear reads."""
-    return next(linear.in_features for linear in layer.linears if cuts_inputs(linear.name))
+    widths = (linear.in_features for linear in layer.linears if cuts_inputs(linear.name))
+    return next(widths, layer.linears[0].in_features)
