@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The Linear that ends an attention or an MLP: its inputs lie on several ranks, its outputs are summed.
-_ENDS_OF_BLOCKS = frozenset(
-    ("o_proj", "out_proj", "dense", "wo", "c_proj")  # of attention
-    + ("down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out", "linear_2")  # of an MLP
-)
+# The Linears that end an attention or an MLP: their inputs lie on several ranks, their outputs are summed.
+_ENDS_OF_ATTENTION = frozenset({"o_proj", "out_proj", "dense", "wo", "c_proj"})
+_ENDS_OF_MLP = frozenset({"down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out", "c_proj", "linear_2"})
 _KEY_VALUES = frozenset({"k_proj", "v_proj"})
 # Several projections that transformers keep as one Linear.
 _FUSED_ATTENTION = frozenset({"qkv_proj", "query_key_value"})
@@ -29,7 +27,7 @@ class OutputBlock:
 
 def cuts_inputs(name: str) -> bool:
     """Whether tensor parallelism cuts a Linear along its inputs (vLLM: row-parallel)."""
-    return _leaf(name) in _ENDS_OF_BLOCKS
+    return _leaf(name) in _ENDS_OF_ATTENTION | _ENDS_OF_MLP
 
 
 def holds_key_values(name: str) -> bool:
