@@ -90,7 +90,7 @@ def largest_difference(directory: Path, answer: Mapping[str, Any]) -> float:
 
 
 def judge(dense: Path, export: Path, dtype: str, answer: Mapping[str, Any], work: Path) -> str:
-    """Return in a word how vLLM serves an export: `same`, or what vLLM does with the original too.
+    """Return in a word how vLLM serves an export: `same`, or in what vLLM treats the original alike.
 
     Args:
         dense: The original model.
@@ -112,7 +112,7 @@ def judge(dense: Path, export: Path, dtype: str, answer: Mapping[str, Any], work
     assert "error" not in answer, answer["error"]
     of_original = largest_difference(dense, original)
     assert largest <= 2 * of_original, f"off by {largest:.2g}, and by {of_original:.2g} with the original"
-    return "not as transformers computes it, nor is the original"
+    return "as far from transformers as the original"
 
 
 def _last_error(printed: str) -> str:

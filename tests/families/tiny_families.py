@@ -65,7 +65,8 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "cohere-qk-norm": ("cohere", _GROUPED | {"logit_scale": 0.25, "use_qk_norm": True}),
     "cohere2": (
         "cohere2",
-        _GROUPED | {"logit_scale": 0.25, "sliding_window": WINDOW, "layer_types": _SLIDING},
+        # vLLM's window is one token longer than transformers', on purpose: longer here than all sequences
+        _GROUPED | {"logit_scale": 0.25, "sliding_window": 64, "layer_types": _SLIDING},
     ),
     "glm": ("glm", _GROUPED | {"head_dim": 32, "attention_bias": True}),
     "glm4": ("glm4", _GROUPED | {"head_dim": 32}),
