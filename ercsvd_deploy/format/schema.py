@@ -144,9 +144,7 @@ class Storage(BaseModel):
         description="Equal consecutive blocks of outputs that hold equally many pivots each (pivoted): the "
         "outputs can be cut into any divisor of this many parts.",
     )
-    weight: WeightQuantization | None = Field(
-        default=None, description="Quantization (dense, corrected)."
-    )
+    weight: WeightQuantization | None = Field(default=None, description="Quantization (dense, corrected).")
     factor_a: WeightQuantization | None = Field(default=None, description="Quantization of [rank, in].")
     factor_b: WeightQuantization | None = Field(default=None, description="Quantization of [out, rank].")
     pivot_rows: WeightQuantization | None = Field(default=None, description="Quantization of [rank, in].")

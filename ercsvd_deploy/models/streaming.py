@@ -26,8 +26,8 @@ from ercsvd_deploy.linalg.side_by_side import is_small, map_side_by_side
 from ercsvd_deploy.models.families import Architecture, LayerLinears, describe
 from ercsvd_deploy.models.loading import check_store, load_tensors
 from ercsvd_deploy.models.meta import build_meta_model, compressed_config, tie_weights
-from ercsvd_deploy.models.replacement import replace_linears
 from ercsvd_deploy.models.recording import EmbeddingDone, capture_input, layers_replaced
+from ercsvd_deploy.models.replacement import replace_linears
 from ercsvd_deploy.models.statistics import InputStatistics, TokenWeight, observing, observing_gradients
 
 MAX_TOKENS_PER_BATCH = 8192
