@@ -106,6 +106,7 @@ _FIRST_LAYER = {
     "linear_1": (True, False),
     "linear_2": (True, False),
 }
+_SOME_CORRECTED = ("k_proj", "up_proj", "o_proj")
 
 
 def save_tiny_model(
@@ -174,8 +175,8 @@ def compress_at_random(
         include_vision: treat the Linears of projector and vision tower too, as far as the tower is run; they
             stay in floating point.
         pivoted_layers: in these, Linears that would be low-rank are pivoted, all but value projections.
-        corrected: which Linears of the first layer are integers with a low-rank correction: "some" are those
-            that would be low-rank, but for value projections.
+        corrected: which Linears of the first layer are integers with a low-rank correction: "some" leaves
+            others beside them in fused layers.
     """
     generator = torch.Generator().manual_seed(seed)
     weight_quantization = None if quantization is None else WeightQuantization(**quantization)
@@ -196,8 +197,9 @@ def compress_at_random(
         descriptions[match["module"]] = _describe(
             match, (out_features, in_features), ranks, storage, generator, pivoted_layers
         )
-        would_be_low_rank = descriptions[match["module"]].layout != "dense" and match["leaf"] != "v_proj"
-        if match["layer"] == "0" and (corrected == "all" or (corrected == "some" and would_be_low_rank)):
+        if match["layer"] == "0" and (
+            corrected == "all" or (corrected == "some" and match["leaf"] in _SOME_CORRECTED)
+        ):
             assert storage is not None
             descriptions[match["module"]] = _describe_corrected(match["leaf"], weight.shape, storage)
     config = CheckpointConfig(

@@ -66,13 +66,15 @@ def naive_truncation(residual: Tensor, of: Tensor, output_metric: Tensor | None 
 
     def root(matrix: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(matrix.double())
-        return vectors * values.clamp(min=1e-12).sqrt() @ vectors.T
+        rooted: Tensor = vectors * values.clamp(min=1e-12).sqrt() @ vectors.T
+        return rooted
 
     right = root(of)
     left = torch.eye(OUT).double() if output_metric is None else root(output_metric)
     u, s, vh = torch.linalg.svd(left @ residual.double() @ right)
     truncated = u[:, :RANK] * s[:RANK] @ vh[:RANK]
-    return torch.linalg.solve(left, truncated) @ torch.linalg.inv(right)
+    best: Tensor = torch.linalg.solve(left, truncated) @ torch.linalg.inv(right)
+    return best
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -95,7 +97,7 @@ def test_one_round_is_gptq_and_then_the_best_pair_for_its_residual() -> None:
     expected = integers.dequantize() + naive_truncation(weight() - integers.dequantize(), gram())
     loss = proxy_loss(weight(), naive_product(corrected), gram())
     assert loss == pytest.approx(proxy_loss(weight(), expected, gram()), rel=1e-3)
-    assert corrected.report.loss_by_round == (pytest.approx(loss, rel=1e-4),)
+    assert list(corrected.report.loss_by_round) == pytest.approx([loss], rel=1e-4)
     uncorrected = proxy_loss(weight(), integers.dequantize(), gram())
     assert corrected.report.loss_uncorrected == pytest.approx(uncorrected, rel=1e-4)
 
@@ -125,7 +127,9 @@ def test_the_best_round_is_kept_and_none_follows_one_that_is_worse(
         assert report.loss < 0.95 * losses[0]
     loss_of = LossOf(of.double(), gram().double(), metric().double() if has_metric else None)
     assert loss_of(naive_product(corrected)) == pytest.approx(min(losses), rel=1e-3)
-    torch.testing.assert_close(corrected.dequantize().double(), naive_product(corrected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        corrected.dequantize().double(), naive_product(corrected), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_factors_lose_little_in_eight_bits_and_more_in_four() -> None:
