@@ -29,7 +29,7 @@ from ercsvd_deploy.pipelines.stages.factorize.ranks.last_layers import LastLayer
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import rank_plans
 from ercsvd_deploy.pipelines.stages.factorize.walk import factorize_decoder
 from ercsvd_deploy.pipelines.stages.quantize.decoder import quantize_decoder
-from ercsvd_deploy.pipelines.stages.quantize.storage import quantize_plan_of
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import linear_bits_per_weight, stored_bytes, sum_by_part
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe

@@ -29,7 +29,7 @@ from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, Repo
 from ercsvd_deploy.pipelines.reporting.files import write_report_files
 from ercsvd_deploy.pipelines.stages.cached import RunState, StageCache, run_stages
 from ercsvd_deploy.pipelines.stages.contract import PlanError
-from ercsvd_deploy.pipelines.stages.work import CompressedModel
+from ercsvd_deploy.pipelines.stages.stage_run import CompressedModel
 from ercsvd_deploy.pipelines.state.fingerprint import HASHES_FILE, Fingerprints, take_fingerprints
 from ercsvd_deploy.pipelines.state.finished import finished_report
 from ercsvd_deploy.pipelines.state.lock import clear, has_pieces, resumable_directory
@@ -198,11 +198,13 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
     for stage in plan.stages:
         stage.check_here()
     short = check_resources(plan)
-    data = load_run_data(recipe, opened)
     token_weight = recipe.calibration.token_weight if recipe.calibration is not None else "uniform"
+    # Before any text is read: it checks names and shapes.
     original = stream(opened, device, token_weight=token_weight)
+    data = load_run_data(recipe, opened)
     calibration = [warning for stage in plan.stages for warning in stage.check_data(data)]
-    warnings = (*data.warnings, *original.surplus_warnings(), *calibration, *plan.warnings, *short)
+    model_notes = (*opened.notes(), *original.surplus_warnings())
+    warnings = (*data.warnings, *model_notes, *calibration, *plan.warnings, *short)
     return PreparedRun(recipe, device, opened, data, original, plan, warnings)
 
 

@@ -17,9 +17,12 @@ from ercsvd_deploy.format.tensor_store import (
     torch_dtype,
 )
 
+# Precisions whose tensors are numbers by themselves; 8-bit floats mean nothing without their scales.
+_PLAIN_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
 
 class CastingStore:
-    """A store whose floating-point tensors are read in another precision."""
+    """A store whose floating-point tensors are read in another precision, all but 8-bit ones."""
 
     def __init__(self, base: TensorStore, dtype: torch.dtype) -> None:
         self._base = base
@@ -33,16 +36,37 @@ class CastingStore:
     def info(self, name: str) -> TensorInfo:
         """Return shape, dtype and size of a tensor as it will be read."""
         info = self._base.info(name)
-        if not torch_dtype(info.dtype).is_floating_point:
+        if torch_dtype(info.dtype) not in _PLAIN_FLOATS:
             return info
         return TensorInfo(info.shape, self._dtype_name, math.prod(info.shape) * self._dtype.itemsize)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Return the named tensors on the CPU, floating-point ones cast."""
+        """Return the named tensors on the CPU, floating-point ones cast.
+
+        Raises:
+            CheckpointError: a value lies beyond the range of the precision asked for.
+        """
         return {
-            name: tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+            name: cast_within_range(name, tensor, self._dtype) if tensor.dtype in _PLAIN_FLOATS else tensor
             for name, tensor in self._base.read(names).items()
         }
+
+
+def cast_within_range(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a floating-point tensor in another precision, if that can hold its values.
+
+    Raises:
+        CheckpointError: it has finite values that are infinite in `dtype`.
+    """
+    cast = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not bool(torch.isfinite(cast).all()):
+        largest = float(tensor.abs().max())
+        if math.isfinite(largest):
+            raise CheckpointError(
+                f"{name} holds values up to {largest:.3g}, beyond the range of {str(dtype)[6:]}: set "
+                "model.dtype to bfloat16"
+            )
+    return cast
 
 
 class RenamedStore:

@@ -1,12 +1,11 @@
-"""Read the tensors of a Hugging Face directory, or of a set of safetensors files, one at a time.
+"""Read the tensors of a set of safetensors files, one at a time.
 
-Safetensors only. A weight map may name files of its own directory and nothing else, whatever the index file
-says. Nothing is memory-mapped longer than one read, so a process holds only tensors that its callers keep.
+Safetensors only. Nothing is memory-mapped longer than one read, so a process holds only tensors that its
+callers keep.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -155,57 +154,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
-
-
-def open_directory(directory: Path) -> FileStore:
-    """Open the weights of a Hugging Face model directory.
-
-    Raises:
-        CheckpointError: no safetensors weights, a broken index, or an index that points elsewhere.
-    """
-    index_path = directory / INDEX_FILE
-    if index_path.is_file():
-        weight_map = _read_weight_map(index_path)
-        files = {name: _inside(directory, name, index_path) for name in sorted(set(weight_map.values()))}
-        store = FileStore(files.values())
-        missing = sorted(set(weight_map) - store.names())
-        if missing:
-            raise CheckpointError(f"{index_path}: its files do not hold {enumerate_names(missing)}")
-        return store
-    if (directory / SINGLE_FILE).is_file():
-        return FileStore([_inside(directory, SINGLE_FILE, directory)])
-    pickled = sorted(path.name for path in directory.glob("*.bin"))
-    hint = f"; {pickled[0]} is a pickle, which is never read: convert it to safetensors" if pickled else ""
-    raise CheckpointError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{hint}")
-
-
-def _read_weight_map(index_path: Path) -> dict[str, str]:
-    """Return tensor name -> file name of an index file."""
-    try:
-        index = json.loads(index_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index_path}: not readable JSON ({error})") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index_path}: has no weight_map")
-    if not all(isinstance(value, str) for value in weight_map.values()):
-        raise CheckpointError(f"{index_path}: weight_map must map tensor names to file names")
-    return weight_map
-
-
-def _inside(directory: Path, file_name: str, named_by: Path) -> Path:
-    """Return the path of `file_name` if it lies in `directory`; links into the hub cache are followed."""
-    is_plain = Path(file_name).name == file_name and file_name.isprintable()
-    if not is_plain or not file_name.endswith(".safetensors"):
-        raise CheckpointError(f"{named_by}: {file_name!r} is not the name of a safetensors file beside it")
-    path = directory / file_name
-    resolved = path.resolve()
-    allowed = [directory.resolve()]
-    if directory.resolve().parent.name == "snapshots":  # the hub cache: snapshots/<revision> -> ../../blobs
-        allowed.append(directory.resolve().parent.parent / "blobs")
-    if resolved.parent not in allowed:
-        raise CheckpointError(f"{path}: is a link to {resolved}, outside the model directory")
-    return path
 
 
 def enumerate_names(names: Iterable[str], most: int = 5) -> str:

@@ -31,6 +31,8 @@ from ercsvd_deploy.linalg.truncation import Factors
 # Pivots far from dependent give single digits. Where h is rounded to 8 bits of mantissa, a thousand times
 # that error is no approximation any more.
 _LARGEST_COMBINATION = 1e3
+_EXACT = 1e-9  # largest entry that combinations may miss of an orthonormal basis
+_ZERO = 1e-12  # singular values below, as a share of the largest, are rounding
 
 
 class PivotError(ValueError):
@@ -95,12 +97,17 @@ def to_pivoted(factors: Factors, num_blocks: int = 1) -> PivotedFactors:
     # An orthonormal basis of the columns: the distance of a row from the span of others then depends on the
     # product alone, not on how its size is shared between the factors.
     basis, triangular = torch.linalg.qr(factors.factor_b.double())  # [out, r], [r, r]
-    pivots = _choose_pivots(basis, num_blocks)
-    is_other = torch.ones(out_features, dtype=torch.bool, device=basis.device)
-    is_other[pivots] = False
     directions = triangular @ factors.factor_a.double()  # [r, in]
+    pivots, is_other = _choose_pivots(basis, num_blocks, rank)
     # `solve_ex` does not check: dependent pivots give NaN or huge numbers, which the next lines refuse.
     other_rows = torch.linalg.solve_ex(basis[pivots], basis[is_other], left=False).result
+    if not other_rows.abs().max() <= _LARGEST_COMBINATION:
+        # A product of a lower rank than its factors (a matrix of zeros, say) needs fewer independent rows.
+        needed = _column_basis(basis, directions)
+        pivots, is_other = _choose_pivots(needed, num_blocks, rank)
+        other_rows = needed[is_other] @ torch.linalg.pinv(needed[pivots])
+        if not torch.allclose(other_rows @ needed[pivots], needed[is_other], rtol=0, atol=_EXACT):
+            other_rows = torch.full_like(other_rows, torch.nan)
     if not other_rows.abs().max() <= _LARGEST_COMBINATION:
         where = f" in each of {num_blocks} blocks of outputs" if num_blocks > 1 else ""
         raise PivotError(
@@ -143,13 +150,22 @@ def row_order_problem(row_order: Tensor, rank: int, num_blocks: int) -> str | No
     return None
 
 
-def _choose_pivots(basis: Tensor, num_blocks: int) -> Tensor:
-    """Return the rows of an orthonormal basis [out, r] to take as pivots: [r], ascending.
+def _column_basis(basis: Tensor, directions: Tensor) -> Tensor:
+    """Return an orthonormal basis [out, k] of the columns of basis @ directions, k its numerical rank."""
+    left, singular_values, _ = torch.linalg.svd(directions, full_matrices=False)
+    significant: Tensor = left[:, singular_values > _ZERO * singular_values[0]]
+    return basis @ significant
+
+
+def _choose_pivots(basis: Tensor, num_blocks: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the rows of an orthonormal basis [out, k] to take as pivots, and a mask [out] of the others.
+
+    The pivots are [rank], ascending; where k is less than the rank, the last ones taken are any rows.
 
     Greedy QR with column pivoting on the transpose, as a Cholesky factorization of basis basis^T of which
     only the pivots' columns are ever computed. A block that has its share of pivots is passed over.
     """
-    out_features, rank = basis.shape
+    out_features = len(basis)
     block_of_row = torch.arange(out_features, device=basis.device) // (out_features // num_blocks)
     pivots_left = torch.full((num_blocks,), rank // num_blocks)
     distance = basis.square().sum(dim=1)  # squared distance of every row to the span of the pivots
@@ -167,4 +183,6 @@ def _choose_pivots(basis: Tensor, num_blocks: int) -> Tensor:
         pivots_left[block] -= 1
         if pivots_left[block] == 0:
             distance[block_of_row == block] = -torch.inf
-    return torch.tensor(sorted(pivots), device=basis.device)
+    is_other = torch.ones(out_features, dtype=torch.bool, device=basis.device)
+    is_other[pivots] = False
+    return torch.tensor(sorted(pivots), device=basis.device), is_other

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.format.names import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, to_checkpoint
+from ercsvd_deploy.format.llava_names import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, to_checkpoint
 from ercsvd_deploy.format.schema import Storage
 
 

@@ -1,4 +1,4 @@
-"""Give the modules of a meta model their tensors from a store, and check first that they fit."""
+"""Give the modules of a meta model their tensors from a store."""
 
 from __future__ import annotations
 
@@ -6,38 +6,6 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore
-
-_FLOATS = ("F32", "F16", "BF16")
-
-
-def check_store(model: nn.Module, store: TensorStore) -> frozenset[str]:
-    """Compare names, shapes and dtypes of a model's tensors with a store's before anything is loaded.
-
-    Returns:
-        The names of the model's tensors; a tied output layer, which a store need not have, is left out.
-
-    Raises:
-        CheckpointError: the store lacks tensors, or has them in another shape or as integers.
-    """
-    stored = store.names()
-    output = model.get_output_embeddings()  # type: ignore[operator]
-    is_tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    tied = {f"{name}.weight" for name, module in model.named_modules() if is_tied and module is output}
-    problems = []
-    for name, tensor in model.state_dict().items():
-        if name not in stored:
-            if name not in tied:
-                problems.append(f"{name} is missing")
-            continue
-        info = store.info(name)
-        if info.shape != tuple(tensor.shape):
-            problems.append(f"{name} has shape {list(info.shape)}, the config asks for {list(tensor.shape)}")
-        elif tensor.is_floating_point() and info.dtype not in _FLOATS:
-            problems.append(f"{name} is stored as {info.dtype}; only {', '.join(_FLOATS)} will do")
-    if problems:
-        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
-        raise CheckpointError(f"weights and config.json disagree: {listed}")
-    return frozenset(model.state_dict()) - tied
 
 
 def load_tensors(

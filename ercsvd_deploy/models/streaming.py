@@ -20,11 +20,12 @@ from torch import nn
 from torch.nn import functional
 
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
-from ercsvd_deploy.format.store_views import RenamedStore
+from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.side_by_side import is_small, map_side_by_side
-from ercsvd_deploy.models.families import Architecture, LayerLinears, describe
-from ercsvd_deploy.models.loading import check_store, load_tensors
+from ercsvd_deploy.models.families import Architecture, LayerLinears, describe, reads_images
+from ercsvd_deploy.models.fitting import fit_store
+from ercsvd_deploy.models.loading import load_tensors
 from ercsvd_deploy.models.meta import build_meta_model, compressed_config, tie_weights
 from ercsvd_deploy.models.recording import EmbeddingDone, capture_input, layers_replaced
 from ercsvd_deploy.models.replacement import replace_linears
@@ -87,9 +88,9 @@ class LayerwiseModel:
         self.architecture = describe(self.model, config)
         if compressed is not None:
             replace_linears(self.model, compressed)
-        names = check_store(self.model, self.store)
-        self.surplus_tensors = tuple(sorted(self.store.names() - names))
-        self.store = RenamedStore(self.store, {name: name for name in names})
+        self.store, self.surplus_tensors = fit_store(
+            self.model, self.store, to_module if reads_images(config) else str
+        )
         self._layers = list(self._stack)
 
     @property

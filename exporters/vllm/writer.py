@@ -20,29 +20,10 @@ from ercsvd_deploy.format.compressed_tensors import describe_dense_integers, gua
 from ercsvd_deploy.format.manifest import write_manifest
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.format.shards import write_sharded
+from ercsvd_deploy.format.sidecars import sidecars
 from ercsvd_deploy.format.store_views import RenamedStore
 from ercsvd_deploy.format.tensor_store import TensorStore
 from ercsvd_deploy.models.families import Architecture
-
-# What a tokenizer, a processor or a chat template may be stored in; weights and configs are not copied.
-_CARRIED_OVER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "sentencepiece*",
-    "spiece.model",
-    "generation_config.json",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 @dataclass(frozen=True)
@@ -105,11 +86,9 @@ def write_export(
     description = (
         CheckpointConfig(modules=modules).write() if needs_plugin else describe_dense_integers(modules)
     )
-    for path in carried_over(source):
-        if path.is_dir():
-            shutil.copytree(path, partial / path.name)
-        else:
-            shutil.copyfile(path, partial / path.name)
+    for name, path in sidecars(source).items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, partial / name)
     add_files(partial)
     # Last: without a config no loader takes the directory for a model.
     write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, description))
@@ -117,11 +96,6 @@ def write_export(
     add_reports(partial)
     replace_export(partial, target, is_forced=is_forced)
     return Export(target, num_bytes)
-
-
-def carried_over(source: Path) -> list[Path]:
-    """Return what of an original model's directory comes into an export as it is."""
-    return [path for pattern in _CARRIED_OVER for path in sorted(source.glob(pattern))]
 
 
 def write_weights(

@@ -16,7 +16,7 @@ from ercsvd_deploy.pipelines.cli.failures import command
 from ercsvd_deploy.pipelines.cli.messages import print_json
 from ercsvd_deploy.pipelines.cli.models import evaluate, import_llava
 from ercsvd_deploy.pipelines.cli.outputs import check, clean, report, status, verify
-from ercsvd_deploy.pipelines.cli.ready import recipes
+from ercsvd_deploy.pipelines.cli.ready_recipes import recipes
 from ercsvd_deploy.pipelines.cli.recipes import plan, run, validate
 from ercsvd_deploy.pipelines.cli.sweeps import sweep
 

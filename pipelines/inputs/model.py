@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.format.names import to_module
-from ercsvd_deploy.format.store_views import CastingStore, RenamedStore
-from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore, open_directory
-from ercsvd_deploy.models.families import ArchitectureError, reads_images
+from ercsvd_deploy.format.store_views import CastingStore
+from ercsvd_deploy.format.tensor_store import TensorStore
+from ercsvd_deploy.format.weight_files import open_directory, outside_links
+from ercsvd_deploy.models.families import ArchitectureError
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.statistics import TokenWeight
 from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.importing.llava.config import is_original
 from ercsvd_deploy.pipelines.inputs.libraries import import_transformers
+from ercsvd_deploy.pipelines.inputs.refusals import refuse_unsuitable
 from ercsvd_deploy.recipe.sections import ModelSource
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
@@ -27,11 +27,21 @@ MODEL_FILES = (
     "*.txt",
     "*.model",
     "*.jinja",
+    "README.md",
     "*.tiktoken",
-    "LICENSE*",
+    "*.py",
+    "tokenizer*",
+    "vocab*",
+    "*[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*",
     "NOTICE*",
+    "Notice*",
+    "notice*",
     "USE_POLICY*",
+    "COPYING*",
+    "COPYRIGHT*",
 )
+# Whole copies of a model in another form, which nothing here reads, and other libraries would.
+NOT_FETCHED = ("*consolidated*", "original/*", "onnx/*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx*")
 
 
 @dataclass(frozen=True)
@@ -43,31 +53,34 @@ class OpenedModel:
     config: Any
 
     def store(self) -> TensorStore:
-        """Open its weights under the names of transformers' modules, in the precision the recipe asks for.
+        """Open its weights under the checkpoint's own names, in the precision the recipe asks for.
 
         Raises:
-            CheckpointError: the weights cannot be read, or two of them are the same tensor of the model.
+            CheckpointError: the weights cannot be read.
         """
         files: TensorStore = open_directory(self.directory)
-        if reads_images(self.config):
-            stored_names = {to_module(name): name for name in sorted(files.names())}
-            if len(stored_names) != len(files.names()):
-                twice = sorted(files.names() - set(stored_names.values()))
-                raise CheckpointError(f"{self.directory}: holds {twice[0]} under two names")
-            files = RenamedStore(files, stored_names)
         return (
             files if self.source.dtype == "auto" else CastingStore(files, getattr(torch, self.source.dtype))
         )
+
+    def notes(self) -> list[str]:
+        """Return what people should know of where the weights are read from."""
+        links = outside_links(open_directory(self.directory), self.directory)
+        if not links:
+            return []
+        name, target = min(links.items())
+        more = f" and {len(links) - 1} more" if links.keys() - {name} else ""
+        return [f"weights are read from outside the model's directory: {name}{more} is a link to {target}"]
 
 
 def open_config(source: ModelSource) -> Any:
     """Return the model's config alone; from a hub id nothing else is fetched.
 
     Raises:
-        ArchitectureError: it cannot be read, or is of a format that has to be imported first.
+        ArchitectureError: it cannot be read, or the model is none that can be compressed.
     """
     import_transformers()
-    _refuse_original(source, source.path)
+    refuse_unsuitable(source, source.path)
     return load_config(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
 
@@ -75,35 +88,17 @@ def open_model(source: ModelSource) -> OpenedModel:
     """Return the model with its files at hand, fetched from the hub if `path` is not a directory.
 
     Raises:
-        ArchitectureError: no such directory or hub model, it cannot be fetched, or is of a format that has
-            to be imported first.
+        ArchitectureError: no such directory or hub model, it cannot be fetched, or is none that can be
+            compressed; what can be told of a hub model before its weights are fetched is told before.
     """
     import_transformers()
     directory = Path(source.path)
+    refuse_unsuitable(source, source.path)
     if not directory.is_dir():
         directory = fetch(source.path, revision=source.revision, named_by="model.path")
-    _refuse_original(source, str(directory))
+        refuse_unsuitable(source, str(directory))  # the hub cannot always be asked before
     config = load_config(str(directory), revision=source.revision, trust_remote_code=source.trust_remote_code)
     return OpenedModel(source, directory, config)
-
-
-def _refuse_original(source: ModelSource, path: str) -> None:
-    """Refuse a LLaVA checkpoint in its authors' format, part of which transformers would misread.
-
-    Raises:
-        ArchitectureError: it is one; the message says how to import it.
-    """
-    from transformers import PreTrainedConfig
-
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(path, revision=source.revision)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return  # whoever loads the config says what is wrong with it
-    if is_original(raw):
-        raise ArchitectureError(
-            f"model.path {source.path}: a LLaVA checkpoint in its authors' format; convert it once, with  "
-            f"ercsvd import-llava {source.path} DIRECTORY  and set model.path to DIRECTORY"
-        )
 
 
 def fetch(
@@ -124,7 +119,14 @@ def fetch(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(files),
+                ignore_patterns=list(NOT_FETCHED),
+            )
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()
         raise ArchitectureError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ercsvd_deploy.evaluation.comparison import Comparison
 from ercsvd_deploy.evaluation.quality import Quality
-from ercsvd_deploy.pipelines.judging.figures import Differences, QualityEstimates
+from ercsvd_deploy.pipelines.judging.measurements import Differences, QualityEstimates
 from ercsvd_deploy.pipelines.judging.tasks import TaskMetrics, drop_of
 from ercsvd_deploy.pipelines.judging.uncertainty import (
     mean_of,

@@ -17,7 +17,7 @@ from pydantic import Field
 from ercsvd_deploy.evaluation.comparison import OutputChange
 from ercsvd_deploy.exporters.vllm.engines.failure import one_line
 from ercsvd_deploy.format.described import Count
-from ercsvd_deploy.pipelines.judging.figures import Differences, ModelFigures
+from ercsvd_deploy.pipelines.judging.measurements import Differences, ModelFigures
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
 from ercsvd_deploy.pipelines.judging.tasks import find_metric
 from ercsvd_deploy.pipelines.judging.uncertainty import LEVEL, Estimate, deciding_count

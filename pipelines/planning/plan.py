@@ -21,12 +21,12 @@ from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, 
 from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidate
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine
 from ercsvd_deploy.pipelines.planning.machine import Machine, measure_flops
+from ercsvd_deploy.pipelines.planning.measured_workload import measure_workload
 from ercsvd_deploy.pipelines.planning.needs import PlannedStage
-from ercsvd_deploy.pipelines.planning.workload import measure_workload
 from ercsvd_deploy.pipelines.stages import STAGES
 from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.serving_notes import gpu_warnings, serving_warnings
-from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch, quantize_plan_of
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import PatternMatch, quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank
 from ercsvd_deploy.recipe.sections import Recipe
 

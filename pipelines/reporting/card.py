@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ercsvd_deploy.format.sidecars import licences
 from ercsvd_deploy.installation import install_command, where_from
 from ercsvd_deploy.pipelines.reporting.description import (
     describe_treatment,
@@ -117,7 +118,7 @@ def _carried_over(directory: Path) -> dict[str, Any]:
     if "license" in known:
         return known
     known = {key: value for key, value in known.items() if key not in _LICENSE_KEYS}
-    files = sorted(path.name for path in directory.glob("LICENSE*") if path.is_file())
+    files = licences(directory)
     return known | ({"license": "other", "license_link": files[0]} if files else {})
 
 

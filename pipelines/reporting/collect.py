@@ -18,8 +18,8 @@ from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.families import LANGUAGE_PART, component_of
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.judging.differences import differences, quality_estimates, values_of
-from ercsvd_deploy.pipelines.judging.figures import ModelFigures
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
+from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
 from ercsvd_deploy.pipelines.judging.tasks import TaskMetrics
 from ercsvd_deploy.pipelines.planning.components import describe_components
 from ercsvd_deploy.pipelines.planning.plan import Plan
@@ -32,7 +32,7 @@ from ercsvd_deploy.pipelines.stages.sizes import (
     stored_bytes,
     sum_by_part,
 )
-from ercsvd_deploy.pipelines.stages.work import CompressedModel
+from ercsvd_deploy.pipelines.stages.stage_run import CompressedModel
 from ercsvd_deploy.recipe.load import canonical
 from ercsvd_deploy.recipe.sections import Recipe
 

@@ -17,8 +17,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ercsvd_deploy.evaluation.comparison import OutputChange
 from ercsvd_deploy.format.atomic_files import read_json
 from ercsvd_deploy.format.described import Count, Finite, Measured, NotReported
-from ercsvd_deploy.pipelines.judging.figures import Differences, ModelFigures
 from ercsvd_deploy.pipelines.judging.gates import GateResult
+from ercsvd_deploy.pipelines.judging.measurements import Differences, ModelFigures
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
 from ercsvd_deploy.pipelines.planning.components import Component
 from ercsvd_deploy.pipelines.reporting.json_values import finite

@@ -15,7 +15,7 @@ from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, LayerPlan
 from ercsvd_deploy.pipelines.planning.plan import Plan
 from ercsvd_deploy.pipelines.reporting.tables import component_table
 from ercsvd_deploy.pipelines.reporting.terminal import rich_table
-from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import PatternMatch
 
 
 def render(plan: Plan) -> RenderableType:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
 from ercsvd_deploy.pipelines.stages.contract import Stage
-from ercsvd_deploy.pipelines.stages.work import CompressedModel, StageRun
+from ercsvd_deploy.pipelines.stages.stage_run import CompressedModel, StageRun
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.pipelines.state.fingerprint import short_digest
 from ercsvd_deploy.pipelines.state.lock import exclusive

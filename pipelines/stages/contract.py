@@ -23,7 +23,7 @@ from ercsvd_deploy.recipe.sections import Recipe
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.inputs.run_data import RunData
-    from ercsvd_deploy.pipelines.stages.work import StageRun
+    from ercsvd_deploy.pipelines.stages.stage_run import StageRun
     from ercsvd_deploy.pipelines.stages.workload import Workload
 
 

@@ -24,7 +24,7 @@ from ercsvd_deploy.evaluation.comparison import (
 from ercsvd_deploy.evaluation.quality import Quality
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
-from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 from ercsvd_deploy.pipelines.state.cache import OUTCOME, FinishedWork
 

@@ -16,7 +16,7 @@ from ercsvd_deploy.pipelines.judging.tasks import (
     run_tasks,
 )
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
-from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.recipe.sections import LmEval
 

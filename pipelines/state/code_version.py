@@ -30,7 +30,7 @@ _COMPUTING = tuple(
 )
 # What of the stages' room only plans and runs them.
 _RUNNING = frozenset(
-    f"{_PACKAGE}.pipelines.stages.{name}" for name in ("cached", "contract", "sizes", "work", "workload")
+    f"{_PACKAGE}.pipelines.stages.{name}" for name in ("cached", "contract", "sizes", "stage_run", "workload")
 )
 
 

@@ -21,14 +21,14 @@ import torch
 
 import ercsvd_deploy
 from ercsvd_deploy.data.samples import Sample
-from ercsvd_deploy.exporters.vllm.writer import carried_over
 from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically
+from ercsvd_deploy.format.sidecars import sidecars
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
 from ercsvd_deploy.pipelines.state.cache import file_digest
 from ercsvd_deploy.pipelines.state.code_version import code_version
-from ercsvd_deploy.pipelines.state.machine import device_identity
+from ercsvd_deploy.pipelines.state.device_identity import device_identity
 from ercsvd_deploy.recipe.load import canonical
 from ercsvd_deploy.recipe.sections import Recipe
 
@@ -118,9 +118,7 @@ def take_fingerprints(
         "questions": {
             name: _samples([question.sample for question in asked]) for name, asked in data.questions.items()
         },
-        "carried_over": {
-            path.name: file_digest(path) for path in carried_over(opened.directory) if path.is_file()
-        },
+        "carried_over": {name: file_digest(path) for name, path in sidecars(opened.directory).items()},
     }
     before: Mapping[str, Any] = base | {
         "calibration_samples": digests["calibration_samples"],

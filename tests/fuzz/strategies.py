@@ -25,7 +25,7 @@ from ercsvd_deploy.models.families import ArchitectureError
 from ercsvd_deploy.pipelines.reporting.check import CheckError
 from ercsvd_deploy.pipelines.reporting.document import ReportError
 from ercsvd_deploy.pipelines.stages.contract import PlanError
-from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlanError
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlanError
 from ercsvd_deploy.recipe.load import RecipeError
 
 DOCUMENTED = (

@@ -16,7 +16,8 @@ from safetensors.torch import save, save_file
 
 from ercsvd_deploy.format.manifest import MANIFEST_FILE, verify_export, write_manifest
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.format.tensor_store import INDEX_FILE, SINGLE_FILE, FileStore, open_directory
+from ercsvd_deploy.format.tensor_store import INDEX_FILE, SINGLE_FILE, FileStore
+from ercsvd_deploy.format.weight_files import open_directory
 from ercsvd_deploy.pipelines.judging.junit import junit_xml
 from ercsvd_deploy.pipelines.reporting.check import check_export
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from ercsvd_deploy.pipelines.inputs.parity_prompts import NUM_DECODED
-from ercsvd_deploy.pipelines.judging.figures import ModelFigures
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
 from ercsvd_deploy.pipelines.judging.junit import junit_xml
+from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
 from ercsvd_deploy.pipelines.judging.parity import measure as serving_parity
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingError, ServingParity
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, parse_report

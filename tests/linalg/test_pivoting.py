@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ercsvd_deploy.linalg.decomposition import decompose
 from ercsvd_deploy.linalg.pivoting import (
     PivotedFactors,
     PivotError,
@@ -14,7 +15,7 @@ from ercsvd_deploy.linalg.pivoting import (
     row_order_problem,
     to_pivoted,
 )
-from ercsvd_deploy.linalg.truncation import Factors
+from ercsvd_deploy.linalg.truncation import Factors, truncate
 
 OUT, IN = 48, 40
 
@@ -87,6 +88,19 @@ def test_a_product_of_lower_rank_than_its_factors_is_kept() -> None:
     factors.factor_a[8:] = 0
     factors.factor_b[:, 12:] = 0
     torch.testing.assert_close(to_pivoted(factors, 4).product(), factors.product(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 4, 8])
+@pytest.mark.parametrize("true_rank", [0, 1, 5])
+def test_pivots_of_a_matrix_with_fewer_independent_rows(true_rank: int, num_blocks: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(OUT, true_rank, generator=generator, dtype=torch.float64)
+    weight = rows @ torch.randn(true_rank, IN, generator=generator, dtype=torch.float64)
+    factors = truncate(decompose(weight, method="svd"), weight, 16)
+    pivoted = to_pivoted(factors, num_blocks)
+    torch.testing.assert_close(pivoted.product(), weight, rtol=0, atol=1e-10)
+    assert pivoted.rank == 16
+    assert row_order_problem(pivoted.row_order, 16, num_blocks) is None
 
 
 def test_a_block_without_independent_rows_is_refused() -> None:

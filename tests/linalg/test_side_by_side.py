@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ercsvd_deploy.data.samples import Sample, text_samples
-from ercsvd_deploy.format.tensor_store import open_directory
+from ercsvd_deploy.format.weight_files import open_directory
 from ercsvd_deploy.linalg.side_by_side import is_small, map_side_by_side, num_at_once
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.statistics import InputStatistics

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ercsvd_deploy.format.tensor_store import SINGLE_FILE, open_directory
+from ercsvd_deploy.format.tensor_store import SINGLE_FILE
+from ercsvd_deploy.format.weight_files import open_directory
 from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, ArchitectureError
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.streaming import LayerwiseModel

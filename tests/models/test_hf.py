@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import ercsvd_deploy.hf
-from ercsvd_deploy.format.names import to_module
+from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
 from ercsvd_deploy.models.modules import CorrectedLinear, LowRankLinear, PackedLinear, PivotedLinear
 from tests.tiny_models import (

@@ -21,7 +21,7 @@ from ercsvd_deploy.pipelines.stages import STAGES
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.export import CARD_FILE, PAGE_FILE, ExportStage
 from ercsvd_deploy.pipelines.stages.judge import JudgeStage
-from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.cache import OUTCOME
 from ercsvd_deploy.recipe.load import load_recipe

@@ -21,7 +21,7 @@ from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import evaluation_windows
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.stages.quantize.serving_notes import serving_warnings
-from ercsvd_deploy.pipelines.stages.quantize.storage import (
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     QuantizePlanError,
     check_shapes,
     plan_quantization,

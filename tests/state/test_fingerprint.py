@@ -13,7 +13,7 @@ import ercsvd_deploy
 from ercsvd_deploy.pipelines.stages import STAGES
 from ercsvd_deploy.pipelines.state import code_version as versions
 from ercsvd_deploy.pipelines.state.code_version import code_version
-from ercsvd_deploy.pipelines.state.machine import device_identity
+from ercsvd_deploy.pipelines.state.device_identity import device_identity
 
 FACTORIZE = "ercsvd_deploy.pipelines.stages.factorize.stage"
 QUANTIZE = "ercsvd_deploy.pipelines.stages.quantize.stage"

@@ -1,4 +1,4 @@
-"""Score and continue prompts with vLLM, in its own process: `python -m ...served_logprobs REQUEST ANSWER`.
+"""Score and continue prompts with vLLM, in a process of its own: `python -m MODULE REQUEST ANSWER`.
 
 REQUEST is a JSON file {"engine": keyword arguments of `vllm.LLM`, "prompts": a list of {"tokens": ids, one
 image token for each picture, "images": files of pictures}, "num_decoded": tokens to generate for each}.

@@ -1,4 +1,4 @@
-"""Ask vLLM which kernel it would use, in a process of its own: `python -m ...kernel_answers REQUEST ANSWER`.
+"""Ask vLLM which kernel it would use, in a process of its own: `python -m MODULE REQUEST ANSWER`.
 
 REQUEST is a JSON file {"matrices": [{"shape", "full_shape", "bits", "group_size", "sym"}, ...], "questions":
 [{"kind", "capability", "dtype"}, ...]}; ANSWER receives {"vllm": its version, "is_cpu_build": whether the CPU

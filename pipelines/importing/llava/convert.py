@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ercsvd_deploy.exporters.vllm.target import check_target
 from ercsvd_deploy.exporters.vllm.writer import write_weights
+from ercsvd_deploy.format.sidecars import licences
 from ercsvd_deploy.format.tensor_store import torch_dtype
 from ercsvd_deploy.models.families import describe
 from ercsvd_deploy.models.meta import build_meta_model
@@ -37,7 +38,6 @@ from ercsvd_deploy.pipelines.state.lock import work_directory
 _MAX_SHARD_BYTES = 5 * 10**9
 # Matrices whose sides are multiples of this are what GPUs, and tensor parallelism, like.
 _VOCABULARY_MULTIPLE = 64
-_LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,8 @@ def import_llava(
         num_bytes = write_weights(partial, store, architecture, max_shard_bytes)
         save_processor(processor, partial)
         _write_generation_config(partial, original, tokenizer.pad_token_id)
-        for pattern in _LICENSES:
-            for path in sorted(directory.glob(pattern)):
-                shutil.copyfile(path, partial / path.name)
+        for name in licences(directory, with_notices=True):
+            shutil.copyfile(directory / name, partial / name)
         # Last: without a config no loader takes the directory for a model.
         config.save_pretrained(partial)
         partial.rename(target)  # which does not exist, or is empty

@@ -9,15 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ercsvd_deploy.format.names import LANGUAGE_MODEL, VISION_TOWER, from_original
+from ercsvd_deploy.format.llava_names import LANGUAGE_MODEL, VISION_TOWER, from_original
 from ercsvd_deploy.format.store_views import CastingStore
-from ercsvd_deploy.format.tensor_store import (
-    CheckpointError,
-    TensorInfo,
-    TensorStore,
-    open_directory,
-    torch_dtype,
-)
+from ercsvd_deploy.format.tensor_store import CheckpointError, TensorInfo, TensorStore, torch_dtype
+from ercsvd_deploy.format.weight_files import open_directory
 from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError
 from ercsvd_deploy.pipelines.importing.llava.tower import VisionTower
 

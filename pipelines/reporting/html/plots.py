@@ -14,7 +14,7 @@ from itertools import cycle
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from ercsvd_deploy.pipelines.judging.figures import ModelFigures
+from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
 from ercsvd_deploy.pipelines.reporting.document import Reference, Report
 from ercsvd_deploy.pipelines.reporting.html.drawing import (
     LINE,

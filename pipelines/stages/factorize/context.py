@@ -12,8 +12,8 @@ from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import WEIGHT
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity
-from ercsvd_deploy.pipelines.stages.storing import StorageRules
+from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
+from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.stages import Factorize
 

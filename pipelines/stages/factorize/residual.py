@@ -21,7 +21,7 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
     planned_residual_rank,
     truncate_linear,
 )
-from ercsvd_deploy.pipelines.stages.observed import num_not_held_out
+from ercsvd_deploy.pipelines.stages.observed_inputs import num_not_held_out
 from ercsvd_deploy.recipe.stages import FEWEST_SAMPLES_TO_HOLD_OUT, Factorize
 
 BETAS_ON_OFFER = (0.0, 0.02, 0.05, 0.1, 0.2)

@@ -34,8 +34,8 @@ from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTas
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_allocation, rank_plans
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
 from ercsvd_deploy.pipelines.stages.factorize.walk import factorize_decoder
-from ercsvd_deploy.pipelines.stages.storing import StorageRules
-from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.stage_run import StageRun
+from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.recipe.stages import Factorize, Quantize

@@ -46,9 +46,9 @@ from ercsvd_deploy.pipelines.stages.factorize.residual import (
     num_fitting_samples,
     share_with_residual,
 )
-from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
-from ercsvd_deploy.pipelines.stages.storing import StorageRules
-from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
+from ercsvd_deploy.pipelines.stages.stage_run import StageRun
+from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.cache import OUTCOME
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of

@@ -41,7 +41,7 @@ from ercsvd_deploy.pipelines.stages.factorize.outcome import CHOSEN_RANKS, Facto
 from ercsvd_deploy.pipelines.stages.factorize.prefix import write_on_compressed_prefix
 from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice, RankDecision, VisitedLayer
 from ercsvd_deploy.pipelines.stages.factorize.residual import num_fitting_samples
-from ercsvd_deploy.pipelines.stages.observed import DividedBatches, advance_observed, divide
+from ercsvd_deploy.pipelines.stages.observed_inputs import DividedBatches, advance_observed, divide
 from ercsvd_deploy.pipelines.state.cache import OUTCOME
 
 

@@ -20,10 +20,10 @@ from ercsvd_deploy.format.described import NotReported
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.stages.observed import advance_observed, divide, num_not_held_out
+from ercsvd_deploy.pipelines.stages.observed_inputs import advance_observed, divide, num_not_held_out
 from ercsvd_deploy.pipelines.stages.quantize.layer import LayerQuantizer
 from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLinear, QuantizedMatrix
-from ercsvd_deploy.pipelines.stages.quantize.storage import PatternMatch
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import PatternMatch
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.stages import FEWEST_SAMPLES_TO_HOLD_OUT, Quantize
 

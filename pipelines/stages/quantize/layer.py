@@ -17,7 +17,7 @@ from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
 from ercsvd_deploy.linalg.truncation import Factors
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
-from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
+from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
 from ercsvd_deploy.pipelines.stages.quantize.corrected import (
     correction_task,
     read_corrected,

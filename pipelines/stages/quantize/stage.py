@@ -13,13 +13,13 @@ from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningCo
 from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome, quantize_decoder
 from ercsvd_deploy.pipelines.stages.quantize.needs import quantize_needs
 from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLinear, QuantizedMatrix
-from ercsvd_deploy.pipelines.stages.quantize.storage import (
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     QuantizePlan,
     check_num_tokens,
     check_shapes,
     quantize_plan_of,
 )
-from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.recipe.stages import Quantize
 

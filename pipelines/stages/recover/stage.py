@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.recover.needs import recover_needs
 from ercsvd_deploy.pipelines.stages.recover.training import RecoverOutcome, recover_decoder
-from ercsvd_deploy.pipelines.stages.work import StageRun
+from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.stages import Recover

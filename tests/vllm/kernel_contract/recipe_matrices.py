@@ -18,7 +18,7 @@ from ercsvd_deploy.models.families import Architecture, describe
 from ercsvd_deploy.models.meta import build_meta_model
 from ercsvd_deploy.pipelines.inputs.model import open_config
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import rank_plans
-from ercsvd_deploy.pipelines.stages.quantize.storage import (
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     QuantizePlan,
     QuantizePlanError,
     check_shapes,

@@ -17,7 +17,7 @@ from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.linalg.decomposition import Decomposition
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
-from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
+from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
 
 
 @dataclass(frozen=True)

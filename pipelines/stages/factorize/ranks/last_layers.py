@@ -35,7 +35,7 @@ from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import (
     VisitedLayer,
 )
 from ercsvd_deploy.pipelines.stages.factorize.residual import share_with_residual
-from ercsvd_deploy.pipelines.stages.observed import ObservedInputs
+from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
 
 _ResidualRanks = Mapping[str, Mapping[str, int | None]]  # Linear -> rank, as JSON has it -> residual rank
 

@@ -11,9 +11,9 @@ from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.exporters.vllm.cutting import find_unaligned, find_unservable
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
 from ercsvd_deploy.models.families import Architecture
-from ercsvd_deploy.pipelines.stages.quantize.storage import QuantizePlan
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlan
 from ercsvd_deploy.pipelines.stages.sizes import module_bytes, planned_bytes
-from ercsvd_deploy.pipelines.stages.storing import StorageRules
+from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.recipe.fields import parse_size
 from ercsvd_deploy.recipe.sections import Recipe, Target
 

@@ -9,7 +9,7 @@ from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architectu
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask, allocation_task
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
-from ercsvd_deploy.pipelines.stages.quantize.storage import quantize_plan_of
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.recipe.sections import Recipe, Vision
 from ercsvd_deploy.recipe.stages import Factorize
 

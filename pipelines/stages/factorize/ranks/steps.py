@@ -8,7 +8,7 @@ from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP, RankSteps, automatic
 from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
 from ercsvd_deploy.format.schema import WeightQuantization, values_in_whole_words
 from ercsvd_deploy.models.families import Architecture
-from ercsvd_deploy.pipelines.stages.quantize.storage import quantize_plan_of
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.recipe.sections import Recipe
 
 

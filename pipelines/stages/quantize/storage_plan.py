@@ -18,7 +18,7 @@ from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.stages.contract import PlanError
-from ercsvd_deploy.pipelines.stages.storing import StorageRules
+from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.recipe.correction import Correction
 from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.stages import Quantize

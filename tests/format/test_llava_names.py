@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from ercsvd_deploy.format.names import from_original, to_checkpoint, to_module
+from ercsvd_deploy.format.llava_names import from_original, to_checkpoint, to_module
 from ercsvd_deploy.models.families import describe
 from ercsvd_deploy.models.meta import build_meta_model, load_config
 from tests.conftest import ModelDirectory

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 
@@ -23,9 +22,6 @@ from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.statistics import InputStatistics
 from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
-from ercsvd_deploy.pipelines.stages.work import StageRun
-from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 
 _SEED = 0  # of the drawn tokens
@@ -146,55 +142,3 @@ def _inputs_piece(layer: int) -> str:
 
 def _gradients_piece(layer: int) -> str:
     return f"gradients-{layer:05d}"
-
-
-@dataclass(frozen=True)
-class SensitivityStage(Stage):
-    """The Fisher information of every decoder Linear's output, for the factorize stage alone.
-
-    Attributes:
-        num_samples: How many of the calibration samples it is measured on.
-    """
-
-    num_samples: int
-
-    name = "sensitivity"
-    temporary_for = "factorize"
-
-    @classmethod
-    def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if nothing asks for Fisher information."""
-        factorize = context.recipe.factorize
-        if factorize is None or not factorize.needs_sensitivity:
-            return None
-        return cls(factorize.num_fisher_samples)
-
-    def settings(self) -> Any:
-        """Return the number of samples."""
-        return {"num_fisher_samples": self.num_samples}
-
-    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return the highest of the passes and of the loss; inputs of all layers wait on disk."""
-        del candidates
-        samples = work.calibrating.first(self.num_samples)
-        states, num_layers = work.activations(samples), work.architecture.num_layers
-        # Inputs, the pages of their file, and gradients.
-        back = 3 * states + work.layer_weights + work.layer_metrics + work.training_pass(samples)
-        # Logits, their log-softmax, and the gradients of both.
-        loss = 2 * states + work.outside_weights + 4 * work.logits(samples, parts=1)
-        metrics = num_layers * work.layer_metrics
-        outputs = sum(linear.out_features**2 for linear in work.architecture.linears)
-        return Needs(
-            working_bytes=max(back, loss, states + work.embedding([samples])),
-            beside_bytes=2 * states + work.layer_weights,
-            scratch_bytes=(num_layers + 3) * states + metrics,
-            kept_bytes=metrics,
-            # Forward, forward again for the graph, and back to the inputs.
-            flops=3 * work.forward_flops(samples) + 2 * work.head_flops(samples) + samples.tokens * outputs,
-        )
-
-    def run(self, run: StageRun) -> Sensitivity:
-        """Pass forward and back."""
-        model = run.model.stream()
-        with run.progress(self.title, 2 * model.num_layers) as on_layer:
-            return measure_sensitivity(model, run.samples[: self.num_samples], run.cache, on_layer)

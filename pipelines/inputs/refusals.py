@@ -1,0 +1,148 @@
+"""Refuse what is no original model that generates text, by its small files and the names of the others.
+
+Nothing is fetched for that but config.json and, of a model on the hub, the list of its files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ercsvd_deploy.format.tensor_store import CheckpointError
+from ercsvd_deploy.format.weight_files import explain_no_weights, has_weights, open_directory
+from ercsvd_deploy.models.families import ArchitectureError
+from ercsvd_deploy.pipelines.importing.llava.config import is_original
+from ercsvd_deploy.recipe.sections import ModelSource
+
+# How the classes of models that generate text end, in transformers and in vLLM.
+_GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Files in which other tools describe quantized weights when config.json does not -> the tool.
+_QUANTIZED_BY: Mapping[str, str] = {
+    "hf_quant_config.json": "ModelOpt",
+    "quantize_config.json": "AutoGPTQ",
+    "quant_config.json": "AutoAWQ",
+    "quant_model_description.json": "msModelSlim",
+}
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+OWN_METHOD = "ercsvd"
+
+
+def refuse_unsuitable(source: ModelSource, path: str) -> None:
+    """Refuse a model whose files say that it is of another kind, before its weights are fetched or read.
+
+    Args:
+        source: The recipe's section, for messages and for the revision.
+        path: Hub id or directory.
+
+    Raises:
+        ArchitectureError: it is a LLaVA checkpoint in its authors' format, does not generate text, is
+            quantized already, or has no weights in safetensors.
+    """
+    raw = _raw_config(source, path)
+    if raw is not None:
+        _refuse_original(source, raw)
+        _refuse_other_task(source, raw)
+        _refuse_described(source, raw)
+    directory = Path(path)
+    file_names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else None
+    if file_names is None:
+        file_names = list_hub_files(path, source.revision)
+    if file_names is None:
+        return
+    _refuse_quantized(source, file_names, directory if directory.is_dir() else None)
+    hint = None if has_weights(file_names) else explain_no_weights(file_names)
+    if hint is not None:
+        raise ArchitectureError(f"model.path {source.path}: has no weights that can be read: {hint}")
+
+
+def list_hub_files(name: str, revision: str | None) -> list[str] | None:
+    """Return the names of the files of a hub model, without folders; None if the hub cannot be asked."""
+    import httpx
+    from huggingface_hub import HfApi
+
+    try:
+        return [path for path in HfApi().list_repo_files(name, revision=revision) if "/" not in path]
+    except (OSError, ValueError, httpx.HTTPError):  # no network, no such model: fetching will say
+        return None
+
+
+def _raw_config(source: ModelSource, path: str) -> Mapping[str, Any] | None:
+    """Return config.json as it is; None if it cannot be read, which whoever loads it says."""
+    from transformers import PreTrainedConfig
+
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(path, revision=source.revision)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    return raw if isinstance(raw, dict) else None
+
+
+def _refuse_original(source: ModelSource, raw: Mapping[str, Any]) -> None:
+    """Refuse a LLaVA checkpoint in its authors' format, part of which transformers would misread."""
+    if is_original(raw):
+        raise ArchitectureError(
+            f"model.path {source.path}: a LLaVA checkpoint in its authors' format; convert it once, with  "
+            f"ercsvd import-llava {source.path} DIRECTORY  and set model.path to DIRECTORY"
+        )
+
+
+def _refuse_other_task(source: ModelSource, raw: Mapping[str, Any]) -> None:
+    """Refuse classifiers, rerankers, reward and embedding models: their output layer is another or none."""
+    named = raw.get("architectures")
+    auto_map = raw.get("auto_map")
+    is_custom = source.trust_remote_code and isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
+    if not isinstance(named, list) or not named or is_custom:
+        return
+    if not any(isinstance(each, str) and each.endswith(_GENERATING) for each in named):
+        raise ArchitectureError(
+            f"model.path {source.path}: config.json says that this is a {named[0]}, which does not generate "
+            "text: only causal language models, and vision-language models around one, can be compressed"
+        )
+
+
+def _refuse_described(source: ModelSource, raw: Mapping[str, Any]) -> None:
+    """Refuse a config that describes quantized weights, of the whole model or of a part, by another tool."""
+    parts = [raw, *(part for part in raw.values() if isinstance(part, dict))]
+    for described in (part[key] for part in parts for key in _QUANTIZATION_KEYS if part.get(key)):
+        method = described.get("quant_method") if isinstance(described, dict) else None
+        if method != OWN_METHOD:
+            by = method or "by a method that its config does not name"
+            raise ArchitectureError(
+                f"model.path {source.path}: already quantized ({by}); start from its original weights"
+            )
+
+
+def _refuse_quantized(source: ModelSource, file_names: Sequence[str], directory: Path | None) -> None:
+    """Refuse quantized weights of which config.json says nothing."""
+    for file_name, tool in _QUANTIZED_BY.items():
+        if file_name in file_names:
+            kind = _algorithm(directory / file_name) if directory is not None else None
+            raise ArchitectureError(
+                f"model.path {source.path}: already quantized by {tool}{f' ({kind})' if kind else ''}, says "
+                f"{file_name}; start from its original weights"
+            )
+    if directory is None or not has_weights(file_names):
+        return
+    try:
+        store = open_directory(directory)
+    except CheckpointError:
+        return  # a run needs the weights and says what is wrong with them; planning does not
+    name = next((name for name in sorted(store.names()) if store.info(name).dtype.startswith("F8")), None)
+    if name is not None:
+        raise ArchitectureError(
+            f"model.path {source.path}: already quantized: {name} is stored as {store.info(name).dtype}; "
+            "start from its original weights"
+        )
+
+
+def _algorithm(path: Path) -> str | None:
+    """Return what a tool's own file calls its way of quantizing, if it says so in a way that is known."""
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    inner = described.get("quantization") if isinstance(described, dict) else None
+    algorithm = inner.get("quant_algo") if isinstance(inner, dict) else None
+    return algorithm[:40] if isinstance(algorithm, str) else None
