@@ -164,11 +164,14 @@ def _checked(directory: Path, file_name: str, named_by: Path) -> Path:
     if not is_plain or not file_name.endswith(_SUFFIX):
         raise CheckpointError(f"{named_by}: {file_name!r} is not the name of a safetensors file beside it")
     path = directory / file_name
-    target = path.resolve()
-    if path.is_symlink() and not target.exists():
-        raise CheckpointError(f"{path}: is a link to {target}, which is not there")
-    if target.exists() and not target.is_file():  # opening a pipe would wait for a writer
-        raise CheckpointError(f"{path}: not a complete safetensors file, but a folder, pipe or device")
+    try:
+        target = path.resolve()
+        if path.is_symlink() and not target.exists():
+            raise CheckpointError(f"{path}: is a link to {target}, which is not there")
+        if target.exists() and not target.is_file():  # opening a pipe would wait for a writer
+            raise CheckpointError(f"{path}: not a complete safetensors file, but a folder, pipe or device")
+    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+        raise CheckpointError(f"{path}: cannot be opened ({error})") from error
     if target.parent in _folders_of(directory):
         return path
     is_standard = file_name == SINGLE_FILE or _NUMBERED.fullmatch(file_name) is not None

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.format.weight_files import explain_no_weights, has_weights, open_directory
 from ercsvd_deploy.models.families import ArchitectureError
@@ -131,9 +132,10 @@ def _refuse_quantized(source: ModelSource, file_names: Sequence[str], directory:
         return  # a run needs the weights and says what is wrong with them; planning does not
     name = next((name for name in sorted(store.names()) if store.info(name).dtype.startswith("F8")), None)
     if name is not None:
+        dtype = store.info(name).dtype
         raise ArchitectureError(
-            f"model.path {source.path}: already quantized: {name} is stored as {store.info(name).dtype}; "
-            "start from its original weights"
+            f"model.path {source.path}: already quantized: {to_module(name)} is stored as {dtype}; start from "
+            "its original weights"
         )
 
 
