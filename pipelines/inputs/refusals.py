@@ -132,10 +132,9 @@ def _refuse_quantized(source: ModelSource, file_names: Sequence[str], directory:
         return  # a run needs the weights and says what is wrong with them; planning does not
     name = next((name for name in sorted(store.names()) if store.info(name).dtype.startswith("F8")), None)
     if name is not None:
-        dtype = store.info(name).dtype
+        stored = f"{to_module(name)} is stored as {store.info(name).dtype}"
         raise ArchitectureError(
-            f"model.path {source.path}: already quantized: {to_module(name)} is stored as {dtype}; start from "
-            "its original weights"
+            f"model.path {source.path}: already quantized: {stored}; start from its original weights"
         )
 
 
