@@ -35,8 +35,8 @@ from ercsvd_deploy.format.described import Count, Measured, NotReported
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.models.families import LayerLinears
-from ercsvd_deploy.models.modules import PackedLinear
 from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.stages import Recover
 
@@ -133,53 +133,6 @@ class _Example:
 
 
 @dataclass(frozen=True)
-class _Trained:
-    """What is trained of some compressed Linears."""
-
-    matrices: list[nn.Parameter]  # factors
-    scales: list[nn.Parameter]  # of quantized matrices
-
-    @classmethod
-    def find(cls, linear: nn.Module) -> _Trained:
-        """Return what can be trained of one of `lowrank_linear`'s modules; scales become parameters."""
-        packed = [each for each in linear.modules() if isinstance(each, PackedLinear)]
-        for each in packed:
-            scale = each.weight_scale
-            del each.weight_scale
-            each.register_parameter("weight_scale", nn.Parameter(scale, requires_grad=False))
-        plain = [each for each in linear.modules() if isinstance(each, nn.Linear)]
-        return cls(
-            [each.get_parameter("weight") for each in plain],
-            [each.get_parameter("weight_scale") for each in packed],
-        )
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """All of it."""
-        return [*self.matrices, *self.scales]
-
-    def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
-        """Return what trains it: Muon for matrices, Adam for scales, by shares of their size."""
-        found: list[torch.optim.Optimizer] = []
-        if self.matrices:
-            found.append(
-                torch.optim.Muon(
-                    self.matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-                )
-            )
-        if self.scales:
-            found.append(
-                torch.optim.Adam(
-                    [
-                        {"params": [scale], "lr": learning_rate * float(scale.data.abs().mean())}
-                        for scale in self.scales
-                    ]
-                )
-            )
-        return found
-
-
-@dataclass(frozen=True)
 class _RecoverStage:
     """One run of the stage."""
 
@@ -232,9 +185,10 @@ class _RecoverStage:
         held_out = _num_held_out(len(examples))
         training, judging = examples[:-held_out], examples[-held_out:]
         found = [
-            _Trained.find(module.get_submodule(layer.local_name(each))) for each in self.trainable(layer)
+            TrainedParameters.find(module.get_submodule(layer.local_name(each)))
+            for each in self.trainable(layer)
         ]
-        trained = _Trained(
+        trained = TrainedParameters(
             [matrix for each in found for matrix in each.matrices],
             [scale for each in found for scale in each.scales],
         )
@@ -252,7 +206,7 @@ class _RecoverStage:
         return findings
 
     def _train_layer(
-        self, index: int, module: nn.Module, trained: _Trained, examples: Sequence[_Example]
+        self, index: int, module: nn.Module, trained: TrainedParameters, examples: Sequence[_Example]
     ) -> None:
         """Train a layer's parameters, which become float32; stop early if a gradient is not finite."""
         for parameter in trained.parameters:
@@ -277,7 +231,7 @@ class _RecoverStage:
         for parameter in trained.parameters:
             parameter.requires_grad_(False)
 
-    def _round(self, layer: LayerLinears, module: nn.Module, trained: _Trained) -> None:
+    def _round(self, layer: LayerLinears, module: nn.Module, trained: TrainedParameters) -> None:
         """Give what was trained the values that the files will hold, in the precision of the computation."""
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         for parameter in trained.parameters:
