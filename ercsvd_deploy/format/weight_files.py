@@ -8,6 +8,7 @@ files of its own directory and nothing else, whatever the index file says.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def open_directory(directory: Path) -> FileStore:
         weight_map = _read_weight_map(index_path)
         file_names = sorted(set(weight_map.values()))
         files = [_checked(directory, name, index_path) for name in file_names]
-        if (directory / SINGLE_FILE).exists() and SINGLE_FILE not in file_names:
+        if os.path.lexists(directory / SINGLE_FILE) and SINGLE_FILE not in file_names:
             raise CheckpointError(
                 f"{directory}: holds {SINGLE_FILE}, and {INDEX_FILE} that names other files: transformers "
                 "would read the one, vLLM the others; remove what is out of date"
@@ -58,7 +59,7 @@ def open_directory(directory: Path) -> FileStore:
         if missing:
             raise CheckpointError(f"{index_path}: its files do not hold {enumerate_names(missing)}")
         return store
-    if (directory / SINGLE_FILE).exists() or (directory / SINGLE_FILE).is_symlink():
+    if os.path.lexists(directory / SINGLE_FILE):
         return FileStore([_checked(directory, SINGLE_FILE, directory)])
     file_names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     numbered = _numbered_shards(directory, file_names)

@@ -112,7 +112,7 @@ def decompose_linear(
             output_metric=output_metric if settings.output_metric == "fisher" else None,
             max_rank=max_rank,
         )
-    except ValueError as error:
+    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise FactorizationError(f"{linear.name}: {error}") from error
 
 
