@@ -118,6 +118,7 @@ class QuantizeStage(Stage):
                 run.cache,
                 on_layer,
                 refits_to_factors=self.is_on_trained_factors,
+                token_sensitivity=run.results.get("token_sensitivity"),
             )
         integers = {name: storage for name, storage in storages.items() if storage.is_quantized}
         run.model.overlay(outcome.files, integers)
