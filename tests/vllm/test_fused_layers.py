@@ -26,6 +26,7 @@ STORED: dict[str, tuple[str, int | None, WeightQuantization | None]] = {
     "int4": ("dense", None, INT4),
     "int4, zero points": ("dense", None, ZERO_POINTS),
     "low rank, zero points": ("low_rank", 64, ZERO_POINTS),
+    "int4, corrected": ("corrected", 32, INT4),
 }
 
 
@@ -34,6 +35,10 @@ def storage_of(kind: str, rows: int) -> Storage:
     shape = (rows, HIDDEN_SIZE)
     if layout == "dense":
         return Storage(layout="dense", shape=shape, weight=integers)
+    if layout == "corrected":
+        assert integers is not None
+        assert rank is not None
+        return Storage.corrected(shape, integers, rank, None, integers)
     return Storage(layout="low_rank", shape=shape, rank=rank, factor_a=integers, factor_b=integers)
 
 
