@@ -116,5 +116,5 @@ def judge(dense: Path, export: Path, dtype: str, answer: Mapping[str, Any], work
 
 
 def _last_error(printed: str) -> str:
-    errors = [line.strip() for line in printed.splitlines() if "Error: " in line or "error, " in line]
+    errors = [line.removeprefix("[rank0]: ").strip() for line in printed.splitlines() if "Error: " in line or "error, " in line]
     return errors[-1] if errors else printed[-300:]

@@ -22,7 +22,7 @@ def table(results: Mapping[str, Mapping[str, str]]) -> str:
         if family in results:
             found = results[family]
             names.setdefault((found["float32"], found["float16"]), []).append(f"`{family}`")
-    lines = ["| model type | low rank in float32 | int4 in float16 |", "|---|---|---|"]
+    lines = ["| model type (and variant) | low rank in float32 | int4 in float16 |", "|---|---|---|"]
     lines += [f"| {', '.join(each)} | {first} | {second} |" for (first, second), each in names.items()]
     return "\n".join(lines) + "\n"
 
