@@ -90,7 +90,7 @@ def largest_difference(directory: Path, answer: Mapping[str, Any]) -> float:
 
 
 def judge(dense: Path, export: Path, dtype: str, answer: Mapping[str, Any], work: Path) -> str:
-    """Return in a word how vLLM serves an export: `same`, or in what vLLM treats the original alike.
+    """Return in a word how vLLM serves an export: `same`, or what vLLM makes of the original itself.
 
     Args:
         dense: The original model.
@@ -112,9 +112,17 @@ def judge(dense: Path, export: Path, dtype: str, answer: Mapping[str, Any], work
     assert "error" not in answer, answer["error"]
     of_original = largest_difference(dense, original)
     assert largest <= 2 * of_original, f"off by {largest:.2g}, and by {of_original:.2g} with the original"
-    return "as far from transformers as the original"
+    if dtype == "float32":
+        return "as far from transformers as the original"
+    [again] = run_all({"export": engine(export, "float32")}, work / "float32").values()
+    assert largest_difference(work / "dense", again) <= TOLERANCES["float32"]
+    return "same in float32; in float16 as far from transformers as the original"
 
 
 def _last_error(printed: str) -> str:
-    errors = [line.removeprefix("[rank0]: ").strip() for line in printed.splitlines() if "Error: " in line or "error, " in line]
+    errors = [
+        line.removeprefix("[rank0]: ").strip()
+        for line in printed.splitlines()
+        if "Error: " in line or "error, " in line
+    ]
     return errors[-1] if errors else printed[-300:]
