@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
@@ -26,10 +27,9 @@ from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     check_shapes,
     plan_quantization,
 )
-from ercsvd_deploy.recipe.correction import Correction
 from ercsvd_deploy.recipe.fields import RecipeError
 from ercsvd_deploy.recipe.load import load_recipe
-from ercsvd_deploy.recipe.stages import Quantize, QuantizeOverride
+from ercsvd_deploy.recipe.quantize import Correction, Quantize, QuantizeOverride
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 
@@ -173,8 +173,8 @@ def test_overrides_change_take_and_give_corrections(names: list[str]) -> None:
     assert "model.layers.1.mlp.up_proj" not in plan.corrections
     assert "model.layers.0.mlp.down_proj" not in plan.corrections
     some = Quantize(group_size=32, overrides={"*.up_proj": QuantizeOverride(correction=Correction(rank=8))})
-    assert some.corrects
-    assert not Quantize(overrides={"*.up_proj": QuantizeOverride(correction="none")}).corrects
+    assert some.corrections == (Correction(rank=8),)
+    assert not Quantize(overrides={"*.up_proj": QuantizeOverride(correction="none")}).corrections
     assert set(plan_quantization(some, names).corrections) == {name for name in names if "up_proj" in name}
 
 
@@ -231,3 +231,36 @@ def test_contradictions_are_told(
 ) -> None:
     with pytest.raises(RecipeError, match=message.replace(".", r"\.")):
         load_recipe(write_recipe(*stages, **sections))
+
+
+def test_corrections_are_fitted_by_what_predictions_mind(write_recipe: RecipeWriter) -> None:
+    divergences = {}
+    for output_metric in ("identity", "fisher"):
+        stage = quantize(bits=2, correction={"rank": 16}, output_metric=output_metric)
+        recipe = load_recipe(write_recipe(stage, calibration=CALIBRATION))
+        stages = [planned.name for planned in make_plan(recipe).stages]
+        assert ("sensitivity" in stages) is (output_metric == "fisher")
+        report, directory = run_recipe(recipe)
+        divergences[output_metric] = report.change.logprob_kl["held_out"]
+        assert not list(directory.parent.glob(f".{directory.name}.work*/sensitivity"))
+    assert divergences["fisher"] < 0.9 * divergences["identity"]
+
+
+def test_the_metric_of_outputs_serves_corrections_alone(write_recipe: RecipeWriter) -> None:
+    """A factorize stage before it, which does not ask for it, makes the same factors as without."""
+    factors = []
+    for output_metric in ("identity", "fisher"):
+        stages = (
+            factorize(num_compressed_layers=2, rank_multiple="auto"),
+            quantize(output_metric=output_metric, ignore=["*.2.*", "*.3.*"]),
+        )
+        _, directory = run_recipe(load_recipe(write_recipe(*stages, calibration=CALIBRATION)))
+        tensors = load_file(directory / "model.safetensors")
+        factors.append({name: tensor for name, tensor in tensors.items() if name.endswith("factor_a.weight")})
+    assert factors[0].keys() == factors[1].keys() != set()
+    assert all(torch.equal(tensor, factors[1][name]) for name, tensor in factors[0].items())
+
+
+def test_a_metric_without_a_correction_is_refused(write_recipe: RecipeWriter) -> None:
+    with pytest.raises(RecipeError, match="only a low-rank correction is fitted by it"):
+        load_recipe(write_recipe(quantize(correction=None, output_metric="fisher")))

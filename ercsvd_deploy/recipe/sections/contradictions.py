@@ -181,7 +181,7 @@ def _find_unreadable_export(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         )
     elif recipe.quantize is None:
         yield ("export", "format"), "is compressed-tensors, which holds integers; add a quantize stage"
-    elif recipe.quantize.corrects:
+    elif recipe.quantize.corrections:
         yield (
             ("export", "format"),
             "is compressed-tensors, which has no low-rank matrices; set vllm, or remove quantize.correction",
@@ -194,7 +194,7 @@ def _find_unused_correction(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     if settings is None or settings.allocation != "error_controlled":
         return
     for number, stage in enumerate(recipe.stages):
-        if isinstance(stage, QuantizeStage) and stage.quantize.corrects:
+        if isinstance(stage, QuantizeStage) and stage.quantize.corrections:
             yield (
                 ("stages", number, "quantize", "correction"),
                 "is given beside factorize.allocation error_controlled, which chooses among storages without "

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from ercsvd_deploy.recipe.fields import ListOf, Section, refuse_together
 from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT, Gates
+from ercsvd_deploy.recipe.quantize import Quantize
 from ercsvd_deploy.recipe.sections.contradictions import find_contradictions
 from ercsvd_deploy.recipe.sections.inputs import Calibration, ModelSource
 from ercsvd_deploy.recipe.sections.results import Evaluation, Export, Serving, Target
@@ -13,7 +14,6 @@ from ercsvd_deploy.recipe.sections.vision import Vision
 from ercsvd_deploy.recipe.stages import (
     Factorize,
     FactorizeStage,
-    Quantize,
     QuantizeStage,
     Recover,
     RecoverStage,

@@ -21,7 +21,7 @@ from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
 )
 from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.workload import Workload
-from ercsvd_deploy.recipe.stages import Quantize
+from ercsvd_deploy.recipe.quantize import Quantize
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class QuantizeStage(Stage):
     @property
     def title(self) -> str:
         """Method and bits."""
-        corrected = ", corrected" if self.quantize.corrects else ""
+        corrected = ", corrected" if self.quantize.corrections else ""
         return f"{self.quantize.method}, {self.quantize.bits} bits{corrected}"
 
     def settings(self) -> Any:
@@ -118,6 +118,7 @@ class QuantizeStage(Stage):
                 run.cache,
                 on_layer,
                 refits_to_factors=self.is_on_trained_factors,
+                sensitivity=run.results.get("sensitivity"),
             )
         integers = {name: storage for name, storage in storages.items() if storage.is_quantized}
         run.model.overlay(outcome.files, integers)

@@ -41,7 +41,8 @@ from ercsvd_deploy.quantization.grid import put_on_grid
 from ercsvd_deploy.quantization.held_out import DEFAULT_DAMPING
 from ercsvd_deploy.quantization.pairs import FactorsTask
 from ercsvd_deploy.quantization.pivoted import PivotedTask
-from ercsvd_deploy.recipe.stages import Factorize, Quantize
+from ercsvd_deploy.recipe.quantize import Quantize
+from ercsvd_deploy.recipe.stages import Factorize
 
 _PROBED_RANKS = 3  # at which the damage of quantizing factors is measured
 

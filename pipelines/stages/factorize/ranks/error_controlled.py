@@ -28,7 +28,7 @@ from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import (
 from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import DamagePrediction
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
 from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ranks
-from ercsvd_deploy.recipe.stages import Quantize
+from ercsvd_deploy.recipe.quantize import Quantize
 
 _OPTIONS = TypeAdapter(dict[str, list[Option[Storage]]])
 
