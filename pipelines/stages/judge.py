@@ -115,11 +115,6 @@ class JudgeStage(Stage):
         """Return the stage; None if the recipe names nothing to judge on."""
         return cls() if _is_judging(context) else None
 
-    @property
-    def temporary_for(self) -> str:
-        """The comparison."""
-        return "judge"
-
     def settings(self) -> Any:
         """Return nothing: what is judged on is among the data."""
         return None
