@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
+from ercsvd_deploy.data.texts import CalibrationError
 from ercsvd_deploy.exporters.vllm.replacement import finish_replacement
 from ercsvd_deploy.exporters.vllm.target import check_unchanged
 from ercsvd_deploy.format.manifest import changed_files
 from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.inputs.checks import check_inputs
+from ercsvd_deploy.pipelines.inputs.checks import check_inputs, check_weights
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.inputs.run_data import RunData, load_run_data
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
@@ -198,10 +199,13 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
     for stage in plan.stages:
         stage.check_here()
     short = check_resources(plan)
+    try:
+        data = load_run_data(recipe, opened)
+    except CalibrationError:
+        check_weights(opened)  # a stale vocab_size shows in the texts first
+        raise
     token_weight = recipe.calibration.token_weight if recipe.calibration is not None else "uniform"
-    # Before any text is read: it checks names and shapes.
     original = stream(opened, device, token_weight=token_weight)
-    data = load_run_data(recipe, opened)
     calibration = [warning for stage in plan.stages for warning in stage.check_data(data)]
     model_notes = (*opened.notes(), *original.surplus_warnings())
     warnings = (*data.warnings, *model_notes, *calibration, *plan.warnings, *short)

@@ -39,9 +39,10 @@ def match_names(
     names = sorted(stored)
     best: Naming | None = None
     most = -1
+    parts = frozenset(name.partition(".")[0] for name in expected)
     for reading in _readings(names, expected):
         for prefix in ("", base_prefix):
-            naming = {name: _prefixed(translate(read), prefix, expected) for name, read in reading.items()}
+            naming = {name: _prefixed(translate(read), prefix, parts) for name, read in reading.items()}
             num_found = len(expected.intersection(naming.values()))
             if num_found > most and (best is None or _is_unique(naming)):
                 best, most = naming, num_found
@@ -97,8 +98,9 @@ def _without_wrappers(names: list[str], known: set[str]) -> Naming:
     return {name: read(name) for name in names}
 
 
-def _prefixed(name: str, prefix: str, expected: frozenset[str]) -> str:
-    return prefix + name if name not in expected and prefix + name in expected else name
+def _prefixed(name: str, prefix: str, parts: frozenset[str]) -> str:
+    """Return a name with the prefix in front, unless it begins with a part of the whole model."""
+    return name if name.partition(".")[0] in parts else prefix + name
 
 
 def _is_unique(naming: Naming) -> bool:

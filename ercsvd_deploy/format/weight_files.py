@@ -8,6 +8,7 @@ files of its own directory and nothing else, whatever the index file says.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def open_directory(directory: Path) -> FileStore:
         weight_map = _read_weight_map(index_path)
         file_names = sorted(set(weight_map.values()))
         files = [_checked(directory, name, index_path) for name in file_names]
-        if (directory / SINGLE_FILE).exists() and SINGLE_FILE not in file_names:
+        if os.path.lexists(directory / SINGLE_FILE) and SINGLE_FILE not in file_names:
             raise CheckpointError(
                 f"{directory}: holds {SINGLE_FILE}, and {INDEX_FILE} that names other files: transformers "
                 "would read the one, vLLM the others; remove what is out of date"
@@ -58,7 +59,7 @@ def open_directory(directory: Path) -> FileStore:
         if missing:
             raise CheckpointError(f"{index_path}: its files do not hold {enumerate_names(missing)}")
         return store
-    if (directory / SINGLE_FILE).exists() or (directory / SINGLE_FILE).is_symlink():
+    if os.path.lexists(directory / SINGLE_FILE):
         return FileStore([_checked(directory, SINGLE_FILE, directory)])
     file_names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     numbered = _numbered_shards(directory, file_names)
@@ -164,11 +165,14 @@ def _checked(directory: Path, file_name: str, named_by: Path) -> Path:
     if not is_plain or not file_name.endswith(_SUFFIX):
         raise CheckpointError(f"{named_by}: {file_name!r} is not the name of a safetensors file beside it")
     path = directory / file_name
-    target = path.resolve()
-    if path.is_symlink() and not target.exists():
-        raise CheckpointError(f"{path}: is a link to {target}, which is not there")
-    if target.exists() and not target.is_file():  # opening a pipe would wait for a writer
-        raise CheckpointError(f"{path}: not a complete safetensors file, but a folder, pipe or device")
+    try:
+        target = path.resolve()
+        if path.is_symlink() and not target.exists():
+            raise CheckpointError(f"{path}: is a link to {target}, which is not there")
+        if target.exists() and not target.is_file():  # opening a pipe would wait for a writer
+            raise CheckpointError(f"{path}: not a complete safetensors file, but a folder, pipe or device")
+    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+        raise CheckpointError(f"{path}: cannot be opened ({error})") from error
     if target.parent in _folders_of(directory):
         return path
     is_standard = file_name == SINGLE_FILE or _NUMBERED.fullmatch(file_name) is not None

@@ -71,14 +71,15 @@ class PivotedTask:
 
         pivot_rows, other_rows = first.dequantize(), self.pivoted.other_rows
         loss_first_quantized = loss_refitted = loss_of(pivot_rows, other_rows)
-        if self.refit and bool((gram.diagonal() > 0).any()):
+        energy = transform_gram(pivot_rows, gram)
+        if self.refit and bool((energy.diagonal() > 0).any()):  # else there is nothing to fit by
             is_other = torch.ones(len(self.weight), dtype=torch.bool, device=self.weight.device)
             is_other[self.pivoted.pivots] = False
             other_rows = refit_other_rows(self.weight[is_other], pivot_rows, gram).float()
             loss_refitted = loss_of(pivot_rows, other_rows)
         second, report_others = quantize_better(
             other_rows,
-            transform_gram(pivot_rows, gram),
+            energy,
             self.settings_others,
             scale_dtype=self.first.scale_dtype,
             held_out=None if held_out is None else held_out.through(pivot_rows),
@@ -198,7 +199,7 @@ def refit_other_rows(
     Args:
         other_rows_of_weight: the original weight's rows that are no pivots, W_o: [out - rank, in].
         pivot_rows: as they will be served, V: [rank, in].
-        gram: [in, in], at any scale, not all zeros.
+        gram: [in, in], at any scale; the pivot rows must not all be zeros by it.
         damping: share of the mean energy of the pivot outputs.
 
     Returns:

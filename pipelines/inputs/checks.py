@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from ercsvd_deploy.exporters.vllm.target import check_target
-from ercsvd_deploy.pipelines.inputs.model import OpenedModel
+from ercsvd_deploy.format.tensor_store import CheckpointError
+from ercsvd_deploy.pipelines.inputs.model import OpenedModel, stream
 from ercsvd_deploy.pipelines.inputs.texts import check_length
 from ercsvd_deploy.recipe.sections import Recipe
 
@@ -23,3 +26,16 @@ def check_inputs(recipe: Recipe, opened: OpenedModel, target: Path | None) -> No
         check_length(recipe.calibration.sequence_length, opened.config, "calibration.sequence_length")
     if recipe.judged_texts and recipe.evaluation_sequence_length is not None:
         check_length(recipe.evaluation_sequence_length, opened.config, "evaluation.sequence_length")
+
+
+def check_weights(opened: OpenedModel) -> None:
+    """Compare names and shapes of a model's weights with its config, if they can be read.
+
+    Raises:
+        CheckpointError: they are of another model than the config says.
+    """
+    try:
+        store = opened.store()
+    except CheckpointError:
+        return  # whoever needs them says so
+    stream(opened, torch.device("cpu"), store)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ercsvd_deploy.format.store_views import CastingStore
-from ercsvd_deploy.format.tensor_store import TensorStore
+from ercsvd_deploy.format.tensor_store import TensorStore, enumerate_names
 from ercsvd_deploy.format.weight_files import open_directory, outside_links
 from ercsvd_deploy.models.families import ArchitectureError
 from ercsvd_deploy.models.meta import load_config
@@ -68,9 +68,8 @@ class OpenedModel:
         links = outside_links(open_directory(self.directory), self.directory)
         if not links:
             return []
-        name, target = min(links.items())
-        more = f" and {len(links) - 1} more" if links.keys() - {name} else ""
-        return [f"weights are read from outside the model's directory: {name}{more} is a link to {target}"]
+        # Without the targets: notes are part of the report, and of the export.
+        return [f"weights are links to files outside the model's directory: {enumerate_names(links)}"]
 
 
 def open_config(source: ModelSource) -> Any:

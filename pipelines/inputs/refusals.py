@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.format.weight_files import explain_no_weights, has_weights, open_directory
 from ercsvd_deploy.models.families import ArchitectureError
@@ -45,13 +46,11 @@ def refuse_unsuitable(source: ModelSource, path: str) -> None:
         _refuse_original(source, raw)
         _refuse_other_task(source, raw)
         _refuse_described(source, raw)
-    directory = Path(path)
-    file_names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else None
-    if file_names is None:
-        file_names = list_hub_files(path, source.revision)
+    directory = Path(path) if Path(path).is_dir() else None
+    file_names = list_hub_files(path, source.revision) if directory is None else _list_files(directory)
     if file_names is None:
         return
-    _refuse_quantized(source, file_names, directory if directory.is_dir() else None)
+    _refuse_quantized(source, file_names, directory)
     hint = None if has_weights(file_names) else explain_no_weights(file_names)
     if hint is not None:
         raise ArchitectureError(f"model.path {source.path}: has no weights that can be read: {hint}")
@@ -65,6 +64,14 @@ def list_hub_files(name: str, revision: str | None) -> list[str] | None:
     try:
         return [path for path in HfApi().list_repo_files(name, revision=revision) if "/" not in path]
     except (OSError, ValueError, httpx.HTTPError):  # no network, no such model: fetching will say
+        return None
+
+
+def _list_files(directory: Path) -> list[str] | None:
+    """Return the names of a directory's files; None if it may not be read, which whoever reads it says."""
+    try:
+        return sorted(path.name for path in directory.iterdir())
+    except OSError:
         return None
 
 
@@ -131,9 +138,9 @@ def _refuse_quantized(source: ModelSource, file_names: Sequence[str], directory:
         return  # a run needs the weights and says what is wrong with them; planning does not
     name = next((name for name in sorted(store.names()) if store.info(name).dtype.startswith("F8")), None)
     if name is not None:
+        stored = f"{to_module(name)} is stored as {store.info(name).dtype}"
         raise ArchitectureError(
-            f"model.path {source.path}: already quantized: {name} is stored as {store.info(name).dtype}; "
-            "start from its original weights"
+            f"model.path {source.path}: already quantized: {stored}; start from its original weights"
         )
 
 

@@ -51,3 +51,28 @@ def test_casting_store_reports_what_it_reads(tmp_path: Path) -> None:
     assert store.read(["w"])["w"].dtype == torch.bfloat16
     assert store.info("ids").num_bytes == 4 * 8
     assert store.read(["ids"])["ids"].dtype == torch.int64
+
+
+def test_eight_bit_floats_are_not_cast(tmp_path: Path) -> None:
+    """They mean nothing without their scales, so that a cast would hide what they are."""
+    save_file({"a": torch.ones(2, 2).to(torch.float8_e4m3fn), "b": torch.ones(2)}, tmp_path / SINGLE_FILE)
+    store = CastingStore(open_directory(tmp_path), torch.bfloat16)
+    assert store.info("a").dtype == "F8_E4M3"
+    assert {name: tensor.dtype for name, tensor in store.read(["a", "b"]).items()} == {
+        "a": torch.float8_e4m3fn,
+        "b": torch.bfloat16,
+    }
+
+
+def test_values_beyond_a_precision_are_named(tmp_path: Path) -> None:
+    tensors = {
+        "large": torch.tensor([1.0, -1e5]),
+        "nan": torch.tensor([torch.nan, 1e5]),
+        "small": torch.ones(2),
+    }
+    save_file(tensors, tmp_path / SINGLE_FILE)
+    store = CastingStore(open_directory(tmp_path), torch.float16)
+    with pytest.raises(CheckpointError, match=r"large holds values up to 1e\+05.*float16.*bfloat16"):
+        store.read(["small", "large"])
+    assert store.read(["small", "nan"])["nan"].isnan().any()  # whoever loads it says so
+    assert CastingStore(open_directory(tmp_path), torch.bfloat16).read(["large"])

@@ -147,6 +147,13 @@ def test_a_dangling_link_says_so(tmp_path: Path) -> None:
         open_directory(tmp_path)
 
 
+@pytest.mark.parametrize("target", [SINGLE_FILE, "x" * 300])
+def test_links_in_a_circle_or_to_names_that_cannot_be(tmp_path: Path, target: str) -> None:
+    (tmp_path / SINGLE_FILE).symlink_to(target)
+    with pytest.raises(CheckpointError, match=SINGLE_FILE):
+        open_directory(tmp_path)
+
+
 @pytest.mark.parametrize("is_link", [False, True])
 def test_a_pipe_is_not_waited_for(tmp_path: Path, is_link: bool) -> None:
     (tmp_path / "other").mkdir()

@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from ercsvd_deploy.models.families import ArchitectureError
 from ercsvd_deploy.pipelines.inputs.model import open_config, open_model
 from ercsvd_deploy.pipelines.inputs.refusals import list_hub_files
+from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.sections import ModelSource
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 from tests.tiny_models import WEIGHTS_FILE
 
 Change = Callable[[Path], None]
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture
@@ -131,8 +133,10 @@ class Hub:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, files: list[str] | Exception, raw: Path) -> None:
         self.fetched = False
 
+        self.asked: list[tuple[str, str | None]] = []
+
         def listed(_api: object, name: str, *, revision: str | None = None) -> list[str]:
-            assert (name, revision) == ("org/model", "main")
+            self.asked.append((name, revision))
             if isinstance(files, Exception):
                 raise files
             return files
@@ -169,7 +173,22 @@ def test_hub_models_are_refused_before_anything_is_fetched(
     hub = Hub(monkeypatch, ["config.json", *files], llama)
     with pytest.raises(ArchitectureError, match=expected):
         open_source(ModelSource(path="org/model", revision="main"))
+    assert hub.asked == [("org/model", "main")]
     assert not hub.fetched
+
+
+@pytest.mark.parametrize("name", ["vicuna-7b", "opt-6.7b"])
+def test_ready_recipes_of_models_that_may_be_pickles_say_how_to_convert_them(
+    name: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = RECIPES / f"{name}.yaml"
+    source = load_recipe(recipe).model
+    hub = Hub(monkeypatch, ["config.json", "pytorch_model.bin"], llama)
+    with pytest.raises(ArchitectureError, match=r"pytorch_model\.bin is a pickle.*convert it to safetensors"):
+        open_config(source)
+    assert hub.asked == [(source.path, None)]
+    assert f"name, to = '{source.path}', '{name}'" in recipe.read_text()
+    assert f"--set model.path={name}" in recipe.read_text()
 
 
 @pytest.mark.parametrize(

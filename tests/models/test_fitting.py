@@ -132,6 +132,14 @@ def test_what_changes_a_linear_is_not_left_out(tmp_path: Path, leaf: str) -> Non
         streamed(directory)
 
 
+def test_a_bias_behind_other_names_is_not_left_out(tmp_path: Path) -> None:
+    directory = save_tiny_model(tmp_path, "llama")
+    biases = {"model.layers.1.self_attn.q_proj.bias": torch.ones(128)}
+    rewritten(directory, lambda t: {n.removeprefix("model."): v for n, v in (t | biases).items()})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.self_attn\.q_proj\.bias is stored, but"):
+        streamed(directory)
+
+
 def test_a_bias_of_a_norm_is_not_left_out(tmp_path: Path) -> None:
     directory = save_tiny_model(tmp_path, "llama")
     rewritten(directory, lambda t: t | {"model.norm.bias": torch.ones(128)})

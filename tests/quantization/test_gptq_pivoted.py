@@ -138,6 +138,25 @@ def test_without_calibration_the_other_rows_stay() -> None:
     assert (pair.factor_b.dequantize() - pivoted.other_rows).abs().max() <= step
 
 
+def test_pivot_rows_that_no_input_reaches() -> None:
+    """Their Gram is zero, though that of the inputs is not."""
+    weight, inputs, _ = layer()
+    weight[:, : IN // 2] = 0
+    inputs[:, IN // 2 :] = 0
+    pivoted = to_pivoted(truncate(decompose(weight, method="svd"), weight, RANK), 4)
+    pair = quantize_pivoted(
+        weight,
+        pivoted,
+        inputs.T @ inputs,
+        settings_pivots=INT4,
+        settings_others=INT4,
+        scale_dtype=torch.float32,
+    )
+    served = PivotedFactors(pair.factor_a.dequantize(), pair.factor_b.dequantize(), pivoted.pivots).product()
+    assert bool(torch.isfinite(served).all())
+    assert float((served - weight).norm() / weight.norm()) < 0.3
+
+
 def test_bad_shapes_are_refused() -> None:
     weight, inputs, pivoted = layer()
     options = {"settings_others": INT4, "scale_dtype": torch.float32}

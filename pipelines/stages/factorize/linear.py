@@ -26,6 +26,7 @@ from ercsvd_deploy.format.schema import (
     WEIGHT,
     Storage,
 )
+from ercsvd_deploy.format.store_views import cast_within_range
 from ercsvd_deploy.linalg.decomposition import Decomposition, decompose
 from ercsvd_deploy.linalg.errors import calibration_error, weight_error
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, PivotError, find_pivots, to_pivoted
@@ -111,7 +112,7 @@ def decompose_linear(
             output_metric=output_metric if settings.output_metric == "fisher" else None,
             max_rank=max_rank,
         )
-    except ValueError as error:
+    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise FactorizationError(f"{linear.name}: {error}") from error
 
 
@@ -152,22 +153,21 @@ def factor_tensors(
 
     Raises:
         FactorizationError: the product has no rows that can serve as pivots.
+        CheckpointError: a value lies beyond the range of `dtype`.
     """
-    guard = {f"{name}.{GUARD}": torch.empty(GUARD_SHAPE, dtype=dtype)}
+    tensors = {f"{name}.{GUARD}": torch.empty(GUARD_SHAPE, dtype=dtype)}
     if storage.pivot_blocks is None:
-        return guard | {
-            f"{name}.{FACTOR_A}.{WEIGHT}": factors.factor_a.to(dtype),
-            f"{name}.{FACTOR_B}.{WEIGHT}": factors.factor_b.to(dtype),
-        }
-    try:
-        pivoted = to_pivoted(factors, storage.pivot_blocks)
-    except PivotError as error:
-        raise FactorizationError(f"{name}: {error}") from error
-    return guard | {
-        f"{name}.{PIVOT_ROWS}.{WEIGHT}": pivoted.pivot_rows.to(dtype),
-        f"{name}.{OTHER_ROWS}.{WEIGHT}": pivoted.other_rows.to(dtype),
-        f"{name}.{ROW_ORDER}": pivoted.row_order,
-    }
+        matrices = {FACTOR_A: factors.factor_a, FACTOR_B: factors.factor_b}
+    else:
+        try:
+            pivoted = to_pivoted(factors, storage.pivot_blocks)
+        except PivotError as error:
+            raise FactorizationError(f"{name}: {error}") from error
+        tensors[f"{name}.{ROW_ORDER}"] = pivoted.row_order
+        matrices = {PIVOT_ROWS: pivoted.pivot_rows, OTHER_ROWS: pivoted.other_rows}
+    for part, matrix in matrices.items():
+        tensors[f"{name}.{part}.{WEIGHT}"] = cast_within_range(f"{name}.{part}", matrix, dtype)
+    return tensors
 
 
 def stored_product(

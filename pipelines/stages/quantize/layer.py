@@ -243,7 +243,7 @@ def _naming(linear: LinearShape) -> Iterator[None]:
     """Tell which Linear cannot be quantized."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise QuantizationError(f"{linear.name}: {error}") from error
 
 
