@@ -86,6 +86,15 @@ class Recipe(Section):
         return next((stage.quantize for stage in self.stages if isinstance(stage, QuantizeStage)), None)
 
     @property
+    def corrects_by_sensitivity(self) -> bool:
+        """Whether low-rank corrections are fitted by the Fisher information of the Linears' outputs.
+
+        Those that a target chooses are: their damage was predicted in that measure.
+        """
+        asked = self.quantize is not None and self.quantize.needs_sensitivity
+        return asked or (self.target is not None and bool(self.target.corrections))
+
+    @property
     def picture_share(self) -> float:
         """Share of the calibration samples that are conversations about pictures."""
         if self.vision is None or self.vision.calibration is None:

@@ -152,10 +152,7 @@ class LayerQuantizer:
 
     def _metric(self, layer: LayerLinears, linear: LinearShape) -> torch.Tensor | None:
         """Return how much errors of a Linear's outputs matter; None if all alike."""
-        if not self.settings.needs_sensitivity:
-            return None
-        assert self.sensitivity is not None, "it is measured if the recipe asks for it"
-        return self.sensitivity.metric(layer, linear, self.device)
+        return None if self.sensitivity is None else self.sensitivity.metric(layer, linear, self.device)
 
     def _stored_dtype(self, linear: LinearShape) -> torch.dtype:
         """Return the precision of the original weight, in which scales and plain matrices are stored."""

@@ -14,7 +14,9 @@ from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
     """Return what the stage takes: two trajectories, the Grams of a layer, and one group of Linears."""
     ranks, corrected = _highest_ranks(candidates), _corrected(candidates)
-    is_weighed = work.recipe.quantize is not None and work.recipe.quantize.needs_sensitivity
+    if work.recipe.target is not None and work.recipe.target.corrections:
+        corrected = {linear.name for linear in work.architecture.linears}  # which ones, the run decides
+    is_weighed = work.recipe.corrects_by_sensitivity
     weights = work.layer_weights
     step = max(
         work.passing(work.calibrating),
@@ -74,7 +76,7 @@ def _group_bytes(
             pairs += FLOAT32 * linear.parameters
             pairs += 2 * FLOAT64 * rank * (linear.out_features + linear.in_features)
             refitting = max(refitting, FLOAT64 * (3 * linear.parameters + linear.in_features**2))
-        elif linear.name in corrected:
+        if linear.name in corrected:
             metric = linear.out_features**2 if is_weighed else 0
             # What the integers leave, what the pair gives, and the metric.
             pairs += FLOAT32 * (2 * linear.parameters + metric)

@@ -35,6 +35,7 @@ class QuantizeStage(Stage):
         tensor_parallel_sizes: At which the model is to be served.
         is_on_trained_factors: Whether factors come from recovery or were made for the inputs of the
             compressed prefix: they then stand for more than the original weights.
+        is_weighed: Whether corrections are fitted by the Fisher information of the Linears' outputs.
     """
 
     quantize: Quantize
@@ -42,6 +43,7 @@ class QuantizeStage(Stage):
     architecture: Architecture
     tensor_parallel_sizes: Sequence[int]
     is_on_trained_factors: bool
+    is_weighed: bool = False
 
     name = "quantize"
     reported_as = QuantizeOutcome
@@ -63,6 +65,7 @@ class QuantizeStage(Stage):
             context.architecture,
             recipe.serving.tensor_parallel_sizes,
             is_on_trained_factors=on_prefix or recipe.recover is not None,
+            is_weighed=recipe.corrects_by_sensitivity,
         )
 
     @property
@@ -118,7 +121,7 @@ class QuantizeStage(Stage):
                 run.cache,
                 on_layer,
                 refits_to_factors=self.is_on_trained_factors,
-                sensitivity=run.results.get("sensitivity"),
+                sensitivity=run.results.get("sensitivity") if self.is_weighed else None,
             )
         integers = {name: storage for name, storage in storages.items() if storage.is_quantized}
         run.model.overlay(outcome.files, integers)

@@ -30,9 +30,9 @@ class SensitivityStage(Stage):
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
         """Return the stage; None if nothing asks for Fisher information."""
-        factorize, quantize = context.recipe.factorize, context.recipe.quantize
+        factorize = context.recipe.factorize
         by_factorize = factorize is not None and factorize.needs_sensitivity
-        by_quantize = quantize is not None and quantize.needs_sensitivity
+        by_quantize = context.recipe.corrects_by_sensitivity
         if not (by_factorize or by_quantize):
             return None
         num_samples = NUM_FISHER_SAMPLES if factorize is None else factorize.num_fisher_samples
