@@ -27,7 +27,7 @@ from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     unquantized,
 )
 from ercsvd_deploy.recipe.load import load_recipe
-from ercsvd_deploy.recipe.stages import Quantize, QuantizeOverride
+from ercsvd_deploy.recipe.quantize import Quantize, QuantizeOverride
 from tests.recipe_runs import RecipeWriter, factorize
 from tests.stages.naive_factors import gram, inputs_of
 

@@ -21,7 +21,7 @@ from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
 )
 from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.workload import Workload
-from ercsvd_deploy.recipe.stages import Quantize
+from ercsvd_deploy.recipe.quantize import Quantize
 
 _MOST_OF_THE_ENERGY = 0.5  # of a Linear's inputs, in one direction
 
@@ -37,6 +37,7 @@ class QuantizeStage(Stage):
         tensor_parallel_sizes: At which the model is to be served.
         is_on_trained_factors: Whether factors come from recovery or were made for the inputs of the
             compressed prefix: they then stand for more than the original weights.
+        is_weighed: Whether corrections are fitted by the Fisher information of the Linears' outputs.
     """
 
     quantize: Quantize
@@ -44,6 +45,7 @@ class QuantizeStage(Stage):
     architecture: Architecture
     tensor_parallel_sizes: Sequence[int]
     is_on_trained_factors: bool
+    is_weighed: bool = False
 
     name = "quantize"
     reported_as = QuantizeOutcome
@@ -65,12 +67,13 @@ class QuantizeStage(Stage):
             context.architecture,
             recipe.serving.tensor_parallel_sizes,
             is_on_trained_factors=on_prefix or recipe.recover is not None,
+            is_weighed=recipe.corrects_by_sensitivity,
         )
 
     @property
     def title(self) -> str:
         """Method and bits."""
-        corrected = ", corrected" if self.quantize.corrects else ""
+        corrected = ", corrected" if self.quantize.corrections else ""
         return f"{self.quantize.method}, {self.quantize.bits} bits{corrected}"
 
     def settings(self) -> Any:
@@ -121,6 +124,7 @@ class QuantizeStage(Stage):
                 on_layer,
                 refits_to_factors=self.is_on_trained_factors,
                 token_sensitivity=run.results.get("token_sensitivity"),
+                sensitivity=run.results.get("sensitivity") if self.is_weighed else None,
             )
         integers = {name: storage for name, storage in storages.items() if storage.is_quantized}
         run.model.overlay(outcome.files, integers)
