@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.compressors.pack_quantized import (
@@ -106,6 +106,7 @@ _FIRST_LAYER = {
     "linear_1": (True, False),
     "linear_2": (True, False),
 }
+_SOME_CORRECTED = ("k_proj", "up_proj", "o_proj")
 
 
 def save_tiny_model(
@@ -159,6 +160,7 @@ def compress_at_random(
     quantization: Mapping[str, Any] | None = None,
     include_vision: bool = False,
     pivoted_layers: frozenset[str] = frozenset({"1"}),
+    corrected: Literal["some", "all"] | None = None,
 ) -> CheckpointConfig:
     """Write `source`, its decoder Linears randomly dense, low-rank or pivoted, plain or integer, to `target`.
 
@@ -173,6 +175,8 @@ def compress_at_random(
         include_vision: treat the Linears of projector and vision tower too, as far as the tower is run; they
             stay in floating point.
         pivoted_layers: in these, Linears that would be low-rank are pivoted, all but value projections.
+        corrected: which Linears of the first layer are integers with a low-rank correction: "some" leaves
+            others beside them in fused layers.
     """
     generator = torch.Generator().manual_seed(seed)
     weight_quantization = None if quantization is None else WeightQuantization(**quantization)
@@ -185,13 +189,19 @@ def compress_at_random(
     descriptions = {}
     free_ranks: dict[tuple[str, str], list[int]] = {}
     for match, storage in linears:
-        out_features, in_features = tensors[match[0]].shape
+        weight = tensors[match[0]]
+        out_features, in_features = weight.shape
         group = next((",".join(group) for group in _FUSED_GROUPS if match["leaf"] in group), match["leaf"])
         block = match["module"].removesuffix(match["leaf"])
         ranks = free_ranks.setdefault((block, group), _shuffled_ranks(storage, generator))
         descriptions[match["module"]] = _describe(
             match, (out_features, in_features), ranks, storage, generator, pivoted_layers
         )
+        if match["layer"] == "0" and (
+            corrected == "all" or (corrected == "some" and match["leaf"] in _SOME_CORRECTED)
+        ):
+            assert storage is not None
+            descriptions[match["module"]] = _describe_corrected(match["leaf"], weight.shape, storage)
     config = CheckpointConfig(
         modules={name: described for name, described in descriptions.items() if described.is_altered}
     )
@@ -314,10 +324,24 @@ def _describe(
     return Storage(layout="low_rank", shape=shape, rank=possible[0], factor_a=first, factor_b=second)
 
 
+def _describe_corrected(leaf: str, shape: torch.Size, quantization: WeightQuantization) -> Storage:
+    """Return integers with a correction: the ranks and the factors of a fused layer's projections differ."""
+    bits = {"q_proj": 8, "k_proj": 4, "v_proj": 8, "gate_proj": 4, "o_proj": 4, "down_proj": 8}.get(leaf)
+    factor = None if bits is None else WeightQuantization(bits=bits, group_size=32)
+    rank = 32 if leaf in ("k_proj", "gate_proj") else 64
+    return Storage.corrected((shape[0], shape[1]), quantization, rank, factor, factor)
+
+
 def _store(weight: torch.Tensor, described: Storage) -> dict[str, torch.Tensor]:
     """Return an altered module's tensors, named relative to it; `_restore` inverts it up to truncation."""
     stored = {GUARD: torch.empty(GUARD_SHAPE, dtype=weight.dtype)}
     matrices = {"": weight}
+    if described.layout == "corrected":
+        assert described.weight is not None
+        residual = weight.double() - _unpack(_pack(weight, described.weight), described.weight).double()
+        u, s, vh = torch.linalg.svd(residual, full_matrices=False)
+        matrices[FACTOR_A] = (s[: described.rank, None] * vh[: described.rank]).to(weight.dtype)
+        matrices[FACTOR_B] = u[:, : described.rank].to(weight.dtype)
     if described.layout == "pivoted":
         assert described.pivot_blocks is not None
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -374,6 +398,8 @@ def _restore(stored: Mapping[str, torch.Tensor], described: Storage) -> torch.Te
         rows = torch.cat([pivots, matrices[OTHER_ROWS].double() @ pivots])
         return rows[stored[ROW_ORDER].long()].to(matrices[PIVOT_ROWS].dtype)
     product = matrices[FACTOR_B].double() @ matrices[FACTOR_A].double()
+    if described.layout == "corrected":
+        product += matrices[""].double()
     return product.to(matrices[FACTOR_B].dtype)
 
 

@@ -9,7 +9,9 @@ A compressed checkpoint is an ordinary Hugging Face directory. Its `config.json`
         "model.layers.0.mlp.up_proj": {"layout": "dense", "shape": [768, 256],
                                        "weight": {"bits": 4, "group_size": 64, "sym": true}},
         "model.layers.7.mlp.up_proj": {"layout": "pivoted", "shape": [768, 256], "rank": 128,
-                                       "pivot_blocks": 8}
+                                       "pivot_blocks": 8},
+        "model.layers.8.mlp.up_proj": {"layout": "corrected", "shape": [768, 256], "rank": 32,
+                                       "weight": {"bits": 3, "group_size": 64, "sym": true}}
       }
     }
 
@@ -22,6 +24,8 @@ as the original model stores them. For a module `m` the tensors are
     pivoted    m.pivot_rows.<leaf> [rank, in], m.other_rows.<leaf> [out - rank, rank], m.row_order,
                m.weight (the guard, empty), m.bias unchanged: h = pivot_rows x, o = other_rows h, and
                output i is element row_order[i] (int32 [out]) of cat(h, o). See `linalg.pivoting`.
+    corrected  m.<leaf> of integers, m.factor_a.<leaf>, m.factor_b.<leaf>, m.weight (the guard, empty),
+               m.bias unchanged: y = Q x + B (A x). See `quantization.correction`.
 
 where `<leaf>` is `weight` for a plain matrix, and for one of integers `weight_packed`, `weight_scale`,
 `weight_shape` and, asymmetric, `weight_zero_point`: compressed-tensors' `pack-quantized` names, and at 2, 4
@@ -60,13 +64,14 @@ WEIGHT_SCALE = "weight_scale"
 WEIGHT_ZERO_POINT = "weight_zero_point"
 WEIGHT_SHAPE = "weight_shape"
 
-Layout = Literal["dense", "low_rank", "pivoted"]
+Layout = Literal["dense", "low_rank", "pivoted", "corrected"]
 LowRankLayout = Literal["low_rank", "pivoted"]
 # The matrices that each layout stores; each has a field of `Storage` for its integers.
 _PARTS: Mapping[Layout, tuple[str, ...]] = {
     "dense": (WEIGHT,),
     "low_rank": (FACTOR_A, FACTOR_B),
     "pivoted": (PIVOT_ROWS, OTHER_ROWS),
+    "corrected": (WEIGHT, FACTOR_A, FACTOR_B),
 }
 WORD_BITS = 32  # integers are packed into int32 words
 Bits = Literal[2, 3, 4, 5, 6, 8]
@@ -128,15 +133,18 @@ class Storage(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    layout: Layout = Field(description="One matrix, two factors, or pivot rows and what makes the others.")
+    layout: Layout = Field(
+        description="One matrix, two factors, pivot rows and what makes the others, or integers and two "
+        "factors whose product is added to them."
+    )
     shape: tuple[PositiveInt, PositiveInt] = Field(description="[out, in] of the original weight.")
-    rank: PositiveInt | None = Field(default=None, description="Rank (low_rank, pivoted).")
+    rank: PositiveInt | None = Field(default=None, description="Rank (low_rank, pivoted, corrected).")
     pivot_blocks: PositiveInt | None = Field(
         default=None,
         description="Equal consecutive blocks of outputs that hold equally many pivots each (pivoted): the "
         "outputs can be cut into any divisor of this many parts.",
     )
-    weight: WeightQuantization | None = Field(default=None, description="Quantization (dense).")
+    weight: WeightQuantization | None = Field(default=None, description="Quantization (dense, corrected).")
     factor_a: WeightQuantization | None = Field(default=None, description="Quantization of [rank, in].")
     factor_b: WeightQuantization | None = Field(default=None, description="Quantization of [out, rank].")
     pivot_rows: WeightQuantization | None = Field(default=None, description="Quantization of [rank, in].")
@@ -156,6 +164,8 @@ class Storage(BaseModel):
             )
         if (self.rank is None) != (self.layout == "dense"):
             raise ValueError(f"layout {self.layout} {'has no' if self.layout == 'dense' else 'needs a'} rank")
+        if self.layout == "corrected" and self.weight is None:
+            raise ValueError("layout corrected needs the integers of weight: a plain matrix has no residual")
         if self.rank is None:
             return self
         if self.rank > min(self.shape):
@@ -197,9 +207,29 @@ class Storage(BaseModel):
         integers = dict(zip(_PARTS[layout], (first, second), strict=True))
         return cls(layout=layout, shape=shape, rank=rank, pivot_blocks=pivot_blocks, **integers)
 
+    @classmethod
+    def corrected(
+        cls,
+        shape: tuple[int, int],
+        weight: WeightQuantization,
+        rank: int,
+        first: WeightQuantization | None = None,
+        second: WeightQuantization | None = None,
+    ) -> Storage:
+        """Return the storage of a weight as integers and a low-rank correction of them.
+
+        Args:
+            shape: [out, in] of the weight.
+            weight: Its integers.
+            rank: Of the correction.
+            first: Integers of the factor A [rank, in]; None: floating point.
+            second: Integers of the factor B [out, rank]; None: floating point.
+        """
+        return cls(layout="corrected", shape=shape, rank=rank, weight=weight, factor_a=first, factor_b=second)
+
     @property
     def parts(self) -> dict[str, tuple[tuple[int, int], WeightQuantization | None]]:
-        """Part name ('' for the dense weight) -> ((rows, columns), quantization)."""
+        """Part name ('' for a matrix [out, in]) -> ((rows, columns), quantization)."""
         (out_features, in_features), rank = self.shape, self.rank or 0
         shapes = {
             WEIGHT: (out_features, in_features),
@@ -215,8 +245,13 @@ class Storage(BaseModel):
 
     @property
     def quantization(self) -> WeightQuantization | None:
-        """Integers of the dense weight, or of the first of two matrices; None for floating point."""
+        """Integers of the matrix [out, in], or of the first of two matrices; None for floating point."""
         return next(quantization for _, quantization in self.parts.values())
+
+    @property
+    def truncated_rank(self) -> int | None:
+        """Rank of what stands for the weight; None if that has full rank, with or without a correction."""
+        return self.rank if self.layout in ("low_rank", "pivoted") else None
 
     @property
     def is_quantized(self) -> bool:
@@ -225,11 +260,13 @@ class Storage(BaseModel):
 
     @property
     def label(self) -> str:
-        """The storage in a few words, such as `rank 96, int4 g64`."""
-        shape = "dense" if self.rank is None else f"rank {self.rank}"
-        if self.quantization is None:
-            return shape
-        return f"{shape}, int{self.quantization.bits} g{self.quantization.group_size}"
+        """The storage in a few words, such as `rank 96, int4 g64` or `dense, int3 g64 + rank 32, int8`."""
+        label = "dense" if self.truncated_rank is None else f"rank {self.rank}"
+        if self.quantization is not None:
+            label += f", int{self.quantization.bits} g{self.quantization.group_size}"
+        if self.layout == "corrected":
+            label += f" + rank {self.rank}" + (f", int{self.factor_a.bits}" if self.factor_a else "")
+        return label
 
     @property
     def is_altered(self) -> bool:

@@ -165,9 +165,7 @@ def _decompose(
         wide = columns.triangle
     factor: Tensor | None = None
     if output_metric is not None:
-        factor = _metric_factor(
-            output_metric.to(wide) if columns is None else columns.restrict(output_metric)
-        )
+        factor = metric_factor(output_metric.to(wide) if columns is None else columns.restrict(output_metric))
         wide = factor.T @ wide
     eigenvalues, vectors, noise = leading_eigh(wide, max_rank, metric=metric)
 
@@ -195,7 +193,7 @@ def _decompose(
     )
 
 
-def _metric_factor(metric: Tensor) -> Tensor:
+def metric_factor(metric: Tensor) -> Tensor:
     """Return the lower Cholesky factor of a damped output metric."""
     mean = metric.diagonal().mean()
     if mean <= 0:

@@ -72,8 +72,8 @@ def congruence_in_single(matrix: Tensor, metric: Tensor | None) -> Tensor:
         rows = (matrix if metric is None else matrix * metric.to(matrix).clamp(min=0).sqrt()).float()
         return symmetric_product(rows, rows.T).to(matrix.dtype)
     size = (len(metric), min(_PRODUCT_BLOCK, len(metric)))
-    block = torch.linalg.qr(_metric_times(metric, _random(size, matrix))).Q
-    image = _metric_times(metric, block)
+    block = torch.linalg.qr(metric_times(metric, _random(size, matrix))).Q
+    image = metric_times(metric, block)
     # G = P G P + Q Z^T + Z Q^T with Z = G Q - Q (Q^T G Q) / 2
     half = image - block @ (block.T @ image / 2)
     rest = _without_pairs(metric, block, half)
@@ -142,7 +142,7 @@ def _rounding(product: Tensor, matrix: Tensor, metric: Tensor | None) -> float:
     probes = _random((len(product), ROUNDING_PROBES), matrix)
     image = matrix.T @ probes
     if metric is not None:
-        image = metric.to(image)[:, None] * image if metric.dim() == 1 else _metric_times(metric, image)
+        image = metric.to(image)[:, None] * image if metric.dim() == 1 else metric_times(metric, image)
     return float((product @ probes - matrix @ image).norm() / probes.norm())
 
 
@@ -155,7 +155,7 @@ def _without_pairs(matrix: Tensor, block: Tensor, half: Tensor) -> Tensor:
     return rest
 
 
-def _metric_times(metric: Tensor, right: Tensor) -> Tensor:
+def metric_times(metric: Tensor, right: Tensor) -> Tensor:
     """Return G @ right [n, k] in the type of `right`; G is converted a block of rows at a time."""
     return torch.cat([metric[part].to(right) @ right for part in _slices(len(metric))])
 

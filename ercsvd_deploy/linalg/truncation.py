@@ -1,8 +1,12 @@
-"""Factor a decomposed weight at one rank, with or without the residual stage of ERC-SVD.
+"""Factor a weight at one rank: a decomposed one, with or without the residual stage of ERC-SVD, or any other.
 
 The first stage is the decomposition's own truncation. The residual W - W_i is truncated by its plain singular
 values and appended, [U_i | U_r] [V_i ; V_r] (ERC-SVD, arXiv 2505.20112): in the space of the first stage it
 would only continue it (Eckart-Young), and the whole would equal a truncation in one step.
+
+A decomposition serves all ranks, at the price of an eigendecomposition of one side of the weight. Where one
+low rank is all that is wanted, of a matrix that changes from one call to the next, `approximate` costs a few
+products.
 """
 
 from __future__ import annotations
@@ -13,8 +17,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.linalg.decomposition import Decomposition
-from ercsvd_deploy.linalg.symmetric import descending_eigh, leading_eigh, product_to_store
+from ercsvd_deploy.linalg.decomposition import Decomposition, decompose, metric_factor
+from ercsvd_deploy.linalg.symmetric import (
+    MIXED_FROM,
+    descending_eigh,
+    leading_eigh,
+    metric_times,
+    product_to_store,
+)
 
 ResidualSpace = Literal["weight", "whitened"]
 
@@ -100,6 +110,45 @@ def truncate(
         factor_b = torch.cat([factor_b, residual_b], dim=1)
     factor_a, factor_b = _balance(factor_a, factor_b)
     return Factors(factor_a.to(weight.dtype), factor_b.to(weight.dtype))
+
+
+def approximate(
+    matrix: Tensor, rank: int, gram: Tensor, *, output_metric: Tensor | None = None, exact: bool | None = None
+) -> Factors:
+    """Return the pair of factors that comes nearest to a matrix E: with least tr(F (E - B A) G (E - B A)^T).
+
+    Args:
+        matrix: E [out, in], finite.
+        rank: Of the pair, 1 to min(out, in).
+        gram: G [in, in], sum of x x^T, finite, at any scale; may be singular.
+        output_metric: F [out, out], damped as in `decompose`; None for the identity.
+        exact: By `decompose`, or by subspace iteration, which is deterministic and off by a fraction of a per
+            cent; default exact where one side is short.
+
+    Returns:
+        Factors in the matrix's dtype and on its device, balanced as in `truncate`.
+    """
+    if exact is None:
+        exact = min(matrix.shape) < max(MIXED_FROM, 4 * (rank + _OVERSAMPLING))
+    if exact:
+        decomposition = decompose(
+            matrix, method="svd_llm", gram=gram, output_metric=output_metric, max_rank=rank
+        )
+        return truncate(decomposition, matrix, rank)
+    lower = None if output_metric is None else metric_factor(output_metric.double())
+    # With F = L L^T it is the truncation of L^T E in the metric G (see `decomposition`).
+    weighted = matrix.double() if lower is None else lower.T @ matrix.double()
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    size = (matrix.shape[0], rank + _OVERSAMPLING)
+    basis = torch.randn(size, generator=generator, dtype=torch.float64, device=matrix.device)
+    for _ in range(_POWER_ITERATIONS):
+        basis = torch.linalg.qr(weighted @ metric_times(gram, weighted.T @ basis)).Q
+    rows = weighted.T @ basis
+    _, vectors = descending_eigh(rows.T @ metric_times(gram, rows))
+    leading = basis @ vectors[:, :rank]
+    factor_b = leading if lower is None else torch.linalg.solve_triangular(lower.T, leading, upper=True)
+    factor_a, factor_b = _balance(leading.T @ weighted, factor_b)
+    return Factors(factor_a.to(matrix.dtype), factor_b.to(matrix.dtype))
 
 
 def _truncate_plain(matrix: Tensor, rank: int, *, exact: bool) -> tuple[Tensor, Tensor]:

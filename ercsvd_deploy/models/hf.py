@@ -41,7 +41,8 @@ from ercsvd_deploy.format.schema import (
     CheckpointFormatError,
 )
 from ercsvd_deploy.format.tensor_store import TensorInfo, read_header
-from ercsvd_deploy.models.modules import PackedLinear, PivotedLinear, canonical_name, replace_linears
+from ercsvd_deploy.models.modules import PackedLinear, PivotedLinear
+from ercsvd_deploy.models.replacement import canonical_name, replace_linears
 
 _PACKED_LEAVES = (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE, WEIGHT_ZERO_POINT)
 # The module a tensor of the compressed format belongs to, whether or not the module is described.

@@ -1,4 +1,4 @@
-"""Modules that replace a compressed Linear: low-rank, pivoted or dense, with plain or integer matrices.
+"""Modules that replace a compressed Linear: one for each layout, with plain or integer matrices.
 
 Their state dict has exactly the tensor names of `format.schema`, guard included, so that a model holding
 them is loaded from and saved to a compressed checkpoint by whatever loads and saves ordinary modules.
@@ -6,8 +6,6 @@ This is the reference for every other reader: clear and portable, not fast. vLLM
 """
 
 from __future__ import annotations
-
-import difflib
 
 import torch
 from torch import nn
@@ -25,17 +23,12 @@ from ercsvd_deploy.format.schema import (
     WEIGHT_PACKED,
     WEIGHT_SHAPE,
     WEIGHT_ZERO_POINT,
-    CheckpointConfig,
-    CheckpointFormatError,
     Storage,
     WeightQuantization,
 )
 from ercsvd_deploy.linalg.pivoting import row_order_problem
 
 _LEAF_DTYPES = {WEIGHT_PACKED: torch.int32, WEIGHT_ZERO_POINT: torch.int32, WEIGHT_SHAPE: torch.int64}
-# Path parts in which loaders differ: `language_model.model.layers` on disk is `model.language_model.layers`
-# in transformers 5, `model.layers` is `layers` in a model without a head, and CLIP's `vision_model` is gone.
-_MOVABLE_PARTS = frozenset({"model", "language_model", "vision_model"})
 
 
 class PackedLinear(nn.Module):
@@ -104,6 +97,43 @@ class PackedLinear(nn.Module):
         )
 
 
+class CorrectedLinear(PackedLinear):
+    """A Linear of integers Q, whose outputs a low-rank pair corrects: y = Q x + `factor_b` (`factor_a` x).
+
+    Args:
+        storage: shape, integers, and rank and quantization of the pair; its layout is corrected.
+        bias: whether there is a bias.
+        device: of all tensors.
+        dtype: of all tensors but packed integers.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        bias: bool,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if storage.layout != "corrected" or storage.weight is None:
+            raise ValueError(f"layout is {storage.layout!r}; CorrectedLinear needs 'corrected'")
+        out_features, in_features = storage.shape
+        super().__init__(
+            in_features, out_features, storage.weight, bias=bias, guard=True, device=device, dtype=dtype
+        )
+        self.rank = storage.rank
+        _add_matrices(self, storage, (FACTOR_A, FACTOR_B), device, dtype)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map [..., in] to [..., out]."""
+        correction: torch.Tensor = self.get_submodule(FACTOR_B)(self.get_submodule(FACTOR_A)(inputs))
+        return super().forward(inputs) + correction
+
+    def extra_repr(self) -> str:
+        """Describe the module in the manner of nn.Linear."""
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
 class LowRankLinear(nn.Module):
     """A Linear whose weight is the product of `factor_b` [out, rank] and `factor_a` [rank, in].
 
@@ -129,7 +159,7 @@ class LowRankLinear(nn.Module):
             raise ValueError(f"layout is {storage.layout!r}; LowRankLinear needs 'low_rank'")
         self.out_features, self.in_features = storage.shape
         self.rank = storage.rank
-        _add_matrices(self, storage, device, dtype)
+        _add_matrices(self, storage, (FACTOR_A, FACTOR_B), device, dtype)
         self.register_buffer(GUARD, torch.empty(GUARD_SHAPE, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
 
@@ -172,7 +202,7 @@ class PivotedLinear(nn.Module):
             raise ValueError(f"layout is {storage.layout!r}; PivotedLinear needs 'pivoted'")
         self.out_features, self.in_features = storage.shape
         self.rank, self.pivot_blocks = storage.rank, storage.pivot_blocks
-        _add_matrices(self, storage, device, dtype)
+        _add_matrices(self, storage, (PIVOT_ROWS, OTHER_ROWS), device, dtype)
         self.register_buffer(ROW_ORDER, torch.zeros(self.out_features, device=device, dtype=torch.int32))
         self.register_buffer(GUARD, torch.empty(GUARD_SHAPE, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
@@ -199,11 +229,13 @@ class PivotedLinear(nn.Module):
 def _add_matrices(
     module: nn.Module,
     storage: Storage,
+    parts: tuple[str, str],
     device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> None:
-    """Add the two matrices of a storage to a module, under their names."""
-    for part, ((rows, columns), quantization) in storage.parts.items():
+    """Add two matrices of a storage to a module, under their names."""
+    for part in parts:
+        (rows, columns), quantization = storage.parts[part]
         matrix: nn.Module = (
             nn.Linear(columns, rows, bias=False, device=device, dtype=dtype)
             if quantization is None
@@ -218,84 +250,17 @@ def build_linear(
     bias: bool,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-) -> LowRankLinear | PivotedLinear | PackedLinear | nn.Linear:
+) -> CorrectedLinear | LowRankLinear | PivotedLinear | PackedLinear | nn.Linear:
     """Return an uninitialised module whose state dict has the tensors of `storage`."""
     if storage.layout == "low_rank":
         return LowRankLinear(storage, bias=bias, device=device, dtype=dtype)
     if storage.layout == "pivoted":
         return PivotedLinear(storage, bias=bias, device=device, dtype=dtype)
+    if storage.layout == "corrected":
+        return CorrectedLinear(storage, bias=bias, device=device, dtype=dtype)
     out_features, in_features = storage.shape
     if storage.weight is None:
         return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
     return PackedLinear(
         in_features, out_features, storage.weight, bias=bias, guard=True, device=device, dtype=dtype
     )
-
-
-def canonical_name(name: str) -> str:
-    """Return a module or tensor name without the path parts in which loaders and checkpoints differ."""
-    return ".".join(part for part in name.split(".") if part not in _MOVABLE_PARTS)
-
-
-def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.Module]:
-    """Replace every altered Linear by an uninitialised module of the same device and dtype.
-
-    Nothing is replaced unless everything can be.
-
-    Args:
-        model: the original architecture.
-        config: names every altered Linear, by its checkpoint name.
-
-    Returns:
-        Checkpoint name -> the module now in its place.
-
-    Raises:
-        CheckpointFormatError: names that match no Linear of the model, or other shapes; all are listed.
-    """
-    linears: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            linears.setdefault(canonical_name(name), []).append(name)
-    problems = []
-    targets: dict[str, tuple[str, nn.Linear]] = {}
-    for checkpoint_name, storage in config.modules.items():
-        candidates = linears.get(canonical_name(checkpoint_name), [])
-        # An exact name settles what would otherwise be ambiguous.
-        names = [checkpoint_name] if checkpoint_name in candidates else candidates
-        if len(names) != 1:
-            if names:
-                problem = f"matches each of {', '.join(names)}"
-            else:
-                problem = f"is no Linear of the model{_did_you_mean(checkpoint_name, linears)}"
-            problems.append(f"{checkpoint_name} {problem}")
-            continue
-        linear = model.get_submodule(names[0])
-        assert isinstance(linear, nn.Linear)
-        if tuple(linear.weight.shape) != storage.shape:
-            problems.append(
-                f"{checkpoint_name} has shape {list(linear.weight.shape)} in the model, "
-                f"{list(storage.shape)} in the checkpoint"
-            )
-        targets[checkpoint_name] = (names[0], linear)
-    if problems:
-        raise CheckpointFormatError(
-            f"{len(problems)} of {len(config.modules)} modules in quantization_config do not fit "
-            f"{type(model).__name__}; use the config.json that the checkpoint was exported with:\n  "
-            + "\n  ".join(problems)
-        )
-    replaced: dict[str, nn.Module] = {}
-    for checkpoint_name, (name, linear) in targets.items():
-        replaced[checkpoint_name] = build_linear(
-            config.modules[checkpoint_name],
-            bias=linear.bias is not None,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
-        )
-        model.set_submodule(name, replaced[checkpoint_name])
-    return replaced
-
-
-def _did_you_mean(name: str, linears: dict[str, list[str]]) -> str:
-    near = difflib.get_close_matches(canonical_name(name), linears, n=3)
-    suggestions = [actual for canonical in near for actual in linears[canonical]]
-    return f" (did you mean {' or '.join(suggestions)}?)" if suggestions else ""

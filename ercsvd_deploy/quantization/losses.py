@@ -7,11 +7,18 @@ from torch import Tensor
 
 
 class LossOf:
-    """Relative proxy losses of several approximations of one weight, whose own energy is computed once."""
+    """Relative proxy losses of several approximations of one weight, whose own energy is computed once.
 
-    def __init__(self, weight: Tensor, gram: Tensor) -> None:
+    Args:
+        weight: [out, in].
+        gram: [in, in], at any scale.
+        output_metric: [out, out], at any scale: how much errors of the outputs matter; None for all alike.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor, output_metric: Tensor | None = None) -> None:
         self._dtype = torch.promote_types(gram.dtype, torch.float32)
         self._weight, self._gram = weight.detach().to(self._dtype), gram.to(self._dtype)
+        self._metric = None if output_metric is None else output_metric.to(self._dtype)
         self._energy = self._weighted(self._weight)
 
     def __call__(self, approximation: Tensor) -> float:
@@ -22,7 +29,10 @@ class LossOf:
         return 0.0 if loss <= 0 else float("inf")
 
     def _weighted(self, error: Tensor) -> float:
-        return float(((error @ self._gram) * error).sum())
+        weighted = error @ self._gram
+        if self._metric is not None:
+            weighted = self._metric @ weighted
+        return float((weighted * error).sum())
 
 
 def proxy_loss(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:

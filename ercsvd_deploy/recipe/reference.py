@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ercsvd_deploy.recipe.correction import Correction
 from ercsvd_deploy.recipe.gates import Gates, ServingParityGate
 from ercsvd_deploy.recipe.sections import (
     Calibration,
@@ -56,6 +57,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Stage `factorize`": Factorize,
     "Stage `recover`": Recover,
     "Stage `quantize`": Quantize,
+    "`quantize.correction`": Correction,
     "`quantize.overrides`": QuantizeOverride,
     "`target`": Target,
     "`evaluation`": Evaluation,
@@ -77,7 +79,13 @@ WORDS = {
     "path": "path",
     "string": "text",
 }
-BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+BOUNDS = {
+    "minimum": ">=",
+    "exclusiveMinimum": ">",
+    "maximum": "<=",
+    "exclusiveMaximum": "<",
+    "multipleOf": "multiple of",
+}
 TABLE_HEAD = "| key | value | default | meaning |\n|---|---|---|---|\n"
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
 
 from ercsvd_deploy.format.schema import Bits
+from ercsvd_deploy.recipe.correction import Correction
 from ercsvd_deploy.recipe.fields import (
     ListWithoutRepetition,
     Section,
@@ -187,11 +188,16 @@ class QuantizeOverride(Section):
         default=None, description="Input columns that share a scale; -1 for one scale per row."
     )
     sym: bool | None = Field(default=None, description="Symmetric: no zero point is stored.")
+    correction: Annotated[
+        Literal["none"] | Correction | None, expects("'none', or a mapping with rank and bits")
+    ] = Field(default=None, description="Another low-rank correction, or `none`.")
 
     @model_validator(mode="after")
     def _overrides_something(self) -> QuantizeOverride:
-        if self.bits is None and self.group_size is None and self.sym is None:
-            raise refusal("overrides nothing; give bits, group_size or sym, or remove the pattern")
+        if all(getattr(self, name) is None for name in type(self).model_fields):
+            raise refusal(
+                "overrides nothing; give bits, group_size or sym, a correction, or remove the pattern"
+            )
         return self
 
 
@@ -243,6 +249,12 @@ class Quantize(Section):
         description="Turn each pair of factors within its rank dimension first. The product stays; GPTQ has "
         "correlated inputs of the second factor to work with.",
     )
+    correction: Correction | None = Field(
+        default=None,
+        description="Add a low-rank correction to the integers of matrices that have no rank of their own: "
+        "both are fitted in turn, to come near the original's outputs on the calibration data. Costs less "
+        "than another bit where bits are few.",
+    )
     compressed_prefix_inputs: bool = Field(
         default=True,
         description="Measure each layer's inputs on the output of the layers already compressed.",
@@ -253,6 +265,12 @@ class Quantize(Section):
     overrides: Mapping[Text, QuantizeOverride] = Field(
         default={}, description="Pattern (`*`, `?`) of module names -> what differs for them."
     )
+
+    @property
+    def corrects(self) -> bool:
+        """Whether any matrix gets a low-rank correction."""
+        changes = (change.correction for change in self.overrides.values())
+        return self.correction is not None or any(isinstance(change, Correction) for change in changes)
 
     @property
     def calibration_need(self) -> str:

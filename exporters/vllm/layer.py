@@ -2,17 +2,20 @@
 
 All projections of a layer read the same input, so their first matrices (a dense weight, `factor_a`, or
 `pivot_rows`) that are stored alike - plain, or integers of one kind - are rows of one matrix. What comes out
-is split by projection; low-rank ones go through their `factor_b`. Of pivoted ones it is part of the output
-already, and `other_rows` makes the rest of it; one gather then puts all outputs of the layer in order.
+is split by projection; low-rank ones go through their `factor_b`. Corrected ones have two first matrices,
+and what their `factor_b` makes of the second's outputs is added to the first's. Of pivoted ones it is part of
+the output already, and `other_rows` makes the rest of it; one gather then puts all outputs of the layer in
+order.
 
 Under tensor parallelism the blocks of A and B follow from the projection's block of W = B A. Column-parallel
 layers hold all of A and a block of B's rows; row-parallel ones a block of A's columns and all of B, and vLLM
-sums the ranks' outputs, which is right because B is linear. The same goes for pivot rows and other rows.
+sums the ranks' outputs, which is right because B is linear. The same goes for pivot rows and other rows, and
+for a correction beside its integers, which are cut as the weight would be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +31,7 @@ from ercsvd_deploy.exporters.vllm.matrices import Matrix, PackedMatrix, PlainMat
 @dataclass(frozen=True)
 class _Stack:
     matrix: Matrix
-    projections: tuple[int, ...]
+    members: tuple[tuple[int, str], ...]  # number of the projection, name of the part
     widths: tuple[int, ...]
 
 
@@ -36,6 +39,14 @@ class _Stack:
 class _Second:
     matrix: Matrix
     width: int  # of its outputs, those of padding rows included
+    reads: str  # name of the first part whose outputs it multiplies
+    adds_to: str | None  # of the one that its own outputs are added to
+
+    def output(self, firsts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the outputs of a projection, given those of its first parts."""
+        # not every kernel takes strided rows; copying `rank` columns is nothing beside the GEMM
+        output: torch.Tensor = self.matrix(firsts[self.reads].contiguous())
+        return output if self.adds_to is None else firsts[self.adds_to] + output
 
 
 class StackedLinear(nn.Module):
@@ -62,13 +73,10 @@ class StackedLinear(nn.Module):
         self._allow_op = allow_op
         self._uses_op = False
         self._stacks = [
-            _Stack(self._matrix(stack.matrix), stack.projections, stack.widths)
+            _Stack(self._matrix(stack.matrix), stack.members, stack.widths)
             for stack in plan_stacks(projections)
         ]
-        self._seconds = [
-            None if second is None else _Second(self._matrix(second), second.shape[0])
-            for second in map(plan_second, projections)
-        ]
+        self._seconds = [self._second(projection) for projection in projections]
         self._register_matrices()
         orders = self._order_outputs(projections)
         self.loaders = [
@@ -88,6 +96,7 @@ class StackedLinear(nn.Module):
         self._uses_op = (
             self._allow_op
             and len(self._stacks) == 1
+            and not any(second is not None and second.adds_to is not None for second in self._seconds)
             and all(matrix.is_plain_tensor for matrix in self._matrices())
         )
 
@@ -101,13 +110,12 @@ class StackedLinear(nn.Module):
             )
             return output
         results = [stack.matrix(x) for stack in self._stacks]
-        firsts = [x] * len(self._seconds)
+        firsts: list[dict[str, torch.Tensor]] = [{} for _ in self._seconds]
         for stack, result in zip(self._stacks, results, strict=True):
-            for index, part in zip(stack.projections, result.split(stack.widths, dim=-1), strict=True):
-                firsts[index] = part
+            for (index, part), first in zip(stack.members, result.split(stack.widths, dim=-1), strict=True):
+                firsts[index][part] = first
         outputs = [
-            # not every kernel takes strided rows; copying `rank` columns is nothing beside the GEMM
-            first if second is None else second.matrix(first.contiguous())
+            first[""] if second is None else second.output(first)
             for first, second in zip(firsts, self._seconds, strict=True)
         ]
         if self.order is not None:
@@ -135,8 +143,9 @@ class StackedLinear(nn.Module):
         first_starts: dict[int, int] = {}
         start = 0
         for stack in self._stacks:
-            for index, width in zip(stack.projections, stack.widths, strict=True):
-                first_starts[index] = start
+            for (index, part), width in zip(stack.members, stack.widths, strict=True):
+                if part == projections[index].first_parts[0]:
+                    first_starts[index] = start
                 start += width
         orders: list[torch.Tensor] = []
         placements: list[tuple[int, int] | None] = []
@@ -169,14 +178,21 @@ class StackedLinear(nn.Module):
             planned.name, planned.shape, planned.full_shape, planned.quantization, self._dtype, self._record
         )
 
+    def _second(self, projection: Projection) -> _Second | None:
+        planned = plan_second(projection)
+        if planned is None:
+            return None
+        adds_to = "" if projection.is_corrected else None
+        return _Second(self._matrix(planned), planned.shape[0], projection.first_parts[-1], adds_to)
+
     def _placements(self, index: int, projection: Projection) -> dict[str, Placement]:
-        stack = next(stack for stack in self._stacks if index in stack.projections)
-        first_row = sum(stack.widths[: stack.projections.index(index)])
-        placements = {
-            projection.first_part: Placement(
-                stack.matrix, projection.first_rows, projection.columns, first_row
+        placements = {}
+        for part in projection.first_parts:
+            stack = next(stack for stack in self._stacks if (index, part) in stack.members)
+            first_row = sum(stack.widths[: stack.members.index((index, part))])
+            placements[part] = Placement(
+                stack.matrix, projection.first_rows(part), projection.columns, first_row
             )
-        }
         second = self._seconds[index]
         if second is not None and projection.second_part is not None:
             placements[projection.second_part] = Placement(

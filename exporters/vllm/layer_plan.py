@@ -5,7 +5,7 @@ The plugin allocates what is planned here, and `ercsvd plan` asks vLLM for kerne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ercsvd_deploy.exporters.vllm.cutting import BLOCK
@@ -15,9 +15,23 @@ from ercsvd_deploy.format.schema import (
     OTHER_ROWS,
     PIVOT_ROWS,
     CheckpointFormatError,
+    Layout,
     Storage,
     WeightQuantization,
 )
+
+_FIRST_PARTS: Mapping[Layout, tuple[str, ...]] = {
+    "dense": ("",),
+    "low_rank": (FACTOR_A,),
+    "pivoted": (PIVOT_ROWS,),
+    "corrected": ("", FACTOR_A),
+}
+_SECOND_PARTS: Mapping[Layout, str | None] = {
+    "dense": None,
+    "low_rank": FACTOR_B,
+    "pivoted": OTHER_ROWS,
+    "corrected": FACTOR_B,
+}
 
 
 @dataclass(frozen=True)
@@ -37,19 +51,23 @@ class Projection:
     columns: slice
 
     @property
-    def first_part(self) -> str:
-        """The part that multiplies the layer's input."""
-        return {"low_rank": FACTOR_A, "pivoted": PIVOT_ROWS, "dense": ""}[self.description.layout]
+    def first_parts(self) -> tuple[str, ...]:
+        """The parts that multiply the layer's input; a second part reads the last one's outputs."""
+        return _FIRST_PARTS[self.description.layout]
 
-    @property
-    def first_rows(self) -> slice:
-        """Rows of the first part on this rank: outputs that a second part reads are never split."""
-        return self.rows if self.description.rank is None else slice(0, self.description.rank)
+    def first_rows(self, part: str) -> slice:
+        """Rows of a first part on this rank: outputs that a second part reads are never split."""
+        return self.rows if part == "" else slice(0, self.description.rank)
 
     @property
     def second_part(self) -> str | None:
-        """The part that multiplies the first one's outputs, if there is one."""
-        return {"low_rank": FACTOR_B, "pivoted": OTHER_ROWS, "dense": None}[self.description.layout]
+        """The part that multiplies a first one's outputs, if there is one."""
+        return _SECOND_PARTS[self.description.layout]
+
+    @property
+    def is_corrected(self) -> bool:
+        """Whether the second part's outputs are added to those of the matrix [out, in]."""
+        return self.description.layout == "corrected"
 
     @property
     def second_rows(self) -> slice:
@@ -104,28 +122,36 @@ class PlannedStack:
 
     Attributes:
         matrix: the whole of it.
-        projections: numbers of the projections, in order.
+        members: number of the projection and name of the part, in order.
         widths: rows of each.
     """
 
     matrix: PlannedMatrix
-    projections: tuple[int, ...]
+    members: tuple[tuple[int, str], ...]
     widths: tuple[int, ...]
 
 
 def plan_stacks(projections: Sequence[Projection]) -> list[PlannedStack]:
-    """Return the matrices that read a layer's input: as few as the projections' storages allow."""
-    alike: dict[WeightQuantization | None, list[int]] = {}
-    for index, projection in enumerate(projections):
-        alike.setdefault(projection.description.parts[projection.first_part][1], []).append(index)
+    """Return the matrices that read a layer's input: as few as the projections' storages allow.
+
+    First factors of corrections stand behind everything else: those of a layer that are stored alike lie side
+    by side, with nothing of its integers in between.
+    """
+    firsts = [(index, projection.first_parts[0]) for index, projection in enumerate(projections)]
+    firsts += [
+        (index, part) for index, projection in enumerate(projections) for part in projection.first_parts[1:]
+    ]
+    alike: dict[WeightQuantization | None, list[tuple[int, str]]] = {}
+    for index, part in firsts:
+        alike.setdefault(projections[index].description.parts[part][1], []).append((index, part))
     stacks = []
     for quantization, members in alike.items():
-        stacked = [projections[index] for index in members]
-        widths = tuple(_length(projection.first_rows) for projection in stacked)
-        full_rows = sum(projection.description.parts[projection.first_part][0][0] for projection in stacked)
-        columns, full_columns = stacked[0].columns, stacked[0].description.shape[1]
+        stacked = [(projections[index], part) for index, part in members]
+        widths = tuple(_length(projection.first_rows(part)) for projection, part in stacked)
+        full_rows = sum(projection.description.parts[part][0][0] for projection, part in stacked)
+        columns, full_columns = stacked[0][0].columns, stacked[0][0].description.shape[1]
         matrix = PlannedMatrix(
-            tuple(f"{projection.name}.{projection.first_part}".rstrip(".") for projection in stacked),
+            tuple(f"{projection.name}.{part}".rstrip(".") for projection, part in stacked),
             (sum(widths), _length(columns)),
             (full_rows, full_columns),
             quantization,
@@ -135,7 +161,7 @@ def plan_stacks(projections: Sequence[Projection]) -> list[PlannedStack]:
 
 
 def plan_second(projection: Projection) -> PlannedMatrix | None:
-    """Return the matrix of a projection that reads its first part's outputs; None if it is dense."""
+    """Return the matrix of a projection that reads a first part's outputs; None if it is dense."""
     part = projection.second_part
     if part is None:
         return None

@@ -2,7 +2,7 @@
 
 One instance serves one layer: fused QKV, fused gate and up, column-parallel, row-parallel or replicated.
 `LowRankLinearMethod` takes the layers of which at least one projection is altered; each projection has its
-own layout (see `checkpoint_schema`): dense, low-rank or pivoted, plain or integer, in any mix.
+own layout (see `checkpoint_schema`): dense, low-rank, pivoted or corrected, plain or integer, in any mix.
 `UnalteredLinearMethod` takes the others.
 """
 

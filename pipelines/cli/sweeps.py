@@ -27,7 +27,7 @@ from ercsvd_deploy.pipelines.cli.outputs import end_with_gates
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ercsvd_deploy.pipelines.sweeping.run import SweepResult
+    from ercsvd_deploy.pipelines.sweeping.results import SweepResult
 
 _LEFT_COLUMNS = ("point", "gates", "front of")
 

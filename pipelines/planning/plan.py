@@ -18,7 +18,7 @@ from ercsvd_deploy.models.families import (
 )
 from ercsvd_deploy.models.meta import compressed_config, read_architecture
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
-from ercsvd_deploy.pipelines.planning.components import Component, describe_components
+from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidate
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine
 from ercsvd_deploy.pipelines.planning.machine import Machine, measure_flops
 from ercsvd_deploy.pipelines.planning.measured_workload import measure_workload
@@ -27,41 +27,8 @@ from ercsvd_deploy.pipelines.stages import STAGES
 from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.serving_notes import gpu_warnings, serving_warnings
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import PatternMatch, quantize_plan_of
-from ercsvd_deploy.pipelines.stages.sizes import (
-    bytes_on_rank,
-    linear_bits_per_weight,
-    planned_bytes,
-    sum_by_part,
-)
+from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank
 from ercsvd_deploy.recipe.sections import Recipe
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What happens to one decoder layer under one candidate."""
-
-    index: int
-    ranks: Mapping[str, int | None]  # Linear's name within the layer -> rank, None for dense
-    parameters: int
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class CandidatePlan:
-    """One admissible number of compressed layers."""
-
-    num_compressed_layers: int
-    layer_ratio: float
-    linear_parameters: int
-    achieved_compression_ratio: float
-    model_parameters: int
-    num_bytes: int  # on disk
-    bytes_by_part: Mapping[str, int]
-    linear_bits_per_weight: float  # stored bits of the decoder Linears per weight of the original ones
-    gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of weights on each GPU
-    gpu_share: Mapping[int, float]  # tensor parallel size -> these as a share of the dense model's there
-    components: tuple[Component, ...]
-    layers: tuple[LayerPlan, ...]
 
 
 @dataclass(frozen=True)
@@ -171,7 +138,7 @@ def make_plan(
     candidates = planned[-1].candidates if planned else (Candidate(),)
     sizes = recipe.serving.tensor_parallel_sizes
     dense_on_gpu = {size: bytes_on_rank(architecture, {}, element, size) for size in sizes}
-    shown = tuple(_candidate(candidate, architecture, element, dense_on_gpu) for candidate in candidates)
+    shown = tuple(plan_candidate(candidate, architecture, element, dense_on_gpu) for candidate in candidates)
     device = device or default_device()
     work = measure_workload(
         recipe,
@@ -262,44 +229,3 @@ def planned_dtype(recipe: Recipe, config: Any) -> str:
         return recipe.model.dtype
     own = getattr(config, "dtype", None)
     return str(own).removeprefix("torch.") if isinstance(own, torch.dtype) else "float32"
-
-
-def _candidate(
-    candidate: Candidate, architecture: Architecture, element: int, dense_on_gpu: Mapping[int, int]
-) -> CandidatePlan:
-    described = candidate.modules
-    ranks = {name: description.rank for name, description in described.items()}
-    gpu_bytes = {size: bytes_on_rank(architecture, described, element, size) for size in dense_on_gpu}
-    sizes = planned_bytes(architecture, described, element)
-    by_part = sum_by_part(sizes, architecture)
-    layers = []
-    for layer in architecture.layers:
-        kept = {
-            linear.name: described[linear.name].num_parameters
-            if linear.name in described
-            else linear.parameters
-            for linear in layer.linears
-        }
-        matrices = sum(
-            num_bytes
-            for name, num_bytes in sizes.items()
-            if name.startswith(f"{layer.prefix}.") and name not in architecture.other_tensors
-        )
-        local_ranks = {layer.local_name(linear): ranks.get(linear.name) for linear in layer.linears}
-        layers.append(LayerPlan(layer.index, local_ranks, sum(kept.values()), matrices))
-    linear_parameters = sum(layer.parameters for layer in layers)
-    components = describe_components(sizes, described, architecture)
-    return CandidatePlan(
-        num_compressed_layers=candidate.num_compressed_layers,
-        layer_ratio=candidate.layer_ratio,
-        linear_parameters=linear_parameters,
-        achieved_compression_ratio=1 - linear_parameters / architecture.linear_parameters,
-        model_parameters=sum(component.parameters for component in components),
-        num_bytes=sum(sizes.values()),
-        bytes_by_part=by_part,
-        linear_bits_per_weight=linear_bits_per_weight(by_part, architecture),
-        gpu_bytes=gpu_bytes,
-        gpu_share={size: num_bytes / dense_on_gpu[size] for size, num_bytes in gpu_bytes.items()},
-        components=components,
-        layers=tuple(layers),
-    )

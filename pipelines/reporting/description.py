@@ -86,6 +86,11 @@ def _quantization(report: Report) -> Iterator[str]:
     verb = f"{rounding_method(report)} stores"
     what = "what is left of them" if FactorizeStage.name in report.stages else "the decoder Linears"
     yield f"{verb} {what} as {stored}, {in_groups}."
+    corrections = [linear.correction for linear in quantized.linears if linear.correction is not None]
+    if corrections:
+        ranks = sorted({correction.rank for correction in corrections})
+        of_rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        yield f"Low-rank corrections of rank {of_rank} correct the integers of {len(corrections)} Linears."
 
 
 def rounding_method(report: Report) -> str | None:

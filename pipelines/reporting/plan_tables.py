@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Literal
 
@@ -10,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, columns_that_agree, without_shape
-from ercsvd_deploy.pipelines.planning.plan import CandidatePlan, Plan
+from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, LayerPlan
+from ercsvd_deploy.pipelines.planning.plan import Plan
 from ercsvd_deploy.pipelines.reporting.tables import component_table
 from ercsvd_deploy.pipelines.reporting.terminal import rich_table
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import PatternMatch
@@ -122,13 +124,19 @@ def _rank_table(candidate: CandidatePlan) -> Table:
     for column in ("layer", *names, "weights", "size"):
         table.add_column(column, justify="right", overflow="fold")  # narrow terminals lose nothing
     for (ranks, parameters, num_bytes), members in groupby(
-        candidate.layers, lambda layer: (tuple(layer.ranks.values()), layer.parameters, layer.num_bytes)
+        candidate.layers, lambda layer: (tuple(_rank_cells(layer)), layer.parameters, layer.num_bytes)
     ):
         first, *_, last = 2 * [layer.index for layer in members]
         layers = str(first) if first == last else f"{first}-{last}"
-        cells = ("dense" if rank is None else str(rank) for rank in ranks)
-        table.add_row(layers, *cells, f"{parameters / 1e6:,.1f} M", _size(num_bytes))
+        table.add_row(layers, *ranks, f"{parameters / 1e6:,.1f} M", _size(num_bytes))
     return table
+
+
+def _rank_cells(layer: LayerPlan) -> Iterator[str]:
+    """Yield the rank of every Linear of a layer, or `dense`, with the rank of a correction added to it."""
+    for name, rank in layer.ranks.items():
+        corrected = f" + {layer.correction_ranks[name]}" if name in layer.correction_ranks else ""
+        yield f"{'dense' if rank is None else rank}{corrected}"
 
 
 def _kernel_table(plan: Plan) -> Table:

@@ -15,6 +15,7 @@ from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP
 from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization, values_in_whole_words
 from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.recipe.correction import Correction
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,11 @@ class StorageRules:
     fitted_to: tuple[int, ...] | None = None
 
     def storage(
-        self, linear: LinearShape, rank: int | None = None, quantization: WeightQuantization | None = None
+        self,
+        linear: LinearShape,
+        rank: int | None = None,
+        quantization: WeightQuantization | None = None,
+        correction: Correction | None = None,
     ) -> Storage:
         """Return how a Linear is stored.
 
@@ -41,9 +46,12 @@ class StorageRules:
             linear: Its name and shape.
             rank: Its rank; None: it keeps its one matrix.
             quantization: Integers of each of its matrices; None: they are plain.
+            correction: What is added to the integers of a Linear without a rank; None: nothing.
         """
         shape = (linear.out_features, linear.in_features)
         first = self._fit(quantization, self._columns_on_ranks(linear))
+        if rank is None and first is not None and correction is not None:
+            return self._corrected(linear, first, correction)
         if rank is None:
             return Storage.dense(shape, first)
         second = self._fit(quantization, [rank])
@@ -61,6 +69,17 @@ class StorageRules:
             if (rank := ranks.get(linear.name)) is not None
         }
 
+    def _corrected(self, linear: LinearShape, weight: WeightQuantization, correction: Correction) -> Storage:
+        """Return integers with a correction, whose groups are made to fit: a recipe names none for it."""
+        shape, rank = (linear.out_features, linear.in_features), correction.rank
+        if correction.bits == 16:
+            return Storage.corrected(shape, weight, rank)
+        wanted = WeightQuantization(bits=correction.bits, group_size=weight.group_size)
+        first, second = _fitting(wanted, self._columns_on_ranks(linear)), _fitting(wanted, [rank])
+        if first is None or second is None:
+            first = second = None
+        return Storage.corrected(shape, weight, rank, first, second)
+
     def _pivot_blocks(self, linear: LinearShape, rank: int) -> int | None:
         if self.layout == "low_rank":
             return None
@@ -77,14 +96,18 @@ class StorageRules:
     def _fit(
         self, quantization: WeightQuantization | None, columns: Iterable[int]
     ) -> WeightQuantization | None:
-        """Return integers whose groups and words are whole in all of these numbers of columns."""
-        columns = list(columns)
+        """Return integers that fit these numbers of columns, where groups are made to fit."""
         if quantization is None or self.fitted_to is None:
             return quantization
-        if any(count % values_in_whole_words(quantization.bits) for count in columns):
-            return None
-        size = quantization.group_size
-        while size >= SMALLEST_GROUP and any(count % size for count in columns):
-            size //= 2
-        fitting = size if size >= SMALLEST_GROUP else -1
-        return quantization.model_copy(update={"group_size": fitting})
+        return _fitting(quantization, columns)
+
+
+def _fitting(quantization: WeightQuantization, columns: Iterable[int]) -> WeightQuantization | None:
+    """Return integers whose groups and words are whole in all of these numbers of columns."""
+    columns = list(columns)
+    if any(count % values_in_whole_words(quantization.bits) for count in columns):
+        return None
+    size = quantization.group_size
+    while size >= SMALLEST_GROUP and any(count % size for count in columns):
+        size //= 2
+    return quantization.model_copy(update={"group_size": size if size >= SMALLEST_GROUP else -1})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-FINGERPRINT_FILE = "fingerprint.json"
+from ercsvd_deploy.pipelines.state.cache import FINGERPRINT_FILE
 
 
 def shared_stages(directory: Path) -> list[Path]:

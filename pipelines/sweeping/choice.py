@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ercsvd_deploy.pipelines.sweeping.file import Pick
-from ercsvd_deploy.pipelines.sweeping.points import PointResult
+from ercsvd_deploy.pipelines.sweeping.results import PointResult
 from ercsvd_deploy.recipe.fields import parse_size
 
 Item = TypeVar("Item")

@@ -13,7 +13,6 @@ from ercsvd_deploy.pipelines.planning.feasibility import TooLittleDiskError
 from ercsvd_deploy.pipelines.planning.machine import available_memory, free_disk
 from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan
 from ercsvd_deploy.pipelines.sweeping.file import Point
-from ercsvd_deploy.pipelines.sweeping.points import without_export
 
 _CERTAINLY = 0.85  # of an estimate: measured ones are within 15 %
 
@@ -44,7 +43,7 @@ def plan_points(
     plans, failures = {}, {}
     for point in points:
         try:
-            plans[point.name] = make_plan(without_export(point.recipe), device=device)
+            plans[point.name] = make_plan(point.recipe.without_export(), device=device)
         except Exception as error:  # noqa: BLE001 - many points survive any one of them
             failures[point.name] = str(error) or type(error).__name__
     return plans, failures

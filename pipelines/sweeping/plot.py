@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ercsvd_deploy.pipelines.sweeping.points import DENSE, PointResult
-from ercsvd_deploy.pipelines.sweeping.run import SweepResult
+from ercsvd_deploy.pipelines.sweeping.results import DENSE, PointResult, SweepResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +23,12 @@ from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, ReportError, load_report
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.pipelines.state.progress import log_lines
+from ercsvd_deploy.pipelines.sweeping.results import DENSE, PointResult
 from ercsvd_deploy.recipe.sections import Recipe
 
-DENSE = "dense"
 STAGES_FOLDER = "stages"
 _RECIPE = TypeAdapter(Recipe)
 _INFINITE = float("inf")
-
-
-@dataclass(frozen=True)
-class PointResult:
-    """One model of the sweep."""
-
-    name: str
-    num_bytes: int
-    bits_per_weight: float
-    perplexity: dict[str, float]
-    exact_match: dict[str, float]
-    gates: list[GateResult] = field(default_factory=list)
-    recipe: dict[str, Any] | None = None  # None: the original
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Whether no gate was missed."""
-        return all(gate.passed for gate in self.gates)
 
 
 def point_folder(output: Path, settings: Mapping[str, Any]) -> Path:
@@ -83,7 +63,7 @@ def run_point(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    recipe = without_export(_RECIPE.validate_json(json.dumps(settings)))
+    recipe = _RECIPE.validate_json(json.dumps(settings)).without_export()
     folder = point_folder(Path(output), settings)
     own = Path(work, "points", folder.name)
     own.mkdir(parents=True, exist_ok=True)
@@ -102,11 +82,6 @@ def run_point(
         _result(DENSE, report.original, [], None, []),
         _result(name, report.compressed, verdicts, settings, report.warnings),
     ]
-
-
-def without_export(recipe: Recipe) -> Recipe:
-    """Return a recipe that writes no export: a point is judged from its stages' results."""
-    return recipe.model_copy(update={"export": recipe.export.model_copy(update={"path": None})})
 
 
 def gates_for_the_export(recipe: Recipe) -> list[str]:

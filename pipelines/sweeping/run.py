@@ -31,11 +31,11 @@ from ercsvd_deploy.pipelines.sweeping.file import RESULTS_FILE, WORK, Point, Swe
 from ercsvd_deploy.pipelines.sweeping.needs import affordable_jobs, check_needs, plan_points, sweep_needs
 from ercsvd_deploy.pipelines.sweeping.points import (
     STAGES_FOLDER,
-    PointResult,
     gates_for_the_export,
     run_point,
 )
 from ercsvd_deploy.pipelines.sweeping.pool import run_in_processes
+from ercsvd_deploy.pipelines.sweeping.results import PointResult, SweepResult
 from ercsvd_deploy.recipe.load import canonical
 from ercsvd_deploy.recipe.sections import Recipe
 
@@ -45,33 +45,6 @@ logger = logging.getLogger(__name__)
 
 class SweepError(ValueError):
     """A sweep cannot be run, or no point of it worked."""
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """Everything a sweep found out; the original is the first point.
-
-    Attributes:
-        points: Those that have finished.
-        failures: Point -> why it has no result.
-        front: Text -> names of the points that no other beats.
-        picked: The best point's name; None if none was to be picked, none fits, or points are missing.
-        why: Why it is that one, or none.
-        gates_for_the_export: Gates that a sweep cannot judge; the export is judged by them.
-        unfinished: Names of the points that have not been computed yet.
-    """
-
-    points: list[PointResult]
-    failures: dict[str, str]
-    front: dict[str, list[str]]
-    picked: str | None
-    why: str
-    gates_for_the_export: list[str]
-    unfinished: list[str]
-
-    def point(self, name: str) -> PointResult:
-        """Return a point by its name."""
-        return next(point for point in self.points if point.name == name)
 
 
 @dataclass(frozen=True)

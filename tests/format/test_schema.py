@@ -95,8 +95,22 @@ def test_an_impossible_group_size_is_refused(group_size: int) -> None:
             },
             32 * (48 + 64 - 32),
         ),
+        (
+            Storage.corrected((48, 64), INT4, 16, WeightQuantization(bits=8, group_size=-1)),
+            {
+                "weight": (0,),
+                "weight_packed": (48, 8),
+                "weight_scale": (48, 2),
+                "weight_shape": (2,),
+                "factor_a.weight_packed": (16, 16),
+                "factor_a.weight_scale": (16, 1),
+                "factor_a.weight_shape": (2,),
+                "factor_b.weight": (48, 16),
+            },
+            48 * 64 + 16 * (48 + 64),
+        ),
     ],
-    ids=["plain", "dense-int4", "low-rank-half-int4", "pivoted-half-int4"],
+    ids=["plain", "dense-int4", "low-rank-half-int4", "pivoted-half-int4", "corrected"],
 )
 def test_tensor_names_and_shapes(
     description: Storage, names: dict[str, tuple[int, ...]], num_parameters: int
@@ -124,6 +138,10 @@ def test_tensor_names_and_shapes(
         ({"layout": "pivoted", "rank": 8, "pivot_blocks": 1}, "rank 8 leaves no other rows"),
         ({"layout": "pivoted", "rank": 6, "pivot_blocks": 4}, "4 does not divide rank 6 and 8 outputs"),
         ({"layout": "pivoted", "rank": 4, "pivot_blocks": 1, "factor_b": INT4}, "has no factor_b"),
+        ({"layout": "corrected", "weight": INT4}, "corrected needs a rank"),
+        ({"layout": "corrected", "rank": 4}, "corrected needs the integers of weight"),
+        ({"layout": "corrected", "rank": 9, "weight": INT4}, "rank 9 exceeds the smaller side"),
+        ({"layout": "corrected", "rank": 4, "weight": INT4, "other_rows": INT4}, "has no other_rows"),
         ({"layout": "dense", "ranks": 4}, "ranks"),
     ],
 )
@@ -143,6 +161,8 @@ def test_a_config_survives_json() -> None:
             },
             "model.layers.0.mlp.up_proj": Storage(layout="dense", shape=(48, 64), weight=INT4),
             "model.layers.1.mlp.up_proj": Storage(layout="low_rank", shape=(48, 64), rank=32, factor_a=INT4),
+            "model.layers.2.mlp.up_proj": Storage.corrected((48, 64), INT4, 32, INT4, INT4),
+            "model.layers.3.mlp.up_proj": Storage.corrected((48, 64), INT4, 8),
         }
     )
     assert CheckpointConfig.read(json.loads(json.dumps(config.write()))) == config
@@ -200,3 +220,22 @@ def test_a_storage_of_two_matrices(pivot_blocks: int | None) -> None:
     assert storage.is_quantized
     assert not Storage.of_rank((48, 64), 32, pivot_blocks).is_quantized
     assert Storage.of_rank((48, 64), 32, pivot_blocks).label == "rank 32"
+
+
+def test_a_storage_of_integers_and_a_correction() -> None:
+    int8 = WeightQuantization(bits=8, group_size=-1)
+    storage = Storage.corrected((48, 64), INT4, 16, int8, int8)
+    assert {part: quantization for part, (_, quantization) in storage.parts.items()} == {
+        "": INT4,
+        "factor_a": int8,
+        "factor_b": int8,
+    }
+    assert storage.quantization == INT4
+    assert storage.is_quantized
+    assert storage.label == "dense, int4 g32 + rank 16, int8"
+    assert Storage.corrected((48, 64), INT4, 16).label == "dense, int4 g32 + rank 16"
+    # It replaces no part of the weight, so nothing is cut off.
+    assert (storage.rank, storage.truncated_rank) == (16, None)
+    assert Storage.of_rank((48, 64), 16).truncated_rank == 16
+    assert Storage.of_rank((48, 64), 16, 4).truncated_rank == 16
+    assert Storage.dense((48, 64)).truncated_rank is None

@@ -53,6 +53,13 @@ DESCRIPTION: dict[str, Any] = {
             "pivot_blocks": 4,
             "pivot_rows": {"bits": 8, "group_size": -1, "sym": False},
         },
+        "model.layers.1.mlp.down_proj": {
+            "layout": "corrected",
+            "shape": [64, 64],
+            "rank": 8,
+            "weight": {"bits": 3, "group_size": 32, "sym": True},
+            "factor_b": {"bits": 8, "group_size": -1, "sym": True},
+        },
     },
 }
 

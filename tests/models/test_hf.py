@@ -33,7 +33,7 @@ from transformers import (
 import ercsvd_deploy.hf
 from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
-from ercsvd_deploy.models.modules import LowRankLinear, PackedLinear, PivotedLinear
+from ercsvd_deploy.models.modules import CorrectedLinear, LowRankLinear, PackedLinear, PivotedLinear
 from tests.tiny_models import (
     FAMILIES,
     HIDDEN_SIZE,
@@ -123,6 +123,18 @@ def test_logits_of_every_integer_layout(
     compress_at_random(tiny_model("qwen2"), tmp_path / "packed", quantization=quantization)
     dense = load(materialise(tmp_path / "packed", tmp_path / "dense"))
     torch.testing.assert_close(logits(load(tmp_path / "packed")), logits(dense), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_logits_of_integers_with_corrections(bits: int, tiny_model: ModelDirectory, tmp_path: Path) -> None:
+    quantization = {"bits": bits, "group_size": 32, "sym": True}
+    compress_at_random(tiny_model("qwen2"), tmp_path / "packed", quantization=quantization, corrected="all")
+    model = load(tmp_path / "packed")
+    assert sum(isinstance(module, CorrectedLinear) for module in model.modules()) == 7
+    dense = load(materialise(tmp_path / "packed", tmp_path / "dense"))
+    torch.testing.assert_close(logits(model), logits(dense), rtol=0, atol=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits(load(tmp_path / "saved")), logits(model), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "opt"])

@@ -15,13 +15,13 @@ from ercsvd_deploy.format.schema import (
     WeightQuantization,
 )
 from ercsvd_deploy.models.modules import (
+    CorrectedLinear,
     LowRankLinear,
     PackedLinear,
     PivotedLinear,
     build_linear,
-    canonical_name,
-    replace_linears,
 )
+from ercsvd_deploy.models.replacement import canonical_name, replace_linears
 
 OUT, IN, RANK = 24, 64, 8
 
@@ -89,6 +89,31 @@ def test_low_rank_linear_is_b_a_x_plus_bias() -> None:
     torch.testing.assert_close(linear(inputs), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("factors", [None, WeightQuantization(bits=8, group_size=-1)])
+def test_corrected_linear_adds_b_a_x_to_its_integers(factors: WeightQuantization | None) -> None:
+    integers = WeightQuantization(bits=3, group_size=32)
+    linear = build_linear(Storage.corrected((OUT, IN), integers, RANK, factors, factors), bias=True)
+    assert isinstance(linear, CorrectedLinear)
+    packed, weight = filled_packed_linear(integers, seed=0)
+    linear.weight_packed, linear.weight_scale = packed.weight_packed, packed.weight_scale
+    generator = torch.Generator().manual_seed(0)
+    for parameter in linear.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    matrices = {}
+    for name in ("factor_a", "factor_b"):
+        factor = linear.get_submodule(name)
+        if isinstance(factor, PackedLinear):
+            factor.weight_packed.random_(generator=generator)
+            factor.weight_scale.uniform_(0.1, 1.0, generator=generator)
+            matrices[name] = factor.dequantize()
+        else:
+            matrices[name] = linear.state_dict()[f"{name}.weight"]
+    inputs = torch.randn(3, IN, generator=generator)
+    whole = weight.double() + matrices["factor_b"].double() @ matrices["factor_a"].double()
+    expected = inputs.double() @ whole.T + linear.state_dict()["bias"]
+    torch.testing.assert_close(linear(inputs).double(), expected, rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.parametrize("quantization", [None, WeightQuantization(bits=4, group_size=8)])
 def test_pivoted_linear_gives_pivot_and_other_outputs_in_order(
     quantization: WeightQuantization | None,
@@ -134,8 +159,14 @@ def test_pivoted_linear_gives_pivot_and_other_outputs_in_order(
             factor_a=WeightQuantization(bits=8, group_size=-1, sym=False),
             factor_b=WeightQuantization(bits=4, group_size=8, sym=False),
         ),
+        Storage.corrected(
+            (OUT, IN),
+            WeightQuantization(bits=2, group_size=32, sym=False),
+            RANK,
+            WeightQuantization(bits=8, group_size=-1),
+        ),
     ],
-    ids=["dense", "dense-int4", "low-rank", "low-rank-mixed"],
+    ids=["dense", "dense-int4", "low-rank", "low-rank-mixed", "corrected"],
 )
 def test_the_state_dict_is_the_format(description: Storage, bias: bool) -> None:
     state = build_linear(description, bias=bias, dtype=torch.bfloat16).state_dict()
@@ -149,6 +180,8 @@ def test_the_state_dict_is_the_format(description: Storage, bias: bool) -> None:
 def test_a_dense_description_makes_no_low_rank_linear() -> None:
     with pytest.raises(ValueError, match="layout is 'dense'"):
         LowRankLinear(Storage(layout="dense", shape=(OUT, IN)), bias=False)
+    with pytest.raises(ValueError, match="layout is 'low_rank'"):
+        CorrectedLinear(low_rank(), bias=False)
 
 
 def test_the_representation_tells_the_rank() -> None:

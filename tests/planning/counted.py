@@ -20,7 +20,7 @@ from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.measured_workload import measure_workload
 from ercsvd_deploy.pipelines.planning.plan import make_plan, plan_stages
 from ercsvd_deploy.pipelines.stages.contract import Needs, Stage
-from ercsvd_deploy.pipelines.stages.sensitivity import SensitivityStage
+from ercsvd_deploy.pipelines.stages.sensitivity.stage import SensitivityStage
 from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.recipe.sections import Recipe
 

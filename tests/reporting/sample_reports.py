@@ -179,7 +179,21 @@ _SAMPLE: dict[str, Any] = {
                     "loss_refitted": 0.0005,
                     "loss": 0.002,
                 },
-            }
+                "correction": None,
+            },
+            {
+                "name": "model.layers.2.mlp.up_proj",
+                "loss": 0.004,
+                "factors": None,
+                "correction": {
+                    "rank": 8,
+                    "integers": _LOSSES,
+                    "factor_a": _LOSSES,
+                    "factor_b": None,
+                    "loss_uncorrected": 0.009,
+                    "loss_by_round": [0.005, 0.004],
+                },
+            },
         ],
         "patterns": [
             {"pattern": "*.down_proj", "purpose": "ignore", "modules": ["model.layers.1.mlp.down_proj"]}

@@ -17,9 +17,9 @@ import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed check
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
-from ercsvd_deploy.pipelines.stages import sensitivity
 from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import interpolate, spread
 from ercsvd_deploy.pipelines.stages.quantize import stage as quantize_stage
+from ercsvd_deploy.pipelines.stages.sensitivity import stage as sensitivity
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke

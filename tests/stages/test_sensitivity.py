@@ -16,7 +16,7 @@ from ercsvd_deploy.linalg.decomposition import decompose
 from ercsvd_deploy.linalg.errors import output_error
 from ercsvd_deploy.linalg.truncation import truncate
 from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.stages.sensitivity import Sensitivity, measure_sensitivity
+from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity, measure_sensitivity
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from tests.models.streamed import streamed
 from tests.tiny_models import save_tiny_model

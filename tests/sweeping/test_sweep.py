@@ -25,7 +25,8 @@ from ercsvd_deploy.pipelines.sweeping.needs import (
     sweep_needs,
 )
 from ercsvd_deploy.pipelines.sweeping.plot import draw_sweep, sweep_rows
-from ercsvd_deploy.pipelines.sweeping.points import DENSE, PointResult, gates_for_the_export, run_point
+from ercsvd_deploy.pipelines.sweeping.points import gates_for_the_export, run_point
+from ercsvd_deploy.pipelines.sweeping.results import DENSE, PointResult
 from ercsvd_deploy.pipelines.sweeping.run import Results, hash_models, judge_points
 from ercsvd_deploy.recipe.load import Recipe, RecipeError, canonical, load_recipe
 from tests.recipe_runs import RecipeWriter, factorize, invoke

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
-from ercsvd_deploy.pipelines.sweeping.points import DENSE
+from ercsvd_deploy.pipelines.sweeping.results import DENSE
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import hashes
 from tests.sweeping.sweep_files import RATIO, written

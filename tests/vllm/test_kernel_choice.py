@@ -216,6 +216,28 @@ def test_stacks_and_second_parts_are_counted_as_they_are_allocated() -> None:
     assert (others.shape, others.full_shape) == ((96, 32), (192, 32))  # 84 rows on each of two ranks
 
 
+def test_a_correction_is_counted_beside_its_integers() -> None:
+    """Two corrected projections whose factors are stored alike, and a dense one, on rank 1 of 2."""
+    int3, int8 = WeightQuantization(bits=3, group_size=32), WeightQuantization(bits=8, group_size=32)
+    projections = [
+        Projection(name, storage, slice(128, 256), slice(0, 128))
+        for name, storage in (
+            ("q", Storage.corrected((256, 128), int3, 64, int8, int8)),
+            ("k", Storage.dense((256, 128), int3)),
+            ("v", Storage.corrected((256, 128), int3, 32, int8, int8)),
+        )
+    ]
+    integers, factors = plan_stacks(projections)
+    assert integers.matrix.parts == ("q", "k", "v")
+    assert (integers.matrix.shape, integers.matrix.full_shape) == ((384, 128), (768, 128))
+    assert factors.matrix.parts == ("q.factor_a", "v.factor_a")
+    assert (factors.matrix.shape, factors.widths) == ((96, 128), (64, 32))
+    second, none, _ = [plan_second(projection) for projection in projections]
+    assert none is None
+    assert second is not None
+    assert (second.shape, second.full_shape) == ((128, 64), (256, 64))
+
+
 def test_only_the_child_imports_vllm() -> None:
     code = (
         "import sys, ercsvd_deploy.exporters.vllm.kernels.choice\n"

@@ -8,7 +8,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import Mock
 
 import pytest
@@ -174,18 +174,46 @@ def pivoted_models(tmp_path_factory: pytest.TempPathFactory, tiny_model: ModelDi
     return directories
 
 
+# Kind -> which Linears of the first layer have a correction, bits of their integers, layers with pivots.
+CORRECTED: dict[str, tuple[Literal["some", "all"], int, frozenset[str]]] = {
+    "corrected int4": ("all", 4, frozenset()),
+    "corrected int3": ("all", 3, frozenset()),
+    "some corrected int4": ("some", 4, frozenset()),
+    "corrected beside pivots int4": ("some", 4, frozenset({"0"})),
+    "corrected int4 in float32": ("all", 4, frozenset()),
+}
+
+
+@pytest.fixture(scope="module")
+def corrected_models(tmp_path_factory: pytest.TempPathFactory, tiny_model: ModelDirectory) -> dict[str, Path]:
+    """Return kind of matrices -> directory whose first layer has integers with low-rank corrections."""
+    directories = {}
+    for kind, (corrected, bits, pivoted_layers) in CORRECTED.items():
+        directories[kind] = tmp_path_factory.mktemp("corrected")
+        compress_at_random(
+            tiny_model("llama"),
+            directories[kind],
+            quantization={"bits": bits, "group_size": 32, "sym": True},
+            corrected=corrected,
+            pivoted_layers=pivoted_layers,
+        )
+    return directories
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["float32", "int4", "pivoted float32", "pivoted int4"])
+@pytest.mark.parametrize("kind", ["float32", "int4", "pivoted float32", "pivoted int4", *CORRECTED])
 def test_every_layer_on_every_rank(
     kind: str,
     size: int,
     low_rank_model: ModelDirectory,
     mixed_model: ModelDirectory,
     pivoted_models: dict[str, Path],
+    corrected_models: dict[str, Path],
     materialised: Callable[[Path], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    directory = pivoted_models.get(kind) or (low_rank_model if kind == "float32" else mixed_model)("llama")
+    made = pivoted_models | corrected_models
+    directory = made.get(kind) or (low_rank_model if kind == "float32" else mixed_model)("llama")
     dtype = torch.float32 if kind.endswith("float32") else torch.float16
     tolerance = 2e-5 if kind.endswith("float32") else 2e-2
     row_sums: dict[str, torch.Tensor] = {}
@@ -257,6 +285,63 @@ def test_layers_whose_weights_stay_plain_use_the_operator(
         expected = expected_outputs(materialised(directory), name, x)
         torch.testing.assert_close(served.layers[name](x)[0].double(), expected, rtol=2e-5, atol=2e-5)
     assert operator.call_count == len(altered) > 0
+
+
+def test_corrections_without_kernels_are_not_for_the_operator(
+    corrected_models: dict[str, Path], materialised: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has one first matrix for a projection, and a corrected one has two, here in one stack."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    # as on CUDA, where vLLM does not repack plain weights
+    monkeypatch.setattr(UnquantizedLinearMethod, "process_weights_after_loading", lambda *_: None)
+    monkeypatch.setattr(
+        UnquantizedLinearMethod,
+        "apply",
+        lambda _, layer, x, bias: torch.nn.functional.linear(x, layer.weight, bias),
+    )
+    directory = corrected_models["corrected int4 in float32"]
+    layers = Served(directory, torch.float32, monkeypatch).ready()
+    assert len(layers[f"{ATTENTION}.o_proj"].ercsvd._stacks) == 1
+    for name, layer in layers.items():
+        x = inputs(name, torch.float32)
+        expected = expected_outputs(materialised(directory), name, x)
+        torch.testing.assert_close(layer(x)[0].double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_every_missing_part_of_a_correction_is_named(
+    corrected_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(corrected_models["corrected int4"], torch.float16, monkeypatch)
+    q, up = f"{ATTENTION}.q_proj", f"{MLP}.up_proj"
+    for name in (f"{q}.weight_packed", f"{q}.factor_a.weight_scale", f"{up}.factor_b.weight"):
+        del served.tensors[name]
+    served.load()
+    with pytest.raises(CheckpointFormatError) as raised:
+        served.finalize()
+    message = str(raised.value)
+    assert "3 problems" in message
+    assert f"missing: {q}.weight_packed" in message
+    assert f"missing: {q}.factor_a.weight_scale" in message
+    assert f"missing: {up}.factor_b.weight" in message
+
+
+@pytest.mark.parametrize("kind", ["corrected int4", "corrected int3"])
+def test_first_factors_of_a_fused_layer_are_stacked(
+    kind: str, corrected_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(corrected_models[kind], torch.float16, monkeypatch)
+    gate_up = served.layers[f"{MLP}.gate_up_proj"].ercsvd
+    # gate has factors of 4 bits, like the integers of "int4", and up plain ones
+    integers, of_gate, of_up = ((0, ""), (1, "")), (0, "factor_a"), (1, "factor_a")
+    expected = (
+        [(*integers, of_gate), (of_up,)] if kind == "corrected int4" else [integers, (of_gate,), (of_up,)]
+    )
+    assert [stack.members for stack in gate_up._stacks] == expected
+    qkv = served.layers[f"{ATTENTION}.qkv_proj"].ercsvd
+    assert [stack.members for stack in qkv._stacks if stack.matrix._quantization.bits == 8] == [
+        ((0, "factor_a"), (2, "factor_a"))
+    ]
 
 
 def test_a_replicated_layer_keeps_the_whole_matrix(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import ModelDirectory
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, compress_at_random
 from tests.vllm.engines import MAX_TOKENS, PROMPTS, TOP, deviation, engine, generate, run_engines, serving
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -26,13 +26,26 @@ Materialised = Callable[[Path], Path]
 
 
 @pytest.fixture(scope="module")
+def corrected_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: ModelDirectory) -> Path:
+    """Return a model whose first layer has integers with low-rank corrections."""
+    directory = tmp_path_factory.mktemp("corrected")
+    quantization = {"bits": 4, "group_size": 32, "sym": True}
+    compress_at_random(tiny_model("llama"), directory, quantization=quantization, corrected="all")
+    return directory
+
+
+@pytest.fixture(scope="module")
 def single_rank(
-    tmp_path_factory: pytest.TempPathFactory, low_rank_model: ModelDirectory, mixed_model: ModelDirectory
+    tmp_path_factory: pytest.TempPathFactory,
+    low_rank_model: ModelDirectory,
+    mixed_model: ModelDirectory,
+    corrected_model: Path,
 ) -> dict[str, dict[str, Any]]:
-    """Return what engines of one rank generated: families in float32, int4 in float16, one compiled."""
+    """Return what engines of one rank generated: families in float32, int4 in float16, two compiled."""
     engines = {family: engine(low_rank_model(family), "float32") for family in FAMILIES}
     engines["int4"] = engine(mixed_model("llama"), "float16")
     engines["compiled"] = engine(low_rank_model("qwen2"), "float32", eager=False)
+    engines["corrected"] = engine(corrected_model, "float16", eager=False)
     answers = generate(list(engines.values()), tmp_path_factory.mktemp("engines") / "answer.json")
     return dict(zip(engines, answers, strict=True))
 
@@ -57,6 +70,15 @@ def test_float16_int4_mixed_with_dense_and_low_rank(
     assert found.same_tokens
 
 
+def test_float16_integers_with_corrections_compiled(
+    single_rank: dict[str, dict[str, Any]], corrected_model: Path, materialised: Materialised
+) -> None:
+    assert single_rank["corrected"]["compiled"]
+    found = deviation(materialised(corrected_model), single_rank["corrected"]["outputs"])
+    assert found.largest <= 0.03
+    assert found.same_tokens
+
+
 def test_compiled_engine(
     single_rank: dict[str, dict[str, Any]], low_rank_model: ModelDirectory, materialised: Materialised
 ) -> None:
@@ -68,20 +90,26 @@ def test_compiled_engine(
 
 
 def test_tensor_parallel_engines(
-    low_rank_model: ModelDirectory, mixed_model: ModelDirectory, materialised: Materialised, tmp_path: Path
+    low_rank_model: ModelDirectory,
+    mixed_model: ModelDirectory,
+    corrected_model: Path,
+    materialised: Materialised,
+    tmp_path: Path,
 ) -> None:
     engines = [
         engine(low_rank_model("qwen2"), "float32", num_ranks=2),
         engine(mixed_model("llama"), "float16", num_ranks=2, eager=False),
+        engine(corrected_model, "float16", num_ranks=2),
     ]
-    float32, int4 = generate(engines, tmp_path / "answer.json")
+    float32, int4, corrected = generate(engines, tmp_path / "answer.json")
     found = deviation(materialised(low_rank_model("qwen2")), float32["outputs"])
     assert found.largest <= 1e-4
     assert found.same_tokens
     assert int4["compiled"]
-    found = deviation(materialised(mixed_model("llama")), int4["outputs"])
-    assert found.largest <= 0.03
-    assert found.same_tokens
+    for directory, answer in ((mixed_model("llama"), int4), (corrected_model, corrected)):
+        found = deviation(materialised(directory), answer["outputs"])
+        assert found.largest <= 0.03
+        assert found.same_tokens
 
 
 def test_engine_refuses_a_damaged_checkpoint(low_rank_model: ModelDirectory, tmp_path: Path) -> None:

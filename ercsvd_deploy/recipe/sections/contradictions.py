@@ -10,6 +10,7 @@ from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT
 from ercsvd_deploy.recipe.stages import (
     FEWEST_SAMPLES_TO_HOLD_OUT,
     FactorizeStage,
+    QuantizeStage,
     RecoverStage,
     Stage,
     kind_of,
@@ -34,6 +35,7 @@ def find_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     yield from _find_idle_gates(recipe)
     yield from _find_unclear_budget(recipe)
     yield from _find_unreadable_export(recipe)
+    yield from _find_unused_correction(recipe)
     if recipe.judged_texts and recipe.evaluation_sequence_length is None:
         yield (
             ("evaluation", "sequence_length"),
@@ -179,6 +181,25 @@ def _find_unreadable_export(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         )
     elif recipe.quantize is None:
         yield ("export", "format"), "is compressed-tensors, which holds integers; add a quantize stage"
+    elif recipe.quantize.corrects:
+        yield (
+            ("export", "format"),
+            "is compressed-tensors, which has no low-rank matrices; set vllm, or remove quantize.correction",
+        )
+
+
+def _find_unused_correction(recipe: Recipe) -> Iterator[tuple[Location, str]]:
+    """Yield a correction where the factorize stage chooses how every matrix is stored."""
+    settings = recipe.factorize
+    if settings is None or settings.allocation != "error_controlled":
+        return
+    for number, stage in enumerate(recipe.stages):
+        if isinstance(stage, QuantizeStage) and stage.quantize.corrects:
+            yield (
+                ("stages", number, "quantize", "correction"),
+                "is given beside factorize.allocation error_controlled, which chooses among storages without "
+                "corrections; remove one of the two",
+            )
 
 
 def _find_disorder(stages: tuple[Stage, ...]) -> Iterator[tuple[Location, str]]:

@@ -54,6 +54,10 @@ class Recipe(Section):
     serving: Serving = Field(default=Serving(), description="How the model is meant to be served.")
     export: Export = Field(default=Export(), description="The directory to write.")
 
+    def without_export(self) -> Recipe:
+        """Return the same recipe with no directory to write: its model is judged from the stages' results."""
+        return self.model_copy(update={"export": self.export.model_copy(update={"path": None})})
+
     @property
     def factorize(self) -> Factorize | None:
         """The factorization, if the recipe has one."""

@@ -32,7 +32,7 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
 from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
 from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome
-from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizedMatrix
+from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedMatrix
 from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
 
 if TYPE_CHECKING:  # matplotlib belongs to an extra

@@ -135,6 +135,7 @@ class FactorizeStage(Stage):
                 self.factorize,
                 run.cache,
                 run.results.get("sensitivity"),
+                run.results.get("token_sensitivity"),
                 on_layer,
             )
             outcome = factorize_decoder(work, self._choice(work))

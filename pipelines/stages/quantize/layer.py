@@ -1,18 +1,15 @@
-"""Quantize the Linears of one loaded layer: dense weights, and pairs of matrices with their re-fit."""
+"""Quantize the Linears of one loaded layer: dense weights, pairs with their re-fit, and corrected weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.format.described import Count, Measured, Shape
 from ercsvd_deploy.format.packing import QuantizedWeight, pack, unpack
 from ercsvd_deploy.format.schema import GUARD, GUARD_SHAPE, ROW_ORDER, WEIGHT, Storage
 from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
@@ -21,65 +18,25 @@ from ercsvd_deploy.linalg.truncation import Factors
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
 from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
+from ercsvd_deploy.pipelines.stages.quantize.corrected import (
+    correction_task,
+    read_corrected,
+    store_corrected,
+)
 from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings, start_pair
-from ercsvd_deploy.quantization.gptq import MatrixReport, RoundingMethod, quantize_together
+from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLayer, QuantizedLinear, QuantizedMatrix
+from ercsvd_deploy.quantization.correction import quantize_corrected
+from ercsvd_deploy.quantization.gptq import MatrixReport, quantize_together
 from ercsvd_deploy.quantization.grid import GriddedWeight, put_on_grid
 from ercsvd_deploy.quantization.held_out import HeldOutGrams
 from ercsvd_deploy.quantization.losses import proxy_loss
-from ercsvd_deploy.quantization.pairs import FactorsReport, FactorsTask
+from ercsvd_deploy.quantization.pairs import FactorsTask
 from ercsvd_deploy.quantization.pivoted import PivotedTask
 from ercsvd_deploy.recipe.stages import Quantize
 
 
 class QuantizationError(ValueError):
     """A matrix or its calibration inputs cannot be quantized; the message names the Linear."""
-
-
-@dataclass(frozen=True)
-class QuantizedMatrix:
-    """What became of one matrix: a dense weight, or one factor."""
-
-    name: Annotated[str, Field(description="The module's name, and which factor.")]
-    shape: Annotated[Shape, Field(description="Outputs and inputs.")]
-    bits: Annotated[Count, Field(description="Bits of each integer.")]
-    group_size: Annotated[int, Field(description="Weights that share a scale; -1: a whole row.")]
-    sym: Annotated[bool, Field(description="Whether there are no zero points.")]
-    method: Annotated[RoundingMethod, Field(description="What was taken: GPTQ, or rounding to nearest.")]
-    gptq_loss: Annotated[
-        Measured,
-        Field(
-            description="Relative proxy loss tr(E G E') / tr(W G W') of GPTQ, on held-out tokens if there "
-            "are any."
-        ),
-    ]
-    rtn_loss: Annotated[Measured, Field(description="The same of rounding to nearest.")]
-    damping: Annotated[
-        float | None, Field(description="GPTQ's; null in reports from before it was chosen.")
-    ] = None
-
-
-@dataclass(frozen=True)
-class QuantizedLinear:
-    """The loss of a whole Linear against the original weight, in the steps in which it arose."""
-
-    name: Annotated[str, Field(description="The module's name.")]
-    loss: Annotated[Measured, Field(description="Relative proxy loss of what is served.")]
-    factors: Annotated[FactorsReport | None, Field(description="Of a factorized Linear: the steps.")]
-
-
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """The integers of a layer, and what its Linears lose to them.
-
-    Attributes:
-        tensors: Tensor name -> tensor, as a checkpoint stores them.
-        matrices: Every quantized matrix.
-        linears: Every Linear with quantized matrices.
-    """
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    matrices: list[QuantizedMatrix] = field(default_factory=list)
-    linears: list[QuantizedLinear] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -122,12 +79,21 @@ class LayerQuantizer:
             gram = inputs.whole.gram
             held_out = None if inputs.parts is None else HeldOutGrams(*inputs.parts)
             started = []
+            corrected = []
             for linear in group:
                 storage = self.storages.get(linear.name)
-                if storage is not None and storage.is_quantized:
-                    with _naming(linear):
-                        submodule = module.get_submodule(layer.local_name(linear))
-                        started.append(self._start(linear, storage, submodule))
+                if storage is None or not storage.is_quantized:
+                    continue
+                submodule = module.get_submodule(layer.local_name(linear))
+                if storage.layout == "corrected":
+                    assert isinstance(submodule, nn.Linear)
+                    corrected.append((linear, storage, submodule))
+                    continue
+                with _naming(linear):
+                    started.append(self._start(linear, storage, submodule))
+            if corrected:
+                with _naming(corrected[0][0]):
+                    self._quantize_corrected(corrected, gram, held_out, result)
             if not started:
                 continue
             with _naming(started[0].linear):
@@ -143,21 +109,48 @@ class LayerQuantizer:
     def load(self, layer: LayerLinears, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give a loaded layer the weights that `tensors`, of an earlier `quantize`, store."""
         for linear in layer.linears:
-            storage = self.storages.get(linear.name)
-            for part, (shape, quantization) in storage.parts.items() if storage else ():
+            storage, local = self.storages.get(linear.name), layer.local_name(linear)
+            if storage is None:
+                continue
+            if storage.layout == "corrected":
+                matrix = module.get_submodule(local)
+                assert isinstance(matrix, nn.Linear)
+                _give(matrix, read_corrected(linear.name, storage, tensors, matrix.weight.device))
+                continue
+            for part, (shape, quantization) in storage.parts.items():
                 if quantization is None:
                     continue
                 prefix = f"{linear.name}.{part}" if part else linear.name
                 leaves = {leaf: tensors[f"{prefix}.{leaf}"] for leaf in quantization.leaf_shapes(*shape)}
-                local = layer.local_name(linear)
                 matrix = module.get_submodule(f"{local}.{part}" if part else local)
                 assert isinstance(matrix, nn.Linear)
-                weight = unpack(leaves, quantization, shape).dequantize(matrix.weight.dtype)
-                matrix.weight = nn.Parameter(weight.to(matrix.weight.device), requires_grad=False)
+                _give(matrix, unpack(leaves, quantization, shape).dequantize(matrix.weight.dtype))
+
+    def _quantize_corrected(
+        self,
+        linears: Sequence[tuple[LinearShape, Storage, nn.Linear]],
+        gram: torch.Tensor,
+        held_out: HeldOutGrams | None,
+        result: QuantizedLayer,
+    ) -> None:
+        """Fit integers and corrections of Linears with the same inputs, and give them what will be served."""
+        dtypes = [self._stored_dtype(linear) for linear, _, _ in linears]
+        tasks = [
+            correction_task(self.settings, storage, matrix.weight.data, dtype)
+            for (_, storage, matrix), dtype in zip(linears, dtypes, strict=True)
+        ]
+        fitted = quantize_corrected(tasks, gram, held_out=held_out, method=self.settings.method)
+        for (linear, storage, matrix), dtype, corrected in zip(linears, dtypes, fitted, strict=True):
+            _give(matrix, corrected.dequantize())
+            store_corrected(linear.name, storage, corrected, dtype, self.settings.method, result)
+
+    def _stored_dtype(self, linear: LinearShape) -> torch.dtype:
+        """Return the precision of the original weight, in which scales and plain matrices are stored."""
+        return torch_dtype(self.original.info(f"{linear.name}.{WEIGHT}").dtype)
 
     def _start(self, linear: LinearShape, storage: Storage, module: nn.Module) -> _Started:
         """Put the weight, or the first of a pair of matrices, on its grid."""
-        dtype = torch_dtype(self.original.info(f"{linear.name}.{WEIGHT}").dtype)
+        dtype = self._stored_dtype(linear)
         if isinstance(module, LowRankLinear | PivotedLinear):
             target = self._target(linear, module).to(self.device, self.dtype)
             first, second = (quantization for _, quantization in storage.parts.values())
@@ -204,18 +197,8 @@ class LayerQuantizer:
         self, name: str, matrix: nn.Linear, quantized: QuantizedWeight, report: MatrixReport
     ) -> QuantizedMatrix:
         """Give a matrix the weights that will be served, and return what became of it."""
-        matrix.weight = nn.Parameter(quantized.dequantize(matrix.weight.dtype), requires_grad=False)
-        return QuantizedMatrix(
-            name=name,
-            shape=(quantized.values.shape[0], quantized.values.shape[1]),
-            bits=quantized.quantization.bits,
-            group_size=quantized.quantization.group_size,
-            sym=quantized.quantization.sym,
-            method="rtn" if self.settings.method == "rtn" else report.method,
-            gptq_loss=report.gptq_loss,
-            rtn_loss=report.rtn_loss,
-            damping=report.damping,
-        )
+        _give(matrix, quantized.dequantize(matrix.weight.dtype))
+        return QuantizedMatrix.of(name, quantized, report, self.settings.method)
 
     def _target(self, linear: LinearShape, module: LowRankLinear | PivotedLinear) -> torch.Tensor:
         """Return the weight [out, in] that a quantized pair is to come near."""
@@ -235,6 +218,11 @@ class _Started:
     dtype: torch.dtype  # of the original weight; scales and plain tensors are stored in it
     matrix: GriddedWeight
     pair: FactorsTask | PivotedTask | None  # of a factorized Linear
+
+
+def _give(matrix: nn.Linear, weight: torch.Tensor) -> None:
+    """Give a matrix the weight that will be served, in the precision and on the device that it has."""
+    matrix.weight = nn.Parameter(weight.to(matrix.weight.device, matrix.weight.dtype), requires_grad=False)
 
 
 @contextmanager

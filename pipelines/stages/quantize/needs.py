@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.schema import Storage
@@ -13,11 +13,11 @@ from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 
 def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
     """Return what the stage takes: two trajectories, the Grams of a layer, and one group of Linears."""
-    ranks = _highest_ranks(candidates)
+    ranks, corrected = _highest_ranks(candidates), _corrected(candidates)
     weights = work.layer_weights
     step = max(
         work.passing(work.calibrating),
-        *(_group_bytes(group, ranks) for group in work.largest_layer.groups),
+        *(_group_bytes(group, ranks, corrected) for group in work.largest_layer.groups),
     )
     # Behind the unquantized layer, and before it or behind the quantized one.
     states = 2 * work.activations(work.calibrating)
@@ -52,7 +52,7 @@ def rounding_flops(rows: int, columns: int) -> float:
     return float(columns**3 + 3 * rows * columns**2)
 
 
-def _group_bytes(group: Sequence[LinearShape], ranks: Mapping[str, int]) -> int:
+def _group_bytes(group: Sequence[LinearShape], ranks: Mapping[str, int], corrected: Set[str]) -> int:
     """Return the bytes of quantizing Linears with the same inputs, their pairs of factors included."""
     rows = sum(ranks.get(linear.name) or linear.out_features for linear in group)
     pairs, refitting = 0, 0
@@ -60,6 +60,9 @@ def _group_bytes(group: Sequence[LinearShape], ranks: Mapping[str, int]) -> int:
         if rank := ranks.get(linear.name):
             pairs += FLOAT32 * linear.parameters
             pairs += 2 * FLOAT64 * rank * (linear.out_features + linear.in_features)
+            refitting = max(refitting, FLOAT64 * (3 * linear.parameters + linear.in_features**2))
+        elif linear.name in corrected:
+            pairs += 2 * FLOAT32 * linear.parameters  # what the integers leave, and what the pair gives
             refitting = max(refitting, FLOAT64 * (3 * linear.parameters + linear.in_features**2))
     return pairs + max(rounding_bytes(rows, group[0].in_features), refitting)
 
@@ -79,9 +82,13 @@ def _quantize_flops(work: Workload, candidates: Sequence[Candidate]) -> float:
 
 
 def _first_rows(linear: LinearShape, modules: Mapping[str, Storage]) -> int:
-    """Return the rows that are quantized on a Linear's own inputs: its weight's, or its first factor's."""
+    """Return the rows that are quantized on a Linear's own inputs: of its weight, of its first factor."""
     description = modules.get(linear.name)
-    return (description.rank if description is not None else None) or linear.out_features
+    if description is None:
+        return linear.out_features
+    if description.layout == "corrected":  # two rounds at least, of the integers and of the first factor
+        return 2 * (linear.out_features + (description.rank or 0))
+    return description.truncated_rank or linear.out_features
 
 
 def _highest_ranks(candidates: Sequence[Candidate]) -> dict[str, int]:
@@ -89,9 +96,19 @@ def _highest_ranks(candidates: Sequence[Candidate]) -> dict[str, int]:
     ranks: dict[str, int] = {}
     for candidate in candidates:
         for name, description in candidate.modules.items():
-            if description.rank is not None:
-                ranks[name] = max(description.rank, ranks.get(name, 0))
+            if description.truncated_rank is not None:
+                ranks[name] = max(description.truncated_rank, ranks.get(name, 0))
     return ranks
+
+
+def _corrected(candidates: Sequence[Candidate]) -> Set[str]:
+    """Return the Linears that get a low-rank correction."""
+    return {
+        name
+        for candidate in candidates
+        for name, description in candidate.modules.items()
+        if description.layout == "corrected"
+    }
 
 
 def _integer_bytes(work: Workload, modules: Mapping[str, Storage]) -> int:

@@ -90,7 +90,7 @@ def _fitting_notes(
             continue
         parts = described[name].parts if name in described else {"": (None, None)}
         for part, (_, integers) in parts.items():
-            if integers != wanted:
+            if integers != wanted and not (part and name in plan.corrections):
                 changed.setdefault((wanted, integers), []).append(f"{name}.{part}" if part else name)
     sizes = ", ".join(map(str, tensor_parallel_sizes))
     notes = []

@@ -11,8 +11,8 @@ from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome, quantize_decoder
-from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizedLinear, QuantizedMatrix
 from ercsvd_deploy.pipelines.stages.quantize.needs import quantize_needs
+from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLinear, QuantizedMatrix
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     QuantizePlan,
     check_num_tokens,
@@ -68,7 +68,8 @@ class QuantizeStage(Stage):
     @property
     def title(self) -> str:
         """Method and bits."""
-        return f"{self.quantize.method}, {self.quantize.bits} bits"
+        corrected = ", corrected" if self.quantize.corrects else ""
+        return f"{self.quantize.method}, {self.quantize.bits} bits{corrected}"
 
     def settings(self) -> Any:
         """Return the recipe's stage."""
@@ -82,7 +83,7 @@ class QuantizeStage(Stage):
         """
         stored = []
         for before in candidates:
-            ranks = {name: storage.rank for name, storage in before.modules.items()}
+            ranks = {name: storage.truncated_rank for name, storage in before.modules.items()}
             check_shapes(self.storing, ranks, self.architecture, self.tensor_parallel_sizes)
             described = self.storing.describe(ranks, self.architecture)
             stored.append(replace(before, modules={**before.modules, **described}))
@@ -117,6 +118,7 @@ class QuantizeStage(Stage):
                 run.cache,
                 on_layer,
                 refits_to_factors=self.is_on_trained_factors,
+                token_sensitivity=run.results.get("token_sensitivity"),
             )
         integers = {name: storage for name, storage in storages.items() if storage.is_quantized}
         run.model.overlay(outcome.files, integers)
@@ -151,6 +153,7 @@ class QuantizeStage(Stage):
         yield Table("Quantized matrices, mean relative proxy loss", columns, rows, columns[1:])
         yield _matrix_table(result.matrices)
         yield _linear_table(result.linears)
+        yield from _correction_table(result.linears)
 
 
 def _matrix_table(matrices: Iterable[QuantizedMatrix]) -> Table:
@@ -191,3 +194,19 @@ def _linear_table(linears: Iterable[QuantizedLinear]) -> Table:
     )
     title = "Quantized Linears, relative proxy loss step by step"
     return Table(title, columns, rows, columns[1:], is_detail=True)
+
+
+def _correction_table(linears: Iterable[QuantizedLinear]) -> Iterable[Table]:
+    """Every Linear with a low-rank correction, round by round; nothing if there is none."""
+    corrected = [(linear, linear.correction) for linear in linears if linear.correction is not None]
+    if not corrected:
+        return
+    num_rounds = max(len(fitted.loss_by_round) for _, fitted in corrected)
+    columns = ("Linear", "rank", "integers alone", *(f"round {count + 1}" for count in range(num_rounds)))
+    rows = []
+    for linear, fitted in corrected:
+        losses = [f"{loss:.5f}" for loss in (fitted.loss_uncorrected, *fitted.loss_by_round)]
+        unused = [""] * (num_rounds - len(fitted.loss_by_round))
+        rows.append((linear.name, str(fitted.rank), *losses, *unused))
+    title = "Low-rank corrections of integers, relative proxy loss round by round"
+    yield Table(title, columns, tuple(rows), columns[1:], is_detail=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from pydantic import Field
@@ -19,6 +19,7 @@ from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantizati
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
+from ercsvd_deploy.recipe.correction import Correction
 from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.stages import Quantize
 
@@ -45,18 +46,25 @@ class QuantizePlan:
         matches: What the stage's patterns matched.
         layout: Of the Linears that have a rank.
         fitted_to: Tensor parallel sizes to which groups are made to fit; None: they stay as they are.
+        corrections: Linear -> what is added to its integers if it has no rank; those left out get none.
     """
 
     integers: Mapping[str, WeightQuantization | None]
     matches: tuple[PatternMatch, ...]
     layout: LowRankLayout = "low_rank"
     fitted_to: tuple[int, ...] | None = None
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
 
     def describe(self, ranks: Mapping[str, int | None], architecture: Architecture) -> dict[str, Storage]:
         """Return how every altered Linear is stored in the end, given the ranks of the low-rank ones."""
         rules = StorageRules(architecture, self.layout, self.fitted_to)
         storages = {
-            linear.name: rules.storage(linear, ranks.get(linear.name), self.integers[linear.name])
+            linear.name: rules.storage(
+                linear,
+                ranks.get(linear.name),
+                self.integers[linear.name],
+                self.corrections.get(linear.name),
+            )
             for linear in architecture.linears
         }
         return {name: storage for name, storage in storages.items() if storage.is_altered}
@@ -113,13 +121,15 @@ def plan_quantization(
     integers: dict[str, WeightQuantization | None] = dict.fromkeys(
         names, WeightQuantization(bits=settings.bits, group_size=settings.group_size, sym=settings.sym)
     )
+    corrections: dict[str, Correction | None] = dict.fromkeys(names, settings.correction)
     for match, change in overrides:
         for name in match.modules:
             before = integers[name]
             assert before is not None
-            integers[name] = WeightQuantization.model_validate(
-                before.model_dump() | change.model_dump(exclude_none=True)
-            )
+            changed = change.model_dump(exclude_none=True, exclude={"correction"})
+            integers[name] = WeightQuantization.model_validate(before.model_dump() | changed)
+            if change.correction is not None:
+                corrections[name] = None if change.correction == "none" else change.correction
     for match in matches:
         integers |= dict.fromkeys(match.modules)
     if not any(integers.values()):
@@ -127,7 +137,11 @@ def plan_quantization(
             f"quantize: ignore {list(settings.ignore)} leaves nothing to quantize: "
             "remove a pattern, or the stage"
         )
-    return QuantizePlan(integers, (*matches, *(match for match, _ in overrides)))
+    return QuantizePlan(
+        integers,
+        (*matches, *(match for match, _ in overrides)),
+        corrections={name: each for name, each in corrections.items() if each and integers[name]},
+    )
 
 
 def _match(pattern: str, purpose: str, ends: Mapping[str, Sequence[str]]) -> PatternMatch:
@@ -162,12 +176,29 @@ def check_shapes(
     Raises:
         QuantizePlanError: names the matrices, the reason, and the nearest group size or rank that works.
     """
-    problems = find_unservable(plan.describe(ranks, architecture), architecture, tensor_parallel_sizes)
+    problems = _find_idle_corrections(plan, ranks, architecture) or find_unservable(
+        plan.describe(ranks, architecture), architecture, tensor_parallel_sizes
+    )
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise QuantizePlanError(
             f"{len(problems)} matrices cannot be served:\n  " + "\n  ".join(problems[:8]) + more
         )
+
+
+def _find_idle_corrections(
+    plan: QuantizePlan, ranks: Mapping[str, int | None], architecture: Architecture
+) -> list[str]:
+    """Return a line for every correction that costs as much as its whole matrix."""
+    return [
+        f"{linear.name}: a correction of rank {correction.rank} is as large as the matrix of shape "
+        f"{[linear.out_features, linear.in_features]}; lower quantize.correction.rank, or except the matrix "
+        "by quantize.overrides: {PATTERN: {correction: none}}"
+        for linear in architecture.linears
+        if ranks.get(linear.name) is None
+        and (correction := plan.corrections.get(linear.name)) is not None
+        and correction.rank * (linear.out_features + linear.in_features) >= linear.parameters
+    ]
 
 
 def check_num_tokens(

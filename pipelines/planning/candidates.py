@@ -1,0 +1,103 @@
+"""What each way in which a model may be stored comes to: ranks, parameters and bytes, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ercsvd_deploy.format.schema import Storage
+from ercsvd_deploy.models.families import Architecture, LayerLinears
+from ercsvd_deploy.pipelines.planning.components import Component, describe_components
+from ercsvd_deploy.pipelines.stages.contract import Candidate
+from ercsvd_deploy.pipelines.stages.sizes import (
+    bytes_on_rank,
+    linear_bits_per_weight,
+    planned_bytes,
+    sum_by_part,
+)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one decoder layer under one candidate."""
+
+    index: int
+    ranks: Mapping[str, int | None]  # Linear's name within the layer -> rank, None for dense
+    correction_ranks: Mapping[str, int]  # the same of low-rank corrections, of those that have one
+    parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class CandidatePlan:
+    """One admissible number of compressed layers."""
+
+    num_compressed_layers: int
+    layer_ratio: float
+    linear_parameters: int
+    achieved_compression_ratio: float
+    model_parameters: int
+    num_bytes: int  # on disk
+    bytes_by_part: Mapping[str, int]
+    linear_bits_per_weight: float  # stored bits of the decoder Linears per weight of the original ones
+    gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of weights on each GPU
+    gpu_share: Mapping[int, float]  # tensor parallel size -> these as a share of the dense model's there
+    components: tuple[Component, ...]
+    layers: tuple[LayerPlan, ...]
+
+
+def plan_candidate(
+    candidate: Candidate, architecture: Architecture, element: int, dense_on_gpu: Mapping[int, int]
+) -> CandidatePlan:
+    """Return what a way to store the model comes to.
+
+    Args:
+        candidate: How every altered Linear is stored.
+        architecture: The original model's.
+        element: Bytes of a value that is not quantized.
+        dense_on_gpu: Tensor parallel size -> bytes of the dense model's weights on each GPU.
+    """
+    described = candidate.modules
+    gpu_bytes = {size: bytes_on_rank(architecture, described, element, size) for size in dense_on_gpu}
+    sizes = planned_bytes(architecture, described, element)
+    by_part = sum_by_part(sizes, architecture)
+    layers = [_plan_layer(layer, described, sizes, architecture) for layer in architecture.layers]
+    linear_parameters = sum(layer.parameters for layer in layers)
+    components = describe_components(sizes, described, architecture)
+    return CandidatePlan(
+        num_compressed_layers=candidate.num_compressed_layers,
+        layer_ratio=candidate.layer_ratio,
+        linear_parameters=linear_parameters,
+        achieved_compression_ratio=1 - linear_parameters / architecture.linear_parameters,
+        model_parameters=sum(component.parameters for component in components),
+        num_bytes=sum(sizes.values()),
+        bytes_by_part=by_part,
+        linear_bits_per_weight=linear_bits_per_weight(by_part, architecture),
+        gpu_bytes=gpu_bytes,
+        gpu_share={size: num_bytes / dense_on_gpu[size] for size, num_bytes in gpu_bytes.items()},
+        components=components,
+        layers=tuple(layers),
+    )
+
+
+def _plan_layer(
+    layer: LayerLinears,
+    described: Mapping[str, Storage],
+    sizes: Mapping[str, int],
+    architecture: Architecture,
+) -> LayerPlan:
+    ranks: dict[str, int | None] = {}
+    correction_ranks: dict[str, int] = {}
+    parameters = 0
+    for linear in layer.linears:
+        name, storage = layer.local_name(linear), described.get(linear.name)
+        parameters += linear.parameters if storage is None else storage.num_parameters
+        ranks[name] = None if storage is None else storage.truncated_rank
+        if storage is not None and storage.layout == "corrected" and storage.rank is not None:
+            correction_ranks[name] = storage.rank
+    num_bytes = sum(
+        tensor_bytes
+        for name, tensor_bytes in sizes.items()
+        if name.startswith(f"{layer.prefix}.") and name not in architecture.other_tensors
+    )
+    return LayerPlan(layer.index, ranks, correction_ranks, parameters, num_bytes)

@@ -1,0 +1,96 @@
+"""Integers with a low-rank correction in the quantize stage: how they are fitted, stored and read again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ercsvd_deploy.format.packing import QuantizedWeight, pack, unpack
+from ercsvd_deploy.format.schema import FACTOR_A, FACTOR_B, GUARD, GUARD_SHAPE, WEIGHT, Storage
+from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings
+from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLayer, QuantizedLinear, QuantizedMatrix
+from ercsvd_deploy.quantization.correction import CorrectedWeight, CorrectionTask
+from ercsvd_deploy.quantization.gptq import RoundingMethod
+from ercsvd_deploy.recipe.stages import Quantize
+
+
+def correction_task(
+    stage: Quantize, storage: Storage, weight: torch.Tensor, scale_dtype: torch.dtype
+) -> CorrectionTask:
+    """Return how a weight becomes integers with a correction.
+
+    Args:
+        stage: The recipe's stage.
+        storage: Of the weight; its layout is corrected.
+        weight: [out, in].
+        scale_dtype: Precision in which scales and plain factors are stored.
+    """
+    assert storage.weight is not None
+    assert storage.rank is not None
+    factors = None
+    if storage.factor_a is not None and storage.factor_b is not None:
+        factors = (
+            quantization_settings(stage, storage.factor_a),
+            quantization_settings(stage, storage.factor_b),
+        )
+    settings = quantization_settings(stage, storage.weight)
+    return CorrectionTask(weight, settings, storage.rank, factors, scale_dtype)
+
+
+def store_corrected(
+    name: str,
+    storage: Storage,
+    corrected: CorrectedWeight,
+    dtype: torch.dtype,
+    method: RoundingMethod,
+    result: QuantizedLayer,
+) -> None:
+    """Add a Linear's tensors, its matrices and its losses to what became of a layer.
+
+    Args:
+        name: Of the Linear.
+        storage: Of its weight.
+        corrected: What was fitted.
+        dtype: Precision in which scales and plain factors are stored.
+        method: The recipe's.
+        result: Receives them.
+    """
+    report = corrected.report
+    matrices = dict(
+        zip(
+            storage.parts,
+            (
+                (corrected.integers, report.integers),
+                (corrected.factor_a, report.factor_a),
+                (corrected.factor_b, report.factor_b),
+            ),
+            strict=True,
+        )
+    )
+    result.tensors[f"{name}.{GUARD}"] = torch.empty(GUARD_SHAPE, dtype=dtype)
+    for part, (values, losses) in matrices.items():
+        where = f"{name}.{part}" if part else name
+        if isinstance(values, QuantizedWeight):
+            assert losses is not None
+            result.matrices.append(QuantizedMatrix.of(where, values, losses, method))
+            leaves = pack(values, dtype)
+            result.tensors.update({f"{where}.{leaf}": tensor for leaf, tensor in leaves.items()})
+        else:
+            result.tensors[f"{where}.{WEIGHT}"] = values
+    result.linears.append(QuantizedLinear(name, report.loss, None, report))
+
+
+def read_corrected(
+    name: str, storage: Storage, tensors: Mapping[str, torch.Tensor], device: torch.device
+) -> torch.Tensor:
+    """Return the weight [out, in], float32, that `store_corrected` stored; computed as when it was fitted."""
+    values = {}
+    for part, (shape, quantization) in storage.parts.items():
+        where = f"{name}.{part}" if part else name
+        if quantization is None:
+            values[part] = tensors[f"{where}.{WEIGHT}"].to(device).float()
+            continue
+        leaves = {leaf: tensors[f"{where}.{leaf}"].to(device) for leaf in quantization.leaf_shapes(*shape)}
+        values[part] = unpack(leaves, quantization, shape).dequantize()
+    return values[""] + values[FACTOR_B] @ values[FACTOR_A]

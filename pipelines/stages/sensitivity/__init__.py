@@ -1,0 +1,1 @@
+"""Sensitivity: how much the model minds errors of every Linear's output."""
