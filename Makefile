@@ -24,6 +24,8 @@ $(READY): pyproject.toml
 	$(PIP) --editable '.[compress,report,eval,real,dev]'
 	@# The CPU builds of these are not in the package index, and their CUDA builds break `import transformers`.
 	@command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@# gptqmodel, the reference of the tests, brings it and works without; transformers imports it, which prints errors.
+	@$(BIN)/python -m pip uninstall --quiet --yes torchao
 	@# What the CUDA builds of vLLM bring along and its CPU builds must not see; the kernel tests read it there.
 	$(PIP) --no-deps --upgrade --target $(VENV)/gpu-kernels '$(HUMMING)'
 	@touch $@

@@ -76,6 +76,12 @@ def _ours(calibration: dict[str, Any]) -> list[Contender]:
             "note": f"scales trained, {ITERATIONS} steps of {BATCH} sequences",
         },
         "ours, GPTQ-4, tokens by energy": {"stages": [integers], "token_weight": "uniform"},
+        "ours, GPTQ-4, tokens by sensitivity": {"stages": [integers], "token_weight": "sensitivity"},
+        "ours, GPTQ-3": {"stages": [{"quantize": {"bits": 3, "group_size": GROUP_SIZE}}]},
+        "ours, GPTQ-3, tokens by sensitivity": {
+            "stages": [{"quantize": {"bits": 3, "group_size": GROUP_SIZE}}],
+            "token_weight": "sensitivity",
+        },
     }
     for bits in (4.0, 3.5, 3.0):
         factorize = {

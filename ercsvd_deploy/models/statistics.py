@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -15,7 +15,9 @@ from ercsvd_deploy.linalg.symmetric import add_symmetric_product
 
 _LEAST_ENERGY = torch.finfo(torch.float32).tiny  # of a token whose input is all zeros
 
-TokenWeight = Literal["uniform", "unit_norm"]
+TokenWeight = Literal["uniform", "unit_norm", "sensitivity"]
+# How much each token of a batch counts, [rows, tokens]: for all Linears, or by the name of one; None: one.
+TokenWeights = torch.Tensor | Mapping[str, torch.Tensor] | None
 
 
 @dataclass
@@ -29,7 +31,8 @@ class InputStatistics:
         token_weight: How tokens count beside each other. `uniform`: by their energy, as in GPTQ and SVD-LLM.
             `unit_norm`: all alike, whatever their norm: a few tokens of a trained model, often the first of
             a window, have inputs a hundred times as long as all others ("massive activations", arXiv
-            2402.17762), and a sum of x x^T sees no others.
+            2402.17762), and a sum of x x^T sees no others. `sensitivity`: by their energy, times weights that
+            come with every batch.
         log_energy_sum: Sum of log |x|^2 over tokens, for `unit_norm`.
     """
 
@@ -57,12 +60,12 @@ class InputStatistics:
         With `unit_norm` every token counts as if |x|^2 were the geometric mean over all tokens, so that
         errors by it keep the size that they have for an ordinary token.
         """
-        return self.products if self.token_weight == "uniform" else self.products * self.energy_scale
+        return self.products * self.energy_scale if self.token_weight == "unit_norm" else self.products
 
     @property
     def energy_scale(self) -> float:
         """What `products` are multiplied by to give `gram`: 1, or the geometric mean of |x|^2."""
-        if self.token_weight == "uniform" or not self.num_tokens:
+        if self.token_weight != "unit_norm" or not self.num_tokens:
             return 1.0
         return math.exp(self.log_energy_sum / self.num_tokens)
 
@@ -142,14 +145,21 @@ def _energies(rows: torch.Tensor) -> torch.Tensor:
     return rows.square().sum(1, keepdim=True).clamp_(min=_LEAST_ENERGY)
 
 
+def weights_for(name: str, token_weights: TokenWeights) -> torch.Tensor | None:
+    """Return how much the tokens of a batch count for the Linear of that name, [rows, tokens]."""
+    return token_weights[name] if isinstance(token_weights, Mapping) else token_weights
+
+
 @contextmanager
 def observing(
-    module: nn.Module, observe: Mapping[str, InputStatistics], token_weights: torch.Tensor | None
+    module: nn.Module, observe: Mapping[str, InputStatistics], token_weights: TokenWeights
 ) -> Iterator[None]:
     """Add the inputs of the named submodules to their statistics while the context lasts."""
     handles = [
         module.get_submodule(name).register_forward_pre_hook(
-            lambda _module, inputs, statistics=statistics: statistics.add(inputs[0], token_weights)
+            lambda _module, inputs, name=name, statistics=statistics: statistics.add(
+                inputs[0], weights_for(name, token_weights)
+            )
         )
         for name, statistics in observe.items()
     ]
@@ -160,13 +170,20 @@ def observing(
             handle.remove()
 
 
+class GradientStatistics(Protocol):
+    """What gradients by a Linear's outputs are added to."""
+
+    def add(self, gradients: torch.Tensor, token_weights: torch.Tensor | None, /) -> None:
+        """Add the gradients [rows, tokens, out] of a batch."""
+
+
 @contextmanager
 def observing_gradients(
-    module: nn.Module, observe: Mapping[str, InputStatistics], token_weights: torch.Tensor | None
+    module: nn.Module, observe: Mapping[str, GradientStatistics], token_weights: torch.Tensor | None
 ) -> Iterator[None]:
     """Add gradients by the outputs of the named submodules to their statistics while the context lasts."""
 
-    def on_output(statistics: InputStatistics, output: torch.Tensor) -> None:
+    def on_output(statistics: GradientStatistics, output: torch.Tensor) -> None:
         output.register_hook(  # type: ignore[no-untyped-call]
             lambda gradient: statistics.add(gradient, token_weights)
         )

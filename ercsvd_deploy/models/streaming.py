@@ -29,7 +29,14 @@ from ercsvd_deploy.models.loading import load_tensors
 from ercsvd_deploy.models.meta import build_meta_model, compressed_config, tie_weights
 from ercsvd_deploy.models.recording import EmbeddingDone, capture_input, layers_replaced
 from ercsvd_deploy.models.replacement import replace_linears
-from ercsvd_deploy.models.statistics import InputStatistics, TokenWeight, observing, observing_gradients
+from ercsvd_deploy.models.statistics import (
+    GradientStatistics,
+    InputStatistics,
+    TokenWeight,
+    TokenWeights,
+    observing,
+    observing_gradients,
+)
 
 MAX_TOKENS_PER_BATCH = 8192
 _MAX_TOKENS_SIDE_BY_SIDE = 2048  # enough batches for all cores, each small enough for a core's cache
@@ -202,7 +209,7 @@ class LayerwiseModel:
         hidden: list[torch.Tensor],
         *,
         observe: Mapping[str, InputStatistics] | None = None,
-        token_weights: Sequence[torch.Tensor | None] | None = None,
+        token_weights: Sequence[TokenWeights] | None = None,
         module: nn.Module | None = None,
         batches: range | None = None,
     ) -> None:
@@ -270,7 +277,7 @@ class LayerwiseModel:
         hidden: Sequence[torch.Tensor],
         gradients: list[torch.Tensor],
         *,
-        observe: Mapping[str, InputStatistics],
+        observe: Mapping[str, GradientStatistics],
         token_weights: Sequence[torch.Tensor | None],
     ) -> None:
         """Turn gradients of a loss by the outputs of layer `index` into gradients by its inputs.

@@ -10,11 +10,12 @@ from ercsvd_deploy.pipelines.stages.judge import JudgeOriginalStage, JudgeStage
 from ercsvd_deploy.pipelines.stages.measured_export import MeasuredExportStage
 from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
 from ercsvd_deploy.pipelines.stages.recover.stage import RecoverQuantizedStage, RecoverStage
-from ercsvd_deploy.pipelines.stages.sensitivity.stage import SensitivityStage
+from ercsvd_deploy.pipelines.stages.sensitivity.stage import SensitivityStage, TokenSensitivityStage
 
 STAGES: tuple[type[Stage], ...] = (
     JudgeOriginalStage,
     VisionStage,
+    TokenSensitivityStage,
     SensitivityStage,
     FactorizeStage,
     RecoverStage,

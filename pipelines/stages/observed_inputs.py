@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -11,8 +11,9 @@ from torch import nn
 
 from ercsvd_deploy.data.samples import Batch, Sample
 from ercsvd_deploy.models.families import LayerLinears
-from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.statistics import InputStatistics, TokenWeights
 from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
 
 _SHARE_HELD_OUT = 4  # one sequence in so many
 
@@ -25,11 +26,19 @@ class DividedBatches:
         batches: All.
         num_searched: How many of the first serve the search over k.
         num_fitting: How many of the first are not held out.
+        token_sensitivity: How much their tokens count, where that differs from layer to layer.
     """
 
     batches: list[Batch]
     num_searched: int
     num_fitting: int
+    token_sensitivity: TokenSensitivity | None = None
+
+    def token_weights(self, layer: LayerLinears) -> list[TokenWeights]:
+        """Return how much each token of every batch counts for the Linears of a layer."""
+        if self.token_sensitivity is None:
+            return [batch.token_weights for batch in self.batches]
+        return self.token_sensitivity.weights(layer, self.batches)
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,12 @@ def num_not_held_out(num_samples: int) -> int:
 
 
 def divide(
-    model: LayerwiseModel, samples: Sequence[Sample] | None, *, num_searched: int, num_fitting: int
+    model: LayerwiseModel,
+    samples: Sequence[Sample] | None,
+    *,
+    num_searched: int,
+    num_fitting: int,
+    token_sensitivity: TokenSensitivity | None = None,
 ) -> DividedBatches:
     """Put samples into batches that lie on one side of each of both cuts.
 
@@ -70,6 +84,7 @@ def divide(
         samples: All; None: there are none.
         num_searched: How many of the first serve a search.
         num_fitting: How many of the first are not held out.
+        token_sensitivity: How much their tokens count, where that was measured.
     """
     if samples is None:
         return DividedBatches([], 0, 0)
@@ -78,9 +93,12 @@ def divide(
     batches: list[Batch] = []
     num_batches = {0: 0}  # of the samples before each cut
     for first, last in pairwise(sorted({0, searched, fitting, total})):
-        batches += model.batches(samples[first:last])
+        batches += [
+            replace(batch, rows=tuple(first + row for row in batch.rows))
+            for batch in model.batches(samples[first:last])
+        ]
         num_batches[last] = len(batches)
-    return DividedBatches(batches, num_batches[searched], num_batches[fitting])
+    return DividedBatches(batches, num_batches[searched], num_batches[fitting], token_sensitivity)
 
 
 def advance_observed(
@@ -91,7 +109,7 @@ def advance_observed(
     divided: DividedBatches,
 ) -> dict[str, ObservedInputs]:
     """Pass through a loaded layer; return for each group of Linears, by its first, what its inputs were."""
-    token_weights = [batch.token_weights for batch in divided.batches]
+    token_weights = divided.token_weights(layer)
     parts = []
     for batches in (range(divided.num_fitting), range(divided.num_fitting, len(hidden))):
         if batches:

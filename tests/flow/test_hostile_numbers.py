@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.recipe_runs import RecipeWriter
+from tests.recipe_runs import RecipeWriter, invoke
 from tests.tiny_models import WEIGHTS_FILE, save_tiny_model
 
 Tensors = dict[str, torch.Tensor]
@@ -119,3 +121,38 @@ def test_calibration_on_one_token_again_and_again(
     calibration = {"dataset": {"text": str(tmp_path / "same.txt")}, "num_samples": 8, "sequence_length": 64}
     stages = [factorize(method="erc_svd", layout="pivoted"), quantize()]
     check_finite(run(stages, llama, write_recipe, calibration=calibration))
+
+
+def changed(source: Path, target: Path, change: Callable[[Tensors], object]) -> Path:
+    shutil.copytree(source, target)
+    tensors = load_file(target / WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, target / WEIGHTS_FILE, metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("stages", [[factorize()], [quantize()]], ids=["factors", "integers"])
+def test_activations_that_overflow_name_the_linear(
+    stages: list[dict[str, Any]], llama: Path, tmp_path: Path, write_recipe: RecipeWriter
+) -> None:
+    def overflow(tensors: Tensors) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e30
+
+    model = changed(llama, tmp_path / "model", overflow)
+    code, _, error = invoke("run", write_recipe(*stages, model={"path": str(model)}))
+    assert code == 1
+    assert "model.layers.1.mlp.down_proj: " in error
+    assert "NaN or infinite" in error
+
+
+def test_heads_of_zeros_in_the_pivoted_layout_name_the_linear(
+    llama: Path, tmp_path: Path, write_recipe: RecipeWriter
+) -> None:
+    def prune(tensors: Tensors) -> None:
+        tensors["model.layers.2.self_attn.q_proj.weight"][32:96] = 0
+
+    model = changed(llama, tmp_path / "model", prune)
+    code, _, error = invoke("run", write_recipe(factorize(layout="pivoted"), model={"path": str(model)}))
+    assert code == 1
+    assert "model.layers.2.self_attn.q_proj: there are no" in error
+    assert "use layout low_rank" in " ".join(error.split())

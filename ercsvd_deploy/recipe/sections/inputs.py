@@ -153,11 +153,12 @@ class Calibration(Section):
     num_samples: PositiveInt = Field(default=256, description="Sequences drawn from the dataset.")
     sequence_length: int = Field(default=2048, ge=2, description="Tokens in each sequence.")
     seed: int = Field(default=3, ge=0, lt=2**32, description="Seed of the draw.")
-    token_weight: Literal["uniform", "unit_norm"] = Field(
+    token_weight: Literal["uniform", "unit_norm", "sensitivity"] = Field(
         default="unit_norm",
         description="How tokens count in what is measured of a Linear's inputs. `unit_norm`: all alike. "
         "`uniform`: by their energy, as GPTQ and SVD-LLM were published; in trained models a few tokens, "
-        "often the first of a window, then outweigh all others.",
+        "often the first of a window, then outweigh all others. `sensitivity`: by their energy times the "
+        "squared gradient of the loss at the Linear's outputs, for one more pass forward and back.",
     )
 
     @property

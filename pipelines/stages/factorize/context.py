@@ -13,6 +13,7 @@ from ercsvd_deploy.format.schema import WEIGHT
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
+from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.stages import Factorize
@@ -28,6 +29,7 @@ class Factorization:
         settings: The recipe's stage.
         cache: The stage's folder: finished pieces, which are not computed again.
         sensitivity: Fisher information of the Linears' outputs, where it is used.
+        token_sensitivity: How much the samples' tokens count, where that was measured.
         on_layer: Called after every decoder layer of a pass.
     """
 
@@ -36,6 +38,7 @@ class Factorization:
     settings: Factorize
     cache: FinishedWork
     sensitivity: Sensitivity | None = None
+    token_sensitivity: TokenSensitivity | None = None
     on_layer: Callable[[], None] = lambda: None
 
     @property

@@ -27,7 +27,7 @@ from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.linalg.compensation import compensated_weight
 from ercsvd_deploy.linalg.errors import compensated_error, weight_error
 from ercsvd_deploy.models.families import LayerLinears
-from ercsvd_deploy.models.statistics import PairedStatistics
+from ercsvd_deploy.models.statistics import PairedStatistics, TokenWeights, weights_for
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization, factors_piece
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
@@ -42,6 +42,7 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
     truncate_linear,
 )
 from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankDecision
+from ercsvd_deploy.pipelines.stages.observed_inputs import divide
 
 
 def write_on_compressed_prefix(work: Factorization, decision: RankDecision) -> list[FactorizedLinear]:
@@ -76,9 +77,15 @@ class _Trajectories:
         """Pass through the layers up to `last`; return the findings of those that had none."""
         model, cache = self.work.model, self.work.cache
         assert self.work.samples is not None, "the schema asks for calibration where a stage needs it"
-        batches = model.batches(self.work.samples)
-        token_weights = [batch.token_weights for batch in batches]
-        original = model.embed(batches)
+        count = len(self.work.samples)
+        divided = divide(
+            model,
+            self.work.samples,
+            num_searched=count,
+            num_fitting=count,
+            token_sensitivity=self.work.token_sensitivity,
+        )
+        original = model.embed(divided.batches)
         compressed: list[torch.Tensor] = []
         written: dict[int, object] = {}
         for layer in model.architecture.layers[: last + 1]:
@@ -94,7 +101,7 @@ class _Trajectories:
                 piece = factors_piece(layer.index)
                 if findings[layer.index] is None:
                     tensors, linears = self._compress(
-                        layer, (module, twin), (original, compressed), token_weights
+                        layer, (module, twin), (original, compressed), divided.token_weights(layer)
                     )
                     written[layer.index] = LINEARS.dump_python(linears)
                     cache.finish(piece, written[layer.index], tensors)
@@ -114,7 +121,7 @@ class _Trajectories:
         layer: LayerLinears,
         modules: tuple[nn.Module, nn.Module],
         hidden: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
-        token_weights: Sequence[torch.Tensor | None],
+        token_weights: Sequence[TokenWeights],
     ) -> tuple[dict[str, torch.Tensor], list[FactorizedLinear]]:
         """Compress the second of two equal modules group by group, for the inputs that it will have.
 
@@ -140,7 +147,7 @@ class _Trajectories:
                 inputs.add(
                     model.linear_inputs(module, layer.index, states, name),
                     model.linear_inputs(twin, layer.index, others, name),
-                    weights,
+                    weights_for(name, weights),
                 )
             for linear in ranked:
                 factors, measured[linear.name] = self._factorize(layer, linear, module, inputs)

@@ -136,6 +136,7 @@ class FactorizeStage(Stage):
                 self.factorize,
                 run.cache,
                 run.results.get("sensitivity") if self.factorize.needs_sensitivity else None,
+                run.results.get("token_sensitivity"),
                 on_layer,
             )
             outcome = factorize_decoder(work, self._choice(work))

@@ -92,6 +92,7 @@ def _decompose_layers(
         work.samples,
         num_searched=choice.num_search_samples,
         num_fitting=num_fitting_samples(work.settings, len(work.samples or ())),
+        token_sensitivity=work.token_sensitivity,
     )
     hidden = work.model.embed(divided.batches)
     spectra: dict[str, Spectrum] = {}

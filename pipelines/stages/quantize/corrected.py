@@ -84,7 +84,7 @@ def store_corrected(
             result.tensors.update({f"{where}.{leaf}": tensor for leaf, tensor in leaves.items()})
         else:
             result.tensors[f"{where}.{WEIGHT}"] = values
-    result.linears.append(QuantizedLinear(name, report.loss, None, report))
+    result.linears.append(QuantizedLinear(name, report.loss, None, correction=report))
 
 
 def read_corrected(

@@ -20,11 +20,17 @@ from ercsvd_deploy.format.described import NotReported
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.stages.observed_inputs import advance_observed, divide, num_not_held_out
+from ercsvd_deploy.pipelines.stages.observed_inputs import (
+    DividedBatches,
+    advance_observed,
+    divide,
+    num_not_held_out,
+)
 from ercsvd_deploy.pipelines.stages.quantize.layer import LayerQuantizer
 from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLinear, QuantizedMatrix
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import PatternMatch
 from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
+from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.quantize import Quantize
 from ercsvd_deploy.recipe.stages import FEWEST_SAMPLES_TO_HOLD_OUT
@@ -57,6 +63,7 @@ def quantize_decoder(
     on_layer: Callable[[], None] = lambda: None,
     *,
     refits_to_factors: bool = False,
+    token_sensitivity: TokenSensitivity | None = None,
     sensitivity: Sensitivity | None = None,
 ) -> QuantizeOutcome:
     """Quantize the decoder; layers that are finished in `work` are not computed again.
@@ -74,6 +81,7 @@ def quantize_decoder(
         on_layer: Called after every decoder layer.
         refits_to_factors: Second factors are re-fitted to the product of the pair as it comes, and losses
             are relative to that: trained factors are nearer to the original's outputs than its weight is.
+        token_sensitivity: How much the samples' tokens count, where that was measured.
         sensitivity: Fisher information of the Linears' outputs, where corrections are fitted by it.
 
     Raises:
@@ -85,7 +93,13 @@ def quantize_decoder(
     pieces = {layer.index: f"layer-{layer.index:05d}" for layer in model.architecture.layers}
     findings: dict[int, Any] = {index: work.findings(piece) for index, piece in pieces.items()}
     if None in findings.values():
-        _quantize_missing(model, quantizer, samples, pieces, findings, work, on_layer)
+        num_fitting = len(samples)
+        if settings.method == "gptq" and len(samples) >= FEWEST_SAMPLES_TO_HOLD_OUT:
+            num_fitting = num_not_held_out(len(samples))
+        divided = divide(
+            model, samples, num_searched=0, num_fitting=num_fitting, token_sensitivity=token_sensitivity
+        )
+        _quantize_missing(model, quantizer, divided, pieces, findings, work, on_layer)
     outcome = QuantizeOutcome([], [], matches, dict(modules))
     for index, piece in pieces.items():
         outcome.matrices += _MATRICES.validate_python(findings[index]["matrices"])
@@ -97,7 +111,7 @@ def quantize_decoder(
 def _quantize_missing(
     model: LayerwiseModel,
     quantizer: LayerQuantizer,
-    samples: Sequence[Sample],
+    divided: DividedBatches,
     pieces: Mapping[int, str],
     findings: dict[int, Any],
     work: FinishedWork,
@@ -105,10 +119,6 @@ def _quantize_missing(
 ) -> None:
     """Pass through the decoder, and quantize the layers that have no findings yet: they get them."""
     follows_compressed = quantizer.settings.compressed_prefix_inputs
-    num_fitting = len(samples)
-    if quantizer.settings.method == "gptq" and len(samples) >= FEWEST_SAMPLES_TO_HOLD_OUT:
-        num_fitting = num_not_held_out(len(samples))
-    divided = divide(model, samples, num_searched=0, num_fitting=num_fitting)
     hidden = model.embed(divided.batches)
     for layer in model.architecture.layers:
         piece, is_missing = pieces[layer.index], findings[layer.index] is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from ercsvd_deploy.format.packing import QuantizedWeight, pack, unpack
 from ercsvd_deploy.format.schema import GUARD, GUARD_SHAPE, ROW_ORDER, WEIGHT, Storage
 from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
+from ercsvd_deploy.linalg.symmetric import leading_share
 from ercsvd_deploy.linalg.truncation import Factors
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
@@ -81,6 +82,7 @@ class LayerQuantizer:
             inputs = observed[group[0].name]
             gram = inputs.whole.gram
             held_out = None if inputs.parts is None else HeldOutGrams(*inputs.parts)
+            num_before = len(result.linears)
             started = []
             corrected = []
             for linear in group:
@@ -97,16 +99,22 @@ class LayerQuantizer:
             if corrected:
                 with _naming(corrected[0][0]):
                     self._quantize_corrected(layer, corrected, gram, held_out, result)
-            if not started:
-                continue
-            with _naming(started[0].linear):
-                quantized = quantize_together(
-                    [each.matrix for each in started], gram, held_out=held_out, method=self.settings.method
-                )
-            for each, (first, report) in zip(started, quantized, strict=True):
-                with _naming(each.linear):
-                    parts = self._finish(each, first, report, gram, held_out, result)
-                result.tensors.update(_tensors(each, parts))
+            if started:
+                with _naming(started[0].linear):
+                    quantized = quantize_together(
+                        [each.matrix for each in started],
+                        gram,
+                        held_out=held_out,
+                        method=self.settings.method,
+                    )
+                for each, (first, report) in zip(started, quantized, strict=True):
+                    with _naming(each.linear):
+                        parts = self._finish(each, first, report, gram, held_out, result)
+                    result.tensors.update(_tensors(each, parts))
+            share = leading_share(gram)
+            result.linears[num_before:] = [
+                replace(each, leading_share=share) for each in result.linears[num_before:]
+            ]
         return result
 
     def load(self, layer: LayerLinears, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -23,6 +23,8 @@ from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.recipe.quantize import Quantize
 
+_MOST_OF_THE_ENERGY = 0.5  # of a Linear's inputs, in one direction
+
 
 @dataclass(frozen=True)
 class QuantizeStage(Stage):
@@ -121,6 +123,7 @@ class QuantizeStage(Stage):
                 run.cache,
                 on_layer,
                 refits_to_factors=self.is_on_trained_factors,
+                token_sensitivity=run.results.get("token_sensitivity"),
                 sensitivity=run.results.get("sensitivity") if self.is_weighed else None,
             )
         integers = {name: storage for name, storage in storages.items() if storage.is_quantized}
@@ -157,6 +160,19 @@ class QuantizeStage(Stage):
         yield _matrix_table(result.matrices)
         yield _linear_table(result.linears)
         yield from _correction_table(result.linears)
+        yield from _ruled_table(result.linears)
+
+
+def _ruled_table(linears: Iterable[QuantizedLinear]) -> Iterable[Table]:
+    """Name the Linears whose inputs one direction rules: their Grams tell little of anything else."""
+    ruled = [each for each in linears if (each.leading_share or 0) > _MOST_OF_THE_ENERGY]
+    columns = ("inputs of", "share of the energy")
+    rows = tuple(
+        (each.name, f"{100 * (each.leading_share or 0):.0f} %")
+        for each in sorted(ruled, key=lambda each: -(each.leading_share or 0))
+    )
+    if rows:
+        yield Table("Inputs that one direction rules", columns, rows, columns[1:], is_detail=True)
 
 
 def _matrix_table(matrices: Iterable[QuantizedMatrix]) -> Table:

@@ -1,4 +1,4 @@
-"""The sensitivity stage: Fisher information for the stages that weigh errors of outputs by it."""
+"""The stages of sensitivity: of outputs, to weigh their errors by, and of tokens."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any, Self
 
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity, measure_sensitivity
+from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity, measure_token_sensitivity
 from ercsvd_deploy.pipelines.stages.stage_run import StageRun
-from ercsvd_deploy.pipelines.stages.workload import Workload
+from ercsvd_deploy.pipelines.stages.workload import FLOAT32, Sequences, Workload
 from ercsvd_deploy.recipe.stages import NUM_FISHER_SAMPLES
 
 
@@ -48,23 +49,16 @@ class SensitivityStage(Stage):
         return {"num_fisher_samples": self.num_samples}
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return the highest of the passes and of the loss; inputs of all layers wait on disk."""
+        """Return what the passes take, and the metrics of every layer."""
         del candidates
         samples = work.calibrating.first(self.num_samples)
-        states, num_layers = work.activations(samples), work.architecture.num_layers
-        # Inputs, the pages of their file, and gradients.
-        back = 3 * states + work.layer_weights + work.layer_metrics + work.training_pass(samples)
-        # Logits, their log-softmax, and the gradients of both.
-        loss = 2 * states + work.outside_weights + 4 * work.logits(samples, parts=1)
-        metrics = num_layers * work.layer_metrics
         outputs = sum(linear.out_features**2 for linear in work.architecture.linears)
-        return Needs(
-            working_bytes=max(back, loss, states + work.embedding([samples])),
-            beside_bytes=2 * states + work.layer_weights,
-            scratch_bytes=(num_layers + 3) * states + metrics,
-            kept_bytes=metrics,
-            # Forward, forward again for the graph, and back to the inputs.
-            flops=3 * work.forward_flops(samples) + 2 * work.head_flops(samples) + samples.tokens * outputs,
+        return passes_needs(
+            work,
+            samples,
+            layer_bytes=work.layer_metrics,
+            kept_bytes=work.architecture.num_layers * work.layer_metrics,
+            flops=samples.tokens * outputs,
         )
 
     def run(self, run: StageRun) -> Sensitivity:
@@ -72,3 +66,65 @@ class SensitivityStage(Stage):
         model = run.model.stream()
         with run.progress(self.title, 2 * model.num_layers) as on_layer:
             return measure_sensitivity(model, run.samples[: self.num_samples], run.cache, on_layer)
+
+
+@dataclass(frozen=True)
+class TokenSensitivityStage(Stage):
+    """How much each token counts for the Linears of every layer, for `token_weight: sensitivity`."""
+
+    name = "token_sensitivity"
+
+    @classmethod
+    def plan(cls, context: PlanningContext) -> Self | None:
+        """Return the stage; None if tokens count by their energy or norm, or no inputs are observed."""
+        recipe = context.recipe
+        if recipe.calibration is None or recipe.calibration.token_weight != "sensitivity":
+            return None
+        return cls() if any(stage.calibration_need for stage in recipe.stages) else None
+
+    def settings(self) -> Any:
+        """Return nothing: it depends on model and samples alone."""
+        return {}
+
+    def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+        """Return what the passes take, and the weights of every layer's tokens."""
+        del candidates
+        samples = work.calibrating
+        layer_bytes = FLOAT32 * samples.tokens * len(work.largest_layer.linears)
+        groups = sum(len(layer.groups) for layer in work.architecture.layers)
+        return passes_needs(
+            work, samples, layer_bytes=layer_bytes, kept_bytes=FLOAT32 * samples.tokens * groups, flops=0
+        )
+
+    def run(self, run: StageRun) -> TokenSensitivity:
+        """Pass forward and back."""
+        model = run.model.stream()
+        with run.progress(self.title, 2 * model.num_layers) as on_layer:
+            return measure_token_sensitivity(model, run.samples, run.cache, on_layer)
+
+
+def passes_needs(
+    work: Workload, samples: Sequences, *, layer_bytes: int, kept_bytes: int, flops: float
+) -> Needs:
+    """Return the highest of the passes and of the loss; inputs of all layers wait on disk.
+
+    Args:
+        work: What the recipe does.
+        samples: What passes.
+        layer_bytes: Of what is measured of a layer.
+        kept_bytes: Of what is measured of all of them.
+        flops: Of measuring, beside the passes.
+    """
+    states, num_layers = work.activations(samples), work.architecture.num_layers
+    # Inputs, the pages of their file, and gradients.
+    back = 3 * states + work.layer_weights + layer_bytes + work.training_pass(samples)
+    # Logits, their log-softmax, and the gradients of both.
+    loss = 2 * states + work.outside_weights + 4 * work.logits(samples, parts=1)
+    return Needs(
+        working_bytes=max(back, loss, states + work.embedding([samples])),
+        beside_bytes=2 * states + work.layer_weights,
+        scratch_bytes=(num_layers + 3) * states + kept_bytes,
+        kept_bytes=kept_bytes,
+        # Forward, forward again for the graph, and back to the inputs.
+        flops=3 * work.forward_flops(samples) + 2 * work.head_flops(samples) + flops,
+    )

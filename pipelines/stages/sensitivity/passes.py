@@ -1,0 +1,133 @@
+"""One pass forward through a model and one back, streamed, with the gradients of a loss by every output.
+
+The loss is the negative log-likelihood of next tokens drawn from the model's own predictions. The pass
+forward leaves every layer's inputs on disk; the pass back takes the layers from the last to the first, each
+with the gradients that the one behind it left. One layer is in memory at a time. What is measured of a layer
+is a finished piece; once all are, the inputs and gradients go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from ercsvd_deploy.data.samples import Batch, Sample
+from ercsvd_deploy.format.tensor_store import FileStore
+from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.statistics import GradientStatistics
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.state.cache import FinishedWork
+
+_SEED = 0  # of the drawn tokens
+
+
+class LayerMeasurement(Protocol):
+    """What is measured of one layer on the way back."""
+
+    def observed(self) -> Mapping[str, GradientStatistics]:
+        """Return name of a Linear within the layer -> what the gradients by its outputs are added to."""
+
+    def tensors(self, batches: Sequence[Batch]) -> Mapping[str, torch.Tensor]:
+        """Return what is written of the layer, once all batches have passed."""
+
+
+def measure_layers(
+    model: LayerwiseModel,
+    samples: Sequence[Sample],
+    work: FinishedWork,
+    measure: Callable[[LayerLinears], LayerMeasurement],
+    on_layer: Callable[[], None],
+) -> None:
+    """Measure every decoder layer; those that are finished in `work` are not measured again.
+
+    Args:
+        model: The model.
+        samples: Sequences to measure on.
+        work: Receives `layer-<index>`, what is measured of every layer.
+        measure: Begins the measurement of a layer.
+        on_layer: Called after every decoder layer of both passes.
+    """
+    layers = model.architecture.layers
+    if all(work.findings(measured_piece(layer.index)) is not None for layer in layers):
+        return
+    batches = model.batches(samples)
+    _pass_forward(model, batches, work, on_layer)
+    gradients: list[torch.Tensor] | None = None
+    for layer in reversed(layers):
+        behind = _gradients_piece(layer.index + 1)
+        if work.findings(measured_piece(layer.index)) is None:
+            if gradients is None:
+                gradients = (
+                    _read(model, work, behind)
+                    if work.findings(behind) is not None
+                    else model.sampled_loss_gradients(
+                        batches, _read(model, work, _inputs_piece(model.num_layers)), _SEED
+                    )
+                )
+            _pass_back(model, layer, batches, gradients, work, measure(layer))
+            work.forget(behind)
+        on_layer()
+    for index in range(model.num_layers + 1):
+        work.forget(_inputs_piece(index))
+        work.forget(_gradients_piece(index))
+
+
+def measured_piece(layer: int) -> str:
+    """Return the name of the piece that holds what was measured of a layer."""
+    return f"layer-{layer:05d}"
+
+
+def _pass_forward(
+    model: LayerwiseModel, batches: Sequence[Batch], work: FinishedWork, on_layer: Callable[[], None]
+) -> None:
+    """Leave the inputs of every layer, and the outputs of the last, on disk."""
+    hidden = model.embed(batches)  # also tells how the layers are called
+    if all(work.findings(_inputs_piece(index)) is not None for index in range(model.num_layers + 1)):
+        return
+    for index in range(model.num_layers + 1):
+        _write(work, _inputs_piece(index), hidden)
+        if index < model.num_layers:
+            model.advance(index, hidden)
+            on_layer()
+
+
+def _pass_back(
+    model: LayerwiseModel,
+    layer: LayerLinears,
+    batches: Sequence[Batch],
+    gradients: list[torch.Tensor],
+    work: FinishedWork,
+    measurement: LayerMeasurement,
+) -> None:
+    """Measure one layer; `gradients` become those by its inputs, and are kept with what was measured."""
+    with model.layer(layer.index) as module:
+        model.retreat(
+            layer.index,
+            module,
+            _read(model, work, _inputs_piece(layer.index)),
+            gradients,
+            observe=measurement.observed(),
+            token_weights=[batch.token_weights for batch in batches],
+        )
+    _write(work, _gradients_piece(layer.index), gradients)
+    work.finish(measured_piece(layer.index), {}, measurement.tensors(batches))
+
+
+def _write(work: FinishedWork, piece: str, states: Sequence[torch.Tensor]) -> None:
+    work.finish(piece, {"batches": len(states)}, {str(index): each for index, each in enumerate(states)})
+
+
+def _read(model: LayerwiseModel, work: FinishedWork, piece: str) -> list[torch.Tensor]:
+    store = FileStore([work.tensors_file(piece)])
+    tensors = store.read(store.names())
+    return [tensors[str(index)].to(model.device) for index in range(len(tensors))]
+
+
+def _inputs_piece(layer: int) -> str:
+    return f"inputs-{layer:05d}"
+
+
+def _gradients_piece(layer: int) -> str:
+    return f"gradients-{layer:05d}"
