@@ -26,7 +26,7 @@ _QUANTIZED_BY: Mapping[str, str] = {
     "quant_config.json": "AutoAWQ",
     "quant_model_description.json": "msModelSlim",
 }
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
 OWN_METHOD = "ercsvd"
 
 

@@ -89,6 +89,7 @@ MODELOPT = json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant
         pytest.param(
             config(compression_config={"format": "dense"}), "a method that its config", id="an older key"
         ),
+        pytest.param(config(quantization={"bits": 4}), "a method that its config", id="MLX"),
         pytest.param(
             config("text_config", quantization_config={"quant_method": "fp8"}), "(fp8)", id="of a part"
         ),
