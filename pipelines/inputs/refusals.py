@@ -6,6 +6,7 @@ Nothing is fetched for that but config.json and, of a model on the hub, the list
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ _QUANTIZED_BY: Mapping[str, str] = {
 }
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
 OWN_METHOD = "ercsvd"
+_HUB_SECONDS = 10.0
+logger = logging.getLogger(__name__)
 
 
 def refuse_unsuitable(source: ModelSource, path: str) -> None:
@@ -58,13 +61,14 @@ def refuse_unsuitable(source: ModelSource, path: str) -> None:
 
 def list_hub_files(name: str, revision: str | None) -> list[str] | None:
     """Return the names of the files of a hub model, without folders; None if the hub cannot be asked."""
-    import httpx
     from huggingface_hub import HfApi
 
     try:
-        return [path for path in HfApi().list_repo_files(name, revision=revision) if "/" not in path]
-    except (OSError, ValueError, httpx.HTTPError):  # no network, no such model: fetching will say
+        siblings = HfApi().model_info(name, revision=revision, timeout=_HUB_SECONDS).siblings or []
+    except Exception as error:  # noqa: BLE001 - of whichever HTTP library the hub's client uses
+        logger.debug("%s: the hub did not list its files: %s", name, error)  # fetching says what is wrong
         return None
+    return [sibling.rfilename for sibling in siblings if "/" not in sibling.rfilename]
 
 
 def _list_files(directory: Path) -> list[str] | None:
