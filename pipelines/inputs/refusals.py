@@ -44,13 +44,14 @@ def refuse_unsuitable(source: ModelSource, path: str) -> None:
         ArchitectureError: it is a LLaVA checkpoint in its authors' format, does not generate text, is
             quantized already, or has no weights in safetensors.
     """
-    raw = _raw_config(source, path)
+    directory = Path(path) if Path(path).is_dir() else None
+    file_names = list_hub_files(path, source.revision) if directory is None else _list_files(directory)
+    # A hub that does not answer is not asked again, and again: what is cached has to do.
+    raw = _raw_config(source, path, is_offline=file_names is None)
     if raw is not None:
         _refuse_original(source, raw)
         _refuse_other_task(source, raw)
         _refuse_described(source, raw)
-    directory = Path(path) if Path(path).is_dir() else None
-    file_names = list_hub_files(path, source.revision) if directory is None else _list_files(directory)
     if file_names is None:
         return
     _refuse_quantized(source, file_names, directory)
@@ -79,12 +80,12 @@ def _list_files(directory: Path) -> list[str] | None:
         return None
 
 
-def _raw_config(source: ModelSource, path: str) -> Mapping[str, Any] | None:
+def _raw_config(source: ModelSource, path: str, *, is_offline: bool) -> Mapping[str, Any] | None:
     """Return config.json as it is; None if it cannot be read, which whoever loads it says."""
     from transformers import PreTrainedConfig
 
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(path, revision=source.revision)
+        raw, _ = PreTrainedConfig.get_config_dict(path, revision=source.revision, local_files_only=is_offline)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return raw if isinstance(raw, dict) else None
