@@ -125,6 +125,7 @@ def quantize_corrected(
     gram: Tensor,
     *,
     held_out: HeldOutGrams | None = None,
+    factor: HessianFactor | None = None,
     method: RoundingMethod = "gptq",
     rounds: int = ROUNDS,
 ) -> list[CorrectedWeight]:
@@ -135,6 +136,7 @@ def quantize_corrected(
         gram: Of their inputs, [in, in], at any scale.
         held_out: The same tokens in two parts: damping is chosen there, and whether GPTQ helps, as in
             `quantize_together`. Which round is kept the whole Gram decides.
+        factor: Of this Gram, with the tasks' damping and order, if it is already there.
         method: "rtn", the baseline, rounds integers and factors to nearest.
         rounds: At most this many; a Linear's are over when one does it no good.
 
@@ -143,7 +145,7 @@ def quantize_corrected(
     """
     for task in tasks:
         check_weight_and_gram(task.weight, gram)
-    inputs = _Inputs(gram, held_out, method)
+    inputs = _Inputs(gram, held_out, method, factor)
     fits = [_Fit(task, LossOf(task.weight, gram, task.output_metric)) for task in tasks]
     for _ in range(rounds):
         if open_fits := [fit for fit in fits if not fit.is_settled]:
@@ -158,8 +160,8 @@ class _Inputs:
     gram: Tensor
     held_out: HeldOutGrams | None
     method: RoundingMethod
+    factor: HessianFactor | None
     damping: float | None = None
-    factor: HessianFactor | None = None
 
     def quantize(self, matrices: Sequence[GriddedWeight]) -> list[tuple[QuantizedWeight, MatrixReport]]:
         """Quantize matrices that read these inputs; the damping that the first ones get is kept."""

@@ -19,6 +19,7 @@ from ercsvd_deploy.format.data_files import DATA_FILES
 from ercsvd_deploy.recipe.fields import RecipeError, shown
 from ercsvd_deploy.recipe.messages import explain
 from ercsvd_deploy.recipe.overrides import apply_override, with_override
+from ercsvd_deploy.recipe.quantize import Correction, Quantize, QuantizeOverride
 from ercsvd_deploy.recipe.reference import recipe_json_schema
 from ercsvd_deploy.recipe.sections import (
     Calibration,
@@ -38,20 +39,12 @@ from ercsvd_deploy.recipe.sections import (
     TextDataset,
     TextFile,
 )
-from ercsvd_deploy.recipe.stages import (
-    Factorize,
-    FactorizeStage,
-    Quantize,
-    QuantizeOverride,
-    QuantizeStage,
-    Recover,
-    RecoverStage,
-    Stage,
-)
+from ercsvd_deploy.recipe.stages import Factorize, FactorizeStage, QuantizeStage, Recover, RecoverStage, Stage
 from ercsvd_deploy.recipe.yaml_source import Node, read_yaml_file
 
 __all__ = [
     "Calibration",
+    "Correction",
     "Evaluation",
     "Export",
     "Factorize",

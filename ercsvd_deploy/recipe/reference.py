@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ercsvd_deploy.recipe.correction import Correction
 from ercsvd_deploy.recipe.gates import Gates, ServingParityGate
+from ercsvd_deploy.recipe.quantize import Correction, Quantize, QuantizeOverride
 from ercsvd_deploy.recipe.sections import (
     Calibration,
     ConversationFile,
@@ -34,7 +34,7 @@ from ercsvd_deploy.recipe.sections import (
     Vision,
     VisualQuestions,
 )
-from ercsvd_deploy.recipe.stages import Factorize, Quantize, QuantizeOverride, Recover
+from ercsvd_deploy.recipe.stages import Factorize, Recover
 
 SCHEMA_FILE = Path("recipes/recipe.schema.json")
 REFERENCE_FILE = Path("docs/recipes.md")

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
 
-from ercsvd_deploy.format.schema import Bits
-from ercsvd_deploy.recipe.correction import Correction
 from ercsvd_deploy.recipe.fields import (
-    ListWithoutRepetition,
     Section,
-    Text,
     expects,
-    refusal,
     refuse_together,
     told_apart_by,
 )
+from ercsvd_deploy.recipe.quantize import Quantize
 
 _WHITENING = ("svd_llm", "erc_svd")  # methods that weigh errors by the Gram of the inputs
 
+NUM_FISHER_SAMPLES = 32  # calibration sequences on which Fisher information is measured
 FEWEST_SAMPLES_TO_HOLD_OUT = 4  # calibration sequences with `beta: auto`, a quarter of which is held out
 
 
@@ -50,7 +46,7 @@ class Factorize(Section):
         "`identity`: all alike. `fisher`: by how much the model's predictions mind them.",
     )
     num_fisher_samples: PositiveInt = Field(
-        default=32,
+        default=NUM_FISHER_SAMPLES,
         description="Calibration sequences on which the Fisher information is measured, by one pass "
         "forward and one back (`output_metric: fisher` or `allocation: error_controlled`).",
     )
@@ -178,104 +174,6 @@ class Factorize(Section):
     def _leave_out_inapplicable_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Write what the validator above would accept again."""
         return {key: value for key, value in handler(self).items() if key not in self._inapplicable_fields}
-
-
-class QuantizeOverride(Section):
-    """What differs for some modules; a key left out keeps the stage's value."""
-
-    bits: Bits | None = Field(default=None, description="Bits of one stored value.")
-    group_size: Literal[32, 64, 128, -1] | None = Field(
-        default=None, description="Input columns that share a scale; -1 for one scale per row."
-    )
-    sym: bool | None = Field(default=None, description="Symmetric: no zero point is stored.")
-    correction: Annotated[
-        Literal["none"] | Correction | None, expects("'none', or a mapping with rank and bits")
-    ] = Field(default=None, description="Another low-rank correction, or `none`.")
-
-    @model_validator(mode="after")
-    def _overrides_something(self) -> QuantizeOverride:
-        if all(getattr(self, name) is None for name in type(self).model_fields):
-            raise refusal(
-                "overrides nothing; give bits, group_size or sym, a correction, or remove the pattern"
-            )
-        return self
-
-
-class Quantize(Section):
-    """Store factors and remaining dense Linears as integers."""
-
-    method: Literal["gptq", "rtn"] = Field(
-        default="gptq",
-        description="`gptq`: later columns make up for the rounding errors of earlier ones, weighted by "
-        "the calibration data. `rtn`: rounding to nearest, the baseline.",
-    )
-    bits: Bits = Field(
-        default=4,
-        description="Bits of one stored value. vLLM has kernels for 4 bits everywhere, and for the others on "
-        "NVIDIA GPUs; elsewhere such a matrix takes 16.",
-    )
-    group_size: Literal[32, 64, 128, -1] = Field(
-        default=128,
-        description="Input columns that share a scale; -1 for one scale per row. A matrix whose columns on "
-        "a GPU it does not divide gets smaller groups (the columns of a second factor are its rank), but is "
-        "refused where the recipe says what ranks are multiples of.",
-    )
-    sym: bool = Field(default=True, description="Symmetric: no zero point is stored.")
-    damping: Annotated[
-        Literal["auto"] | Annotated[float, Field(gt=0, lt=1)],
-        expects("'auto' or a number greater than 0 and less than 1"),
-    ] = Field(
-        default="auto",
-        description="Share of the Hessian's mean diagonal added to its diagonal. `auto` takes for matrices "
-        "with the same inputs that of 0.01, 0.03, 0.1 and 0.3 with the smallest error on the last quarter of "
-        "the calibration sequences, rounded by the others.",
-    )
-    mse: Annotated[Literal["auto"] | bool, expects("'auto', true or false")] = Field(
-        default="auto",
-        description="Search each scale for the smallest error of its group instead of covering the largest "
-        "weight. `auto` does so at 4 bits and fewer.",
-    )
-    desc_act: bool = Field(
-        default=True,
-        description="Round the columns with the largest activations first. The groups stay those of the "
-        "original order, so that nothing of it shows in the file or costs time when served.",
-    )
-    refit_second_factor: bool = Field(
-        default=True,
-        description="Re-fit the second factor to the original weight, given the quantized first factor.",
-    )
-    rotate_factors: bool = Field(
-        default=True,
-        description="Turn each pair of factors within its rank dimension first. The product stays; GPTQ has "
-        "correlated inputs of the second factor to work with.",
-    )
-    correction: Correction | None = Field(
-        default=None,
-        description="Add a low-rank correction to the integers of matrices that have no rank of their own: "
-        "both are fitted in turn, to come near the original's outputs on the calibration data. Costs less "
-        "than another bit where bits are few.",
-    )
-    compressed_prefix_inputs: bool = Field(
-        default=True,
-        description="Measure each layer's inputs on the output of the layers already compressed.",
-    )
-    ignore: ListWithoutRepetition[Text] = Field(
-        default=(), description="Patterns (`*`, `?`) of module names that stay as they are."
-    )
-    overrides: Mapping[Text, QuantizeOverride] = Field(
-        default={}, description="Pattern (`*`, `?`) of module names -> what differs for them."
-    )
-
-    @property
-    def corrects(self) -> bool:
-        """Whether any matrix gets a low-rank correction."""
-        changes = (change.correction for change in self.overrides.values())
-        return self.correction is not None or any(isinstance(change, Correction) for change in changes)
-
-    @property
-    def calibration_need(self) -> str:
-        """Why calibration data is needed."""
-        return f"method {self.method} measures activations"
 
 
 class Recover(Section):

@@ -109,16 +109,14 @@ class Stage(ABC):
 
     Attributes:
         name: Its key in the report, its folder in the work directory, its name in messages and `--set`.
-        temporary_for: Name of the one later stage that reads this one's result. If that is finished, this
-            one is not run, and when it has finished, this one's files go.
-        is_kept: Whether they stay instead until the run ends, for a second try with other settings.
+        is_kept: Whether files of a temporary result stay instead until the run ends, for a second try with
+            other settings.
         reported_as: The dataclass that the report has of a result, under the stage's name; its fields are
             described, and its JSON schema is published. None: nothing.
         memory_remedy: What of the recipe makes it take less memory, for whoever has too little.
     """
 
     name: ClassVar[str]
-    temporary_for: ClassVar[str | None] = None
     memory_remedy: ClassVar[str] = "lower calibration.num_samples or calibration.sequence_length"
     is_kept: ClassVar[bool] = False
     reported_as: ClassVar[type | None] = None
@@ -131,6 +129,14 @@ class Stage(ABC):
         Raises:
             PlanError: the recipe cannot work on this model; the message says what would.
         """
+
+    @property
+    def temporary_for(self) -> str | None:
+        """Name of the last stage that reads this one's result, if it is kept for such ones alone.
+
+        If that is finished, this one is not run, and when it has finished, this one's files go.
+        """
+        return None
 
     @property
     def title(self) -> str:

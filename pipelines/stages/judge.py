@@ -44,13 +44,17 @@ class JudgeOriginalStage(Stage):
 
     name = "judge_original"
     memory_remedy = "lower evaluation.max_sequences or evaluation.sequence_length"
-    temporary_for = "judge"
     is_kept = True
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
         """Return the stage; None if the recipe names nothing to judge on."""
         return cls() if _is_judging(context) else None
+
+    @property
+    def temporary_for(self) -> str:
+        """The comparison."""
+        return "judge"
 
     def settings(self) -> Any:
         """Return nothing: what is judged on is among the data."""

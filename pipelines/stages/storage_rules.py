@@ -15,7 +15,7 @@ from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP
 from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization, values_in_whole_words
 from ercsvd_deploy.models.families import Architecture
-from ercsvd_deploy.recipe.correction import Correction
+from ercsvd_deploy.recipe.quantize import Correction
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 from ercsvd_deploy.pipelines.sweeping.file import Point, Sweep, sweep_points
 from ercsvd_deploy.recipe.fields import RecipeError
+from ercsvd_deploy.recipe.quantize import Quantize
 from ercsvd_deploy.recipe.sections import Recipe
-from ercsvd_deploy.recipe.stages import Quantize, QuantizeStage
+from ercsvd_deploy.recipe.stages import QuantizeStage
 
 _GROUP_SIZES = (128, 64, 32)
 logger = logging.getLogger(__name__)

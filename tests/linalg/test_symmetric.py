@@ -16,6 +16,7 @@ from ercsvd_deploy.linalg.symmetric import (
     add_symmetric_product,
     descending_eigh,
     leading_eigh,
+    leading_share,
     symmetric_product,
 )
 from ercsvd_deploy.linalg.truncation import truncate
@@ -183,3 +184,16 @@ def test_tall_weights_are_decomposed_again_where_float32_did_not_do(
         decomposition.basis.T @ decomposition.basis, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-4
     )
     assert calibration_error(weight, truncate(decomposition, weight, size), torch.eye(size)) < 1e-5
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.83, 1.0])
+def test_the_share_of_the_leading_direction(share: float, generator: torch.Generator) -> None:
+    values = torch.full((50,), (1 - share) / 49)
+    values[0] = share
+    found = leading_share(with_spectrum(4e6 * values, generator).float())
+    assert found == pytest.approx(share, rel=0.05)
+    assert found <= 1
+
+
+def test_no_direction_of_zeros_holds_anything() -> None:
+    assert leading_share(torch.zeros(4, 4)) == 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
@@ -26,10 +27,9 @@ from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     check_shapes,
     plan_quantization,
 )
-from ercsvd_deploy.recipe.correction import Correction
 from ercsvd_deploy.recipe.fields import RecipeError
 from ercsvd_deploy.recipe.load import load_recipe
-from ercsvd_deploy.recipe.stages import Quantize, QuantizeOverride
+from ercsvd_deploy.recipe.quantize import Correction, Quantize, QuantizeOverride
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 
@@ -173,8 +173,8 @@ def test_overrides_change_take_and_give_corrections(names: list[str]) -> None:
     assert "model.layers.1.mlp.up_proj" not in plan.corrections
     assert "model.layers.0.mlp.down_proj" not in plan.corrections
     some = Quantize(group_size=32, overrides={"*.up_proj": QuantizeOverride(correction=Correction(rank=8))})
-    assert some.corrects
-    assert not Quantize(overrides={"*.up_proj": QuantizeOverride(correction="none")}).corrects
+    assert some.corrections == (Correction(rank=8),)
+    assert not Quantize(overrides={"*.up_proj": QuantizeOverride(correction="none")}).corrections
     assert set(plan_quantization(some, names).corrections) == {name for name in names if "up_proj" in name}
 
 
@@ -231,3 +231,92 @@ def test_contradictions_are_told(
 ) -> None:
     with pytest.raises(RecipeError, match=message.replace(".", r"\.")):
         load_recipe(write_recipe(*stages, **sections))
+
+
+def test_corrections_are_fitted_by_what_predictions_mind(write_recipe: RecipeWriter) -> None:
+    divergences = {}
+    for output_metric in ("identity", "fisher"):
+        stage = quantize(bits=2, correction={"rank": 16}, output_metric=output_metric)
+        recipe = load_recipe(write_recipe(stage, calibration=CALIBRATION))
+        stages = [planned.name for planned in make_plan(recipe).stages]
+        assert ("sensitivity" in stages) is (output_metric == "fisher")
+        report, directory = run_recipe(recipe)
+        divergences[output_metric] = report.change.logprob_kl["held_out"]
+        assert not list(directory.parent.glob(f".{directory.name}.work*/sensitivity"))
+    assert divergences["fisher"] < 0.9 * divergences["identity"]
+
+
+def test_the_metric_of_outputs_serves_corrections_alone(write_recipe: RecipeWriter) -> None:
+    """A factorize stage before it, which does not ask for it, makes the same factors as without."""
+    factors = []
+    for output_metric in ("identity", "fisher"):
+        stages = (
+            factorize(num_compressed_layers=2, rank_multiple="auto"),
+            quantize(output_metric=output_metric, ignore=["*.2.*", "*.3.*"]),
+        )
+        _, directory = run_recipe(load_recipe(write_recipe(*stages, calibration=CALIBRATION)))
+        tensors = load_file(directory / "model.safetensors")
+        factors.append({name: tensor for name, tensor in tensors.items() if name.endswith("factor_a.weight")})
+    assert factors[0].keys() == factors[1].keys() != set()
+    assert all(torch.equal(tensor, factors[1][name]) for name, tensor in factors[0].items())
+
+
+def test_a_metric_without_a_correction_is_refused(write_recipe: RecipeWriter) -> None:
+    with pytest.raises(RecipeError, match="only a low-rank correction is fitted by it"):
+        load_recipe(write_recipe(quantize(correction=None, output_metric="fisher")))
+
+
+def error_controlled(**target: Any) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+    """Return stages and sections of a recipe whose storages are chosen under a target."""
+    factorization = {
+        "method": "svd_llm",
+        "allocation": "error_controlled",
+        "output_metric": "fisher",
+        "num_fisher_samples": 24,
+    }
+    stages = ({"factorize": factorization}, {"quantize": {"bits": 4, "group_size": 32}})
+    return stages, {"target": {"overall_bits": 3.2} | target, "calibration": CALIBRATION}
+
+
+def test_a_target_chooses_corrections_where_they_pay(write_recipe: RecipeWriter) -> None:
+    predicted, measured = {}, {}
+    corrections = [{"rank": 8, "bits": 8}, {"rank": 16, "bits": 4}]
+    for name, on_offer in {"with": corrections, "without": []}.items():
+        stages, sections = error_controlled(corrections=on_offer, bits=[2])
+        report, directory = run_recipe(load_recipe(write_recipe(*stages, **sections)))
+        factorized = report.results["factorize"].chosen
+        predicted[name] = sum(linear.predicted_kl for linear in factorized.allocation)
+        measured[name] = report.change.logprob_kl["held_out"]
+        storages = described(directory)
+        assert any(storage.layout == "corrected" for storage in storages.values()) is (name == "with")
+        assert factorized.budget.spent <= factorized.budget.allowed
+        assert report.compressed.linear_bits_per_weight <= 3.2
+        for linear in factorized.allocation:
+            label = storages[linear.name].label if linear.name in storages else "dense"
+            assert linear.chosen == label
+    assert predicted["with"] < predicted["without"]
+    assert measured["with"] < measured["without"]
+
+
+def test_the_predicted_damage_of_a_correction_is_that_of_what_is_made(write_recipe: RecipeWriter) -> None:
+    """All are corrected: there is nothing else to choose, and the layers' inputs are the original's."""
+    stages, sections = error_controlled(bits=[2], corrections=[{"rank": 16, "bits": 8}], overall_bits=3.2)
+    stages[1]["quantize"]["compressed_prefix_inputs"] = False
+    report, directory = run_recipe(load_recipe(write_recipe(*stages, **sections)))
+    quantized = {linear.name: linear for linear in report.results["quantize"].linears}
+    corrected = [
+        linear for linear in report.results["factorize"].chosen.allocation if "+ rank 16" in linear.chosen
+    ]
+    assert corrected
+    for linear in corrected:
+        without = next(each for label, _, each in linear.alternatives if label == "dense, int2 g32")
+        fitted = quantized[linear.name].correction
+        assert fitted is not None
+        # The stage chooses the damping on held-out tokens, and the prediction takes a fixed one.
+        assert linear.predicted_kl / without == pytest.approx(fitted.loss / fitted.loss_uncorrected, rel=0.3)
+
+
+def test_corrections_of_a_target_need_integers(write_recipe: RecipeWriter) -> None:
+    stages, sections = error_controlled(corrections=[{"rank": 8}])
+    with pytest.raises(RecipeError, match="target.corrections.*there is no quantize stage"):
+        load_recipe(write_recipe(stages[0], **sections))

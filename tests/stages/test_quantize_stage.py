@@ -27,8 +27,9 @@ from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     unquantized,
 )
 from ercsvd_deploy.recipe.load import load_recipe
-from ercsvd_deploy.recipe.stages import Quantize, QuantizeOverride
+from ercsvd_deploy.recipe.quantize import Quantize, QuantizeOverride
 from tests.recipe_runs import RecipeWriter, factorize
+from tests.stages.naive_factors import gram, inputs_of
 
 NAMES = [
     f"model.layers.{layer}.{name}"
@@ -246,3 +247,19 @@ def test_switches_change_the_result(write_recipe: RecipeWriter) -> None:
         _, directory = run_recipe(load_recipe(write_recipe(*stages)))
         written[name] = (directory / "model.safetensors").read_bytes()
     assert len(set(written.values())) == 3
+
+
+def test_inputs_that_one_direction_rules_are_named(write_recipe: RecipeWriter, llama: Path) -> None:
+    """The share is that of the largest eigenvalue; those above a half are in a table of the report."""
+    recipe = write_recipe(quantize(bits=8))
+    report, _ = run_recipe(load_recipe(recipe))
+    outcome = report.results["quantize"]
+    assert outcome is not None
+    shares = {linear.name: linear.leading_share for linear in outcome.linears}
+    first = [name for name in shares if ".0." in name]  # before anything is quantized
+    for name, inputs in inputs_of(llama, recipe, first[:1]).items():
+        values = torch.linalg.eigvalsh(gram(inputs))
+        assert shares[name] == pytest.approx(float(values[-1] / values.sum()), rel=0.05)
+    ruled = {name for name, share in shares.items() if (share or 0) > 0.5}
+    named = [table for table in report.tables if table.title == "Inputs that one direction rules"]
+    assert {row[0] for table in named for row in table.rows} == ruled

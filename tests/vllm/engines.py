@@ -33,20 +33,28 @@ TOP = 10
 def environment(num_ranks: int = 1) -> dict[str, str]:
     """Return the variables that a vLLM process of `num_ranks` CPU workers needs here."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    return (
-        inherited
-        | {
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "2",
-            "VLLM_CPU_INT4_W4A8": "0",  # else CPUs with AMX round the activations to int8 as well
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "|".join("0123"[:num_ranks]) if num_ranks > 1 else "0-1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_HOST_IP": "127.0.0.1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            "VLLM_NO_USAGE_STATS": "1",
-        }
-    )
+    cores = _cores() if num_ranks == 1 else "|".join("0123"[:num_ranks])
+    return inherited | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1" if cores.isdigit() else "2",
+        "VLLM_CPU_INT4_W4A8": "0",  # else CPUs with AMX round the activations to int8 as well
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": cores,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def _cores() -> str:
+    """Return the cores of an engine without tensor parallelism, as vLLM wants them named.
+
+    Beside other workers of pytest it gets one of its own: threads of two engines on the same cores wait for
+    each other, which takes longer than one thread alone.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    return "0-1" if worker is None else str(int(worker.removeprefix("gw")) % (os.cpu_count() or 1))
 
 
 def engine(directory: Path, dtype: str, *, num_ranks: int = 1, eager: bool = True) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _find_unclear_budget(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         yield ("target",), "is set, but there is no factorize stage whose ranks could meet it; add one"
     if recipe.target is not None and recipe.quantize is None:
         given = recipe.target.model_dump(exclude_none=True)
-        for key in [key for key in ("group_sizes", "factor_bits") if key in given]:
+        for key in [key for key in ("group_sizes", "factor_bits", "corrections") if given.get(key)]:
             yield ("target", key), "is set, but there is no quantize stage; add one, or remove it"
 
 
@@ -181,7 +181,7 @@ def _find_unreadable_export(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         )
     elif recipe.quantize is None:
         yield ("export", "format"), "is compressed-tensors, which holds integers; add a quantize stage"
-    elif recipe.quantize.corrects:
+    elif recipe.quantize.corrections:
         yield (
             ("export", "format"),
             "is compressed-tensors, which has no low-rank matrices; set vllm, or remove quantize.correction",
@@ -194,11 +194,11 @@ def _find_unused_correction(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     if settings is None or settings.allocation != "error_controlled":
         return
     for number, stage in enumerate(recipe.stages):
-        if isinstance(stage, QuantizeStage) and stage.quantize.corrects:
+        if isinstance(stage, QuantizeStage) and stage.quantize.corrections:
             yield (
                 ("stages", number, "quantize", "correction"),
-                "is given beside factorize.allocation error_controlled, which chooses among storages without "
-                "corrections; remove one of the two",
+                "is given beside factorize.allocation error_controlled, which chooses how every matrix is "
+                "stored; remove it, and name it in target.corrections",
             )
 
 

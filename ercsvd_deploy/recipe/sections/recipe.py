@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from ercsvd_deploy.recipe.fields import ListOf, Section, refuse_together
 from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT, Gates
+from ercsvd_deploy.recipe.quantize import Quantize
 from ercsvd_deploy.recipe.sections.contradictions import find_contradictions
 from ercsvd_deploy.recipe.sections.inputs import Calibration, ModelSource
 from ercsvd_deploy.recipe.sections.results import Evaluation, Export, Serving, Target
@@ -13,7 +14,6 @@ from ercsvd_deploy.recipe.sections.vision import Vision
 from ercsvd_deploy.recipe.stages import (
     Factorize,
     FactorizeStage,
-    Quantize,
     QuantizeStage,
     Recover,
     RecoverStage,
@@ -84,6 +84,15 @@ class Recipe(Section):
     def quantize(self) -> Quantize | None:
         """The quantization, if the recipe has one."""
         return next((stage.quantize for stage in self.stages if isinstance(stage, QuantizeStage)), None)
+
+    @property
+    def corrects_by_sensitivity(self) -> bool:
+        """Whether low-rank corrections are fitted by the Fisher information of the Linears' outputs.
+
+        Those that a target chooses are: their damage was predicted in that measure.
+        """
+        asked = self.quantize is not None and self.quantize.needs_sensitivity
+        return asked or (self.target is not None and bool(self.target.corrections))
 
     @property
     def picture_share(self) -> float:

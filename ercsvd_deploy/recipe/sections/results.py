@@ -17,6 +17,7 @@ from ercsvd_deploy.recipe.fields import (
     parse_size,
     refusal,
 )
+from ercsvd_deploy.recipe.quantize import Correction
 from ercsvd_deploy.recipe.sections.inputs import HeldOutText, TextName
 from ercsvd_deploy.recipe.sections.vision import VisualQuestions
 
@@ -120,6 +121,11 @@ class Target(Section):
     )
     group_sizes: ListWithoutRepetition[Literal[32, 64, 128, -1]] | None = Field(
         default=None, description="Group sizes that a dense quantized matrix may have; null: the stage's own."
+    )
+    corrections: ListWithoutRepetition[Correction] = Field(
+        default=(),
+        description="Low-rank corrections that the integers of a dense matrix may have, such as "
+        "`{rank: 32, bits: 4}`, beside none. Each is tried with each of `bits`, which takes time.",
     )
 
     @model_validator(mode="after")

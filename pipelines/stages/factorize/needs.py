@@ -118,7 +118,8 @@ def _highest_ranks(stage: FactorizeStage) -> dict[str, int]:
     if stage.allocation is not None:
         costs = stage.allocation.costs
         return {
-            name: max((each.rank or 0 for each in storages), default=0) for name, storages in costs.items()
+            name: max((each.truncated_rank or 0 for each in storages), default=0)
+            for name, storages in costs.items()
         }
     return {
         linear.name: max((plan.ranks.get(linear.name) or 0 for plan in stage.ranks_by_k.values()), default=0)
@@ -164,9 +165,16 @@ def _prefix_bytes(work: Workload) -> int:
 def _probed_rows(task: AllocationTask, linear: LinearShape, ranks: Mapping[str, int]) -> int:
     """Return the rows of all matrices that error control quantizes at once to choose for one Linear."""
     storages = [storage for storage in task.costs[linear.name] if storage.is_quantized]
-    dense = sum(storage.rank is None for storage in storages)
-    first_matrices = {next(iter(each.parts.values()))[1] for each in storages if each.rank is not None}
-    return dense * linear.out_features + len(first_matrices) * _PROBED_RANKS * ranks[linear.name]
+    whole = [storage for storage in storages if storage.truncated_rank is None]
+    corrections = sum(storage.rank or 0 for storage in whole)
+    first_matrices = {
+        next(iter(each.parts.values()))[1] for each in storages if each.truncated_rank is not None
+    }
+    return (
+        len(whole) * linear.out_features
+        + corrections
+        + len(first_matrices) * _PROBED_RANKS * ranks[linear.name]
+    )
 
 
 def _factor_bytes(work: Workload, candidate: Candidate) -> int:

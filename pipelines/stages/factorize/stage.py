@@ -38,7 +38,8 @@ from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
-from ercsvd_deploy.recipe.stages import Factorize, Quantize
+from ercsvd_deploy.recipe.quantize import Quantize
+from ercsvd_deploy.recipe.stages import Factorize
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class FactorizeStage(Stage):
                 run.data.samples,
                 self.factorize,
                 run.cache,
-                run.results.get("sensitivity"),
+                run.results.get("sensitivity") if self.factorize.needs_sensitivity else None,
                 run.results.get("token_sensitivity"),
                 on_layer,
             )

@@ -12,11 +12,16 @@ from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings
 from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLayer, QuantizedLinear, QuantizedMatrix
 from ercsvd_deploy.quantization.correction import CorrectedWeight, CorrectionTask
 from ercsvd_deploy.quantization.gptq import RoundingMethod
-from ercsvd_deploy.recipe.stages import Quantize
+from ercsvd_deploy.recipe.quantize import Quantize
 
 
 def correction_task(
-    stage: Quantize, storage: Storage, weight: torch.Tensor, scale_dtype: torch.dtype
+    stage: Quantize,
+    storage: Storage,
+    weight: torch.Tensor,
+    scale_dtype: torch.dtype,
+    *,
+    output_metric: torch.Tensor | None = None,
 ) -> CorrectionTask:
     """Return how a weight becomes integers with a correction.
 
@@ -25,6 +30,7 @@ def correction_task(
         storage: Of the weight; its layout is corrected.
         weight: [out, in].
         scale_dtype: Precision in which scales and plain factors are stored.
+        output_metric: How much errors of the outputs matter, [out, out]; None: all alike.
     """
     assert storage.weight is not None
     assert storage.rank is not None
@@ -35,7 +41,7 @@ def correction_task(
             quantization_settings(stage, storage.factor_b),
         )
     settings = quantization_settings(stage, storage.weight)
-    return CorrectionTask(weight, settings, storage.rank, factors, scale_dtype)
+    return CorrectionTask(weight, settings, storage.rank, factors, scale_dtype, output_metric)
 
 
 def store_corrected(
@@ -78,7 +84,7 @@ def store_corrected(
             result.tensors.update({f"{where}.{leaf}": tensor for leaf, tensor in leaves.items()})
         else:
             result.tensors[f"{where}.{WEIGHT}"] = values
-    result.linears.append(QuantizedLinear(name, report.loss, None, report))
+    result.linears.append(QuantizedLinear(name, report.loss, None, correction=report))
 
 
 def read_corrected(

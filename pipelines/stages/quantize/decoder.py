@@ -29,9 +29,11 @@ from ercsvd_deploy.pipelines.stages.observed_inputs import (
 from ercsvd_deploy.pipelines.stages.quantize.layer import LayerQuantizer
 from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLinear, QuantizedMatrix
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import PatternMatch
+from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
 from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
-from ercsvd_deploy.recipe.stages import FEWEST_SAMPLES_TO_HOLD_OUT, Quantize
+from ercsvd_deploy.recipe.quantize import Quantize
+from ercsvd_deploy.recipe.stages import FEWEST_SAMPLES_TO_HOLD_OUT
 
 _MATRICES = TypeAdapter(list[QuantizedMatrix])
 _LINEARS = TypeAdapter(list[QuantizedLinear])
@@ -62,6 +64,7 @@ def quantize_decoder(
     *,
     refits_to_factors: bool = False,
     token_sensitivity: TokenSensitivity | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> QuantizeOutcome:
     """Quantize the decoder; layers that are finished in `work` are not computed again.
 
@@ -79,11 +82,14 @@ def quantize_decoder(
         refits_to_factors: Second factors are re-fitted to the product of the pair as it comes, and losses
             are relative to that: trained factors are nearer to the original's outputs than its weight is.
         token_sensitivity: How much the samples' tokens count, where that was measured.
+        sensitivity: Fisher information of the Linears' outputs, where corrections are fitted by it.
 
     Raises:
         QuantizationError: a weight or Gram is not finite, or a scale leaves its precision's range.
     """
-    quantizer = LayerQuantizer(settings, original, modules, refits_to_factors, model.device, model.dtype)
+    quantizer = LayerQuantizer(
+        settings, original, modules, refits_to_factors, model.device, model.dtype, sensitivity
+    )
     pieces = {layer.index: f"layer-{layer.index:05d}" for layer in model.architecture.layers}
     findings: dict[int, Any] = {index: work.findings(piece) for index, piece in pieces.items()}
     if None in findings.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from ercsvd_deploy.format.packing import QuantizedWeight, pack, unpack
 from ercsvd_deploy.format.schema import GUARD, GUARD_SHAPE, ROW_ORDER, WEIGHT, Storage
 from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
+from ercsvd_deploy.linalg.symmetric import leading_share
 from ercsvd_deploy.linalg.truncation import Factors
 from ercsvd_deploy.models.families import LayerLinears
 from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
@@ -25,6 +26,7 @@ from ercsvd_deploy.pipelines.stages.quantize.corrected import (
 )
 from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings, start_pair
 from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLayer, QuantizedLinear, QuantizedMatrix
+from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
 from ercsvd_deploy.quantization.correction import quantize_corrected
 from ercsvd_deploy.quantization.gptq import MatrixReport, quantize_together
 from ercsvd_deploy.quantization.grid import GriddedWeight, put_on_grid
@@ -32,7 +34,7 @@ from ercsvd_deploy.quantization.held_out import HeldOutGrams
 from ercsvd_deploy.quantization.losses import proxy_loss
 from ercsvd_deploy.quantization.pairs import FactorsTask
 from ercsvd_deploy.quantization.pivoted import PivotedTask
-from ercsvd_deploy.recipe.stages import Quantize
+from ercsvd_deploy.recipe.quantize import Quantize
 
 
 class QuantizationError(ValueError):
@@ -51,6 +53,7 @@ class LayerQuantizer:
             relative to that.
         device: Where layers run.
         dtype: Precision in which layers run.
+        sensitivity: Fisher information of the Linears' outputs, where corrections are fitted by it.
     """
 
     settings: Quantize
@@ -59,6 +62,7 @@ class LayerQuantizer:
     refits_to_factors: bool
     device: torch.device
     dtype: torch.dtype
+    sensitivity: Sensitivity | None = None
 
     def quantize(
         self, layer: LayerLinears, module: nn.Module, observed: Mapping[str, ObservedInputs]
@@ -78,6 +82,7 @@ class LayerQuantizer:
             inputs = observed[group[0].name]
             gram = inputs.whole.gram
             held_out = None if inputs.parts is None else HeldOutGrams(*inputs.parts)
+            num_before = len(result.linears)
             started = []
             corrected = []
             for linear in group:
@@ -93,17 +98,23 @@ class LayerQuantizer:
                     started.append(self._start(linear, storage, submodule))
             if corrected:
                 with _naming(corrected[0][0]):
-                    self._quantize_corrected(corrected, gram, held_out, result)
-            if not started:
-                continue
-            with _naming(started[0].linear):
-                quantized = quantize_together(
-                    [each.matrix for each in started], gram, held_out=held_out, method=self.settings.method
-                )
-            for each, (first, report) in zip(started, quantized, strict=True):
-                with _naming(each.linear):
-                    parts = self._finish(each, first, report, gram, held_out, result)
-                result.tensors.update(_tensors(each, parts))
+                    self._quantize_corrected(layer, corrected, gram, held_out, result)
+            if started:
+                with _naming(started[0].linear):
+                    quantized = quantize_together(
+                        [each.matrix for each in started],
+                        gram,
+                        held_out=held_out,
+                        method=self.settings.method,
+                    )
+                for each, (first, report) in zip(started, quantized, strict=True):
+                    with _naming(each.linear):
+                        parts = self._finish(each, first, report, gram, held_out, result)
+                    result.tensors.update(_tensors(each, parts))
+            share = leading_share(gram)
+            result.linears[num_before:] = [
+                replace(each, leading_share=share) for each in result.linears[num_before:]
+            ]
         return result
 
     def load(self, layer: LayerLinears, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -128,6 +139,7 @@ class LayerQuantizer:
 
     def _quantize_corrected(
         self,
+        layer: LayerLinears,
         linears: Sequence[tuple[LinearShape, Storage, nn.Linear]],
         gram: torch.Tensor,
         held_out: HeldOutGrams | None,
@@ -136,13 +148,19 @@ class LayerQuantizer:
         """Fit integers and corrections of Linears with the same inputs, and give them what will be served."""
         dtypes = [self._stored_dtype(linear) for linear, _, _ in linears]
         tasks = [
-            correction_task(self.settings, storage, matrix.weight.data, dtype)
-            for (_, storage, matrix), dtype in zip(linears, dtypes, strict=True)
+            correction_task(
+                self.settings, storage, matrix.weight.data, dtype, output_metric=self._metric(layer, linear)
+            )
+            for (linear, storage, matrix), dtype in zip(linears, dtypes, strict=True)
         ]
         fitted = quantize_corrected(tasks, gram, held_out=held_out, method=self.settings.method)
         for (linear, storage, matrix), dtype, corrected in zip(linears, dtypes, fitted, strict=True):
             _give(matrix, corrected.dequantize())
             store_corrected(linear.name, storage, corrected, dtype, self.settings.method, result)
+
+    def _metric(self, layer: LayerLinears, linear: LinearShape) -> torch.Tensor | None:
+        """Return how much errors of a Linear's outputs matter; None if all alike."""
+        return None if self.sensitivity is None else self.sensitivity.metric(layer, linear, self.device)
 
     def _stored_dtype(self, linear: LinearShape) -> torch.dtype:
         """Return the precision of the original weight, in which scales and plain matrices are stored."""

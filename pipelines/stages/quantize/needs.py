@@ -14,10 +14,16 @@ from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
     """Return what the stage takes: two trajectories, the Grams of a layer, and one group of Linears."""
     ranks, corrected = _highest_ranks(candidates), _corrected(candidates)
+    if work.recipe.target is not None and work.recipe.target.corrections:
+        corrected = {linear.name for linear in work.architecture.linears}  # which ones, the run decides
+    is_weighed = work.recipe.corrects_by_sensitivity
     weights = work.layer_weights
     step = max(
         work.passing(work.calibrating),
-        *(_group_bytes(group, ranks, corrected) for group in work.largest_layer.groups),
+        *(
+            _group_bytes(group, ranks, corrected, is_weighed=is_weighed)
+            for group in work.largest_layer.groups
+        ),
     )
     # Behind the unquantized layer, and before it or behind the quantized one.
     states = 2 * work.activations(work.calibrating)
@@ -52,8 +58,17 @@ def rounding_flops(rows: int, columns: int) -> float:
     return float(columns**3 + 3 * rows * columns**2)
 
 
-def _group_bytes(group: Sequence[LinearShape], ranks: Mapping[str, int], corrected: Set[str]) -> int:
-    """Return the bytes of quantizing Linears with the same inputs, their pairs of factors included."""
+def _group_bytes(
+    group: Sequence[LinearShape], ranks: Mapping[str, int], corrected: Set[str], *, is_weighed: bool
+) -> int:
+    """Return the bytes of quantizing Linears with the same inputs, their pairs of factors included.
+
+    Args:
+        group: The Linears.
+        ranks: Of those that are factorized.
+        corrected: Names of those that get a correction.
+        is_weighed: Whether corrections are fitted by a metric of the outputs.
+    """
     rows = sum(ranks.get(linear.name) or linear.out_features for linear in group)
     pairs, refitting = 0, 0
     for linear in group:
@@ -61,9 +76,12 @@ def _group_bytes(group: Sequence[LinearShape], ranks: Mapping[str, int], correct
             pairs += FLOAT32 * linear.parameters
             pairs += 2 * FLOAT64 * rank * (linear.out_features + linear.in_features)
             refitting = max(refitting, FLOAT64 * (3 * linear.parameters + linear.in_features**2))
-        elif linear.name in corrected:
-            pairs += 2 * FLOAT32 * linear.parameters  # what the integers leave, and what the pair gives
-            refitting = max(refitting, FLOAT64 * (3 * linear.parameters + linear.in_features**2))
+        if linear.name in corrected:
+            metric = linear.out_features**2 if is_weighed else 0
+            # What the integers leave, what the pair gives, and the metric.
+            pairs += FLOAT32 * (2 * linear.parameters + metric)
+            fitted = 3 * linear.parameters + linear.in_features**2 + 3 * metric
+            refitting = max(refitting, FLOAT64 * fitted)
     return pairs + max(rounding_bytes(rows, group[0].in_features), refitting)
 
 

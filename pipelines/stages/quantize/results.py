@@ -67,6 +67,13 @@ class QuantizedLinear:
     name: Annotated[str, Field(description="The module's name.")]
     loss: Annotated[Measured, Field(description="Relative proxy loss of what is served.")]
     factors: Annotated[FactorsReport | None, Field(description="Of a factorized Linear: the steps.")]
+    leading_share: Annotated[
+        float | None,
+        Field(
+            description="Share of the energy of its inputs, as tokens count, that one direction holds; null "
+            "in older reports."
+        ),
+    ] = None
     correction: Annotated[
         CorrectionReport | None, Field(description="Of integers with a low-rank correction: the rounds.")
     ] = None

@@ -21,7 +21,9 @@ from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
 )
 from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.workload import Workload
-from ercsvd_deploy.recipe.stages import Quantize
+from ercsvd_deploy.recipe.quantize import Quantize
+
+_MOST_OF_THE_ENERGY = 0.5  # of a Linear's inputs, in one direction
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class QuantizeStage(Stage):
         tensor_parallel_sizes: At which the model is to be served.
         is_on_trained_factors: Whether factors come from recovery or were made for the inputs of the
             compressed prefix: they then stand for more than the original weights.
+        is_weighed: Whether corrections are fitted by the Fisher information of the Linears' outputs.
     """
 
     quantize: Quantize
@@ -42,6 +45,7 @@ class QuantizeStage(Stage):
     architecture: Architecture
     tensor_parallel_sizes: Sequence[int]
     is_on_trained_factors: bool
+    is_weighed: bool = False
 
     name = "quantize"
     reported_as = QuantizeOutcome
@@ -63,12 +67,13 @@ class QuantizeStage(Stage):
             context.architecture,
             recipe.serving.tensor_parallel_sizes,
             is_on_trained_factors=on_prefix or recipe.recover is not None,
+            is_weighed=recipe.corrects_by_sensitivity,
         )
 
     @property
     def title(self) -> str:
         """Method and bits."""
-        corrected = ", corrected" if self.quantize.corrects else ""
+        corrected = ", corrected" if self.quantize.corrections else ""
         return f"{self.quantize.method}, {self.quantize.bits} bits{corrected}"
 
     def settings(self) -> Any:
@@ -119,6 +124,7 @@ class QuantizeStage(Stage):
                 on_layer,
                 refits_to_factors=self.is_on_trained_factors,
                 token_sensitivity=run.results.get("token_sensitivity"),
+                sensitivity=run.results.get("sensitivity") if self.is_weighed else None,
             )
         integers = {name: storage for name, storage in storages.items() if storage.is_quantized}
         run.model.overlay(outcome.files, integers)
@@ -154,6 +160,19 @@ class QuantizeStage(Stage):
         yield _matrix_table(result.matrices)
         yield _linear_table(result.linears)
         yield from _correction_table(result.linears)
+        yield from _ruled_table(result.linears)
+
+
+def _ruled_table(linears: Iterable[QuantizedLinear]) -> Iterable[Table]:
+    """Name the Linears whose inputs one direction rules: their Grams tell little of anything else."""
+    ruled = [each for each in linears if (each.leading_share or 0) > _MOST_OF_THE_ENERGY]
+    columns = ("inputs of", "share of the energy")
+    rows = tuple(
+        (each.name, f"{100 * (each.leading_share or 0):.0f} %")
+        for each in sorted(ruled, key=lambda each: -(each.leading_share or 0))
+    )
+    if rows:
+        yield Table("Inputs that one direction rules", columns, rows, columns[1:], is_detail=True)
 
 
 def _matrix_table(matrices: Iterable[QuantizedMatrix]) -> Table:

@@ -19,9 +19,8 @@ from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantizati
 from ercsvd_deploy.models.families import Architecture
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
-from ercsvd_deploy.recipe.correction import Correction
+from ercsvd_deploy.recipe.quantize import Correction, Quantize
 from ercsvd_deploy.recipe.sections import Recipe
-from ercsvd_deploy.recipe.stages import Quantize
 
 
 class QuantizePlanError(PlanError):

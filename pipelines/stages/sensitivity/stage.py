@@ -11,28 +11,38 @@ from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity, meas
 from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity, measure_token_sensitivity
 from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, Sequences, Workload
+from ercsvd_deploy.recipe.stages import NUM_FISHER_SAMPLES
 
 
 @dataclass(frozen=True)
 class SensitivityStage(Stage):
-    """The Fisher information of every decoder Linear's output, for the factorize stage alone.
+    """The Fisher information of every decoder Linear's output.
 
     Attributes:
         num_samples: How many of the calibration samples it is measured on.
+        last_reader: The last stage that asks for it.
     """
 
     num_samples: int
+    last_reader: str
 
     name = "sensitivity"
-    temporary_for = "factorize"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
         """Return the stage; None if nothing asks for Fisher information."""
         factorize = context.recipe.factorize
-        if factorize is None or not factorize.needs_sensitivity:
+        by_factorize = factorize is not None and factorize.needs_sensitivity
+        by_quantize = context.recipe.corrects_by_sensitivity
+        if not (by_factorize or by_quantize):
             return None
-        return cls(factorize.num_fisher_samples)
+        num_samples = NUM_FISHER_SAMPLES if factorize is None else factorize.num_fisher_samples
+        return cls(num_samples, "quantize" if by_quantize else "factorize")
+
+    @property
+    def temporary_for(self) -> str:
+        """The last stage that asks for it."""
+        return self.last_reader
 
     def settings(self) -> Any:
         """Return the number of samples."""

@@ -26,8 +26,8 @@ from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     quantize_plan_of,
 )
 from ercsvd_deploy.recipe.load import load_recipe
+from ercsvd_deploy.recipe.quantize import Quantize
 from ercsvd_deploy.recipe.sections import Recipe
-from ercsvd_deploy.recipe.stages import Quantize
 from tests.planning.llava_configs import MISTRAL_7B, MODELS, VICUNA_13B
 
 REPOSITORY = Path(__file__).parents[3]

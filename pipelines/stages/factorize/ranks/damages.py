@@ -30,18 +30,21 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
     planned_residual_rank,
     truncate_linear,
 )
+from ercsvd_deploy.pipelines.stages.quantize.corrected import correction_task
 from ercsvd_deploy.pipelines.stages.quantize.pair import (
     dequantized_product,
     quantization_settings,
     start_pair,
 )
+from ercsvd_deploy.quantization.correction import quantize_corrected
 from ercsvd_deploy.quantization.gptq import quantize_together
 from ercsvd_deploy.quantization.gptq_loop import HessianFactor, factor_hessian
 from ercsvd_deploy.quantization.grid import put_on_grid
 from ercsvd_deploy.quantization.held_out import DEFAULT_DAMPING
 from ercsvd_deploy.quantization.pairs import FactorsTask
 from ercsvd_deploy.quantization.pivoted import PivotedTask
-from ercsvd_deploy.recipe.stages import Factorize, Quantize
+from ercsvd_deploy.recipe.quantize import Quantize
+from ercsvd_deploy.recipe.stages import Factorize
 
 _PROBED_RANKS = 3  # at which the damage of quantizing factors is measured
 
@@ -114,9 +117,27 @@ class DamagePrediction:
         """Return the damage of each storage; `factor` is `hessian_factor` of these inputs."""
         of_ranks = self._truncation_damages()
         added = self._quantization_damages(storages, of_ranks, factor)
+        added |= self._correction_damages(storages, factor)
         return {
-            storage: (0.0 if storage.rank is None else of_ranks[storage.rank]) + added.get(storage, 0.0)
+            storage: (0.0 if storage.truncated_rank is None else of_ranks[storage.truncated_rank])
+            + added.get(storage, 0.0)
             for storage in storages
+        }
+
+    def _correction_damages(
+        self, storages: Sequence[Storage], factor: HessianFactor | None
+    ) -> dict[Storage, float]:
+        """Return the damage of integers with low-rank corrections, each fitted as the quantize stage does."""
+        corrected = [storage for storage in storages if storage.layout == "corrected"]
+        if self.quantize is None or not corrected:
+            return {}
+        tasks = [
+            correction_task(self.quantize, storage, self.weight, self.scale_dtype, output_metric=self.metric)
+            for storage in corrected
+        ]
+        fitted = quantize_corrected(tasks, self.gram, factor=factor, method=self.quantize.method)
+        return {
+            storage: self._damage(each.dequantize()) for storage, each in zip(corrected, fitted, strict=True)
         }
 
     def _damage(self, approximation: torch.Tensor) -> float:
@@ -149,12 +170,16 @@ class DamagePrediction:
         """Return what quantizing adds to the damage of storages; nothing where it does not count."""
         if self.quantize is None:
             return {}
-        dense = {storage: storage.weight for storage in storages if storage.weight is not None}
+        dense = {
+            storage: storage.weight
+            for storage in storages
+            if storage.layout == "dense" and storage.weight is not None
+        }
         by_bits: dict[tuple[int, ...], dict[int, Storage]] = {}  # of the two matrices -> rank -> storage
         for storage in storages:
-            if storage.rank is not None and storage.is_quantized:
+            if storage.truncated_rank is not None and storage.is_quantized:
                 bits = tuple(each.bits for _, each in storage.parts.values() if each is not None)
-                by_bits.setdefault(bits, {})[storage.rank] = storage
+                by_bits.setdefault(bits, {})[storage.truncated_rank] = storage
         probed = [
             by_rank[rank] for by_rank in by_bits.values() for rank in spread(list(by_rank), _PROBED_RANKS)
         ]

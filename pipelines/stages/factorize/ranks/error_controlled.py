@@ -28,7 +28,7 @@ from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import (
 from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import DamagePrediction
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
 from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ranks
-from ercsvd_deploy.recipe.stages import Quantize
+from ercsvd_deploy.recipe.quantize import Quantize
 
 _OPTIONS = TypeAdapter(dict[str, list[Option[Storage]]])
 
@@ -55,7 +55,8 @@ class ErrorControlled(RankChoice):
 
     def ranks_on_offer(self, linear: LinearShape) -> list[int]:
         """Return the ranks among the Linear's storages."""
-        return sorted({storage.rank for storage in self._task.costs[linear.name] if storage.rank is not None})
+        ranks = {storage.truncated_rank for storage in self._task.costs[linear.name]}
+        return sorted(rank for rank in ranks if rank is not None)
 
     def choose(self, leaving: Sequence[torch.Tensor]) -> RankDecision:
         """Predict damages and allocate; nothing was tried during the pass."""
@@ -138,14 +139,14 @@ class ErrorControlled(RankChoice):
         kept = sum(storage.num_parameters for storage in storages.values())
         total = self._work.model.architecture.linear_parameters
         return RankPlan(
-            ranks={linear.name: storages[linear.name].rank for linear in linears},
+            ranks={linear.name: storages[linear.name].truncated_rank for linear in linears},
             parameter_budget=kept if self._task.is_in_bits else self._task.budget,
             kept_parameters=kept,
             total_parameters=total,
             achieved_compression_ratio=1 - kept / total,
             layer_ratio=1 - kept / total,
             num_compressed_layers=len(
-                {linear.layer for linear in linears if storages[linear.name].rank is not None}
+                {linear.layer for linear in linears if storages[linear.name].truncated_rank is not None}
             ),
             layout=self._task.rules.layout,
         )

@@ -15,6 +15,7 @@ from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlan
 from ercsvd_deploy.pipelines.stages.sizes import module_bytes, planned_bytes
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.recipe.fields import parse_size
+from ercsvd_deploy.recipe.quantize import Correction
 from ercsvd_deploy.recipe.sections import Recipe, Target
 
 
@@ -65,7 +66,11 @@ def allocation_task(
     costs: dict[str, dict[Storage, int]] = {}
     for linear in architecture.linears:
         integers = quantize_plan.integers[linear.name]
-        dense = [rules.storage(linear, None, each) for each in _dense_integers(linear, integers, target)]
+        dense = [
+            rules.storage(linear, None, each, correction)
+            for each in _dense_integers(linear, integers, target)
+            for correction in _corrections(linear, target)
+        ]
         ranks = rank_steps.ranks_on_offer(linear, settings.layout)
         factorized = [
             rules.storage(linear, rank, each) for rank in ranks for each in _factor_integers(integers, target)
@@ -106,6 +111,13 @@ def _dense_integers(
             for group in fitting or groups
         ),
     ]
+
+
+def _corrections(linear: LinearShape, target: Target | None) -> list[Correction | None]:
+    """Return the corrections to choose from for a Linear that keeps its one matrix; None: there is none."""
+    on_offer = () if target is None else target.corrections
+    sides = linear.out_features + linear.in_features
+    return [None, *(each for each in on_offer if each.rank * sides < linear.parameters)]
 
 
 def _factor_integers(

@@ -97,7 +97,8 @@ def _planned_ratio(recipe: Recipe, architecture: Architecture, element: int) -> 
         return recipe.factorize.compression_ratio
     task = plan_allocation(recipe, architecture, element)
     full = sum(
-        min(cost for storage, cost in costs.items() if storage.rank is None) for costs in task.costs.values()
+        min(cost for storage, cost in costs.items() if storage.truncated_rank is None)
+        for costs in task.costs.values()
     )
     share = 1 - task.budget / full
     return min(share, _MOST_REMOVED) if share > 0 else None
