@@ -28,7 +28,7 @@ _QUANTIZED_BY: Mapping[str, str] = {
     "quant_model_description.json": "msModelSlim",
 }
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
-OWN_METHOD = "ercsvd"
+_OWN_METHOD = "ercsvd"
 _HUB_SECONDS = 10.0
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _refuse_described(source: ModelSource, raw: Mapping[str, Any]) -> None:
     parts = [raw, *(part for part in raw.values() if isinstance(part, dict))]
     for described in (part[key] for part in parts for key in _QUANTIZATION_KEYS if part.get(key)):
         method = described.get("quant_method") if isinstance(described, dict) else None
-        if method != OWN_METHOD:
+        if method != _OWN_METHOD:
             by = method or "by a method that its config does not name"
             raise ArchitectureError(
                 f"model.path {source.path}: already quantized ({by}); start from its original weights"
