@@ -14,7 +14,7 @@ from typing import Any
 from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.format.weight_files import explain_no_weights, has_weights, open_directory
-from ercsvd_deploy.models.families import ArchitectureError
+from ercsvd_deploy.models.architecture import ArchitectureError
 from ercsvd_deploy.pipelines.importing.llava.config import is_original
 from ercsvd_deploy.recipe.sections import ModelSource
 
