@@ -3,8 +3,8 @@
 A plan must work on the machine it is served on, which is seldom the one it is made on. At tensor parallel
 size t a column-parallel Linear has out/t rows on a rank and a row-parallel one in/t columns. Of a factor
 pair, the first factor of a row-parallel Linear and the second of a column-parallel one are cut; the pivoted
-layout is cut in the same places. What cannot be cut evenly, or would have a scale group or a packed 32-bit
-word on two ranks, cannot be loaded.
+layout is cut in the same places, and so is the pair that corrects integers, beside these. What cannot be cut
+evenly, or would have a scale group or a packed 32-bit word on two ranks, cannot be loaded.
 
 Everything else is served, but not equally fast: integer kernels work on whole blocks of 32 rows and 32
 columns. Other matrices are padded on GPUs, or brought into plain ones when they are loaded. (Other rows of

@@ -302,7 +302,7 @@ def test_the_predicted_damage_of_a_correction_is_that_of_what_is_made(write_reci
     """All are corrected: there is nothing else to choose, and the layers' inputs are the original's."""
     stages, sections = error_controlled(bits=[2], corrections=[{"rank": 16, "bits": 8}], overall_bits=3.2)
     stages[1]["quantize"]["compressed_prefix_inputs"] = False
-    report, directory = run_recipe(load_recipe(write_recipe(*stages, **sections)))
+    report, _ = run_recipe(load_recipe(write_recipe(*stages, **sections)))
     quantized = {linear.name: linear for linear in report.results["quantize"].linears}
     corrected = [
         linear for linear in report.results["factorize"].chosen.allocation if "+ rank 16" in linear.chosen
@@ -318,5 +318,5 @@ def test_the_predicted_damage_of_a_correction_is_that_of_what_is_made(write_reci
 
 def test_corrections_of_a_target_need_integers(write_recipe: RecipeWriter) -> None:
     stages, sections = error_controlled(corrections=[{"rank": 8}])
-    with pytest.raises(RecipeError, match="target.corrections.*there is no quantize stage"):
+    with pytest.raises(RecipeError, match=r"target\.corrections.*there is no quantize stage"):
         load_recipe(write_recipe(stages[0], **sections))
