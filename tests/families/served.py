@@ -112,11 +112,7 @@ def judge(dense: Path, export: Path, dtype: str, answer: Mapping[str, Any], work
     assert "error" not in answer, answer["error"]
     of_original = largest_difference(dense, original)
     assert largest <= 2 * of_original, f"off by {largest:.2g}, and by {of_original:.2g} with the original"
-    if dtype == "float32":
-        return "as far from transformers as the original"
-    [again] = run_all({"export": engine(export, "float32")}, work / "float32").values()
-    assert largest_difference(work / "dense", again) <= TOLERANCES["float32"]
-    return "same in float32; in float16 as far from transformers as the original"
+    return "as far from transformers as the original"
 
 
 def _last_error(printed: str) -> str:
