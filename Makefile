@@ -9,7 +9,7 @@ HUMMING ?= humming-kernels==0.1.17
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-llava demo-real test test-fast test-real test-vllm-matrix lint clean setup
+.PHONY: demo demo-llava demo-real test test-fast test-families test-real test-vllm-matrix lint clean setup
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -61,6 +61,10 @@ test: $(READY)
 # What needs neither an engine nor many seconds.
 test-fast: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not vllm and not slow"
+
+# A tiny model of every family, compressed and served; half an hour.
+test-families: $(READY)
+	$(BIN)/python -m pytest -m families tests/families
 
 # The whole way of the real model; it needs the package index once, and a few minutes.
 test-real: $(READY)

@@ -22,7 +22,8 @@ from ercsvd_deploy.format.schema import CheckpointConfig, Storage
 from ercsvd_deploy.format.shards import write_sharded
 from ercsvd_deploy.format.store_views import OverlayStore
 from ercsvd_deploy.format.tensor_store import TensorInfo, TensorStore
-from ercsvd_deploy.models.families import Architecture, describe
+from ercsvd_deploy.models.architecture import Architecture
+from ercsvd_deploy.models.families import describe
 from ercsvd_deploy.models.meta import build_meta_model
 
 _SHARD_BYTES = 200 * 10**6

@@ -31,13 +31,12 @@ ModelDirectory = Callable[[str], Path]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out GPU tests where there is no GPU, and those of the real model unless they are asked for.
+    """Leave out GPU tests where there is no GPU, and those of all families or a real model unless asked for.
 
     They are deselected, and the summary line counts them.
     """
     left_out = [] if torch.cuda.is_available() else ["gpu"]
-    if "real" not in config.getoption("markexpr"):
-        left_out.append("real")
+    left_out += [name for name in ("real", "families") if name not in config.getoption("markexpr")]
     deselected = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)

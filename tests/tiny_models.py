@@ -138,17 +138,17 @@ def save_tiny_model(
     else:
         arguments = _config_arguments(family, num_layers) | config_overrides
     model = model_class(config_class(**arguments))
-    _randomise(model, torch.Generator().manual_seed(seed))
+    randomise(model, torch.Generator().manual_seed(seed))
     model.to(dtype)
     model.config.dtype = dtype
     generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     if reads_images:
         tiny_vision.save_in_hub_layout(model, generation_config, directory / WEIGHTS_FILE)
-        tiny_vision.make_processor(family, _tokenizer()).save_pretrained(directory)
+        tiny_vision.make_processor(family, make_tokenizer()).save_pretrained(directory)
     else:
         model.generation_config = generation_config
         model.save_pretrained(directory)
-        _tokenizer().save_pretrained(directory)
+        make_tokenizer().save_pretrained(directory)
     return directory
 
 
@@ -207,7 +207,7 @@ def compress_at_random(
     )
     for name, described in config.modules.items():
         weight = tensors.pop(f"{name}.weight")
-        tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in _store(weight, described).items()}
+        tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in store_linear(weight, described).items()}
     _write_like(source, target, tensors, config)
     return config
 
@@ -219,7 +219,7 @@ def materialise(compressed: Path, target: Path) -> Path:
     tensors = load_file(compressed / WEIGHTS_FILE)
     for name, described in config.modules.items():
         stored = {leaf: tensors.pop(f"{name}.{leaf}") for leaf in described.tensor_shapes}
-        tensors[f"{name}.weight"] = _restore(stored, described)
+        tensors[f"{name}.weight"] = restore_linear(stored, described)
     _write_like(compressed, target, tensors, None)
     return target
 
@@ -247,7 +247,8 @@ def _config_arguments(family: str, num_layers: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Give every parameter of a model random values, see `save_tiny_model`."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("bias"):
@@ -261,7 +262,8 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
             parameter.copy_(noise * gain / parameter.shape[1] ** 0.5)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes, and three special tokens."""
     # the byte-level alphabet writes bytes 0xFD..0xFF as the characters of the same code
     impossible = {chr(code) for code in range(0xFD, 0x100)}
     alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - impossible)
@@ -332,8 +334,8 @@ def _describe_corrected(leaf: str, shape: torch.Size, quantization: WeightQuanti
     return Storage.corrected((shape[0], shape[1]), quantization, rank, factor, factor)
 
 
-def _store(weight: torch.Tensor, described: Storage) -> dict[str, torch.Tensor]:
-    """Return an altered module's tensors, named relative to it; `_restore` inverts it up to truncation."""
+def store_linear(weight: torch.Tensor, described: Storage) -> dict[str, torch.Tensor]:
+    """Return an altered module's tensors by relative name; `restore_linear` inverts it up to truncation."""
     stored = {GUARD: torch.empty(GUARD_SHAPE, dtype=weight.dtype)}
     matrices = {"": weight}
     if described.layout == "corrected":
@@ -383,7 +385,8 @@ def _pivots(basis: torch.Tensor, num_blocks: int) -> list[int]:
     return sorted(pivots)
 
 
-def _restore(stored: Mapping[str, torch.Tensor], described: Storage) -> torch.Tensor:
+def restore_linear(stored: Mapping[str, torch.Tensor], described: Storage) -> torch.Tensor:
+    """Return the weight [out, in] that an altered module's tensors stand for."""
     matrices = {}
     for part, (_, quantization) in described.parts.items():
         prefix = f"{part}." if part else ""

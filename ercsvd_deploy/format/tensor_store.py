@@ -148,6 +148,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 part = file.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
+                if dtype not in _TORCH_DTYPES:
+                    raise CheckpointError(
+                        f"{path}: {name} is stored as {dtype}, as only weights that are quantized already are"
+                    )
                 infos[name] = TensorInfo(shape, dtype, math.prod(shape) * torch_dtype(dtype).itemsize)
             return infos
     except FileNotFoundError:

@@ -30,6 +30,7 @@ _OTHER_FORMATS: Mapping[str, str] = {
     ".pth": "a pickle",
     ".ckpt": "a pickle",
     ".gguf": "a GGUF file, which is quantized already",
+    ".distcp": "a part of a distributed checkpoint",
     ".h5": "TensorFlow's",
     ".msgpack": "Flax's",
 }

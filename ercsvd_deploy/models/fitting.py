@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,29 +43,33 @@ def fit_store(
     prefix = f"{getattr(model, 'base_model_prefix', 'model')}."
     named = dict(match_names(store.names(), frozenset(expected), base_prefix=prefix, translate=translate))
     tied = _tied_names(model)
-    for output, embedding in tied.items():
-        if output in named and embedding not in named:
-            named[embedding] = named.pop(output)  # the two are one tensor, saved under either name
-        elif output in named:
-            _check_same(store, named[output], named[embedding])
+    output, embedding = _output_and_embedding(model)
+    if output in tied and output in named and embedding not in named:
+        named[embedding] = named.pop(output)  # the two are one tensor, saved under either name
+    if _is_tied_somewhere(model.config) and output in named and embedding in named:
+        _check_same(store, named[output], named[embedding])
     present = RenamedStore(store, named)
     problems = [
-        *_wrong_shapes(model, expected, present, frozenset(tied)),
+        *_wrong_shapes(model, expected, present, tied),
         *_ignored(model, expected, present),
     ]
     if problems:
         raise CheckpointError(f"weights and config.json disagree: {_first(problems)}")
-    kept = expected.keys() - tied.keys()
+    kept = expected.keys() - tied
     surplus = tuple(sorted(named[name] for name in named.keys() - kept))
     return RenamedStore(store, {name: named[name] for name in kept}), surplus
 
 
-def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Return output layer's weight -> embedding's weight, if the config says that they are one tensor."""
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return {}
-    output, embedding = _output_and_embedding(model)
-    return {output: embedding} if output is not None else {}
+def _tied_names(model: nn.Module) -> frozenset[str]:
+    """Return the name of the output layer's weight, if the config says that it is the embedding."""
+    output = _output_and_embedding(model)[0]
+    is_tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    return frozenset({output} if is_tied and output is not None else ())
+
+
+def _is_tied_somewhere(config: Any) -> bool:
+    """Whether the config of the model or of its language model says so: of the two vLLM reads the second."""
+    return any(getattr(each, "tie_word_embeddings", False) for each in (config, config.get_text_config()))
 
 
 def _output_and_embedding(model: nn.Module) -> tuple[str | None, str]:

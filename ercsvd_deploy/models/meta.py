@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,9 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.config_sizes import impossible_sizes
-from ercsvd_deploy.models.families import (
-    Architecture,
-    ArchitectureError,
-    check_supported,
-    describe,
-    reads_images,
-)
+from ercsvd_deploy.models.families import attention_implementation, check_supported, describe, reads_images
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -33,16 +30,34 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         problems = impossible_sizes(raw)
+        unknown = None if trust_remote_code else _unknown_type(raw)
         config = (
             None
-            if problems
+            if problems or unknown
             else AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         )
     except Exception as error:
         raise ArchitectureError(f"{path}: its config cannot be read: {_first_lines(error)}") from error
+    if unknown:
+        raise ArchitectureError(f"{path}: {unknown}")
     if problems:
         raise ArchitectureError(f"{path}: no model has such a config: {'; '.join(problems)}")
     return config
+
+
+def _unknown_type(raw: Mapping[str, Any]) -> str | None:
+    """Say that transformers has no models of a config's type; None if it has."""
+    import transformers
+
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type in transformers.CONFIG_MAPPING:
+        return None
+    release = transformers.__version__
+    text = f"model_type {model_type!r} is not supported: transformers {release} has no such models"
+    if raw.get("auto_map"):
+        return f"{text}, and this one brings its own code: set model.trust_remote_code to true to run that"
+    near = difflib.get_close_matches(model_type, list(transformers.CONFIG_MAPPING), n=1)
+    return text + (f" (did you mean {near[0]}?)" if near else "")
 
 
 def read_architecture(config: Any, *, trust_remote_code: bool = False) -> Architecture:
@@ -79,7 +94,9 @@ def _build(
     try:
         with without_weights:
             model: nn.Module = auto.from_config(
-                config, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+                config,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attention_implementation(config),
             )
     except Exception as error:
         where = getattr(config, "name_or_path", "") or "this config"

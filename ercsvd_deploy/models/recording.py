@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,28 +23,41 @@ class _InputCaptured(Exception):  # noqa: N818 - not an error: it ends a layer's
 
 
 class _RecordingLayer(nn.Module):
-    """Replaces a decoder layer: calls `on_call` in its place."""
+    """Replaces a decoder layer: calls `on_call` in its place, and returns what the layer would return."""
 
-    def __init__(self, layer: nn.Module, on_call: OnCall) -> None:
+    def __init__(self, layer: nn.Module, on_call: OnCall, *, returns_tuple: bool) -> None:
         super().__init__()
         # Models ask their layers for plain attributes (attention_type) to choose a mask.
         object.__setattr__(self, "_layer", layer)
         object.__setattr__(self, "_on_call", on_call)
+        object.__setattr__(self, "_returns_tuple", returns_tuple)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_layer"), name)
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        assert not args, "decoder layers are called with keyword arguments"
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            names = list(signature(object.__getattribute__(self, "_layer").forward).parameters)
+            kwargs |= dict(zip(names[1:], args, strict=False))  # the first one is the hidden states
         on_call: OnCall = object.__getattribute__(self, "_on_call")
-        return on_call(hidden_states, kwargs)
+        output = on_call(hidden_states, kwargs)
+        return (output,) if object.__getattribute__(self, "_returns_tuple") else output
 
 
 @contextmanager
-def layers_replaced(stack: nn.ModuleList, layers: Sequence[nn.Module], on_call: OnCall) -> Iterator[None]:
-    """Replace the decoder layers of a model by calls of `on_call` while the context lasts."""
+def layers_replaced(
+    stack: nn.ModuleList, layers: Sequence[nn.Module], on_call: OnCall, *, return_tuples: bool = False
+) -> Iterator[None]:
+    """Replace the decoder layers of a model by calls of `on_call` while the context lasts.
+
+    Args:
+        stack: Holds the layers.
+        layers: The layers.
+        on_call: Takes a layer's input and keyword arguments, and returns its output.
+        return_tuples: Whether the layers return a tuple that begins with their output.
+    """
     for index, layer in enumerate(layers):
-        stack[index] = _RecordingLayer(layer, on_call)
+        stack[index] = _RecordingLayer(layer, on_call, returns_tuple=return_tuples)
     try:
         yield
     finally:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,14 @@ from torch import nn
 from torch.nn import functional
 
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
-from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.side_by_side import is_small, map_side_by_side
-from ercsvd_deploy.models.families import Architecture, LayerLinears, describe, reads_images
+from ercsvd_deploy.models.architecture import Architecture, LayerLinears
+from ercsvd_deploy.models.families import describe, module_tensor
 from ercsvd_deploy.models.fitting import fit_store
 from ercsvd_deploy.models.loading import load_tensors
 from ercsvd_deploy.models.meta import build_meta_model, compressed_config, tie_weights
-from ercsvd_deploy.models.recording import EmbeddingDone, capture_input, layers_replaced
+from ercsvd_deploy.models.recording import EmbeddingDone, OnCall, capture_input, layers_replaced
 from ercsvd_deploy.models.replacement import replace_linears
 from ercsvd_deploy.models.statistics import (
     GradientStatistics,
@@ -95,9 +96,7 @@ class LayerwiseModel:
         self.architecture = describe(self.model, config)
         if compressed is not None:
             replace_linears(self.model, compressed)
-        self.store, self.surplus_tensors = fit_store(
-            self.model, self.store, to_module if reads_images(config) else str
-        )
+        self.store, self.surplus_tensors = fit_store(self.model, self.store, partial(module_tensor, config))
         self._layers = list(self._stack)
 
     @property
@@ -158,7 +157,7 @@ class LayerwiseModel:
                         raise EmbeddingDone
                     return states
 
-                with layers_replaced(self._stack, self._layers, record), suppress(EmbeddingDone):
+                with self._layers_replaced(record), suppress(EmbeddingDone):
                     self.model(**batch.model_inputs(self.device, self.dtype), use_cache=False)
                 # Without padding the arguments depend on the batch's shape alone.
                 self._layer_arguments.setdefault(batch.tokens.shape, calls)
@@ -352,9 +351,14 @@ class LayerwiseModel:
             calls += 1
             return last if calls == len(self._layers) else passed
 
-        with layers_replaced(self._stack, self._layers, replay):
+        with self._layers_replaced(replay):
             logits: torch.Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
         return logits.float()
+
+    def _layers_replaced(self, on_call: OnCall) -> AbstractContextManager[None]:
+        """Replace the decoder layers by calls of `on_call` while the context lasts."""
+        return_tuples = self.architecture.layers_return_tuples
+        return layers_replaced(self._stack, self._layers, on_call, return_tuples=return_tuples)
 
     @contextmanager
     def _outside_layers(self, *, with_head: bool) -> Iterator[None]:

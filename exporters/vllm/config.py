@@ -1,8 +1,9 @@
 """vLLM's view of a compressed model: which layers are ours, and whether the checkpoint was complete.
 
-A layer is found in config.json by its *canonical* name, its path without the parts `model` and
-`language_model`: vLLM and the checkpoint place those differently, and how vLLM maps one to the other has
-changed from release to release. Fused layers are looked up projection by projection.
+A layer is found in config.json by its *canonical* name, its path without the parts that name the whole
+decoder (`model`, `language_model`, `transformer` ...): vLLM and the checkpoint place those differently, and
+how vLLM maps one to the other has changed from release to release. Fused layers are looked up projection by
+projection.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from ercsvd_deploy.format.schema import (
 if TYPE_CHECKING:
     from ercsvd_deploy.exporters.vllm.method import LowRankLinearMethod, UnalteredLinearMethod
 
-_WRAPPER_PARTS = frozenset({"model", "language_model"})
-_LAYER_PATH = re.compile(r"^.*?\blayers\.\d+\b")
+_WRAPPER_PARTS = frozenset({"model", "language_model", "transformer", "gpt_neox"})
+_LAYER_PATH = re.compile(r"^.*?\b(?:layers|h)\.\d+\b")
 # for models that do not publish how they fuse
 _USUAL_FUSIONS = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],

@@ -25,7 +25,7 @@ from ercsvd_deploy.format.schema import (
     WeightQuantization,
     values_in_whole_words,
 )
-from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.models.architecture import Architecture
 
 BLOCK = 32
 GROUP_SIZES = (-1, 32, 64, 128)
@@ -127,8 +127,8 @@ def local_shape(
         return (rows, columns // size) if columns % size == 0 else None
     if part in _FIRST_PARTS:
         return rows, columns
-    parts = architecture.num_output_shards(name, size)
-    return (rows // parts, columns) if rows % parts == 0 else None
+    held = architecture.outputs_on_rank(name, rows, size)
+    return None if held is None else (held, columns)
 
 
 def _uncuttable_pivots(
@@ -142,6 +142,11 @@ def _uncuttable_pivots(
         return []
     for size in tensor_parallel_sizes:
         parts = architecture.num_output_shards(name, size)
+        if size > 1 and len(architecture.output_blocks(name, description.shape[0])) > 1:
+            return [
+                f"{name} at tensor parallel size {size}: it is several projections in one matrix, and pivots "
+                "cannot be shared out among ranks in each of them; layout low_rank can"
+            ]
         if description.pivot_blocks % parts:
             return [
                 f"{name} at tensor parallel size {size}: its {description.rank} pivots lie in "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ercsvd_deploy.exporters.vllm.cutting import BLOCK
 from ercsvd_deploy.format.schema import (
@@ -41,14 +42,17 @@ class Projection:
     Attributes:
         name: its tensor-name prefix in the checkpoint, for messages.
         description: what is stored; a plain dense matrix where config.json names none.
-        rows: kept outputs, of `description.shape[0]`.
+        rows: kept outputs, of `description.shape[0]`; of `gathered`, if that is given.
         columns: kept inputs, of `description.shape[1]`.
+        gathered: kept outputs where they are no single block: those of a Linear that the checkpoint stores as
+            one matrix and vLLM cuts as several projections.
     """
 
     name: str
     description: Storage
     rows: slice
     columns: slice
+    gathered: tuple[slice, ...] = ()
 
     @property
     def first_parts(self) -> tuple[str, ...]:
@@ -86,6 +90,11 @@ class Projection:
             CheckpointFormatError: it would not.
         """
         blocks = self.description.pivot_blocks
+        if blocks is not None and self.gathered:
+            raise CheckpointFormatError(
+                f"{self.name}: is several projections in one pivoted matrix, which cannot be cut: serve with "
+                "tensor_parallel_size 1"
+            )
         parts = self.description.shape[0] // (self.rows.stop - self.rows.start)
         if blocks is not None and blocks % parts:
             raise CheckpointFormatError(
@@ -182,6 +191,15 @@ def keep_of_rank(full: int, local: int, tp_rank: int, tp_size: int) -> slice:
     """
     block = tp_rank * (full // local) // tp_size
     return slice(block * local, (block + 1) * local)
+
+
+def keep_of_fused(full: Sequence[int], local: Sequence[int], tp_rank: int, tp_size: int) -> tuple[slice, ...]:
+    """Return the blocks that a rank holds of several projections which are one matrix in the checkpoint."""
+    starts = accumulate(full, initial=0)
+    blocks = [keep_of_rank(*sizes, tp_rank, tp_size) for sizes in zip(full, local, strict=True)]
+    return tuple(
+        slice(start + block.start, start + block.stop) for start, block in zip(starts, blocks, strict=False)
+    )
 
 
 def _length(block: slice) -> int:

@@ -20,8 +20,11 @@ from torch import nn
 
 from ercsvd_deploy.exporters.vllm.layer_plan import Projection
 from ercsvd_deploy.exporters.vllm.matrices import Matrix
+from ercsvd_deploy.format.integer_words import pack_rows, unpack_rows
 from ercsvd_deploy.format.schema import (
+    FACTOR_B,
     FACTOR_PARTS,
+    GUARD,
     ROW_ORDER,
     WEIGHT,
     WEIGHT_PACKED,
@@ -34,6 +37,7 @@ from ercsvd_deploy.linalg.pivoting import row_order_problem
 # vLLM's names of the projections in a fused layer: numbers, except for query, key and value
 _ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}
 ShardId = int | str | None
+_OUTPUT_PARTS = ("", FACTOR_B)  # a row of their matrices is an output of the projection
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class ProjectionLoader:
             self._take_row_order(tensor)
         elif tensor.numel():  # the guard is empty
             to = self._placements[part]
+            if self._projection.gathered and part in _OUTPUT_PARTS:
+                tensor = self._gather(part, kind, tensor)
             to.matrix.load(kind, tensor, to.rows, to.columns, to.first_row)
 
     def problems(self) -> list[str]:
@@ -109,6 +115,15 @@ class ProjectionLoader:
             if leaf not in self._loaded and all(shape)  # nothing is lost with a missing guard
         ]
         return missing + self._refused
+
+    def _gather(self, part: str, kind: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the rows of a part's tensor that this rank keeps, stored as the whole of it is."""
+        (num_rows, _), quantization = self._projection.description.parts[part]
+        if kind != WEIGHT_ZERO_POINT or quantization is None:
+            return torch.cat([tensor[block] for block in self._projection.gathered])
+        rows = unpack_rows(tensor, quantization.bits, num_rows)  # several share a word
+        kept = torch.cat([rows[block] for block in self._projection.gathered])
+        return pack_rows(kept, quantization.bits)
 
     def _take_row_order(self, row_order: torch.Tensor) -> None:
         description, to = self._projection.description, self._order
@@ -132,7 +147,11 @@ class ProjectionLoader:
 
 
 def add_gates(
-    layer: nn.Module, dtype: torch.dtype, load: Callable[[str, torch.Tensor, ShardId], None]
+    layer: nn.Module,
+    dtype: torch.dtype,
+    load: Callable[[str, torch.Tensor, ShardId], None],
+    *,
+    outputs_may_move: bool = False,
 ) -> None:
     """Give `layer` a gate for every tensor name that the format knows, so that surplus tensors are seen too.
 
@@ -140,6 +159,9 @@ def add_gates(
         layer: the vLLM layer.
         dtype: of the plain weights and the scales; loaders warn if a gate's dtype differs from the tensor's.
         load: called with (name relative to the layer, tensor, shard id).
+        outputs_may_move: whether the model's own loader may bring the outputs into another order first: it
+            does so where a checkpoint mixes the heads of queries, keys and values (Falcon), and asks
+            parameters for their `output_dim`.
     """
     dtypes = {
         WEIGHT: dtype,
@@ -158,6 +180,9 @@ def add_gates(
                 continue
             gate = nn.Parameter(torch.empty(0, dtype=leaf_dtype), requires_grad=False)
             gate.weight_loader = _loader_of(f"{part}.{leaf}" if part else leaf, load)  # type: ignore[attr-defined]
+            is_guard = not part and leaf == GUARD
+            if outputs_may_move and part in _OUTPUT_PARTS and leaf != WEIGHT_SHAPE and not is_guard:
+                gate.output_dim = 0  # type: ignore[attr-defined]
             owner.register_parameter(leaf, gate)
 
 

@@ -22,7 +22,7 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
 )
 from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
 from ercsvd_deploy.exporters.vllm.layer import StackedLinear
-from ercsvd_deploy.exporters.vllm.layer_plan import Projection, keep_of_rank
+from ercsvd_deploy.exporters.vllm.layer_plan import Projection, keep_of_fused, keep_of_rank
 from ercsvd_deploy.exporters.vllm.loading import (
     ProjectionLoader,
     ShardId,
@@ -81,24 +81,31 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
         """
         full_sizes = _full_output_sizes(layer, output_size)
         names = [name for name, _ in self._described]
-        if not len(names) == len(full_sizes) == len(output_partition_sizes):
+        local_sizes = output_partition_sizes
+        gathered: tuple[slice, ...] = ()
+        is_fused = len(names) == 1 and len(full_sizes) > 1  # one matrix in the checkpoint (Phi-3, Falcon)
+        if is_fused:
+            if sum(local_sizes) != sum(full_sizes):
+                gathered = keep_of_fused(full_sizes, local_sizes, layer.tp_rank, layer.tp_size)
+            full_sizes, local_sizes = [sum(full_sizes)], [sum(local_sizes)]
+        if not len(names) == len(full_sizes) == len(local_sizes):
             raise CheckpointFormatError(
-                f"{', '.join(names)}: vLLM computes {len(full_sizes)} projections in this layer, which the "
-                "checkpoint does not describe apart; ercsvd serves only projections that are stored apart"
+                f"{', '.join(names)}: vLLM computes {len(full_sizes)} projections here, the checkpoint "
+                f"describes {len(names)}; all of them have to be stored apart, or as one matrix"
             )
         columns = keep_of_rank(input_size, input_size_per_partition, layer.tp_rank, layer.tp_size)
         projections = []
-        for (name, described), full, local in zip(
-            self._described, full_sizes, output_partition_sizes, strict=True
-        ):
+        for (name, described), full, local in zip(self._described, full_sizes, local_sizes, strict=True):
             description = described or Storage(layout="dense", shape=(full, input_size))
             if description.shape != (full, input_size):
                 raise CheckpointFormatError(
                     f"{name}: config.json describes shape {list(description.shape)}, "
                     f"the model has {[full, input_size]}"
                 )
-            rows = keep_of_rank(full, local, layer.tp_rank, layer.tp_size)
-            projection = Projection(name, description, rows, columns)
+            rows = slice(0, local)
+            if not gathered:
+                rows = keep_of_rank(full, local, layer.tp_rank, layer.tp_size)
+            projection = Projection(name, description, rows, columns, gathered)
             projection.check_pivots()
             projections.append(projection)
         stacked = StackedLinear(
@@ -106,7 +113,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
         )
         layer.register_module(_STACKED, stacked)
         self._stacked, self._loaders = stacked, stacked.loaders
-        add_gates(layer, params_dtype, self._load)
+        add_gates(layer, params_dtype, self._load, outputs_may_move=is_fused)
 
     def problems(self) -> list[str]:
         """Return a line for each tensor of the layer that was missing, surplus or mis-shaped."""

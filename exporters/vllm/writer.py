@@ -23,7 +23,7 @@ from ercsvd_deploy.format.shards import write_sharded
 from ercsvd_deploy.format.sidecars import sidecars
 from ercsvd_deploy.format.store_views import RenamedStore
 from ercsvd_deploy.format.tensor_store import TensorStore
-from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.models.architecture import Architecture
 
 
 @dataclass(frozen=True)

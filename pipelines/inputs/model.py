@@ -12,7 +12,7 @@ import torch
 from ercsvd_deploy.format.store_views import CastingStore
 from ercsvd_deploy.format.tensor_store import TensorStore, enumerate_names
 from ercsvd_deploy.format.weight_files import open_directory, outside_links
-from ercsvd_deploy.models.families import ArchitectureError
+from ercsvd_deploy.models.architecture import ArchitectureError
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.statistics import TokenWeight
 from ercsvd_deploy.models.streaming import LayerwiseModel

@@ -6,6 +6,7 @@ Nothing is fetched for that but config.json and, of a model on the hub, the list
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.format.weight_files import explain_no_weights, has_weights, open_directory
-from ercsvd_deploy.models.families import ArchitectureError
+from ercsvd_deploy.models.architecture import ArchitectureError
 from ercsvd_deploy.pipelines.importing.llava.config import is_original
 from ercsvd_deploy.recipe.sections import ModelSource
 
@@ -26,8 +27,10 @@ _QUANTIZED_BY: Mapping[str, str] = {
     "quant_config.json": "AutoAWQ",
     "quant_model_description.json": "msModelSlim",
 }
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-OWN_METHOD = "ercsvd"
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
+_OWN_METHOD = "ercsvd"
+_HUB_SECONDS = 10.0
+logger = logging.getLogger(__name__)
 
 
 def refuse_unsuitable(source: ModelSource, path: str) -> None:
@@ -41,13 +44,14 @@ def refuse_unsuitable(source: ModelSource, path: str) -> None:
         ArchitectureError: it is a LLaVA checkpoint in its authors' format, does not generate text, is
             quantized already, or has no weights in safetensors.
     """
-    raw = _raw_config(source, path)
+    directory = Path(path) if Path(path).is_dir() else None
+    file_names = list_hub_files(path, source.revision) if directory is None else _list_files(directory)
+    # A hub that does not answer is not asked again, and again: what is cached has to do.
+    raw = _raw_config(source, path, is_offline=file_names is None)
     if raw is not None:
         _refuse_original(source, raw)
         _refuse_other_task(source, raw)
         _refuse_described(source, raw)
-    directory = Path(path) if Path(path).is_dir() else None
-    file_names = list_hub_files(path, source.revision) if directory is None else _list_files(directory)
     if file_names is None:
         return
     _refuse_quantized(source, file_names, directory)
@@ -58,13 +62,14 @@ def refuse_unsuitable(source: ModelSource, path: str) -> None:
 
 def list_hub_files(name: str, revision: str | None) -> list[str] | None:
     """Return the names of the files of a hub model, without folders; None if the hub cannot be asked."""
-    import httpx
     from huggingface_hub import HfApi
 
     try:
-        return [path for path in HfApi().list_repo_files(name, revision=revision) if "/" not in path]
-    except (OSError, ValueError, httpx.HTTPError):  # no network, no such model: fetching will say
+        siblings = HfApi().model_info(name, revision=revision, timeout=_HUB_SECONDS).siblings or []
+    except Exception as error:  # noqa: BLE001 - of whichever HTTP library the hub's client uses
+        logger.debug("%s: the hub did not list its files: %s", name, error)  # fetching says what is wrong
         return None
+    return [sibling.rfilename for sibling in siblings if "/" not in sibling.rfilename]
 
 
 def _list_files(directory: Path) -> list[str] | None:
@@ -75,12 +80,12 @@ def _list_files(directory: Path) -> list[str] | None:
         return None
 
 
-def _raw_config(source: ModelSource, path: str) -> Mapping[str, Any] | None:
+def _raw_config(source: ModelSource, path: str, *, is_offline: bool) -> Mapping[str, Any] | None:
     """Return config.json as it is; None if it cannot be read, which whoever loads it says."""
     from transformers import PreTrainedConfig
 
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(path, revision=source.revision)
+        raw, _ = PreTrainedConfig.get_config_dict(path, revision=source.revision, local_files_only=is_offline)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return raw if isinstance(raw, dict) else None
@@ -114,7 +119,7 @@ def _refuse_described(source: ModelSource, raw: Mapping[str, Any]) -> None:
     parts = [raw, *(part for part in raw.values() if isinstance(part, dict))]
     for described in (part[key] for part in parts for key in _QUANTIZATION_KEYS if part.get(key)):
         method = described.get("quant_method") if isinstance(described, dict) else None
-        if method != OWN_METHOD:
+        if method != _OWN_METHOD:
             by = method or "by a method that its config does not name"
             raise ArchitectureError(
                 f"model.path {source.path}: already quantized ({by}); start from its original weights"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.models.families import reads_images
+from ercsvd_deploy.models.families import attention_implementation, reads_images
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.pipelines.judging.uncertainty import Estimate, mean_of, share_drop, with_standard_error
 
@@ -244,12 +244,14 @@ def open_for_lm_eval(
 
     import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 
-    model_class = HFMultimodalLM if reads_images(load_config(str(directory))) else HFLM
+    config = load_config(str(directory), trust_remote_code=trust_remote_code)
+    model_class = HFMultimodalLM if reads_images(config) else HFLM
     return model_class(
         pretrained=str(directory),
         device=str(device),
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
+        attn_implementation=attention_implementation(config),
     )
 
 

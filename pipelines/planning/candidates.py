@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.models.families import Architecture, LayerLinears
+from ercsvd_deploy.models.architecture import Architecture, LayerLinears
 from ercsvd_deploy.pipelines.planning.components import Component, describe_components
 from ercsvd_deploy.pipelines.stages.contract import Candidate
 from ercsvd_deploy.pipelines.stages.sizes import (

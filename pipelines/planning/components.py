@@ -12,11 +12,7 @@ from pydantic import Field
 
 from ercsvd_deploy.format.described import Count
 from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.models.families import (
-    LANGUAGE_PART,
-    Architecture,
-    component_of,
-)
+from ercsvd_deploy.models.architecture import LANGUAGE_PART, Architecture, component_of
 
 LEFT_ALONE = "left alone"
 

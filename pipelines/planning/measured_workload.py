@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture, component_of
+from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, Architecture, component_of
 from ercsvd_deploy.models.streaming import max_tokens_per_batch
 from ercsvd_deploy.pipelines.stages.workload import Sequences, Tower, Workload
 from ercsvd_deploy.recipe.sections import HeldOutText, Recipe, TextFile

@@ -10,13 +10,11 @@ import torch
 
 from ercsvd_deploy.exporters.vllm.cutting import find_uncuttable
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, ask_kernels, plan_matrices
-from ercsvd_deploy.models.families import (
-    VISION_LANGUAGE_MODEL_TYPES,
-    Architecture,
-    ArchitectureError,
-    reads_images,
-)
+from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
+from ercsvd_deploy.models.families import reads_images
 from ercsvd_deploy.models.meta import compressed_config, read_architecture
+from ercsvd_deploy.models.tested_families import serving_doubts
+from ercsvd_deploy.models.vision import VISION_LANGUAGE_MODEL_TYPES
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidate
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine
@@ -173,6 +171,7 @@ def make_plan(
                 dtype,
                 has_plugin=recipe.export.format == "vllm",
             ),
+            *serving_doubts(architecture.model_type),
             *gpu_warnings(
                 dense_on_gpu,
                 [each.gpu_bytes for each in shown],

@@ -15,7 +15,7 @@ from ercsvd_deploy import __version__
 from ercsvd_deploy.evaluation.comparison import Comparison
 from ercsvd_deploy.evaluation.quality import Quality
 from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.models.families import LANGUAGE_PART, component_of
+from ercsvd_deploy.models.architecture import LANGUAGE_PART, component_of
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.judging.differences import differences, quality_estimates, values_of
 from ercsvd_deploy.pipelines.judging.gates import judge_gates

@@ -115,7 +115,7 @@ def _check_readable(context: PlanningContext) -> None:
             "names in checkpoints than in memory; set vllm"
         )
     modules = quantize_plan_of(context.recipe, architecture).describe({}, architecture)
-    fused = [[linear.name for linear in group] for layer in architecture.layers for group in layer.groups]
+    fused = [[linear.name for linear in stack] for layer in architecture.layers for stack in layer.stacks]
     problems = find_unreadable(modules, fused)
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.data.samples import Batch, Sample
-from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.statistics import InputStatistics, TokenWeights
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity

@@ -16,7 +16,7 @@ from ercsvd_deploy.format.schema import (
     Storage,
 )
 from ercsvd_deploy.format.tensor_store import TensorStore
-from ercsvd_deploy.models.families import (
+from ercsvd_deploy.models.architecture import (
     LANGUAGE_PART,
     PROJECTOR_PART,
     TOWER_PART,
@@ -98,7 +98,7 @@ def bytes_on_rank(
         if description.pivot_blocks is not None:
             rows = description.shape[0]
             if not architecture.is_row_parallel(name):
-                rows //= architecture.num_output_shards(name, tensor_parallel_size)
+                rows = architecture.outputs_on_rank(name, rows, tensor_parallel_size) or rows
             total += rows * _INTEGER_BYTES[ROW_ORDER]
     return total
 

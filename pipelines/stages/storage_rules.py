@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP
 from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization, values_in_whole_words
-from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.models.architecture import Architecture
 from ercsvd_deploy.recipe.quantize import Correction
 
 
@@ -83,9 +83,12 @@ class StorageRules:
     def _pivot_blocks(self, linear: LinearShape, rank: int) -> int | None:
         if self.layout == "low_rank":
             return None
-        # Where inputs are cut every rank has all outputs, and pivots need no quota.
-        is_cut_by_rows = not self.architecture.is_row_parallel(linear.name)
-        return count_pivot_blocks(linear.out_features, rank) if is_cut_by_rows else 1
+        # Where inputs are cut every rank has all outputs, and pivots need no quota. Nor do they where several
+        # projections are one matrix: that cannot be cut if it is pivoted.
+        is_whole = self.architecture.is_row_parallel(linear.name) or (
+            len(self.architecture.output_blocks(linear.name, linear.out_features)) > 1
+        )
+        return 1 if is_whole else count_pivot_blocks(linear.out_features, rank)
 
     def _columns_on_ranks(self, linear: LinearShape) -> list[int]:
         """Return how many inputs of a Linear a rank holds at every tensor parallel size."""

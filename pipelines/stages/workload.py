@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ercsvd_deploy.models.families import Architecture, LayerLinears
+from ercsvd_deploy.models.architecture import Architecture, LayerLinears
 from ercsvd_deploy.models.streaming import MAX_LOGITS_AT_ONCE, MAX_TOKENS_PER_BATCH
+from ercsvd_deploy.models.tensor_parallel import cuts_inputs
 from ercsvd_deploy.recipe.sections import Recipe
 
 FLOAT32, FLOAT64 = 4, 8  # bytes of a value
@@ -95,7 +96,7 @@ class Workload:
 
     @property
     def largest_layer(self) -> LayerLinears:
-        """The decoder layer with the most weights; in the supported families all are alike."""
+        """The decoder layer with the most weights; in most families all are alike."""
         return max(self.architecture.layers, key=lambda layer: sum(each.parameters for each in layer.linears))
 
     @property
@@ -180,9 +181,11 @@ class Workload:
         Attention scores are never in memory. Attention holds queries, keys and values with the rotated
         copies, and what comes out; the MLP gate, up and their product; both the normalized input and a copy.
         """
-        groups = self.largest_layer.groups
-        attention = 4 * groups[0][0].out_features + 2 * groups[0][1].out_features
-        mlp = (3 if len(groups[-2]) > 1 else 2) * groups[-1][0].in_features
+        first, last = self.largest_layer.stacks[0], self.largest_layer.stacks[-1]
+        attention = 3 * _attention_width(self.largest_layer) + sum(linear.out_features for linear in first)
+        owner = last[0].name.rpartition(".")[0]
+        before_last = next(s for s in self.largest_layer.stacks if s[0].name.rpartition(".")[0] == owner)
+        mlp = last[0].in_features + sum(linear.out_features for linear in before_last)
         return sequences.batch_tokens * (2 * self.hidden + max(attention, mlp)) * self.computed
 
     def training_pass(self, sequences: Sequences) -> int:
@@ -201,7 +204,7 @@ class Workload:
 
     def forward_flops(self, sequences: Sequences) -> float:
         """Return the operations of sequences passing all decoder layers, the vision tower before them."""
-        attention = sum(layer.groups[0][0].out_features for layer in self.architecture.layers)
+        attention = sum(map(_attention_width, self.architecture.layers))
         each_token = 2 * self.architecture.linear_parameters + 2 * sequences.length * attention
         return float(sequences.tokens * each_token + self.tower_flops(sequences, parameters=None))
 
@@ -220,3 +223,9 @@ class Workload:
         """Return the operations of adding all inputs of some layers to their Grams, which are symmetric."""
         tokens = 0 if sequences is None else sequences.tokens
         return float(tokens) * sum(group[0].in_features ** 2 for layer in layers for group in layer.groups)
+
+
+def _attention_width(layer: LayerLinears) -> int:
+    """Return the values of a token that attention gives: all heads', which its last Linear reads."""
+    widths = (linear.in_features for linear in layer.linears if cuts_inputs(linear.name))
+    return next(widths, layer.linears[0].in_features)

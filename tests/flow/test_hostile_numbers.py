@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -82,6 +83,8 @@ STAGES: dict[str, list[dict[str, Any]]] = {
     "pivoted, integers": [factorize(layout="pivoted"), quantize()],
     "integers": [quantize(), RECOVER],
     "few bits": [quantize(bits=2, group_size=-1, sym=False)],
+    "few bits, corrected": [quantize(bits=2, correction={"rank": 32, "bits": 4})],
+    "corrected by Fisher": [quantize(bits=3, correction={"rank": 16, "bits": 16}, output_metric="fisher")],
     "rounded to nearest": [quantize(method="rtn", bits=3)],
 }
 
@@ -106,6 +109,13 @@ def check_finite(directory: Path) -> None:
 @pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES)
 def test_the_result_is_finite(stages: list[dict[str, Any]], model: Path, write_recipe: RecipeWriter) -> None:
     check_finite(run(stages, model, write_recipe))
+
+
+@pytest.mark.parametrize("token_weight", ["uniform", "sensitivity"])
+def test_every_weight_of_tokens_is_finite(token_weight: str, model: Path, write_recipe: RecipeWriter) -> None:
+    recipe = write_recipe()
+    calibration = yaml.safe_load(recipe.read_text())["calibration"] | {"token_weight": token_weight}
+    check_finite(run([factorize(), quantize()], model, write_recipe, calibration=calibration))
 
 
 def test_error_control_is_finite(model: Path, write_recipe: RecipeWriter) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,10 @@ def test_two_files_with_the_same_tensor(tmp_path: Path) -> None:
     save_file(tensors_for("a"), tmp_path / "y.safetensors")
     with pytest.raises(CheckpointError, match=r"also in x\.safetensors"):
         FileStore([tmp_path / "x.safetensors", tmp_path / "y.safetensors"])
+
+
+def test_a_dtype_that_no_original_model_has_is_named(tmp_path: Path) -> None:
+    header = json.dumps({"w.weight": {"dtype": "U32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / SINGLE_FILE).write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(CheckpointError, match=r"w\.weight is stored as U32, as only .* quantized"):
+        FileStore([tmp_path / SINGLE_FILE])

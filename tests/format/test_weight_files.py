@@ -201,6 +201,7 @@ def test_two_sets_of_shards_without_an_index(two_shards: Path) -> None:
         ("consolidated.00.pth", "is a pickle"),
         ("model.Q4_K_M.gguf", "quantized already"),
         ("tf_model.h5", "TensorFlow's"),
+        ("__0_0.distcp", "a distributed checkpoint"),
         ("flax_model.msgpack", "Flax's"),
         ("consolidated.safetensors", "not a name under which"),
         ("model.fp16.safetensors", "not a name under which"),

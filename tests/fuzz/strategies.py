@@ -21,7 +21,7 @@ from ercsvd_deploy.data.texts import CalibrationError
 from ercsvd_deploy.format.manifest import ManifestError
 from ercsvd_deploy.format.schema import CheckpointFormatError
 from ercsvd_deploy.format.tensor_store import CheckpointError
-from ercsvd_deploy.models.families import ArchitectureError
+from ercsvd_deploy.models.architecture import ArchitectureError
 from ercsvd_deploy.pipelines.reporting.check import CheckError
 from ercsvd_deploy.pipelines.reporting.document import ReportError
 from ercsvd_deploy.pipelines.stages.contract import PlanError

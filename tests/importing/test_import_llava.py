@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
-from ercsvd_deploy.models.families import ArchitectureError
+from ercsvd_deploy.models.architecture import ArchitectureError
 from ercsvd_deploy.pipelines.cli.app import app
 from ercsvd_deploy.pipelines.importing.llava import processor as llava_processor
 from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError, read_original

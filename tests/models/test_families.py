@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ercsvd_deploy.format.tensor_store import SINGLE_FILE
 from ercsvd_deploy.format.weight_files import open_directory
-from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, ArchitectureError
+from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, ArchitectureError
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream

@@ -107,6 +107,16 @@ def test_a_tied_opt_that_stores_another_output_layer(tmp_path: Path) -> None:
         streamed(directory)
 
 
+def test_another_output_layer_of_a_tied_language_model_of_a_llava(tmp_path: Path) -> None:
+    """The config of the whole says nothing, that of its language model ties: vLLM goes by the latter."""
+    directory = save_tiny_model(tmp_path, "llava")
+    raw = json.loads((directory / "config.json").read_text())
+    raw["text_config"]["tie_word_embeddings"] = True
+    with_config(directory, **(raw | {"tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match="set tie_word_embeddings to false"):
+        streamed(directory)
+
+
 def test_an_untied_model_without_output_layer(tmp_path: Path) -> None:
     directory = save_tiny_model(tmp_path, "llama")
     rewritten(directory, lambda t: {n: v for n, v in t.items() if n != "lm_head.weight"})

@@ -14,7 +14,7 @@ from pathlib import Path
 
 def main() -> None:
     """Serve until stdin ends."""
-    from ercsvd_deploy.models.families import ArchitectureError
+    from ercsvd_deploy.models.architecture import ArchitectureError
     from ercsvd_deploy.pipelines.planning.plan import make_plan
     from ercsvd_deploy.recipe.load import load_recipe
 

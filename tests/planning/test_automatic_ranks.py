@@ -22,7 +22,8 @@ from ercsvd_deploy.budget.rank_steps import RankSteps, automatic_step, fixed_ste
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.exporters.vllm.kernels.choice import ACCELERATORS
 from ercsvd_deploy.format.schema import LowRankLayout, Storage
-from ercsvd_deploy.models.families import Architecture, describe
+from ercsvd_deploy.models.architecture import Architecture
+from ercsvd_deploy.models.families import describe
 from ercsvd_deploy.models.meta import build_meta_model, load_config
 from ercsvd_deploy.pipelines.cli.app import app
 from ercsvd_deploy.pipelines.planning import feasibility

@@ -26,9 +26,10 @@ def generate(
         top: how many log-probabilities to return for each position after the first.
 
     Returns:
-        {"compiled": whether torch.compile was used, "outputs": for each prompt {"prompt": the ids that were
-        read, with a token for each image feature, "tokens": the generated ids, "logprobs": for each position
-        of prompt and output but the first, token id -> log-probability}}.
+        {"compiled": whether torch.compile was used, "cut": Linear of the checkpoint -> vLLM's class of the
+        layer that holds it (of an engine of one rank), "outputs": for each prompt {"prompt": the ids that
+        were read, with a token for each image feature, "tokens": the generated ids, "logprobs": for each
+        position of prompt and output but the first, token id -> log-probability}}.
     """
     from vllm import LLM, SamplingParams
 
@@ -43,9 +44,11 @@ def generate(
     )
     outputs = llm.generate([_request(prompt) for prompt in prompts], sampling, use_tqdm=False)
     compiled = int(llm.llm_engine.vllm_config.compilation_config.mode or 0) > 0
+    cut = llm.apply_model(_classes_of_linears)[0] if engine["tensor_parallel_size"] == 1 else {}
     llm.llm_engine.engine_core.shutdown()
     return {
         "compiled": compiled,
+        "cut": cut,
         "outputs": [
             {
                 "prompt": list(output.prompt_token_ids),
@@ -57,6 +60,15 @@ def generate(
             }
             for output in outputs
         ],
+    }
+
+
+def _classes_of_linears(model: Any) -> dict[str, str]:
+    """Return Linear of the checkpoint -> class of the layer that holds it, of the layers that we serve."""
+    return {
+        name: type(module).__name__
+        for module in model.modules()
+        for name, _ in getattr(getattr(module, "quant_method", None), "_described", ())
     }
 
 
@@ -73,10 +85,14 @@ def _request(prompt: list[int] | dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Answer the request on stdin."""
     request = json.load(sys.stdin)
-    answers = [
-        generate(engine, request["prompts"], request["max_tokens"], request["top"])
-        for engine in request["engines"]
-    ]
+    answers = []
+    for engine in request["engines"]:
+        try:
+            answers.append(generate(engine, request["prompts"], request["max_tokens"], request["top"]))
+        except Exception as error:
+            if not request["goes_on"]:
+                raise
+            answers.append({"error": f"{type(error).__name__}: {error}"})
     Path(request["answer"]).write_text(json.dumps(answers))
     os._exit(0)  # vLLM's exit handlers wait for processes that are gone already
 

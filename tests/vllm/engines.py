@@ -69,11 +69,17 @@ def engine(directory: Path, dtype: str, *, num_ranks: int = 1, eager: bool = Tru
 
 
 def run_engines(
-    engines: Sequence[dict[str, Any]], answer: Path, prompts: Sequence[Any] = PROMPTS, **variables: str
+    engines: Sequence[dict[str, Any]],
+    answer: Path,
+    prompts: Sequence[Any] = PROMPTS,
+    *,
+    goes_on: bool = False,
+    **variables: str,
 ) -> tuple[int, str]:
     """Run engines one after the other in one fresh process; return its exit status and what it printed.
 
-    `answer` then holds what they generated. `variables` are further ones of the process's environment.
+    `answer` then holds what they generated; of an engine that fails, where the process `goes_on`, its error.
+    `variables` are further ones of the process's environment.
     """
     num_ranks = max(arguments["tensor_parallel_size"] for arguments in engines)
     request = {
@@ -81,11 +87,12 @@ def run_engines(
         "prompts": prompts,
         "max_tokens": MAX_TOKENS,
         "top": TOP,
+        "goes_on": goes_on,
         "answer": str(answer),
     }
     command, log = [PYTHON, "tests/vllm/engine_process.py"], answer.with_suffix(".log")
     with process(command, log, num_ranks, **variables) as engine_process:
-        engine_process.communicate(json.dumps(request).encode(), timeout=400)
+        engine_process.communicate(json.dumps(request).encode(), timeout=400 + 60 * len(engines) * goes_on)
     return engine_process.returncode, answer.with_suffix(".log").read_text()
 
 
@@ -116,7 +123,7 @@ def generate(
     engines: Sequence[dict[str, Any]], answer: Path, prompts: Sequence[Any] = PROMPTS, **variables: str
 ) -> list[dict[str, Any]]:
     """Return what each engine generated, see `vllm_engine.generate`."""
-    status, printed = run_engines(engines, answer, prompts, **variables)
+    status, printed = run_engines(engines, answer, prompts, goes_on=False, **variables)
     assert status == 0, printed[-8000:]
     answers: list[dict[str, Any]] = json.loads(answer.read_text())
     return answers

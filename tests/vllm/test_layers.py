@@ -6,7 +6,7 @@ import gc
 import json
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import Mock
@@ -27,8 +27,9 @@ from tests.tiny_models import (
     NUM_KV_HEADS,
     compress_at_random,
 )
+from tests.vllm.in_process import vllm_in_process  # noqa: F401 - a fixture of this module
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_in_process")]
 
 ATTENTION = "model.layers.0.self_attn"
 MLP = "model.layers.0.mlp"
@@ -40,24 +41,6 @@ LAYERS: dict[str, dict[str, str | int | None]] = {
     f"{MLP}.down_proj": {f"{MLP}.down_proj": None},
 }
 ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj)$")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_process_of_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Give vLLM's layers the distributed state and the configuration that they read when created."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-
-    store = tmp_path_factory.mktemp("distributed") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, store.as_uri(), 0, "gloo")
-        initialize_model_parallel()
-        yield
-        cleanup_dist_env_and_memory()
 
 
 class Served:

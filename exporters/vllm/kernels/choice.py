@@ -21,7 +21,7 @@ from typing import Any
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.exporters.vllm.layer_plan import PlannedMatrix, Projection, plan_second, plan_stacks
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
-from ercsvd_deploy.models.families import Architecture, LayerLinears
+from ercsvd_deploy.models.architecture import Architecture, LayerLinears
 
 PLAIN = "plain"
 NO_KERNEL = "none: served as plain 16-bit"
@@ -92,8 +92,8 @@ def plan_matrices(
     found: dict[tuple[Any, ...], KernelUse] = {}
     for size in sorted(set(tensor_parallel_sizes)):
         for layer in architecture.layers:
-            for group in layer.groups:
-                for matrix in _matrices(layer, group, described, architecture, size):
+            for stack in layer.stacks:
+                for matrix in _matrices(layer, stack, described, architecture, size):
                     key = (size, matrix)
                     stored = matrix.quantization
                     known = found.get(key) or KernelUse(
@@ -163,20 +163,20 @@ def without_shape(kernel: str) -> str:
 
 def _matrices(
     layer: LayerLinears,
-    group: Sequence[LinearShape],
+    stack: Sequence[LinearShape],
     described: Mapping[str, Storage],
     architecture: Architecture,
     size: int,
 ) -> list[PlannedMatrix]:
     """Return the matrices of one of vLLM's layers on one rank, named within the layer."""
     projections = []
-    for linear in group:
+    for linear in stack:
         rows, columns = linear.out_features, linear.in_features
         description = described.get(linear.name) or Storage(layout="dense", shape=(rows, columns))
         if architecture.is_row_parallel(linear.name):
             columns = _share(columns, size)
         else:
-            rows = _share(rows, architecture.num_output_shards(linear.name, size))
+            rows = architecture.outputs_on_rank(linear.name, rows, size) or rows
         name = layer.local_name(linear)
         projections.append(Projection(name, description, slice(0, rows), slice(0, columns)))
     seconds = [plan_second(projection) for projection in projections]

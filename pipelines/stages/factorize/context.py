@@ -10,7 +10,7 @@ import torch
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import WEIGHT
-from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
 from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity

@@ -31,7 +31,7 @@ from ercsvd_deploy.linalg.decomposition import Decomposition, decompose
 from ercsvd_deploy.linalg.errors import calibration_error, weight_error
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, PivotError, find_pivots, to_pivoted
 from ercsvd_deploy.linalg.truncation import Factors, truncate
-from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.recipe.stages import Factorize
 
 # Beyond this side the residual's exact decomposition is made once, for the chosen k, and the search

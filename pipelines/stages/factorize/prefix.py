@@ -26,7 +26,7 @@ from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.linalg.compensation import compensated_weight
 from ercsvd_deploy.linalg.errors import compensated_error, weight_error
-from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.statistics import PairedStatistics, TokenWeights, weights_for
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization, factors_piece
 from ercsvd_deploy.pipelines.stages.factorize.linear import (

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from ercsvd_deploy.budget.ranks import RankPlan
-from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.models.architecture import Architecture
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.needs import factorize_needs

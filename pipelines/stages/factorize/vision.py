@@ -19,7 +19,7 @@ from pydantic import Field
 from ercsvd_deploy.budget.ranks import LinearShape, RankError
 from ercsvd_deploy.format.described import NotReported
 from ercsvd_deploy.format.schema import WEIGHT, Storage
-from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.models.architecture import Architecture
 from ercsvd_deploy.models.statistics import InputStatistics
 from ercsvd_deploy.pipelines.stages.contract import (
     Candidate,

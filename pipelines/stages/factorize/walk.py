@@ -18,7 +18,7 @@ from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.linalg.side_by_side import map_side_by_side
-from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization, factors_piece
 from ercsvd_deploy.pipelines.stages.factorize.decompositions import (
     decompose_layer,

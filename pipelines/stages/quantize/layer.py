@@ -16,7 +16,7 @@ from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
 from ercsvd_deploy.linalg.symmetric import leading_share
 from ercsvd_deploy.linalg.truncation import Factors
-from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
 from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
 from ercsvd_deploy.pipelines.stages.quantize.corrected import (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ercsvd_deploy.exporters.vllm.cutting import BLOCK, find_unaligned
 from ercsvd_deploy.format.schema import WORD_BITS, Storage, WeightQuantization
-from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.models.architecture import Architecture
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlan
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization
-from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.models.architecture import Architecture
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.recipe.quantize import Correction, Quantize

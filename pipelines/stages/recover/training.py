@@ -34,7 +34,7 @@ from ercsvd_deploy.data.samples import Batch, Sample, make_batches
 from ercsvd_deploy.format.described import Count, Measured, NotReported
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
 from ercsvd_deploy.pipelines.state.cache import FinishedWork

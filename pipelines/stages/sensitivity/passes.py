@@ -15,7 +15,7 @@ import torch
 
 from ercsvd_deploy.data.samples import Batch, Sample
 from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.statistics import GradientStatistics
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.state.cache import FinishedWork

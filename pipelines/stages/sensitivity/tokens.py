@@ -17,7 +17,7 @@ import torch
 
 from ercsvd_deploy.data.samples import Batch, Sample
 from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.statistics import TokenWeights
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.sensitivity.passes import measure_layers, measured_piece

@@ -15,7 +15,7 @@ from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
 from ercsvd_deploy.format.described import Count, Finite, Measured
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.linalg.decomposition import Decomposition
-from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
 from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
 

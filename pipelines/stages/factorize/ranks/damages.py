@@ -22,7 +22,7 @@ from ercsvd_deploy.linalg.decomposition import Decomposition
 from ercsvd_deploy.linalg.errors import output_error
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, to_pivoted
 from ercsvd_deploy.linalg.truncation import Factors
-from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.decompositions import read_decomposed
 from ercsvd_deploy.pipelines.stages.factorize.linear import (

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from ercsvd_deploy.budget.allocation import Option, allocate
 from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
 from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.models.families import LayerLinears
+from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.decompositions import read_decomposed
 from ercsvd_deploy.pipelines.stages.factorize.linear import linear_of, planned_residual_rank

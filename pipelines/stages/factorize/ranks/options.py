@@ -10,7 +10,7 @@ from ercsvd_deploy.budget.rank_steps import RankSteps
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.exporters.vllm.cutting import find_unaligned, find_unservable
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
-from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.models.architecture import Architecture
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlan
 from ercsvd_deploy.pipelines.stages.sizes import module_bytes, planned_bytes
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules

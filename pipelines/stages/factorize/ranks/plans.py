@@ -5,7 +5,7 @@ from __future__ import annotations
 from ercsvd_deploy.budget.equal_shares import admissible_num_compressed_layers, allocate_ranks
 from ercsvd_deploy.budget.rank_steps import RankSteps
 from ercsvd_deploy.budget.ranks import RankError, RankPlan
-from ercsvd_deploy.models.families import PROJECTOR_PART, TOWER_PART, Architecture
+from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, Architecture
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask, allocation_task
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps

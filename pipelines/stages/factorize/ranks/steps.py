@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP, RankSteps, automatic_step, fixed_steps
 from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
 from ercsvd_deploy.format.schema import WeightQuantization, values_in_whole_words
-from ercsvd_deploy.models.families import Architecture
+from ercsvd_deploy.models.architecture import Architecture
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.recipe.sections import Recipe
 
@@ -60,7 +60,8 @@ def _steps(
 def _pivot_blocks(linear: LinearShape, recipe: Recipe, architecture: Architecture) -> int:
     """Return what every rank of a Linear must be a multiple of for its pivots to be cut evenly."""
     assert recipe.factorize is not None
-    if recipe.factorize.layout != "pivoted" or architecture.is_row_parallel(linear.name):
+    is_fused = len(architecture.output_blocks(linear.name, linear.out_features)) > 1
+    if recipe.factorize.layout != "pivoted" or architecture.is_row_parallel(linear.name) or is_fused:
         return 1
     shards = [
         architecture.num_output_shards(linear.name, size) for size in recipe.serving.tensor_parallel_sizes

@@ -1,0 +1,151 @@
+"""What is known of a model without its weights: its Linears layer by layer, and the sizes of all the rest.
+
+Names here are those of transformers' modules. Checkpoints of text models use the same names, those of LLaVA
+do not: `format.llava_names` translates where files are read and written, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.format.llava_names import PROJECTOR, VISION_TOWER, to_checkpoint
+from ercsvd_deploy.format.schema import Storage
+from ercsvd_deploy.models.tensor_parallel import OutputBlock, cuts_inputs, holds_key_values, output_blocks
+
+LANGUAGE_PART, TOWER_PART, PROJECTOR_PART = "language model", "vision tower", "projector"
+
+
+class ArchitectureError(ValueError):
+    """The model's config names no architecture that can be compressed, or cannot be read."""
+
+
+@dataclass(frozen=True)
+class LayerLinears:
+    """The Linears of one layer, grouped by shared input, and the layer's tensor-name prefix."""
+
+    index: int
+    prefix: str
+    groups: tuple[tuple[LinearShape, ...], ...]
+
+    @property
+    def linears(self) -> tuple[LinearShape, ...]:
+        """Every Linear of the layer, group by group, each group where its input is read first."""
+        return tuple(linear for group in self.groups for linear in group)
+
+    @property
+    def stacks(self) -> tuple[tuple[LinearShape, ...], ...]:
+        """The Linears that vLLM multiplies as one matrix: they share an input and belong to one module."""
+        stacks: dict[tuple[int, str], list[LinearShape]] = {}
+        for number, group in enumerate(self.groups):
+            for linear in group:
+                stacks.setdefault((number, linear.name.rpartition(".")[0]), []).append(linear)
+        return tuple(map(tuple, stacks.values()))
+
+    def local_name(self, linear: LinearShape) -> str:
+        """Return the Linear's name within the layer."""
+        return linear.name.removeprefix(f"{self.prefix}.")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The compressible part of a model, and the size of the rest."""
+
+    model_type: str
+    layers_prefix: str  # module name of the stack of decoder layers
+    layers: tuple[LayerLinears, ...]
+    layers_return_tuples: bool  # whose first value is the hidden states; else these alone
+    other_tensors: Mapping[str, tuple[int, ...]]  # all but the decoder Linears' weights; tied ones once
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    stored_prefixes: Mapping[str, str]  # module -> what checkpoints call it, where that differs
+    image_token_id: int | None  # marks the places of image features; None: the model reads text only
+    # Part (`TOWER_PART`, `PROJECTOR_PART`) -> its layers that are run; empty for text models.
+    vision_layers: Mapping[str, tuple[LayerLinears, ...]]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def linears(self) -> tuple[LinearShape, ...]:
+        """Every decoder Linear, layer by layer."""
+        return tuple(linear for layer in self.layers for linear in layer.linears)
+
+    def is_row_parallel(self, name: str) -> bool:
+        """Whether tensor parallelism cuts this Linear along its input."""
+        return cuts_inputs(name)
+
+    def output_blocks(self, name: str, out_features: int) -> tuple[OutputBlock, ...]:
+        """Return the parts of a column-parallel Linear's outputs that tensor parallelism cuts apart."""
+        if component_of(name) != LANGUAGE_PART:
+            return (OutputBlock(out_features),)
+        return output_blocks(name, out_features, self.num_attention_heads, self.num_key_value_heads)
+
+    def num_output_shards(self, name: str, tensor_parallel_size: int) -> int:
+        """Return into how many different parts a column-parallel Linear's output is cut.
+
+        Key-value heads are repeated rather than cut when there are fewer of them than ranks.
+        """
+        if component_of(name) == LANGUAGE_PART and holds_key_values(name):
+            return min(tensor_parallel_size, self.num_key_value_heads)
+        return tensor_parallel_size
+
+    def outputs_on_rank(self, name: str, rows: int, tensor_parallel_size: int) -> int | None:
+        """Return how many of a column-parallel Linear's outputs a rank holds; None: no even cut."""
+        held = 0
+        for block in self.output_blocks(name, rows):
+            heads = self.num_key_value_heads if block.is_key_value else tensor_parallel_size
+            parts = min(tensor_parallel_size, heads)
+            if block.size % parts:
+                return None
+            held += block.size // parts
+        return held
+
+    def checkpoint_name(self, name: str) -> str:
+        """Return the name under which checkpoints hold a module or tensor of this model."""
+        if self.image_token_id is not None:
+            return to_checkpoint(name)
+        for module, stored in self.stored_prefixes.items():
+            if f"{name}.".startswith(f"{module}."):
+                return stored + name.removeprefix(module)
+        return name
+
+    @property
+    def vision_linears(self) -> tuple[LinearShape, ...]:
+        """Every Linear of vision tower and projector that is run, in the order of the forward pass."""
+        return tuple(
+            linear for layers in self.vision_layers.values() for layer in layers for linear in layer.linears
+        )
+
+    @property
+    def total_parameters(self) -> int:
+        """Parameters of the whole model, tied embeddings counted once."""
+        return self.linear_parameters + sum(math.prod(shape) for shape in self.other_tensors.values())
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all decoder Linears, biases not counted."""
+        return sum(linear.parameters for linear in self.linears)
+
+
+def component_of(name: str) -> str:
+    """Return the part of the model a tensor belongs to: language model, vision tower or projector."""
+    if name.startswith(VISION_TOWER):
+        return TOWER_PART
+    # The learned separator between rows of image tiles is trained with the projector.
+    if name.startswith((PROJECTOR, "model.image_newline")):
+        return PROJECTOR_PART
+    return LANGUAGE_PART
+
+
+def dense_descriptions(architecture: Architecture) -> dict[str, Storage]:
+    """Return the storage of every Linear of decoder, vision tower and projector in the original model."""
+    return {
+        linear.name: Storage(layout="dense", shape=(linear.out_features, linear.in_features))
+        for linear in (*architecture.linears, *architecture.vision_linears)
+    }

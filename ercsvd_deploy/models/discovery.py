@@ -1,0 +1,199 @@
+"""Find a model's layers, and which of their Linears read the same tensor, by watching it run without weights.
+
+The model runs once, with two tokens, on the meta device: shapes are computed, values never. Nothing is
+therefore listed by name: whatever runs as a stack of layers with Linears can be compressed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.models.architecture import ArchitectureError, LayerLinears
+
+_FEWEST_TOKENS = 2  # models branch on a single one, the usual step of a generation
+
+
+@dataclass(frozen=True)
+class DecoderStack:
+    """The decoder layers of a language model.
+
+    Attributes:
+        prefix: Module name of the stack.
+        layers: Their Linears.
+        return_tuples: Whether a layer returns a tuple that begins with the hidden states, or these alone.
+    """
+
+    prefix: str
+    layers: tuple[LayerLinears, ...]
+    return_tuples: bool
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """Return a copy of a model on the meta device; of its tensors nothing is copied but the shapes."""
+    tensors: dict[int, Any] = {
+        id(each): nn.Parameter(each.to("meta"), requires_grad=False) for each in model.parameters()
+    }
+    tensors |= {id(each): each.to("meta") for each in model.buffers()}
+    return copy.deepcopy(model, tensors)
+
+
+def find_decoder(model: nn.Module) -> DecoderStack:
+    """Return the decoder layers of a language model, or of the language part of another model.
+
+    Args:
+        model: On the meta device, with all its buffers.
+
+    Raises:
+        ArchitectureError: it has no stack of layers whose weights are Linears, or cannot run.
+    """
+    prefix = _find_stack(model)
+    returned: list[object] = []
+    handles = [
+        layer.register_forward_hook(lambda _layer, _inputs, output: returned.append(output))
+        for layer in model.get_submodule(prefix).children()
+    ]
+    tokens = torch.zeros(1, _FEWEST_TOKENS, dtype=torch.long, device="meta")
+    try:
+        layers = watch_stack(model, prefix, lambda: model(input_ids=tokens, use_cache=False))
+    finally:
+        for handle in handles:
+            handle.remove()
+    _refuse_shared_weights(model, layers)
+    return DecoderStack(prefix, layers, any(isinstance(output, tuple) for output in returned))
+
+
+def watch_stack(
+    model: nn.Module, prefix: str, run: Callable[[], object], num_layers: int | None = None
+) -> tuple[LayerLinears, ...]:
+    """Return the Linears of each layer of a stack, grouped by the tensor that they read.
+
+    Args:
+        model: On the meta device.
+        prefix: Name of a ModuleList in it.
+        run: Runs the part of the model that the layers belong to.
+        num_layers: How many of them count; None: all.
+
+    Raises:
+        ArchitectureError: a layer's weights are not Linears that run once each, or the model cannot run.
+    """
+    layers = list(model.get_submodule(prefix).children())[:num_layers]
+    calls = _watch({f"{prefix}.{index}": layer for index, layer in enumerate(layers)}, run)
+    return tuple(
+        _describe_layer(f"{prefix}.{index}", index, layer, calls[f"{prefix}.{index}"])
+        for index, layer in enumerate(layers)
+    )
+
+
+def watch_module(model: nn.Module, prefix: str, run: Callable[[], object]) -> LayerLinears:
+    """Return the Linears of one module, grouped by the tensor that they read; see `watch_stack`."""
+    module = model.get_submodule(prefix)
+    return _describe_layer(prefix, 0, module, _watch({prefix: module}, run)[prefix])
+
+
+def _find_stack(model: nn.Module) -> str:
+    """Return the name of the decoder's list of layers: the longest of its own lists of modules."""
+    decoder = model.get_decoder()  # type: ignore[operator]
+    [decoder_name] = [name for name, module in model.named_modules() if module is decoder]
+    lists = {
+        f"{decoder_name}.{name}".lstrip("."): child
+        for name, child in decoder.named_children()
+        if isinstance(child, nn.ModuleList) and len(child)
+    }
+    if not lists:
+        raise ArchitectureError(f"{type(decoder).__name__} has no stack of decoder layers")
+    return max(lists, key=lambda name: len(lists[name]))
+
+
+_Calls = list[tuple[str, torch.Tensor]]  # of Linears, by name within the layer, with the tensor each reads
+
+
+def _watch(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, _Calls]:
+    """Return the calls of every layer's Linears in a run, in their order."""
+    calls: dict[str, _Calls] = {name: [] for name in layers}
+    handles = [
+        module.register_forward_pre_hook(
+            # the tensors are kept: an identity is nobody else's as long as its owner lives
+            lambda _module, inputs, name=name, noted=calls[layer_name]: noted.append((name, inputs[0]))
+        )
+        for layer_name, layer in layers.items()
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with torch.no_grad(), _AnswersNo():  # type: ignore[no-untyped-call]
+            run()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ArchitectureError(f"the model that it describes does not run: {lines[0]}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _describe_layer(prefix: str, index: int, layer: nn.Module, calls: _Calls) -> LayerLinears:
+    linears = {name: each for name, each in layer.named_modules() if isinstance(each, nn.Linear)}
+    _refuse_other_weights(prefix, layer, linears)
+    names = [name for name, _ in calls]
+    for name in linears:
+        if names.count(name) != 1:
+            times = "never" if name not in names else f"{names.count(name)} times"
+            raise ArchitectureError(f"{prefix}.{name} runs {times} in a pass, not once")
+    groups: dict[int, list[LinearShape]] = {}
+    for name, read in calls:
+        out_features, in_features = linears[name].weight.shape
+        shape = LinearShape(f"{prefix}.{name}", index, out_features, in_features)
+        groups.setdefault(id(read), []).append(shape)
+    return LayerLinears(index, prefix, tuple(map(tuple, groups.values())))
+
+
+def _refuse_shared_weights(model: nn.Module, layers: Sequence[LayerLinears]) -> None:
+    """Refuse Linears that are two names of one weight: each would be stored in a way of its own.
+
+    Raises:
+        ArchitectureError: names two.
+    """
+    owners: dict[int, str] = {}
+    for linear in (linear for layer in layers for linear in layer.linears):
+        owner = owners.setdefault(id(model.get_submodule(linear.name).weight), linear.name)
+        if owner != linear.name:
+            raise ArchitectureError(f"{owner} and {linear.name} share one weight")
+
+
+def _refuse_other_weights(prefix: str, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
+    """Refuse a layer most of whose weights are not those of Linears.
+
+    Raises:
+        ArchitectureError: names the largest other tensor and the module that has it.
+    """
+    in_linears = {f"{name}.{leaf}" for name, each in linears.items() for leaf, _ in each.named_parameters()}
+    others = {name: each for name, each in layer.named_parameters() if name not in in_linears}
+    total = sum(math.prod(each.shape) for each in others.values())
+    if total > sum(math.prod(linear.weight.shape) for linear in linears.values()):
+        name = max(others, key=lambda each: math.prod(others[each].shape))
+        owner = type(layer.get_submodule(name.rpartition(".")[0])).__name__
+        raise ArchitectureError(f"{prefix}.{name} is a weight of {owner}, which is no Linear")
+
+
+class _AnswersNo(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers a model that asks for a value, of which there are none, with zero or False.
+
+    Models ask whether sequences are padded or packed, or longer than the original context.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return False if args[0].dtype == torch.bool else 0
+        return func(*args, **(kwargs or {}))

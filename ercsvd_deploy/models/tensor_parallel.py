@@ -1,0 +1,53 @@
+"""Which side of a Linear tensor parallelism cuts, by what the Linear is called.
+
+A plan is made where vLLM need not be installed, so it goes by the names that transformers' decoders share.
+Serving asks vLLM's own layer; tests compare the two for every family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The Linears that end an attention or an MLP: their inputs lie on several ranks, their outputs are summed.
+_ENDS_OF_ATTENTION = frozenset({"o_proj", "out_proj", "dense", "wo", "c_proj"})
+_ENDS_OF_MLP = frozenset({"down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out", "c_proj", "linear_2"})
+_KEY_VALUES = frozenset({"k_proj", "v_proj"})
+# Several projections that transformers keep as one Linear.
+_FUSED_ATTENTION = frozenset({"qkv_proj", "query_key_value"})
+_FUSED_GATE = frozenset({"gate_up_proj"})
+
+
+@dataclass(frozen=True)
+class OutputBlock:
+    """Outputs of a Linear that are cut by themselves: each rank gets its share of every block."""
+
+    size: int
+    is_key_value: bool = False  # repeated, not cut, where there are fewer key-value heads than ranks
+
+
+def cuts_inputs(name: str) -> bool:
+    """Whether tensor parallelism cuts a Linear along its inputs (vLLM: row-parallel)."""
+    return _leaf(name) in _ENDS_OF_ATTENTION | _ENDS_OF_MLP
+
+
+def holds_key_values(name: str) -> bool:
+    """Whether a Linear's outputs are keys or values, and nothing else."""
+    return _leaf(name) in _KEY_VALUES
+
+
+def output_blocks(
+    name: str, out_features: int, num_heads: int, num_key_value_heads: int
+) -> tuple[OutputBlock, ...]:
+    """Return the blocks of outputs of a decoder's column-parallel Linear, in vLLM's order."""
+    leaf = _leaf(name)
+    if leaf in _FUSED_ATTENTION:
+        head_size = out_features // (num_heads + 2 * num_key_value_heads)
+        key_values = OutputBlock(num_key_value_heads * head_size, is_key_value=True)
+        return (OutputBlock(num_heads * head_size), key_values, key_values)
+    if leaf in _FUSED_GATE:
+        return (OutputBlock(out_features // 2), OutputBlock(out_features // 2))
+    return (OutputBlock(out_features, is_key_value=leaf in _KEY_VALUES),)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

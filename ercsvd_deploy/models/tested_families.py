@@ -1,0 +1,35 @@
+"""Which families have been compressed and served with vLLM by the tests, and with what result.
+
+`tested_families.json` beside this file is written by the tests themselves (`make test-families`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+
+FILE = "tested_families.json"
+SAME = "same"  # how a result begins that is transformers' own
+_VISION = frozenset({"llava", "llava_next"})  # tested by tests of their own
+
+
+def read_results() -> Mapping[str, Mapping[str, str]]:
+    """Return what came of every family: `TYPE` or `TYPE-VARIANT` -> dtype of the export -> a few words."""
+    text = files("ercsvd_deploy.models").joinpath(FILE).read_text(encoding="utf-8")
+    results: Mapping[str, Mapping[str, str]] = json.loads(text)
+    return results
+
+
+def serving_doubts(model_type: str) -> list[str]:
+    """Return a sentence if nobody knows that vLLM serves a family, or it is known that it does not."""
+    if model_type in _VISION:
+        return []
+    results = [found for name, found in read_results().items() if name.partition("-")[0] == model_type]
+    if not results:
+        return [
+            f"no test has served a compressed model of type {model_type} with vLLM: set "
+            "gates.serving_parity, and look at what it finds before you rely on the export"
+        ]
+    verdicts = sorted({verdict for found in results for verdict in found.values()})
+    return [f"models of type {model_type}: {each}" for each in verdicts if not each.startswith(SAME)]

@@ -1,0 +1,113 @@
+"""Every family: a recipe runs, transformers loads what it wrote, and vLLM serves it with the same numbers.
+
+Engines take many seconds to start, so these tests are run by `make test-families` alone, and those of all
+families that are asked for share a process. What they find is in `models/tested_families.json`, from which
+`python -m tests.families.table` makes the README's table; with ERCSVD_UPDATE_FAMILIES=1 they write it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
+from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.models.families import attention_implementation
+from ercsvd_deploy.models.meta import load_config
+from ercsvd_deploy.models.tensor_parallel import cuts_inputs
+from tests.families.served import NO_FLOAT16, STAGES, compress, judge, reference, run_all
+from tests.families.table import RESULTS
+from tests.families.tiny_families import FAMILIES, save_tiny_family
+from tests.tiny_models import materialise
+from tests.vllm.engines import engine
+
+pytestmark = [pytest.mark.families, pytest.mark.slow, pytest.mark.timeout(3600)]
+Exports = Callable[[str], dict[str, Path]]
+Answers = dict[tuple[str, str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    return cache(lambda family: save_tiny_family(tmp_path_factory.mktemp(family) / "model", family))
+
+
+@pytest.fixture(scope="module")
+def exports(originals: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Return family -> what each of `STAGES` makes of it."""
+
+    @cache
+    def of_family(family: str) -> dict[str, Path]:
+        directory = tmp_path_factory.mktemp(f"{family}-exports")
+        return {dtype: compress(originals(family), directory / dtype, dtype) for dtype in STAGES}
+
+    return of_family
+
+
+@pytest.fixture(scope="module")
+def answers(
+    request: pytest.FixtureRequest, exports: Exports, tmp_path_factory: pytest.TempPathFactory
+) -> Answers:
+    """Return (family, dtype of its export) -> what vLLM generated, for the families that were asked for."""
+    families = {item.callspec.params["family"] for item in request.session.items if hasattr(item, "callspec")}
+    asked = [family for family in FAMILIES if family in families]
+    work = tmp_path_factory.mktemp("engines")
+    jobs = {
+        (family, dtype): engine(directory, dtype)
+        for family in asked
+        for dtype, directory in exports(family).items()
+    }
+    found = run_all(jobs, work / "first")
+    in_float32 = {
+        key: engine(exports(key[0])[key[1]], "float32")
+        for key, answer in found.items()
+        if NO_FLOAT16 in answer.get("error", "")
+    }
+    return found | (run_all(in_float32, work / "float32") if in_float32 else {})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_transformers_loads_what_was_written(family: str, exports: Exports, tmp_path: Path) -> None:
+    tokens = torch.randint(3, 250, (2, 40), generator=torch.Generator().manual_seed(1))
+    for dtype, directory in exports(family).items():
+        raw = json.loads((directory / "config.json").read_text())
+        described = CheckpointConfig.read(raw["quantization_config"])
+        storages = [module for module in described.modules.values() if module.is_altered]
+        assert any(module.rank is not None for module in storages)
+        assert (dtype == "float16") == any(module.is_quantized for module in storages)
+        assert dtype == "float32" or any(module.rank is None for module in storages)
+        attention = attention_implementation(load_config(str(directory)))
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation=attention
+        )
+        expected = reference(materialise(directory, tmp_path / dtype))(tokens).logits
+        found = model.eval()(tokens).logits
+        assert float((found - expected).abs().max()) <= 1e-4 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vllm_serves_it_with_the_same_numbers(
+    family: str, originals: Callable[[str], Path], exports: Exports, answers: Answers, tmp_path: Path
+) -> None:
+    verdicts = {}
+    for dtype, directory in exports(family).items():
+        answer = answers[family, dtype]
+        served_in = answer["dtype"]
+        verdict = judge(originals(family), directory, served_in, answer, tmp_path / dtype)
+        verdicts[dtype] = verdict + (f" in {served_in}" if served_in != dtype else "")
+        for name, kind in answer.get("cut", {}).items():
+            assert cuts_inputs(name) == (kind == "RowParallelLinear"), f"{name} is a {kind}"
+    results = json.loads(RESULTS.read_text())
+    if os.environ.get("ERCSVD_UPDATE_FAMILIES"):
+        results[family] = verdicts
+        RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+    assert results.get(family) == verdicts

@@ -1,0 +1,32 @@
+"""Every family, run layer by layer, computes what transformers computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ercsvd_deploy.models.families import attention_implementation
+from ercsvd_deploy.models.meta import load_config, read_architecture
+from ercsvd_deploy.pipelines.inputs.model import open_model, stream
+from ercsvd_deploy.recipe.sections import ModelSource
+from tests.families.tiny_families import FAMILIES, save_tiny_family
+from tests.models.streamed import CPU, streamed_logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    directory = save_tiny_family(tmp_path, family)
+    tokens = torch.randint(3, 250, (3, 40), generator=torch.Generator().manual_seed(1))
+    attention = attention_implementation(load_config(str(directory)))
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation=attention
+    )
+    with torch.no_grad():
+        expected = model.eval()(tokens).logits
+    layerwise = stream(open_model(ModelSource(path=str(directory))), CPU)
+    found = streamed_logits(layerwise, tokens)
+    assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+    assert read_architecture(load_config(str(directory))) == layerwise.architecture

@@ -1,0 +1,21 @@
+"""What the tests of families have found is in the README, and in the plans of models of other types."""
+
+from __future__ import annotations
+
+from ercsvd_deploy.models.tested_families import read_results, serving_doubts
+from tests.families.table import README, with_table
+from tests.families.tiny_families import FAMILIES
+
+
+def test_the_readme_has_the_table_of_what_was_found() -> None:
+    assert README.read_text() == with_table(README.read_text())
+
+
+def test_every_family_has_been_served() -> None:
+    assert sorted(read_results()) == sorted(FAMILIES)
+
+
+def test_doubts_are_told_of_types_that_nobody_has_served() -> None:
+    assert serving_doubts("llama") == serving_doubts("phi3") == serving_doubts("llava") == []
+    [doubt] = serving_doubts("xglm")
+    assert "no test has served a compressed model of type xglm with vLLM" in doubt

@@ -1,0 +1,111 @@
+"""A tiny random model of every family, with what makes its layers differ from each other and from Llama's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from tests.tiny_models import make_tokenizer, randomise
+
+NUM_LAYERS = 4
+WINDOW = 8  # of sliding attention: shorter than the sequences of the tests
+_SLIDING = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
+_SHARED = {
+    "hidden_size": 128,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = {"intermediate_size": 256, "num_key_value_heads": 2}
+_GEMMA = {"head_dim": 32, "sliding_window": WINDOW, "layer_types": _SLIDING, "tie_word_embeddings": True}
+# Family, with the variant where there are several -> (model type, what its config says beside `_SHARED`).
+FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "llama": ("llama", _GROUPED),
+    "mistral": ("mistral", _GROUPED | {"sliding_window": WINDOW}),
+    "qwen2": ("qwen2", _GROUPED),
+    "qwen3": ("qwen3", _GROUPED | {"head_dim": 32}),
+    "opt": ("opt", {"ffn_dim": 256, "word_embed_proj_dim": 128}),
+    "gemma": ("gemma", _GROUPED | {"head_dim": 32, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", _GROUPED | _GEMMA | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
+    "gemma3_text": ("gemma3_text", _GROUPED | _GEMMA | {"query_pre_attn_scalar": 24}),
+    "phi": ("phi", {"intermediate_size": 256, "partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", _GROUPED | {"sliding_window": WINDOW}),
+    "phi3-longrope": (
+        "phi3",
+        _GROUPED
+        | {
+            # vLLM takes the long factors for all sequences if it may meet one that is longer than this
+            "original_max_position_embeddings": 128,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.1] * 16, "long_factor": [2.0] * 16},
+        },
+    ),
+    "olmo": ("olmo", _GROUPED | {"clip_qkv": 2.0}),
+    "olmo2": ("olmo2", _GROUPED),
+    "olmo3": ("olmo3", _GROUPED | {"sliding_window": WINDOW, "layer_types": _SLIDING}),
+    "granite": (
+        "granite",
+        _GROUPED
+        | {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+            "attention_multiplier": 0.1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "cohere": ("cohere", _GROUPED | {"logit_scale": 0.25}),
+    "cohere-qk-norm": ("cohere", _GROUPED | {"logit_scale": 0.25, "use_qk_norm": True}),
+    "cohere2": (
+        "cohere2",
+        # vLLM's window is one token longer than transformers', on purpose: longer here than all sequences
+        _GROUPED | {"logit_scale": 0.25, "sliding_window": 64, "layer_types": _SLIDING},
+    ),
+    "glm": ("glm", _GROUPED | {"head_dim": 32, "attention_bias": True}),
+    "glm4": ("glm4", _GROUPED | {"head_dim": 32}),
+    "smollm3": ("smollm3", _GROUPED | {"no_rope_layers": [1, 0, 1, 0]}),
+    "starcoder2": ("starcoder2", _GROUPED | {"sliding_window": WINDOW}),
+    "falcon": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "falcon-multi-query": ("falcon", {}),
+    "falcon-sequential": ("falcon", {"parallel_attn": False, "multi_query": False, "alibi": True}),
+    "gpt_neox": ("gpt_neox", {"intermediate_size": 256, "rotary_pct": 0.5}),
+    "gpt_neox-sequential": ("gpt_neox", {"intermediate_size": 256, "use_parallel_residual": False}),
+    "stablelm": ("stablelm", _GROUPED | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "ernie4_5": ("ernie4_5", _GROUPED | {"head_dim": 32, "tie_word_embeddings": True}),
+    "exaone4": ("exaone4", _GROUPED | {"sliding_window": WINDOW, "layer_types": _SLIDING}),
+    "seed_oss": ("seed_oss", _GROUPED | {"head_dim": 32}),
+    "ministral": (
+        "ministral",
+        _GROUPED | {"head_dim": 32, "sliding_window": WINDOW, "layer_types": _SLIDING},
+    ),
+    "ministral3": ("ministral3", _GROUPED | {"head_dim": 32}),
+    "nemotron": ("nemotron", _GROUPED | {"head_dim": 32}),
+    "arcee": ("arcee", _GROUPED | {"head_dim": 32}),
+    "apertus": ("apertus", _GROUPED | {"hidden_act": "xielu"}),
+    "helium": ("helium", _GROUPED | {"head_dim": 32}),
+}
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    """Return the config of a family's tiny model."""
+    model_type, differences = FAMILIES[family]
+    return AutoConfig.for_model(model_type, **(_SHARED | dict(differences)))
+
+
+def save_tiny_family(directory: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a random model of a family with tokenizer and generation config; return `directory`."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+    randomise(model, torch.Generator().manual_seed(0))
+    model.to(dtype)
+    model.config.dtype = dtype
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
