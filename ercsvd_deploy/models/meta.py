@@ -56,7 +56,7 @@ def _unknown_type(raw: Mapping[str, Any]) -> str | None:
     text = f"model_type {model_type!r} is not supported: transformers {release} has no such models"
     if raw.get("auto_map"):
         return f"{text}, and this one brings its own code: set model.trust_remote_code to true to run that"
-    near = difflib.get_close_matches(model_type, list(transformers.CONFIG_MAPPING), n=1)
+    near = difflib.get_close_matches(model_type, list(transformers.CONFIG_MAPPING), n=1, cutoff=0.8)
     return text + (f" (did you mean {near[0]}?)" if near else "")
 
 

@@ -41,7 +41,10 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class CorrectionReport:
-    """Losses of integers with a low-rank correction, as they were fitted."""
+    """Losses of integers with a low-rank correction, as they were fitted.
+
+    Those of the whole are weighed by the metric of the outputs, if it was fitted in one.
+    """
 
     rank: Annotated[Count, Field(description="Of the correction.")]
     integers: Annotated[

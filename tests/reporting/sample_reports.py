@@ -179,12 +179,14 @@ _SAMPLE: dict[str, Any] = {
                     "loss_refitted": 0.0005,
                     "loss": 0.002,
                 },
+                "leading_share": 0.4,
                 "correction": None,
             },
             {
                 "name": "model.layers.2.mlp.up_proj",
                 "loss": 0.004,
                 "factors": None,
+                "leading_share": None,
                 "correction": {
                     "rank": 8,
                     "integers": _LOSSES,

@@ -9,7 +9,7 @@ import torch
 from ercsvd_deploy.format.packing import QuantizedWeight, pack, unpack
 from ercsvd_deploy.format.schema import FACTOR_A, FACTOR_B, GUARD, GUARD_SHAPE, WEIGHT, Storage
 from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings
-from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLayer, QuantizedLinear, QuantizedMatrix
+from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLayer, QuantizedMatrix
 from ercsvd_deploy.quantization.correction import CorrectedWeight, CorrectionTask
 from ercsvd_deploy.quantization.gptq import RoundingMethod
 from ercsvd_deploy.recipe.quantize import Quantize
@@ -52,7 +52,7 @@ def store_corrected(
     method: RoundingMethod,
     result: QuantizedLayer,
 ) -> None:
-    """Add a Linear's tensors, its matrices and its losses to what became of a layer.
+    """Add a Linear's tensors and matrices to what became of a layer.
 
     Args:
         name: Of the Linear.
@@ -84,7 +84,6 @@ def store_corrected(
             result.tensors.update({f"{where}.{leaf}": tensor for leaf, tensor in leaves.items()})
         else:
             result.tensors[f"{where}.{WEIGHT}"] = values
-    result.linears.append(QuantizedLinear(name, report.loss, None, correction=report))
 
 
 def read_corrected(

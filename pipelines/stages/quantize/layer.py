@@ -155,7 +155,9 @@ class LayerQuantizer:
         ]
         fitted = quantize_corrected(tasks, gram, held_out=held_out, method=self.settings.method)
         for (linear, storage, matrix), dtype, corrected in zip(linears, dtypes, fitted, strict=True):
+            loss = proxy_loss(matrix.weight.data, corrected.dequantize(), gram)
             _give(matrix, corrected.dequantize())
+            result.linears.append(QuantizedLinear(linear.name, loss, None, correction=corrected.report))
             store_corrected(linear.name, storage, corrected, dtype, self.settings.method, result)
 
     def _metric(self, layer: LayerLinears, linear: LinearShape) -> torch.Tensor | None:
