@@ -17,5 +17,7 @@ def test_every_family_has_been_served() -> None:
 
 def test_doubts_are_told_of_types_that_nobody_has_served() -> None:
     assert serving_doubts("llama") == serving_doubts("phi3") == serving_doubts("llava") == []
+    [doubt] = serving_doubts("apertus")
+    assert "models of type apertus: vLLM does not run the original" in doubt
     [doubt] = serving_doubts("xglm")
     assert "no test has served a compressed model of type xglm with vLLM" in doubt

@@ -28,11 +28,6 @@ _GROUPED = {"intermediate_size": 256, "num_key_value_heads": 2}
 _GEMMA = {"head_dim": 32, "sliding_window": WINDOW, "layer_types": _SLIDING, "tie_word_embeddings": True}
 # Family, with the variant where there are several -> (model type, what its config says beside `_SHARED`).
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "llama": ("llama", _GROUPED),
-    "mistral": ("mistral", _GROUPED | {"sliding_window": WINDOW}),
-    "qwen2": ("qwen2", _GROUPED),
-    "qwen3": ("qwen3", _GROUPED | {"head_dim": 32}),
-    "opt": ("opt", {"ffn_dim": 256, "word_embed_proj_dim": 128}),
     "gemma": ("gemma", _GROUPED | {"head_dim": 32, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", _GROUPED | _GEMMA | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
     "gemma3_text": ("gemma3_text", _GROUPED | _GEMMA | {"query_pre_attn_scalar": 24}),
@@ -42,8 +37,9 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "phi3",
         _GROUPED
         | {
-            # vLLM takes the long factors for all sequences if it may meet one that is longer than this
-            "original_max_position_embeddings": 128,
+            # vLLM takes the long factors for all sequences if it may meet one that is longer than this;
+            # transformers goes by the length of each
+            "original_max_position_embeddings": 64,
             "rope_scaling": {"type": "longrope", "short_factor": [1.1] * 16, "long_factor": [2.0] * 16},
         },
     ),
@@ -65,8 +61,8 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "cohere-qk-norm": ("cohere", _GROUPED | {"logit_scale": 0.25, "use_qk_norm": True}),
     "cohere2": (
         "cohere2",
-        # vLLM's window is one token longer than transformers', on purpose: longer here than all sequences
-        _GROUPED | {"logit_scale": 0.25, "sliding_window": 64, "layer_types": _SLIDING},
+        # vLLM's window is one token longer than transformers', on purpose
+        _GROUPED | {"logit_scale": 0.25, "sliding_window": WINDOW, "layer_types": _SLIDING},
     ),
     "glm": ("glm", _GROUPED | {"head_dim": 32, "attention_bias": True}),
     "glm4": ("glm4", _GROUPED | {"head_dim": 32}),
