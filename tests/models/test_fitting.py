@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from ercsvd_deploy.format.tensor_store import CheckpointError
+from ercsvd_deploy.format.weight_files import open_directory
+from ercsvd_deploy.models.families import module_tensor
+from ercsvd_deploy.models.fitting import fit_store
+from ercsvd_deploy.models.meta import build_meta_model
+from tests.families.tiny_families import FAMILIES as ALL_FAMILIES
+from tests.families.tiny_families import tiny_config
 from tests.models.streamed import streamed, streamed_logits
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, WEIGHTS_FILE, save_tiny_model
 
@@ -53,6 +61,27 @@ def test_renamed_models_compute_the_same(rename: Callable[[str], str], family: s
     assert torch.equal(streamed_logits(model, TOKENS), expected)
 
 
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_family_is_found_under_other_names(family: str, tmp_path: Path) -> None:
+    config = tiny_config(family)
+    model = build_meta_model(config)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / WEIGHTS_FILE)
+
+    def fitted(rename: Callable[[str], str]) -> tuple[Tensors, tuple[str, ...]]:
+        save_file({rename(name): tensor for name, tensor in stored.items()}, tmp_path / WEIGHTS_FILE)
+        store, surplus = fit_store(model, open_directory(tmp_path), partial(module_tensor, config))
+        return store.read(store.names()), surplus
+
+    expected, _ = fitted(str)
+    base = f"{model.base_model_prefix}."
+    for rename in (lambda name: f"module._orig_mod.{name}", lambda name: name.removeprefix(base)):
+        tensors, surplus = fitted(rename)
+        assert surplus == ()
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+
+
 def test_unknown_names_are_shown(tmp_path: Path) -> None:
     directory = save_tiny_model(tmp_path, "llama")
     rewritten(directory, lambda tensors: {f"a.{n}.b{i % 2}": t for i, (n, t) in enumerate(tensors.items())})
@@ -69,8 +98,6 @@ def test_another_output_layer_of_a_tied_model_is_refused(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="set tie_word_embeddings to false"):
         streamed(directory)
     untied = streamed_logits(streamed(with_config(directory, tie_word_embeddings=False)), TOKENS)
-    from transformers import AutoModelForCausalLM
-
     reference = AutoModelForCausalLM.from_pretrained(directory)
     assert torch.allclose(untied, reference(TOKENS).logits, atol=1e-4)
 
