@@ -25,9 +25,9 @@ from ercsvd_deploy.format.atomic_files import (
     write_atomically,
     write_json_atomically,
 )
+from ercsvd_deploy.pipelines.state.shared import FINGERPRINT_FILE
 
 logger = logging.getLogger(__name__)
-FINGERPRINT_FILE = "fingerprint.json"
 OUTCOME = "outcome"  # the last piece of a stage
 _MOST_NAMED = 3
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ercsvd_deploy.pipelines.state.cache import FINGERPRINT_FILE
+FINGERPRINT_FILE = "fingerprint.json"
 
 
 def shared_stages(directory: Path) -> list[Path]:
