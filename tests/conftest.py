@@ -85,11 +85,26 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def write_recipe(tmp_path: Path, llama: Path) -> RecipeWriter:
     """Return a writer of recipes for `llama`: stages and sections -> recipe file."""
+    return _recipe_writer(tmp_path, llama)
+
+
+@pytest.fixture(scope="session")
+def finished_export(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    """Return an export of `llama` with all layers factorized, to be copied before it is changed."""
+    from ercsvd_deploy.pipelines.flow import run_recipe
+    from ercsvd_deploy.recipe.load import load_recipe
+
+    stage = {"factorize": _FACTORIZE | {"method": "erc_svd", "num_compressed_layers": "all"}}
+    write = _recipe_writer(tmp_path_factory.mktemp("finished"), llama)
+    return run_recipe(load_recipe(write(stage)))[1]
+
+
+def _recipe_writer(directory: Path, model: Path) -> RecipeWriter:
     import yaml
 
     def write(*stages: dict[str, Any], **sections: Any) -> Path:
         recipe = {
-            "model": {"path": str(llama)},
+            "model": {"path": str(model)},
             "calibration": {
                 "dataset": {"text": str(_TEXT / "calibration.txt")},
                 "num_samples": 12,
@@ -97,9 +112,9 @@ def write_recipe(tmp_path: Path, llama: Path) -> RecipeWriter:
             },
             "stages": list(stages) or [{"factorize": _FACTORIZE | {"method": "erc_svd"}}],
             "evaluation": {"perplexity": {"held_out": str(_TEXT / "in_domain.txt")}, "max_sequences": 4},
-            "export": {"path": str(tmp_path / "out")},
+            "export": {"path": str(directory / "out")},
         }
-        path = tmp_path / "recipe.yaml"
+        path = directory / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe | sections))
         return path
 
