@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ercsvd_deploy.format.weight_files import is_followed
+
 # Of file names in lower case.
 _LICENCES = ("*licen[cs]e*", "copying*")
 _NOTICES = ("notice*", "use_policy*", "copyright*")
@@ -47,7 +49,11 @@ def sidecars(directory: Path) -> dict[str, Path]:
     Returns:
         Path within the export, in POSIX form -> file.
     """
-    files = {path.name: path for path in sorted(directory.iterdir()) if _is_named(path, _FILES)}
+    files = {
+        path.name: path
+        for path in sorted(directory.iterdir())
+        if _is_named(path, _FILES) and is_followed(path, directory)
+    }
     for folder in (_TEMPLATES, *_module_folders(directory)):
         files |= dict(_files_below(directory / folder, directory))
     return files
@@ -56,7 +62,11 @@ def sidecars(directory: Path) -> dict[str, Path]:
 def licences(directory: Path, *, with_notices: bool = False) -> list[str]:
     """Return the names of a model's licence files, and of what goes with them if asked for."""
     patterns = (*_LICENCES, *_NOTICES) if with_notices else _LICENCES
-    return [path.name for path in sorted(directory.iterdir()) if _is_named(path, patterns)]
+    return [
+        path.name
+        for path in sorted(directory.iterdir())
+        if _is_named(path, patterns) and is_followed(path, directory)
+    ]
 
 
 def _is_named(path: Path, patterns: tuple[str, ...]) -> bool:
@@ -88,5 +98,5 @@ def _files_below(folder: Path, directory: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
             yield from _files_below(path, directory)
-        elif path.is_file() and not _is_weights(path.name):
+        elif path.is_file() and not _is_weights(path.name) and is_followed(path, directory):
             yield path.relative_to(directory).as_posix(), path

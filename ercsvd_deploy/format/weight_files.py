@@ -185,6 +185,18 @@ def _checked(directory: Path, file_name: str, named_by: Path) -> Path:
     return path
 
 
+def is_followed(path: Path, directory: Path) -> bool:
+    """Whether a file of a model may be read: no link, or one within the model, or one to a file of its name.
+
+    An unpacked archive can hold a link by any name to any file of this machine; a user's own link to the same
+    file of another model has that file's name.
+    """
+    if not path.is_symlink():
+        return True
+    folders = _folders_of(directory)
+    return not folders.isdisjoint(path.resolve().parents) or path.name in _names_on_the_way(path)
+
+
 def _folders_of(directory: Path) -> frozenset[Path]:
     """Return the resolved folders in which a model's files lie: its own, and the hub cache's `blobs`."""
     resolved = directory.resolve()

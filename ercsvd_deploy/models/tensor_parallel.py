@@ -13,7 +13,8 @@ _ENDS_OF_ATTENTION = frozenset({"o_proj", "out_proj", "dense", "wo", "c_proj"})
 _ENDS_OF_MLP = frozenset({"down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out", "c_proj", "linear_2"})
 _KEY_VALUES = frozenset({"k_proj", "v_proj"})
 # Several projections that transformers keep as one Linear.
-_FUSED_ATTENTION = frozenset({"qkv_proj", "query_key_value"})
+_FUSED_ATTENTION = frozenset({"qkv_proj", "query_key_value", "Wqkv", "wqkv"})
+_SORTED_WHEN_LOADED = frozenset({"query_key_value"})  # files have the heads' queries, keys and values mixed
 _FUSED_GATE = frozenset({"gate_up_proj"})
 
 
@@ -33,6 +34,11 @@ def cuts_inputs(name: str) -> bool:
 def holds_key_values(name: str) -> bool:
     """Whether a Linear's outputs are keys or values, and nothing else."""
     return _leaf(name) in _KEY_VALUES
+
+
+def is_sorted_when_loaded(name: str) -> bool:
+    """Whether vLLM puts a Linear's outputs into another order than files have."""
+    return _leaf(name) in _SORTED_WHEN_LOADED
 
 
 def output_blocks(

@@ -26,6 +26,7 @@ from ercsvd_deploy.format.schema import (
     values_in_whole_words,
 )
 from ercsvd_deploy.models.architecture import Architecture
+from ercsvd_deploy.models.tensor_parallel import is_sorted_when_loaded
 
 BLOCK = 32
 GROUP_SIZES = (-1, 32, 64, 128)
@@ -140,6 +141,11 @@ def _uncuttable_pivots(
     """Return a line if some rank would hold another number of pivots than the others."""
     if description.pivot_blocks is None or architecture.is_row_parallel(name):
         return []
+    if is_sorted_when_loaded(name):
+        return [
+            f"{name}: vLLM sorts its rows into queries, keys and values when it loads them, which it cannot "
+            "do with pivots; layout low_rank can"
+        ]
     for size in tensor_parallel_sizes:
         parts = architecture.num_output_shards(name, size)
         if size > 1 and len(architecture.output_blocks(name, description.shape[0])) > 1:

@@ -23,6 +23,7 @@ import ercsvd_deploy
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically
 from ercsvd_deploy.format.sidecars import sidecars
+from ercsvd_deploy.format.tensor_store import INDEX_FILE
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
@@ -140,7 +141,7 @@ def short_digest(fingerprint: Mapping[str, Any]) -> str:
 
 
 def model_files(directory: Path, hashes_file: Path) -> dict[str, str]:
-    """Return file name -> SHA-256 of a model's config and weights.
+    """Return file name -> SHA-256 of a model's config, weights, their index, and code of its own.
 
     Args:
         directory: The model's.
@@ -149,7 +150,9 @@ def model_files(directory: Path, hashes_file: Path) -> dict[str, str]:
     remembered = read_json(hashes_file)
     known = remembered if isinstance(remembered, dict) else {}
     hashes: dict[str, dict[str, Any]] = {}
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+    patterns = ("*.safetensors", INDEX_FILE, "*.py")
+    files = [file for pattern in patterns for file in directory.glob(pattern)]
+    for path in sorted([directory / "config.json", *files]):
         status = path.stat()
         identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         entry = known.get(str(path))

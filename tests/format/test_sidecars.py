@@ -132,6 +132,27 @@ def test_modules_cannot_reach_outside(tmp_path: Path, content: str) -> None:
     assert sidecars(model).keys() == {"modules.json"}
 
 
+def test_links_are_followed_to_files_of_their_name_alone(tmp_path: Path) -> None:
+    other, model = tmp_path / "other", tmp_path / "model"
+    for folder in (other, model / "1_Pooling"):
+        folder.mkdir(parents=True)
+    for name in ("key", "tokenizer.json", "config.json"):
+        (other / name).write_text("{}")
+    (model / "modules.json").write_text('[{"path": "1_Pooling"}]')
+    (model / "LICENSE").symlink_to(other / "key")
+    (model / "1_Pooling" / "secrets.json").symlink_to(other / "key")
+    (model / "1_Pooling" / "config.json").symlink_to(other / "config.json")
+    (model / "tokenizer.json").symlink_to(other / "tokenizer.json")
+    (model / "generation_config.json").symlink_to(model / "modules.json")
+    assert sidecars(model).keys() == {
+        "modules.json",
+        "tokenizer.json",
+        "generation_config.json",
+        "1_Pooling/config.json",
+    }
+    assert licences(model) == []
+
+
 def test_folders_that_are_named_like_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").mkdir()
     (tmp_path / "LICENSE").mkdir()

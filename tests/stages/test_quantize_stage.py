@@ -263,3 +263,13 @@ def test_inputs_that_one_direction_rules_are_named(write_recipe: RecipeWriter, l
     ruled = {name for name, share in shares.items() if (share or 0) > 0.5}
     named = [table for table in report.tables if table.title == "Inputs that one direction rules"]
     assert {row[0] for table in named for row in table.rows} == ruled
+
+
+def test_groups_that_fit_other_ranks_are_another_result(write_recipe: RecipeWriter) -> None:
+    """Groups are made to fit tensor parallel sizes: an export for other sizes is made again."""
+    settings = []
+    for sizes in ([1], [1, 2]):
+        planned = make_plan(load_recipe(write_recipe(quantize(), serving={"tensor_parallel_sizes": sizes})))
+        settings += [stage.settings() for stage in planned.stages if stage.name == "quantize"]
+    assert settings[0] != settings[1]
+    assert settings[0]["bits"] == settings[1]["bits"] == 4

@@ -191,9 +191,13 @@ def test_whatever_ends_it_the_same_command_goes_on(way: str, sweep_file: Path, t
     assert set(done.values()) == {1}
     pieces = Counter(re.findall(r"(\S+: \S+) is done$", log, re.MULTILINE))
     assert set(pieces.values()) == {1}
-    if way != "kill -9":  # which can leave a worker a moment in which it finishes a piece and tells nobody
-        assert set(done) == set(NAMES)
-        assert len([piece for piece in pieces if re.fullmatch(r"factorize\S*: outcome", piece)]) == 2
+    # Killed with -9, a sweep can leave its worker a moment in which it finishes a piece and tells nobody.
+    untold = ended if way == "kill -9" else 0
+    assert set(done) <= set(NAMES)
+    assert len(done) >= len(NAMES) - untold
+    factorized = [piece for piece in pieces if re.fullmatch(r"factorize\S*: outcome", piece)]
+    assert 2 - untold <= len(factorized) <= 2
+    assert done
 
 
 def wait_for_more(process: subprocess.Popen[str], log: Path, pieces: int) -> None:

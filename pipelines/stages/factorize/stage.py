@@ -13,8 +13,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from ercsvd_deploy.budget.ranks import RankPlan
+from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.models.architecture import Architecture
-from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.contract import (
+    Candidate,
+    Needs,
+    PlanError,
+    PlanningContext,
+    Stage,
+    Table,
+)
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.needs import factorize_needs
 from ercsvd_deploy.pipelines.stages.factorize.outcome import (
@@ -67,7 +75,11 @@ class FactorizeStage(Stage):
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage with the ranks of every candidate; None if the recipe does not factorize."""
+        """Return the stage with the ranks of every candidate; None if the recipe does not factorize.
+
+        Raises:
+            PlanError: factors that stay as they are could not be loaded at some tensor parallel size.
+        """
         recipe, architecture = context.recipe, context.architecture
         if recipe.factorize is None:
             return None
@@ -82,7 +94,7 @@ class FactorizeStage(Stage):
                 "serving": recipe.serving.model_dump(mode="json"),
             }
         is_controlled = recipe.factorize.allocation == "error_controlled"
-        return cls(
+        stage = cls(
             recipe.factorize,
             recipe.quantize,
             architecture,
@@ -90,6 +102,16 @@ class FactorizeStage(Stage):
             plan_allocation(recipe, architecture, context.element) if is_controlled else None,
             further,
         )
+        if recipe.quantize is None:  # whose stage judges shapes as they are in the end
+            stage._check_shapes(recipe.serving.tensor_parallel_sizes)
+        return stage
+
+    def _check_shapes(self, tensor_parallel_sizes: Sequence[int]) -> None:
+        for candidate in self.store([Candidate()]):
+            problems = find_unservable(candidate.modules, self.architecture, tensor_parallel_sizes)
+            if problems:
+                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+                raise PlanError(f"cannot be served: {problems[0]}{more}")
 
     @property
     def title(self) -> str:

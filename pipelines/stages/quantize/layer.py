@@ -111,10 +111,11 @@ class LayerQuantizer:
                     with _naming(each.linear):
                         parts = self._finish(each, first, report, gram, held_out, result)
                     result.tensors.update(_tensors(each, parts))
-            share = leading_share(gram)
-            result.linears[num_before:] = [
-                replace(each, leading_share=share) for each in result.linears[num_before:]
-            ]
+            if len(result.linears) > num_before:
+                share = leading_share(gram)
+                result.linears[num_before:] = [
+                    replace(each, leading_share=share) for each in result.linears[num_before:]
+                ]
         return result
 
     def load(self, layer: LayerLinears, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -153,6 +154,9 @@ class LayerQuantizer:
             )
             for (linear, storage, matrix), dtype in zip(linears, dtypes, strict=True)
         ]
+        for (linear, _, _), task in zip(linears, tasks, strict=True):
+            with _naming(linear):  # in the fit, which is of all together, nobody could tell whose error it is
+                put_on_grid(task.weight, task.settings, task.scale_dtype)
         fitted = quantize_corrected(tasks, gram, held_out=held_out, method=self.settings.method)
         for (linear, storage, matrix), dtype, corrected in zip(linears, dtypes, fitted, strict=True):
             loss = proxy_loss(matrix.weight.data, corrected.dequantize(), gram)

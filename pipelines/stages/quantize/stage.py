@@ -77,8 +77,9 @@ class QuantizeStage(Stage):
         return f"{self.quantize.method}, {self.quantize.bits} bits{corrected}"
 
     def settings(self) -> Any:
-        """Return the recipe's stage."""
-        return self.quantize.model_dump(mode="json")
+        """Return the recipe's stage, and what groups are made to fit."""
+        fitted = self.storing.fitted_to
+        return self.quantize.model_dump(mode="json") | {"fitted_to": None if fitted is None else list(fitted)}
 
     def store(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Give every decoder Linear its integers.
