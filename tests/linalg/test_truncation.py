@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ercsvd_deploy.linalg.decomposition import Method, decompose
 from ercsvd_deploy.linalg.errors import calibration_error, weight_error
-from ercsvd_deploy.linalg.truncation import Factors, truncate
+from ercsvd_deploy.linalg.truncation import Factors, approximate, truncate
 from tests.linalg.references import (
     METHODS,
     SHAPES,
@@ -133,3 +133,38 @@ def test_the_randomized_residual_is_close_repeatable_and_leaves_the_global_gener
     assert torch.equal(approximate.product(), again.product())
     assert not torch.equal(approximate.product(), exact.product())  # or the exact path was taken
     assert weight_error(weight, approximate) == pytest.approx(weight_error(weight, exact), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind", ["ordinary", "zero", "rank-deficient", "dead inputs", "no inputs", "dead outputs", "huge"]
+)
+def test_pairs_by_iteration_come_as_near_as_exact_ones_also_to_odd_matrices(kind: str) -> None:
+    """As large matrices are treated: against the decomposition, by the loss of both; finite in any case."""
+    matrix = random_weight(64, 96).float()
+    inputs = random_inputs(96, 300, seed=3, condition=1e3)
+    outputs = random_inputs(64, 200, seed=4, condition=1e2)
+    if kind == "zero":
+        matrix.zero_()
+    elif kind == "rank-deficient":
+        matrix = matrix[:, :5] @ random_weight(5, 96).float()
+    elif kind == "dead inputs":
+        inputs[::3] = 0
+    elif kind == "no inputs":
+        inputs.zero_()
+    elif kind == "dead outputs":
+        outputs[::2] = 0
+    elif kind == "huge":
+        matrix, inputs = matrix * 1e6, inputs * 1e6
+    gram = (inputs @ inputs.T).float()
+    for metric in (None, (outputs @ outputs.T).float()):
+
+        def loss(factors: Factors, metric: torch.Tensor | None = metric) -> float:
+            error = (matrix - factors.product()).double()
+            weighed = error if metric is None else metric.double() @ error
+            return float((error * (weighed @ gram.double())).sum())
+
+        exact = approximate(matrix, 8, gram, output_metric=metric, exact=True)
+        found = approximate(matrix, 8, gram, output_metric=metric, exact=False)
+        assert bool(torch.isfinite(found.product()).all())
+        everything = loss(Factors(torch.zeros(8, 96), torch.zeros(64, 8)))
+        assert loss(found) <= 1.02 * loss(exact) + 1e-6 * everything
