@@ -60,7 +60,12 @@ def sidecars(directory: Path) -> dict[str, Path]:
 
 
 def licences(directory: Path, *, with_notices: bool = False) -> list[str]:
-    """Return the names of a model's licence files, and of what goes with them if asked for."""
+    """Return the names of a model's licence files, and of what goes with them if asked for.
+
+    A directory that is not there has none.
+    """
+    if not directory.is_dir():
+        return []
     patterns = (*_LICENCES, *_NOTICES) if with_notices else _LICENCES
     return [
         path.name
