@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything imports transformers or datasets: these are read at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -80,6 +81,14 @@ def materialised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], P
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a random llama of four layers."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama", num_layers=4)
+
+
+@pytest.fixture
+def heeded_interrupts() -> Iterator[None]:
+    """Let what a test starts heed SIGINT, which processes in a shell's background inherit as ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

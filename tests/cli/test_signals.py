@@ -15,6 +15,8 @@ import pytest
 
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 
+pytestmark = pytest.mark.usefixtures("heeded_interrupts")
+
 # A command that does one thing that takes long and that Python cannot interrupt, like a decomposition.
 # That it has begun is told from beside it: just before, a signal would still be heeded.
 UNINTERRUPTIBLE = """
@@ -35,14 +37,6 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
-
-
-@pytest.fixture(autouse=True)
-def _heeded_interrupts() -> Iterator[None]:
-    """Let what is started here heed SIGINT, which a shell's background ignores."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from tests.recipe_runs import RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import hashes
 from tests.sweeping.sweep_files import RATIO, written
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("heeded_interrupts")]
 STAGES = (factorize(rank_multiple=32), {"quantize": {"bits": 4, "group_size": 32}})
 GATES = {"perplexity_increase": 100.0, "built_in_text": False}
 NAMES = ["plain GPTQ-4", "plain GPTQ-8", "compression_ratio 0.2", "compression_ratio 0.3"]
@@ -153,7 +153,7 @@ def test_whatever_ends_it_the_same_command_goes_on(way: str, sweep_file: Path, t
     for attempt in range(INTERRUPTIONS):
         process = start("sweep", sweep_file, "--jobs", 1, "-v", "--keep-work", "--log-file", tmp_path / "log")
         wait_for_more(process, tmp_path / "log", 2 + 2 * attempt)
-        workers = children(process.pid)
+        workers = wait_for_workers(process)
         if process.poll() is None and workers:
             end(process, workers)
             ended += 1
@@ -198,6 +198,15 @@ def test_whatever_ends_it_the_same_command_goes_on(way: str, sweep_file: Path, t
     factorized = [piece for piece in pieces if re.fullmatch(r"factorize\S*: outcome", piece)]
     assert 2 - untold <= len(factorized) <= 2
     assert done
+
+
+def wait_for_workers(process: subprocess.Popen[str]) -> list[int]:
+    """Return a sweep's workers; between two points there is none for a moment."""
+    while process.poll() is None:
+        if workers := children(process.pid):
+            return workers
+        time.sleep(0.02)
+    return []
 
 
 def wait_for_more(process: subprocess.Popen[str], log: Path, pieces: int) -> None:
