@@ -43,7 +43,7 @@ def load_processor(path: str, *, revision: str | None = None, trust_remote_code:
         processor = AutoProcessor.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:
         raise CalibrationError(f"{path}: its processor cannot be loaded: {_reason(error)}") from error
     # Without a processor class transformers returns whatever part it finds, such as the tokenizer alone.
     for part, files in (("image_processor", _PROCESSOR_FILES), ("tokenizer", ("tokenizer.json",))):

@@ -52,7 +52,10 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        tokenizer("a")  # some damage shows at the first text only
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises Exception itself, and its panics are none
         reason = str(error).strip().splitlines()
         raise CalibrationError(
             f"{path}: its tokenizer cannot be loaded: {reason[0] if reason else type(error).__name__}"

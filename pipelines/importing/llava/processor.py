@@ -81,7 +81,7 @@ def open_tokenizer(directory: Path, original: OriginalLlava) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, config=original.text_config, trust_remote_code=False
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:
         reason = str(error).strip().splitlines()
         raise LlavaImportError(
             f"{directory}: its tokenizer cannot be loaded: {reason[0] if reason else type(error).__name__}"
