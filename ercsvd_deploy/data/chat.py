@@ -14,7 +14,7 @@ import torch
 from ercsvd_deploy.data.images import DamagedImageError
 from ercsvd_deploy.data.records import Turn
 from ercsvd_deploy.data.samples import Sample
-from ercsvd_deploy.data.texts import CalibrationError
+from ercsvd_deploy.data.texts import CalibrationError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,7 +44,7 @@ def load_processor(path: str, *, revision: str | None = None, trust_remote_code:
             path, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:
-        raise CalibrationError(f"{path}: its processor cannot be loaded: {_reason(error)}") from error
+        raise CalibrationError(f"{path}: its processor cannot be loaded: {first_line(error)}") from error
     # Without a processor class transformers returns whatever part it finds, such as the tokenizer alone.
     for part, files in (("image_processor", _PROCESSOR_FILES), ("tokenizer", ("tokenizer.json",))):
         if getattr(processor, part, None) is None:
@@ -119,7 +119,7 @@ def render(processor: Any, turns: Sequence[Turn], where: str, *, for_generation:
     try:
         text = processor.apply_chat_template(messages, add_generation_prompt=for_generation)
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CalibrationError(f"{where}: the chat template refuses it: {_reason(error)}") from error
+        raise CalibrationError(f"{where}: the chat template refuses it: {first_line(error)}") from error
     assert isinstance(text, str)
     num_images, num_tokens = sum(turn.num_images for turn in turns), text.count(processor.image_token)
     if num_tokens != num_images:
@@ -148,7 +148,7 @@ def encode_with_images(processor: Any, text: str, images: Sequence[Image], where
     except (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
         raise DamagedImageError(
-            f"{where}: the processor does not take its pictures ({sizes} pixels): {_reason(error)}"
+            f"{where}: the processor does not take its pictures ({sizes} pixels): {first_line(error)}"
         ) from error
     return Sample(
         encoded["input_ids"][0],
@@ -228,8 +228,3 @@ def _continuation(tokenizer: Any, prompt: str, text: str) -> list[int]:
         # A token crosses the border: the text is tokenized as a new one. The line break keeps tokenizers from
         # putting a space in front of the first word, as many do at the beginning of a text.
     return encode(text)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

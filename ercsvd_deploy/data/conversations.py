@@ -18,7 +18,7 @@ from ercsvd_deploy.data.images import (
     printable,
 )
 from ercsvd_deploy.data.records import PLACEHOLDER, Conversation, Turn, describe, encodable, read_record
-from ercsvd_deploy.data.texts import CalibrationError
+from ercsvd_deploy.data.texts import CalibrationError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -151,10 +151,7 @@ def read_hub_conversations(
             TypeError,
             datasets.exceptions.DatasetsError,
         ) as error:
-            reason = str(error).strip().splitlines()
-            raise CalibrationError(
-                f"hub {name}: cannot be read ({reason[0] if reason else type(error).__name__})"
-            ) from error
+            raise CalibrationError(f"hub {name}: cannot be read ({first_line(error)})") from error
 
     def image_of(value: object, where: str) -> ImageSource:
         from PIL.Image import Image

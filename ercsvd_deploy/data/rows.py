@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from ercsvd_deploy.data.texts import CalibrationError
+from ercsvd_deploy.data.texts import CalibrationError, first_line
 from ercsvd_deploy.format.data_files import DATA_FILES
 
 _ROWS_AT_ONCE = 256  # of a parquet file
@@ -106,7 +106,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
                         number += 1
                         yield f"{file}: row {number}", row
         except (OSError, ArrowException) as error:
-            raise CalibrationError(f"{file}: cannot be read as parquet ({_first_line(error)})") from error
+            raise CalibrationError(f"{file}: cannot be read as parquet ({first_line(error)})") from error
 
 
 def saved_rows(path: Path, split: str | None) -> Iterator[Row]:
@@ -127,7 +127,7 @@ def saved_rows(path: Path, split: str | None) -> Iterator[Row]:
         loaded = load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
-            f"{path}: no folder that `save_to_disk` of datasets wrote ({_first_line(error)})"
+            f"{path}: no folder that `save_to_disk` of datasets wrote ({first_line(error)})"
         ) from error
     if isinstance(loaded, DatasetDict):
         name = split or (next(iter(loaded)) if len(loaded) == 1 else "train")
@@ -158,8 +158,3 @@ def hub_rows(name: str, *, config: str | None, split: str, revision: str | None)
             yield f"{name}: row {number}", row
     except (OSError, ValueError) as error:
         raise CalibrationError(f"dataset {name} of the hub: {error}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -40,6 +40,12 @@ class Tokenizer(Protocol):
         ...
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or what kind of error it is."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
     """Return the tokenizer of a hub id or directory.
 
@@ -56,10 +62,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the tokenizers library raises Exception itself, and its panics are none
-        reason = str(error).strip().splitlines()
-        raise CalibrationError(
-            f"{path}: its tokenizer cannot be loaded: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise CalibrationError(f"{path}: its tokenizer cannot be loaded: {first_line(error)}") from error
     return tokenizer
 
 
@@ -81,10 +84,7 @@ def render_conversation(messages: list[dict[str, Any]], tokenizer: Tokenizer) ->
         if len(messages) > 1 and messages[0]["role"] == "system" and messages[1]["role"] == "user":
             content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
             return render_conversation([{**messages[1], "content": content}, *messages[2:]], tokenizer)
-        reason = str(error).strip().splitlines()
-        raise CalibrationError(
-            f"the model's chat template refuses it: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise CalibrationError(f"the model's chat template refuses it: {first_line(error)}") from error
     return rendered
 
 

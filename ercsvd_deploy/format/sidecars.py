@@ -49,11 +49,7 @@ def sidecars(directory: Path) -> dict[str, Path]:
     Returns:
         Path within the export, in POSIX form -> file.
     """
-    files = {
-        path.name: path
-        for path in sorted(directory.iterdir())
-        if _is_named(path, _FILES) and is_followed(path, directory)
-    }
+    files = {path.name: path for path in _named(directory, _FILES)}
     for folder in (_TEMPLATES, *_module_folders(directory)):
         files |= dict(_files_below(directory / folder, directory))
     return files
@@ -67,17 +63,16 @@ def licences(directory: Path, *, with_notices: bool = False) -> list[str]:
     if not directory.is_dir():
         return []
     patterns = (*_LICENCES, *_NOTICES) if with_notices else _LICENCES
-    return [
-        path.name
-        for path in sorted(directory.iterdir())
-        if _is_named(path, patterns) and is_followed(path, directory)
-    ]
+    return [path.name for path in _named(directory, patterns)]
 
 
-def _is_named(path: Path, patterns: tuple[str, ...]) -> bool:
-    """Whether a file of the directory itself, and no weights, has a name of one of these patterns."""
-    is_named = any(fnmatchcase(path.name.lower(), pattern) for pattern in patterns)
-    return is_named and not _is_weights(path.name) and path.suffix != ".safetensors" and path.is_file()
+def _named(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the files of the directory itself, no weights, that have a name of one of these patterns."""
+    for path in sorted(directory.iterdir()):
+        is_named = any(fnmatchcase(path.name.lower(), pattern) for pattern in patterns)
+        is_weights = _is_weights(path.name) or path.suffix == ".safetensors"
+        if is_named and not is_weights and path.is_file() and is_followed(path, directory):
+            yield path
 
 
 def _is_weights(name: str) -> bool:

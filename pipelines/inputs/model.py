@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ercsvd_deploy.data.texts import first_line
 from ercsvd_deploy.format.store_views import CastingStore
 from ercsvd_deploy.format.tensor_store import TensorStore, enumerate_names
 from ercsvd_deploy.format.weight_files import open_directory, outside_links
@@ -127,10 +128,9 @@ def fetch(
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()
         raise ArchitectureError(
             f"{named_by} {name!r} is neither a directory here nor a model that can be fetched from "
-            f"the hub: {reason[0] if reason else type(error).__name__}"
+            f"the hub: {first_line(error)}"
         ) from error
 
 

@@ -13,11 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
+from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.schema import CheckpointConfig, WeightQuantization
 from ercsvd_deploy.models.families import describe
 from ercsvd_deploy.models.meta import build_meta_model, load_config
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
+from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizationError, _naming
 from ercsvd_deploy.pipelines.stages.quantize.serving_notes import serving_warnings
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     QuantizePlanError,
@@ -273,3 +275,9 @@ def test_groups_that_fit_other_ranks_are_another_result(write_recipe: RecipeWrit
         settings += [stage.settings() for stage in planned.stages if stage.name == "quantize"]
     assert settings[0] != settings[1]
     assert settings[0]["bits"] == settings[1]["bits"] == 4
+
+
+def test_of_linears_that_share_inputs_the_one_at_fault_is_named() -> None:
+    group, own = LinearShape("q_proj", 0, 8, 8), LinearShape("v_proj", 0, 8, 8)
+    with pytest.raises(QuantizationError, match=r"^v_proj: too large$"), _naming(group), _naming(own):
+        raise ValueError("too large")

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ercsvd_deploy.data.texts import first_line
 from ercsvd_deploy.format.atomic_files import write_json_atomically
 from ercsvd_deploy.pipelines.importing.llava.config import Conversation, LlavaImportError, OriginalLlava
 from ercsvd_deploy.pipelines.importing.llava.tower import VisionTower
@@ -82,10 +83,7 @@ def open_tokenizer(directory: Path, original: OriginalLlava) -> Any:
             directory, config=original.text_config, trust_remote_code=False
         )
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise LlavaImportError(
-            f"{directory}: its tokenizer cannot be loaded: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise LlavaImportError(f"{directory}: its tokenizer cannot be loaded: {first_line(error)}") from error
     num_rows = original.text_config.vocab_size
     if len(tokenizer) > num_rows:
         raise LlavaImportError(

@@ -254,6 +254,8 @@ def _naming(linear: LinearShape) -> Iterator[None]:
     """Tell which Linear cannot be quantized."""
     try:
         yield
+    except QuantizationError:  # which names it already
+        raise
     except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise QuantizationError(f"{linear.name}: {error}") from error
 
