@@ -11,11 +11,10 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.reporting.description import (
     describe_gates,
     describe_treatment,
@@ -24,7 +23,6 @@ from ercsvd_deploy.pipelines.reporting.description import (
     serve_commands,
     tensor_parallel_sizes,
 )
-from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.reporting.numbers import encodable, number, percent
 from ercsvd_deploy.pipelines.reporting.rows import (
     INTERVALS,
@@ -35,8 +33,12 @@ from ercsvd_deploy.pipelines.reporting.rows import (
     size_rows,
 )
 from ercsvd_deploy.pipelines.reporting.tables import failure_text, failure_title, report_tables
-from ercsvd_deploy.pipelines.stages.contract import Table
 from ercsvd_deploy.pipelines.stages.export import PAGE_FILE
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.judging.gates import GateResult
+    from ercsvd_deploy.pipelines.reporting.document import Report
+    from ercsvd_deploy.pipelines.stages.contract import Table
 
 __all__ = ["PAGE_FILE", "PAGE_NEEDS", "can_make_page", "make_page"]
 

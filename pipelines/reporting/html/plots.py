@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import cycle
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
-from ercsvd_deploy.pipelines.reporting.document import Reference, Report
 from ercsvd_deploy.pipelines.reporting.html.drawing import (
     LINE,
     PAPER,
@@ -28,15 +27,15 @@ from ercsvd_deploy.pipelines.reporting.html.drawing import (
     whole_numbers,
 )
 from ercsvd_deploy.pipelines.reporting.numbers import readable_bytes
-from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
-from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
-from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
-from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome
-from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedMatrix
-from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
 
 if TYPE_CHECKING:  # matplotlib belongs to an extra
     from matplotlib.axes import Axes
+
+    from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
+    from ercsvd_deploy.pipelines.reporting.document import Reference, Report
+    from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
+    from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
+    from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedMatrix, QuantizeOutcome
 
 _MANY_LAYERS = 12  # beyond that, cells are too small for numbers
 _LONGEST_NAME = 26
@@ -171,7 +170,7 @@ def _errors_by_layer(report: Report) -> Plot | None:
 
 
 def _search(report: Report) -> Plot | None:
-    factorized: Factorized | None = report.stages.get(FactorizeStage.name)
+    factorized: Factorized | None = report.stages.get("factorize")
     if factorized is None:
         return None
     chosen = factorized.num_compressed_layers
@@ -202,7 +201,7 @@ def _search(report: Report) -> Plot | None:
 
 
 def _ranks(report: Report) -> Plot | None:
-    factorized: Factorized | None = report.stages.get(FactorizeStage.name)
+    factorized: Factorized | None = report.stages.get("factorize")
     if factorized is None:
         return None
     cells = _by_layer_and_kind(factorized.linears)
@@ -244,7 +243,7 @@ def _ranks(report: Report) -> Plot | None:
 
 
 def _quantization_losses(report: Report) -> Plot | None:
-    quantized: QuantizeOutcome | None = report.stages.get(QuantizeStage.name)
+    quantized: QuantizeOutcome | None = report.stages.get("quantize")
     if quantized is None:
         return None
     layers: dict[int, list[QuantizedMatrix]] = defaultdict(list)
@@ -278,7 +277,7 @@ def _quantization_losses(report: Report) -> Plot | None:
 
 
 def _spectra(report: Report) -> Plot | None:
-    factorized: Factorized | None = report.stages.get(FactorizeStage.name)
+    factorized: Factorized | None = report.stages.get("factorize")
     if factorized is None:
         return None
     kinds: dict[str, list[FactorizedLinear]] = defaultdict(list)
@@ -290,7 +289,12 @@ def _spectra(report: Report) -> Plot | None:
     values = [value for linears in kinds.values() for one in linears for _, value in one.spectrum]
     lowest = max(_SMALLEST_SHOWN, 0.8 * min(_positive(values), default=0.0))
     pictures = tuple(
-        picture(_spectrum_drawing(linears, lowest), f"Singular values of {kind}", SMALL, _short(kind))
+        _spectrum_picture(
+            kind,
+            tuple(tuple((at, value) for at, value in linear.spectrum) for linear in linears),
+            tuple(linear.rank for linear in linears if linear.rank),
+            lowest,
+        )
         for kind, linears in kinds.items()
     )
     caption = (
@@ -300,16 +304,18 @@ def _spectra(report: Report) -> Plot | None:
     return Plot("Spectra", caption, pictures)
 
 
-def _spectrum_drawing(linears: Sequence[FactorizedLinear], lowest: float) -> Callable[[Axes], None]:
-    """Return the drawing of one kind of Linear; all kinds have the same heights."""
+@lru_cache(maxsize=64)  # a run writes its page twice: with the export, and once that is measured
+def _spectrum_picture(
+    kind: str, spectra: tuple[tuple[tuple[int, float], ...], ...], ranks: tuple[int, ...], lowest: float
+) -> str:
+    """Draw the spectra of one kind of Linear, the earliest layer first; all kinds have the same heights."""
 
     def draw(axes: Axes) -> None:
-        for place, linear in enumerate(linears):
-            known = [(at, value) for at, value in linear.spectrum if _finite(value) is not None and value > 0]
+        for place, spectrum in enumerate(spectra):
+            known = [(at, value) for at, value in spectrum if _finite(value) is not None and value > 0]
             if known:
-                depth = (place + 1) / len(linears)
+                depth = (place + 1) / len(spectra)
                 axes.plot(*zip(*known, strict=True), color=SERIES[0], alpha=0.2 + 0.8 * depth, linewidth=0.9)
-        ranks = [linear.rank for linear in linears if linear.rank]
         if ranks:
             axes.axvline(median(ranks), color=SERIES[1], linewidth=1, linestyle=(0, (3, 2)))
         axes.set_ylim(lowest, 1.15)
@@ -317,7 +323,7 @@ def _spectrum_drawing(linears: Sequence[FactorizedLinear], lowest: float) -> Cal
         logarithmic(axes, "y")
         axes.tick_params(labelsize=8)
 
-    return draw
+    return picture(draw, f"Singular values of {kind}", SMALL, _short(kind))
 
 
 def _by_layer_and_kind(linears: Iterable[FactorizedLinear]) -> dict[tuple[int, str], FactorizedLinear]:
