@@ -198,7 +198,7 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
     check_inputs(recipe, opened, target)
     for stage in plan.stages:
         stage.check_here()
-    short = check_resources(plan)
+    short = check_resources(plan.estimate, target)
     try:
         data = load_run_data(recipe, opened)
     except CalibrationError:

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.format.schema import LowRankLayout
+if TYPE_CHECKING:
+    from ercsvd_deploy.budget.ranks import LinearShape
+    from ercsvd_deploy.format.schema import LowRankLayout
 
 LARGEST_STEP = 128
 SMALLEST_GROUP = 32  # that integer kernels have

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ercsvd_deploy.data.rows import Row
 from ercsvd_deploy.data.texts import CalibrationError
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.data.rows import Row
 
 TEXT_FIELD = "text"
 _CONVERSATION_FIELDS = ("messages", "conversations", "conversation")

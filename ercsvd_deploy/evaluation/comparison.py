@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field
@@ -24,7 +24,9 @@ from ercsvd_deploy.evaluation.exact_match import ExactMatch, judge_questions
 from ercsvd_deploy.evaluation.perplexity import Loss, judge_text
 from ercsvd_deploy.evaluation.quality import Quality
 from ercsvd_deploy.format.described import Measured
-from ercsvd_deploy.models.streaming import LayerwiseModel
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.streaming import LayerwiseModel
 
 MOST_POSITIONS = 8192  # of a text, at which the outputs of layers before the last are compared
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from ercsvd_deploy.data.samples import Batch, QuestionSample
-from ercsvd_deploy.models.streaming import LayerwiseModel
+if TYPE_CHECKING:
+    from ercsvd_deploy.data.samples import Batch, QuestionSample
+    from ercsvd_deploy.models.streaming import LayerwiseModel
 
 
 @dataclass(frozen=True)

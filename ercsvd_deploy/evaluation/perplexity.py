@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
-from ercsvd_deploy.data.samples import Batch
-from ercsvd_deploy.models.streaming import LayerwiseModel
+if TYPE_CHECKING:
+    from ercsvd_deploy.data.samples import Batch
+    from ercsvd_deploy.models.streaming import LayerwiseModel
 
 _LARGEST_EXPONENT = 700  # beyond it exp leaves the range of a float
 

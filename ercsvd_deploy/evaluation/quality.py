@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from ercsvd_deploy.data.samples import Batch, QuestionSample, text_samples
 from ercsvd_deploy.evaluation.exact_match import ExactMatch, judge_questions
 from ercsvd_deploy.evaluation.perplexity import Perplexity, judge_text
-from ercsvd_deploy.models.streaming import LayerwiseModel
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.streaming import LayerwiseModel
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
-from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import (
     CheckpointError,
     TensorInfo,
@@ -16,6 +16,9 @@ from ercsvd_deploy.format.tensor_store import (
     enumerate_names,
     torch_dtype,
 )
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.schema import Storage
 
 # Precisions whose tensors are numbers by themselves; 8-bit floats mean nothing without their scales.
 _PLAIN_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.linalg.truncation import Factors
+if TYPE_CHECKING:
+    from ercsvd_deploy.linalg.truncation import Factors
 
 
 def weight_error(weight: Tensor, factors: Factors) -> float:

@@ -22,11 +22,13 @@ outputs is a block of both matrices, and a wrong order is detected when it is lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.linalg.truncation import Factors
+if TYPE_CHECKING:
+    from ercsvd_deploy.linalg.truncation import Factors
 
 # Pivots far from dependent give single digits. Where h is rounded to 8 bits of mantissa, a thousand times
 # that error is no approximation any more.

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ercsvd_deploy.format.described import Measured
-from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.quantization.gptq_loop import HessianFactor, factor_hessian, round_together
 from ercsvd_deploy.quantization.grid import (
     GriddedWeight,
@@ -31,6 +30,9 @@ from ercsvd_deploy.quantization.grid import (
 )
 from ercsvd_deploy.quantization.held_out import DAMPINGS, DEFAULT_DAMPING, HeldOutGrams, choose_damping
 from ercsvd_deploy.quantization.losses import LossOf
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.packing import QuantizedWeight
 
 RoundingMethod = Literal["gptq", "rtn"]
 

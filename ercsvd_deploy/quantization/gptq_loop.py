@@ -18,12 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.quantization.grid import Grid, GriddedWeight, stack_grids
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.packing import QuantizedWeight
 
 __all__ = ["HessianFactor", "factor_hessian", "round_columns", "round_together"]
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_together
-from ercsvd_deploy.quantization.grid import GriddedWeight
 from ercsvd_deploy.quantization.losses import LossOf
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.quantization.grid import GriddedWeight
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3)
 DEFAULT_DAMPING = 0.1  # where nothing is held out

@@ -10,11 +10,11 @@ C: the turn that a pair of factors needs first has no counterpart here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.linalg.pivoting import PivotedFactors
 from ercsvd_deploy.quantization.gptq import (
     MatrixReport,
@@ -32,6 +32,9 @@ from ercsvd_deploy.quantization.grid import (
 from ercsvd_deploy.quantization.held_out import HeldOutGrams, transform_gram
 from ercsvd_deploy.quantization.losses import LossOf
 from ercsvd_deploy.quantization.pairs import FactorsReport, QuantizedFactors
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.packing import QuantizedWeight
 
 # Share of the mean energy of the pivot outputs. On the embedded model (docs/decisions/0008) the loss after
 # quantization is smallest about here, and half as large again without damping.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ercsvd_deploy.format.schema import (
     FACTOR_A,
@@ -25,8 +26,10 @@ from ercsvd_deploy.format.schema import (
     WeightQuantization,
     values_in_whole_words,
 )
-from ercsvd_deploy.models.architecture import Architecture
 from ercsvd_deploy.models.tensor_parallel import is_sorted_when_loaded
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.architecture import Architecture
 
 BLOCK = 32
 GROUP_SIZES = (-1, 32, 64, 128)

@@ -17,15 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ercsvd_deploy.exporters.vllm.kernels import lowrank_linear as ops  # noqa: F401 - defines torch.ops.ercsvd
-from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
 from ercsvd_deploy.exporters.vllm.layer_plan import PlannedMatrix, Projection, plan_second, plan_stacks
 from ercsvd_deploy.exporters.vllm.loading import OrderPlacement, Placement, ProjectionLoader
 from ercsvd_deploy.exporters.vllm.matrices import Matrix, PackedMatrix, PlainMatrix
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
 
 
 @dataclass(frozen=True)

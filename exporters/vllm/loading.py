@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ercsvd_deploy.exporters.vllm.layer_plan import Projection
 from ercsvd_deploy.exporters.vllm.matrices import Matrix
 from ercsvd_deploy.format.integer_words import pack_rows, unpack_rows
 from ercsvd_deploy.format.schema import (
@@ -33,6 +33,9 @@ from ercsvd_deploy.format.schema import (
     WEIGHT_ZERO_POINT,
 )
 from ercsvd_deploy.linalg.pivoting import row_order_problem
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.exporters.vllm.layer_plan import Projection
 
 # vLLM's names of the projections in a fused layer: numbers, except for query, key and value
 _ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}

@@ -8,7 +8,7 @@ to multiply from then on (vLLM repacks it, or has no kernel for its integers), `
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
     current_platform,
     kernel_config,
 )
-from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
 from ercsvd_deploy.format.integer_words import dequantize, pack_rows, unpack_rows
 from ercsvd_deploy.format.schema import (
     WEIGHT,
@@ -32,6 +31,9 @@ from ercsvd_deploy.format.schema import (
     WeightQuantization,
     values_in_whole_words,
 )
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
 
 _TRIED_ROWS = 256  # of a kernel's first product are compared with the stored integers
 _TOLERANCE = 0.05  # of their norm: kernels that round activations to 8 bits are off by about a hundredth

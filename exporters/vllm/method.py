@@ -9,7 +9,7 @@ own layout (see `checkpoint_schema`): dense, low-rank, pivoted or corrected, pla
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +20,6 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
     envs,
     register_weight_loader_v2_supported_method,
 )
-from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
 from ercsvd_deploy.exporters.vllm.layer import StackedLinear
 from ercsvd_deploy.exporters.vllm.layer_plan import Projection, keep_of_fused, keep_of_rank
 from ercsvd_deploy.exporters.vllm.loading import (
@@ -30,6 +29,9 @@ from ercsvd_deploy.exporters.vllm.loading import (
     shard_index,
 )
 from ercsvd_deploy.format.schema import GUARD, GUARD_SHAPE, CheckpointFormatError, Storage
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
 
 _STACKED = "ercsvd"  # the child module of the layer that holds its matrices
 

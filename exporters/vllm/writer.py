@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.exporters.vllm.replacement import replace_export
 from ercsvd_deploy.exporters.vllm.target import CONFIG_FILE, check_target, check_unchanged
@@ -22,8 +22,10 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.format.shards import write_sharded
 from ercsvd_deploy.format.sidecars import sidecars
 from ercsvd_deploy.format.store_views import RenamedStore
-from ercsvd_deploy.format.tensor_store import TensorStore
-from ercsvd_deploy.models.architecture import Architecture
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.tensor_store import TensorStore
+    from ercsvd_deploy.models.architecture import Architecture
 
 
 @dataclass(frozen=True)

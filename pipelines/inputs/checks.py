@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,7 +11,9 @@ from ercsvd_deploy.exporters.vllm.target import check_target
 from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, stream
 from ercsvd_deploy.pipelines.inputs.texts import check_length
-from ercsvd_deploy.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.recipe.sections import Recipe
 
 
 def check_inputs(recipe: Recipe, opened: OpenedModel, target: Path | None) -> None:

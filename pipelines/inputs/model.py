@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,11 +15,13 @@ from ercsvd_deploy.format.tensor_store import TensorStore, enumerate_names
 from ercsvd_deploy.format.weight_files import open_directory, outside_links
 from ercsvd_deploy.models.architecture import ArchitectureError
 from ercsvd_deploy.models.meta import load_config
-from ercsvd_deploy.models.statistics import TokenWeight
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.libraries import import_transformers
 from ercsvd_deploy.pipelines.inputs.refusals import refuse_unsuitable
 from ercsvd_deploy.recipe.sections import ModelSource
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.statistics import TokenWeight
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 MODEL_FILES = (

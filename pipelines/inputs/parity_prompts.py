@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ercsvd_deploy.data.pictures import PicturePrompt
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.exporters.vllm.engines.process import ServedPrompt
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.data.pictures import PicturePrompt
 
 NUM_DECODED = 16  # tokens that vLLM generates behind each prompt
 NUM_PICTURE_PROMPTS = 8

@@ -9,14 +9,16 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.format.weight_files import explain_no_weights, has_weights, open_directory
 from ercsvd_deploy.models.architecture import ArchitectureError
 from ercsvd_deploy.pipelines.importing.llava.config import is_original
-from ercsvd_deploy.recipe.sections import ModelSource
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.recipe.sections import ModelSource
 
 # How the classes of models that generate text end, in transformers and in vLLM.
 _GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from ercsvd_deploy.evaluation.comparison import Comparison
-from ercsvd_deploy.evaluation.quality import Quality
 from ercsvd_deploy.pipelines.judging.measurements import Differences, QualityEstimates
 from ercsvd_deploy.pipelines.judging.tasks import TaskMetrics, drop_of
 from ercsvd_deploy.pipelines.judging.uncertainty import (
@@ -15,6 +14,10 @@ from ercsvd_deploy.pipelines.judging.uncertainty import (
     share_drop,
     share_of,
 )
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.evaluation.comparison import Comparison
+    from ercsvd_deploy.evaluation.quality import Quality
 
 _QUESTIONS = "questions"
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ercsvd_deploy.data.chat import check_processor
 from ercsvd_deploy.data.pictures import load_processor
 from ercsvd_deploy.data.rows import read_text
-from ercsvd_deploy.data.samples import QuestionSample
 from ercsvd_deploy.data.texts import CalibrationError, load_tokenizer, token_windows
 from ercsvd_deploy.evaluation.quality import Quality, measure_quality
 from ercsvd_deploy.models.families import reads_images
@@ -29,6 +28,9 @@ from ercsvd_deploy.pipelines.judging.tasks import (
 )
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
 from ercsvd_deploy.recipe.sections import ConversationFile, ModelSource, VisualQuestions
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.data.samples import QuestionSample
 
 
 def evaluate_model(

@@ -10,19 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import Field
 
-from ercsvd_deploy.evaluation.comparison import OutputChange
 from ercsvd_deploy.exporters.vllm.engines.failure import one_line
 from ercsvd_deploy.format.described import Count
-from ercsvd_deploy.pipelines.judging.measurements import Differences, ModelFigures
-from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
 from ercsvd_deploy.pipelines.judging.tasks import find_metric
 from ercsvd_deploy.pipelines.judging.uncertainty import LEVEL, Estimate, deciding_count
 from ercsvd_deploy.recipe.fields import parse_size
-from ercsvd_deploy.recipe.gates import Gates
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.evaluation.comparison import OutputChange
+    from ercsvd_deploy.pipelines.judging.measurements import Differences, ModelFigures
+    from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
+    from ercsvd_deploy.recipe.gates import Gates
 
 Verdict = Literal["passed", "missed", "undecided"]
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.models.architecture import Architecture, LayerLinears
 from ercsvd_deploy.pipelines.planning.components import Component, describe_components
-from ercsvd_deploy.pipelines.stages.contract import Candidate
 from ercsvd_deploy.pipelines.stages.sizes import (
     bytes_on_rank,
     linear_bits_per_weight,
     planned_bytes,
     sum_by_part,
 )
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.schema import Storage
+    from ercsvd_deploy.models.architecture import Architecture, LayerLinears
+    from ercsvd_deploy.pipelines.stages.contract import Candidate
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from ercsvd_deploy.format.described import Count
-from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.architecture import LANGUAGE_PART, Architecture, component_of
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.schema import Storage
 
 LEFT_ALONE = "left alone"
 

@@ -15,11 +15,10 @@ import torch
 from ercsvd_deploy.exporters.vllm.target import ExportError, check_target
 from ercsvd_deploy.pipelines.planning.machine import Machine, look_around
 from ercsvd_deploy.pipelines.planning.needs import PlannedStage, StageNeeds, add_up_needs
-from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.lock import work_path
 
-if TYPE_CHECKING:  # a plan holds an estimate; only its type is needed here
-    from ercsvd_deploy.pipelines.planning.plan import Plan
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.stages.workload import Workload
 
 _CERTAINLY = 0.75  # of an estimate: measured ones are within 25 %
 
@@ -113,20 +112,21 @@ def on_machine(needs: Estimate, machine: Machine) -> Estimate:
     return replace(needs, machine=machine, least_seconds=seconds)
 
 
-def check_resources(plan: Plan) -> list[str]:
+def check_resources(needs: Estimate, output: Path | None) -> list[str]:
     """Return a warning for every resource that this machine seems to lack for a planned run.
+
+    Args:
+        needs: What the run needs.
+        output: Where it writes; None: nowhere.
 
     Raises:
         TooLittleDiskError: the disk surely does not suffice: not even for 75 % of what is to be written.
     """
-    needs = plan.estimate
     free = needs.machine.disk_bytes
-    if free is not None and plan.output is not None:
-        missing = _CERTAINLY * needs.least_scratch_bytes - _already_written(Path(plan.output)) - free
+    if free is not None and output is not None:
+        missing = _CERTAINLY * needs.least_scratch_bytes - _already_written(output) - free
         if missing > 0:
-            raise TooLittleDiskError(
-                f"{_disk_problem(needs, Path(plan.output))}; nothing has been computed yet"
-            )
+            raise TooLittleDiskError(f"{_disk_problem(needs, output)}; nothing has been computed yet")
     return [f"{needs.machine.name} may not suffice: {shortage}" for shortage in needs.shortages]
 
 

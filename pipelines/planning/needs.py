@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Stage
-from ercsvd_deploy.pipelines.stages.workload import Workload
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.stages.workload import Workload
 
 _MIB = 2**20
 # Resident memory of a run that has imported its libraries and computed something small, without and with a

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,10 +23,13 @@ from ercsvd_deploy.pipelines.planning.measured_workload import measure_workload
 from ercsvd_deploy.pipelines.planning.needs import PlannedStage
 from ercsvd_deploy.pipelines.stages import STAGES
 from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
 from ercsvd_deploy.pipelines.stages.quantize.serving_notes import gpu_warnings, serving_warnings
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import PatternMatch, quantize_plan_of
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank
-from ercsvd_deploy.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.recipe.sections import Recipe
 
 
 @dataclass(frozen=True)

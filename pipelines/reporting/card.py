@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -31,11 +31,11 @@ from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.reporting.numbers import encodable
 from ercsvd_deploy.pipelines.reporting.rows import Row, gate_rows, quality_rows, size_rows
 from ercsvd_deploy.pipelines.reporting.tables import report_tables
-from ercsvd_deploy.pipelines.stages.contract import Table
 from ercsvd_deploy.pipelines.stages.export import ORIGINAL_CARD_FILE
-from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
-from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome
-from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.stages.contract import Table
+    from ercsvd_deploy.pipelines.stages.quantize.results import QuantizeOutcome
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _CARRIED_OVER = (*_LICENSE_KEYS, "language")  # of the original card's front matter
@@ -90,9 +90,9 @@ def fenced(text: str, language: str = "") -> str:
 
 def _front_matter(report: Report, directory: Path) -> str:
     tags = ["ercsvd", "vllm", "compressed"]
-    if FactorizeStage.name in report.stages:
+    if "factorize" in report.stages:
         tags += ["low-rank", "svd"]
-    quantized: QuantizeOutcome | None = report.stages.get(QuantizeStage.name)
+    quantized: QuantizeOutcome | None = report.stages.get("quantize")
     if quantized is not None:
         tags += ["gptq"] if rounding_method(report) == "GPTQ" else ["rtn"]
         tags += sorted({f"int{matrix.bits}" for matrix in quantized.matrices})

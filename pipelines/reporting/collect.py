@@ -7,24 +7,18 @@ import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ercsvd_deploy import __version__
 from ercsvd_deploy.evaluation.comparison import Comparison
-from ercsvd_deploy.evaluation.quality import Quality
-from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.architecture import LANGUAGE_PART, component_of
-from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.judging.differences import differences, quality_estimates, values_of
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
-from ercsvd_deploy.pipelines.judging.tasks import TaskMetrics
 from ercsvd_deploy.pipelines.planning.components import describe_components
-from ercsvd_deploy.pipelines.planning.plan import Plan
 from ercsvd_deploy.pipelines.reporting.document import Report
-from ercsvd_deploy.pipelines.stages.cached import RunState
 from ercsvd_deploy.pipelines.stages.measured_export import MeasuredExport
 from ercsvd_deploy.pipelines.stages.sizes import (
     linear_bits_per_weight,
@@ -32,9 +26,17 @@ from ercsvd_deploy.pipelines.stages.sizes import (
     stored_bytes,
     sum_by_part,
 )
-from ercsvd_deploy.pipelines.stages.stage_run import CompressedModel
 from ercsvd_deploy.recipe.load import canonical
-from ercsvd_deploy.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.evaluation.quality import Quality
+    from ercsvd_deploy.format.schema import Storage
+    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.pipelines.judging.tasks import TaskMetrics
+    from ercsvd_deploy.pipelines.planning.plan import Plan
+    from ercsvd_deploy.pipelines.stages.cached import RunState
+    from ercsvd_deploy.pipelines.stages.stage_run import CompressedModel
+    from ercsvd_deploy.recipe.sections import Recipe
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors")
 

@@ -7,17 +7,16 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.installation import install_command
-from ercsvd_deploy.pipelines.judging.gates import GateResult
-from ercsvd_deploy.pipelines.reporting.document import Report
-from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
-from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
-from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome
-from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
-from ercsvd_deploy.pipelines.stages.recover.stage import RecoverQuantizedStage, RecoverStage
-from ercsvd_deploy.pipelines.stages.recover.training import RecoverOutcome
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.judging.gates import GateResult
+    from ercsvd_deploy.pipelines.reporting.document import Report
+    from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
+    from ercsvd_deploy.pipelines.stages.quantize.results import QuantizeOutcome
+    from ercsvd_deploy.pipelines.stages.recover.results import RecoverOutcome
 
 _METHODS = {"svd": "SVD", "asvd": "ASVD", "svd_llm": "SVD-LLM", "erc_svd": "ERC-SVD"}
 _HUB_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")
@@ -55,10 +54,10 @@ def describe_treatment(report: Report) -> str:
 
 
 def _factorization(report: Report) -> Iterator[str]:
-    factorized: Factorized | None = report.stages.get(FactorizeStage.name)
+    factorized: Factorized | None = report.stages.get("factorize")
     if factorized is None:
         return
-    settings = _stage(report.recipe, FactorizeStage.name)
+    settings = _stage(report.recipe, "factorize")
     before, after = report.original.linear_parameters, report.compressed.linear_parameters
     method = _METHODS.get(str(settings.get("method")), str(settings.get("method", "Factorization")))
     removed = f"{100 * (1 - after / before):.1f} %" if before else "some"
@@ -75,7 +74,7 @@ def _place(compressed: int, layers: int | None) -> str:
 
 
 def _quantization(report: Report) -> Iterator[str]:
-    quantized: QuantizeOutcome | None = report.stages.get(QuantizeStage.name)
+    quantized: QuantizeOutcome | None = report.stages.get("quantize")
     if quantized is None or not quantized.matrices:
         return
     widths = sorted({matrix.bits for matrix in quantized.matrices})
@@ -84,7 +83,7 @@ def _quantization(report: Report) -> Iterator[str]:
     sizes = " and ".join("whole rows" if size < 0 else str(size) for size in groups)
     in_groups = f"in groups of {sizes}" if groups != [-1] else "by whole rows"
     verb = f"{rounding_method(report)} stores"
-    what = "what is left of them" if FactorizeStage.name in report.stages else "the decoder Linears"
+    what = "what is left of them" if "factorize" in report.stages else "the decoder Linears"
     yield f"{verb} {what} as {stored}, {in_groups}."
     corrections = [linear.correction for linear in quantized.linears if linear.correction is not None]
     if corrections:
@@ -98,7 +97,7 @@ def rounding_method(report: Report) -> str | None:
 
     The recipe's method counts: within GPTQ, single matrices may be rounded where that loses less.
     """
-    quantized: QuantizeOutcome | None = report.stages.get(QuantizeStage.name)
+    quantized: QuantizeOutcome | None = report.stages.get("quantize")
     if quantized is None or not quantized.matrices:
         return None
     taken = {matrix.method for matrix in quantized.matrices}
@@ -107,10 +106,10 @@ def rounding_method(report: Report) -> str | None:
 
 def _recovery(report: Report) -> Iterator[str]:
     trained = []
-    for stage in (RecoverStage, RecoverQuantizedStage):
-        recovered: RecoverOutcome | None = report.stages.get(stage.name)
+    for stage, parameters in (("recover", "factors"), ("recover_quantized", "scales")):
+        recovered: RecoverOutcome | None = report.stages.get(stage)
         if recovered is not None and any(layer.is_kept for layer in recovered.layers):
-            trained.append(stage.trained)
+            trained.append(parameters)
     if trained:
         yield f"{' and '.join(trained).capitalize()} were trained on the original layers' outputs."
 
@@ -120,7 +119,7 @@ def count_layers(report: Report) -> int | None:
     measured = [len(errors) for errors in report.change.layer_errors.values()]
     if measured:
         return max(measured)
-    factorized: Factorized | None = report.stages.get(FactorizeStage.name)
+    factorized: Factorized | None = report.stages.get("factorize")
     tried = [point.num_compressed_layers for point in factorized.search] if factorized else []
     return max(tried, default=None)
 

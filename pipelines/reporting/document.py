@@ -22,7 +22,6 @@ from ercsvd_deploy.pipelines.judging.measurements import Differences, ModelFigur
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
 from ercsvd_deploy.pipelines.planning.components import Component
 from ercsvd_deploy.pipelines.reporting.json_values import finite
-from ercsvd_deploy.pipelines.stages import STAGES
 from ercsvd_deploy.pipelines.stages.contract import Table
 from ercsvd_deploy.pipelines.stages.export import REPORT_FILE
 
@@ -133,6 +132,8 @@ class Report:
 @cache
 def document_adapter() -> TypeAdapter[Any]:
     """Return reader and schema of a whole report, the results of all stages among its keys."""
+    from ercsvd_deploy.pipelines.stages import STAGES  # which a report that is only written does without
+
     told = [
         (
             stage.name,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, columns_that_agree, without_shape
-from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, LayerPlan
-from ercsvd_deploy.pipelines.planning.plan import Plan
 from ercsvd_deploy.pipelines.reporting.tables import component_table
 from ercsvd_deploy.pipelines.reporting.terminal import rich_table
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import PatternMatch
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, LayerPlan
+    from ercsvd_deploy.pipelines.planning.plan import Plan
+    from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
 
 
 def render(plan: Plan) -> RenderableType:

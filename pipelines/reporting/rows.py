@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.judging.gates import GateResult, Verdict
 from ercsvd_deploy.pipelines.judging.uncertainty import Estimate, negated
-from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.reporting.numbers import (
     difference,
     number,
@@ -20,6 +20,9 @@ from ercsvd_deploy.pipelines.reporting.numbers import (
     signed,
     with_unit,
 )
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.reporting.document import Report
 
 _GATES = {
     "perplexity_increase": "Increase of perplexity",

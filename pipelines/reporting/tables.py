@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from ercsvd_deploy.pipelines.judging.parity.comparison import Difference
-from ercsvd_deploy.pipelines.judging.parity.measure import ServingFailure, ServingParity
-from ercsvd_deploy.pipelines.planning.components import Component
-from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.reporting.numbers import number
 from ercsvd_deploy.pipelines.stages.contract import Table
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.judging.parity.comparison import Difference
+    from ercsvd_deploy.pipelines.judging.parity.measure import ServingFailure, ServingParity
+    from ercsvd_deploy.pipelines.planning.components import Component
+    from ercsvd_deploy.pipelines.reporting.document import Report
 
 
 def report_tables(report: Report) -> list[Table]:

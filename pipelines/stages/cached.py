@@ -9,18 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ercsvd_deploy.pipelines.inputs.run_data import RunData
-from ercsvd_deploy.pipelines.stages.contract import Stage
 from ercsvd_deploy.pipelines.stages.stage_run import CompressedModel, StageRun
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.pipelines.state.fingerprint import short_digest
 from ercsvd_deploy.pipelines.state.lock import exclusive
 from ercsvd_deploy.pipelines.state.memory_errors import exhausted_memory, first_sentence
-from ercsvd_deploy.pipelines.state.progress import ProgressReporter
 from ercsvd_deploy.pipelines.state.shared import lock_of
-from ercsvd_deploy.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.inputs.run_data import RunData
+    from ercsvd_deploy.pipelines.stages.contract import Stage
+    from ercsvd_deploy.pipelines.state.progress import ProgressReporter
+    from ercsvd_deploy.recipe.sections import Recipe
 
 logger = logging.getLogger(__name__)
 

@@ -186,6 +186,8 @@ class Stage(ABC):
     def run(self, run: StageRun) -> Any:
         """Do the work, as far as the stage's folder has it not, and put the result into `run.model`.
 
+        What computes is imported here, not above: planning loads none of it.
+
         Returns:
             The result: a dataclass; with `files` and `modules` if the model is changed.
         """

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ercsvd_deploy.exporters.vllm.writer import Export, write_export
 from ercsvd_deploy.format.compressed_tensors import find_unreadable
@@ -16,8 +16,10 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanError, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import planned_bytes
-from ercsvd_deploy.pipelines.stages.stage_run import StageRun
-from ercsvd_deploy.pipelines.stages.workload import Workload
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.stages.stage_run import StageRun
+    from ercsvd_deploy.pipelines.stages.workload import Workload
 
 REPORT_FILE = "ercsvd_report.json"
 PAGE_FILE = "ercsvd_report.html"

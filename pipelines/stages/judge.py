@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from pydantic import TypeAdapter
@@ -24,9 +24,11 @@ from ercsvd_deploy.evaluation.comparison import (
 from ercsvd_deploy.evaluation.quality import Quality
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
-from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 from ercsvd_deploy.pipelines.state.cache import OUTCOME, FinishedWork
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 
 _COMPARISON = TypeAdapter(Comparison)
 _QUALITY = TypeAdapter(Quality)

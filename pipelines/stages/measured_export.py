@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ercsvd_deploy.pipelines.inputs.parity_prompts import make_prompts
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity, check_serving, measure_parity
@@ -16,9 +16,11 @@ from ercsvd_deploy.pipelines.judging.tasks import (
     run_tasks,
 )
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
-from ercsvd_deploy.pipelines.stages.stage_run import StageRun
-from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.recipe.sections import LmEval
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.stages.stage_run import StageRun
+    from ercsvd_deploy.pipelines.stages.workload import Workload
 
 # Of a vLLM process beside its weights: libraries and workspace, and a small KV cache.
 _ENGINE_BYTES = 2 * 2**30

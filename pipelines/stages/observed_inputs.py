@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ercsvd_deploy.data.samples import Batch, Sample
-from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.statistics import InputStatistics, TokenWeights
-from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.streaming import LayerwiseModel
 
 _SHARE_HELD_OUT = 4  # one sequence in so many
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ercsvd_deploy.exporters.vllm.cutting import local_shape
 from ercsvd_deploy.format.schema import (
@@ -15,7 +16,6 @@ from ercsvd_deploy.format.schema import (
     WEIGHT_ZERO_POINT,
     Storage,
 )
-from ercsvd_deploy.format.tensor_store import TensorStore
 from ercsvd_deploy.models.architecture import (
     LANGUAGE_PART,
     PROJECTOR_PART,
@@ -24,6 +24,9 @@ from ercsvd_deploy.models.architecture import (
     component_of,
     dense_descriptions,
 )
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.tensor_store import TensorStore
 
 _INTEGER_BYTES = {WEIGHT_PACKED: 4, WEIGHT_ZERO_POINT: 4, WEIGHT_SHAPE: 8, ROW_ORDER: 4}
 _SCALE_LEAVES = (WEIGHT_SCALE, WEIGHT_ZERO_POINT, WEIGHT_SHAPE)

@@ -6,11 +6,10 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import CheckpointConfig, Storage
 from ercsvd_deploy.format.store_views import OverlayStore
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
@@ -20,6 +19,9 @@ from ercsvd_deploy.pipelines.inputs.run_data import RunData
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter
 from ercsvd_deploy.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.data.samples import Sample
 
 
 @dataclass

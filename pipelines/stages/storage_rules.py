@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP
 from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization, values_in_whole_words
 from ercsvd_deploy.models.architecture import Architecture
-from ercsvd_deploy.recipe.quantize import Correction
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.recipe.quantize import Correction
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 import ercsvd_deploy
-from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically
 from ercsvd_deploy.format.sidecars import sidecars
 from ercsvd_deploy.format.tensor_store import INDEX_FILE
-from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.inputs.model import OpenedModel
-from ercsvd_deploy.pipelines.inputs.run_data import RunData
 from ercsvd_deploy.pipelines.state.cache import file_digest
 from ercsvd_deploy.pipelines.state.code_version import code_version
 from ercsvd_deploy.pipelines.state.device_identity import device_identity
 from ercsvd_deploy.recipe.load import canonical
-from ercsvd_deploy.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.data.samples import Sample
+    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.pipelines.inputs.model import OpenedModel
+    from ercsvd_deploy.pipelines.inputs.run_data import RunData
+    from ercsvd_deploy.recipe.sections import Recipe
 
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "numpy", "scipy")
 HASHES_FILE = "model-files.json"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.pipelines.sweeping.file import Point, Sweep, sweep_points
 from ercsvd_deploy.recipe.fields import RecipeError
 from ercsvd_deploy.recipe.quantize import Quantize
-from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.stages import QuantizeStage
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.recipe.sections import Recipe
 
 _GROUP_SIZES = (128, 64, 32)
 logger = logging.getLogger(__name__)

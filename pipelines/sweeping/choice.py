@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from ercsvd_deploy.pipelines.sweeping.file import Pick
-from ercsvd_deploy.pipelines.sweeping.results import PointResult
 from ercsvd_deploy.recipe.fields import parse_size
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.sweeping.file import Pick
+    from ercsvd_deploy.pipelines.sweeping.results import PointResult
 
 Item = TypeVar("Item")
 

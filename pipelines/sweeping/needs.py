@@ -6,13 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ercsvd_deploy.pipelines.planning.feasibility import TooLittleDiskError
 from ercsvd_deploy.pipelines.planning.machine import available_memory, free_disk
 from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan
-from ercsvd_deploy.pipelines.sweeping.file import Point
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.sweeping.file import Point
 
 _CERTAINLY = 0.85  # of an estimate: measured ones are within 15 %
 

@@ -11,20 +11,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
 from ercsvd_deploy.format.atomic_files import write_json_atomically
-from ercsvd_deploy.pipelines.flow import prepare_run, start_run
 from ercsvd_deploy.pipelines.inputs.model import find_device
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
-from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, ReportError, load_report
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.pipelines.state.progress import log_lines
 from ercsvd_deploy.pipelines.sweeping.results import DENSE, PointResult
 from ercsvd_deploy.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
 
 STAGES_FOLDER = "stages"
 _RECIPE = TypeAdapter(Recipe)
@@ -60,6 +61,8 @@ def run_point(
         device: Where layers run; None for the default.
     """
     import torch
+
+    from ercsvd_deploy.pipelines.flow import prepare_run, start_run  # in the process of the point
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -13,14 +13,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
 from ercsvd_deploy.format.atomic_files import write_json_atomically
 from ercsvd_deploy.pipelines.flow import RunOptions, run_unless_finished
 from ercsvd_deploy.pipelines.inputs.model import default_device, find_device, open_model
-from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.reporting.json_values import finite
 from ercsvd_deploy.pipelines.state.fingerprint import HASHES_FILE, model_files
 from ercsvd_deploy.pipelines.state.lock import clear, resumable_directory
@@ -38,6 +37,9 @@ from ercsvd_deploy.pipelines.sweeping.pool import run_in_processes
 from ercsvd_deploy.pipelines.sweeping.results import PointResult, SweepResult
 from ercsvd_deploy.recipe.load import canonical
 from ercsvd_deploy.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.reporting.document import Report
 
 _RECIPE = TypeAdapter(Recipe)
 logger = logging.getLogger(__name__)

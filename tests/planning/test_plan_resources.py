@@ -220,15 +220,16 @@ def test_search_may_end_in_smaller_files(write_recipe: RecipeWriter) -> None:
 def test_little_memory_is_a_warning_and_little_disk_an_error(write_recipe: RecipeWriter) -> None:
     plan = planned(write_recipe())
     needs = plan.estimate
-    assert check_resources(on_machine(plan, disk_bytes=needs.scratch_bytes)) == []
-    with pytest.raises(TooLittleDiskError, match="make room"):
-        check_resources(on_machine(plan, disk_bytes=needs.scratch_bytes // 2))
-    # What an unfinished run has written is there already.
     assert plan.output is not None
-    work = work_path(Path(plan.output))
+    output = Path(plan.output)
+    assert check_resources(on_machine(plan, disk_bytes=needs.scratch_bytes).estimate, output) == []
+    with pytest.raises(TooLittleDiskError, match="make room"):
+        check_resources(on_machine(plan, disk_bytes=needs.scratch_bytes // 2).estimate, output)
+    # What an unfinished run has written is there already.
+    work = work_path(output)
     work.mkdir()
     (work / "piece").write_bytes(bytes(needs.scratch_bytes))
-    assert check_resources(on_machine(plan, disk_bytes=needs.scratch_bytes // 2)) == []
+    assert check_resources(on_machine(plan, disk_bytes=needs.scratch_bytes // 2).estimate, output) == []
 
 
 def test_a_small_machine_is_a_warning_unless_strict(
@@ -245,16 +246,13 @@ def test_a_small_machine_is_a_warning_unless_strict(
     assert strict.exit_code == 1
     assert "error: this machine may not suffice: " in strict.stderr
     plan = planned(write_recipe())
+    assert plan.output is not None
+    output = Path(plan.output)
     with pytest.raises(TooLittleDiskError):
-        check_resources(plan)
+        check_resources(plan.estimate, output)
+    small = replace(plan.estimate, machine=Machine(100 * MIB, None, None), shortages=(memory,))
     assert [memory] == [
-        warning.removeprefix("this machine may not suffice: ")
-        for warning in check_resources(
-            replace(
-                plan,
-                estimate=replace(plan.estimate, machine=Machine(100 * MIB, None, None), shortages=(memory,)),
-            )
-        )
+        warning.removeprefix("this machine may not suffice: ") for warning in check_resources(small, output)
     ]
 
 

@@ -23,11 +23,8 @@ from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
-from ercsvd_deploy.pipelines.stages.recover.training import (
-    RecoverOutcome,
-    _with_replaced_tokens,
-    recover_decoder,
-)
+from ercsvd_deploy.pipelines.stages.recover.results import RecoverOutcome
+from ercsvd_deploy.pipelines.stages.recover.training import _with_replaced_tokens, recover_decoder
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import ModelSource, Recover, load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from ercsvd_deploy.recipe.fields import Location
 from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT
 from ercsvd_deploy.recipe.stages import (
     FEWEST_SAMPLES_TO_HOLD_OUT,
@@ -17,6 +16,7 @@ from ercsvd_deploy.recipe.stages import (
 )
 
 if TYPE_CHECKING:
+    from ercsvd_deploy.recipe.fields import Location
     from ercsvd_deploy.recipe.sections.recipe import Recipe
 
 

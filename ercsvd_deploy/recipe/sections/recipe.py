@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field, model_validator
 
 from ercsvd_deploy.recipe.fields import ListOf, Section, refuse_together
 from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT, Gates
-from ercsvd_deploy.recipe.quantize import Quantize
 from ercsvd_deploy.recipe.sections.contradictions import find_contradictions
 from ercsvd_deploy.recipe.sections.inputs import Calibration, ModelSource
 from ercsvd_deploy.recipe.sections.results import Evaluation, Export, Serving, Target
@@ -20,6 +21,9 @@ from ercsvd_deploy.recipe.stages import (
     Stage,
     kind_of,
 )
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.recipe.quantize import Quantize
 
 
 class Recipe(Section):

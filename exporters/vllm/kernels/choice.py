@@ -16,12 +16,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.exporters.vllm.layer_plan import PlannedMatrix, Projection, plan_second, plan_stacks
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
-from ercsvd_deploy.models.architecture import Architecture, LayerLinears
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.budget.ranks import LinearShape
+    from ercsvd_deploy.models.architecture import Architecture, LayerLinears
 
 PLAIN = "plain"
 NO_KERNEL = "none: served as plain 16-bit"

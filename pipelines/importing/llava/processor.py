@@ -10,12 +10,14 @@ import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.data.texts import first_line
 from ercsvd_deploy.format.atomic_files import write_json_atomically
 from ercsvd_deploy.pipelines.importing.llava.config import Conversation, LlavaImportError, OriginalLlava
-from ercsvd_deploy.pipelines.importing.llava.tower import VisionTower
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.importing.llava.tower import VisionTower
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"

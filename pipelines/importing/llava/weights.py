@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,7 +15,9 @@ from ercsvd_deploy.format.store_views import CastingStore
 from ercsvd_deploy.format.tensor_store import CheckpointError, TensorInfo, TensorStore, torch_dtype
 from ercsvd_deploy.format.weight_files import open_directory
 from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError
-from ercsvd_deploy.pipelines.importing.llava.tower import VisionTower
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.importing.llava.tower import VisionTower
 
 EMBEDDING = f"{LANGUAGE_MODEL}embed_tokens.weight"
 OUTPUT_LAYER = "lm_head.weight"

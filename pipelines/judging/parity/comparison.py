@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
 
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.described import Count, Measured
-from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.parity_prompts import ParityPrompt, Subject
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.streaming import LayerwiseModel
 
 
 @dataclass(frozen=True)

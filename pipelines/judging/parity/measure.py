@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
@@ -21,7 +21,6 @@ from ercsvd_deploy.exporters.vllm.engines.machine import (
 )
 from ercsvd_deploy.exporters.vllm.engines.process import EngineError, score_with_vllm
 from ercsvd_deploy.format.described import Count, Finite
-from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.parity_prompts import NUM_DECODED, ParityPrompt
 from ercsvd_deploy.pipelines.judging.parity.comparison import (
     Agreement,
@@ -30,7 +29,10 @@ from ercsvd_deploy.pipelines.judging.parity.comparison import (
     misread_prompt,
     worst,
 )
-from ercsvd_deploy.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.recipe.sections import Recipe
 
 _WEIGHTS = "*.safetensors"
 _MAX_SEQUENCES = 8  # at once; vLLM reserves memory, and captures CUDA graphs, for no more

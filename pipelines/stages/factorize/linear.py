@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field, TypeAdapter
@@ -31,8 +31,10 @@ from ercsvd_deploy.linalg.decomposition import Decomposition, decompose
 from ercsvd_deploy.linalg.errors import calibration_error, weight_error
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, PivotError, find_pivots, to_pivoted
 from ercsvd_deploy.linalg.truncation import Factors, truncate
-from ercsvd_deploy.models.architecture import LayerLinears
-from ercsvd_deploy.recipe.stages import Factorize
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.recipe.stages import Factorize
 
 # Beyond this side the residual's exact decomposition is made once, for the chosen k, and the search
 # over k uses a randomized one.

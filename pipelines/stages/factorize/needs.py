@@ -5,27 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs
-from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
 from ercsvd_deploy.pipelines.stages.quantize.needs import rounding_bytes, rounding_flops
 from ercsvd_deploy.pipelines.stages.sizes import module_bytes
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
-    from ercsvd_deploy.pipelines.stages.factorize.vision import VisionStage
+    from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
+    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
+    from ercsvd_deploy.recipe.stages import Factorize
 
 _ERRORS_OF_LINEAR = 8192  # bytes of JSON that tell a Linear's errors and spectrum
 # Error control quantizes factors of three ranks; the sum of these is about twice the highest.
 _PROBED_RANKS = 2
 
 
-def factorize_needs(stage: FactorizeStage, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-    """Return what the decoder takes: one pass with Grams, decompositions that wait on disk, and factors."""
-    settings, task = stage.factorize, stage.allocation
-    ranks = _highest_ranks(stage)
+def factorize_needs(
+    settings: Factorize,
+    ranks_by_k: Mapping[int, RankPlan],
+    task: AllocationTask | None,
+    work: Workload,
+    candidates: Sequence[Candidate],
+) -> Needs:
+    """Return what the decoder takes: one pass with Grams, decompositions that wait on disk, and factors.
+
+    Args:
+        settings: The recipe's stage.
+        ranks_by_k: Number of compressed layers -> ranks, for every number that is tried.
+        task: What error control chooses from; None without it.
+        work: What the recipe does.
+        candidates: How the model may be stored behind the stage.
+    """
+    ranks = _highest_ranks(ranks_by_k, task, work.architecture.linears)
     layers = [
         layer
         for layer in work.architecture.layers
@@ -78,27 +90,26 @@ def factorize_needs(stage: FactorizeStage, work: Workload, candidates: Sequence[
         beside_bytes=beside + weights,
         scratch_bytes=on_disk + kept,
         kept_bytes=kept,
-        flops=_factorize_flops(stage, work, layers, ranks),
+        flops=_factorize_flops(settings, task, work, layers, ranks),
     )
 
 
-def vision_needs(stage: VisionStage, work: Workload, candidates: Sequence[Candidate]) -> Needs:
+def vision_needs(
+    settings: Factorize, ranks: Mapping[str, int], work: Workload, candidates: Sequence[Candidate]
+) -> Needs:
     """Return what tower and projector take: one pass over the pictures, with the Grams of all Linears."""
-    layers = [layer for part in stage.architecture.vision_layers.values() for layer in part]
-    linears = [linear for layer in layers for linear in layer.linears if linear.name in stage.ranks]
-    num_parts = 3 if stage.factorize.beta == "auto" else 1
+    layers = [layer for part in work.architecture.vision_layers.values() for layer in part]
+    linears = [linear for layer in layers for linear in layer.linears if linear.name in ranks]
+    num_parts = 3 if settings.beta == "auto" else 1
     kept = sum(module_bytes(candidates[0].modules[linear.name], work.stored) for linear in linears)
     grams = (
         num_parts
         * FLOAT32
         * sum(
-            group[0].in_features ** 2
-            for layer in layers
-            for group in layer.groups
-            if group[0].name in stage.ranks
+            group[0].in_features ** 2 for layer in layers for group in layer.groups if group[0].name in ranks
         )
     )
-    solving = max(_solving_bytes(linear, stage.ranks[linear.name], has_metric=False) for linear in linears)
+    solving = max(_solving_bytes(linear, ranks[linear.name], has_metric=False) for linear in linears)
     states, flops = 0, sum(_decomposing_flops(linear, is_measured=True) for linear in linears)
     if work.calibration is not None and work.tower is not None:
         states = work.activations(work.calibration) + work.embedding([work.calibration])
@@ -113,17 +124,18 @@ def vision_needs(stage: VisionStage, work: Workload, candidates: Sequence[Candid
     )
 
 
-def _highest_ranks(stage: FactorizeStage) -> dict[str, int]:
+def _highest_ranks(
+    ranks_by_k: Mapping[int, RankPlan], task: AllocationTask | None, linears: Iterable[LinearShape]
+) -> dict[str, int]:
     """Return the largest rank of every Linear that its decomposition must be good for; 0 for none."""
-    if stage.allocation is not None:
-        costs = stage.allocation.costs
+    if task is not None:
         return {
             name: max((each.truncated_rank or 0 for each in storages), default=0)
-            for name, storages in costs.items()
+            for name, storages in task.costs.items()
         }
     return {
-        linear.name: max((plan.ranks.get(linear.name) or 0 for plan in stage.ranks_by_k.values()), default=0)
-        for linear in stage.architecture.linears
+        linear.name: max((plan.ranks.get(linear.name) or 0 for plan in ranks_by_k.values()), default=0)
+        for linear in linears
     }
 
 
@@ -184,16 +196,20 @@ def _factor_bytes(work: Workload, candidate: Candidate) -> int:
 
 
 def _factorize_flops(
-    stage: FactorizeStage, work: Workload, layers: Sequence[LayerLinears], ranks: Mapping[str, int]
+    settings: Factorize,
+    task: AllocationTask | None,
+    work: Workload,
+    layers: Sequence[LayerLinears],
+    ranks: Mapping[str, int],
 ) -> float:
     """Return the operations of the pass, the Grams, and the decompositions; trials are not counted."""
     linears = [linear for layer in layers for linear in layer.linears if ranks[linear.name]]
     flops = sum(_decomposing_flops(each, is_measured=work.calibration is not None) for each in linears)
     if work.calibration is not None:
-        passes = 2 if stage.factorize.compressed_prefix_inputs else 1
+        passes = 2 if settings.compressed_prefix_inputs else 1
         flops += passes * work.forward_flops(work.calibration) + work.gram_flops(work.calibration, layers)
-    if stage.allocation is not None:
-        flops += _probing_flops(stage.allocation, linears, ranks)
+    if task is not None:
+        flops += _probing_flops(task, linears, ranks)
     return flops
 
 

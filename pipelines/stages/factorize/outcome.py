@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, TypeAdapter
 
-from ercsvd_deploy.budget.ranks import RankPlan
-from ercsvd_deploy.format.described import Count, Finite
+from ercsvd_deploy.format.described import Count, Finite, NotReported
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.pipelines.stages.contract import Table
 from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear, Spectrum
-from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import (
+from ercsvd_deploy.pipelines.stages.factorize.ranks.chosen import (
     AllocatedLinear,
     Budget,
     ChosenRanks,
     SearchPoint,
 )
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.budget.ranks import RankPlan
 
 CHOSEN_RANKS = TypeAdapter(ChosenRanks)
 
@@ -113,6 +115,15 @@ class FactorizeOutcome:
             allocation=list(self.allocation),
             predicted_kl=sum(linear.predicted_kl for linear in self.allocation) if self.allocation else None,
         )
+
+
+@dataclass(frozen=True)
+class VisionOutcome:
+    """What factorization made of the vision parts."""
+
+    linears: Annotated[list[FactorizedLinear], Field(description="Its Linears.")]
+    modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
+    files: NotReported[list[Path]] = field(default_factory=list)
 
 
 def search_table(outcome: FactorizeOutcome) -> Table:

@@ -18,15 +18,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.linalg.compensation import compensated_weight
 from ercsvd_deploy.linalg.errors import compensated_error, weight_error
-from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.statistics import PairedStatistics, TokenWeights, weights_for
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization, factors_piece
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
@@ -43,6 +42,10 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
 )
 from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankDecision
 from ercsvd_deploy.pipelines.stages.observed_inputs import divide
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.budget.ranks import LinearShape
+    from ercsvd_deploy.models.architecture import LayerLinears
 
 
 def write_on_compressed_prefix(work: Factorization, decision: RankDecision) -> list[FactorizedLinear]:

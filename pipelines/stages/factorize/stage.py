@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ercsvd_deploy.budget.ranks import RankPlan
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
@@ -23,7 +23,6 @@ from ercsvd_deploy.pipelines.stages.contract import (
     Stage,
     Table,
 )
-from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.needs import factorize_needs
 from ercsvd_deploy.pipelines.stages.factorize.outcome import (
     Factorized,
@@ -35,19 +34,17 @@ from ercsvd_deploy.pipelines.stages.factorize.outcome import (
     linear_table,
     search_table,
 )
-from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice
-from ercsvd_deploy.pipelines.stages.factorize.ranks.error_controlled import ErrorControlled
-from ercsvd_deploy.pipelines.stages.factorize.ranks.last_layers import LastLayers
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_allocation, rank_plans
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
-from ercsvd_deploy.pipelines.stages.factorize.walk import factorize_decoder
-from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
-from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.recipe.quantize import Quantize
 from ercsvd_deploy.recipe.stages import Factorize
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.stages.stage_run import StageRun
+    from ercsvd_deploy.pipelines.stages.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -138,17 +135,17 @@ class FactorizeStage(Stage):
             for ranks in self.ranks_by_k.values()
         ] or [before]
 
-    def _choice(self, work: Factorization) -> RankChoice:
-        if self.allocation is not None:
-            return ErrorControlled(work, self.allocation, self.quantize)
-        return LastLayers(work, self.ranks_by_k)
-
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
         """Return the highest of observing, trying and writing."""
-        return factorize_needs(self, work, candidates)
+        return factorize_needs(self.factorize, self.ranks_by_k, self.allocation, work, candidates)
 
     def run(self, run: StageRun) -> FactorizeOutcome:
         """Decompose, choose, and write the factors."""
+        from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
+        from ercsvd_deploy.pipelines.stages.factorize.ranks.error_controlled import ErrorControlled
+        from ercsvd_deploy.pipelines.stages.factorize.ranks.last_layers import LastLayers
+        from ercsvd_deploy.pipelines.stages.factorize.walk import factorize_decoder
+
         model = run.model.stream()
         passes = int(self.factorize.compressed_prefix_inputs) + (1 if self.allocation is None else 2)
         with run.progress(self.title, passes * model.num_layers) as on_layer:
@@ -161,7 +158,12 @@ class FactorizeStage(Stage):
                 run.results.get("token_sensitivity"),
                 on_layer,
             )
-            outcome = factorize_decoder(work, self._choice(work))
+            choice = (
+                LastLayers(work, self.ranks_by_k)
+                if self.allocation is None
+                else ErrorControlled(work, self.allocation, self.quantize)
+            )
+            outcome = factorize_decoder(work, choice)
         run.model.overlay(outcome.files, outcome.modules)
         return outcome
 

@@ -12,13 +12,12 @@ layers again, which is quick, and decompositions, which are not, come from disk.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.linalg.side_by_side import map_side_by_side
-from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization, factors_piece
 from ercsvd_deploy.pipelines.stages.factorize.decompositions import (
     decompose_layer,
@@ -43,6 +42,10 @@ from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice, Ra
 from ercsvd_deploy.pipelines.stages.factorize.residual import num_fitting_samples
 from ercsvd_deploy.pipelines.stages.observed_inputs import DividedBatches, advance_observed, divide
 from ercsvd_deploy.pipelines.state.cache import OUTCOME
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.budget.ranks import LinearShape
+    from ercsvd_deploy.models.architecture import LayerLinears
 
 
 def factorize_decoder(work: Factorization, choice: RankChoice) -> FactorizeOutcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,8 +12,10 @@ from ercsvd_deploy.format.schema import FACTOR_A, FACTOR_B, GUARD, GUARD_SHAPE, 
 from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings
 from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLayer, QuantizedMatrix
 from ercsvd_deploy.quantization.correction import CorrectedWeight, CorrectionTask
-from ercsvd_deploy.quantization.gptq import RoundingMethod
-from ercsvd_deploy.recipe.quantize import Quantize
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.quantization.gptq import RoundingMethod
+    from ercsvd_deploy.recipe.quantize import Quantize
 
 
 def correction_task(

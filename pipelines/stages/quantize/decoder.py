@@ -9,17 +9,11 @@ first one's quantized output.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 
-from ercsvd_deploy.data.samples import Sample
-from ercsvd_deploy.format.described import NotReported
-from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
-from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.observed_inputs import (
     DividedBatches,
     advance_observed,
@@ -27,29 +21,25 @@ from ercsvd_deploy.pipelines.stages.observed_inputs import (
     num_not_held_out,
 )
 from ercsvd_deploy.pipelines.stages.quantize.layer import LayerQuantizer
-from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLinear, QuantizedMatrix
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import PatternMatch
-from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
-from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
-from ercsvd_deploy.recipe.quantize import Quantize
+from ercsvd_deploy.pipelines.stages.quantize.results import (
+    PatternMatch,
+    QuantizedLinear,
+    QuantizedMatrix,
+    QuantizeOutcome,
+)
 from ercsvd_deploy.recipe.stages import FEWEST_SAMPLES_TO_HOLD_OUT
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.data.samples import Sample
+    from ercsvd_deploy.format.schema import Storage
+    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
+    from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
+    from ercsvd_deploy.pipelines.state.cache import FinishedWork
+    from ercsvd_deploy.recipe.quantize import Quantize
 
 _MATRICES = TypeAdapter(list[QuantizedMatrix])
 _LINEARS = TypeAdapter(list[QuantizedLinear])
-
-
-@dataclass
-class QuantizeOutcome:
-    """What the quantize stage found and did; the integers themselves are in its layer files."""
-
-    matrices: Annotated[list[QuantizedMatrix], Field(description="Every quantized matrix.")]
-    linears: Annotated[list[QuantizedLinear], Field(description="Every quantized Linear.")]
-    patterns: Annotated[
-        tuple[PatternMatch, ...], Field(description="What the recipe's patterns matched.")
-    ] = ()
-    modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
-    files: NotReported[list[Path]] = field(default_factory=list)
 
 
 def quantize_decoder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,9 +17,7 @@ from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
 from ercsvd_deploy.linalg.symmetric import leading_share
 from ercsvd_deploy.linalg.truncation import Factors
-from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
-from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
 from ercsvd_deploy.pipelines.stages.quantize.corrected import (
     correction_task,
     read_corrected,
@@ -35,6 +34,10 @@ from ercsvd_deploy.quantization.losses import proxy_loss
 from ercsvd_deploy.quantization.pairs import FactorsTask
 from ercsvd_deploy.quantization.pivoted import PivotedTask
 from ercsvd_deploy.recipe.quantize import Quantize
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
 
 
 class QuantizationError(ValueError):

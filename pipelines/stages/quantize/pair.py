@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from ercsvd_deploy.format.schema import WeightQuantization
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, order_rows
-from ercsvd_deploy.linalg.truncation import Factors
 from ercsvd_deploy.quantization.grid import QuantizationSettings
 from ercsvd_deploy.quantization.pairs import FactorsTask, QuantizedFactors, start_factors
 from ercsvd_deploy.quantization.pivoted import PivotedTask, start_pivoted
-from ercsvd_deploy.recipe.quantize import Quantize
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.schema import WeightQuantization
+    from ercsvd_deploy.linalg.truncation import Factors
+    from ercsvd_deploy.recipe.quantize import Quantize
 
 _FEW_BITS = 4  # up to here a scale that covers a group's largest weight is a bad one for the others
 

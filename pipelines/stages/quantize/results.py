@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Self
 
 import torch
 from pydantic import Field
 
-from ercsvd_deploy.format.described import Count, Measured, Shape
-from ercsvd_deploy.format.packing import QuantizedWeight
+from ercsvd_deploy.format.described import Count, Measured, NotReported, Shape
+from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.quantization.correction import CorrectionReport
 from ercsvd_deploy.quantization.gptq import MatrixReport, RoundingMethod
 from ercsvd_deploy.quantization.pairs import FactorsReport
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.packing import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -92,3 +96,25 @@ class QuantizedLayer:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     matrices: list[QuantizedMatrix] = field(default_factory=list)
     linears: list[QuantizedLinear] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PatternMatch:
+    """What one pattern of the stage matched."""
+
+    pattern: Annotated[str, Field(description="As the recipe has it.")]
+    purpose: Annotated[str, Field(description="`ignore` or `override`.")]
+    modules: Annotated[tuple[str, ...], Field(description="Names of the Linears.")]
+
+
+@dataclass
+class QuantizeOutcome:
+    """What the quantize stage found and did; the integers themselves are in its layer files."""
+
+    matrices: Annotated[list[QuantizedMatrix], Field(description="Every quantized matrix.")]
+    linears: Annotated[list[QuantizedLinear], Field(description="Every quantized Linear.")]
+    patterns: Annotated[
+        tuple[PatternMatch, ...], Field(description="What the recipe's patterns matched.")
+    ] = ()
+    modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
+    files: NotReported[list[Path]] = field(default_factory=list)

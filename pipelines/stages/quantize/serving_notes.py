@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ercsvd_deploy.exporters.vllm.cutting import BLOCK, find_unaligned
 from ercsvd_deploy.format.schema import WORD_BITS, Storage, WeightQuantization
-from ercsvd_deploy.models.architecture import Architecture
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlan
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlan
 
 
 def serving_warnings(

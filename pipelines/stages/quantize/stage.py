@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ercsvd_deploy.format.schema import FACTOR_PARTS, Storage
 from ercsvd_deploy.models.architecture import Architecture
-from ercsvd_deploy.pipelines.inputs.run_data import RunData
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
-from ercsvd_deploy.pipelines.stages.quantize.decoder import QuantizeOutcome, quantize_decoder
 from ercsvd_deploy.pipelines.stages.quantize.needs import quantize_needs
-from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLinear, QuantizedMatrix
+from ercsvd_deploy.pipelines.stages.quantize.results import QuantizeOutcome
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     QuantizePlan,
     check_num_tokens,
     check_shapes,
     quantize_plan_of,
 )
-from ercsvd_deploy.pipelines.stages.stage_run import StageRun
-from ercsvd_deploy.pipelines.stages.workload import Workload
 from ercsvd_deploy.recipe.quantize import Quantize
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.inputs.run_data import RunData
+    from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLinear, QuantizedMatrix
+    from ercsvd_deploy.pipelines.stages.stage_run import StageRun
+    from ercsvd_deploy.pipelines.stages.workload import Workload
 
 _MOST_OF_THE_ENERGY = 0.5  # of a Linear's inputs, in one direction
 
@@ -111,6 +113,8 @@ class QuantizeStage(Stage):
 
     def run(self, run: StageRun) -> QuantizeOutcome:
         """Quantize layer by layer."""
+        from ercsvd_deploy.pipelines.stages.quantize.decoder import quantize_decoder
+
         storages = self._storages(run.results.get("factorize"))
         model = run.model.stream()
         with run.progress(self.title, model.num_layers) as on_layer:

@@ -10,30 +10,22 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization
-from ercsvd_deploy.models.architecture import Architecture
 from ercsvd_deploy.pipelines.stages.contract import PlanError
+from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.recipe.quantize import Correction, Quantize
-from ercsvd_deploy.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.recipe.sections import Recipe
 
 
 class QuantizePlanError(PlanError):
     """The quantize stage cannot work on this model as written."""
-
-
-@dataclass(frozen=True)
-class PatternMatch:
-    """What one pattern of the stage matched."""
-
-    pattern: Annotated[str, Field(description="As the recipe has it.")]
-    purpose: Annotated[str, Field(description="`ignore` or `override`.")]
-    modules: Annotated[tuple[str, ...], Field(description="Names of the Linears.")]
 
 
 @dataclass(frozen=True)

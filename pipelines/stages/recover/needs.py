@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs
 from ercsvd_deploy.pipelines.stages.sizes import module_bytes
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, Workload
-from ercsvd_deploy.recipe.stages import Recover
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.recipe.stages import Recover
 
 
 def recover_needs(settings: Recover, work: Workload, candidates: Sequence[Candidate]) -> Needs:

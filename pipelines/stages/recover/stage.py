@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.recover.needs import recover_needs
-from ercsvd_deploy.pipelines.stages.recover.training import RecoverOutcome, recover_decoder
-from ercsvd_deploy.pipelines.stages.stage_run import StageRun
-from ercsvd_deploy.pipelines.stages.workload import Workload
-from ercsvd_deploy.recipe.sections import Recipe
+from ercsvd_deploy.pipelines.stages.recover.results import RecoverOutcome
 from ercsvd_deploy.recipe.stages import Recover
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.stages.stage_run import StageRun
+    from ercsvd_deploy.pipelines.stages.workload import Workload
+    from ercsvd_deploy.recipe.sections import Recipe
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class RecoverStage(Stage):
 
     def run(self, run: StageRun) -> RecoverOutcome:
         """Train every layer, from the first to the last."""
+        from ercsvd_deploy.pipelines.stages.recover.training import recover_decoder
+
         model = run.model.stream()
         with run.progress(self.title, model.num_layers) as on_layer:
             outcome = recover_decoder(

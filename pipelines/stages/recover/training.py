@@ -21,70 +21,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 from torch import nn
 
-from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
-from ercsvd_deploy.format.described import Count, Measured, NotReported
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
+from ercsvd_deploy.pipelines.stages.recover.results import RecoveredLayer, RecoverOutcome
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.stages import Recover
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.budget.ranks import LinearShape
+    from ercsvd_deploy.models.architecture import LayerLinears
 
 _HELD_OUT_SHARE = 1 / 16  # of the batches, at least one
 _WARM_UP_SHARE = 1 / 20  # of the steps
 _GRADIENT_NORM = 1.0  # at which the gradient of all factors together is clipped
 
 
-@dataclass(frozen=True)
-class RecoveredLayer:
-    """What training made of one layer."""
-
-    layer: Annotated[Count, Field(description="Index of the decoder layer.")]
-    error_before: Annotated[
-        Measured,
-        Field(
-            description="Mean over held-out tokens of |o - t|^2 / |t|^2, o the layer's output, t the "
-            "original's, with the layer as it came."
-        ),
-    ]
-    error_after: Annotated[
-        Measured,
-        Field(
-            description="The same after training, in the precision of the files; null if training diverged."
-        ),
-    ]
-    is_kept: Annotated[bool, Field(description="Whether the trained layer was taken.")]
-
-
 _LAYER = TypeAdapter(RecoveredLayer)
-
-
-@dataclass(frozen=True)
-class RecoverOutcome:
-    """What the recovery did; the trained tensors are in its layer files."""
-
-    layers: Annotated[list[RecoveredLayer], Field(description="Every compressed layer.")]
-    # The Linears whose tensors are in the files.
-    modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
-    files: NotReported[list[Path]] = field(default_factory=list)
-
-    def warnings(self) -> list[str]:
-        """Say which layers training did no good."""
-        worse = [str(layer.layer) for layer in self.layers if not layer.is_kept]
-        if not worse:
-            return []
-        named = f"layer{'s' if len(worse) > 1 else ''} {', '.join(worse)}"
-        return [f"recovery did not improve {named}, left as it was; try a lower learning_rate"]
 
 
 def recover_decoder(

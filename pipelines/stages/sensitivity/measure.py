@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.data.samples import Batch, Sample
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.statistics import InputStatistics
-from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.sensitivity.passes import measure_layers, measured_piece
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.budget.ranks import LinearShape
+    from ercsvd_deploy.data.samples import Batch, Sample
+    from ercsvd_deploy.models.streaming import LayerwiseModel
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,18 @@ is a finished piece; once all are, the inputs and gradients go.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ercsvd_deploy.data.samples import Batch, Sample
 from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.models.architecture import LayerLinears
-from ercsvd_deploy.models.statistics import GradientStatistics
-from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.data.samples import Batch, Sample
+    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.statistics import GradientStatistics
+    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.pipelines.state.cache import FinishedWork
 
 _SEED = 0  # of the drawn tokens
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
-from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity, measure_sensitivity
-from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity, measure_token_sensitivity
-from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, Sequences, Workload
 from ercsvd_deploy.recipe.stages import NUM_FISHER_SAMPLES
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
+    from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
+    from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class SensitivityStage(Stage):
 
     def run(self, run: StageRun) -> Sensitivity:
         """Pass forward and back."""
+        from ercsvd_deploy.pipelines.stages.sensitivity.measure import measure_sensitivity
+
         model = run.model.stream()
         with run.progress(self.title, 2 * model.num_layers) as on_layer:
             return measure_sensitivity(model, run.samples[: self.num_samples], run.cache, on_layer)
@@ -98,6 +102,8 @@ class TokenSensitivityStage(Stage):
 
     def run(self, run: StageRun) -> TokenSensitivity:
         """Pass forward and back."""
+        from ercsvd_deploy.pipelines.stages.sensitivity.tokens import measure_token_sensitivity
+
         model = run.model.stream()
         with run.progress(self.title, 2 * model.num_layers) as on_layer:
             return measure_token_sensitivity(model, run.samples, run.cache, on_layer)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
@@ -22,8 +22,6 @@ from ercsvd_deploy.linalg.decomposition import Decomposition
 from ercsvd_deploy.linalg.errors import output_error
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, to_pivoted
 from ercsvd_deploy.linalg.truncation import Factors
-from ercsvd_deploy.models.architecture import LayerLinears
-from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.decompositions import read_decomposed
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     linear_of,
@@ -45,6 +43,10 @@ from ercsvd_deploy.quantization.pairs import FactorsTask
 from ercsvd_deploy.quantization.pivoted import PivotedTask
 from ercsvd_deploy.recipe.quantize import Quantize
 from ercsvd_deploy.recipe.stages import Factorize
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 
 _PROBED_RANKS = 3  # at which the damage of quantizing factors is measured
 

@@ -7,6 +7,7 @@ so that the damages sum to the least under the budget (`budget.allocation`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import TypeAdapter
@@ -14,21 +15,18 @@ from pydantic import TypeAdapter
 from ercsvd_deploy.budget.allocation import Option, allocate
 from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
 from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.models.architecture import LayerLinears
-from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.decompositions import read_decomposed
 from ercsvd_deploy.pipelines.stages.factorize.linear import linear_of, planned_residual_rank
-from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import (
-    AllocatedLinear,
-    Budget,
-    ChosenRanks,
-    RankChoice,
-    RankDecision,
-)
+from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice, RankDecision
+from ercsvd_deploy.pipelines.stages.factorize.ranks.chosen import AllocatedLinear, Budget, ChosenRanks
 from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import DamagePrediction
-from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
 from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ranks
-from ercsvd_deploy.recipe.quantize import Quantize
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
+    from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
+    from ercsvd_deploy.recipe.quantize import Quantize
 
 _OPTIONS = TypeAdapter(dict[str, list[Option[Storage]]])
 

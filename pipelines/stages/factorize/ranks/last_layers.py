@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
 from ercsvd_deploy.linalg.side_by_side import map_side_by_side
-from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
     FactorizedLinear,
@@ -27,15 +26,13 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
     put_weight,
     truncate_linear,
 )
-from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import (
-    ChosenRanks,
-    RankChoice,
-    RankDecision,
-    SearchPoint,
-    VisitedLayer,
-)
+from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice, RankDecision, VisitedLayer
+from ercsvd_deploy.pipelines.stages.factorize.ranks.chosen import ChosenRanks, SearchPoint
 from ercsvd_deploy.pipelines.stages.factorize.residual import share_with_residual
-from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
+    from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
 
 _ResidualRanks = Mapping[str, Mapping[str, int | None]]  # Linear -> rank, as JSON has it -> residual rank
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ercsvd_deploy.budget.rank_steps import RankSteps
-from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.exporters.vllm.cutting import find_unaligned, find_unservable
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
-from ercsvd_deploy.models.architecture import Architecture
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlan
 from ercsvd_deploy.pipelines.stages.sizes import module_bytes, planned_bytes
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.recipe.fields import parse_size
-from ercsvd_deploy.recipe.quantize import Correction
-from ercsvd_deploy.recipe.sections import Recipe, Target
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.budget.rank_steps import RankSteps
+    from ercsvd_deploy.budget.ranks import LinearShape
+    from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlan
+    from ercsvd_deploy.recipe.quantize import Correction
+    from ercsvd_deploy.recipe.sections import Recipe, Target
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ercsvd_deploy.budget.equal_shares import admissible_num_compressed_layers, allocate_ranks
-from ercsvd_deploy.budget.rank_steps import RankSteps
 from ercsvd_deploy.budget.ranks import RankError, RankPlan
 from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, Architecture
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask, allocation_task
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
-from ercsvd_deploy.recipe.sections import Recipe, Vision
-from ercsvd_deploy.recipe.stages import Factorize
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.budget.rank_steps import RankSteps
+    from ercsvd_deploy.recipe.sections import Recipe, Vision
+    from ercsvd_deploy.recipe.stages import Factorize
 
 _MOST_REMOVED = 0.9  # share of the parameters in a plan that shows what a target may come to
 

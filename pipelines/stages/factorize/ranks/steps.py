@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP, RankSteps, automatic_step, fixed_steps
 from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
 from ercsvd_deploy.format.schema import WeightQuantization, values_in_whole_words
-from ercsvd_deploy.models.architecture import Architecture
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
-from ercsvd_deploy.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.recipe.sections import Recipe
 
 
 def resolve_rank_steps(recipe: Recipe, architecture: Architecture) -> RankSteps:
