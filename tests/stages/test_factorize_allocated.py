@@ -18,8 +18,8 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import interpolate, spread
-from ercsvd_deploy.pipelines.stages.quantize import stage as quantize_stage
-from ercsvd_deploy.pipelines.stages.sensitivity import stage as sensitivity
+from ercsvd_deploy.pipelines.stages.quantize import decoder
+from ercsvd_deploy.pipelines.stages.sensitivity import measure
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
@@ -165,13 +165,13 @@ def test_metrics_leave_the_disk_with_the_last_stage_that_reads_them(
     run(recipe)
     expected = hashes(tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(quantize_stage, "quantize_decoder", Mock(side_effect=KeyboardInterrupt))
+        patched.setattr(decoder, "quantize_decoder", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(recipe)
     kept = {folder.name for folder in (tmp_path / ".out.work").iterdir() if folder.is_dir()}
     assert "factorize" in kept
     assert "sensitivity" not in kept
-    monkeypatch.setattr(sensitivity, "measure_sensitivity", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(measure, "measure_sensitivity", Mock(side_effect=AssertionError))
     run(recipe)
     assert hashes(tmp_path / "out") == expected
 
