@@ -142,10 +142,24 @@ def signals_heeded() -> Iterator[None]:
     listening, told = socket.socketpair()
     told.setblocking(False)
     threading.Thread(target=_end_at_second, args=(listening, ending), daemon=True).start()
-    handlers = {number: signal.signal(number, _interrupt) for number in ending}
+    arrived: list[int] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        arrived.append(number)
+        raise _interruption(number)
+
+    handlers = {number: signal.signal(number, interrupt) for number in ending}
     told_before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
     try:
         yield
+    except Exception as error:
+        if not arrived or isinstance(error, typer.Exit):
+            raise
+        # Native code that was calling Python when the signal came tells of some error of its own instead.
+        interruption = _interruption(arrived[0])
+        for note in getattr(error, "__notes__", ()):
+            interruption.add_note(note)
+        raise interruption from error
     finally:
         signal.set_wakeup_fd(told_before)
         for number, handler in handlers.items():
@@ -153,8 +167,8 @@ def signals_heeded() -> Iterator[None]:
         told.close()  # which ends the thread
 
 
-def _interrupt(number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+def _interruption(number: int) -> KeyboardInterrupt:
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
 
 
 def _end_at_second(listening: socket.socket, ending: list[signal.Signals]) -> None:

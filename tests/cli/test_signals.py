@@ -28,6 +28,27 @@ with command():
 """
 
 
+# What native libraries do, safetensors among them: an exception in the Python that they
+# call becomes one of their own.
+MISTAKEN = """
+import os, signal, time
+import typer
+from ercsvd_deploy.pipelines.cli.failures import command
+app = typer.Typer()
+@app.command()
+def run():
+    with command():
+        try:
+            os.kill(os.getpid(), signal.{name})
+            time.sleep(60)
+        except BaseException:
+            error = ValueError("could not determine the shape of object")
+            error.add_note("what is finished is kept")
+            raise error from None
+app()
+"""
+
+
 @contextmanager
 def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
@@ -37,6 +58,17 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "code"),
+    [("SIGTERM", "terminated", 143), ("SIGINT", "interrupted", 130), ("SIGHUP", "terminated", 129)],
+)
+def test_a_signal_that_a_library_takes_for_an_error_of_its_own(name: str, word: str, code: int) -> None:
+    with started("-c", MISTAKEN.format(name=name)) as process:
+        output, error = process.communicate(timeout=60)
+    assert process.returncode == code, error
+    assert (output, error) == ("", f"error: {word}; what is finished is kept\n")
 
 
 @pytest.mark.slow
