@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
@@ -143,11 +144,13 @@ class Storage(BaseModel):
         return self
 
     @classmethod
+    @lru_cache(maxsize=4096)  # a plan asks for the same few for every layer of every candidate
     def dense(cls, shape: tuple[int, int], weight: WeightQuantization | None = None) -> Storage:
         """Return the storage of a weight as one matrix [out, in], of integers if `weight` is given."""
         return cls(layout="dense", shape=shape, weight=weight)
 
     @classmethod
+    @lru_cache(maxsize=4096)
     def of_rank(
         cls,
         shape: tuple[int, int],
@@ -170,6 +173,7 @@ class Storage(BaseModel):
         return cls(layout=layout, shape=shape, rank=rank, pivot_blocks=pivot_blocks, **integers)
 
     @classmethod
+    @lru_cache(maxsize=4096)
     def corrected(
         cls,
         shape: tuple[int, int],
@@ -189,8 +193,8 @@ class Storage(BaseModel):
         """
         return cls(layout="corrected", shape=shape, rank=rank, weight=weight, factor_a=first, factor_b=second)
 
-    @property
-    def parts(self) -> dict[str, tuple[tuple[int, int], WeightQuantization | None]]:
+    @cached_property
+    def parts(self) -> Mapping[str, tuple[tuple[int, int], WeightQuantization | None]]:
         """Part name ('' for a matrix [out, in]) -> ((rows, columns), quantization)."""
         (out_features, in_features), rank = self.shape, self.rank or 0
         shapes = {
@@ -235,8 +239,8 @@ class Storage(BaseModel):
         """Whether the names of the stored tensors differ from the original Linear's."""
         return self.layout != "dense" or self.weight is not None
 
-    @property
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+    @cached_property
+    def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Tensor name relative to the module -> shape; the bias, which never changes, is left out."""
         shapes: dict[str, tuple[int, ...]] = {GUARD: GUARD_SHAPE} if self.is_altered else {}
         for part, ((rows, columns), quantization) in self.parts.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -64,7 +65,8 @@ def plan_candidate(
     gpu_bytes = {size: bytes_on_rank(architecture, described, element, size) for size in dense_on_gpu}
     sizes = planned_bytes(architecture, described, element)
     by_part = sum_by_part(sizes, architecture)
-    layers = [_plan_layer(layer, described, sizes, architecture) for layer in architecture.layers]
+    layer_bytes = _bytes_by_layer(sizes, architecture)
+    layers = [_plan_layer(layer, described, layer_bytes[layer.prefix]) for layer in architecture.layers]
     linear_parameters = sum(layer.parameters for layer in layers)
     components = describe_components(sizes, described, architecture)
     return CandidatePlan(
@@ -83,12 +85,17 @@ def plan_candidate(
     )
 
 
-def _plan_layer(
-    layer: LayerLinears,
-    described: Mapping[str, Storage],
-    sizes: Mapping[str, int],
-    architecture: Architecture,
-) -> LayerPlan:
+def _bytes_by_layer(sizes: Mapping[str, int], architecture: Architecture) -> Counter[str]:
+    """Return prefix of a decoder layer -> bytes of its Linears' tensors, biases aside."""
+    depth = architecture.layers_prefix.count(".") + 2  # the prefix and the layer's number
+    by_layer: Counter[str] = Counter()
+    for name, num_bytes in sizes.items():
+        if name not in architecture.other_tensors:
+            by_layer[".".join(name.split(".", depth)[:depth])] += num_bytes
+    return by_layer
+
+
+def _plan_layer(layer: LayerLinears, described: Mapping[str, Storage], num_bytes: int) -> LayerPlan:
     ranks: dict[str, int | None] = {}
     correction_ranks: dict[str, int] = {}
     parameters = 0
@@ -98,9 +105,4 @@ def _plan_layer(
         ranks[name] = None if storage is None else storage.truncated_rank
         if storage is not None and storage.layout == "corrected" and storage.rank is not None:
             correction_ranks[name] = storage.rank
-    num_bytes = sum(
-        tensor_bytes
-        for name, tensor_bytes in sizes.items()
-        if name.startswith(f"{layer.prefix}.") and name not in architecture.other_tensors
-    )
     return LayerPlan(layer.index, ranks, correction_ranks, parameters, num_bytes)
