@@ -57,6 +57,7 @@ def test_what_computes_nothing_imports_nothing_heavy(arguments: list[str]) -> No
     assert not modules_after(arguments).intersection(HEAVY)
 
 
+@pytest.mark.slow
 def test_the_counting_would_notice() -> None:
     assert "torch" in modules_after(["plan", "recipes/demo-lowrank.yaml", "--quiet"])
 

@@ -110,6 +110,7 @@ def test_brackets_in_messages_are_brackets(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == "error: [bold]x[/y]\n"
 
 
+@pytest.mark.slow
 def test_run_tells_its_layers_and_what_it_reuses(
     write_recipe: RecipeWriter,
     tmp_path: Path,

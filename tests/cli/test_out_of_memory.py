@@ -12,6 +12,8 @@ from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage
 from ercsvd_deploy.pipelines.state.memory_errors import exhausted_memory
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 
+pytestmark = pytest.mark.slow  # whole runs
+
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1 GiB "
     "is free. Including non-PyTorch memory, this process has 77 GiB memory in use."

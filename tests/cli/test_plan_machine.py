@@ -37,6 +37,7 @@ def test_a_strict_plan_fails_for_what_the_machine_lacks(write_recipe: RecipeWrit
     assert plan(write_recipe(), "--machine", "memory=1TiB,disk=1TiB", "--strict-machine")[0] == 0
 
 
+@pytest.mark.slow
 def test_time_is_bounded_by_operations_at_a_peak(write_recipe: RecipeWriter) -> None:
     recipe = write_recipe()
     _, planned, _ = plan(recipe, "--machine", "flops=2G")

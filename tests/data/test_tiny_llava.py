@@ -52,6 +52,7 @@ def test_no_held_out_scene_is_one_of_calibration() -> None:
     assert all(is_held_out(scene[::-1]) for scene in scenes[:500])
 
 
+@pytest.mark.slow
 def test_exact_match_is_that_of_greedy_decoding() -> None:
     """Of the streamed judgement each single verdict must be that of generating the answer and comparing."""
     asked = questions(40)

@@ -23,6 +23,8 @@ from ercsvd_deploy.pipelines.stages.export import REPORT_FILE, REPORT_FILES
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import RecipeWriter, invoke
 
+pytestmark = pytest.mark.slow  # whole runs
+
 # Prints the logits of a model that stock transformers has loaded.
 LOGITS = """
 import json, sys, torch

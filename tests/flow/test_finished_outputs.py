@@ -14,6 +14,8 @@ from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import hashes
 
+pytestmark = pytest.mark.slow  # whole runs
+
 STAGES = (factorize(rank_multiple="auto"), {"quantize": {"bits": 4, "group_size": 32}})
 ALL = {"judge_original", "factorize", "quantize", "judge"}
 GATE = {"gates": {"perplexity_increase": 100.0, "built_in_text": False}}

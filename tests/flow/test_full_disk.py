@@ -19,6 +19,8 @@ from ercsvd_deploy.pipelines.stages.cached import run_stages
 from tests.recipe_runs import RecipeWriter, invoke
 from tests.state.interrupted_runs import STAGES, hashes
 
+pytestmark = pytest.mark.slow  # whole runs
+
 MOST_RUNS = 60
 
 
@@ -170,7 +172,6 @@ cp -r "$DISK/out" "$DISK.out"
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     subprocess.run(
         ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], check=False, capture_output=True

@@ -30,6 +30,8 @@ from tests.recipe_runs import RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import hashes
 from tests.tiny_models import WEIGHTS_FILE
 
+pytestmark = pytest.mark.slow  # whole runs
+
 NOBODY = 65534
 MEMORY = 16 * 2**30  # bytes of addresses that a child process may have; importing torch takes several
 COARSE = factorize(rank_multiple="auto")

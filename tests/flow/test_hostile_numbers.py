@@ -25,6 +25,8 @@ from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import RecipeWriter, invoke
 from tests.tiny_models import WEIGHTS_FILE, save_tiny_model
 
+pytestmark = pytest.mark.slow  # whole runs
+
 Tensors = dict[str, torch.Tensor]
 
 

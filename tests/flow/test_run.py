@@ -99,6 +99,7 @@ def test_budget_holds_in_the_written_files(write_recipe: RecipeWriter) -> None:
     assert report.compressed.linear_parameters == report.results["factorize"].plan.kept_parameters
 
 
+@pytest.mark.slow
 def test_two_runs_write_the_same_bytes(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     recipe = write_recipe()
     run_recipe(load_recipe(recipe, output=tmp_path / "a"))
@@ -170,6 +171,7 @@ def test_two_runs_on_one_output_exclude_each_other(write_recipe: RecipeWriter, t
     assert invoke("run", write_recipe())[0] == 0
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_nothing_that_looks_finished(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     recipe = write_recipe()
     command = [sys.executable, "-m", "ercsvd_deploy.pipelines.cli.app", "run", str(recipe)]
@@ -209,6 +211,7 @@ def test_run_prints_the_table_and_json(write_recipe: RecipeWriter) -> None:
     assert json.loads(output)["compressed"]["perplexity"]["held_out"] > 1
 
 
+@pytest.mark.slow
 def test_plan_agrees_with_the_run(write_recipe: RecipeWriter) -> None:
     recipe = write_recipe(
         factorize(num_compressed_layers=3, rank_multiple="auto"),

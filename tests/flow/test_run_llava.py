@@ -30,6 +30,8 @@ from tests.models.streamed import picture_samples
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 from tests.tiny_models import VISION_FAMILIES
 
+pytestmark = pytest.mark.slow  # whole runs
+
 INT4 = {"quantize": {"bits": 4, "group_size": 32}}
 VISION_NAMES = ("vision_tower.", "multi_modal_projector.", "image_newline")
 

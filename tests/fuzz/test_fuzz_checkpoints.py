@@ -25,6 +25,8 @@ from tests.conftest import ModelDirectory
 from tests.fuzz.smallest_report import REPORT
 from tests.fuzz.strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing
 
+pytestmark = pytest.mark.slow  # whole runs
+
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = {
     "metadata": {"total_size": 384},

@@ -19,6 +19,8 @@ from tests.conftest import ModelDirectory
 from tests.fuzz.strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values
 from tests.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.slow  # whole runs
+
 TEXT = Path(__file__).parents[2] / "examples" / "text" / "in_domain.txt"
 MOST_GROWTH = 2**20  # KiB, so 1 GiB: what a plan of an absurd model may not reach
 

@@ -271,6 +271,7 @@ RECOVER = {"recover": {"steps": 2, "batch_size": 2}}
 FISHER = {"output_metric": "fisher", "allocation": "error_controlled", "compressed_prefix_inputs": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stages",
     [

@@ -29,6 +29,8 @@ from ercsvd_deploy.recipe.gates import Gates
 from tests.judging.local_tasks import NUM_DOCUMENTS, write_tasks
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 
+pytestmark = pytest.mark.slow  # whole runs
+
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama"
 CPU = torch.device("cpu")
 
@@ -173,7 +175,6 @@ def test_groups_have_the_documents_of_their_tasks() -> None:
     assert not found["b"]["acc"].estimate.has_interval
 
 
-@pytest.mark.slow
 def test_a_run_judges_tasks_paired_and_by_their_filters(
     write_recipe: RecipeWriter, folder: Path, tmp_path: Path
 ) -> None:

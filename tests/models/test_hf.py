@@ -400,6 +400,7 @@ print("PLUGIN", "ercsvd_deploy.hf" in sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [PLAIN_LOW_RANK, INT4_DENSE])
 def test_without_the_import_transformers_stops_on_the_guards(
     module: str, mixed_model: ModelDirectory, tmp_path: Path

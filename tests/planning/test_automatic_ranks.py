@@ -166,6 +166,7 @@ def test_number_of_the_recipe_is_never_made_finer() -> None:
 # Public models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLIC_MODELS)
 def test_natural_recipe_is_planned_for_public_models(
     name: str, write_config: Callable[[Mapping[str, Any]], Path], monkeypatch: pytest.MonkeyPatch
@@ -359,6 +360,7 @@ def recipes_without_ranks(draw: st.DrawFn) -> tuple[str, dict[str, Any], Any, tu
     return name, factorize, draw(st.none() | quantize), sizes
 
 
+@pytest.mark.slow
 @settings(
     max_examples=200,
     deadline=None,
@@ -418,6 +420,7 @@ def test_target_is_planned_without_ranks(
 # Bytes on a GPU
 
 
+@pytest.mark.slow
 def test_bytes_of_a_gpu_are_told_beside_those_of_the_dense_model(
     write_config: Callable[[Mapping[str, Any]], Path],
 ) -> None:
@@ -470,6 +473,7 @@ def test_bytes_of_a_gpu_are_told_beside_those_of_the_dense_model(
     assert "add a quantize stage" in shown.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal_shows_a_large_model_whole(
     write_config: Callable[[Mapping[str, Any]], Path],
 ) -> None:

@@ -66,6 +66,7 @@ def test_text_model_with_a_vision_section_is_refused(tiny_model: ModelDirectory)
         make_plan(recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_vision_parts_take_what_they_declare(
     family: str,

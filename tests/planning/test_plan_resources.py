@@ -232,6 +232,7 @@ def test_little_memory_is_a_warning_and_little_disk_an_error(write_recipe: Recip
     assert check_resources(on_machine(plan, disk_bytes=needs.scratch_bytes // 2).estimate, output) == []
 
 
+@pytest.mark.slow
 def test_a_small_machine_is_a_warning_unless_strict(
     write_recipe: RecipeWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,8 @@ from tests.recipe_runs import RecipeWriter, factorize
 from tests.stages.naive_factors import inputs_of, naive_erc, unit_rows
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 
+pytestmark = pytest.mark.slow  # whole runs
+
 ALL = factorize(num_compressed_layers="all")["factorize"]
 INT8 = {"quantize": {"bits": 8, "group_size": 32}}
 CONTROLLED: dict[str, Any] = {

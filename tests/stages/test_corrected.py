@@ -33,6 +33,8 @@ from ercsvd_deploy.recipe.quantize import Correction, Quantize, QuantizeOverride
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 
+pytestmark = pytest.mark.slow  # whole runs
+
 CALIBRATION = {"dataset": {"text": str(TEXT / "calibration.txt")}, "num_samples": 24, "sequence_length": 48}
 
 

@@ -25,6 +25,8 @@ from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 
+pytestmark = pytest.mark.slow  # whole runs
+
 TINY_LLAMA = str(TEXT.parent / "tiny-llama")
 CONTROLLED = {"factorize": {"method": "svd_llm", "allocation": "error_controlled", "output_metric": "fisher"}}
 

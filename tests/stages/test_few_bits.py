@@ -19,6 +19,8 @@ from ercsvd_deploy.pipelines.stages.export import REPORT_FILE
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 
+pytestmark = pytest.mark.slow  # whole runs
+
 CALIBRATION = {
     "dataset": {"text": str(TEXT / "calibration.txt")},
     "num_samples": 24,

@@ -50,6 +50,7 @@ def stop_before(stage: type, recipe: Path, monkeypatch: pytest.MonkeyPatch, *ove
             run_recipe(load_recipe(recipe, overrides))
 
 
+@pytest.mark.slow
 def test_two_pieces_find_what_both_models_together_have(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     prepared = prepare_run(load_recipe(write_recipe(factorize())), None)
     (tmp_path / "work").mkdir()
@@ -62,6 +63,7 @@ def test_two_pieces_find_what_both_models_together_have(write_recipe: RecipeWrit
     assert found.change.logprob_kl["held_out"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [JudgeStage, ExportStage], ids=["before judging", "behind it"])
 def test_a_second_try_with_other_settings_judges_the_original_no_second_time(
     stage: type, write_recipe: RecipeWriter, passes: list[str], monkeypatch: pytest.MonkeyPatch

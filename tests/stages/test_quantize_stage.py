@@ -33,6 +33,8 @@ from ercsvd_deploy.recipe.quantize import Quantize, QuantizeOverride
 from tests.recipe_runs import RecipeWriter, factorize
 from tests.stages.naive_factors import gram, inputs_of
 
+pytestmark = pytest.mark.slow  # whole runs
+
 NAMES = [
     f"model.layers.{layer}.{name}"
     for layer in range(3)

@@ -30,6 +30,8 @@ from ercsvd_deploy.recipe.load import ModelSource, Recover, load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 
+pytestmark = pytest.mark.slow  # whole runs
+
 TINY_LLAMA = str(TEXT.parent / "tiny-llama")
 # Plain truncation leaves much to learn; the first of four layers stays whole.
 HARD = factorize(method="svd", compression_ratio=0.4, num_compressed_layers=3)

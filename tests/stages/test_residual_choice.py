@@ -29,6 +29,8 @@ from tests.recipe_runs import RecipeWriter, factorize
 from tests.stages.naive_factors import gram, inputs_of, naive_erc
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 
+pytestmark = pytest.mark.slow  # whole runs
+
 AUTO = factorize(method="erc_svd", beta="auto", num_compressed_layers="all")
 CONTROLLED = factorize(
     method="erc_svd",

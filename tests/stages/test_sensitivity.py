@@ -60,6 +60,7 @@ def test_metrics_equal_those_of_a_whole_model(tmp_path: Path, tokens: torch.Tens
         torch.testing.assert_close(metric_of(sensitivity, model, name), expected, rtol=1e-3, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_predicted_divergence_is_about_the_measured_one(tmp_path: Path) -> None:
     """On the trained model: truncate one Linear, and compare the prediction with the real divergence."""
     model = streamed(TINY_LLAMA)

@@ -25,6 +25,8 @@ from tests.stages.naive_factors import inputs_of, naive_erc
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 from tests.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.slow  # whole runs
+
 CALIBRATION = {
     "dataset": {"text": str(TEXT / "calibration.txt")},
     "num_samples": 12,

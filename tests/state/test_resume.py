@@ -25,6 +25,8 @@ from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import RecipeWriter, invoke
 from tests.state.interrupted_runs import STAGES, Stop, half_run, hashes, whole_run
 
+pytestmark = pytest.mark.slow  # whole runs
+
 REPOSITORY = Path(__file__).parents[2]
 KILLS = 20
 
@@ -68,7 +70,6 @@ def runner(tmp_path: Path) -> Iterator[Callable[[Path, Path], Runner]]:
         process.wait()
 
 
-@pytest.mark.slow
 def test_a_run_killed_twenty_times_writes_what_an_undisturbed_one_writes(
     write_recipe: RecipeWriter,
     tmp_path: Path,

@@ -181,6 +181,7 @@ def test_baselines_are_the_recipes_model_quantized_alone(write_recipe: RecipeWri
     assert bare[0].recipe.quantize.group_size == 128  # the largest that divides every in-dimension
 
 
+@pytest.mark.slow
 def test_points_share_stages(
     write_recipe: RecipeWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
