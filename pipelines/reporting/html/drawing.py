@@ -7,8 +7,10 @@ dark pages. Text stays text.
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,6 +64,17 @@ _SETTINGS: dict[Any, Any] = {
 }
 _WIDTH, _HEIGHT = 4.7, 2.9  # inches; on the page about 340 to 520 pixels wide
 SMALL = (2.3, 1.8)
+MANY_LAYERS = 12  # beyond that, cells are too small for numbers
+_LONGEST_NAME = 26
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture and what it says."""
+
+    title: str
+    caption: str
+    pictures: tuple[str, ...]  # SVG elements; several are small multiples
 
 
 def picture(
@@ -127,3 +140,18 @@ def logarithmic(axes: Axes, direction: Literal["x", "y"]) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def finite(value: float | None) -> float | None:
+    """Return a measured number; None where nothing was measured, or nothing finite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def positive(values: Iterable[float | None]) -> list[float]:
+    """Return what a logarithmic axis can show."""
+    return [value for value in map(finite, values) if value is not None and value > 0]
+
+
+def short(name: str) -> str:
+    """Return a name, cut where it would not fit."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
