@@ -170,7 +170,7 @@ def test_pivoted_linear_gives_pivot_and_other_outputs_in_order(
 )
 def test_the_state_dict_is_the_format(description: Storage, bias: bool) -> None:
     state = build_linear(description, bias=bias, dtype=torch.bfloat16).state_dict()
-    expected = description.tensor_shapes | ({"bias": (OUT,)} if bias else {})
+    expected = dict(description.tensor_shapes) | ({"bias": (OUT,)} if bias else {})
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
     for name, tensor in state.items():
         is_integer = name.endswith(("packed", "zero_point", "weight_shape"))
