@@ -8,6 +8,7 @@ separate one.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ def score(engine: dict[str, Any], prompts: list[dict[str, Any]], num_decoded: in
     """
     import vllm
 
+    gc.freeze()  # an engine collects garbage seven times: what is imported need not be searched
     llm = vllm.LLM(disable_log_stats=True, **engine)
     sampling = vllm.SamplingParams(
         temperature=0.0,
