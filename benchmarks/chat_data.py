@@ -30,6 +30,7 @@ from ercsvd_deploy.recipe.load import load_recipe
 CALIBRATION, HELD_OUT = Path("examples/text/calibration.txt"), Path("examples/text/in_domain.txt")
 PASSAGE = 1600  # characters, of which a quarter is the question
 Messages = list[dict[str, Any]]
+Writer = Callable[[Path, Sequence[Mapping[str, Any]]], Path]
 
 
 def passages(text: Path, count: int) -> list[str]:
@@ -93,28 +94,31 @@ def write_shards(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def write_forms(folder: Path, talks: Sequence[Messages]) -> dict[str, Path]:
-    """Write the same conversations in every form; return form -> path."""
+def write_forms(folder: Path, talks: Sequence[Messages]) -> dict[str, dict[str, str]]:
+    """Write the same conversations in every form; return its name -> dataset as a recipe has it."""
     rows = [{"messages": talk} for talk in talks]
-    forms: dict[
-        str, tuple[str, Callable[[Path, Sequence[Mapping[str, Any]]], Path], list[dict[str, Any]]]
-    ] = {
-        "jsonl": ("messages.jsonl", write_lines, rows),
+    forms: dict[str, tuple[str, str, Writer, list[dict[str, Any]]]] = {
+        "jsonl": ("jsonl", "messages.jsonl", write_lines, rows),
         "jsonl, content in parts": (
+            "jsonl",
             "parts.jsonl",
             write_lines,
             [{"messages": in_parts(talk)} for talk in talks],
         ),
         "jsonl.gz, ShareGPT's keys": (
+            "jsonl",
             "share.jsonl.gz",
             write_lines,
             [{"conversations": share_gpt(talk)} for talk in talks],
         ),
-        "parquet": ("messages.parquet", write_parquet, rows),
-        "save_to_disk": ("dataset", write_dataset, rows),
-        "folder of shards": ("shards", write_shards, rows),
+        "parquet": ("parquet", "messages.parquet", write_parquet, rows),
+        "save_to_disk": ("saved", "dataset", write_dataset, rows),
+        "folder of shards": ("jsonl", "shards", write_shards, rows),
     }
-    return {form: write(folder / name, written) for form, (name, write, written) in forms.items()}
+    return {
+        name: {form: str(write(folder / file, written))}
+        for name, (form, file, write, written) in forms.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -128,20 +132,24 @@ class Result:
 
 
 def measure(
-    model: Path, calibrated_on: str, data: Path, held_out: Mapping[str, Path], folder: Path
+    model: Path,
+    calibrated_on: str,
+    dataset: dict[str, str],
+    held_out: Mapping[str, dict[str, str]],
+    folder: Path,
 ) -> Result:
     """Run one recipe."""
     recipe = {
         "model": {"path": str(model), "dtype": "bfloat16"},
         "calibration": {
-            "dataset": {"text": str(data)},
+            "dataset": dataset,
             "num_samples": 64,
             "sequence_length": 256,
             "seed": 3,
         },
         "stages": [{"quantize": {"bits": 4, "group_size": 64}}],
         "evaluation": {
-            "perplexity": {name: str(path) for name, path in held_out.items()},
+            "perplexity": dict(held_out),
             "max_sequences": 64,
         },
         "export": {"path": str(folder / "export")},
@@ -174,13 +182,17 @@ def main() -> None:
         talks = [conversation(passage) for passage in calibration]
         unseen = passages(HELD_OUT, 60)
         held_out = {
-            "plain": write_lines(folder / "plain.jsonl", [{"text": passage} for passage in unseen]),
-            "chat": write_lines(folder / "chat.jsonl", [{"messages": conversation(each)} for each in unseen]),
+            shape: {"jsonl": str(write_lines(folder / f"{shape}.jsonl", rows))}
+            for shape, rows in {
+                "plain": [{"text": passage} for passage in unseen],
+                "chat": [{"messages": conversation(passage)} for passage in unseen],
+            }.items()
         }
         plain = write_lines(folder / "text.jsonl", [{"text": passage} for passage in calibration])
-        for form, data in {"plain text": plain, **write_forms(folder, talks)}.items():
+        forms = {"plain text": {"jsonl": str(plain)}} | write_forms(folder, talks)
+        for form, dataset in forms.items():
             with tempfile.TemporaryDirectory() as own:
-                results.append(measure(arguments.model, form, data, held_out, Path(own)))
+                results.append(measure(arguments.model, form, dataset, held_out, Path(own)))
             print(results[-1], flush=True)
     write(arguments, results)
 

@@ -1,8 +1,10 @@
-"""What files of text datasets are called."""
+"""What files of text datasets are called, and so which form they have."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
 
 # Form of a dataset, as recipes name it -> the files of a folder that belong to it.
 DATA_FILES: Mapping[str, tuple[str, ...]] = {
@@ -10,3 +12,18 @@ DATA_FILES: Mapping[str, tuple[str, ...]] = {
     "jsonl": ("*.jsonl", "*.jsonl.gz", "*.ndjson", "*.ndjson.gz"),
     "parquet": ("*.parquet",),
 }
+_SAVED_MARKS = ("dataset_info.json", "dataset_dict.json")  # in a folder that `save_to_disk` of datasets wrote
+
+
+def forms_of(path: Path) -> Iterator[str]:
+    """Yield the forms in which a file, or the files of a folder, may be by their names."""
+    if path.is_dir():
+        if any((path / mark).is_file() for mark in _SAVED_MARKS):
+            yield "saved"
+        for form, patterns in DATA_FILES.items():
+            if any(map(any, map(path.rglob, patterns))):
+                yield form
+    else:
+        for form, patterns in DATA_FILES.items():
+            if any(fnmatch(path.name.lower(), pattern) for pattern in patterns):
+                yield form

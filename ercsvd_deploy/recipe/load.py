@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ercsvd_deploy.format.data_files import DATA_FILES
+from ercsvd_deploy.format.data_files import DATA_FILES, forms_of
 from ercsvd_deploy.recipe.fields import RecipeError, shown
 from ercsvd_deploy.recipe.messages import explain
 from ercsvd_deploy.recipe.overrides import apply_override, with_override
@@ -119,7 +119,12 @@ def check_files(recipe: Recipe) -> None:
     Raises:
         RecipeError: lists every missing file, one a line.
     """
-    problems = [*_missing_model(recipe.model), *_missing_texts(recipe), *_missing_pictures(recipe)]
+    problems = [
+        *_missing_model(recipe.model),
+        *_missing_texts(recipe),
+        *_missing_pictures(recipe),
+        *_missing_tasks(recipe),
+    ]
     if problems:
         where = f"(paths are relative to {Path.cwd()})"
         raise RecipeError([f"{problem} {where}" for problem in problems])
@@ -159,10 +164,17 @@ def _missing_texts(recipe: Recipe) -> Iterator[str]:
         key, path = _named_path(dataset)
         if not path.exists():
             yield f"field '{field}.{key}' is {shown(str(path))}, which does not exist; give a file or folder"
-        elif key in DATA_FILES and path.is_dir() and not any(map(any, map(path.rglob, DATA_FILES[key]))):
+            continue
+        forms = list(forms_of(path))
+        if key in forms or (path.is_file() and forms in ([], ["text"]) and key != "saved"):
+            continue
+        if forms:
+            named = f"field '{field}.{key}' is {shown(str(path))}"
+            yield f"{named}, whose form is {forms[0]}; write {forms[0]}: {path}"
+        elif key in DATA_FILES:
             lacking = f"a folder without {', '.join(DATA_FILES[key])}"
             yield f"field '{field}.{key}' is {shown(str(path))}, {lacking}; give a file or folder"
-        elif key == "saved" and not path.is_dir():
+        elif path.is_file():
             yield f"field '{field}.{key}' is {shown(str(path))}, which is a file; give a folder"
 
 

@@ -119,10 +119,19 @@ def run_tasks(directory: Path, settings: TaskSettings, device: torch.device) -> 
         EvaluationError: lm-eval is not installed.
         OSError, RuntimeError, ValueError: the model cannot be loaded.
     """
-    manager = _task_manager(settings)
     model = open_for_lm_eval(
         directory, device, settings.batch_size, trust_remote_code=settings.trust_remote_code
     )
+    return run_tasks_on(model, settings)
+
+
+def run_tasks_on(model: Any, settings: TaskSettings) -> TaskResults:
+    """Return what lm-eval measures on a model in one of its wrappers; one task's failure is its own.
+
+    Raises:
+        EvaluationError: lm-eval is not installed.
+    """
+    manager = _task_manager(settings)
     results = TaskResults()
     for task in settings.tasks:
         try:

@@ -8,14 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ercsvd_deploy.pipelines.inputs.parity_prompts import make_prompts
-from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity, check_serving, measure_parity
+from ercsvd_deploy.pipelines.judging.parity.measure import (
+    ServingParity,
+    check_vllm,
+    log_path,
+    measure_parity,
+)
 from ercsvd_deploy.pipelines.judging.tasks import (
     TaskMetrics,
+    TaskResults,
     TaskSettings,
     check_tasks,
     run_tasks,
 )
-from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
+from ercsvd_deploy.pipelines.judging.tasks_in_vllm import run_tasks_in_vllm
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanError, PlanningContext, Stage
 from ercsvd_deploy.recipe.sections import LmEval
 
 if TYPE_CHECKING:
@@ -58,12 +65,21 @@ class MeasuredExportStage(Stage):
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if there is no export, or nothing to measure on it."""
+        """Return the stage; None if there is no export, or nothing to measure on it.
+
+        Raises:
+            PlanError: tasks are to run in vLLM, and the model reads pictures.
+        """
         recipe = context.recipe
         is_served = recipe.gates is not None and recipe.gates.serving_parity is not None
         if recipe.export.path is None or (recipe.evaluation.lm_eval is None and not is_served):
             return None
-        return cls(recipe.evaluation.lm_eval, recipe.model.trust_remote_code, is_served)
+        tasks = recipe.evaluation.lm_eval
+        if tasks is not None and tasks.engine == "vllm" and context.architecture.vision_layers:
+            raise PlanError(
+                "evaluation.lm_eval.engine: vllm is for text models: remove it, or set transformers"
+            )
+        return cls(tasks, recipe.model.trust_remote_code, is_served)
 
     def settings(self) -> Any:
         """Return the tasks, and whether the export is served."""
@@ -77,12 +93,14 @@ class MeasuredExportStage(Stage):
 
         Raises:
             EvaluationError: lm-eval is not installed, or cannot load a task.
-            ServingError: vLLM is not installed.
+            ServingError: vLLM is not installed, and wanted.
         """
         if self.lm_eval is not None:
             check_tasks(self._task_settings(self.lm_eval))
+            if self.lm_eval.engine == "vllm":
+                check_vllm("evaluation.lm_eval.engine: vllm")
         if self.is_served:
-            check_serving()
+            check_vllm("gates.serving_parity")
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
         """Return the weights of a whole model, which the original is for lm-eval.
@@ -100,9 +118,10 @@ class MeasuredExportStage(Stage):
         export: Path = run.results["export"].directory
         if self.lm_eval is not None:
             try:
-                settings = self._task_settings(self.lm_eval)
-                before = run_tasks(run.model.opened.directory, settings, run.model.device)
-                after = run_tasks(export, settings, run.model.device)
+                before, after = (
+                    self._run_tasks(self.lm_eval, directory, export, run)
+                    for directory in (run.model.opened.directory, export)
+                )
                 measured.original_tasks, measured.compressed_tasks = before.metrics, after.metrics
                 measured.problems += [f"{problem} (original)" for problem in before.problems]
                 measured.problems += after.problems
@@ -118,6 +137,16 @@ class MeasuredExportStage(Stage):
             except (ValueError, OSError, RuntimeError) as error:
                 measured.problems.append(f"serving parity was not measured: {error}")
         return measured
+
+    def _run_tasks(self, recipe: LmEval, directory: Path, export: Path, run: StageRun) -> TaskResults:
+        """Return what lm-eval measures on a model; what vLLM prints is kept beside the export if it fails."""
+        settings = self._task_settings(recipe)
+        if recipe.engine == "transformers":
+            return run_tasks(directory, settings, run.model.device)
+        log = log_path(export)
+        results = run_tasks_in_vllm(directory, settings, min(run.recipe.serving.tensor_parallel_sizes), log)
+        log.unlink(missing_ok=True)
+        return results
 
     def _task_settings(self, recipe: LmEval) -> TaskSettings:
         return TaskSettings(

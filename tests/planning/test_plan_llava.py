@@ -86,3 +86,14 @@ def test_vision_parts_take_what_they_declare(
         assert most <= needs.working_bytes <= 2.5 * most
     assert 0.3 * flops <= needs.flops <= flops
     assert needs.kept_bytes == needs.scratch_bytes > 0
+
+
+def test_tasks_in_vllm_are_for_text_models(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["llava-1.5-7b"][0]))
+    asked = [
+        "evaluation.lm_eval={tasks: [mmmu_val], engine: vllm}",
+        "export.path=out",
+        f"model.path={tmp_path}",
+    ]
+    with pytest.raises(PlanError, match="engine: vllm is for text models"):
+        make_plan(load_recipe(RECIPES / "llava-1.5-7b.yaml", asked))

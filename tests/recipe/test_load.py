@@ -70,6 +70,53 @@ def test_check_files_accepts_a_hub_name_or_a_model(
     check_files(recipe)
 
 
+@pytest.mark.parametrize(
+    ("form", "name", "meant"),
+    [
+        ("text", "rows.jsonl", "jsonl"),
+        ("text", "rows.ndjson.gz", "jsonl"),
+        ("text", "ROWS.JSONL", "jsonl"),
+        ("text", "rows.parquet", "parquet"),
+        ("jsonl", "rows.parquet", "parquet"),
+        ("parquet", "rows.jsonl", "jsonl"),
+        ("saved", "rows.jsonl", "jsonl"),
+        ("text", "folder/rows.parquet", "parquet"),
+        ("jsonl", "folder/notes.txt", "text"),
+        ("text", "folder/dataset_info.json", "saved"),
+        ("parquet", "folder/dataset_dict.json", "saved"),
+    ],
+)
+def test_check_files_tells_the_form_that_data_has(
+    form: str, name: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).touch()
+    path = name.partition("/")[0]
+    recipe = load_recipe(written(tmp_path, MINIMAL), [f"calibration.dataset={{{form}: {path}}}"])
+    assert f"write {meant}: {path}" in missing_files(recipe)
+
+
+@pytest.mark.parametrize(("form", "name"), [("text", "notes"), ("text", "a.TXT"), ("jsonl", "rows.txt")])
+def test_check_files_takes_files_of_any_other_name(
+    form: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    Path(name).touch()
+    overrides = ["model.path=model", f"calibration.dataset={{{form}: {name}}}"]
+    check_files(load_recipe(written(tmp_path, MINIMAL), overrides))
+
+
+def test_check_files_looks_for_the_folder_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(
+        written(tmp_path, MINIMAL), ["evaluation.lm_eval={tasks: [mine], include_path: nowhere}"]
+    )
+    assert "'evaluation.lm_eval.include_path' is 'nowhere', which is not a folder" in missing_files(recipe)
+
+
 def test_check_files_looks_for_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(

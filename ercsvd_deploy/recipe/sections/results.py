@@ -30,7 +30,15 @@ class LmEval(Section):
         default=None, ge=0, description="Examples in the prompt; null: the task's own."
     )
     limit: PositiveInt | None = Field(default=None, description="Documents per task; null: all.")
-    batch_size: PositiveInt = Field(default=8, description="Requests in a batch.")
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description="What runs both models: transformers, or vLLM, as the export is served, in a process of "
+        "its own at the smallest of `serving.tensor_parallel_sizes`; vLLM must be installed, and takes text "
+        "models only.",
+    )
+    batch_size: PositiveInt = Field(
+        default=8, description="Requests in a batch; vLLM makes batches of its own."
+    )
     apply_chat_template: bool = Field(
         default=False, description="Put prompts into the tokenizer's chat template, for instruction models."
     )

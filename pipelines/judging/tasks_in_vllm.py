@@ -1,0 +1,101 @@
+"""lm-eval's tasks on a model as vLLM serves it, in a process of its own: `python -m MODULE REQUEST ANSWER`.
+
+vLLM keeps memory and processes until its own process ends. REQUEST is a JSON file {"directory": the model's,
+"settings": how tasks are run, "engine": further keyword arguments of `vllm.LLM`}, ANSWER receives the
+results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from ercsvd_deploy.exporters.vllm.engines.machine import find_machine
+from ercsvd_deploy.exporters.vllm.engines.process import ask_engine
+from ercsvd_deploy.models.meta import load_config
+from ercsvd_deploy.pipelines.judging.parity.measure import give_back_memory
+from ercsvd_deploy.pipelines.judging.tasks import TaskResults, TaskSettings, run_tasks_on
+
+_SETTINGS = TypeAdapter(TaskSettings)
+_RESULTS = TypeAdapter(TaskResults)
+_LONGEST = 8192  # tokens of a document with its examples: vLLM reserves memory for what it may read at once
+_PATIENCE = 24 * 3600.0  # seconds; whole suites of tasks take hours
+
+
+def run_tasks_in_vllm(directory: Path, settings: TaskSettings, size: int, log: Path) -> TaskResults:
+    """Return what lm-eval measures on a model that vLLM serves; one task's failure is its own.
+
+    Args:
+        directory: The model, compressed or not.
+        settings: How tasks are run.
+        size: Tensor-parallel size.
+        log: File to which everything that vLLM prints is added.
+
+    Raises:
+        NotServableHereError: other work occupies the GPUs.
+        EngineError: vLLM did not run; the log says why.
+    """
+    give_back_memory()
+    machine = find_machine()
+    weight_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    request = {
+        "directory": str(directory),
+        "settings": _SETTINGS.dump_python(settings, mode="json"),
+        "engine": machine.engine_arguments(size, weight_bytes),
+    }
+    answer = ask_engine(
+        __name__, request, environment=machine.environment(size, os.environ), log=log, patience=_PATIENCE
+    )
+    return _RESULTS.validate_python(answer)
+
+
+def _open(directory: str, settings: TaskSettings, engine: dict[str, Any]) -> Any:
+    """Return lm-eval's wrapper of a model that vLLM serves."""
+    wrapper = _import_wrapper()
+    config = load_config(directory, trust_remote_code=settings.trust_remote_code)
+    return wrapper(
+        pretrained=directory,
+        trust_remote_code=settings.trust_remote_code,
+        max_model_len=min(_LONGEST, getattr(config, "max_position_embeddings", _LONGEST)),
+        **engine,
+    )
+
+
+def _import_wrapper() -> Any:
+    """Return lm-eval's class, which asks for a package `vllm`; that of a CPU build has another name."""
+    import vllm
+
+    from ercsvd_deploy.exporters.vllm.compatibility import current_platform
+
+    assert current_platform.device_type  # found now, by the names of packages as they are
+
+    def version_of(package: str) -> str:
+        return str(vllm.__version__) if package == "vllm" else version(package)
+
+    version = metadata.version
+    metadata.version = version_of
+    try:
+        from lm_eval.models.vllm_causallms import VLLM  # which keeps that function
+    finally:
+        metadata.version = version
+    return VLLM
+
+
+def main() -> None:
+    """Answer one request."""
+    request, answer = (Path(argument) for argument in sys.argv[1:3])
+    asked = json.loads(request.read_text(encoding="utf-8"))
+    settings = _SETTINGS.validate_python(asked["settings"])
+    results = run_tasks_on(_open(asked["directory"], settings, asked["engine"]), settings)
+    answer.write_text(_RESULTS.dump_json(results).decode(), encoding="utf-8")
+    os._exit(0)  # vLLM's exit handlers wait for processes that are gone already
+
+
+if __name__ == "__main__":
+    main()
