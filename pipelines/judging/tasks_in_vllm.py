@@ -75,8 +75,8 @@ def _import_wrapper() -> Any:
 
     assert current_platform.device_type  # found now, by the names of packages as they are
 
-    def version_of(package: str) -> str:
-        return str(vllm.__version__) if package == "vllm" else version(package)
+    def version_of(distribution_name: str) -> str:
+        return str(vllm.__version__) if distribution_name == "vllm" else version(distribution_name)
 
     version = metadata.version
     metadata.version = version_of
