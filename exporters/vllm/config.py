@@ -1,9 +1,9 @@
 """vLLM's view of a compressed model: which layers are ours, and whether the checkpoint was complete.
 
 A layer is found in config.json by its *canonical* name, its path without the parts that name the whole
-decoder (`model`, `language_model`, `transformer` ...): vLLM and the checkpoint place those differently, and
-how vLLM maps one to the other has changed from release to release. Fused layers are looked up projection by
-projection.
+decoder (`model`, `language_model`, `transformer` ...): vLLM and the checkpoint place those differently, how
+vLLM maps one to the other has changed from release to release, and a model that drafts for another is named
+`draft_model` as a whole. Fused layers are looked up projection by projection.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ercsvd_deploy.format.schema import (
 if TYPE_CHECKING:
     from ercsvd_deploy.exporters.vllm.method import LowRankLinearMethod, UnalteredLinearMethod
 
-_WRAPPER_PARTS = frozenset({"model", "language_model", "transformer", "gpt_neox"})
+_WRAPPER_PARTS = frozenset({"model", "language_model", "transformer", "gpt_neox", "draft_model"})
 _LAYER_PATH = re.compile(r"^.*?\b(?:layers|h)\.\d+\b")
 # for models that do not publish how they fuse
 _USUAL_FUSIONS = {
@@ -39,6 +39,12 @@ _USUAL_FUSIONS = {
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
 _MOST_PROBLEMS_SHOWN = 40
+# its PyTorch operators take -1, which means no adapter, for an index (0.32)
+_ADAPTERS_ON_CPUS = (
+    "vLLM's CPU engine applies the LoRA adapter in its last slot to requests without one that run beside "
+    "requests with one, whatever the model: start it with --max-loras one larger than the number of "
+    "adapters, so that this slot stays empty"
+)
 _LOGGER = "vllm.ercsvd"  # below vLLM's own, so that its level and format hold
 
 
@@ -66,6 +72,7 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         self._reads_checkpoint = True
         self._kernels = KernelRecord(is_required=checkpoint.require_kernels)
         self._num_unready = 0
+        self._serves_adapters = False
 
     @classmethod
     def get_name(cls) -> str:
@@ -112,7 +119,10 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         names = self._projection_names(prefix)
         described = [self._modules.get(canonical_name(name)) for name in names]
         self._matched.update(found[0] for found in described if found)
-        self._reads_checkpoint = _load_format() != "dummy"
+        engine = get_current_vllm_config_or_none()
+        # `dummy` loads no tensors at all; vLLM's benchmarks use it
+        self._reads_checkpoint = engine is None or str(engine.load_config.load_format) != "dummy"
+        self._serves_adapters = engine is not None and engine.lora_config is not None
         method: LowRankLinearMethod | UnalteredLinearMethod
         if any(described):
             projections = [found or (name, None) for name, found in zip(names, described, strict=True)]
@@ -154,11 +164,16 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
             )
 
     def _layer_is_ready(self) -> None:
-        """Say in one line, behind the last layer, what is served without a kernel."""
+        """Say behind the last layer, in a line each, what is served without a kernel or at a risk."""
+        from ercsvd_deploy.exporters.vllm.compatibility import current_platform
+
         self._num_unready -= 1
-        summary = self._kernels.summary() if self._num_unready == 0 else None
-        if summary and get_tensor_model_parallel_rank() == 0:
+        if self._num_unready or get_tensor_model_parallel_rank() != 0:
+            return
+        if summary := self._kernels.summary():
             init_logger(_LOGGER).warning(summary)
+        if self._serves_adapters and current_platform.is_cpu():
+            init_logger(_LOGGER).warning(_ADAPTERS_ON_CPUS)
 
     def _projection_names(self, prefix: str) -> list[str]:
         if canonical_name(prefix) in self._modules:
@@ -177,9 +192,3 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
 def canonical_name(name: str) -> str:
     """Return a module path without the parts that vLLM and checkpoints place differently."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
-
-
-def _load_format() -> str:
-    """Return vLLM's --load-format; `dummy` loads no tensors at all (vLLM's benchmarks use it)."""
-    config = get_current_vllm_config_or_none()
-    return "auto" if config is None else str(config.load_config.load_format)

@@ -16,53 +16,67 @@ from typing import Any
 
 
 def generate(
-    engine: dict[str, Any], prompts: list[list[int] | dict[str, Any]], max_tokens: int, top: int
+    engine: dict[str, Any],
+    prompts: list[list[int] | dict[str, Any]],
+    max_tokens: int,
+    top: int,
+    *,
+    scores_prompts: bool,
 ) -> dict[str, Any]:
     """Build an engine, generate greedily, shut it down.
 
     Args:
         engine: keyword arguments of `vllm.LLM`.
-        prompts: token ids, or {"tokens": ids with one image token a picture, "images": files}.
+        prompts: token ids, or {"tokens": ids with one image token a picture, "images": files, "adapter":
+            directory of the LoRA adapter to use}, of which the last two may be left out.
         max_tokens: how many tokens to generate for each prompt, end-of-sequence tokens included.
         top: how many log-probabilities to return for each position after the first.
+        scores_prompts: whether those of the prompt are returned too; vLLM then computes all of it, whatever
+            its prefix cache holds.
 
     Returns:
         {"compiled": whether torch.compile was used, "cut": Linear of the checkpoint -> vLLM's class of the
-        layer that holds it (of an engine of one rank), "outputs": for each prompt {"prompt": the ids that
-        were read, with a token for each image feature, "tokens": the generated ids, "logprobs": for each
-        position of prompt and output but the first, token id -> log-probability}}.
+        layer that holds it (of an engine of one worker), "accepted": how many tokens of a speculator were
+        accepted (where the engine keeps statistics), "outputs": for each prompt {"prompt": the ids that
+        were read, with a token for each image feature, "cached": how many of them the prefix cache held,
+        "tokens": the generated ids, "logprobs": for each position of prompt, if scored, and output but the
+        first, token id -> log-probability}}.
     """
     from vllm import LLM, SamplingParams
 
     gc.freeze()  # an engine collects garbage seven times: what is there before it need not be searched
-    llm = LLM(max_model_len=128, max_num_seqs=8, disable_log_stats=True, **engine)
+    llm = LLM(**{"max_model_len": 128, "max_num_seqs": 8, "disable_log_stats": True} | engine)
     sampling = SamplingParams(
         temperature=0.0,
         max_tokens=max_tokens,
         ignore_eos=True,
         logprobs=top,
-        prompt_logprobs=top,
+        prompt_logprobs=top if scores_prompts else None,
         detokenize=False,
     )
-    outputs = llm.generate([_request(prompt) for prompt in prompts], sampling, use_tqdm=False)
-    compiled = int(llm.llm_engine.vllm_config.compilation_config.mode or 0) > 0
-    cut = llm.apply_model(_classes_of_linears)[0] if engine["tensor_parallel_size"] == 1 else {}
-    llm.llm_engine.engine_core.shutdown()
-    return {
-        "compiled": compiled,
-        "cut": cut,
+    outputs = llm.generate(
+        [_request(prompt) for prompt in prompts], sampling, use_tqdm=False, lora_request=_adapters(prompts)
+    )
+    parallel = llm.llm_engine.vllm_config.parallel_config
+    answer = {
+        "compiled": int(llm.llm_engine.vllm_config.compilation_config.mode or 0) > 0,
+        "cut": llm.apply_model(_classes_of_linears)[0] if parallel.world_size == 1 else {},
+        "accepted": None if engine.get("disable_log_stats", True) else _num_accepted(llm),
         "outputs": [
             {
                 "prompt": list(output.prompt_token_ids),
+                "cached": output.num_cached_tokens,
                 "tokens": list(output.outputs[0].token_ids),
                 "logprobs": [
                     {str(token): entry.logprob for token, entry in position.items()}
-                    for position in [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+                    for position in [*(output.prompt_logprobs or [])[1:], *output.outputs[0].logprobs]
                 ],
             }
             for output in outputs
         ],
     }
+    llm.llm_engine.engine_core.shutdown()
+    return answer
 
 
 def _classes_of_linears(model: Any) -> dict[str, str]:
@@ -76,12 +90,32 @@ def _classes_of_linears(model: Any) -> dict[str, str]:
 
 def _request(prompt: list[int] | dict[str, Any]) -> dict[str, Any]:
     """Return a prompt as vLLM takes it."""
-    if isinstance(prompt, list):
-        return {"prompt_token_ids": prompt}
+    if isinstance(prompt, list) or "images" not in prompt:
+        return {"prompt_token_ids": prompt if isinstance(prompt, list) else prompt["tokens"]}
     from PIL import Image
 
     images = [Image.open(file).convert("RGB") for file in prompt["images"]]
     return {"prompt_token_ids": prompt["tokens"], "multi_modal_data": {"image": images}}
+
+
+def _adapters(prompts: list[list[int] | dict[str, Any]]) -> list[Any] | None:
+    """Return each prompt's LoRA adapter as vLLM takes it, or None if no prompt has one."""
+    directories = [None if isinstance(prompt, list) else prompt.get("adapter") for prompt in prompts]
+    if not any(directories):
+        return None
+    from vllm.lora.request import LoRARequest
+
+    numbers = {directory: number for number, directory in enumerate(filter(None, directories), start=1)}
+    return [
+        None if directory is None else LoRARequest(directory, numbers[directory], directory)
+        for directory in directories
+    ]
+
+
+def _num_accepted(llm: Any) -> int:
+    """Return how many tokens that a speculator proposed the engine has accepted."""
+    accepted = "vllm:spec_decode_num_accepted_tokens"
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == accepted)
 
 
 def main() -> None:
@@ -90,7 +124,15 @@ def main() -> None:
     answers = []
     for engine in request["engines"]:
         try:
-            answers.append(generate(engine, request["prompts"], request["max_tokens"], request["top"]))
+            answers.append(
+                generate(
+                    engine,
+                    request["prompts"],
+                    request["max_tokens"],
+                    request["top"],
+                    scores_prompts=request["scores_prompts"],
+                )
+            )
         except Exception as error:
             if not request["goes_on"]:
                 raise

@@ -74,20 +74,26 @@ def run_engines(
     prompts: Sequence[Any] = PROMPTS,
     *,
     goes_on: bool = False,
+    scores_prompts: bool = True,
     **variables: str,
 ) -> tuple[int, str]:
     """Run engines one after the other in one fresh process; return its exit status and what it printed.
 
     `answer` then holds what they generated; of an engine that fails, where the process `goes_on`, its error.
-    `variables` are further ones of the process's environment.
+    `scores_prompts` asks for the log-probabilities of the prompts too. `variables` are further ones of the
+    process's environment.
     """
-    num_ranks = max(arguments["tensor_parallel_size"] for arguments in engines)
+    num_ranks = max(
+        arguments["tensor_parallel_size"] * arguments.get("pipeline_parallel_size", 1)
+        for arguments in engines
+    )
     request = {
         "engines": engines,
         "prompts": prompts,
         "max_tokens": MAX_TOKENS,
         "top": TOP,
         "goes_on": goes_on,
+        "scores_prompts": scores_prompts,
         "answer": str(answer),
     }
     command, log = [PYTHON, "tests/vllm/engine_process.py"], answer.with_suffix(".log")
@@ -120,10 +126,18 @@ def process(
 
 
 def generate(
-    engines: Sequence[dict[str, Any]], answer: Path, prompts: Sequence[Any] = PROMPTS, **variables: str
+    engines: Sequence[dict[str, Any]],
+    answer: Path,
+    prompts: Sequence[Any] = PROMPTS,
+    *,
+    goes_on: bool = False,
+    scores_prompts: bool = True,
+    **variables: str,
 ) -> list[dict[str, Any]]:
-    """Return what each engine generated, see `vllm_engine.generate`."""
-    status, printed = run_engines(engines, answer, prompts, goes_on=False, **variables)
+    """Return what each engine generated, see `engine_process.generate`; the options are `run_engines`'s."""
+    status, printed = run_engines(
+        engines, answer, prompts, goes_on=goes_on, scores_prompts=scores_prompts, **variables
+    )
     assert status == 0, printed[-8000:]
     answers: list[dict[str, Any]] = json.loads(answer.read_text())
     return answers
@@ -138,16 +152,20 @@ class Deviation:
     same_tokens: bool
 
 
-def deviation(dense: Path, outputs: Sequence[dict[str, Any]]) -> Deviation:
-    """Compare what was generated from `PROMPTS` with transformers in float32."""
+def deviation(dense: Path, outputs: Sequence[dict[str, Any]], *, scores_prompts: bool = True) -> Deviation:
+    """Compare what was generated from `PROMPTS` with transformers in float32, see `compare`."""
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     assert [output["prompt"] for output in outputs] == PROMPTS
-    return compare(model, outputs, [{}] * len(outputs))
+    return compare(model, outputs, [{}] * len(outputs), scores_prompts=scores_prompts)
 
 
 @torch.no_grad()
 def compare(
-    model: PreTrainedModel, outputs: Sequence[dict[str, Any]], images: Sequence[Mapping[str, torch.Tensor]]
+    model: PreTrainedModel,
+    outputs: Sequence[dict[str, Any]],
+    images: Sequence[Mapping[str, torch.Tensor]],
+    *,
+    scores_prompts: bool = True,
 ) -> Deviation:
     """Compare log-probabilities at all positions, and the greedy tokens, with those of `model`.
 
@@ -155,6 +173,7 @@ def compare(
         model: The reference.
         outputs: What an engine generated.
         images: The model's further inputs for each output.
+        scores_prompts: Whether the prompts' log-probabilities were asked for as well.
     """
     differences: list[float] = []
     same_tokens = True
@@ -163,8 +182,8 @@ def compare(
         logits = model(input_ids=torch.tensor([prompt + tokens]), **inputs).logits[0]
         expected = logits.double().log_softmax(-1)
         same_tokens &= expected[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
-        assert len(output["logprobs"]) == len(expected) - 1
-        for position, logprobs in zip(expected, output["logprobs"], strict=False):
+        scored = expected[0 if scores_prompts else len(prompt) - 1 : -1]
+        for position, logprobs in zip(scored, output["logprobs"], strict=True):
             differences += [abs(position[int(token)].item() - value) for token, value in logprobs.items()]
     assert len(differences) >= TOP * len(outputs) * MAX_TOKENS
     return Deviation(max(differences), sum(differences) / len(differences), same_tokens)
