@@ -1,6 +1,6 @@
 """Serve an export with vLLM and send it thousands of requests: does anything fail, grow or change?
 
-    .venv/bin/python benchmarks/soak.py out/tiny-llama-erc20-int4
+    .venv/bin/python benchmarks/soak.py out/tiny-llama-erc20-int4 --original examples/tiny-llama
 
 Completions of a few to hundreds of tokens, whole and streamed, of the model and of two random LoRA adapters
 on top of it; some are cancelled at their first token, some are malformed. No answer may be a 5xx, none of the
@@ -8,7 +8,9 @@ malformed requests may be accepted, the server must be alive and idle in the end
 after a warm-up, and every greedy answer must be the one that an offline engine gives. Writes
 `benchmarks/results/soak.json` and `.md`; exit code 1 if anything of that does not hold.
 
-The KV cache is small, so that all of it is in use early: what grows later is a leak.
+The KV cache is small, so that all of it is in use early. vLLM's CPU engine still grows for thousands of
+requests, whatever the model: with `--original` the uncompressed one gets the same requests first, and the
+export may not grow more than it did.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ import psutil
 import torch
 from results_file import environment, write_results
 from safetensors.torch import save_file
-from soak_report import Sample, Soak, render
+from soak_report import Sample, Soak, find_problems, render
 from soak_traffic import MOST_TOKENS, Outcome, draw_prompts, draw_requests, send_all
 
 TEXTS = (Path("examples/text/in_domain.txt"), Path("examples/text/out_of_domain.txt"))
+PLAIN = "model"  # name under which the model itself is served
 ADAPTERS = ("adapter-a", "adapter-b")
 ADAPTER_RANK = 8
 KV_CACHE_BYTES = 64 << 20
@@ -72,10 +75,10 @@ def write_adapter(export: Path, directory: Path, seed: int) -> Path:
     return directory
 
 
-def engine_arguments(export: Path, dtype: str, concurrency: int) -> dict[str, Any]:
+def engine_arguments(model: Path, dtype: str, concurrency: int) -> dict[str, Any]:
     """Return what both engines, the server's and the offline one, are told."""
     return {
-        "model": str(export),
+        "model": str(model),
         "dtype": dtype,
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
         "max_num_seqs": concurrency,
@@ -97,7 +100,7 @@ def answer_offline(request: dict[str, Any], scratch: Path) -> dict[str, list[dic
 
 @contextlib.contextmanager
 def serving(
-    arguments: dict[str, Any], served_name: str, adapters: dict[str, Path], log: Path
+    arguments: dict[str, Any], adapters: dict[str, Path], log: Path
 ) -> Iterator[tuple[psutil.Process, str]]:
     """Start vLLM's server; give its process and address; end it with all that it started."""
     with socket.socket() as probe:
@@ -108,7 +111,7 @@ def serving(
     for name, value in arguments.items():
         option = f"--{name.replace('_', '-')}"
         command += [option] if value is True else [option, str(value)]
-    command += ["--served-model-name", served_name, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", PLAIN, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--generation-config", "vllm"]  # as offline: none of the model's own sampling
     command += ["--lora-modules", *(f"{name}={directory}" for name, directory in adapters.items())]
     with log.open("wb") as output:
@@ -138,10 +141,10 @@ def fetch(url: str) -> str | None:
         return None
 
 
-def resident_bytes(server: psutil.Process) -> int:
-    """Return the resident memory of the server and of all processes that it started."""
-    processes = [server, *server.children(recursive=True)]
-    return sum(process.memory_info().rss for process in processes)
+def resident_bytes(server: psutil.Process) -> dict[str, int]:
+    """Return the resident memory of the server's front end, and of the engine that it started."""
+    engine = sum(process.memory_info().rss for process in server.children(recursive=True))
+    return {"front end": server.memory_info().rss, "engine": engine}
 
 
 def unfinished_requests(address: str) -> float | None:
@@ -153,38 +156,36 @@ def unfinished_requests(address: str) -> float | None:
     return sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(counted))
 
 
-def soak(arguments: argparse.Namespace, scratch: Path) -> Soak:
-    """Answer offline, serve, send everything, and return what was seen."""
+def soak(model: Path, arguments: argparse.Namespace, scratch: Path) -> Soak:
+    """Answer offline with a model, serve it, send everything, and return what was seen."""
     generator = random.Random(arguments.seed)
     texts = [text.read_text(encoding="utf-8") for text in TEXTS]
     prompts = draw_prompts(texts, arguments.prompts, generator)
     adapters = {
-        f"adapter-{seed}": write_adapter(arguments.export, scratch / f"{seed}", seed) for seed in (1, 2)
+        name: write_adapter(arguments.export, scratch / name, seed) for seed, name in enumerate(ADAPTERS)
     }
-    plain = arguments.export.name
-    requests = draw_requests(prompts, [plain, plain, *adapters], arguments.requests, generator)
-    engine = engine_arguments(arguments.export, arguments.dtype, arguments.concurrency)
+    requests = draw_requests(prompts, [PLAIN, PLAIN, *adapters], arguments.requests, generator)
+    engine = engine_arguments(model, arguments.dtype, arguments.concurrency)
     offline = answer_offline(
         {
             "engine": engine,
             "prompts": prompts,
-            "adapters": {plain: None} | {name: str(directory) for name, directory in adapters.items()},
+            "adapters": {PLAIN: None} | {name: str(directory) for name, directory in adapters.items()},
             "max_tokens": MOST_TOKENS,
             "top": 5,
         },
         scratch,
     )
-    log = scratch / "server.log"
     outcomes: list[Outcome] = []
     samples: list[Sample] = []
-    with serving(engine, plain, adapters, log) as (server, address):
-        interval = max(1, len(requests) // NUM_SAMPLES)
+    interval = max(1, len(requests) // NUM_SAMPLES)
+    with serving(engine, adapters, scratch / "server.log") as (server, address):
 
         def finished(outcome: Outcome) -> None:
             outcomes.append(outcome)
             if len(outcomes) % interval == 0:
                 samples.append(Sample(len(outcomes), resident_bytes(server)))
-                print(f"{len(outcomes)} requests, {samples[-1].resident_bytes / 2**20:.0f} MiB", flush=True)
+                print(samples[-1], flush=True)
 
         started = time.monotonic()
         asyncio.run(send_all(address, requests, arguments.concurrency, finished))
@@ -198,6 +199,7 @@ def main() -> None:
     """Run the soak, write the results, fail if anything did not hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path, help="a directory that `ercsvd run` wrote")
+    parser.add_argument("--original", type=Path, help="the uncompressed model, to measure its memory too")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=120, help="different prompts to draw from")
@@ -209,11 +211,18 @@ def main() -> None:
         " ".join([".venv/bin/python benchmarks/soak.py", *sys.argv[1:]]),
         threads=len(os.sched_getaffinity(0)),
     )
-    with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
-        result = soak(arguments, Path(scratch))
-    text = render(result, f"{arguments.export.name}, dtype {arguments.dtype}", arguments.concurrency)
-    write_results(arguments.name, made_by=made_by, figures=result.figures(), text=text)
-    sys.exit(bool(result.problems()))
+    soaks = {}
+    for model in filter(None, (arguments.original, arguments.export)):
+        with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
+            soaks[model] = soak(model, arguments, Path(scratch))
+    result, original = soaks[arguments.export], soaks.get(arguments.original)
+    problems = find_problems(result, original)
+    figures = {"export": result.figures(), "original": original and original.figures(), "problems": problems}
+    title = f"{arguments.export.name}, dtype {arguments.dtype}, concurrency {arguments.concurrency}"
+    write_results(
+        arguments.name, made_by=made_by, figures=figures, text=render(title, result, original, problems)
+    )
+    sys.exit(bool(problems))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,19 @@ _MOST_SHOWN = 5
 
 @dataclass(frozen=True)
 class Sample:
-    """The resident memory of all of the server's processes when so many requests had been finished."""
+    """The resident memory when so many requests had been finished: process -> bytes."""
 
     finished: int
-    resident_bytes: int
+    resident_bytes: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Return the bytes of all processes."""
+        return sum(self.resident_bytes.values())
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{name} {size / _MIB:.0f} MiB" for name, size in self.resident_bytes.items())
+        return f"{self.finished} requests: {shares}"
 
 
 @dataclass(frozen=True)
@@ -83,26 +92,8 @@ class Soak:
         quarters: dict[int, list[int]] = {}
         for sample in self.samples:
             quarter = (4 * sample.finished - 1) // self.samples[-1].finished
-            quarters.setdefault(quarter, []).append(sample.resident_bytes)
+            quarters.setdefault(quarter, []).append(sample.total)
         return statistics.median(quarters[3]) / statistics.median(quarters[1]) - 1
-
-    def problems(self) -> list[str]:
-        """Return a line for everything that should not have been."""
-        unexpected = [outcome for outcome in self.outcomes if not outcome.is_as_expected]
-        lines = [
-            f"{outcome.request.label}: status {outcome.status}, {outcome.error}"
-            for outcome in unexpected[:_MOST_SHOWN]
-        ]
-        if len(unexpected) > _MOST_SHOWN:
-            lines.append(f"... and {len(unexpected) - _MOST_SHOWN} more of {len(self.outcomes)} requests")
-        if self.unfinished is None:
-            lines.append("the server did not answer in the end")
-        elif self.unfinished:
-            lines.append(f"{self.unfinished:.0f} requests were still in the engine in the end")
-        if self.growth > MOST_GROWTH:
-            lines.append(f"the memory grew by {self.growth:.1%} after the warm-up")
-        wrong = [parting for parting in self.partings if not parting.is_tie]
-        return lines + [f"another answer than offline: {parting}" for parting in wrong]
 
     def statuses(self) -> dict[str, dict[str, int]]:
         """Return kind of request -> HTTP status -> how many."""
@@ -119,12 +110,11 @@ class Soak:
             "statuses": self.statuses(),
             "tokens": sum(len(outcome.tokens) for outcome in self.outcomes),
             "median_seconds": statistics.median(outcome.seconds for outcome in self.answered),
-            "resident_bytes": {sample.finished: sample.resident_bytes for sample in self.samples},
+            "resident_bytes": {sample.finished: dict(sample.resident_bytes) for sample in self.samples},
             "memory_growth": self.growth,
             "unfinished": self.unfinished,
             "compared_with_offline": len(self.answered),
             "parted_from_offline": [asdict(parting) for parting in self.partings],
-            "problems": self.problems(),
         }
 
     def _parting(self, outcome: Outcome) -> Parting | None:
@@ -145,7 +135,31 @@ class Soak:
         return Parting(request.model, request.prompt, min(len(outcome.tokens), len(expected)), None)
 
 
-def render(soak: Soak, export: str, concurrency: int) -> str:
+def find_problems(soak: Soak, original: Soak | None) -> list[str]:
+    """Return a line for everything that should not have been.
+
+    Args:
+        soak: Of the export.
+        original: Of the uncompressed model, more than which the export's memory may not grow.
+    """
+    unexpected = [outcome for outcome in soak.outcomes if not outcome.is_as_expected]
+    lines = [
+        f"{outcome.request.label}: status {outcome.status}, {outcome.error}"
+        for outcome in unexpected[:_MOST_SHOWN]
+    ]
+    if len(unexpected) > _MOST_SHOWN:
+        lines.append(f"... and {len(unexpected) - _MOST_SHOWN} more of {len(soak.outcomes)} requests")
+    if soak.unfinished is None:
+        lines.append("the server did not answer in the end")
+    elif soak.unfinished:
+        lines.append(f"{soak.unfinished:.0f} requests were still in the engine in the end")
+    if soak.growth > max(MOST_GROWTH, original.growth if original else 0.0):
+        lines.append(f"the memory grew by {soak.growth:.1%} after the warm-up")
+    wrong = [parting for parting in soak.partings if not parting.is_tie]
+    return lines + [f"another answer than offline: {parting}" for parting in wrong]
+
+
+def render(title: str, soak: Soak, original: Soak | None, problems: Sequence[str]) -> str:
     """Return the Markdown text."""
     figures, partings = soak.figures(), soak.partings
     rows = [
@@ -155,25 +169,42 @@ def render(soak: Soak, export: str, concurrency: int) -> str:
     left = "the server was gone"
     if soak.unfinished is not None:
         left = f"the engine held {soak.unfinished:.0f} requests"
-    first, last = soak.samples[0], soak.samples[-1]
     ties = [parting.gap for parting in partings if parting.gap is not None and parting.is_tie]
     same = len(soak.answered) - len(partings)
-    problems = "\n".join(f"- {problem}" for problem in soak.problems()) or "Nothing."
-    return f"""# A soak of the server: {export}
+    worst_tie = max(ties, default=0.0)
+    shown = "".join(f"\n- {problem}" for problem in problems) or "nothing."
+    return f"""# A soak of the server: {title}
 
-{len(soak.outcomes)} requests at concurrency {concurrency}, to the model and to two LoRA adapters on top,
-in {soak.seconds:.0f} s; {figures["tokens"]} tokens came back, half of the answers in less than
-{figures["median_seconds"]:.2f} s. In the end {left}.
+{len(soak.outcomes)} requests to the model and to two LoRA adapters on top, in {soak.seconds:.0f} s;
+{figures["tokens"]} tokens came back, half of the answers in less than {figures["median_seconds"]:.2f} s. In
+the end {left}.
 
 {markdown_table(["requests", "answers x HTTP status"], rows)}
 
-Resident memory of all of the server's processes: {first.resident_bytes / _MIB:.0f} MiB after {first.finished}
-requests, {last.resident_bytes / _MIB:.0f} MiB in the end; {soak.growth:+.1%} from the second quarter of the
-requests to the last.
-
 Greedy answers: {same} of {len(soak.answered)} are token for token what an offline engine answers; {len(ties)}
-leave it at two tokens that are as likely as each other, up to {max(ties, default=0.0):.3f} nats ({MOST_TIE}
-are allowed: rounding depends on what is computed together).
+leave it where two tokens are as likely, up to {worst_tie:.3f} nats ({MOST_TIE} are allowed: rounding
+depends on what is computed together).
 
-What should not have been: {problems}
+{_memory_table({"export": soak} | ({} if original is None else {"original": original}))}
+
+What should not have been: {shown}
 """
+
+
+def _memory_table(soaks: Mapping[str, Soak]) -> str:
+    """Return the resident memory of all processes of the server, in MiB, and its growth."""
+    rows = []
+    for name, soak in soaks.items():
+        quarters = soak.samples[len(soak.samples) // 4 - 1 :: len(soak.samples) // 4]
+        rows += [
+            [
+                f"{name}, {process}",
+                *(f"{sample.resident_bytes[process] / _MIB:.0f}" for sample in quarters),
+                "",
+            ]
+            for process in soak.samples[0].resident_bytes
+        ]
+        totals = [f"{sample.total / _MIB:.0f}" for sample in quarters]
+        rows.append([f"{name}, together", *totals, f"{soak.growth:+.1%}"])
+    heads = [str(sample.finished) for sample in quarters]
+    return markdown_table(["resident MiB after requests", *heads, "second quarter to last"], rows)
