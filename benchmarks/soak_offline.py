@@ -39,6 +39,7 @@ def answer(asked: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
             }
             for completion in completions
         ]
+    engine.llm_engine.engine_core.shutdown()
     return answers
 
 
