@@ -74,16 +74,20 @@ def names() -> Iterable[str]:
     return _MODULES
 
 
-def untested_release() -> str | None:
-    """Return a sentence if the installed vLLM is none of the releases that were tested, else None."""
+def installed_version() -> str:
+    """Return the version of the installed vLLM, whatever its package is called."""
     import vllm
 
-    release = ".".join(vllm.__version__.split("+")[0].split(".")[:3])
-    if release in TESTED_RELEASES:
+    return str(vllm.__version__)
+
+
+def untested_release() -> str | None:
+    """Return a sentence if the installed vLLM is none of the releases that were tested, else None."""
+    version = installed_version()
+    if ".".join(version.split("+")[0].split(".")[:3]) in TESTED_RELEASES:
         return None
     return (
-        f"vLLM {vllm.__version__} is none of the releases that ercsvd was tested with "
-        f"({', '.join(TESTED_RELEASES)})"
+        f"vLLM {version} is none of the releases that ercsvd was tested with ({', '.join(TESTED_RELEASES)})"
     )
 
 

@@ -69,16 +69,14 @@ def _open(directory: str, settings: TaskSettings, engine: dict[str, Any]) -> Any
 
 def _import_wrapper() -> Any:
     """Return lm-eval's class, which asks for a package `vllm`; that of a CPU build has another name."""
-    import vllm
-
-    from ercsvd_deploy.exporters.vllm.compatibility import current_platform
+    from ercsvd_deploy.exporters.vllm.compatibility import current_platform, installed_version
 
     assert current_platform.device_type  # found now, by the names of packages as they are
+    version, vllm_version = metadata.version, installed_version()
 
     def version_of(distribution_name: str) -> str:
-        return str(vllm.__version__) if distribution_name == "vllm" else version(distribution_name)
+        return vllm_version if distribution_name == "vllm" else version(distribution_name)
 
-    version = metadata.version
     metadata.version = version_of
     try:
         from lm_eval.models.vllm_causallms import VLLM  # which keeps that function
