@@ -85,10 +85,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def heeded_interrupts() -> Iterator[None]:
-    """Let what a test starts heed SIGINT, which processes in a shell's background inherit as ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let what a test starts heed SIGINT and SIGHUP.
+
+    Processes in a shell's background inherit the one as ignored, those behind `nohup` the other.
+    """
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGHUP, hang_up)
 
 
 @pytest.fixture
