@@ -74,7 +74,7 @@ def score_with_vllm(
             for number, prompt in enumerate(prompts)
         ]
         request = {"engine": dict(engine), "prompts": asked, "num_decoded": num_decoded}
-        return ask_engine(_SCORER, request, environment=environment, log=log)
+        return ask_engine(_SCORER, request, environment=environment, log=log, patience=_PATIENCE)
 
 
 def ask_engine(
@@ -83,7 +83,7 @@ def ask_engine(
     *,
     environment: Mapping[str, str],
     log: Path,
-    patience: float = _PATIENCE,
+    patience: float,
 ) -> dict[str, Any]:
     """Return what a module that starts vLLM answers, from a process of its own that is gone afterwards.
 
