@@ -16,7 +16,14 @@ from pyarrow import parquet
 from ercsvd_deploy.data import texts
 from ercsvd_deploy.data.texts import CalibrationError, Tokenizer, load_tokenizer, tokenize
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows, read_windows, shared_out
-from ercsvd_deploy.recipe.sections import Calibration, JsonLines, ParquetFile, SavedDataset, TextFile
+from ercsvd_deploy.recipe.sections import (
+    Calibration,
+    HubDataset,
+    JsonLines,
+    ParquetFile,
+    SavedDataset,
+    TextFile,
+)
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 4096
@@ -65,7 +72,9 @@ CONVERSATIONS: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", CONVERSATIONS)
-@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "folder", "parquet", "saved", "saved with splits"])
+@pytest.mark.parametrize(
+    "form", ["jsonl", "jsonl.gz", "folder", "parquet", "hub", "hub of lines", "saved", "saved with splits"]
+)
 def test_conversations_are_rendered_by_the_chat_template(
     tokenizer: Tokenizer, tmp_path: Path, kind: str, form: str
 ) -> None:
@@ -82,6 +91,12 @@ def test_conversations_are_rendered_by_the_chat_template(
     elif form == "parquet":
         parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "chat.parquet")
         dataset = ParquetFile(parquet=tmp_path / "chat.parquet")
+    elif form == "hub":  # a local directory is read as a dataset on the hub is
+        parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
+        dataset = HubDataset(hub=str(tmp_path))
+    elif form == "hub of lines":
+        lines(tmp_path / "train.jsonl", rows)
+        dataset = HubDataset(hub=str(tmp_path))
     else:
         saved = datasets.Dataset.from_list(rows)
         saved = datasets.DatasetDict(train=saved) if form == "saved with splits" else saved
@@ -121,6 +136,13 @@ def test_empty_cells_of_parquet_are_not_the_word_none(tokenizer: Tokenizer, tmp_
     table = pa.table({"text": [None, TEXT, None]})
     parquet.write_table(table, tmp_path / "rows.parquet")
     read = read_windows(ParquetFile(parquet=tmp_path), tokenizer, LENGTH, VOCAB)
+    assert read.notes == ("2 of 3 rows are empty and were left out",)
+    assert read.tokens[0].tolist() == tokenize(TEXT, tokenizer)[:LENGTH]
+
+
+def test_empty_cells_of_the_hub_are_not_the_word_none(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": [None, TEXT, None]}), tmp_path / "train.parquet")
+    read = read_windows(HubDataset(hub=str(tmp_path)), tokenizer, LENGTH, VOCAB)
     assert read.notes == ("2 of 3 rows are empty and were left out",)
     assert read.tokens[0].tolist() == tokenize(TEXT, tokenizer)[:LENGTH]
 
