@@ -208,7 +208,8 @@ def write(arguments: argparse.Namespace, results: Sequence[Result]) -> None:
     text = f"""# The same conversations in every form, beside plain text
 
 `{arguments.model.name}`, plain GPTQ-4 in groups of 64, 64 x 256 calibration tokens: ln(perplexity / dense) on
-held-out passages as plain text, and as conversations rendered by the model's chat template. {same}
+held-out passages as plain text, and as conversations rendered by the model's chat template.
+{same}
 
 {markdown_table(["calibrated on", "plain", "chat", "weights"], rows)}
 """
