@@ -17,13 +17,10 @@ _SAVED_MARKS = ("dataset_info.json", "dataset_dict.json")  # in a folder that `s
 
 def forms_of(path: Path) -> Iterator[str]:
     """Yield the forms in which a file, or the files of a folder, may be by their names."""
-    if path.is_dir():
-        if any((path / mark).is_file() for mark in _SAVED_MARKS):
-            yield "saved"
-        for form, patterns in DATA_FILES.items():
-            if any(map(any, map(path.rglob, patterns))):
+    if any((path / mark).is_file() for mark in _SAVED_MARKS):
+        yield "saved"
+    for form, patterns in DATA_FILES.items():
+        for pattern in patterns:
+            if any(path.rglob(pattern)) if path.is_dir() else fnmatch(path.name.lower(), pattern):
                 yield form
-    else:
-        for form, patterns in DATA_FILES.items():
-            if any(fnmatch(path.name.lower(), pattern) for pattern in patterns):
-                yield form
+                break

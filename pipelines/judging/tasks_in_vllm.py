@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ercsvd_deploy.exporters.vllm.engines.machine import find_machine
+from ercsvd_deploy.exporters.vllm.engines.machine import find_machine, weight_bytes
 from ercsvd_deploy.exporters.vllm.engines.process import ask_engine
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.pipelines.judging.parity.measure import give_back_memory
@@ -43,11 +43,10 @@ def run_tasks_in_vllm(directory: Path, settings: TaskSettings, size: int, log: P
     """
     give_back_memory()
     machine = find_machine()
-    weight_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     request = {
         "directory": str(directory),
         "settings": _SETTINGS.dump_python(settings, mode="json"),
-        "engine": machine.engine_arguments(size, weight_bytes),
+        "engine": machine.engine_arguments(size, weight_bytes(directory)),
     }
     answer = ask_engine(
         __name__, request, environment=machine.environment(size, os.environ), log=log, patience=_PATIENCE

@@ -81,6 +81,11 @@ class MeasuredExportStage(Stage):
             )
         return cls(tasks, recipe.model.trust_remote_code, is_served)
 
+    @property
+    def starts_vllm(self) -> bool:
+        """Whether a vLLM process is started for any of it."""
+        return self.is_served or (self.lm_eval is not None and self.lm_eval.engine == "vllm")
+
     def settings(self) -> Any:
         """Return the tasks, and whether the export is served."""
         return {
@@ -110,7 +115,7 @@ class MeasuredExportStage(Stage):
         """
         del candidates
         weights = work.architecture.total_parameters * work.stored
-        return Needs(working_bytes=weights + (_ENGINE_BYTES if self.is_served else 0), beside_bytes=weights)
+        return Needs(working_bytes=weights + (_ENGINE_BYTES if self.starts_vllm else 0), beside_bytes=weights)
 
     def run(self, run: StageRun) -> MeasuredExport:
         """Measure, in processes of their own where vLLM is needed."""

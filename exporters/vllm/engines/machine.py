@@ -87,6 +87,11 @@ class ServingMachine:
         return variables
 
 
+def weight_bytes(directory: Path) -> int:
+    """Return the bytes of a model's weight files."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
 def memory_share(free: int, total: int, *, weight_bytes: int, num_devices: int = 1) -> float:
     """Return the `gpu_memory_utilization` with which vLLM starts on a GPU that is partly occupied.
 

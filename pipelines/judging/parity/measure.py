@@ -18,6 +18,7 @@ from ercsvd_deploy.exporters.vllm.engines.machine import (
     NotServableHereError,
     ServingMachine,
     find_machine,
+    weight_bytes,
 )
 from ercsvd_deploy.exporters.vllm.engines.process import EngineError, score_with_vllm
 from ercsvd_deploy.format.described import Count, Finite
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from ercsvd_deploy.models.streaming import LayerwiseModel
     from ercsvd_deploy.recipe.sections import Recipe
 
-_WEIGHTS = "*.safetensors"
 _MAX_SEQUENCES = 8  # at once; vLLM reserves memory, and captures CUDA graphs, for no more
 
 
@@ -234,7 +234,7 @@ def _serve(
             "max_num_seqs": _MAX_SEQUENCES,
             "enforce_eager": recipe.gates.serving_parity.eager,
             "trust_remote_code": recipe.model.trust_remote_code,
-            **machine.engine_arguments(size, sum(file.stat().st_size for file in directory.glob(_WEIGHTS))),
+            **machine.engine_arguments(size, weight_bytes(directory)),
         }
         answer = score_with_vllm(
             engine,
