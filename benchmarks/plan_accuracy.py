@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from results_file import environment, markdown_table, write_results
+from streaming_memory import read_status
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples/tiny-llama"
@@ -143,13 +144,6 @@ class Figures:
     tensors: int  # bytes of the export's tensors
     memory_of_stage: dict[str, int]
     seconds: float  # planned: at least
-
-
-def read_status() -> dict[str, int]:
-    """Return the memory counters of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    pairs = (line.split(":", 1) for line in lines if line.endswith(" kB"))
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
 
 
 def run_and_measure(recipe: Path, threads: int) -> None:

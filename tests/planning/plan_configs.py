@@ -6,7 +6,6 @@ Every line of standard input is the config.json of a model; the answer is a line
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ def main() -> None:
     from ercsvd_deploy.models.architecture import ArchitectureError
     from ercsvd_deploy.pipelines.planning.plan import make_plan
     from ercsvd_deploy.recipe.load import load_recipe
+    from tests.peak_memory import peak_bytes
 
     recipe = load_recipe(Path(sys.argv[1]))
     config = Path(recipe.model.path) / "config.json"
@@ -32,7 +32,7 @@ def main() -> None:
             "refused": refused,
             "parameters": parameters,
             "seconds": time.process_time() - started,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_bytes": peak_bytes(),
         }
         print(json.dumps(answer), flush=True)  # noqa: T201 - the protocol
 
