@@ -14,7 +14,8 @@ from torch import nn
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.config_sizes import impossible_sizes
-from ercsvd_deploy.models.families import attention_implementation, check_supported, describe, reads_images
+from ercsvd_deploy.models.families import attention_implementation, check_supported, describe
+from ercsvd_deploy.models.vision import reads_images
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -57,6 +57,7 @@ class Tower:
     pixels: int  # values of a tile
     tokens: int  # positions in the tower
     widest: int  # values of one position that are alive at once
+    features: int  # tokens of the language model that a tile becomes
     parameters: int  # of tower and projector
     fewest_tiles: int = 1  # that a picture becomes
     most_tiles: int = 1

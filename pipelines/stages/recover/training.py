@@ -89,9 +89,9 @@ def _piece(layer: int) -> str:
 class _Example:
     """One batch before and behind a layer."""
 
+    batch: Batch
     inputs: torch.Tensor  # X' [rows, tokens, hidden]
     targets: torch.Tensor  # t, the same shape
-    token_weights: torch.Tensor | None  # [rows, tokens]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class _RecoverStage:
         targets, inputs = self.original.embed(batches), self.compressed.embed(batches)
         found = {}
         for layer in self.compressed.architecture.layers:
-            self.original.advance(layer.index, targets)
+            self.original.advance(layer.index, batches, targets)
             with self.compressed.layer(layer.index) as module:
                 if self.trainable(layer):
                     known = self.work.findings(_piece(layer.index))
@@ -127,7 +127,7 @@ class _RecoverStage:
                     else:
                         self._load(layer, module)
                     found[layer.index] = known
-                self.compressed.advance(layer.index, inputs, module=module)
+                self.compressed.advance(layer.index, batches, inputs, module=module)
             on_layer()
         return found
 
@@ -210,13 +210,13 @@ class _RecoverStage:
         device = self.compressed.device
         # What is trained is float32 for a while; where the rest is not, products are made in 16 bits.
         with torch.autocast(device.type, torch.bfloat16, enabled=self.compressed.dtype != torch.float32):
-            outputs = self.compressed.run_layer(module, index, example.inputs)
+            outputs = self.compressed.run_layer(module, index, example.batch, example.inputs)
         targets = example.targets.float()
         energy = targets.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         errors = (outputs.float() - targets).square().sum(-1) / energy
-        if example.token_weights is None:
+        if example.batch.token_weights is None:
             return errors.mean()
-        weights = example.token_weights.to(errors)
+        weights = example.batch.token_weights.to(errors)
         return (weights * errors).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()
@@ -267,6 +267,6 @@ def _examples(
     batches: Sequence[Batch], inputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
 ) -> list[_Example]:
     return [
-        _Example(before, behind, batch.token_weights)
+        _Example(batch, before, behind)
         for batch, before, behind in zip(batches, inputs, targets, strict=True)
     ]
