@@ -254,6 +254,11 @@ def test_error_control_needs_the_inputs_metric(tmp_path: Path, method: str) -> N
         ("stages:", "evaluation: {perplexity: {a b: x}}\nstages:", "is 'a b'; it must be text that matches"),
         ("stages:", "evaluation: {perplexity: x}\nstages:", "is 'x'; it must be a mapping (name: value)"),
         ("stages:", "evaluation: {lm_eval: {}}\nstages:", "'evaluation.lm_eval.tasks' is missing; add it"),
+        (
+            "stages:",
+            "evaluation: {lm_eval: {tasks: [piqa], eager: true}}\nstages:",
+            "'evaluation.lm_eval.eager' is for `engine: vllm`; remove it, or set that",
+        ),
         ("stages:", "export: {max_shard_size: 5 gigs}\nstages:", "is '5 gigs'; it must be text that matches"),
         ("stages:", "export: {max_shard_size: 0.0GB}\nstages:", "is '0.0GB'; give a size such as 5GB"),
         ("stages:", "export: {format: gguf}\nstages:", "is 'gguf'; it must be 'vllm'"),

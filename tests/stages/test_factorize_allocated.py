@@ -206,7 +206,7 @@ def test_vllm_serves_what_was_chosen(write_recipe: RecipeWriter, tmp_path: Path)
         {"quantize": {"bits": 4, "group_size": 64}},
         model={"path": TINY_LLAMA},
         target={"overall_bits": 3.2, "group_sizes": [32, 64, 128]},
-        gates={"serving_parity": 0.05},
+        gates={"serving_parity": {"mean_difference": 0.05, "eager": True}},
         calibration={
             "dataset": {"text": str(TEXT / "calibration.txt")},
             "num_samples": 32,
