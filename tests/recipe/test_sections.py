@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,45 @@ def test_beta_auto_takes_any_ratio_and_needs_sequences_to_hold_out(tmp_path: Pat
     few = few.replace("beta: auto", "beta: auto, num_search_samples: 2")
     [problem] = problems_of(written(tmp_path, few))
     assert "calibration.num_samples is 3; draw at least 4" in problem
+
+
+@pytest.mark.parametrize(
+    ("stages", "sections", "expected"),
+    [
+        (
+            "recover: {}",
+            "target: {overall_bits: 3}",
+            "no stage that could meet it; add factorize or quantize",
+        ),
+        ("quantize: {}", "target: {overall_bits: 3, factor_bits: [3]}", "there is no factorize stage"),
+        (
+            "quantize: {correction: {rank: 8}}",
+            "target: {overall_bits: 3}",
+            "is given beside a target, which chooses how every matrix is stored",
+        ),
+        (
+            "quantize: {}",
+            "target: {overall_bits: 3, bits: [2, 3, 6]}\nexport: {format: compressed-tensors}",
+            "has 3, 6, and compressed-tensors and vLLM agree on words of 2, 4 and 8 bits only",
+        ),
+        (
+            "quantize: {}",
+            "target: {overall_bits: 3, corrections: [{rank: 8}]}\nexport: {format: compressed-tensors}",
+            "'target.corrections' are low-rank",
+        ),
+    ],
+)
+def test_a_target_of_bits_alone_is_checked(tmp_path: Path, stages: str, sections: str, expected: str) -> None:
+    text = re.sub(r"factorize: \{.*\}", stages, MINIMAL) + f"{sections}\n"
+    assert any(expected in problem for problem in problems_of(written(tmp_path, text)))
+
+
+def test_a_target_of_bits_alone_is_a_recipe(tmp_path: Path) -> None:
+    text = re.sub(r"factorize: \{.*\}", "quantize: {}", MINIMAL) + "target: {overall_bits: 3}\n"
+    recipe = load_recipe(written(tmp_path, text))
+    assert not recipe.may_factorize
+    assert recipe.factorize is not None
+    assert recipe.factorize.allocation == "error_controlled"
 
 
 @pytest.mark.parametrize("method", ["svd", "asvd"])

@@ -117,7 +117,7 @@ class Export(Section):
 class Target(Section):
     """What the result may weigh; ranks, bits and what stays dense are then chosen together.
 
-    Exactly one of `bytes` and `overall_bits`.
+    Exactly one of `bytes` and `overall_bits`. Without a factorize stage bits alone are chosen, of `bits`.
     """
 
     bytes: Size | None = Field(
