@@ -106,6 +106,15 @@ def _build(
     return model.eval()
 
 
+def own_dtype(config: Any) -> torch.dtype | None:
+    """Return the precision of a model's weights; some vision-language models name it in a part alone."""
+    for part in (config, config.get_text_config()):
+        dtype = getattr(part, "dtype", None)
+        if isinstance(dtype, torch.dtype):
+            return dtype
+    return None
+
+
 def compressed_config(config: Any) -> CheckpointConfig | None:
     """Return the description of a compressed checkpoint that a config has; None for an ordinary model.
 

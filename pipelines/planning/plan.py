@@ -11,7 +11,7 @@ import torch
 from ercsvd_deploy.exporters.vllm.cutting import find_uncuttable
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, ask_kernels, plan_matrices
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
-from ercsvd_deploy.models.meta import compressed_config, read_architecture
+from ercsvd_deploy.models.meta import compressed_config, own_dtype, read_architecture
 from ercsvd_deploy.models.tested_families import serving_doubts
 from ercsvd_deploy.models.vision import reads_images
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
@@ -248,5 +248,5 @@ def planned_dtype(recipe: Recipe, config: Any) -> str:
     """Return the precision in which tensors that are not integers are written."""
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
-    own = getattr(config, "dtype", None)
-    return str(own).removeprefix("torch.") if isinstance(own, torch.dtype) else "float32"
+    own = own_dtype(config)
+    return "float32" if own is None else str(own).removeprefix("torch.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,13 @@ from PIL import Image
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from ercsvd_deploy.data.chat import check_processor, encode_with_images, load_processor, render
+from ercsvd_deploy.data.chat import (
+    check_processor,
+    encode_placeholders,
+    encode_with_images,
+    load_processor,
+    render,
+)
 from ercsvd_deploy.data.records import Turn
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.models.meta import load_config
@@ -42,6 +50,58 @@ def samples(family: str, directory: Path) -> list[Sample]:
         text = render(processor, turns, family)
         conversations.append(encode_with_images(processor, text, pictures(sizes, seed), family))
     return conversations
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions about pictures.
+
+    Attributes:
+        prompts: As vLLM is given them: token ids with one token for each picture, and files of pictures.
+        samples: The same, with a token for each image feature and the pictures' tensors.
+    """
+
+    prompts: list[dict[str, Any]]
+    samples: list[Sample]
+
+    @classmethod
+    def ask(cls, family: str, directory: Path, work: Path) -> Questions:
+        """Return questions of the family's own processor; none where it has no processor here.
+
+        Args:
+            family: Which one.
+            directory: Of its model.
+            work: Where pictures are written.
+        """
+        if make_processor(family) is None:
+            return cls([], [])
+        processor = load_processor(str(directory))
+        questions = cls([], [])
+        for seed, sizes in enumerate(SIZES):
+            text = render(processor, [Turn("user", "what is it?", len(sizes))], family, for_generation=True)
+            shown = pictures(sizes, 10 + seed)
+            files = [str(work / f"{seed}-{number}.png") for number in range(len(shown))]
+            for picture, file in zip(shown, files, strict=True):
+                picture.save(file)
+            given = {"images": files} if files else {}
+            questions.prompts.append({"tokens": encode_placeholders(processor, text), **given})
+            questions.samples.append(encode_with_images(processor, text, shown, family))
+        return questions
+
+
+def conversation_file(directory: Path) -> Path:
+    """Write conversations about noise of several sizes, as a recipe names them; return the file."""
+    file = directory / "conversations.jsonl"
+    with file.open("w") as lines:
+        for number in range(12):
+            [picture] = pictures([(30 + 5 * (number % 3), 40)], 100 + number)
+            picture.save(directory / f"{number}.png")
+            turns = [
+                {"from": "human", "value": "<image>\nwhat is it?"},
+                {"from": "gpt", "value": f"noise, number {number}"},
+            ]
+            lines.write(json.dumps({"image": f"{number}.png", "conversations": turns}) + "\n")
+    return file
 
 
 def _by_hand(family: str, directory: Path, shown: Sequence[Image.Image], seed: int) -> Sample:
