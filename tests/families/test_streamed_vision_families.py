@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from ercsvd_deploy.data.samples import Sample
@@ -71,6 +72,25 @@ def test_every_tensor_is_written_under_the_name_that_the_hub_has(family: str, tm
     assert parts == set(architecture.components) > {LANGUAGE_PART}
     assert all(architecture.component_of(linear.name) == LANGUAGE_PART for linear in architecture.linears)
     assert architecture.component_of("lm_head.weight") == LANGUAGE_PART
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_every_release_are_read(family: str, tmp_path: Path) -> None:
+    """Checkpoints under transformers' own names, and with some of its older prefixes, are the same model."""
+    directory = save_tiny_family(tmp_path, family)
+    tensors = load_file(directory / WEIGHTS_FILE)
+    store = streamed(directory).store
+    expected = store.read(store.names())
+    for rename in (str, lambda name: f"module.{name}", lambda name: f"module._orig_mod.{name}"):
+        save_file({rename(name): each for name, each in expected.items()}, directory / WEIGHTS_FILE)
+        found = streamed(directory).store
+        assert found.names() == store.names()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.read(found.names()).items())
+    save_file(
+        {name.replace("vision_model.", ""): each for name, each in tensors.items()}, directory / WEIGHTS_FILE
+    )
+    if family != "idefics3":  # there it is the tower's own name
+        assert streamed(directory).store.names() == store.names()
 
 
 def test_additions_between_layers_come_from_the_pictures(tmp_path: Path) -> None:
