@@ -6,6 +6,7 @@ The chat template of the model decides the form of a conversation; no template o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,11 @@ def load_processor(path: str, *, revision: str | None = None, trust_remote_code:
             path, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:
-        raise CalibrationError(f"{path}: its processor cannot be loaded: {first_line(error)}") from error
+        # transformers makes the video part of a processor with torchvision alone, and says otherwise
+        hint = "" if find_spec("torchvision") else "; several processors need torchvision: install it"
+        raise CalibrationError(
+            f"{path}: its processor cannot be loaded: {first_line(error)}{hint}"
+        ) from error
     # Without a processor class transformers returns whatever part it finds, such as the tokenizer alone.
     for part, files in (("image_processor", _PROCESSOR_FILES), ("tokenizer", ("tokenizer.json",))):
         if getattr(processor, part, None) is None:

@@ -126,6 +126,7 @@ def _tower(architecture: Architecture, config: Any, assumptions: list[str]) -> T
         ),
         fewest_tiles=fewest,
         most_tiles=most,
+        additions=len(getattr(vision, "deepstack_visual_indexes", None) or ()),
     )
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+from ercsvd_deploy.data.chat import load_processor
 from ercsvd_deploy.data.conversations import read_conversations
 from ercsvd_deploy.data.pictures import calibration_samples, question_samples
 from ercsvd_deploy.data.records import read_record
 from ercsvd_deploy.data.samples import Sample, make_batches
 from ercsvd_deploy.data.texts import CalibrationError
 from tests.families.shown import conversation_file
+from tests.families.tiny_vision_families import save_tiny_family
 from tests.families.vision_processors import FEATURES, make_processor, token_id
+from tests.families.without_videos import leave_out_videos
 
 MODEL = {"image_token_id": token_id("image"), "vocab_size": 300}
 
@@ -62,3 +66,14 @@ def test_videos_are_refused() -> None:
             conversation_field=None,
             image_of=lambda value, where: pytest.fail(f"{where}: {value}"),
         )
+
+
+@pytest.mark.skipif(
+    find_spec("torchvision") is not None, reason="says what to do where torchvision is missing"
+)
+def test_a_processor_that_needs_torchvision_says_so(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_videos(patch)
+        save_tiny_family(tmp_path, "qwen3_vl")
+    with pytest.raises(CalibrationError, match="several processors need torchvision: install it"):
+        load_processor(str(tmp_path))

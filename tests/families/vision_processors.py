@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 
 from transformers import (
     Gemma3Processor,
@@ -11,6 +12,8 @@ from transformers import (
     LlavaNextProcessor,
     LlavaOnevisionProcessor,
     LlavaProcessor,
+    PixtralImageProcessor,
+    PixtralProcessor,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2_5_VLProcessor,
@@ -27,7 +30,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tests.families.without_videos import NoVideoProcessor
+from tests.families.without_videos import video_part
 from tests.tiny_models import MAX_POSITIONS, VOCAB_SIZE, make_tokenizer
 
 IMAGE_SIZE, PATCH_SIZE = 32, 8
@@ -59,7 +62,7 @@ def token_id(name: str) -> int:
 def make_processor(family: str) -> ProcessorMixin | None:
     """Return a family's processor, made as those of its published models are.
 
-    None: those have no chat template (PaliGemma), or need torchvision (Pixtral).
+    None: those have no chat template (PaliGemma), or need torchvision, and it is missing (Pixtral).
     """
     make = _PROCESSORS.get(family)
     return None if make is None else make(make_vision_tokenizer(), _template("<image>"))
@@ -102,7 +105,8 @@ def _qwen(kind: type[ProcessorMixin]) -> Callable[[PreTrainedTokenizerFast, str]
             patch_size=PATCH_SIZE, merge_size=2, temporal_patch_size=2, min_pixels=512, max_pixels=4096
         )
         template = _template("<begin_of_image><image><end_of_image>")
-        return kind(pictures, tokenizer, NoVideoProcessor(), chat_template=template)
+        videos = video_part("Qwen3VLVideoProcessor" if kind is Qwen3VLProcessor else "Qwen2VLVideoProcessor")
+        return kind(pictures, tokenizer, videos, chat_template=template)
 
     return make
 
@@ -127,7 +131,7 @@ def _llava_onevision(tokenizer: PreTrainedTokenizerFast, template: str) -> Proce
     return LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessorPil(image_grid_pinpoints=TILINGS, size=_SIZE),
         tokenizer,
-        NoVideoProcessor(),
+        video_part("LlavaOnevisionVideoProcessor"),
         num_image_tokens=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         chat_template=template,
         **_LLAVA,
@@ -136,9 +140,25 @@ def _llava_onevision(tokenizer: PreTrainedTokenizerFast, template: str) -> Proce
 
 def _internvl(tokenizer: PreTrainedTokenizerFast, template: str) -> ProcessorMixin:
     pictures = GotOcr2ImageProcessorPil(size=_SIZE, crop_to_patches=True, max_patches=4)
-    return InternVLProcessor(
-        pictures, tokenizer, NoVideoProcessor(), image_seq_length=FEATURES, chat_template=template
-    )
+    videos = video_part("InternVLVideoProcessor")
+    return InternVLProcessor(pictures, tokenizer, videos, image_seq_length=FEATURES, chat_template=template)
+
+
+def _pixtral(merged: int) -> Callable[[PreTrainedTokenizerFast, str], ProcessorMixin]:
+    def make(tokenizer: PreTrainedTokenizerFast, template: str) -> ProcessorMixin:
+        patches = {"height": PATCH_SIZE, "width": PATCH_SIZE}
+        return PixtralProcessor(
+            PixtralImageProcessor(size={"longest_edge": 2 * IMAGE_SIZE}, patch_size=patches),
+            tokenizer,
+            patch_size=PATCH_SIZE,
+            spatial_merge_size=merged,
+            chat_template=template,
+            image_token=SPECIAL_TOKENS["image"],
+            image_break_token=SPECIAL_TOKENS["break"],
+            image_end_token=SPECIAL_TOKENS["end"],
+        )
+
+    return make
 
 
 def _idefics3(tokenizer: PreTrainedTokenizerFast, template: str) -> ProcessorMixin:
@@ -158,4 +178,5 @@ _PROCESSORS: Mapping[str, Callable[[PreTrainedTokenizerFast, str], ProcessorMixi
     "llava_onevision": _llava_onevision,
     "internvl": _internvl,
     "idefics3": _idefics3,
+    **({"llava-pixtral": _pixtral(1), "mistral3": _pixtral(2)} if find_spec("torchvision") else {}),
 }

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import transformers
 from transformers import ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -21,6 +22,11 @@ class NoVideoProcessor(ImageProcessingMixin):  # type: ignore[misc]  # transform
     def from_pretrained(cls, *_: object, **__: object) -> NoVideoProcessor:
         """Return one, whatever is stored."""
         return cls()
+
+
+def video_part(name: str) -> Any:
+    """Return a processor's video part of the class of that name, or what stands in its place."""
+    return getattr(transformers, name)() if find_spec("torchvision") else NoVideoProcessor()
 
 
 def leave_out_videos(monkeypatch: pytest.MonkeyPatch) -> None:
