@@ -31,7 +31,7 @@ def check_supported(config: Any) -> None:
     """
     text_config = config.get_text_config()
     if reads_images(config):
-        image_token_id(config)
+        image_token_id(config)  # refuses a config that names none
     elif text_config is not config:
         raise _unsupported(config, "a decoder among other parts, which are not those of a model that sees")
     if getattr(config, "is_encoder_decoder", False):

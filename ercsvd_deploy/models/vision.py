@@ -13,7 +13,7 @@ from torch import nn
 
 from ercsvd_deploy.format.llava_names import PROJECTOR
 from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, ArchitectureError, LayerLinears
-from ercsvd_deploy.models.discovery import watch_module, watch_stack
+from ercsvd_deploy.models.discovery import decoder_name, watch_module, watch_stack
 
 _LLAVA = frozenset({"llava", "llava_next"})
 _COMPRESSIBLE_TOWERS = frozenset({"clip_vision_model"})
@@ -57,16 +57,14 @@ def find_vision_parts(model: nn.Module) -> dict[str, str]:
     Args:
         model: A vision-language model.
     """
-    decoder = model.get_decoder()  # type: ignore[operator]
-    [decoder_name] = [name for name, module in model.named_modules() if module is decoder]
-    parent_name = decoder_name.rpartition(".")[0]
+    parent_name, _, decoder = decoder_name(model).rpartition(".")
     parent = model.get_submodule(parent_name)
     parts = {
         name: TOWER_PART
         if any(isinstance(each, nn.ModuleList) for each in child.modules())
         else PROJECTOR_PART
         for name, child in parent.named_children()
-        if child is not decoder and any(True for _ in child.parameters())
+        if name != decoder and any(True for _ in child.parameters())
     }
     # The learned separator between rows of image tiles is trained with the projector.
     parts |= {name: PROJECTOR_PART for name, _ in parent.named_parameters(recurse=False)}
