@@ -69,9 +69,7 @@ class PackedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.quantization = quantization
-        for leaf, shape in quantization.leaf_shapes(out_features, in_features).items():
-            self.register_buffer(leaf, torch.zeros(shape, device=device, dtype=_LEAF_DTYPES.get(leaf, dtype)))
-        self.weight_shape = torch.tensor([out_features, in_features], device=device)
+        register_integers(self, quantization, (out_features, in_features), device, dtype)
         if guard:
             self.register_buffer(GUARD, torch.empty(GUARD_SHAPE, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -95,6 +93,20 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={integers.bits}, "
             f"group_size={integers.group_size}, sym={integers.sym}, bias={self.bias is not None}"
         )
+
+
+def register_integers(
+    module: nn.Module,
+    quantization: WeightQuantization,
+    shape: tuple[int, int],
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a module the buffers of a matrix [rows, columns] of integers, all zeros."""
+    for leaf, leaf_shape in quantization.leaf_shapes(*shape).items():
+        zeros = torch.zeros(leaf_shape, device=device, dtype=_LEAF_DTYPES.get(leaf, dtype))
+        module.register_buffer(leaf, zeros)
+    module.register_buffer(WEIGHT_SHAPE, torch.tensor(shape, device=device))
 
 
 class CorrectedLinear(PackedLinear):

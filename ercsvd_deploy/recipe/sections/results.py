@@ -105,7 +105,8 @@ class Export(Section):
 class Target(Section):
     """What the result may weigh; ranks, bits and what stays dense are then chosen together.
 
-    Exactly one of `bytes` and `overall_bits`.
+    Exactly one of `bytes`, `overall_bits` and `model_bits`. The first and the last count what the quantize stage
+    makes of `lm_head` and `embeddings`.
     """
 
     bytes: Size | None = Field(
@@ -114,6 +115,11 @@ class Target(Section):
     overall_bits: Annotated[float, Field(gt=0, lt=16)] | None = Field(
         default=None,
         description="Stored bits per original weight over all decoder Linears, scales included.",
+    )
+    model_bits: Annotated[float, Field(gt=0, lt=16)] | None = Field(
+        default=None,
+        description="Stored bits of all tensors per original weight of the whole model: embeddings, output layer, "
+        "norms and vision parts included.",
     )
     bits: ListWithoutRepetition[Bits] = Field(
         default=(4,),
@@ -138,6 +144,8 @@ class Target(Section):
 
     @model_validator(mode="after")
     def _has_one_measure(self) -> Target:
-        if (self.bytes is None) == (self.overall_bits is None):
-            raise refusal("has to have exactly one of bytes and overall_bits, such as overall_bits: 3.2")
+        if [self.bytes, self.overall_bits, self.model_bits].count(None) != 2:
+            raise refusal(
+                "has to have exactly one of bytes, overall_bits and model_bits, such as overall_bits: 3.2"
+            )
         return self

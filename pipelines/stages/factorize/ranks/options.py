@@ -91,11 +91,18 @@ def allocation_task(
     elif target.overall_bits is not None:
         budget = math.floor(target.overall_bits * architecture.linear_parameters)
     else:
-        assert target.bytes is not None, "the schema asks for one of the two"
-        sizes = planned_bytes(architecture, vision, element)
-        outside = sum(sizes.values()) - element * architecture.linear_parameters
-        budget = 8 * (parse_size(target.bytes) - outside)
+        sizes = planned_bytes(architecture, {**vision, **quantize_plan.vocabulary}, element)
+        outside = 8 * (sum(sizes.values()) - element * architecture.linear_parameters)
+        budget = _bits_of_model(target, architecture) - outside
     return AllocationTask(costs, budget, target is not None, rules)
+
+
+def _bits_of_model(target: Target, architecture: Architecture) -> int:
+    """Return the bits that all tensors of a model may have."""
+    if target.model_bits is not None:
+        return math.floor(target.model_bits * architecture.total_parameters)
+    assert target.bytes is not None, "the schema asks for one of the three"
+    return 8 * parse_size(target.bytes)
 
 
 def _dense_integers(

@@ -122,6 +122,10 @@ def plan_allocation(recipe: Recipe, architecture: Architecture, element: int) ->
     unit = "bits" if task.is_in_bits else "parameters"
     assert recipe.factorize is not None
     remedy = "" if recipe.factorize.rank_multiple == "auto" else ", or a smaller rank_multiple"
+    if recipe.target is not None and recipe.target.overall_bits is None and not storing.vocabulary:
+        remedy += (
+            ", or store what is outside the layers in fewer bits (quantize.lm_head, quantize.embeddings)"
+        )
     raise PlanError(
         f"the budget is {task.budget:,} {unit} for all decoder Linears, and the least that is possible "
         f"is {task.least:,}: allow more{remedy}"
