@@ -45,8 +45,8 @@ class ModelFigures:
     model_bits_per_weight: Annotated[
         float | None,
         Field(
-            description="Stored bits of all tensors for each original weight of the whole model; null in older "
-            "reports."
+            description="Stored bits of all tensors for each original weight of the whole model; null in "
+            "older reports."
         ),
     ] = None
     perplexity: Annotated[Mapping[str, Measured], Field(description="Text -> perplexity.")] = field(

@@ -72,7 +72,7 @@ def linear_bits_per_weight(by_part: Mapping[str, int], architecture: Architectur
 
 
 def model_bits_per_weight(by_part: Mapping[str, int], architecture: Architecture) -> float:
-    """Return the stored bits of all tensors per weight of the whole original model, tied ones counted once."""
+    """Return the stored bits of all tensors per weight of the whole original model; tied ones count once."""
     return 8 * sum(by_part.values()) / architecture.total_parameters
 
 
