@@ -154,10 +154,22 @@ class Target(Section):
         "`{rank: 32, bits: 4}`, beside none. Each is tried with each of `bits`, which takes time.",
     )
 
+    vocabulary_bits: ListWithoutRepetition[Literal[4, 5, 6, 8]] | None = Field(
+        default=None,
+        min_length=1,
+        description="Bits that the matrices of `quantize.lm_head` and `quantize.embeddings` may have beside "
+        "16; null: those that the stage says. For a target that counts them.",
+    )
+
     @model_validator(mode="after")
     def _has_one_measure(self) -> Target:
         if [self.bytes, self.overall_bits, self.model_bits].count(None) != 2:
             raise refusal(
                 "has to have exactly one of bytes, overall_bits and model_bits, such as overall_bits: 3.2"
             )
+        if self.overall_bits is not None and self.vocabulary_bits is not None:
+            text = (
+                "is given, but overall_bits counts the decoder alone; use model_bits or bytes, or remove it"
+            )
+            refuse_together([(("vocabulary_bits",), text)])
         return self

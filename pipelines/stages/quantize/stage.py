@@ -125,7 +125,7 @@ class QuantizeStage(Stage):
         from ercsvd_deploy.pipelines.stages.quantize.decoder import quantize_decoder
 
         storages = self._storages(run.results.get("factorize"))
-        vocabulary = self._quantize_embedding(run)
+        vocabulary = self._quantize_embedding(run, storages)
         model = run.model.stream()
         with run.progress(self.title, model.num_layers) as on_layer:
             outcome = quantize_decoder(
@@ -146,26 +146,30 @@ class QuantizeStage(Stage):
         run.model.overlay(outcome.files, integers)
         return outcome
 
-    def _quantize_embedding(self, run: StageRun) -> VocabularyQuantizer | None:
+    def _quantize_embedding(
+        self, run: StageRun, storages: Mapping[str, Storage]
+    ) -> VocabularyQuantizer | None:
         """Return what quantizes the output layer; the embedding, which takes no pass, is quantized already.
 
         Where layers are measured on what is served before them, that includes the embedding.
         """
-        if not self.storing.vocabulary:
+        names = self.architecture.vocabulary.names
+        outside = {name: storage for name, storage in storages.items() if name in names}
+        if not outside:
             return None
         from ercsvd_deploy.pipelines.stages.quantize.vocabulary import VocabularyQuantizer
 
         vocabulary = VocabularyQuantizer(
             self.quantize,
             self.architecture.vocabulary,
-            self.storing.vocabulary,
+            outside,
             run.model.original.store,
             run.model.device,
             run.cache,
         )
         file, embedding = vocabulary.round_embedding(), vocabulary.embedding
         if file is not None and embedding is not None and self.quantize.compressed_prefix_inputs:
-            run.model.overlay([file], {embedding.name: self.storing.vocabulary[embedding.name]})
+            run.model.overlay([file], {embedding.name: outside[embedding.name]})
         return vocabulary
 
     def _storages(self, factorized: Any) -> Mapping[str, Storage]:
@@ -174,8 +178,8 @@ class QuantizeStage(Stage):
             return self.storing.describe({}, self.architecture)
         chosen = factorized.chosen.storages
         if chosen is not None:
-            altered = {name: storage for name, storage in chosen.items() if storage.is_altered}
-            return altered | dict(self.storing.vocabulary)
+            stored = {**self.storing.vocabulary, **chosen}
+            return {name: storage for name, storage in stored.items() if storage.is_altered}
         return self.storing.describe(factorized.plan.ranks, self.architecture)
 
     def tables(self, result: QuantizeOutcome) -> Iterable[Table]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from ercsvd_deploy.budget.ranks import LinearShape
     from ercsvd_deploy.format.packing import QuantizedWeight
-    from ercsvd_deploy.format.schema import Storage
+    from ercsvd_deploy.format.schema import Storage, WeightQuantization
     from ercsvd_deploy.format.tensor_store import TensorStore
     from ercsvd_deploy.models.streaming import LayerwiseModel
     from ercsvd_deploy.models.vocabulary import Vocabulary
@@ -138,12 +138,11 @@ class VocabularyQuantizer:
     def _rounding(self, matrix: LinearShape, inputs: ObservedInputs | None) -> RowRounding:
         integers = self.storages[matrix.name].weight
         assert integers is not None
-        settings = quantization_settings(self.settings, integers)
         dtype = torch_dtype(self.original.info(f"{matrix.name}.{WEIGHT}").dtype)
         if inputs is None:
-            return RowRounding(replace(settings, mse=self.settings.mse is not False), dtype)
+            return row_rounding(self.settings, integers, dtype)
         held_out = None if inputs.parts is None else HeldOutGrams(*inputs.parts)
-        return RowRounding(settings, dtype, inputs.whole.gram, held_out, self.settings.method)
+        return row_rounding(self.settings, integers, dtype, inputs.whole.gram, held_out)
 
     def _round(self, matrix: LinearShape, inputs: ObservedInputs | None = None) -> _Rounded:
         """Round a matrix block by block; on its inputs, if it has any.
@@ -192,6 +191,28 @@ class VocabularyQuantizer:
             "linears": _LINEARS.dump_python(list(linears)),
         }
         self.work.finish(piece, findings, rounded.tensors)
+
+
+def row_rounding(
+    stage: Quantize,
+    integers: WeightQuantization,
+    scale_dtype: torch.dtype,
+    gram: torch.Tensor | None = None,
+    held_out: HeldOutGrams | None = None,
+) -> RowRounding:
+    """Return how the stage rounds a matrix with a row for every token.
+
+    Args:
+        stage: The recipe's stage.
+        integers: What the matrix becomes.
+        scale_dtype: Precision in which scales are stored.
+        gram: Of the matrix's inputs; None: it is looked up, and its scales are searched for at all bits.
+        held_out: The same tokens in two parts.
+    """
+    settings = quantization_settings(stage, integers)
+    if gram is None:
+        return RowRounding(replace(settings, mse=stage.mse is not False), scale_dtype)
+    return RowRounding(settings, scale_dtype, gram, held_out, stage.method)
 
 
 @dataclass(frozen=True)
