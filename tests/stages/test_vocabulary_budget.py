@@ -26,6 +26,7 @@ from ercsvd_deploy.recipe.quantize import Quantize
 from tests.models.streamed import streamed
 from tests.recipe_runs import RecipeWriter
 from tests.stages.test_vocabulary import EMBEDDING, OUTPUT_LAYER, described, quantize
+from tests.state.interrupted_runs import half_run, hashes, whole_run
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -106,3 +107,20 @@ def test_a_budget_below_what_is_outside_names_the_remedy(write_recipe: RecipeWri
     recipe = load_recipe(write_recipe(quantize(bits=4), target={"model_bits": 3.0, "bits": [4]}))
     with pytest.raises(PlanError, match=r"fewer bits for what is outside the layers \(quantize\.lm_head"):
         make_plan(recipe)
+
+
+def test_killed_runs_choose_the_same(
+    write_recipe: RecipeWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = {"model_bits": 5.5, "bits": [4, 8], "vocabulary_bits": [4, 8]}
+    recipe = write_recipe(quantize(bits=4, **VOCABULARY), target=target, evaluation={"max_sequences": 4})
+    count, _ = whole_run(recipe, monkeypatch)
+    expected = hashes(tmp_path / "out")
+    ends = (
+        16  # pieces: inputs of four layers and outputs of the last, gradients and metrics of each, and `ends`
+    )
+    for pieces in (ends - 3, ends - 1, ends + 6, count - 2):
+        (tmp_path / "out").rename(tmp_path / f"out-{pieces}")
+        half_run(recipe, monkeypatch, pieces)
+        whole_run(recipe, monkeypatch)
+        assert hashes(tmp_path / "out") == expected
