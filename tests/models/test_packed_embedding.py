@@ -99,7 +99,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_rows_are_those_of_the_stored_matrix(bits: int) -> None:
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
-    storage = Storage.dense((40, 64), WeightQuantization(bits=bits, group_size=32))  # type: ignore[arg-type]
+    storage = Storage.dense((40, 64), WeightQuantization(bits=bits, group_size=32))
     stored = store_linear(weight, storage)
     embedding = nn.Embedding(40, 64, padding_idx=3)
     pack_embedding(embedding, storage)
