@@ -208,6 +208,7 @@ _SAMPLE: dict[str, Any] = {
             "group_size": 32,
             "error": 0.000125,
         },
+        "output_layer": None,
     },
     "serving": {
         "mean_difference": 0.01,

@@ -18,6 +18,7 @@ from ercsvd_deploy.format.schema import CheckpointConfig, Storage, WeightQuantiz
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import evaluation_windows
 from ercsvd_deploy.pipelines.planning.plan import make_plan
+from ercsvd_deploy.pipelines.reporting.description import describe_treatment
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.quantization.losses import proxy_loss
 from ercsvd_deploy.recipe.load import load_recipe
@@ -80,6 +81,9 @@ def test_judged_model_is_the_one_that_transformers_loads(prefix: bool, write_rec
         perplexity_by_transformers(recipe, directory), rel=1e-3
     )
     assert not [warning for warning in report.warnings if "the plan foresaw" in warning]
+    told = describe_treatment(report)
+    assert told.endswith("The output layer is stored as int5. The input embedding is stored as int4.")
+    assert "as int8, in groups of 32" in told
 
 
 def test_tied_matrix_is_stored_once_and_read_for_both(write_tied: RecipeWriter) -> None:
@@ -95,6 +99,8 @@ def test_tied_matrix_is_stored_once_and_read_for_both(write_tied: RecipeWriter) 
     assert report.results["quantize"] is not None
     assert report.results["quantize"].embedding.name == EMBEDDING
     assert report.results["quantize"].matrices[-1].name == EMBEDDING
+    one_matrix = "Input embedding and output layer, which are one matrix, are stored as int4."
+    assert describe_treatment(report).endswith(one_matrix)
     assert not [warning for warning in report.warnings if "the plan foresaw" in warning]
 
 

@@ -132,5 +132,8 @@ class QuantizeOutcome:
     embedding: Annotated[
         QuantizedEmbedding | None, Field(description="The input embedding, if it became integers.")
     ] = None
+    output_layer: Annotated[
+        str | None, Field(description="Name of the output layer among the matrices, if it became integers.")
+    ] = None
     modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
     files: NotReported[list[Path]] = field(default_factory=list)

@@ -188,8 +188,9 @@ class QuantizeStage(Stage):
         for matrix in result.matrices:
             end = matrix.name.rpartition(".")[2]
             kind = end if end in FACTOR_PARTS else "dense"
-            is_outside = self.architecture.vocabulary.has(matrix.name)
-            kinds.setdefault("output layer" if is_outside else kind, []).append(matrix)
+            kinds.setdefault("output layer" if matrix.name == result.output_layer else kind, []).append(
+                matrix
+            )
         columns = ("matrix", "count", "GPTQ", "rounding", "GPTQ taken")
         rows = tuple(
             (

@@ -131,6 +131,7 @@ class VocabularyQuantizer:
             outcome.linears += _LINEARS.validate_python(findings["linears"])
             outcome.embedding = _EMBEDDINGS.validate_python(findings["embedding"]) or outcome.embedding
             outcome.files.append(self.work.tensors_file(piece))
+        outcome.output_layer = None if self.output_layer is None else self.output_layer.name
 
     def _altered(self, matrix: LinearShape | None) -> LinearShape | None:
         return matrix if matrix is not None and matrix.name in self.storages else None
