@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
-from ercsvd_deploy.format.integer_words import dequantize, unpack_rows
+from ercsvd_deploy.format.integer_words import dequantize_by_blocks, unpack_rows
 from ercsvd_deploy.format.schema import (
     FACTOR_A,
     FACTOR_B,
@@ -80,7 +80,7 @@ class PackedLinear(nn.Module):
         zero_point = None
         if not self.quantization.sym:
             zero_point = unpack_rows(self.weight_zero_point, bits, self.out_features)
-        return dequantize(self.weight_packed, self.weight_scale, zero_point, bits, self.in_features)
+        return dequantize_by_blocks(self.weight_packed, self.weight_scale, zero_point, bits, self.in_features)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]."""

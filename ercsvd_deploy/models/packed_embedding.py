@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
-from ercsvd_deploy.format.integer_words import dequantize
+from ercsvd_deploy.format.integer_words import dequantize, dequantize_by_blocks
 from ercsvd_deploy.format.schema import (
     GUARD,
     GUARD_SHAPE,
@@ -30,18 +30,16 @@ class PackedEmbedding(nn.Embedding):
 
     def dequantize(self) -> torch.Tensor:
         """Return the matrix [tokens, hidden] in the dtype of the scales."""
-        return self._dequantize(self.weight_packed, self.weight_scale)
+        return dequantize_by_blocks(
+            self.weight_packed, self.weight_scale, None, self.quantization.bits, self.embedding_dim
+        )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Embedding's name
         """Return the rows [..., hidden] of tokens [...]."""
         tokens = input.flatten()
-        rows = self._dequantize(
-            F.embedding(tokens, self.weight_packed), F.embedding(tokens, self.weight_scale)
-        )
+        words, scales = (F.embedding(tokens, each) for each in (self.weight_packed, self.weight_scale))
+        rows = dequantize(words, scales, None, self.quantization.bits, self.embedding_dim)
         return rows.view(*input.shape, self.embedding_dim)
-
-    def _dequantize(self, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return dequantize(words, scale, None, self.quantization.bits, self.embedding_dim)
 
 
 class TiedOutputLayer(nn.Module):

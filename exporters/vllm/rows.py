@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - the customary name
 
 from ercsvd_deploy.exporters.vllm.compatibility import UnquantizedEmbeddingMethod, current_platform
 from ercsvd_deploy.exporters.vllm.matrices import cut_group
-from ercsvd_deploy.format.integer_words import dequantize
+from ercsvd_deploy.format.integer_words import dequantize, dequantize_by_blocks
 from ercsvd_deploy.format.schema import WEIGHT_PACKED, WEIGHT_SCALE, WORD_BITS, WeightQuantization
 
 if TYPE_CHECKING:
@@ -75,28 +75,27 @@ class RowsMatrix(nn.Module):
         if not is_multiplied or self.weight_packed.is_meta:
             return self
         self._record.require(NO_KERNEL)
-        return PlainRows(self._unpack(slice(None)), self._record, self) if current_platform.is_cpu() else self
+        if not current_platform.is_cpu():
+            return self
+        words, scale = self.weight_packed.data, self.weight_scale.data
+        weight = dequantize_by_blocks(words, scale, None, self._bits, self._columns)
+        return PlainRows(weight, self._record, self)
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """Return rows [..., columns] for their numbers [...]."""
         flat = ids.flatten()
-        rows = dequantize(
-            F.embedding(flat, self.weight_packed),
-            F.embedding(flat, self.weight_scale),
-            None,
-            self._bits,
-            self._columns,
-        )
-        return rows.view(*ids.shape, self._columns)
+        words, scale = F.embedding(flat, self.weight_packed), F.embedding(flat, self.weight_scale)
+        return self._unpack(words, scale).view(*ids.shape, self._columns)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., columns] times the transposed matrix: [..., rows]."""
         starts = range(0, len(self.weight_packed), _ROWS_AT_ONCE)
-        blocks = [F.linear(x, self._unpack(slice(start, start + _ROWS_AT_ONCE))) for start in starts]
-        return torch.cat(blocks, dim=-1)
+        some_rows = (slice(start, start + _ROWS_AT_ONCE) for start in starts)
+        matrices = (self._unpack(self.weight_packed[rows], self.weight_scale[rows]) for rows in some_rows)
+        return torch.cat([F.linear(x, matrix) for matrix in matrices], dim=-1)
 
-    def _unpack(self, rows: slice) -> torch.Tensor:
-        return dequantize(self.weight_packed[rows], self.weight_scale[rows], None, self._bits, self._columns)
+    def _unpack(self, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return dequantize(words, scale, None, self._bits, self._columns)
 
 
 class PlainRows(nn.Module):
