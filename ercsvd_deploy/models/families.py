@@ -15,6 +15,7 @@ from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.discovery import find_decoder, on_meta
 from ercsvd_deploy.models.vision import VISION_LANGUAGE_MODEL_TYPES, check_vision, describe_vision
+from ercsvd_deploy.models.vocabulary import find_vocabulary
 
 # What the configs of mixtures of experts call the number of experts of a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -72,6 +73,7 @@ def describe(model: nn.Module, config: Any) -> Architecture:
         num_attention_heads=text_config.num_attention_heads,
         num_key_value_heads=_num_key_value_heads(text_config),
         vocab_size=text_config.vocab_size,
+        vocabulary=find_vocabulary(model, len(decoder.layers)),
         stored_prefixes=_STORED_PREFIXES.get(config.model_type, {}),
         image_token_id=config.image_token_index if reads_images(config) else None,
         vision_layers=describe_vision(model, config) if reads_images(config) else {},

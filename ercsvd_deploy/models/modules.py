@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
-from ercsvd_deploy.format.integer_words import dequantize, pack_columns, unpack_columns, unpack_rows
+from ercsvd_deploy.format.integer_words import dequantize_by_blocks, pack_columns, unpack_columns, unpack_rows
 from ercsvd_deploy.format.schema import (
     FACTOR_A,
     FACTOR_B,
@@ -70,9 +70,7 @@ class PackedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.quantization = quantization
-        for leaf, shape in quantization.leaf_shapes(out_features, in_features).items():
-            self.register_buffer(leaf, torch.zeros(shape, device=device, dtype=_LEAF_DTYPES.get(leaf, dtype)))
-        self.weight_shape = torch.tensor([out_features, in_features], device=device)
+        register_integers(self, quantization, (out_features, in_features), device, dtype)
         if guard:
             self.register_buffer(GUARD, torch.empty(GUARD_SHAPE, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -84,7 +82,8 @@ class PackedLinear(nn.Module):
             weight: torch.Tensor = self.rounding(self.weight_scale)
             return weight
         bits = self.quantization.bits
-        return dequantize(self.weight_packed, self.weight_scale, self._zero_point(), bits, self.in_features)
+        zero_point = self._zero_point()
+        return dequantize_by_blocks(self.weight_packed, self.weight_scale, zero_point, bits, self.in_features)
 
     def _zero_point(self) -> torch.Tensor | None:
         if self.quantization.sym:
@@ -128,6 +127,20 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={integers.bits}, "
             f"group_size={integers.group_size}, sym={integers.sym}, bias={self.bias is not None}"
         )
+
+
+def register_integers(
+    module: nn.Module,
+    quantization: WeightQuantization,
+    shape: tuple[int, int],
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a module the buffers of a matrix [rows, columns] of integers, all zeros."""
+    for leaf, leaf_shape in quantization.leaf_shapes(*shape).items():
+        zeros = torch.zeros(leaf_shape, device=device, dtype=_LEAF_DTYPES.get(leaf, dtype))
+        module.register_buffer(leaf, zeros)
+    module.register_buffer(WEIGHT_SHAPE, torch.tensor(shape, device=device))
 
 
 class CorrectedLinear(PackedLinear):
