@@ -14,6 +14,7 @@ from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.checkpoint_names import stored_name
 from ercsvd_deploy.models.tensor_parallel import OutputBlock, cuts_inputs, holds_key_values, output_blocks
+from ercsvd_deploy.models.vocabulary import Vocabulary
 
 LANGUAGE_PART, TOWER_PART, PROJECTOR_PART = "language model", "vision tower", "projector"
 
@@ -61,6 +62,7 @@ class Architecture:
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
+    vocabulary: Vocabulary  # input embedding and output layer
     stored_prefixes: Mapping[str, str]  # module -> what checkpoints call it, where that differs
     image_token_id: int | None  # marks the places of image features; None: the model reads text only
     # Module or tensor beside the decoder -> its part (`TOWER_PART`, `PROJECTOR_PART`); none in text models.

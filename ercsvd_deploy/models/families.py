@@ -15,6 +15,7 @@ from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.checkpoint_names import module_names, stored_prefixes
 from ercsvd_deploy.models.discovery import find_decoder, on_meta
 from ercsvd_deploy.models.vision import describe_vision, find_vision_parts, image_token_id, reads_images
+from ercsvd_deploy.models.vocabulary import find_vocabulary
 
 # What the configs of mixtures of experts call the number of experts of a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -69,6 +70,7 @@ def describe(model: nn.Module, config: Any) -> Architecture:
         num_attention_heads=text_config.num_attention_heads,
         num_key_value_heads=_num_key_value_heads(text_config),
         vocab_size=text_config.vocab_size,
+        vocabulary=find_vocabulary(model, len(decoder.layers)),
         stored_prefixes=(stored_prefixes(model) if sees else _STORED_PREFIXES.get(config.model_type, {})),
         image_token_id=image_token_id(config) if sees else None,
         vision_parts=find_vision_parts(model) if sees else {},

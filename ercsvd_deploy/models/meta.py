@@ -16,6 +16,7 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.config_sizes import impossible_sizes
 from ercsvd_deploy.models.families import attention_implementation, check_supported, describe
+from ercsvd_deploy.models.packed_embedding import TiedOutputLayer
 from ercsvd_deploy.models.vision import reads_images
 
 
@@ -138,6 +139,8 @@ def tie_weights(model: nn.Module) -> None:
     if getattr(model.config, "tie_word_embeddings", False):
         source = model.get_input_embeddings()  # type: ignore[operator]
         target = model.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(target, TiedOutputLayer):  # which has no weight of its own
+            return
         if target is not None and isinstance(source.weight, torch.Tensor):
             target.weight = source.weight
 

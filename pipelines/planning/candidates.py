@@ -11,6 +11,7 @@ from ercsvd_deploy.pipelines.planning.components import Component, describe_comp
 from ercsvd_deploy.pipelines.stages.sizes import (
     bytes_on_rank,
     linear_bits_per_weight,
+    model_bits_per_weight,
     planned_bytes,
     sum_by_part,
 )
@@ -44,6 +45,7 @@ class CandidatePlan:
     num_bytes: int  # on disk
     bytes_by_part: Mapping[str, int]
     linear_bits_per_weight: float  # stored bits of the decoder Linears per weight of the original ones
+    model_bits_per_weight: float  # stored bits of all tensors per weight of the whole original model
     gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of weights on each GPU
     gpu_share: Mapping[int, float]  # tensor parallel size -> these as a share of the dense model's there
     components: tuple[Component, ...]
@@ -78,6 +80,7 @@ def plan_candidate(
         num_bytes=sum(sizes.values()),
         bytes_by_part=by_part,
         linear_bits_per_weight=linear_bits_per_weight(by_part, architecture),
+        model_bits_per_weight=model_bits_per_weight(by_part, architecture),
         gpu_bytes=gpu_bytes,
         gpu_share={size: num_bytes / dense_on_gpu[size] for size, num_bytes in gpu_bytes.items()},
         components=components,

@@ -15,6 +15,7 @@ from ercsvd_deploy.models.architecture import LANGUAGE_PART, Architecture
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
+    from ercsvd_deploy.models.vocabulary import Vocabulary
 
 LEFT_ALONE = "left alone"
 
@@ -72,15 +73,20 @@ def _describe(
         num_bytes=sum(
             num_bytes for name, num_bytes in sizes.items() if architecture.component_of(name) == part
         ),
-        treatment=_treatment(own),
+        treatment=_treatment(own, architecture.vocabulary),
     )
 
 
-def _treatment(described: Mapping[str, Storage]) -> str:
-    """Return how many Linears are stored in which way, the commonest first."""
-    kinds = Counter(_kind(description) for description in described.values() if description.is_altered)
-    counted = (f"{n} Linear{'s' if n > 1 else ''} {kind}" for kind, n in kinds.most_common())
-    return ", ".join(counted) or LEFT_ALONE
+def _treatment(described: Mapping[str, Storage], vocabulary: Vocabulary) -> str:
+    """Return how many Linears are stored in which way, the commonest first; then input and output."""
+    altered = {name: each for name, each in described.items() if each.is_altered}
+    kinds = Counter(_kind(each) for name, each in altered.items() if not vocabulary.has(name))
+    parts = [f"{n} Linear{'s' if n > 1 else ''} {kind}" for kind, n in kinds.most_common()]
+    embedding = vocabulary.embedding
+    for name in (name for name in altered if vocabulary.has(name)):
+        is_embedding = embedding is not None and embedding.name == name
+        parts.append(f"{'input embedding' if is_embedding else 'output layer'} {_kind(altered[name])}")
+    return ", ".join(parts) or LEFT_ALONE
 
 
 def _kind(description: Storage) -> str:

@@ -118,7 +118,8 @@ def _check_readable(context: PlanningContext) -> None:
         )
     modules = quantize_plan_of(context.recipe, architecture).describe({}, architecture)
     fused = [[linear.name for linear in stack] for layer in architecture.layers for stack in layer.stacks]
-    problems = find_unreadable(modules, fused)
+    embedding = architecture.vocabulary.embedding
+    problems = find_unreadable(modules, fused, None if embedding is None else embedding.name)
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise PlanError(

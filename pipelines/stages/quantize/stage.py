@@ -21,7 +21,12 @@ from ercsvd_deploy.recipe.quantize import Quantize
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.inputs.run_data import RunData
-    from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLinear, QuantizedMatrix
+    from ercsvd_deploy.pipelines.stages.quantize.results import (
+        QuantizedEmbedding,
+        QuantizedLinear,
+        QuantizedMatrix,
+    )
+    from ercsvd_deploy.pipelines.stages.quantize.vocabulary import VocabularyQuantizer
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun
     from ercsvd_deploy.pipelines.stages.workload import Workload
 
@@ -120,6 +125,7 @@ class QuantizeStage(Stage):
         from ercsvd_deploy.pipelines.stages.quantize.decoder import quantize_decoder
 
         storages = self._storages(run.results.get("factorize"))
+        vocabulary = self._quantize_embedding(run, storages)
         model = run.model.stream()
         with run.progress(self.title, model.num_layers) as on_layer:
             outcome = quantize_decoder(
@@ -134,10 +140,37 @@ class QuantizeStage(Stage):
                 refits_to_factors=self.is_on_trained_factors,
                 token_sensitivity=run.results.get("token_sensitivity"),
                 sensitivity=run.results.get("sensitivity") if self.is_weighed else None,
+                vocabulary=vocabulary,
             )
         integers = {name: storage for name, storage in storages.items() if storage.is_quantized}
         run.model.overlay(outcome.files, integers)
         return outcome
+
+    def _quantize_embedding(
+        self, run: StageRun, storages: Mapping[str, Storage]
+    ) -> VocabularyQuantizer | None:
+        """Return what quantizes the output layer; the embedding, which takes no pass, is quantized already.
+
+        Where layers are measured on what is served before them, that includes the embedding.
+        """
+        names = self.architecture.vocabulary.names
+        outside = {name: storage for name, storage in storages.items() if name in names}
+        if not outside:
+            return None
+        from ercsvd_deploy.pipelines.stages.quantize.vocabulary import VocabularyQuantizer
+
+        vocabulary = VocabularyQuantizer(
+            self.quantize,
+            self.architecture.vocabulary,
+            outside,
+            run.model.original.store,
+            run.model.device,
+            run.cache,
+        )
+        file, embedding = vocabulary.round_embedding(), vocabulary.embedding
+        if file is not None and embedding is not None and self.quantize.compressed_prefix_inputs:
+            run.model.overlay([file], {embedding.name: outside[embedding.name]})
+        return vocabulary
 
     def _storages(self, factorized: Any) -> Mapping[str, Storage]:
         """Return how every altered Linear is stored in the end, given what the factorize stage chose."""
@@ -145,7 +178,8 @@ class QuantizeStage(Stage):
             return self.storing.describe({}, self.architecture)
         chosen = factorized.chosen.storages
         if chosen is not None:
-            return {name: storage for name, storage in chosen.items() if storage.is_altered}
+            stored = {**self.storing.vocabulary, **chosen}
+            return {name: storage for name, storage in stored.items() if storage.is_altered}
         return self.storing.describe(factorized.plan.ranks, self.architecture)
 
     def tables(self, result: QuantizeOutcome) -> Iterable[Table]:
@@ -153,7 +187,10 @@ class QuantizeStage(Stage):
         kinds: dict[str, list[QuantizedMatrix]] = {}
         for matrix in result.matrices:
             end = matrix.name.rpartition(".")[2]
-            kinds.setdefault(end if end in FACTOR_PARTS else "dense", []).append(matrix)
+            kind = end if end in FACTOR_PARTS else "dense"
+            kinds.setdefault("output layer" if matrix.name == result.output_layer else kind, []).append(
+                matrix
+            )
         columns = ("matrix", "count", "GPTQ", "rounding", "GPTQ taken")
         rows = tuple(
             (
@@ -166,10 +203,21 @@ class QuantizeStage(Stage):
             for kind, matrices in kinds.items()
         )
         yield Table("Quantized matrices, mean relative proxy loss", columns, rows, columns[1:])
+        yield from _embedding_table(result.embedding)
         yield _matrix_table(result.matrices)
         yield _linear_table(result.linears)
         yield from _correction_table(result.linears)
         yield from _ruled_table(result.linears)
+
+
+def _embedding_table(embedding: QuantizedEmbedding | None) -> Iterable[Table]:
+    """Tell how far the rows that are looked up are from the original ones; nothing if they are those."""
+    if embedding is None:
+        return
+    columns = ("matrix", "bits", "group", "relative error")
+    group = "row" if embedding.group_size < 0 else str(embedding.group_size)
+    row = (embedding.name, str(embedding.bits), group, f"{embedding.error:.6f}")
+    yield Table("Quantized input embedding", columns, (row,), columns[1:])
 
 
 def _ruled_table(linears: Iterable[QuantizedLinear]) -> Iterable[Table]:
