@@ -101,8 +101,9 @@ def watch_module(model: nn.Module, prefix: str, run: Callable[[], object]) -> La
 
 def decoder_name(model: nn.Module) -> str:
     """Return the name of the module that has the decoder layers, and of a language model nothing else."""
+    decoder = model.get_decoder()  # type: ignore[operator]
     names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
-    return names[id(model.get_decoder())]  # type: ignore[operator]
+    return names[id(decoder)]
 
 
 def _find_stack(model: nn.Module) -> str:

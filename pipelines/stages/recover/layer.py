@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ercsvd_deploy.data.samples import Batch
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.recipe.stages import Recover
 
