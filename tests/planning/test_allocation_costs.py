@@ -50,10 +50,8 @@ def test_factors_that_every_gpu_has_whole_count_for_each(
         assert storage.rank is not None
         first, second = matrix_bits(storage.rank, 256), matrix_bits(128, storage.rank)
         assert cost == first + size * second
-    [dense] = [
-        cost for each, cost in found.costs[column_parallel].items() if each.quantization and not each.rank
-    ]
-    assert dense == matrix_bits(256, 128)
+    costs = found.costs[column_parallel].items()
+    assert [cost for each, cost in costs if each.is_quantized and not each.rank] == [matrix_bits(256, 128)]
     assert low_rank(dict(found.costs[row_parallel]))
 
 

@@ -95,14 +95,9 @@ def allocation_task(
             storage: storage.num_parameters if target is None else held.by_module(linear.name, storage)
             for storage in storages
         }
-        costs[linear.name] = dict(sorted(cost_of.items(), key=lambda entry: entry[1]))
-    vocabulary = {
-        name: {each: held.by_module(name, each) for each in storages}
-        for name, storages in _vocabulary_storages(quantize_plan, target).items()
-    }
-    costs |= {
-        name: dict(sorted(each.items(), key=lambda entry: entry[1])) for name, each in vocabulary.items()
-    }
+        costs[linear.name] = _cheapest_first(cost_of)
+    for name, storages in _vocabulary_storages(quantize_plan, target).items():
+        costs[name] = _cheapest_first({each: held.by_module(name, each) for each in storages})
     if target is None:
         assert settings.compression_ratio is not None, "the schema asks for a ratio where there is no target"
         # As `budget.equal_shares.allocate_ranks` has it: the largest whole number within the exact share.
@@ -116,6 +111,10 @@ def allocation_task(
         budget = _bits_of_model(target, architecture) - (held.by_model(described) - chosen_bits)
     likeness = math.inf if recipe.export.format == "compressed-tensors" else _LIKENESS
     return AllocationTask(costs, budget, target is not None, rules, likeness if target is not None else 0.0)
+
+
+def _cheapest_first(costs: Mapping[Storage, int]) -> dict[Storage, int]:
+    return dict(sorted(costs.items(), key=lambda entry: entry[1]))
 
 
 @dataclass(frozen=True)
