@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 
+import torch
 from torch import nn
 
-from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
-from ercsvd_deploy.models.modules import build_linear
+from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError, Storage
+from ercsvd_deploy.models.modules import CorrectedLinear, LowRankLinear, PackedLinear, PivotedLinear
 from ercsvd_deploy.models.packed_embedding import PackedEmbedding, TiedOutputLayer, pack_embedding
 
 # Path parts in which loaders differ: `language_model.model.layers` on disk is `model.language_model.layers`
@@ -103,3 +104,25 @@ def _did_you_mean(name: str, linears: dict[str, list[str]]) -> str:
     near = difflib.get_close_matches(canonical_name(name), linears, n=3)
     suggestions = [actual for canonical in near for actual in linears[canonical]]
     return f" (did you mean {' or '.join(suggestions)}?)" if suggestions else ""
+
+
+def build_linear(
+    storage: Storage,
+    *,
+    bias: bool,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> CorrectedLinear | LowRankLinear | PivotedLinear | PackedLinear | nn.Linear:
+    """Return an uninitialised module whose state dict has the tensors of `storage`."""
+    if storage.layout == "low_rank":
+        return LowRankLinear(storage, bias=bias, device=device, dtype=dtype)
+    if storage.layout == "pivoted":
+        return PivotedLinear(storage, bias=bias, device=device, dtype=dtype)
+    if storage.layout == "corrected":
+        return CorrectedLinear(storage, bias=bias, device=device, dtype=dtype)
+    out_features, in_features = storage.shape
+    if storage.weight is None:
+        return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+    return PackedLinear(
+        in_features, out_features, storage.weight, bias=bias, guard=True, device=device, dtype=dtype
+    )

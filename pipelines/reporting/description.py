@@ -129,6 +129,8 @@ def _recovery(report: Report) -> Iterator[str]:
         recovered: RecoverOutcome | None = report.stages.get(stage)
         if recovered is not None and any(layer.is_kept for layer in recovered.layers):
             trained.append(parameters)
+            if any(layer.changed_levels for layer in recovered.layers):
+                trained.append("the rounding of integers")
     if trained:
         yield f"{' and '.join(trained).capitalize()} were trained on the original layers' outputs."
 

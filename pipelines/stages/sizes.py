@@ -21,7 +21,6 @@ from ercsvd_deploy.models.architecture import (
     PROJECTOR_PART,
     TOWER_PART,
     Architecture,
-    component_of,
     dense_descriptions,
 )
 
@@ -62,7 +61,7 @@ def sum_by_part(sizes: Mapping[str, int], architecture: Architecture) -> dict[st
     linears = {linear.name for linear in architecture.linears}
     parts = dict.fromkeys(PARTS, 0)
     for name, num_bytes in sizes.items():
-        parts[_part_of(name, f"{architecture.layers_prefix}.", linears)] += num_bytes
+        parts[_part_of(name, architecture, linears)] += num_bytes
     return parts
 
 
@@ -125,11 +124,11 @@ def _element(leaf: str, element: int) -> int:
     return _INTEGER_BYTES.get(leaf.rpartition(".")[2], element)
 
 
-def _part_of(name: str, prefix: str, linears: set[str]) -> str:
-    component = component_of(name)
+def _part_of(name: str, architecture: Architecture, linears: set[str]) -> str:
+    component = architecture.component_of(name)
     if component != LANGUAGE_PART:
         return component
-    if not name.startswith(prefix):
+    if not name.startswith(f"{architecture.layers_prefix}."):
         return "outside the layers"
     owner, _, leaf = name.rpartition(".")
     parent, _, part = owner.rpartition(".")

@@ -23,7 +23,7 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.models.families import attention_implementation
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.tensor_parallel import cuts_inputs
-from tests.families.served import NO_FLOAT16, STAGES, compress, judge, reference, run_all
+from tests.families.served import STAGES, compress, judge, reference, run_in_their_dtypes
 from tests.families.table import RESULTS
 from tests.families.tiny_families import FAMILIES, save_tiny_family
 from tests.tiny_models import materialise
@@ -64,13 +64,7 @@ def answers(
         for family in asked
         for dtype, directory in exports(family).items()
     }
-    found = run_all(jobs, work / "first")
-    in_float32 = {
-        key: engine(exports(key[0])[key[1]], "float32")
-        for key, answer in found.items()
-        if NO_FLOAT16 in answer.get("error", "")
-    }
-    return found | (run_all(in_float32, work / "float32") if in_float32 else {})
+    return run_in_their_dtypes(jobs, work)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.data.texts import load_tokenizer
 from ercsvd_deploy.format.packing import unpack
-from ercsvd_deploy.format.schema import CheckpointConfig, Storage, WeightQuantization
+from ercsvd_deploy.format.schema import WeightQuantization
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import evaluation_windows
 from ercsvd_deploy.pipelines.planning.plan import make_plan
@@ -23,18 +21,13 @@ from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.quantization.losses import proxy_loss
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import _recipe_writer
-from tests.recipe_runs import RecipeWriter, factorize
+from tests.recipe_runs import RecipeWriter, factorize, modules_of
 from tests.stages.naive_factors import inputs_of
+from tests.stages.vocabulary_runs import EMBEDDING, OUTPUT_LAYER, quantize
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 from tests.tiny_models import WEIGHTS_FILE, save_tiny_model
 
 pytestmark = pytest.mark.slow  # whole runs
-
-EMBEDDING, OUTPUT_LAYER = "model.embed_tokens", "lm_head"
-
-
-def quantize(**settings: Any) -> dict[str, Any]:
-    return {"quantize": {"bits": 8, "group_size": 32} | settings}
 
 
 @pytest.fixture
@@ -44,14 +37,9 @@ def write_tied(tmp_path: Path) -> RecipeWriter:
     return _recipe_writer(tmp_path, model)
 
 
-def described(directory: Path) -> dict[str, Storage]:
-    config = json.loads((directory / "config.json").read_text())["quantization_config"]
-    return dict(CheckpointConfig.read(config).modules)
-
-
 def restored(directory: Path, name: str) -> torch.Tensor:
     """Return a matrix of integers as an export has it, dequantized."""
-    storage = described(directory)[name]
+    storage = modules_of(directory)[name]
     assert storage.weight is not None
     tensors = load_file(directory / WEIGHTS_FILE)
     leaves = {leaf: tensors[f"{name}.{leaf}"] for leaf in storage.weight.leaf_shapes(*storage.shape)}
@@ -75,8 +63,8 @@ def test_judged_model_is_the_one_that_transformers_loads(prefix: bool, write_rec
         ),
     )
     report, directory = run_recipe(load_recipe(recipe))
-    assert described(directory)[OUTPUT_LAYER].weight == WeightQuantization(bits=5, group_size=32)
-    assert described(directory)[EMBEDDING].weight == WeightQuantization(bits=4, group_size=-1)
+    assert modules_of(directory)[OUTPUT_LAYER].weight == WeightQuantization(bits=5, group_size=32)
+    assert modules_of(directory)[EMBEDDING].weight == WeightQuantization(bits=4, group_size=-1)
     assert report.compressed.perplexity["held_out"] == pytest.approx(
         perplexity_by_transformers(recipe, directory), rel=1e-3
     )
@@ -89,7 +77,7 @@ def test_judged_model_is_the_one_that_transformers_loads(prefix: bool, write_rec
 def test_tied_matrix_is_stored_once_and_read_for_both(write_tied: RecipeWriter) -> None:
     recipe = write_tied(quantize(lm_head={"bits": 4}))
     report, directory = run_recipe(load_recipe(recipe))
-    modules = described(directory)
+    modules = modules_of(directory)
     assert EMBEDDING in modules
     assert OUTPUT_LAYER not in modules
     assert not any(name.startswith(OUTPUT_LAYER) for name in load_file(directory / WEIGHTS_FILE))

@@ -24,8 +24,8 @@ from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.quantize import Quantize
 from tests.models.streamed import streamed
-from tests.recipe_runs import RecipeWriter
-from tests.stages.test_vocabulary import EMBEDDING, OUTPUT_LAYER, described, quantize
+from tests.recipe_runs import RecipeWriter, modules_of
+from tests.stages.vocabulary_runs import EMBEDDING, OUTPUT_LAYER, quantize
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 from tests.tiny_models import save_tiny_model
 
@@ -77,7 +77,7 @@ def test_bits_are_chosen_for_the_whole_model(write_recipe: RecipeWriter) -> None
     factorized = report.results["factorize"]
     assert factorized is not None
     rows = {linear.name: linear for linear in factorized.allocation}
-    modules = described(directory)
+    modules = modules_of(directory)
     for name in (EMBEDDING, OUTPUT_LAYER):
         labels = [label for label, _, _ in rows[name].alternatives]
         assert labels == [f"dense, int{each} g32" for each in (4, 5, 6, 8)] + ["dense"]

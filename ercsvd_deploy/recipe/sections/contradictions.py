@@ -243,6 +243,8 @@ def _find_disorder(stages: tuple[Stage, ...]) -> Iterator[tuple[Location, str]]:
         if kind == "recover":
             if not first_of:
                 yield where, "has nothing to train yet; put a factorize or quantize stage before it"
+            elif isinstance(stage, RecoverStage) and stage.recover.rounding and "quantize" not in first_of:
+                yield (*where, "rounding"), "is true, but there are no integers yet; move it behind quantize"
             elif kind_of(stages[number - 1]) == "recover":
                 yield where, f"repeats stages.{number - 1}.recover; keep one of the two"
         elif kind in first_of:
