@@ -55,6 +55,7 @@ class Architecture:
     """The compressible part of a model, and the size of the rest."""
 
     model_type: str
+    text_model_type: str  # of the decoder; another one where that is part of a vision-language model
     layers_prefix: str  # module name of the stack of decoder layers
     layers: tuple[LayerLinears, ...]
     layers_return_tuples: bool  # whose first value is the hidden states; else these alone

@@ -63,6 +63,7 @@ def describe(model: nn.Module, config: Any) -> Architecture:
     weights = {f"{linear.name}.weight" for layer in decoder.layers for linear in layer.linears}
     return Architecture(
         model_type=str(config.model_type),
+        text_model_type=str(text_config.model_type),
         layers_prefix=decoder.prefix,
         layers=decoder.layers,
         layers_return_tuples=decoder.return_tuples,

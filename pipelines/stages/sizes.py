@@ -93,22 +93,30 @@ def bytes_on_rank(
             continue
         is_cut = not name.startswith(f"{architecture.layers_prefix}.") and shape[0] == architecture.vocab_size
         total += math.prod(shape) * element // (tensor_parallel_size if is_cut else 1)
-    for name, description in matrices.items():
-        for part, ((rows, columns), storage) in description.parts.items():
-            local = local_shape(name, part, rows, columns, architecture, tensor_parallel_size)
-            share = (local or (rows, columns))[0] * (local or (rows, columns))[1] / (rows * columns)
-            if architecture.vocabulary.has(name):  # what a vocabulary is filled up with does not count
-                share = 1 / tensor_parallel_size
-            leaves = storage.leaf_shapes(rows, columns) if storage else {"": (rows, columns)}
-            whole = sum(
-                math.prod(leaf_shape) * _element(leaf, element) for leaf, leaf_shape in leaves.items()
-            )
-            total += int(whole * share)
-        if description.pivot_blocks is not None:
-            rows = description.shape[0]
-            if not architecture.is_row_parallel(name):
-                rows = architecture.outputs_on_rank(name, rows, tensor_parallel_size) or rows
-            total += rows * _INTEGER_BYTES[ROW_ORDER]
+    return total + sum(
+        module_bytes_on_rank(name, description, architecture, element, tensor_parallel_size)
+        for name, description in matrices.items()
+    )
+
+
+def module_bytes_on_rank(
+    name: str, description: Storage, architecture: Architecture, element: int, tensor_parallel_size: int
+) -> int:
+    """Return the bytes of one module's tensors, bias aside, that one GPU holds; see `bytes_on_rank`."""
+    total = 0
+    for part, ((rows, columns), storage) in description.parts.items():
+        local = local_shape(name, part, rows, columns, architecture, tensor_parallel_size)
+        share = (local or (rows, columns))[0] * (local or (rows, columns))[1] / (rows * columns)
+        if architecture.vocabulary.has(name):  # what a vocabulary is filled up with does not count
+            share = 1 / tensor_parallel_size
+        leaves = storage.leaf_shapes(rows, columns) if storage else {"": (rows, columns)}
+        whole = sum(math.prod(leaf_shape) * _element(leaf, element) for leaf, leaf_shape in leaves.items())
+        total += int(whole * share)
+    if description.pivot_blocks is not None:
+        rows = description.shape[0]
+        if not architecture.is_row_parallel(name):
+            rows = architecture.outputs_on_rank(name, rows, tensor_parallel_size) or rows
+        total += rows * _INTEGER_BYTES[ROW_ORDER]
     return total
 
 
