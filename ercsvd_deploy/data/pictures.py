@@ -35,8 +35,7 @@ __all__ = [
 ]
 
 _MOST_NAMED = 5
-# If none of so many conversations can be used, the rest of a large dataset is not tried.
-_MOST_USELESS = 100
+_MOST_USELESS = 100  # conversations: if none of so many can be used, the rest of a dataset is not tried
 
 
 @dataclass(frozen=True, kw_only=True)
