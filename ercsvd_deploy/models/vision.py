@@ -16,6 +16,7 @@ from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, Archit
 from ercsvd_deploy.models.discovery import decoder_name, watch_module, watch_stack
 
 _LLAVA = frozenset({"llava", "llava_next"})
+_WITHOUT_CONVERSATIONS = frozenset({"paligemma"})
 _COMPRESSIBLE_TOWERS = frozenset({"clip_vision_model"})
 _TOWER = "model.vision_tower"
 _TOWER_LAYERS = f"{_TOWER}.encoder.layers"
@@ -30,6 +31,11 @@ def reads_images(config: Any) -> bool:
         and getattr(config, "vision_config", None) is not None
         and config.get_text_config() is not config
     )
+
+
+def lacks_conversations(config: Any) -> bool:
+    """Whether a vision-language model's processor has no way to write a conversation."""
+    return str(config.model_type) in _WITHOUT_CONVERSATIONS
 
 
 def image_token_id(config: Any) -> int:

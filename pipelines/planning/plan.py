@@ -13,7 +13,7 @@ from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, ask_kernels, 
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.meta import compressed_config, own_dtype, read_architecture
 from ercsvd_deploy.models.tested_families import serving_doubts
-from ercsvd_deploy.models.vision import reads_images
+from ercsvd_deploy.models.vision import lacks_conversations, reads_images
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidate
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine
@@ -80,16 +80,20 @@ class Plan:
 
 
 def check_vision(recipe: Recipe, config: Any) -> None:
-    """Refuse what asks for pictures of a model that does not read them.
+    """Refuse what asks for pictures of a model that does not read them, or not in conversations.
 
     Raises:
-        PlanError: the model reads text only.
+        PlanError: the model reads text only, or its conversations cannot be told from its processor.
     """
-    if reads_images(config):
-        return
     asking = ["vision"] if recipe.vision is not None else []
     asking += ["evaluation.visual_questions"] if recipe.evaluation.visual_questions else []
-    if asking:
+    if asking and lacks_conversations(config):
+        raise PlanError(
+            f"the recipe has {' and '.join(asking)}, but {config.model_type} has no conversations: it "
+            "reads a prompt in both directions and an answer in one, and its processor has no chat template "
+            "that tells them apart; remove them, and calibrate on text"
+        )
+    if asking and not reads_images(config):
         raise PlanError(
             f"the recipe has {' and '.join(asking)}, but {recipe.model.path} is a {config.model_type} model, "
             "which is not one that reads images: remove them, or choose a vision-language model"

@@ -125,3 +125,11 @@ def test_precision_that_the_language_model_names(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw))
     size = ["factorize.rank_multiple=8", f"model.path={tmp_path}"]
     assert make_plan(load_recipe(RECIPES / "qwen3-vl-8b.yaml", size)).dtype == "bfloat16"
+
+
+def test_conversations_of_a_model_without_a_chat_template_are_refused(tmp_path: Path) -> None:
+    tiny_config("paligemma").save_pretrained(tmp_path)
+    asked = ["factorize.rank_multiple=8", f"model.path={tmp_path}"]
+    with pytest.raises(PlanError, match=r"has vision, but paligemma has no conversations: .* on text"):
+        make_plan(load_recipe(RECIPES / "gemma-3-12b.yaml", asked))
+    make_plan(load_recipe(RECIPES / "gemma-3-12b.yaml", [*asked, "vision=null", "evaluation.lm_eval=null"]))
