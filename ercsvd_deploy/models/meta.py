@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -96,7 +97,7 @@ def _build(
     try:
         with without_weights:
             model: nn.Module = auto.from_config(
-                config,
+                copy.deepcopy(config),  # it may forget the precision that a part of it names
                 trust_remote_code=trust_remote_code,
                 attn_implementation=attention_implementation(config),
             )

@@ -115,3 +115,38 @@ def test_additions_between_layers_come_from_the_pictures(tmp_path: Path) -> None
     assert len(rows) == int(is_image.sum())
     difference = call.inputs(hidden[position]) - hidden[position]
     torch.testing.assert_close(difference[rows, tokens], call.addition.values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_gradients_pass_back_as_in_the_whole_model(family: str, tmp_path: Path) -> None:
+    directory = save_tiny_family(tmp_path, family)
+    config = load_config(str(directory))
+    reference = AutoModelForImageTextToText.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation=attention_implementation(config)
+    ).eval()
+    sample = samples(family, directory)[3]
+    ends: list[torch.Tensor] = []
+    layers = list(reference.get_decoder().layers)
+    layers[0].register_forward_pre_hook(
+        lambda _layer, inputs: ends.append(inputs[0].retain_grad() or inputs[0])
+    )
+    layers[-1].register_forward_hook(
+        lambda _layer, _inputs, output: ends.append(output[0] if isinstance(output, tuple) else output)
+    )
+    types = {name: kinds[None] for name, kinds in sample.token_types.items()}
+    reference(input_ids=sample.tokens[None], **sample.images, **types)
+    first, last = ends
+    weights = torch.randn(last.shape, generator=torch.Generator().manual_seed(2))
+    [expected] = torch.autograd.grad((last * weights).sum(), first)
+
+    model = streamed(directory)
+    batches = model.batches([sample])
+    inputs = [model.embed(batches)]
+    for index in range(model.num_layers):
+        inputs.append(list(inputs[-1]))
+        model.advance(index, batches, inputs[-1])
+    gradients = [weights]
+    for index in reversed(range(model.num_layers)):
+        with model.layer(index) as module:
+            model.retreat(index, module, batches, inputs[index], gradients, observe={}, token_weights=[None])
+    torch.testing.assert_close(gradients[0], expected, atol=1e-4, rtol=1e-4)

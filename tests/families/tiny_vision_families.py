@@ -20,14 +20,14 @@ from tests.families.tiny_families import NUM_LAYERS, WINDOW
 from tests.families.vision_processors import (
     FEATURES,
     IMAGE_SIZE,
+    NUM_TOKENS,
     PATCH_SIZE,
-    SPECIAL_TOKENS,
     TILINGS,
     make_processor,
     make_vision_tokenizer,
     token_id,
 )
-from tests.tiny_models import MAX_POSITIONS, VOCAB_SIZE, WEIGHTS_FILE, randomise
+from tests.tiny_models import MAX_POSITIONS, WEIGHTS_FILE, randomise
 
 _TEXT: dict[str, Any] = {
     "hidden_size": 128,
@@ -35,7 +35,7 @@ _TEXT: dict[str, Any] = {
     "num_hidden_layers": NUM_LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": VOCAB_SIZE + len(SPECIAL_TOKENS),
+    "vocab_size": NUM_TOKENS,
     "max_position_embeddings": 2 * MAX_POSITIONS,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -172,6 +172,8 @@ def save_tiny_family(directory: Path, family: str, dtype: torch.dtype = torch.fl
     """Write a random model of a family with its processor, under the hub's names; return `directory`."""
     model: PreTrainedModel = AutoModelForImageTextToText.from_config(tiny_config(family), dtype=torch.float32)
     randomise(model, torch.Generator().manual_seed(0))
+    # No picture is generated: the place of one would have no features.
+    model.get_output_embeddings().weight.data[[token_id("image"), token_id("video")]] = 0
     model.to(dtype)
     model.config.dtype = dtype
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)

@@ -45,6 +45,8 @@ SPECIAL_TOKENS = {
     "fake_token_around_image": "<fake_token_around_image>",
     "global": "<global-img>",
 }
+NEWLINES = ("\n", "\n\n", "\n\n\n", "\n\n\n\n")  # that vLLM looks for in Gemma's vocabulary
+NUM_TOKENS = VOCAB_SIZE + len(SPECIAL_TOKENS) + len(NEWLINES)
 _CHAT_TEMPLATE = (
     "{{% for message in messages %}}<{{{{ message['role'] }}}}>"
     "{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}"
@@ -83,6 +85,7 @@ def make_vision_tokenizer() -> PreTrainedTokenizerFast:
     }
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS.values())})
+    tokenizer.add_tokens(list(NEWLINES))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
         extra_special_tokens=named,

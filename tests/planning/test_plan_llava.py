@@ -115,3 +115,13 @@ def test_tasks_in_vllm_are_for_text_models(tmp_path: Path) -> None:
     ]
     with pytest.raises(PlanError, match="engine: vllm is for text models"):
         make_plan(load_recipe(RECIPES / "llava-1.5-7b.yaml", asked))
+
+
+def test_precision_that_the_language_model_names(tmp_path: Path) -> None:
+    """Qwen3-VL's config says it in `text_config` alone."""
+    raw = tiny_config("qwen3_vl").to_dict()
+    raw.pop("dtype")
+    raw["text_config"]["dtype"] = "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    size = ["factorize.rank_multiple=8", f"model.path={tmp_path}"]
+    assert make_plan(load_recipe(RECIPES / "qwen3-vl-8b.yaml", size)).dtype == "bfloat16"

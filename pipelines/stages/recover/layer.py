@@ -15,6 +15,7 @@ from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.recipe.stages import Recover
 
 if TYPE_CHECKING:
+    from ercsvd_deploy.data.samples import Batch
     from ercsvd_deploy.models.architecture import LayerLinears
     from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
 
