@@ -10,7 +10,7 @@ import difflib
 import torch
 from torch import nn
 
-from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError, Storage
+from ercsvd_deploy.format.schema import WEIGHT, CheckpointConfig, CheckpointFormatError, Storage
 from ercsvd_deploy.models.modules import CorrectedLinear, LowRankLinear, PackedLinear, PivotedLinear
 from ercsvd_deploy.models.packed_embedding import PackedEmbedding, TiedOutputLayer, pack_embedding
 
@@ -70,34 +70,44 @@ def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.
             f"{type(model).__name__}; use the config.json that the checkpoint was exported with:\n  "
             + "\n  ".join(problems)
         )
+    tied = _tied_output_layer(model, {name for name, _ in targets.values()})
     replaced: dict[str, nn.Module] = {}
-    for checkpoint_name, (name, linear) in targets.items():
-        if isinstance(linear, nn.Embedding):
-            tied = _tied_output_layer(model, linear)
-            pack_embedding(linear, config.modules[checkpoint_name])
-            assert isinstance(linear, PackedEmbedding)
-            if tied is not None:
-                output_name, output_layer = tied
-                model.set_submodule(output_name, TiedOutputLayer(linear, output_layer.bias))
-            replaced[checkpoint_name] = linear
-            continue
-        replaced[checkpoint_name] = build_linear(
-            config.modules[checkpoint_name],
-            bias=linear.bias is not None,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
-        )
-        model.set_submodule(name, replaced[checkpoint_name])
+    for checkpoint_name, (name, module) in targets.items():
+        replaced[checkpoint_name] = _replace(model, name, module, config.modules[checkpoint_name])
+    embedding = model.get_input_embeddings() if tied is not None else None  # type: ignore[operator]
+    if tied is not None and isinstance(embedding, PackedEmbedding):
+        name, output_layer = tied
+        model.set_submodule(name, TiedOutputLayer(embedding, output_layer.bias))
     return replaced
 
 
-def _tied_output_layer(model: nn.Module, embedding: nn.Embedding) -> tuple[str, nn.Linear] | None:
-    """Return the Linear that multiplies an embedding's matrix, and its name; None if there is none."""
-    is_tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
-    output_layer = model.get_output_embeddings() if is_tied else None  # type: ignore[operator]
-    if not isinstance(output_layer, nn.Linear) or model.get_input_embeddings() is not embedding:  # type: ignore[operator]
+def _replace(model: nn.Module, name: str, module: nn.Linear | nn.Embedding, storage: Storage) -> nn.Module:
+    """Return what stands in the place of a module afterwards; an embedding is changed where it stands."""
+    if isinstance(module, nn.Embedding):
+        pack_embedding(module, storage)
+        return module
+    replaced = build_linear(
+        storage, bias=module.bias is not None, device=module.weight.device, dtype=module.weight.dtype
+    )
+    model.set_submodule(name, replaced)
+    return replaced
+
+
+def _tied_output_layer(model: nn.Module, described: set[str]) -> tuple[str, nn.Linear] | None:
+    """Return the Linear that multiplies the embedding's matrix, and its name; None if there is none.
+
+    Args:
+        model: Its weights may be tied already; where transformers loads it, it only knows which will be.
+        described: Names of modules that have tensors of their own.
+    """
+    output_layer = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(output_layer, nn.Linear):
         return None
-    return next((name, output_layer) for name, module in model.named_modules() if module is output_layer)
+    [name] = [name for name, module in model.named_modules() if module is output_layer]
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    is_one_tensor = output_layer.weight is getattr(embedding, WEIGHT, None)
+    will_be = f"{name}.{WEIGHT}" in (getattr(model, "all_tied_weights_keys", None) or {})
+    return (name, output_layer) if (is_one_tensor or will_be) and name not in described else None
 
 
 def _did_you_mean(name: str, linears: dict[str, list[str]]) -> str:

@@ -182,3 +182,18 @@ def test_the_decoder_in_a_vision_language_model_decides() -> None:
     architecture = read_architecture(tiny_vision_families.tiny_config("paligemma"))
     with pytest.raises(PlanError, match="no integers for the input embeddings of gemma models"):
         plan_vocabulary(Quantize(embeddings=VocabularyIntegers()), architecture)
+
+
+def test_recovery_leaves_them_as_they_are(write_recipe: RecipeWriter) -> None:
+    """Layers are trained on what the rounded embedding gives; both matrices stay to the bit."""
+    stage = quantize(bits=4, lm_head={"bits": 6}, embeddings={"bits": 6})
+    written = []
+    for stages in ([stage], [stage, {"recover": {"steps": 4, "batch_size": 2}}]):
+        report, directory = run_recipe(load_recipe(write_recipe(*stages)))
+        written.append(load_file(directory / WEIGHTS_FILE))
+        assert report.compressed.perplexity["held_out"] > 0
+    plain, recovered = written
+    own = [name for name in plain if name.startswith((EMBEDDING, OUTPUT_LAYER))]
+    assert len(own) == 8
+    assert all(torch.equal(plain[name], recovered[name]) for name in own)
+    assert any(not torch.equal(plain[name], recovered[name]) for name in plain)
