@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.llava_names import PROJECTOR, VISION_TOWER, to_checkpoint
 from ercsvd_deploy.format.schema import Storage
+from ercsvd_deploy.models.experts import RoutedExperts
 from ercsvd_deploy.models.tensor_parallel import OutputBlock, cuts_inputs, holds_key_values, output_blocks
 
 LANGUAGE_PART, TOWER_PART, PROJECTOR_PART = "language model", "vision tower", "projector"
@@ -24,16 +25,33 @@ class ArchitectureError(ValueError):
 
 @dataclass(frozen=True)
 class LayerLinears:
-    """The Linears of one layer, grouped by shared input, and the layer's tensor-name prefix."""
+    """The Linears of one layer, grouped by shared input, and the layer's tensor-name prefix.
+
+    Those of routed experts are apart: nobody knows before a run which tokens they read.
+    """
 
     index: int
     prefix: str
     groups: tuple[tuple[LinearShape, ...], ...]
+    experts: RoutedExperts | None = None
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
         """Every Linear of the layer, group by group, each group where its input is read first."""
         return tuple(linear for group in self.groups for linear in group)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of its Linears and routed experts."""
+        routed = 0 if self.experts is None else self.experts.parameters
+        return sum(linear.parameters for linear in self.linears) + routed
+
+    @property
+    def parameters_per_token(self) -> int:
+        """The weights that one token is multiplied by."""
+        experts = self.experts
+        routed = 0 if experts is None else experts.parameters * experts.per_token // experts.count
+        return sum(linear.parameters for linear in self.linears) + routed
 
     @property
     def stacks(self) -> tuple[tuple[LinearShape, ...], ...]:
@@ -57,11 +75,12 @@ class Architecture:
     layers_prefix: str  # module name of the stack of decoder layers
     layers: tuple[LayerLinears, ...]
     layers_return_tuples: bool  # whose first value is the hidden states; else these alone
-    other_tensors: Mapping[str, tuple[int, ...]]  # all but the decoder Linears' weights; tied ones once
+    other_tensors: Mapping[str, tuple[int, ...]]  # all but weights of `linears`; tied ones once
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
     stored_prefixes: Mapping[str, str]  # module -> what checkpoints call it, where that differs
+    stored_parts: Mapping[str, str]  # the same of parts within a name, dots included
     image_token_id: int | None  # marks the places of image features; None: the model reads text only
     # Part (`TOWER_PART`, `PROJECTOR_PART`) -> its layers that are run; empty for text models.
     vision_layers: Mapping[str, tuple[LayerLinears, ...]]
@@ -73,8 +92,15 @@ class Architecture:
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
-        """Every decoder Linear, layer by layer."""
+        """Every decoder Linear, layer by layer, those of routed experts left out."""
         return tuple(linear for layer in self.layers for linear in layer.linears)
+
+    @property
+    def expert_linears(self) -> tuple[LinearShape, ...]:
+        """Every Linear of a routed expert, layer by layer."""
+        return tuple(
+            linear for layer in self.layers if layer.experts is not None for linear in layer.experts.linears
+        )
 
     def is_row_parallel(self, name: str) -> bool:
         """Whether tensor parallelism cuts this Linear along its input."""
@@ -113,6 +139,8 @@ class Architecture:
         for module, stored in self.stored_prefixes.items():
             if f"{name}.".startswith(f"{module}."):
                 return stored + name.removeprefix(module)
+        for part, stored in self.stored_parts.items():
+            name = name.replace(part, stored)
         return name
 
     @property
@@ -129,8 +157,13 @@ class Architecture:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of all decoder Linears, biases not counted."""
+        """Weights of all decoder Linears, biases and routed experts not counted."""
         return sum(linear.parameters for linear in self.linears)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of all routed experts."""
+        return sum(layer.experts.parameters for layer in self.layers if layer.experts is not None)
 
 
 def component_of(name: str) -> str:
@@ -144,8 +177,8 @@ def component_of(name: str) -> str:
 
 
 def dense_descriptions(architecture: Architecture) -> dict[str, Storage]:
-    """Return the storage of every Linear of decoder, vision tower and projector in the original model."""
+    """Return the storage of every Linear of decoder, experts, vision tower and projector in the original."""
     return {
-        linear.name: Storage(layout="dense", shape=(linear.out_features, linear.in_features))
-        for linear in (*architecture.linears, *architecture.vision_linears)
+        linear.name: Storage.dense((linear.out_features, linear.in_features))
+        for linear in (*architecture.linears, *architecture.expert_linears, *architecture.vision_linears)
     }

@@ -6,28 +6,37 @@ where a family differs from what its modules tell.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from ercsvd_deploy.format.llava_names import to_module
-from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
+from ercsvd_deploy.models.architecture import Architecture, ArchitectureError, LayerLinears
 from ercsvd_deploy.models.discovery import find_decoder, on_meta
+from ercsvd_deploy.models.experts import stand_in_for_experts
 from ercsvd_deploy.models.vision import VISION_LANGUAGE_MODEL_TYPES, check_vision, describe_vision
 
-# What the configs of mixtures of experts call the number of experts of a layer.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Model type -> module -> what checkpoints call it.
 _STORED_PREFIXES: Mapping[str, Mapping[str, str]] = {"gpt_neox": {"lm_head": "embed_out"}}
+# Model type -> part of a module's or tensor's name -> what stands there in checkpoints.
+_STORED_PARTS: Mapping[str, Mapping[str, str]] = {
+    "mixtral": {".mlp.": ".block_sparse_moe."},
+    "granitemoe": {
+        ".experts.gate_up_proj": ".input_linear.weight",
+        ".experts.down_proj": ".output_linear.weight",
+        ".router.weight": ".router.layer.weight",
+    },
+    "ernie4_5_moe": {".mlp.gate.moe_statics.": ".mlp.moe_statics."},
+}
 
 
 def check_supported(config: Any) -> None:
     """Refuse a config whose model cannot be compressed here, before anything is built from it.
 
     Raises:
-        ArchitectureError: it is not a decoder alone, or not a dense one, or its vision tower is unsupported.
+        ArchitectureError: it is not a decoder alone, or its layers or its vision tower are unsupported.
     """
     text_config = config.get_text_config()
     if reads_images(config):
@@ -57,22 +66,23 @@ def describe(model: nn.Module, config: Any) -> Architecture:
     text_config = config.get_text_config()
     model = on_meta(model)
     try:
-        decoder = find_decoder(model)
+        stand_in_for_experts(model)
+        decoder = find_decoder(model, text_config, _left_alone(text_config))
     except ArchitectureError as error:
         raise _unsupported(
             text_config, f"{error}; supported are decoders of Linears, such as llama"
         ) from error
-    weights = {f"{linear.name}.weight" for layer in decoder.layers for linear in layer.linears}
     return Architecture(
         model_type=str(config.model_type),
         layers_prefix=decoder.prefix,
         layers=decoder.layers,
         layers_return_tuples=decoder.return_tuples,
-        other_tensors={n: tuple(p.shape) for n, p in model.named_parameters() if n not in weights},
+        other_tensors=_other_tensors(model, decoder.layers),
         num_attention_heads=text_config.num_attention_heads,
         num_key_value_heads=_num_key_value_heads(text_config),
         vocab_size=text_config.vocab_size,
         stored_prefixes=_STORED_PREFIXES.get(config.model_type, {}),
+        stored_parts=_STORED_PARTS.get(config.model_type, {}),
         image_token_id=config.image_token_index if reads_images(config) else None,
         vision_layers=describe_vision(model, config) if reads_images(config) else {},
     )
@@ -93,6 +103,8 @@ def module_tensor(config: Any, stored_name: str) -> str:
     for module, stored in _STORED_PREFIXES.get(config.model_type, {}).items():
         if stored_name.startswith(f"{stored}."):
             return module + stored_name.removeprefix(stored)
+    for part, stored in _STORED_PARTS.get(config.model_type, {}).items():
+        stored_name = stored_name.replace(stored, part)
     return stored_name
 
 
@@ -116,20 +128,40 @@ def _model_class(config: Any) -> Any:
 
 def _obstacles(text_config: Any) -> Iterator[str]:
     """Yield what of a decoder's layers cannot be compressed, streamed or served here."""
-    for key in _EXPERTS:
-        if (getattr(text_config, key, None) or 0) > 1:
-            yield f"a mixture of {getattr(text_config, key)} experts a layer"
     others = sorted(set(getattr(text_config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
     if others:
         yield f"it has layers of another kind than attention: {', '.join(others)}"
-    if getattr(text_config, "kv_lora_rank", None):
-        yield "multi-head latent attention, whose matrices vLLM multiplies with each other"
     if getattr(text_config, "is_heterogeneous", False):
         yield "its layers have heads of different sizes"
     if getattr(text_config, "num_kv_shared_layers", None):
         yield "layers that read keys and values of others"
     if getattr(text_config, "hidden_size_per_layer_input", None):
         yield "layers that read embeddings of their own"
+
+
+def _left_alone(text_config: Any) -> frozenset[str]:
+    """Return modules of a layer that stay as they are: latent attention, whose matrices vLLM multiplies."""
+    return frozenset({"self_attn"} if getattr(text_config, "kv_lora_rank", None) else ())
+
+
+def _other_tensors(model: nn.Module, layers: Sequence[LayerLinears]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor but the weights of Linears; those of experts as checkpoints have them."""
+    weights = {f"{linear.name}.weight" for layer in layers for linear in layer.linears}
+    separate = {
+        layer.experts.name: layer.experts.linears
+        for layer in layers
+        if layer.experts is not None and layer.experts.groups
+    }
+    others: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if owner in separate:
+            shapes = {f"{each.name}.weight": (each.out_features, each.in_features) for each in separate[owner]}
+            others |= shapes
+            separate[owner] = ()  # its other parameters are in these, too
+        elif name not in weights:
+            others[name] = tuple(parameter.shape)
+    return others
 
 
 def _num_key_value_heads(text_config: Any) -> int:

@@ -24,6 +24,7 @@ from ercsvd_deploy.data.samples import Batch, Sample, make_batches
 from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.side_by_side import is_small, map_side_by_side
 from ercsvd_deploy.models.architecture import Architecture, LayerLinears
+from ercsvd_deploy.models.experts import separate_experts
 from ercsvd_deploy.models.families import describe, module_tensor
 from ercsvd_deploy.models.fitting import fit_store
 from ercsvd_deploy.models.loading import load_tensors
@@ -94,6 +95,7 @@ class LayerwiseModel:
         config.use_cache = False
         self.model = build_meta_model(config, trust_remote_code=self.trust_remote_code)
         self.architecture = describe(self.model, config)
+        separate_experts(self.model)
         if compressed is not None:
             replace_linears(self.model, compressed)
         self.store, self.surplus_tensors = fit_store(self.model, self.store, partial(module_tensor, config))

@@ -86,11 +86,12 @@ def plan_candidate(
 
 
 def _bytes_by_layer(sizes: Mapping[str, int], architecture: Architecture) -> Counter[str]:
-    """Return prefix of a decoder layer -> bytes of its Linears' tensors, biases aside."""
+    """Return prefix of a decoder layer -> bytes of its Linears' and experts' tensors, biases aside."""
     depth = architecture.layers_prefix.count(".") + 2  # the prefix and the layer's number
     by_layer: Counter[str] = Counter()
+    experts = {f"{linear.name}.weight" for linear in architecture.expert_linears}
     for name, num_bytes in sizes.items():
-        if name not in architecture.other_tensors:
+        if name not in architecture.other_tensors or name in experts:
             by_layer[".".join(name.split(".", depth)[:depth])] += num_bytes
     return by_layer
 

@@ -25,12 +25,15 @@ from ercsvd_deploy.models.architecture import (
     dense_descriptions,
 )
 
+from ercsvd_deploy.models.experts import EXPERTS
+
 if TYPE_CHECKING:
     from ercsvd_deploy.format.tensor_store import TensorStore
 
 _INTEGER_BYTES = {WEIGHT_PACKED: 4, WEIGHT_ZERO_POINT: 4, WEIGHT_SHAPE: 8, ROW_ORDER: 4}
 _SCALE_LEAVES = (WEIGHT_SCALE, WEIGHT_ZERO_POINT, WEIGHT_SHAPE)
-_LINEAR_PARTS = ("dense Linears", "factors", "scales")
+_EXPERT_PART = "routed experts"
+_LINEAR_PARTS = ("dense Linears", "factors", "scales", _EXPERT_PART)
 PARTS = (TOWER_PART, PROJECTOR_PART, "outside the layers", *_LINEAR_PARTS, "norms and biases")
 
 
@@ -60,15 +63,19 @@ def stored_bytes(store: TensorStore) -> dict[str, int]:
 def sum_by_part(sizes: Mapping[str, int], architecture: Architecture) -> dict[str, int]:
     """Return the bytes of each of `PARTS`."""
     linears = {linear.name for linear in architecture.linears}
+    experts = {layer.experts.name for layer in architecture.layers if layer.experts is not None}
     parts = dict.fromkeys(PARTS, 0)
     for name, num_bytes in sizes.items():
-        parts[_part_of(name, f"{architecture.layers_prefix}.", linears)] += num_bytes
+        is_expert = _owner_of_experts(name) in experts
+        part = _EXPERT_PART if is_expert else _part_of(name, f"{architecture.layers_prefix}.", linears)
+        parts[part] += num_bytes
     return parts
 
 
 def linear_bits_per_weight(by_part: Mapping[str, int], architecture: Architecture) -> float:
-    """Return the stored bits of the decoder Linears, scales included, per weight of the original ones."""
-    return 8 * sum(by_part[part] for part in _LINEAR_PARTS) / architecture.linear_parameters
+    """Return the stored bits of Linears and routed experts, scales included, per weight of the original."""
+    num_weights = architecture.linear_parameters + architecture.expert_parameters
+    return 8 * sum(by_part[part] for part in _LINEAR_PARTS) / num_weights
 
 
 def bytes_on_rank(
@@ -79,15 +86,17 @@ def bytes_on_rank(
 ) -> int:
     """Return the bytes of weights that one GPU holds when vLLM serves the model.
 
-    Embeddings are cut by vocabulary, matrices as `local_shape` says, everything else is held by every
-    rank. What kernels add as padding or workspace, and the KV cache, are not counted.
+    Embeddings are cut by vocabulary, matrices as `local_shape` says, experts that are stored in one tensor
+    evenly; everything else is held by every rank. What kernels add as padding or workspace, and the KV cache, are not counted.
     """
     total = 0
     matrices = dense_descriptions(architecture) | dict(described)
+    experts = {layer.experts.name for layer in architecture.layers if layer.experts is not None}
     for name, shape in architecture.other_tensors.items():
         if name.removesuffix(".weight") in matrices:
             continue
-        is_cut = not name.startswith(f"{architecture.layers_prefix}.") and shape[0] == architecture.vocab_size
+        is_outside = not name.startswith(f"{architecture.layers_prefix}.")
+        is_cut = (is_outside and shape[0] == architecture.vocab_size) or _owner_of_experts(name) in experts
         total += math.prod(shape) * element // (tensor_parallel_size if is_cut else 1)
     for name, description in matrices.items():
         for part, ((rows, columns), storage) in description.parts.items():
@@ -104,6 +113,12 @@ def bytes_on_rank(
                 rows = architecture.outputs_on_rank(name, rows, tensor_parallel_size) or rows
             total += rows * _INTEGER_BYTES[ROW_ORDER]
     return total
+
+
+def _owner_of_experts(name: str) -> str:
+    """Return the name of the module of routed experts that a tensor would belong to; else any other name."""
+    before, found, _ = name.partition(f".{EXPERTS}.")
+    return before + found.removesuffix(".")
 
 
 def _element(leaf: str, element: int) -> int:
