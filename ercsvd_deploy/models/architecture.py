@@ -41,6 +41,11 @@ class LayerLinears:
         return tuple(linear for group in self.groups for linear in group)
 
     @property
+    def all_linears(self) -> tuple[LinearShape, ...]:
+        """Every Linear of the layer, those of its routed experts included."""
+        return self.linears + (() if self.experts is None else self.experts.linears)
+
+    @property
     def parameters(self) -> int:
         """Weights of its Linears and routed experts."""
         routed = 0 if self.experts is None else self.experts.parameters
@@ -98,9 +103,13 @@ class Architecture:
     @property
     def expert_linears(self) -> tuple[LinearShape, ...]:
         """Every Linear of a routed expert, layer by layer."""
-        return tuple(
-            linear for layer in self.layers if layer.experts is not None for linear in layer.experts.linears
-        )
+        experts = (layer.experts for layer in self.layers)
+        return tuple(linear for each in experts if each is not None for linear in each.linears)
+
+    @property
+    def all_linears(self) -> tuple[LinearShape, ...]:
+        """Every decoder Linear, layer by layer, those of routed experts included."""
+        return tuple(linear for layer in self.layers for linear in layer.all_linears)
 
     def is_row_parallel(self, name: str) -> bool:
         """Whether tensor parallelism cuts this Linear along its input."""
@@ -180,5 +189,5 @@ def dense_descriptions(architecture: Architecture) -> dict[str, Storage]:
     """Return the storage of every Linear of decoder, experts, vision tower and projector in the original."""
     return {
         linear.name: Storage.dense((linear.out_features, linear.in_features))
-        for linear in (*architecture.linears, *architecture.expert_linears, *architecture.vision_linears)
+        for linear in (*architecture.all_linears, *architecture.vision_linears)
     }

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -47,12 +47,11 @@ def on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, tensors)
 
 
-def find_decoder(model: nn.Module, config: Any, left_alone: frozenset[str] = frozenset()) -> DecoderStack:
+def find_decoder(model: nn.Module, left_alone: frozenset[str] = frozenset()) -> DecoderStack:
     """Return the decoder layers of a language model, or of the language part of another model.
 
     Args:
         model: On the meta device, with all its buffers, and stand-ins for routed experts.
-        config: Of the language model.
         left_alone: Modules of a layer whose Linears nobody compresses, by name within it.
 
     Raises:
@@ -73,7 +72,7 @@ def find_decoder(model: nn.Module, config: Any, left_alone: frozenset[str] = fro
         for handle in handles:
             handle.remove()
     _refuse_shared_weights(model, layers)
-    layers = tuple(_with_experts(layer, model, config) for layer in layers)
+    layers = tuple(_with_experts(layer, model) for layer in layers)
     return DecoderStack(prefix, layers, any(isinstance(output, tuple) for output in returned))
 
 
@@ -183,13 +182,13 @@ def _owners(name: str) -> Iterator[str]:
         yield name
 
 
-def _with_experts(layer: LayerLinears, model: nn.Module, config: Any) -> LayerLinears:
+def _with_experts(layer: LayerLinears, model: nn.Module) -> LayerLinears:
     """Return a layer with its routed experts, if it has any.
 
     Raises:
         ArchitectureError: it has, in a form that is not known here.
     """
-    module = model.get_submodule(layer.prefix)
+    module, config = model.get_submodule(layer.prefix), cast(Any, model).config.get_text_config()
     try:
         return replace(layer, experts=find_experts(layer.prefix, module, layer.index, config))
     except UnknownExpertsError as error:

@@ -9,7 +9,7 @@ does so with those of an expert.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -83,9 +83,14 @@ class Expert(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Map [tokens, hidden] to the same shape."""
-        gate, up, down = (self.get_submodule(name) for name in self.names)
-        output: torch.Tensor = down(self.act_fn(gate(inputs)) * up(inputs))
+        output: torch.Tensor = self.get_submodule(self.names[-1])(self.intermediate(inputs))
         return output
+
+    def intermediate(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map [tokens, hidden] to what the last Linear reads, [tokens, intermediate]."""
+        gate, up = (self.get_submodule(name)(inputs) for name in self.names[:2])
+        gated: torch.Tensor = self.act_fn(gate) * up
+        return gated
 
 
 class SeparateExperts(nn.ModuleList):
@@ -105,7 +110,7 @@ class SeparateExperts(nn.ModuleList):
         chosen, weights = top_k_index.flatten(), top_k_weights.flatten()
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=len(self)).tolist()
-        places = order.split(counts)
+        places = torch.split(order, counts)
         for expert, place in zip(self, places, strict=False):  # a place beyond the last is for no expert
             if not len(place):
                 continue
@@ -146,14 +151,16 @@ def find_experts(prefix: str, layer: nn.Module, index: int, config: Any) -> Rout
     count = shapes[0][0]
     groups: list[tuple[LinearShape, ...]] = []
     if names is not None:
-        _, hidden, intermediate = module.down_proj.shape  # type: ignore[union-attr,misc]
+        _, hidden, intermediate = module.down_proj.shape  # type: ignore[misc]
         for number in range(count):
             gate, up, down = (f"{name}.{number}.{leaf}" for leaf in names)
             sides = index, int(intermediate), int(hidden)
             groups.append((LinearShape(gate, *sides), LinearShape(up, *sides)))
             groups.append((LinearShape(down, index, int(hidden), int(intermediate)),))
     elif config.model_type not in _KEPT_TOGETHER:
-        raise UnknownExpertsError(f"{name} is a {type(module).__name__}, whose checkpoints are not known here")
+        raise UnknownExpertsError(
+            f"{name} is a {type(module).__name__}, whose checkpoints are not known here"
+        )
     per_token = int(getattr(config, "num_experts_per_tok", None) or 1)
     return RoutedExperts(name, count, per_token, sum(shape.numel() for shape in shapes), tuple(groups))
 
@@ -186,7 +193,7 @@ def separate_experts(model: nn.Module) -> None:
         names = _linear_names(module, config)
         if names is None:
             continue
-        count, hidden, intermediate = module.down_proj.shape  # type: ignore[union-attr,misc]
+        count, hidden, intermediate = module.down_proj.shape  # type: ignore[misc]
         weight = cast(torch.Tensor, module.down_proj)
         act_fn = cast(nn.Module, module.act_fn)
         experts = SeparateExperts(
@@ -196,8 +203,18 @@ def separate_experts(model: nn.Module) -> None:
         model.set_submodule(name, experts.train(module.training))
 
 
+def are_separate(module_names: Iterable[str]) -> bool:
+    """Whether Linears of single experts are among some modules."""
+    return any(f".{EXPERTS}." in name for name in module_names)
+
+
+def puts_together(conversion: Any) -> bool:
+    """Whether one of transformers' conversions of weights makes one parameter of those of several experts."""
+    return any(_STORED_LINEAR.search(source) for source in conversion.source_patterns)
+
+
 def stand_in_for_experts(model: nn.Module) -> None:
-    """Let experts return zeros, whatever they are given: without values nobody knows which tokens they get."""
+    """Let experts return zeros for what they are given: without values nobody knows who gets which token."""
     for _, module in _kept_together(model):
         vars(module)["forward"] = lambda hidden_states, *_, **__: torch.zeros_like(hidden_states)
 

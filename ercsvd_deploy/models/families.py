@@ -67,7 +67,7 @@ def describe(model: nn.Module, config: Any) -> Architecture:
     model = on_meta(model)
     try:
         stand_in_for_experts(model)
-        decoder = find_decoder(model, text_config, _left_alone(text_config))
+        decoder = find_decoder(model, _left_alone(text_config))
     except ArchitectureError as error:
         raise _unsupported(
             text_config, f"{error}; supported are decoders of Linears, such as llama"
@@ -145,7 +145,7 @@ def _left_alone(text_config: Any) -> frozenset[str]:
 
 
 def _other_tensors(model: nn.Module, layers: Sequence[LayerLinears]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor but the weights of Linears; those of experts as checkpoints have them."""
+    """Return the shape of every tensor but the weights of Linears; experts are as checkpoints have them."""
     weights = {f"{linear.name}.weight" for layer in layers for linear in layer.linears}
     separate = {
         layer.experts.name: layer.experts.linears
@@ -156,7 +156,9 @@ def _other_tensors(model: nn.Module, layers: Sequence[LayerLinears]) -> dict[str
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
         if owner in separate:
-            shapes = {f"{each.name}.weight": (each.out_features, each.in_features) for each in separate[owner]}
+            shapes = {
+                f"{each.name}.weight": (each.out_features, each.in_features) for each in separate[owner]
+            }
             others |= shapes
             separate[owner] = ()  # its other parameters are in these, too
         elif name not in weights:

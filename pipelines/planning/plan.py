@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +164,7 @@ def make_plan(
         kernels=plan_matrices(candidates[-1].modules, architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=storing.matches,
-        notes=_allocation_note(recipe),
+        notes=(*_allocation_note(recipe), *_expert_notes(recipe, architecture)),
         warnings=(
             *serving_warnings(
                 storing,
@@ -213,6 +213,23 @@ def _allocation_note(recipe: Recipe) -> tuple[str, ...]:
         f"{chosen} are chosen by measurement when the recipe runs, under the same budget; "
         "what is shown here are equal shares of it",
     )
+
+
+def _expert_notes(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    """Yield what happens to routed experts, where the recipe's stages may suggest something else."""
+    if not architecture.expert_parameters:
+        return
+    gib = architecture.expert_parameters / 2**30
+    if recipe.factorize is not None:
+        yield (
+            f"factorize leaves the {gib:.1f} Gi weights of routed experts as they are: vLLM's fused experts "
+            "multiply no factors"
+        )
+    if recipe.quantize is not None and not architecture.expert_linears:
+        yield (
+            f"quantize leaves the {gib:.1f} Gi weights of routed experts as they are: checkpoints of "
+            f"{architecture.model_type} hold all experts of a layer in one tensor"
+        )
 
 
 def refuse_compressed(config: Any) -> None:

@@ -24,7 +24,6 @@ from ercsvd_deploy.models.architecture import (
     component_of,
     dense_descriptions,
 )
-
 from ercsvd_deploy.models.experts import EXPERTS
 
 if TYPE_CHECKING:
@@ -87,7 +86,8 @@ def bytes_on_rank(
     """Return the bytes of weights that one GPU holds when vLLM serves the model.
 
     Embeddings are cut by vocabulary, matrices as `local_shape` says, experts that are stored in one tensor
-    evenly; everything else is held by every rank. What kernels add as padding or workspace, and the KV cache, are not counted.
+    evenly; everything else is held by every rank. What kernels add as padding or workspace, and the KV cache,
+    are not counted.
     """
     total = 0
     matrices = dense_descriptions(architecture) | dict(described)

@@ -110,11 +110,19 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "granitemoe": (
         "granitemoe",
         _GROUPED
-        | {"intermediate_size": 64, "num_local_experts": 8, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+        | {
+            "intermediate_size": 64,
+            "num_local_experts": 8,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
     ),
     "glm4_moe": (
         "glm4_moe",
-        _GROUPED | _EXPERTS | _GROUPS_OF_EXPERTS | {"head_dim": 32, "attention_bias": True, "use_qk_norm": True},
+        _GROUPED
+        | _EXPERTS
+        | _GROUPS_OF_EXPERTS
+        | {"head_dim": 32, "attention_bias": True, "use_qk_norm": True},
     ),
     "ernie4_5_moe": (
         "ernie4_5_moe",

@@ -30,11 +30,13 @@ def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
     )
     # Behind the unquantized layer, and before it or behind the quantized one.
     states = 2 * work.activations(work.calibrating)
+    routed = _expert_bytes(work, candidates)
     kept = max(_integer_bytes(work, candidate.modules) for candidate in candidates)
     return Needs(
         # Grams of what GPTQ is fitted to, of what is held out to judge it, and of both together.
         working_bytes=max(
-            states + weights + 3 * work.layer_grams + step,
+            states + weights + 3 * work.layer_grams + step + (routed and work.activations(work.calibrating)),
+            states + weights + work.activations(work.calibrating) + routed,
             states + work.layer_load,
             states // 2 + work.embedding([work.calibrating]),
         ),
@@ -43,7 +45,8 @@ def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
         kept_bytes=kept,
         flops=work.forward_flops(work.calibrating)
         + work.gram_flops(work.calibrating, work.architecture.layers)
-        + _quantize_flops(work, candidates),
+        + _quantize_flops(work, candidates)
+        + _expert_flops(work, candidates),
     )
 
 
@@ -100,6 +103,39 @@ def _quantize_flops(work: Workload, candidates: Sequence[Candidate]) -> float:
         )
         for candidate in candidates
     )
+
+
+def _expert_bytes(work: Workload, candidates: Sequence[Candidate]) -> int:
+    """Return the bytes of quantizing one expert, beside what all experts of the layer are given."""
+    return max(
+        (
+            3 * FLOAT32 * group[0].in_features ** 2
+            + rounding_bytes(sum(linear.out_features for linear in group), group[0].in_features)
+            + work.calibrating.batch_tokens * (group[0].in_features + group[0].out_features) * work.computed
+            for layer in work.architecture.layers
+            if layer.experts is not None
+            for group in layer.experts.groups[:2]  # all experts of a layer have the same shapes
+            if any(linear.name in each.modules for each in candidates for linear in layer.experts.linears)
+        ),
+        default=0,
+    )
+
+
+def _expert_flops(work: Workload, candidates: Sequence[Candidate]) -> float:
+    """Return the operations of the Grams and loops of experts, of the candidate with the fewest."""
+    least: list[float] = []
+    for candidate in candidates:
+        flops = 0.0
+        for layer in work.architecture.layers:
+            if layer.experts is None:
+                continue
+            tokens = work.calibrating.tokens * layer.experts.per_token / layer.experts.count
+            for group in layer.experts.groups:
+                rows = sum(linear.out_features for linear in group if linear.name in candidate.modules)
+                columns = group[0].in_features
+                flops += (tokens * columns**2 + rounding_flops(rows, columns)) if rows else 0
+        least.append(flops)
+    return min(least)
 
 
 def _first_rows(linear: LinearShape, modules: Mapping[str, Storage]) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ercsvd_deploy.format.schema import FACTOR_PARTS, Storage
 from ercsvd_deploy.models.architecture import Architecture
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.quantize.expert_tables import experts_table, pooling_warning
 from ercsvd_deploy.pipelines.stages.quantize.needs import quantize_needs
 from ercsvd_deploy.pipelines.stages.quantize.results import QuantizeOutcome
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
@@ -149,7 +150,8 @@ class QuantizeStage(Stage):
         kinds: dict[str, list[QuantizedMatrix]] = {}
         for matrix in result.matrices:
             end = matrix.name.rpartition(".")[2]
-            kinds.setdefault(end if end in FACTOR_PARTS else "dense", []).append(matrix)
+            plain = "dense" if matrix.routed_tokens is None else "routed experts"
+            kinds.setdefault(end if end in FACTOR_PARTS else plain, []).append(matrix)
         columns = ("matrix", "count", "GPTQ", "rounding", "GPTQ taken")
         rows = tuple(
             (
@@ -162,10 +164,15 @@ class QuantizeStage(Stage):
             for kind, matrices in kinds.items()
         )
         yield Table("Quantized matrices, mean relative proxy loss", columns, rows, columns[1:])
-        yield _matrix_table(result.matrices)
+        yield from experts_table(result.matrices)
+        yield _matrix_table(each for each in result.matrices if each.routed_tokens is None)
         yield _linear_table(result.linears)
         yield from _correction_table(result.linears)
         yield from _ruled_table(result.linears)
+
+    def warnings(self, result: QuantizeOutcome) -> Iterable[str]:
+        """Say how many routed experts got too few tokens."""
+        return pooling_warning(result.matrices)
 
 
 def _ruled_table(linears: Iterable[QuantizedLinear]) -> Iterable[Table]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization
+from ercsvd_deploy.models.experts import EXPERTS
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
@@ -47,7 +48,10 @@ class QuantizePlan:
     corrections: Mapping[str, Correction] = field(default_factory=dict)
 
     def describe(self, ranks: Mapping[str, int | None], architecture: Architecture) -> dict[str, Storage]:
-        """Return how every altered Linear is stored in the end, given the ranks of the low-rank ones."""
+        """Return how every altered Linear is stored in the end, given the ranks of the low-rank ones.
+
+        Routed experts are among them if the recipe quantizes.
+        """
         rules = StorageRules(architecture, self.layout, self.fitted_to)
         storages = {
             linear.name: rules.storage(
@@ -56,7 +60,8 @@ class QuantizePlan:
                 self.integers[linear.name],
                 self.corrections.get(linear.name),
             )
-            for linear in architecture.linears
+            for linear in architecture.all_linears
+            if linear.name in self.integers
         }
         return {name: storage for name, storage in storages.items() if storage.is_altered}
 
@@ -75,14 +80,19 @@ def quantize_plan_of(recipe: Recipe, architecture: Architecture) -> QuantizePlan
     Raises:
         QuantizePlanError: a pattern matches nothing, or nothing is left to quantize.
     """
-    names = [linear.name for linear in architecture.linears]
     layout = recipe.factorize.layout if recipe.factorize else "low_rank"
     if recipe.quantize is None:
+        names = [linear.name for linear in architecture.linears]
         return replace(unquantized(names), layout=layout)
+    names = [linear.name for linear in architecture.all_linears]
     names_ranks = recipe.factorize is not None and recipe.factorize.rank_multiple != "auto"
+    plan = plan_quantization(recipe.quantize, names, architecture.checkpoint_name)
+    experts = [linear.name for linear in architecture.expert_linears]
+    _check_experts(plan, recipe, experts)
     return replace(
-        plan_quantization(recipe.quantize, names, architecture.checkpoint_name),
+        plan,
         layout=layout,
+        corrections={name: each for name, each in plan.corrections.items() if name not in set(experts)},
         fitted_to=recipe.serving.tensor_parallel_sizes if recipe.target or not names_ranks else None,
     )
 
@@ -133,6 +143,34 @@ def plan_quantization(
         (*matches, *(match for match, _ in overrides)),
         corrections={name: each for name, each in corrections.items() if each and integers[name]},
     )
+
+
+def _check_experts(plan: QuantizePlan, recipe: Recipe, experts: Sequence[str]) -> None:
+    """Refuse what nobody does to routed experts: choose their bits by a budget, or correct them.
+
+    Raises:
+        QuantizePlanError: what to write instead.
+    """
+    if recipe.target is not None and any(plan.integers[name] for name in experts):
+        raise QuantizePlanError(
+            "target: a budget does not choose the bits of routed experts yet: give theirs in "
+            "quantize.overrides and leave out the target, or let them stay as they are by quantize.ignore: "
+            f"['{EXPERTS}.*']"
+        )
+    assert recipe.quantize is not None
+    corrected = [
+        pattern
+        for pattern, change in recipe.quantize.overrides.items()
+        if isinstance(change.correction, Correction)
+    ]
+    for match in plan.matches:
+        if match.purpose == "override" and match.pattern in corrected:
+            routed = set(experts).intersection(match.modules)
+            if routed:
+                raise QuantizePlanError(
+                    f"quantize: the override {match.pattern!r} corrects {min(routed)}: vLLM's fused experts "
+                    "multiply no factors, so that routed experts have no low-rank corrections"
+                )
 
 
 def _match(pattern: str, purpose: str, ends: Mapping[str, Sequence[str]]) -> PatternMatch:

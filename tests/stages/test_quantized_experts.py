@@ -1,0 +1,158 @@
+"""Routed experts of integers: what each is measured on, what falls back, and what is written and read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
+from ercsvd_deploy.data.texts import load_tokenizer
+from ercsvd_deploy.format.packing import unpack
+from ercsvd_deploy.format.weight_files import open_directory
+from ercsvd_deploy.models.meta import load_config, read_architecture
+from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
+from ercsvd_deploy.pipelines.planning.plan import make_plan
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlanError
+from ercsvd_deploy.quantization.gptq import quantize_weight
+from ercsvd_deploy.quantization.grid import QuantizationSettings
+from ercsvd_deploy.recipe.load import load_recipe
+from tests.families.tiny_families import save_tiny_family
+from tests.recipe_runs import TEXT
+from tests.tiny_models import materialise
+
+pytestmark = pytest.mark.slow  # whole runs
+
+LENGTH = 48
+FAMILIES = ("qwen3_moe", "mixtral")
+
+
+def recipe(model: Path, output: Path, num_samples: int, **settings: Any) -> Path:
+    """Write a recipe of the quantize stage alone, for as many sequences; return its file."""
+    sections = {
+        "model": {"path": str(model)},
+        "calibration": {
+            "dataset": {"text": str(TEXT / "calibration.txt")},
+            "num_samples": num_samples,
+            "sequence_length": LENGTH,
+            "token_weight": "uniform",
+        },
+        "stages": [{"quantize": {"bits": 4, "group_size": 32} | settings}],
+        "export": {"path": str(output)},
+    }
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(sections))
+    return file
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_experts_of_integers_are_written_and_read(family: str, tmp_path: Path) -> None:
+    original = save_tiny_family(tmp_path / "model", family)
+    overrides = {"experts.3.*": {"bits": 2}, "experts.5.*": {"sym": False}}
+    file = recipe(original, tmp_path / "out", 16, overrides=overrides, ignore=["layers.2.*experts.*"])
+    report, export = run_recipe(load_recipe(file))
+    architecture = read_architecture(load_config(str(original)))
+    matrices = {matrix.name: matrix for matrix in report.results["quantize"].matrices}
+    for linear in architecture.expert_linears:
+        assert (linear.name in matrices) == (linear.layer != 2)
+        if linear.layer != 2:
+            assert matrices[linear.name].bits == (2 if ".experts.3." in linear.name else 4)
+            assert matrices[linear.name].sym == (".experts.5." not in linear.name)
+    assert all(matrix.routed_tokens is None for name, matrix in matrices.items() if "experts" not in name)
+    stored = open_directory(export)
+    assert report.compressed.num_bytes == sum(stored.info(name).num_bytes for name in stored.names())
+    assert make_plan(load_recipe(file)).candidates[0].num_bytes == report.compressed.num_bytes
+    tokens = torch.randint(3, 250, (2, 40), generator=torch.Generator().manual_seed(1))
+    expected = AutoModelForCausalLM.from_pretrained(materialise(export, tmp_path / "dense"))(tokens).logits
+    model = AutoModelForCausalLM.from_pretrained(export)
+    assert float((model(tokens).logits - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+class _Tapped(nn.Module):
+    """transformers' own experts, which note what they are given."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+        self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        self.calls.append((states, chosen))
+        output: torch.Tensor = self.experts(states, chosen, weights)
+        return output
+
+
+@pytest.mark.parametrize(("num_samples", "kinds"), [(10, {True, False}), (200, {False})])
+@torch.no_grad()
+def test_each_expert_is_quantized_by_the_tokens_it_gets(
+    num_samples: int, kinds: set[bool], tmp_path: Path
+) -> None:
+    """The first layer's experts, from transformers' own pass; ten samples are too few for some of them."""
+    original = save_tiny_family(tmp_path / "model", "mixtral")
+    file = recipe(
+        original, tmp_path / "out", num_samples, damping=0.01, mse=False, ignore=["self_attn.*"], bits=3
+    )
+    loaded = load_recipe(file)
+    report, export = run_recipe(loaded)
+    matrices = {matrix.name: matrix for matrix in report.results["quantize"].matrices}
+    model = AutoModelForCausalLM.from_pretrained(original)
+    block = model.model.layers[0].mlp
+    block.experts = _Tapped(block.experts)
+    assert loaded.calibration is not None
+    model(calibration_windows(loaded.calibration, load_tokenizer(str(original)), 256)[0])
+    states = torch.cat([call[0] for call in block.experts.calls])
+    chosen = torch.cat([call[1] for call in block.experts.calls])
+    experts, stored = block.experts.experts, open_directory(export)
+    width = experts.down_proj.shape[2]
+    seen = set()
+    for number in range(len(experts.down_proj)):
+        own = (chosen == number).any(-1)
+        gate, up = experts.gate_up_proj[number].split(width)
+        for leaf, weight in (("w1", gate), ("w3", up), ("w2", experts.down_proj[number])):
+            name = f"model.layers.0.mlp.experts.{number}.{leaf}"
+            matrix = matrices[name]
+            assert matrix.routed_tokens == int(own.sum())
+            seen.add(matrix.is_pooled)
+            inputs = states if matrix.is_pooled else states[own]
+            if leaf == "w2":
+                inputs = nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)
+            settings = QuantizationSettings(bits=3, group_size=32, damping=0.01)
+            expected = quantize_weight(weight, inputs.T @ inputs, settings, scale_dtype=torch.float32)
+            prefix = name.replace(".mlp.", ".block_sparse_moe.")
+            leaves = {
+                leaf_name: stored.read([f"{prefix}.{leaf_name}"])[f"{prefix}.{leaf_name}"]
+                for leaf_name in ("weight_packed", "weight_scale", "weight_shape")
+            }
+            found = unpack(leaves, expected.quantization, (weight.shape[0], weight.shape[1])).dequantize()
+            if matrix.method == "gptq":
+                differing = (found - expected.dequantize()).abs() > 1e-6
+                assert float(differing.float().mean()) < 0.01  # a tie or two, decided by the last bit
+            assert tuple(matrix.shape) == tuple(weight.shape)
+    assert seen == kinds
+
+
+def test_what_nobody_does_to_experts_is_refused(tmp_path: Path) -> None:
+    original = save_tiny_family(tmp_path / "model", "mixtral")
+    corrected = {"experts.*": {"correction": {"rank": 8}}}
+    with pytest.raises(QuantizePlanError, match=r"corrects model\.layers\.0\.mlp\.experts.*no factors"):
+        make_plan(load_recipe(recipe(original, tmp_path / "corrected", 10, overrides=corrected)))
+    file = recipe(original, tmp_path / "out", 10)
+    budget = yaml.safe_load(file.read_text())
+    budget |= {"target": {"overall_bits": 4}}
+    budget["stages"].insert(0, {"factorize": {"method": "svd_llm", "allocation": "error_controlled"}})
+    file.write_text(yaml.safe_dump(budget))
+    with pytest.raises(QuantizePlanError, match=r"does not choose the bits of routed experts"):
+        make_plan(load_recipe(file))
+    budget["stages"][1]["quantize"]["ignore"] = ["experts.*"]
+    file.write_text(yaml.safe_dump(budget))
+    make_plan(load_recipe(file))
