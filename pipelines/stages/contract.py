@@ -104,6 +104,20 @@ class Table:
     ] = False
 
 
+def label_columns(names: Iterable[str]) -> dict[str, str]:
+    """Return Linear's name within a layer -> what its column is called, the last part if that tells it apart.
+
+    Args:
+        names: Of the Linears of all layers: some have a dense MLP, others shared experts.
+    """
+    distinct = list(dict.fromkeys(names))
+    ends = [name.rpartition(".")[2] for name in distinct]
+    return {
+        name: end if ends.count(end) == 1 else ".".join(name.split(".")[-2:])
+        for name, end in zip(distinct, ends, strict=True)
+    }
+
+
 class Stage(ABC):
     """One thing that is done to a model.
 

@@ -26,10 +26,10 @@ _SHARED = {
 }
 _GROUPED = {"intermediate_size": 256, "num_key_value_heads": 2}
 _GEMMA = {"head_dim": 32, "sliding_window": WINDOW, "layer_types": _SLIDING, "tie_word_embeddings": True}
-_EXPERTS = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2}
+_EXPERTS = {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
 _GROUPS_OF_EXPERTS = {
     "n_routed_experts": 8,
-    "n_shared_experts": 1,
+    "n_shared_experts": 2,
     "n_group": 2,
     "topk_group": 1,
     "first_k_dense_replace": 1,
@@ -126,14 +126,14 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "ernie4_5_moe": (
         "ernie4_5_moe",
-        _GROUPED | _EXPERTS | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1},
+        _GROUPED | _EXPERTS | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 2},
     ),
     "deepseek_v2": (
         "deepseek_v2",
         _GROUPED
         | _EXPERTS
         | _LATENT_ATTENTION
-        | {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": None},
+        | {"n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": None},
     ),
     "deepseek_v3": ("deepseek_v3", _GROUPED | _EXPERTS | _GROUPS_OF_EXPERTS | _LATENT_ATTENTION),
     "gpt_oss": (
@@ -152,8 +152,8 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "llama4_text",
         _GROUPED
         | {
-            "intermediate_size": 64,
-            "intermediate_size_mlp": 96,
+            "intermediate_size": 256,
+            "intermediate_size_mlp": 256,
             "head_dim": 32,
             "num_local_experts": 8,
             "interleave_moe_layer_step": 2,
