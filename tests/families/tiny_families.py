@@ -103,8 +103,8 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "apertus": ("apertus", _GROUPED | {"hidden_act": "xielu"}),
     "helium": ("helium", _GROUPED | {"head_dim": 32}),
     "mixtral": ("mixtral", _GROUPED | {"num_local_experts": 8}),
-    # one layer without experts in between
-    "qwen3_moe": ("qwen3_moe", _GROUPED | _EXPERTS | {"head_dim": 32, "mlp_only_layers": [1]}),
+    # one layer without experts
+    "qwen3_moe": ("qwen3_moe", _GROUPED | _EXPERTS | {"head_dim": 32, "mlp_only_layers": [3]}),
     "qwen2_moe": ("qwen2_moe", _GROUPED | _EXPERTS | {"shared_expert_intermediate_size": 96}),
     "olmoe": ("olmoe", _GROUPED | {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2}),
     "granitemoe": (
