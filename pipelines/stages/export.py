@@ -13,6 +13,7 @@ from ercsvd_deploy.exporters.vllm.writer import Export, write_export
 from ercsvd_deploy.format.compressed_tensors import find_unreadable
 from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE
 from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.models.experts import EXPERTS
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanError, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import planned_bytes
@@ -117,6 +118,11 @@ def _check_readable(context: PlanningContext) -> None:
             "names in checkpoints than in memory; set vllm"
         )
     modules = quantize_plan_of(context.recipe, architecture).describe({}, architecture)
+    if any(linear.name in modules for linear in architecture.expert_linears):
+        raise PlanError(
+            "export.format compressed-tensors: routed experts of integers are read with this package alone, for "
+            f"transformers keeps a layer's in one tensor: add '{EXPERTS}.*' to quantize.ignore, or set vllm"
+        )
     fused = [[linear.name for linear in stack] for layer in architecture.layers for stack in layer.stacks]
     problems = find_unreadable(modules, fused)
     if problems:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ercsvd_deploy.exporters.vllm.compatibility import current_platform
+from ercsvd_deploy.exporters.vllm.experts.fused_kinds import find_obstacle
 from ercsvd_deploy.exporters.vllm.experts.methods import PackedExpertsMethod, PlainExpertsMethod
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from ercsvd_deploy.exporters.vllm.experts.tensors import ExpertTensors
     from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
     from ercsvd_deploy.format.schema import WeightQuantization
-
-KERNEL_BITS = (4, 8)  # of vLLM's fused kernels whose words are ours
 
 
 def choose_experts_method(
@@ -44,24 +43,21 @@ def choose_experts_method(
     """
     moe = layer.moe_config
     quantization = tensors.common_quantization
-    reason = find_obstacle(quantization, moe.intermediate_size_per_partition, layer.params_dtype)
+    reason = _obstacle_here(quantization, moe.intermediate_size_per_partition, layer.params_dtype)
     if reason is None:
         assert quantization is not None
         try:
             return PackedExpertsMethod(
                 moe, tensors, quantization, record, check_model=check_model, tell_ready=tell_ready
             )
-        except (
-            ValueError,
-            NotImplementedError,
-            AssertionError,
-        ) as error:  # vLLM's ways to say that it has none
+        # vLLM's ways to say that it has none
+        except (ValueError, NotImplementedError, AssertionError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             reason = f"vLLM has no fused kernel for such experts here: {lines[0]}"
     return PlainExpertsMethod(moe, tensors, reason, record, check_model=check_model, tell_ready=tell_ready)
 
 
-def find_obstacle(
+def _obstacle_here(
     quantization: WeightQuantization | None, intermediate_size: int, dtype: torch.dtype
 ) -> str | None:
     """Return why vLLM's fused kernels are not asked for integers; None if they are.
@@ -71,12 +67,11 @@ def find_obstacle(
         intermediate_size: Inputs of the last projection on this rank.
         dtype: Of the activations.
     """
-    if quantization is None:
-        return "the experts of a layer are stored in several ways, and fused kernels take one"
+    obstacle = find_obstacle(quantization)
+    if obstacle is not None or quantization is None:
+        return obstacle
     if not current_platform.is_cuda():
         return "fused kernels of integer experts are used on NVIDIA GPUs only"
-    if quantization.bits not in KERNEL_BITS or not quantization.sym:
-        return "fused kernels take symmetric integers of 4 or 8 bits"
     if dtype not in (torch.float16, torch.bfloat16):
         return "fused kernels compute in 16 bits"
     size = quantization.group_size

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ercsvd_deploy.exporters.vllm.experts.fused_kinds import common_kind
 from ercsvd_deploy.format.schema import GUARD, WEIGHT_SHAPE, Storage, WeightQuantization
 
 Projection = tuple[int, str]  # number of the expert, vLLM's name of the projection
@@ -40,8 +41,7 @@ class ExpertTensors:
     @property
     def common_quantization(self) -> WeightQuantization | None:
         """The integers of all projections, if they are all alike; else None."""
-        kinds = {storage.weight if storage else None for _, storage in self.described.values()}
-        return kinds.pop() if len(kinds) == 1 else None
+        return common_kind(storage for _, storage in self.described.values())
 
     def quantization(self, expert: int, projection: str) -> WeightQuantization | None:
         """Return the integers of a projection; None if it is plain, or belongs to a fused shared expert."""

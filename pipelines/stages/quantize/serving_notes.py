@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.exporters.vllm.cutting import BLOCK, find_unaligned
+from ercsvd_deploy.exporters.vllm.experts.fused_kinds import serving_notes as expert_notes
 from ercsvd_deploy.format.schema import WORD_BITS, Storage, WeightQuantization
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def serving_warnings(
     """
     integers = [each for storage in described.values() for _, each in storage.parts.values() if each]
     warnings = _fitting_notes(plan, described, tensor_parallel_sizes)
+    warnings += expert_notes(described, architecture) if has_plugin else []
     without_cpu_kernel = sorted({each.bits for each in integers} - {4})
     if without_cpu_kernel:
         kinds = ", ".join(f"{bits}-bit" for bits in without_cpu_kernel)
