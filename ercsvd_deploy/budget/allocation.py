@@ -10,7 +10,7 @@ share everywhere" are special cases that the search is free to find.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -43,29 +43,99 @@ def allocate(options: Mapping[str, Sequence[Option[Choice]]], budget: int) -> di
     Raises:
         AllocationError: even the cheapest options cost more than the budget.
     """
-    cheapest = sum(min(option.cost for option in candidates) for candidates in options.values())
-    if cheapest > budget:
-        raise AllocationError(f"the smallest that is possible is {cheapest:,}, the budget is {budget:,}")
-
-    def pick(multiplier: float) -> dict[str, Option[Choice]]:
-        return {
-            name: min(candidates, key=lambda option: (option.damage + multiplier * option.cost, option.cost))
-            for name, candidates in options.items()
-        }
-
-    low, high = -80.0, 80.0  # of the multiplier's logarithm
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        if _cost(pick(math.exp(middle))) > budget:
-            low = middle
-        else:
-            high = middle
-    picked = pick(math.exp(high))
+    picked = _pick(options, _multiplier(options, budget))
     if _cost(picked) > budget:  # damages beyond the range of multipliers: the cheapest options
         picked = {
             name: min(candidates, key=lambda option: option.cost) for name, candidates in options.items()
         }
     return _spend_rest(options, picked, budget - _cost(picked))
+
+
+def allocate_alike(
+    options: Mapping[str, Sequence[Option[Choice]]],
+    budget: int,
+    stacks: Sequence[Sequence[str]],
+    kind_of: Callable[[Choice], Hashable],
+    tolerance: float,
+) -> dict[str, Option[Choice]]:
+    """Allocate as `allocate` does, with one kind of choice for all of a stack where that costs little.
+
+    Args:
+        options: Matrix name -> its options, at least one.
+        budget: In the unit of the costs.
+        stacks: Names of matrices that are multiplied as one if they are stored alike.
+        kind_of: What choices of one stack have in common if they are alike.
+        tolerance: Largest relative increase of the damage; `math.inf` makes all of them alike.
+
+    Raises:
+        AllocationError: the cheapest options cost more than the budget, or those that must be alike do.
+    """
+    multiplier = _multiplier(options, budget)
+    items: dict[str, list[Option[dict[str, Option[Choice]]]]] = {}
+    alone = set(options)
+    for stack in stacks:
+        together = _options_together({name: options[name] for name in stack}, kind_of)
+        apart = sum(
+            option.damage + multiplier * option.cost
+            for option in _pick({name: options[name] for name in stack}, multiplier).values()
+        )
+        best = min((option.damage + multiplier * option.cost for option in together), default=math.inf)
+        if together and best <= apart + tolerance * apart:
+            items[stack[0]] = together
+            alone -= set(stack)
+    for name in alone:
+        items[name] = [Option(option.cost, option.damage, {name: option}) for option in options[name]]
+    picked: dict[str, Option[Choice]] = {}
+    for item in allocate(items, budget).values():
+        picked |= item.choice
+    apart_everywhere = allocate(options, budget)
+    # Stacks take larger steps, and may leave more of the budget unspent.
+    if _damage(picked) > (1 + tolerance) * _damage(apart_everywhere):
+        return apart_everywhere
+    return {name: picked[name] for name in options}
+
+
+def _options_together(
+    options: Mapping[str, Sequence[Option[Choice]]], kind_of: Callable[[Choice], Hashable]
+) -> list[Option[dict[str, Option[Choice]]]]:
+    """Return an option for each kind of choice that all of these matrices have."""
+    by_kind = [{kind_of(option.choice): option for option in each} for each in options.values()]
+    shared = [kind for kind in by_kind[0] if all(kind in kinds for kinds in by_kind)]
+    return [
+        Option(
+            sum(kinds[kind].cost for kinds in by_kind),
+            sum(kinds[kind].damage for kinds in by_kind),
+            {name: kinds[kind] for name, kinds in zip(options, by_kind, strict=True)},
+        )
+        for kind in shared
+    ]
+
+
+def _multiplier(options: Mapping[str, Sequence[Option[Choice]]], budget: int) -> float:
+    """Return the smallest multiplier of the costs with which the best options meet the budget.
+
+    Raises:
+        AllocationError: even the cheapest options cost more than the budget.
+    """
+    cheapest = sum(min(option.cost for option in candidates) for candidates in options.values())
+    if cheapest > budget:
+        raise AllocationError(f"the smallest that is possible is {cheapest:,}, the budget is {budget:,}")
+    low, high = -80.0, 80.0  # of the multiplier's logarithm
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if _cost(_pick(options, math.exp(middle))) > budget:
+            low = middle
+        else:
+            high = middle
+    return math.exp(high)
+
+
+def _pick(options: Mapping[str, Sequence[Option[Choice]]], multiplier: float) -> dict[str, Option[Choice]]:
+    """Return the options of the least damage + multiplier * cost."""
+    return {
+        name: min(candidates, key=lambda option: (option.damage + multiplier * option.cost, option.cost))
+        for name, candidates in options.items()
+    }
 
 
 def _spend_rest(
@@ -84,6 +154,10 @@ def _spend_rest(
         _, name, option = max(affordable, key=lambda entry: entry[0])
         rest -= option.cost - picked[name].cost
         picked[name] = option
+
+
+def _damage(picked: Mapping[str, Option[Choice]]) -> float:
+    return sum(option.damage for option in picked.values())
 
 
 def _cost(picked: Mapping[str, Option[Choice]]) -> int:

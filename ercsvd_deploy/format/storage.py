@@ -225,6 +225,12 @@ class Storage(BaseModel):
         return any(quantization for _, quantization in self.parts.values())
 
     @property
+    def kind(self) -> tuple[object, ...]:
+        """All but the shape: what matrices of different sizes that are stored alike have in common."""
+        parts = tuple(quantization for _, quantization in self.parts.values())
+        return (self.layout, self.rank, self.pivot_blocks, *parts)
+
+    @property
     def label(self) -> str:
         """The storage in a few words, such as `rank 96, int4 g64` or `dense, int3 g64 + rank 32, int8`."""
         label = "dense" if self.truncated_rank is None else f"rank {self.rank}"

@@ -212,6 +212,10 @@ class Recover(Section):
         return "recover trains on activations"
 
 
+# What a target means without a factorize stage: bits are weighed as ranks would be, and no ranks are offered.
+BITS_ALONE = Factorize(method="svd_llm", allocation="error_controlled")
+
+
 class FactorizeStage(Section):
     """The one-key mapping of a factorization in the list of stages."""
 

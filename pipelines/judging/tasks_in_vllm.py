@@ -28,7 +28,9 @@ _LONGEST = 8192  # tokens of a document with its examples: vLLM reserves memory 
 _PATIENCE = 24 * 3600.0  # seconds; whole suites of tasks take hours
 
 
-def run_tasks_in_vllm(directory: Path, settings: TaskSettings, size: int, log: Path) -> TaskResults:
+def run_tasks_in_vllm(
+    directory: Path, settings: TaskSettings, size: int, log: Path, *, eager: bool = False
+) -> TaskResults:
     """Return what lm-eval measures on a model that vLLM serves; one task's failure is its own.
 
     Args:
@@ -36,6 +38,7 @@ def run_tasks_in_vllm(directory: Path, settings: TaskSettings, size: int, log: P
         settings: How tasks are run.
         size: Tensor-parallel size.
         log: File to which everything that vLLM prints is added.
+        eager: Whether vLLM leaves out compilation and CUDA graphs.
 
     Raises:
         NotServableHereError: other work occupies the GPUs.
@@ -46,7 +49,7 @@ def run_tasks_in_vllm(directory: Path, settings: TaskSettings, size: int, log: P
     request = {
         "directory": str(directory),
         "settings": _SETTINGS.dump_python(settings, mode="json"),
-        "engine": machine.engine_arguments(size, weight_bytes(directory)),
+        "engine": machine.engine_arguments(size, weight_bytes(directory)) | {"enforce_eager": eager},
     }
     answer = ask_engine(
         __name__, request, environment=machine.environment(size, os.environ), log=log, patience=_PATIENCE

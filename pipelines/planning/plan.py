@@ -208,6 +208,8 @@ def plan_stages(
 def _allocation_note(recipe: Recipe) -> tuple[str, ...]:
     if recipe.factorize is None or recipe.factorize.allocation != "error_controlled":
         return ()
+    if not recipe.may_factorize:
+        return ("the bits of every matrix are chosen by measurement when the recipe runs",)
     chosen = "ranks" if recipe.target is None else "ranks, and which matrices stay dense,"
     return (
         f"{chosen} are chosen by measurement when the recipe runs, under the same budget; "

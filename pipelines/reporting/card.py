@@ -35,6 +35,7 @@ from ercsvd_deploy.pipelines.stages.export import ORIGINAL_CARD_FILE
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.contract import Table
+    from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
     from ercsvd_deploy.pipelines.stages.quantize.results import QuantizeOutcome
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -90,7 +91,8 @@ def fenced(text: str, language: str = "") -> str:
 
 def _front_matter(report: Report, directory: Path) -> str:
     tags = ["ercsvd", "vllm", "compressed"]
-    if "factorize" in report.stages:
+    factorized: Factorized | None = report.stages.get("factorize")
+    if factorized is not None and factorized.linears:
         tags += ["low-rank", "svd"]
     quantized: QuantizeOutcome | None = report.stages.get("quantize")
     if quantized is not None:

@@ -55,7 +55,7 @@ def describe_treatment(report: Report) -> str:
 
 def _factorization(report: Report) -> Iterator[str]:
     factorized: Factorized | None = report.stages.get("factorize")
-    if factorized is None:
+    if factorized is None or not factorized.linears:
         return
     settings = _stage(report.recipe, "factorize")
     before, after = report.original.linear_parameters, report.compressed.linear_parameters
@@ -83,8 +83,11 @@ def _quantization(report: Report) -> Iterator[str]:
     sizes = " and ".join("whole rows" if size < 0 else str(size) for size in groups)
     in_groups = f"in groups of {sizes}" if groups != [-1] else "by whole rows"
     verb = f"{rounding_method(report)} stores"
-    what = "what is left of them" if "factorize" in report.stages else "the decoder Linears"
-    yield f"{verb} {what} as {stored}, {in_groups}."
+    factorized: Factorized | None = report.stages.get("factorize")
+    is_factorized = factorized is not None and bool(factorized.linears)
+    what = "what is left of them" if is_factorized else "the decoder Linears"
+    chosen = ", chosen for each by its predicted damage" if factorized and not is_factorized else ""
+    yield f"{verb} {what} as {stored}, {in_groups}{chosen}."
     corrections = [linear.correction for linear in quantized.linears if linear.correction is not None]
     if corrections:
         ranks = sorted({correction.rank for correction in corrections})

@@ -149,7 +149,8 @@ class MeasuredExportStage(Stage):
         if recipe.engine == "transformers":
             return run_tasks(directory, settings, run.model.device)
         log = log_path(export)
-        results = run_tasks_in_vllm(directory, settings, min(run.recipe.serving.tensor_parallel_sizes), log)
+        size = min(run.recipe.serving.tensor_parallel_sizes)
+        results = run_tasks_in_vllm(directory, settings, size, log, eager=recipe.eager)
         log.unlink(missing_ok=True)
         return results
 

@@ -121,6 +121,8 @@ def _series_of(recipe: dict[str, Any]) -> tuple[str, str]:
         words += ["Fisher metric"] * (settings.get("output_metric") == "fisher")
         words += ["error control"] * (settings.get("allocation") == "error_controlled")
         words += ["pivoted"] * (settings.get("layout") == "pivoted")
+    elif recipe.get("target"):
+        words.append("bits by error control")
     return ", ".join(words), f"int{stages['quantize']['bits']}" if "quantize" in stages else ""
 
 

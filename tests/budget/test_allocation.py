@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from ercsvd_deploy.budget.allocation import AllocationError, Option, allocate
+from ercsvd_deploy.budget.allocation import AllocationError, Option, allocate, allocate_alike
 
 Options = dict[str, list[Option[int]]]
 
@@ -86,3 +87,56 @@ def test_damages_of_any_scale() -> None:
 def test_impossible_budget_names_the_smallest() -> None:
     with pytest.raises(AllocationError, match="smallest that is possible is 3, the budget is 2"):
         allocate({"a": [Option(3, 0.0, None)]}, 2)
+
+
+def stacked_options(seed: int) -> tuple[Options, list[list[str]]]:
+    """Two stacks, of two and three matrices of different sizes, and one matrix alone."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"q": 4, "k": 1, "v": 1, "gate": 3, "up": 3, "down": 3}
+    damages = {name: torch.rand((), generator=generator).item() for name in sizes}
+    options = {
+        name: [Option(size * bits, damages[name] * size * 4.0**-bits, bits) for bits in (2, 3, 4, 5, 8)]
+        for name, size in sizes.items()
+    }
+    return options, [["q", "k", "v"], ["gate", "up"]]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("budget", [31, 45, 60, 80])
+def test_stacks_that_must_be_alike_are(seed: int, budget: int) -> None:
+    options, stacks = stacked_options(seed)
+    picked = allocate_alike(options, budget, stacks, lambda bits: bits, math.inf)
+    assert list(picked) == list(options)
+    for stack in stacks:
+        assert len({picked[name].choice for name in stack}) == 1
+    assert sum(option.cost for option in picked.values()) <= budget
+    tied = {
+        stack[0]: [
+            Option(sum(each.cost for each in same), sum(each.damage for each in same), same[0].choice)
+            for same in zip(*(options[name] for name in stack), strict=True)
+        ]
+        for stack in [*stacks, ["down"]]
+    }
+    damage = sum(option.damage for option in picked.values())
+    assert damage == pytest.approx(sum(option.damage for option in allocate(tied, budget).values()))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_likeness_costs_no_more_than_is_tolerated(seed: int) -> None:
+    options, stacks = stacked_options(seed)
+    num_alike = []
+    for tolerance in (0.0, 0.01, 0.3, math.inf):
+        picked = allocate_alike(options, 50, stacks, lambda bits: bits, tolerance)
+        num_alike.append(sum(len({picked[name].choice for name in stack}) == 1 for stack in stacks))
+        damage, apart = (
+            sum(option.damage for option in each.values()) for each in (picked, allocate(options, 50))
+        )
+        assert damage <= (1 + tolerance) * apart * (1 + 1e-9)
+    assert num_alike[-1] == len(stacks)
+    assert num_alike[1] <= num_alike[-1]
+
+
+def test_stacks_with_nothing_in_common_stay_apart() -> None:
+    options = {"a": [Option(1, 1.0, "x")], "b": [Option(1, 1.0, "y")]}
+    picked = allocate_alike(options, 2, [["a", "b"]], lambda choice: choice, math.inf)
+    assert {name: option.choice for name, option in picked.items()} == {"a": "x", "b": "y"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,45 @@ def test_beta_auto_takes_any_ratio_and_needs_sequences_to_hold_out(tmp_path: Pat
     assert "calibration.num_samples is 3; draw at least 4" in problem
 
 
+@pytest.mark.parametrize(
+    ("stages", "sections", "expected"),
+    [
+        (
+            "recover: {}",
+            "target: {overall_bits: 3}",
+            "no stage that could meet it; add factorize or quantize",
+        ),
+        ("quantize: {}", "target: {overall_bits: 3, factor_bits: [3]}", "there is no factorize stage"),
+        (
+            "quantize: {correction: {rank: 8}}",
+            "target: {overall_bits: 3}",
+            "is given beside a target, which chooses how every matrix is stored",
+        ),
+        (
+            "quantize: {}",
+            "target: {overall_bits: 3, bits: [2, 3, 6]}\nexport: {format: compressed-tensors}",
+            "has 3, 6, and compressed-tensors and vLLM agree on words of 2, 4 and 8 bits only",
+        ),
+        (
+            "quantize: {}",
+            "target: {overall_bits: 3, corrections: [{rank: 8}]}\nexport: {format: compressed-tensors}",
+            "'target.corrections' are low-rank",
+        ),
+    ],
+)
+def test_a_target_of_bits_alone_is_checked(tmp_path: Path, stages: str, sections: str, expected: str) -> None:
+    text = re.sub(r"factorize: \{.*\}", stages, MINIMAL) + f"{sections}\n"
+    assert any(expected in problem for problem in problems_of(written(tmp_path, text)))
+
+
+def test_a_target_of_bits_alone_is_a_recipe(tmp_path: Path) -> None:
+    text = re.sub(r"factorize: \{.*\}", "quantize: {}", MINIMAL) + "target: {overall_bits: 3}\n"
+    recipe = load_recipe(written(tmp_path, text))
+    assert not recipe.may_factorize
+    assert recipe.factorize is not None
+    assert recipe.factorize.allocation == "error_controlled"
+
+
 @pytest.mark.parametrize("method", ["svd", "asvd"])
 def test_error_control_needs_the_inputs_metric(tmp_path: Path, method: str) -> None:
     text = MINIMAL.replace("method: erc_svd", f"method: {method}, allocation: error_controlled")
@@ -254,6 +294,11 @@ def test_error_control_needs_the_inputs_metric(tmp_path: Path, method: str) -> N
         ("stages:", "evaluation: {perplexity: {a b: x}}\nstages:", "is 'a b'; it must be text that matches"),
         ("stages:", "evaluation: {perplexity: x}\nstages:", "is 'x'; it must be a mapping (name: value)"),
         ("stages:", "evaluation: {lm_eval: {}}\nstages:", "'evaluation.lm_eval.tasks' is missing; add it"),
+        (
+            "stages:",
+            "evaluation: {lm_eval: {tasks: [piqa], eager: true}}\nstages:",
+            "'evaluation.lm_eval.eager' is for `engine: vllm`; remove it, or set that",
+        ),
         ("stages:", "export: {max_shard_size: 5 gigs}\nstages:", "is '5 gigs'; it must be text that matches"),
         ("stages:", "export: {max_shard_size: 0.0GB}\nstages:", "is '0.0GB'; give a size such as 5GB"),
         ("stages:", "export: {format: gguf}\nstages:", "is 'gguf'; it must be 'vllm'"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
-from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.format.schema import CheckpointConfig, Storage
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import interpolate, spread
@@ -43,6 +45,12 @@ def told_budget(report: Report) -> tuple[str, int, int]:
     """Return unit, what was allowed and what is spent, as the report's JSON has it."""
     budget = report.as_json()["factorize"]["budget"]
     return budget["unit"], budget["allowed"], budget["spent"]
+
+
+def modules_of(directory: Path) -> Mapping[str, Storage]:
+    """Return how an export's altered Linears are stored."""
+    config = json.loads((directory / "config.json").read_text())
+    return CheckpointConfig.read(config["quantization_config"]).modules
 
 
 @pytest.mark.parametrize("metric", ["identity", "fisher"])
@@ -118,12 +126,10 @@ def test_target_in_bits_is_met_by_ranks_and_integers(write_recipe: RecipeWriter,
     assert (unit, allowed) == ("bits", math.floor(4.2 * weights))
     assert spent == round(report.compressed.linear_bits_per_weight * weights)
     assert report.results["factorize"] is not None
-    described = CheckpointConfig.read(
-        json.loads((directory / "config.json").read_text())["quantization_config"]
-    )
+    modules = modules_of(directory)
     chosen = {linear.name: linear.chosen for linear in report.results["factorize"].allocation}
     assert len(set(chosen.values())) > 1
-    for name, module in described.modules.items():
+    for name, module in modules.items():
         label = "dense" if module.rank is None else f"rank {module.rank}"
         assert chosen[name].startswith(label)
     assert torch.isfinite(
@@ -199,6 +205,68 @@ def test_it_is_worth_it_on_a_trained_model(write_recipe: RecipeWriter) -> None:
     assert lost["error control"] < 0.5 * lost["equal shares"]
 
 
+BITS_ALONE: dict[str, Any] = {
+    "target": {"overall_bits": 4.4, "bits": [2, 3, 4, 6, 8]},
+    "calibration": {
+        "dataset": {"text": str(TEXT / "calibration.txt")},
+        "num_samples": 24,
+        "sequence_length": 48,
+    },
+}
+INT4 = {"quantize": {"bits": 4, "group_size": 32}}
+
+
+def test_a_target_without_a_factorize_stage_chooses_bits(write_recipe: RecipeWriter) -> None:
+    report, directory = run(write_recipe(INT4, **BITS_ALONE))
+    outcome = report.results["factorize"]
+    unit, allowed, spent = told_budget(report)
+    assert (unit, spent <= allowed) == ("bits", True)
+    assert spent > 0.97 * allowed
+    described = modules_of(directory)
+    assert {storage.layout for storage in described.values()} == {"dense"}
+    chosen = {storage.weight.bits for storage in described.values() if storage.weight}
+    assert len(chosen) > 1
+    assert outcome.linears == []
+    assert outcome.plan.num_compressed_layers == 0
+    assert not [warning for warning in report.warnings if "foresaw" in warning]
+    titles = {table.title for table in report.tables}
+    assert "Factorized Linears" not in titles
+    card = (directory / "README.md").read_text()
+    assert "chosen for each by its predicted damage" in card
+    assert "low-rank" not in card.partition("---\n")[2].partition("---")[0]
+    logits = AutoModelForCausalLM.from_pretrained(directory)(torch.arange(3, 20)[None]).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_bits_alone_can_be_exported_for_stock_loaders(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    """All that vLLM stacks into one layer is then stored alike."""
+    target = {"overall_bits": 5.5, "bits": [2, 4, 8]}
+    export = {"path": str(tmp_path / "out"), "format": "compressed-tensors"}
+    report, directory = run(write_recipe(INT4, **(BITS_ALONE | {"target": target, "export": export})))
+    groups = json.loads((directory / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert len(groups) > 1
+    stored = {name: group["weights"]["num_bits"] for group in groups.values() for name in group["targets"]}
+    for layer in range(4):
+        for stack in ("self_attn.[qkv]_proj", "mlp.(gate|up)_proj"):
+            names = [name for name in stored if re.fullmatch(rf"model\.layers\.{layer}\.{stack}", name)]
+            assert len({stored[name] for name in names}) <= 1
+    assert told_budget(report)[2] <= told_budget(report)[1]
+
+
+@pytest.mark.parametrize("pieces", [9, 16])
+def test_a_choice_of_bits_that_was_interrupted_goes_on(
+    pieces: int, write_recipe: RecipeWriter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = write_recipe(INT4, **BITS_ALONE)
+    everything, _ = whole_run(recipe, monkeypatch)
+    (tmp_path / "out").rename(tmp_path / "undisturbed")
+    half_run(recipe, monkeypatch, pieces)
+    computed, notes = whole_run(recipe, monkeypatch)
+    assert computed < everything
+    assert notes
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "undisturbed")
+
+
 @pytest.mark.vllm
 def test_vllm_serves_what_was_chosen(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     recipe = write_recipe(
@@ -206,7 +274,7 @@ def test_vllm_serves_what_was_chosen(write_recipe: RecipeWriter, tmp_path: Path)
         {"quantize": {"bits": 4, "group_size": 64}},
         model={"path": TINY_LLAMA},
         target={"overall_bits": 3.2, "group_sizes": [32, 64, 128]},
-        gates={"serving_parity": 0.05},
+        gates={"serving_parity": {"mean_difference": 0.05, "eager": True}},
         calibration={
             "dataset": {"text": str(TEXT / "calibration.txt")},
             "num_samples": 32,

@@ -31,7 +31,7 @@ def test_vllm_measures_what_transformers_does(
     settings: TaskSettings, low_rank_model: ModelDirectory, tmp_path: Path
 ) -> None:
     directory = low_rank_model("llama")
-    served = run_tasks_in_vllm(directory, settings, 1, tmp_path / "vllm.log")
+    served = run_tasks_in_vllm(directory, settings, 1, tmp_path / "vllm.log", eager=True)
     expected = run_tasks(directory, settings, torch.device("cpu"))
     assert served.metrics.keys() == expected.metrics.keys() == {"which_continuation", "rolling"}
     assert served.problems == expected.problems
@@ -52,6 +52,7 @@ def test_a_recipe_asks_for_it(settings: TaskSettings, write_recipe: RecipeWriter
                 "tasks": ["which_continuation"],
                 "include_path": str(settings.include_path),
                 "engine": "vllm",
+                "eager": True,
             }
         },
         gates={"task_drop": {"which_continuation": 1.0}},

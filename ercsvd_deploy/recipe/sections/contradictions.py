@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from ercsvd_deploy.format.compressed_tensors import READABLE_BITS
 from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT
 from ercsvd_deploy.recipe.stages import (
     FEWEST_SAMPLES_TO_HOLD_OUT,
@@ -25,6 +26,8 @@ def find_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     yield from _find_disorder(recipe.stages)
     needs = [(number, stage.calibration_need) for number, stage in enumerate(recipe.stages)]
     reasons = [f"{need} (stages.{number})" for number, need in needs if need]
+    if recipe.target is not None and not recipe.may_factorize:
+        reasons.append("a target weighs bits by what they do to calibration data")
     if recipe.calibration is None and reasons:
         yield (
             ("calibration",),
@@ -34,6 +37,7 @@ def find_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     yield from _find_idle_vision_settings(recipe)
     yield from _find_idle_gates(recipe)
     yield from _find_unclear_budget(recipe)
+    yield from _find_idle_target(recipe)
     yield from _find_unreadable_export(recipe)
     yield from _find_unused_correction(recipe)
     if recipe.judged_texts and recipe.evaluation_sequence_length is None:
@@ -121,7 +125,13 @@ def _find_unclear_budget(recipe: Recipe) -> Iterator[tuple[Location, str]]:
                 (*where, "allocation"),
                 f"is {settings.allocation}, but a target needs error_controlled: set that",
             )
-    if recipe.target is not None and recipe.vision is not None:
+
+
+def _find_idle_target(recipe: Recipe) -> Iterator[tuple[Location, str]]:
+    """Yield a target that no stage could meet, and what of it nothing reads."""
+    if recipe.target is None:
+        return
+    if recipe.vision is not None:
         for field in ("compress_tower", "compress_projector"):
             if getattr(recipe.vision, field):
                 yield (
@@ -129,9 +139,11 @@ def _find_unclear_budget(recipe: Recipe) -> Iterator[tuple[Location, str]]:
                     "is true, but a target says nothing about vision parts; give the factorize stage a "
                     "compression_ratio instead of the target, or leave them alone",
                 )
-    if recipe.target is not None and recipe.factorize is None:
-        yield ("target",), "is set, but there is no factorize stage whose ranks could meet it; add one"
-    if recipe.target is not None and recipe.quantize is None:
+    if not recipe.may_factorize and recipe.quantize is None:
+        yield ("target",), "is set, but there is no stage that could meet it; add factorize or quantize"
+    elif not recipe.may_factorize and recipe.target.factor_bits is not None:
+        yield ("target", "factor_bits"), "is set, but there is no factorize stage; add one, or remove it"
+    if recipe.quantize is None:
         given = recipe.target.model_dump(exclude_none=True)
         for key in [key for key in ("group_sizes", "factor_bits", "corrections") if given.get(key)]:
             yield ("target", key), "is set, but there is no quantize stage; add one, or remove it"
@@ -174,7 +186,7 @@ def _find_unreadable_export(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     """Yield a format that cannot hold what the stages make."""
     if recipe.export.format != "compressed-tensors":
         return
-    if recipe.factorize is not None:
+    if recipe.may_factorize:
         yield (
             ("export", "format"),
             "is compressed-tensors, which has no low-rank matrices; set vllm, or remove the factorize stage",
@@ -186,6 +198,18 @@ def _find_unreadable_export(recipe: Recipe) -> Iterator[tuple[Location, str]]:
             ("export", "format"),
             "is compressed-tensors, which has no low-rank matrices; set vllm, or remove quantize.correction",
         )
+    if recipe.target is not None and recipe.target.corrections:
+        yield (
+            ("target", "corrections"),
+            "are low-rank, which export.format compressed-tensors cannot hold; remove them, or set vllm",
+        )
+    if recipe.target is not None and (unreadable := set(recipe.target.bits) - set(READABLE_BITS)):
+        listed = ", ".join(map(str, sorted(unreadable)))
+        yield (
+            ("target", "bits"),
+            f"has {listed}, and compressed-tensors and vLLM agree on words of 2, 4 and 8 bits only; remove "
+            "the others, or set export.format: vllm",
+        )
 
 
 def _find_unused_correction(recipe: Recipe) -> Iterator[tuple[Location, str]]:
@@ -193,12 +217,13 @@ def _find_unused_correction(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     settings = recipe.factorize
     if settings is None or settings.allocation != "error_controlled":
         return
+    chooser = "factorize.allocation error_controlled" if recipe.may_factorize else "a target"
     for number, stage in enumerate(recipe.stages):
         if isinstance(stage, QuantizeStage) and stage.quantize.corrections:
             yield (
                 ("stages", number, "quantize", "correction"),
-                "is given beside factorize.allocation error_controlled, which chooses how every matrix is "
-                "stored; remove it, and name it in target.corrections",
+                f"is given beside {chooser}, which chooses how every matrix is stored; remove it, and name "
+                "it in target.corrections",
             )
 
 

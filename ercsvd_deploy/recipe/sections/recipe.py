@@ -13,6 +13,7 @@ from ercsvd_deploy.recipe.sections.inputs import Calibration, ModelSource
 from ercsvd_deploy.recipe.sections.results import Evaluation, Export, Serving, Target
 from ercsvd_deploy.recipe.sections.vision import Vision
 from ercsvd_deploy.recipe.stages import (
+    BITS_ALONE,
     Factorize,
     FactorizeStage,
     QuantizeStage,
@@ -47,7 +48,7 @@ class Recipe(Section):
     target: Target | None = Field(
         default=None,
         description="What the result may weigh, instead of a `compression_ratio`; null: the stages say all. "
-        "Needs `allocation: error_controlled`.",
+        "Needs `allocation: error_controlled`, or no factorize stage: bits alone are then chosen.",
     )
     evaluation: Evaluation = Field(
         default=Evaluation(), description="How the original and the compressed model are compared."
@@ -64,8 +65,14 @@ class Recipe(Section):
 
     @property
     def factorize(self) -> Factorize | None:
-        """The factorization, if the recipe has one."""
-        return next((stage.factorize for stage in self.stages if isinstance(stage, FactorizeStage)), None)
+        """The factorization, if the recipe has one; with a target alone, what chooses the bits."""
+        given = next((stage.factorize for stage in self.stages if isinstance(stage, FactorizeStage)), None)
+        return given or (BITS_ALONE if self.target is not None else None)
+
+    @property
+    def may_factorize(self) -> bool:
+        """Whether matrices may get a rank; else a target chooses bits alone."""
+        return any(isinstance(stage, FactorizeStage) for stage in self.stages)
 
     @property
     def recover(self) -> Recover | None:

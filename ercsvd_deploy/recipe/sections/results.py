@@ -16,6 +16,7 @@ from ercsvd_deploy.recipe.fields import (
     Text,
     parse_size,
     refusal,
+    refuse_together,
 )
 from ercsvd_deploy.recipe.quantize import Correction
 from ercsvd_deploy.recipe.sections.inputs import HeldOutText, TextName
@@ -36,6 +37,11 @@ class LmEval(Section):
         "its own at the smallest of `serving.tensor_parallel_sizes`; vLLM must be installed, and takes text "
         "models only.",
     )
+    eager: bool = Field(
+        default=False,
+        description="Run that vLLM with `enforce_eager`, which starts sooner, instead of as users do: "
+        "compiled, and with CUDA graphs where there are any.",
+    )
     batch_size: PositiveInt = Field(
         default=8, description="Requests in a batch; vLLM makes batches of its own."
     )
@@ -49,6 +55,12 @@ class LmEval(Section):
     include_path: LocalPath | None = Field(
         default=None, description="Directory with lm-eval tasks (YAML files) of your own; null: none."
     )
+
+    @model_validator(mode="after")
+    def _eager_is_said_of_vllm(self) -> LmEval:
+        if self.eager and self.engine != "vllm":
+            refuse_together([(("eager",), "is for `engine: vllm`; remove it, or set that")])
+        return self
 
 
 class Evaluation(Section):
@@ -105,7 +117,7 @@ class Export(Section):
 class Target(Section):
     """What the result may weigh; ranks, bits and what stays dense are then chosen together.
 
-    Exactly one of `bytes` and `overall_bits`.
+    Exactly one of `bytes` and `overall_bits`. Without a factorize stage bits alone are chosen, of `bits`.
     """
 
     bytes: Size | None = Field(

@@ -26,12 +26,12 @@ class DecomposedLinear:
     """A Linear as the walk's pass has left it on disk.
 
     Attributes:
-        decomposition: Of its weight, up to the highest rank on offer.
+        decomposition: Of its weight, up to the highest rank on offer; None if none was.
         gram: Mean of x x^T over its inputs, [in, in]; None where Grams are not kept.
         held_out_gram: With `beta: auto`, the held-out sequences' share of `gram`.
     """
 
-    decomposition: Decomposition
+    decomposition: Decomposition | None
     gram: torch.Tensor | None
     held_out_gram: torch.Tensor | None
 
@@ -61,7 +61,7 @@ def decompose_layer(
         keeps_grams: Decompose by Grams that are means over tokens, and keep them.
 
     Returns:
-        Linear -> decomposition, and all tensors to keep, which `read_decomposed` takes.
+        Linear with a rank on offer -> decomposition, and all tensors to keep, which `read_decomposed` takes.
     """
     grams: dict[str, torch.Tensor | None] = {}
     mean_absolutes: dict[str, torch.Tensor | None] = {}
@@ -86,12 +86,13 @@ def decompose_layer(
             linear_of(module, layer, linear).weight.data,
             grams[linear.name],
             mean_absolutes[linear.name],
-            max_rank=max(ranks_on_offer(linear), default=1),
+            max_rank=max(ranks_on_offer(linear)),
             output_metric=work.metric(layer, linear),
         )
 
-    decomposed = map_side_by_side(decompose, layer.linears, small=work.model.is_small)
-    decompositions = dict(zip((linear.name for linear in layer.linears), decomposed, strict=True))
+    offered = [linear for linear in layer.linears if ranks_on_offer(linear)]
+    decomposed = map_side_by_side(decompose, offered, small=work.model.is_small)
+    decompositions = dict(zip((linear.name for linear in offered), decomposed, strict=True))
     for name, decomposition in decompositions.items():
         tensors |= _decomposition_tensors(name, decomposition)
     return decompositions, tensors
@@ -129,8 +130,12 @@ def _decomposition_tensors(name: str, decomposition: Decomposition) -> dict[str,
     return tensors
 
 
-def _read_decomposition(name: str, method: Method, tensors: Mapping[str, torch.Tensor]) -> Decomposition:
-    """Return a Linear's decomposition from its tensors; the inverse of `_decomposition_tensors`."""
+def _read_decomposition(
+    name: str, method: Method, tensors: Mapping[str, torch.Tensor]
+) -> Decomposition | None:
+    """Return a Linear's decomposition from its tensors, if any; the inverse of `_decomposition_tensors`."""
+    if f"{name}.basis" not in tensors:
+        return None
     return Decomposition(
         method,
         tensors[f"{name}.basis"],

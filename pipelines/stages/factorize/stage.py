@@ -87,6 +87,8 @@ class FactorizeStage(Stage):
             # Ranks then depend on what quantization does, and on which shapes can be served.
             further |= {
                 "target": recipe.target.model_dump(mode="json"),
+                "offers_ranks": recipe.may_factorize,
+                "format": recipe.export.format,
                 "quantized_as": recipe.quantize and recipe.quantize.model_dump(mode="json"),
                 "serving": recipe.serving.model_dump(mode="json"),
             }
@@ -113,6 +115,8 @@ class FactorizeStage(Stage):
     @property
     def title(self) -> str:
         """The method, and how ranks are chosen."""
+        if self.allocation is not None and not self.allocation.offers_ranks:
+            return "bits, error-controlled"
         if self.allocation is not None:
             return f"{self.factorize.method}, error-controlled"
         count = len(self.ranks_by_k)
@@ -175,11 +179,13 @@ class FactorizeStage(Stage):
         """Show the search, every Linear, and what error control chose."""
         if len(result.search) > 1:
             yield search_table(result)
-        yield layer_table(result)
+        if result.linears:
+            yield layer_table(result)
         if result.chosen.budget is not None:
             yield budget_table(result.chosen.budget)
         if result.allocation:
             yield allocation_table(result.allocation)
-        yield linear_table("Factorized Linears", result.linears)
+        if result.linears:
+            yield linear_table("Factorized Linears", result.linears)
         if result.allocation:
             yield choice_table(result.allocation)

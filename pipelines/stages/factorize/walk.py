@@ -125,7 +125,9 @@ def _visit(
         work.model.advance(layer.index, hidden, module=module)
         if choice.tries_layers:
             decompositions = {
-                linear.name: read_decomposed(work, layer, linear).decomposition for linear in layer.linears
+                linear.name: decomposition
+                for linear in layer.linears
+                if (decomposition := read_decomposed(work, layer, linear).decomposition) is not None
             }
             visited = VisitedLayer(layer, module, entering, decompositions, {})
             choice.try_again(visited, findings["tried"])
@@ -175,6 +177,7 @@ def _factorize_layer(
             decision.residual_ranks[linear.name],
         )
         decomposed, dtype = read_decomposed(work, layer, linear), work.stored_dtype(linear)
+        assert decomposed.decomposition is not None, "it has a rank"
         factors = truncate_linear(
             work.settings, decomposed.decomposition, weight, rank, residual_rank, exact=True
         )

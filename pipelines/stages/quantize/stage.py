@@ -41,6 +41,7 @@ class QuantizeStage(Stage):
         is_on_trained_factors: Whether factors come from recovery or were made for the inputs of the
             compressed prefix: they then stand for more than the original weights.
         is_weighed: Whether corrections are fitted by the Fisher information of the Linears' outputs.
+        bits_are_chosen: Whether a target chooses among other bits than the stage's.
     """
 
     quantize: Quantize
@@ -49,6 +50,7 @@ class QuantizeStage(Stage):
     tensor_parallel_sizes: Sequence[int]
     is_on_trained_factors: bool
     is_weighed: bool = False
+    bits_are_chosen: bool = False
 
     name = "quantize"
     reported_as = QuantizeOutcome
@@ -71,13 +73,15 @@ class QuantizeStage(Stage):
             recipe.serving.tensor_parallel_sizes,
             is_on_trained_factors=on_prefix or recipe.recover is not None,
             is_weighed=recipe.corrects_by_sensitivity,
+            bits_are_chosen=recipe.target is not None,
         )
 
     @property
     def title(self) -> str:
         """Method and bits."""
         corrected = ", corrected" if self.quantize.corrections else ""
-        return f"{self.quantize.method}, {self.quantize.bits} bits{corrected}"
+        bits = "bits by the target" if self.bits_are_chosen else f"{self.quantize.bits} bits"
+        return f"{self.quantize.method}, {bits}{corrected}"
 
     def settings(self) -> Any:
         """Return the recipe's stage, and what groups are made to fit."""

@@ -84,7 +84,8 @@ class TokenSensitivityStage(Stage):
         recipe = context.recipe
         if recipe.calibration is None or recipe.calibration.token_weight != "sensitivity":
             return None
-        return cls() if any(stage.calibration_need for stage in recipe.stages) else None
+        is_observed = recipe.target is not None or any(stage.calibration_need for stage in recipe.stages)
+        return cls() if is_observed else None
 
     def settings(self) -> Any:
         """Return nothing: it depends on model and samples alone."""

@@ -71,7 +71,7 @@ class DamagePrediction:
         weight: [out, in].
         gram: Mean of x x^T over its inputs, [in, in].
         metric: Fisher information of its outputs, [out, out].
-        decomposition: Up to the highest rank on offer.
+        decomposition: Up to the highest rank on offer; None if none is.
         scale_dtype: Precision in which scales of integers are stored.
     """
 
@@ -81,7 +81,7 @@ class DamagePrediction:
     weight: torch.Tensor
     gram: torch.Tensor
     metric: torch.Tensor
-    decomposition: Decomposition
+    decomposition: Decomposition | None
     scale_dtype: torch.dtype
 
     @classmethod
@@ -153,6 +153,8 @@ class DamagePrediction:
         with basis vector b_i and singular value s_i costs s_i^2 b_i^T F b_i / 2.
         """
         made = self.decomposition
+        if made is None:
+            return {}
         least = self._damage(self._truncate(made.max_rank).product())
         metric = self.metric.to(made.basis)
         sensitivities = ((metric @ made.basis) * made.basis).sum(0)
@@ -162,6 +164,7 @@ class DamagePrediction:
 
     def _truncate(self, rank: int) -> Factors:
         residual_rank = planned_residual_rank(self.settings, self.linear, rank)
+        assert self.decomposition is not None, "a rank is on offer"
         return truncate_linear(
             self.settings, self.decomposition, self.weight, rank, residual_rank, exact=False
         )

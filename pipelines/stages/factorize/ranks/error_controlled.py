@@ -6,13 +6,13 @@ so that the damages sum to the least under the budget (`budget.allocation`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from pydantic import TypeAdapter
 
-from ercsvd_deploy.budget.allocation import Option, allocate
+from ercsvd_deploy.budget.allocation import Option, allocate, allocate_alike
 from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.pipelines.stages.factorize.decompositions import read_decomposed
@@ -63,11 +63,11 @@ class ErrorControlled(RankChoice):
         for layer in self._work.model.architecture.layers:
             options |= self._options(layer)
             self._work.on_layer()
-        picked = allocate(options, self._task.budget)
+        picked = self._allocate(options)
         storages = {name: option.choice for name, option in picked.items()}
         chosen = ChosenRanks(
-            self._plan(storages),
-            self.first_layer,
+            plan := self._plan(storages),
+            self.first_layer if plan.num_compressed_layers else self._work.model.num_layers,
             allocation=tuple(self._explain(picked, options)),
             storages=storages if self._task.is_in_bits else None,
             budget=Budget(
@@ -80,6 +80,16 @@ class ErrorControlled(RankChoice):
         for layer in self._work.model.architecture.layers:
             residual_ranks |= self._residual_ranks(layer, chosen.plan)
         return RankDecision(chosen, residual_ranks, measured={})
+
+    def _allocate(self, options: Mapping[str, Sequence[Option[Storage]]]) -> dict[str, Option[Storage]]:
+        """Pick a storage for every Linear, alike within what vLLM multiplies as one where that is cheap."""
+        task = self._task
+        if not task.likeness:
+            return allocate(options, task.budget)
+        layers = self._work.model.architecture.layers
+        stacks = [[linear.name for linear in stack] for layer in layers for stack in layer.stacks]
+        together = [stack for stack in stacks if len(stack) > 1]
+        return allocate_alike(options, task.budget, together, lambda storage: storage.kind, task.likeness)
 
     def _options(self, layer: LayerLinears) -> dict[str, list[Option[Storage]]]:
         """Return for every Linear of a layer its storages with costs and damages, the cheapest first."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ercsvd_deploy.recipe.quantize import Correction
     from ercsvd_deploy.recipe.sections import Recipe, Target
 
+_LIKENESS = 0.01  # of the damage: one kernel in place of two or three is worth it
+
 
 @dataclass(frozen=True)
 class AllocationTask:
@@ -31,12 +33,20 @@ class AllocationTask:
         budget: In the same unit.
         is_in_bits: The unit: stored bits, or parameters.
         rules: How a Linear of a rank is stored.
+        likeness: Largest relative increase of the damage for which the Linears that vLLM multiplies as one
+            matrix are stored alike; infinite where the format knows nothing else.
     """
 
     costs: Mapping[str, Mapping[Storage, int]]
     budget: int
     is_in_bits: bool
     rules: StorageRules
+    likeness: float
+
+    @property
+    def offers_ranks(self) -> bool:
+        """Whether any Linear may get one; else bits alone are chosen."""
+        return any(storage.truncated_rank for costs in self.costs.values() for storage in costs)
 
     @property
     def least(self) -> int:
@@ -56,7 +66,7 @@ def allocation_task(
     """Return what can be chosen from.
 
     Args:
-        recipe: With a factorize stage, and a `target` or a `compression_ratio`.
+        recipe: With a `target`, or a factorize stage with a `compression_ratio`.
         architecture: The model's.
         quantize_plan: How the quantize stage stores every Linear.
         vision: How the vision parts' altered Linears are stored.
@@ -74,7 +84,7 @@ def allocation_task(
             for each in _dense_integers(linear, integers, target)
             for correction in _corrections(linear, target)
         ]
-        ranks = rank_steps.ranks_on_offer(linear, settings.layout)
+        ranks = rank_steps.ranks_on_offer(linear, settings.layout) if recipe.may_factorize else []
         factorized = [
             rules.storage(linear, rank, each) for rank in ranks for each in _factor_integers(integers, target)
         ]
@@ -95,7 +105,8 @@ def allocation_task(
         sizes = planned_bytes(architecture, vision, element)
         outside = sum(sizes.values()) - element * architecture.linear_parameters
         budget = 8 * (parse_size(target.bytes) - outside)
-    return AllocationTask(costs, budget, target is not None, rules)
+    likeness = math.inf if recipe.export.format == "compressed-tensors" else _LIKENESS
+    return AllocationTask(costs, budget, target is not None, rules, likeness if target is not None else 0.0)
 
 
 def _dense_integers(

@@ -27,7 +27,7 @@ def rank_plans(recipe: Recipe, architecture: Architecture, element: int) -> dict
         PlanError: no number of layers, or not the wanted one, can reach the compression ratio.
     """
     settings = recipe.factorize
-    if settings is None:
+    if settings is None or not recipe.may_factorize:
         return {}
     ratio = _planned_ratio(recipe, architecture, element)
     if ratio is None:
@@ -122,6 +122,8 @@ def plan_allocation(recipe: Recipe, architecture: Architecture, element: int) ->
     unit = "bits" if task.is_in_bits else "parameters"
     assert recipe.factorize is not None
     remedy = "" if recipe.factorize.rank_multiple == "auto" else ", or a smaller rank_multiple"
+    if not recipe.may_factorize:
+        remedy = ", fewer bits in target.bits, or ranks by a factorize stage"
     raise PlanError(
         f"the budget is {task.budget:,} {unit} for all decoder Linears, and the least that is possible "
         f"is {task.least:,}: allow more{remedy}"
