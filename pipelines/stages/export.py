@@ -120,8 +120,8 @@ def _check_readable(context: PlanningContext) -> None:
     modules = quantize_plan_of(context.recipe, architecture).describe({}, architecture)
     if any(linear.name in modules for linear in architecture.expert_linears):
         raise PlanError(
-            "export.format compressed-tensors: routed experts of integers are read with this package alone, for "
-            f"transformers keeps a layer's in one tensor: add '{EXPERTS}.*' to quantize.ignore, or set vllm"
+            "export.format compressed-tensors: routed experts of integers are read with this package alone: "
+            f"transformers keeps those of a layer in one tensor. Add '{EXPERTS}.*' to quantize.ignore, or set vllm"
         )
     fused = [[linear.name for linear in stack] for layer in architecture.layers for stack in layer.stacks]
     problems = find_unreadable(modules, fused)
