@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.llava_names import PROJECTOR, VISION_TOWER, to_checkpoint
 from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.models.experts import RoutedExperts
+from ercsvd_deploy.models.experts import EXPERTS, RoutedExperts
 from ercsvd_deploy.models.tensor_parallel import OutputBlock, cuts_inputs, holds_key_values, output_blocks
 
 LANGUAGE_PART, TOWER_PART, PROJECTOR_PART = "language model", "vision tower", "projector"
@@ -169,10 +170,26 @@ class Architecture:
         """Weights of all decoder Linears, biases and routed experts not counted."""
         return sum(linear.parameters for linear in self.linears)
 
+    @cached_property
+    def without_experts(self) -> Architecture:
+        """The same without routed experts, of which there may be ten thousands."""
+        names = {layer.experts.name for layer in self.layers if layer.experts is not None}
+        if not names:
+            return self
+        others = {name: shape for name, shape in self.other_tensors.items() if experts_of(name) not in names}
+        layers = tuple(replace(layer, experts=None) for layer in self.layers)
+        return replace(self, layers=layers, other_tensors=others)
+
     @property
     def expert_parameters(self) -> int:
         """Weights of all routed experts."""
         return sum(layer.experts.parameters for layer in self.layers if layer.experts is not None)
+
+
+def experts_of(name: str) -> str:
+    """Return the name of the module of routed experts that a tensor would belong to; else any other name."""
+    before, found, _ = name.partition(f".{EXPERTS}.")
+    return before + found.removesuffix(".")
 
 
 def component_of(name: str) -> str:

@@ -219,6 +219,26 @@ def stand_in_for_experts(model: nn.Module) -> None:
         vars(module)["forward"] = lambda hidden_states, *_, **__: torch.zeros_like(hidden_states)
 
 
+def renamed_parts(config: Any) -> dict[str, str]:
+    """Return part of a name in a mixture of experts -> what stands there in checkpoints, where that differs.
+
+    Taken from how transformers renames what it loads.
+    """
+    if getattr(config, "num_experts_per_tok", None) is None:
+        return {}
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamed = {}
+    for each in get_checkpoint_conversion_mapping(config.model_type) or ():
+        if isinstance(each, WeightRenaming):
+            stored, part = (
+                side[0].replace("\\.", ".") for side in (each.source_patterns, each.target_patterns)
+            )
+            renamed[part] = stored
+    return renamed
+
+
 def _kept_together(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every module whose parameters hold several experts each, with its name."""
     for name, module in model.named_modules():

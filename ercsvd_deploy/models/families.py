@@ -14,22 +14,12 @@ from torch import nn
 from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError, LayerLinears
 from ercsvd_deploy.models.discovery import find_decoder, on_meta
-from ercsvd_deploy.models.experts import stand_in_for_experts
+from ercsvd_deploy.models.experts import renamed_parts, stand_in_for_experts
 from ercsvd_deploy.models.vision import VISION_LANGUAGE_MODEL_TYPES, check_vision, describe_vision
 
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Model type -> module -> what checkpoints call it.
 _STORED_PREFIXES: Mapping[str, Mapping[str, str]] = {"gpt_neox": {"lm_head": "embed_out"}}
-# Model type -> part of a module's or tensor's name -> what stands there in checkpoints.
-_STORED_PARTS: Mapping[str, Mapping[str, str]] = {
-    "mixtral": {".mlp.": ".block_sparse_moe."},
-    "granitemoe": {
-        ".experts.gate_up_proj": ".input_linear.weight",
-        ".experts.down_proj": ".output_linear.weight",
-        ".router.weight": ".router.layer.weight",
-    },
-    "ernie4_5_moe": {".mlp.gate.moe_statics.": ".mlp.moe_statics."},
-}
 
 
 def check_supported(config: Any) -> None:
@@ -82,7 +72,7 @@ def describe(model: nn.Module, config: Any) -> Architecture:
         num_key_value_heads=_num_key_value_heads(text_config),
         vocab_size=text_config.vocab_size,
         stored_prefixes=_STORED_PREFIXES.get(config.model_type, {}),
-        stored_parts=_STORED_PARTS.get(config.model_type, {}),
+        stored_parts=renamed_parts(config),
         image_token_id=config.image_token_index if reads_images(config) else None,
         vision_layers=describe_vision(model, config) if reads_images(config) else {},
     )
@@ -103,7 +93,7 @@ def module_tensor(config: Any, stored_name: str) -> str:
     for module, stored in _STORED_PREFIXES.get(config.model_type, {}).items():
         if stored_name.startswith(f"{stored}."):
             return module + stored_name.removeprefix(stored)
-    for part, stored in _STORED_PARTS.get(config.model_type, {}).items():
+    for part, stored in renamed_parts(config).items():
         stored_name = stored_name.replace(stored, part)
     return stored_name
 
@@ -140,7 +130,12 @@ def _obstacles(text_config: Any) -> Iterator[str]:
 
 
 def _left_alone(text_config: Any) -> frozenset[str]:
-    """Return modules of a layer that stay as they are: latent attention, whose matrices vLLM multiplies."""
+    """Return modules of a layer that stay as they are, because vLLM does more with them than load them.
+
+    It multiplies the matrices of latent attention with each other, and sorts rows of Llama 4's.
+    """
+    if text_config.model_type == "llama4_text":
+        return frozenset({"self_attn.q_proj", "self_attn.k_proj"})
     return frozenset({"self_attn"} if getattr(text_config, "kv_lora_rank", None) else ())
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     _Method = LowRankLinearMethod | UnalteredLinearMethod | PackedExpertsMethod | PlainExpertsMethod
 
 _WRAPPER_PARTS = frozenset({"model", "language_model", "transformer", "gpt_neox", "draft_model"})
+_RENAMED_PARTS = {"attn": "self_attn"}  # of gpt-oss in vLLM, in its checkpoints
 _LAYER_PATH = re.compile(r"^.*?\b(?:layers|h)\.\d+\b")
 # for models that do not publish how they fuse
 _USUAL_FUSIONS = {
@@ -234,4 +235,5 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
 
 def canonical_name(name: str) -> str:
     """Return a module path without the parts that vLLM and checkpoints place differently."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+    parts = (part for part in name.split(".") if part not in _WRAPPER_PARTS)
+    return ".".join(_RENAMED_PARTS.get(part, part) for part in parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,13 +67,17 @@ def _describe(
         original_parameters=original,
         parameters=original - removed,
         num_bytes=sum(num_bytes for name, num_bytes in sizes.items() if component_of(name) == part),
-        treatment=_treatment(own),
+        treatment=in_words(count_kinds(own.values())),
     )
 
 
-def _treatment(described: Mapping[str, Storage]) -> str:
+def count_kinds(described: Iterable[Storage]) -> Counter[str]:
+    """Return in words how Linears are stored -> how many are."""
+    return Counter(_kind(description) for description in described if description.is_altered)
+
+
+def in_words(kinds: Counter[str]) -> str:
     """Return how many Linears are stored in which way, the commonest first."""
-    kinds = Counter(_kind(description) for description in described.values() if description.is_altered)
     counted = (f"{n} Linear{'s' if n > 1 else ''} {kind}" for kind, n in kinds.most_common())
     return ", ".join(counted) or LEFT_ALONE
 

@@ -16,7 +16,7 @@ from ercsvd_deploy.models.meta import compressed_config, read_architecture
 from ercsvd_deploy.models.tested_families import serving_doubts
 from ercsvd_deploy.models.vision import VISION_LANGUAGE_MODEL_TYPES
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
-from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidate
+from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidates
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine
 from ercsvd_deploy.pipelines.planning.machine import Machine, measure_flops
 from ercsvd_deploy.pipelines.planning.measured_workload import measure_workload
@@ -139,7 +139,7 @@ def make_plan(
     candidates = planned[-1].candidates if planned else (Candidate(),)
     sizes = recipe.serving.tensor_parallel_sizes
     dense_on_gpu = {size: bytes_on_rank(architecture, {}, element, size) for size in sizes}
-    shown = tuple(plan_candidate(candidate, architecture, element, dense_on_gpu) for candidate in candidates)
+    shown = plan_candidates(candidates, architecture, element, dense_on_gpu)
     device = device or default_device()
     work = measure_workload(
         recipe,
@@ -168,7 +168,7 @@ def make_plan(
         warnings=(
             *serving_warnings(
                 storing,
-                candidates[-1].modules,
+                {**candidates[-1].modules, **candidates[-1].experts},
                 architecture,
                 sizes,
                 dtype,

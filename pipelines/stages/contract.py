@@ -61,12 +61,14 @@ class Candidate:
     """One way the model may be stored in the end; a search decides between several when the recipe runs.
 
     Attributes:
-        modules: Description of every altered Linear.
+        modules: Description of every altered Linear, those of routed experts left out.
+        experts: The same of routed experts: thousands, which all candidates have in common.
         num_compressed_layers: How many of the last decoder layers are factorized.
         layer_ratio: Share of the parameters removed in each of them.
     """
 
     modules: Mapping[str, Storage] = field(default_factory=dict)
+    experts: Mapping[str, Storage] = field(default_factory=dict)
     num_compressed_layers: int = 0
     layer_ratio: float = 0.0
 

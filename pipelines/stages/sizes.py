@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -23,16 +24,16 @@ from ercsvd_deploy.models.architecture import (
     Architecture,
     component_of,
     dense_descriptions,
+    experts_of,
 )
-from ercsvd_deploy.models.experts import EXPERTS
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.tensor_store import TensorStore
 
 _INTEGER_BYTES = {WEIGHT_PACKED: 4, WEIGHT_ZERO_POINT: 4, WEIGHT_SHAPE: 8, ROW_ORDER: 4}
 _SCALE_LEAVES = (WEIGHT_SCALE, WEIGHT_ZERO_POINT, WEIGHT_SHAPE)
-_EXPERT_PART = "routed experts"
-_LINEAR_PARTS = ("dense Linears", "factors", "scales", _EXPERT_PART)
+EXPERT_PART = "routed experts"
+_LINEAR_PARTS = ("dense Linears", "factors", "scales", EXPERT_PART)
 PARTS = (TOWER_PART, PROJECTOR_PART, "outside the layers", *_LINEAR_PARTS, "norms and biases")
 
 
@@ -54,6 +55,19 @@ def module_bytes(description: Storage, element: int) -> int:
     return sum(math.prod(shape) * _element(leaf, element) for leaf, shape in shapes)
 
 
+def modules_bytes(described: Mapping[str, Storage], element: int) -> int:
+    """Return the bytes of the tensors of many Linears, most of which share few descriptions."""
+    distinct = {id(each): each for each in described.values()}
+    counts = Counter(map(id, described.values()))
+    return sum(counts[key] * module_bytes(each, element) for key, each in distinct.items())
+
+
+def expert_bytes(architecture: Architecture, described: Mapping[str, Storage], element: int) -> int:
+    """Return the bytes of all routed experts, given how the altered ones of their Linears are stored."""
+    replaced = sum(rows * columns for rows, columns in (each.shape for each in described.values()))
+    return element * (architecture.expert_parameters - replaced) + modules_bytes(described, element)
+
+
 def stored_bytes(store: TensorStore) -> dict[str, int]:
     """Return tensor name -> bytes of a model's files."""
     return {name: store.info(name).num_bytes for name in store.names()}
@@ -65,8 +79,8 @@ def sum_by_part(sizes: Mapping[str, int], architecture: Architecture) -> dict[st
     experts = {layer.experts.name for layer in architecture.layers if layer.experts is not None}
     parts = dict.fromkeys(PARTS, 0)
     for name, num_bytes in sizes.items():
-        is_expert = _owner_of_experts(name) in experts
-        part = _EXPERT_PART if is_expert else _part_of(name, f"{architecture.layers_prefix}.", linears)
+        is_expert = experts_of(name) in experts
+        part = EXPERT_PART if is_expert else _part_of(name, f"{architecture.layers_prefix}.", linears)
         parts[part] += num_bytes
     return parts
 
@@ -96,7 +110,7 @@ def bytes_on_rank(
         if name.removesuffix(".weight") in matrices:
             continue
         is_outside = not name.startswith(f"{architecture.layers_prefix}.")
-        is_cut = (is_outside and shape[0] == architecture.vocab_size) or _owner_of_experts(name) in experts
+        is_cut = (is_outside and shape[0] == architecture.vocab_size) or experts_of(name) in experts
         total += math.prod(shape) * element // (tensor_parallel_size if is_cut else 1)
     for name, description in matrices.items():
         for part, ((rows, columns), storage) in description.parts.items():
@@ -113,12 +127,6 @@ def bytes_on_rank(
                 rows = architecture.outputs_on_rank(name, rows, tensor_parallel_size) or rows
             total += rows * _INTEGER_BYTES[ROW_ORDER]
     return total
-
-
-def _owner_of_experts(name: str) -> str:
-    """Return the name of the module of routed experts that a tensor would belong to; else any other name."""
-    before, found, _ = name.partition(f".{EXPERTS}.")
-    return before + found.removesuffix(".")
 
 
 def _element(leaf: str, element: int) -> int:

@@ -36,10 +36,10 @@ _GROUPS_OF_EXPERTS = {
 }
 _LATENT_ATTENTION = {
     "num_key_value_heads": 4,
-    "kv_lora_rank": 32,
+    "kv_lora_rank": 512,  # with the next but one the one size that vLLM's CPU engine has a kernel for
     "q_lora_rank": 48,
+    "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
     "v_head_dim": 32,
 }
 # Family, with the variant where there are several -> (model type, what its config says beside `_SHARED`).
@@ -135,7 +135,14 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         | _LATENT_ATTENTION
         | {"n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": None},
     ),
-    "deepseek_v3": ("deepseek_v3", _GROUPED | _EXPERTS | _GROUPS_OF_EXPERTS | _LATENT_ATTENTION),
+    "deepseek_v3": (
+        "deepseek_v3",
+        _GROUPED
+        | _EXPERTS
+        | _GROUPS_OF_EXPERTS
+        | _LATENT_ATTENTION
+        | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},  # vLLM reads these, transformers does not
+    ),
     "gpt_oss": (
         "gpt_oss",
         _GROUPED

@@ -95,13 +95,15 @@ def _llama_4(experts: int) -> dict[str, Any]:
     return {"model_type": "llama4", "text_config": text, "vision_config": vision, "torch_dtype": "bfloat16"}
 
 
+PUBLIC_MODELS |= {
+    "Mixtral-8x22B": _experts("mixtral", 6144, 16384, 56, num_local_experts=8),
+    "Qwen3-235B-A22B": _experts("qwen3_moe", 4096, 12288, 94, num_experts=128, moe_intermediate_size=1536),
+    "gpt-oss-120b": _experts("gpt_oss", 2880, 2880, 36, num_local_experts=128),
+}
 # What a plan refuses by name: each would take many gigabytes to build.
 UNSUPPORTED_MODELS: dict[str, dict[str, Any]] = {
     "Llama-4-Scout": _llama_4(16),
     "Llama-4-Maverick": _llama_4(128),
-    "Mixtral-8x22B": _experts("mixtral", 6144, 16384, 56, num_local_experts=8),
-    "Qwen3-235B-A22B": _experts("qwen3_moe", 4096, 12288, 94, num_experts=128, moe_intermediate_size=1536),
-    "gpt-oss-120b": _experts("gpt_oss", 2880, 2880, 36, num_local_experts=128),
     "LLaVA-OneVision": {
         **_llava("llava", text_config("qwen2", 3584, 18944, 28, 28, 4, 152064)),
         "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152, "num_hidden_layers": 26},

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs
-from ercsvd_deploy.pipelines.stages.sizes import module_bytes
+from ercsvd_deploy.pipelines.stages.sizes import modules_bytes
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 
 if TYPE_CHECKING:
@@ -32,11 +32,12 @@ def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
     states = 2 * work.activations(work.calibrating)
     routed = _expert_bytes(work, candidates)
     kept = max(_integer_bytes(work, candidate.modules) for candidate in candidates)
+    kept += modules_bytes(candidates[0].experts, work.stored)
     return Needs(
         # Grams of what GPTQ is fitted to, of what is held out to judge it, and of both together.
         working_bytes=max(
-            states + weights + 3 * work.layer_grams + step + (routed and work.activations(work.calibrating)),
-            states + weights + work.activations(work.calibrating) + routed,
+            states + weights + 3 * work.layer_grams + step,
+            states + weights + (routed and states // 2 + max(routed, 3 * work.layer_grams + step)),
             states + work.layer_load,
             states // 2 + work.embedding([work.calibrating]),
         ),
@@ -115,27 +116,25 @@ def _expert_bytes(work: Workload, candidates: Sequence[Candidate]) -> int:
             for layer in work.architecture.layers
             if layer.experts is not None
             for group in layer.experts.groups[:2]  # all experts of a layer have the same shapes
-            if any(linear.name in each.modules for each in candidates for linear in layer.experts.linears)
+            if any(linear.name in candidates[0].experts for linear in layer.experts.linears)
         ),
         default=0,
     )
 
 
 def _expert_flops(work: Workload, candidates: Sequence[Candidate]) -> float:
-    """Return the operations of the Grams and loops of experts, of the candidate with the fewest."""
-    least: list[float] = []
-    for candidate in candidates:
-        flops = 0.0
-        for layer in work.architecture.layers:
-            if layer.experts is None:
-                continue
-            tokens = work.calibrating.tokens * layer.experts.per_token / layer.experts.count
-            for group in layer.experts.groups:
-                rows = sum(linear.out_features for linear in group if linear.name in candidate.modules)
-                columns = group[0].in_features
-                flops += (tokens * columns**2 + rounding_flops(rows, columns)) if rows else 0
-        least.append(flops)
-    return min(least)
+    """Return the operations of the Grams and loops of routed experts."""
+    flops = 0.0
+    for layer in work.architecture.layers:
+        if layer.experts is None:
+            continue
+        tokens = work.calibrating.tokens * layer.experts.per_token / layer.experts.count
+        for group in layer.experts.groups[:2]:  # of one expert, which stands for all
+            rows = sum(linear.out_features for linear in group if linear.name in candidates[0].experts)
+            columns = group[0].in_features
+            each = tokens * columns**2 + rounding_flops(rows, columns) if rows else 0.0
+            flops += layer.experts.count * each
+    return flops
 
 
 def _first_rows(linear: LinearShape, modules: Mapping[str, Storage]) -> int:
@@ -170,8 +169,5 @@ def _corrected(candidates: Sequence[Candidate]) -> Set[str]:
 
 def _integer_bytes(work: Workload, modules: Mapping[str, Storage]) -> int:
     """Return the bytes of what the stage writes."""
-    return sum(
-        module_bytes(description, work.stored)
-        for description in modules.values()
-        if any(storage for _, storage in description.parts.values())
-    )
+    integers = {name: storage for name, storage in modules.items() if storage.is_quantized}
+    return modules_bytes(integers, work.stored)

@@ -14,6 +14,7 @@ from ercsvd_deploy.pipelines.stages.quantize.needs import quantize_needs
 from ercsvd_deploy.pipelines.stages.quantize.results import QuantizeOutcome
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     QuantizePlan,
+    check_expert_shapes,
     check_num_tokens,
     check_shapes,
     quantize_plan_of,
@@ -95,11 +96,13 @@ class QuantizeStage(Stage):
             QuantizePlanError: a shape cannot be stored, or cannot be loaded at some tensor parallel size.
         """
         stored = []
+        experts = self.storing.describe_experts(self.architecture)
+        check_expert_shapes(experts, self.architecture, self.tensor_parallel_sizes)
         for before in candidates:
             ranks = {name: storage.truncated_rank for name, storage in before.modules.items()}
             check_shapes(self.storing, ranks, self.architecture, self.tensor_parallel_sizes)
             described = self.storing.describe(ranks, self.architecture)
-            stored.append(replace(before, modules={**before.modules, **described}))
+            stored.append(replace(before, modules={**before.modules, **described}, experts=experts))
         return stored
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
@@ -120,7 +123,10 @@ class QuantizeStage(Stage):
         """Quantize layer by layer."""
         from ercsvd_deploy.pipelines.stages.quantize.decoder import quantize_decoder
 
-        storages = self._storages(run.results.get("factorize"))
+        storages = {
+            **self._storages(run.results.get("factorize")),
+            **self.storing.describe_experts(self.architecture),
+        }
         model = run.model.stream()
         with run.progress(self.title, model.num_layers) as on_layer:
             outcome = quantize_decoder(
@@ -141,7 +147,7 @@ class QuantizeStage(Stage):
         return outcome
 
     def _storages(self, factorized: Any) -> Mapping[str, Storage]:
-        """Return how every altered Linear is stored in the end, given what the factorize stage chose."""
+        """Return how every altered Linear but those of experts is stored, given what was chosen before."""
         if factorized is None:
             return self.storing.describe({}, self.architecture)
         chosen = factorized.chosen.storages

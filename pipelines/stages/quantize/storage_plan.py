@@ -48,10 +48,7 @@ class QuantizePlan:
     corrections: Mapping[str, Correction] = field(default_factory=dict)
 
     def describe(self, ranks: Mapping[str, int | None], architecture: Architecture) -> dict[str, Storage]:
-        """Return how every altered Linear is stored in the end, given the ranks of the low-rank ones.
-
-        Routed experts are among them if the recipe quantizes.
-        """
+        """Return how every altered Linear is stored in the end, given the ranks of the low-rank ones."""
         rules = StorageRules(architecture, self.layout, self.fitted_to)
         storages = {
             linear.name: rules.storage(
@@ -60,10 +57,18 @@ class QuantizePlan:
                 self.integers[linear.name],
                 self.corrections.get(linear.name),
             )
-            for linear in architecture.all_linears
-            if linear.name in self.integers
+            for linear in architecture.linears
         }
         return {name: storage for name, storage in storages.items() if storage.is_altered}
+
+    def describe_experts(self, architecture: Architecture) -> dict[str, Storage]:
+        """Return how every altered Linear of a routed expert is stored in the end."""
+        rules = StorageRules(architecture, self.layout, self.fitted_to)
+        return {
+            linear.name: rules.storage(linear, None, integers)
+            for linear in architecture.expert_linears
+            if (integers := self.integers.get(linear.name)) is not None
+        }
 
 
 def unquantized(names: Sequence[str]) -> QuantizePlan:
@@ -205,9 +210,24 @@ def check_shapes(
     Raises:
         QuantizePlanError: names the matrices, the reason, and the nearest group size or rank that works.
     """
-    problems = _find_idle_corrections(plan, ranks, architecture) or find_unservable(
-        plan.describe(ranks, architecture), architecture, tensor_parallel_sizes
+    _refuse(
+        _find_idle_corrections(plan, ranks, architecture)
+        or find_unservable(plan.describe(ranks, architecture), architecture, tensor_parallel_sizes)
     )
+
+
+def check_expert_shapes(
+    experts: Mapping[str, Storage], architecture: Architecture, tensor_parallel_sizes: Iterable[int]
+) -> None:
+    """Refuse integers of routed experts that cannot be loaded at some tensor parallel size.
+
+    Raises:
+        QuantizePlanError: as `check_shapes`.
+    """
+    _refuse(find_unservable(experts, architecture, tensor_parallel_sizes))
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise QuantizePlanError(
