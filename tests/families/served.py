@@ -90,21 +90,24 @@ def largest_difference(directory: Path, answer: Mapping[str, Any]) -> float:
     return compare(reference(directory), answer["outputs"], [{}] * len(PROMPTS)).largest
 
 
-def judge(dense: Path, export: Path, dtype: str, answer: Mapping[str, Any], work: Path) -> str:
-    """Return in a word how vLLM serves an export: `same`, or what vLLM makes of the original itself.
+def judge(export: Path, dtype: str, answer: Mapping[str, Any], work: Path) -> str:
+    """Return in a word how vLLM serves an export: `same`, or what vLLM makes of an uncompressed model.
+
+    That is the one that the export stands for: the original's weights may lie where float16 changes little,
+    and those of the export where a router sends tokens to other experts.
 
     Args:
-        dense: The original model.
-        export: What was made of it.
+        export: What was made of a model.
         dtype: In which it was served.
         answer: Of its engine.
         work: An empty directory.
 
     Raises:
-        AssertionError: vLLM serves the original as transformers does, but not the export.
+        AssertionError: vLLM serves the uncompressed model as transformers does, but not the export.
     """
+    dense = materialise(export, work / "dense")
     if "error" not in answer:
-        largest = largest_difference(materialise(export, work / "dense"), answer)
+        largest = largest_difference(dense, answer)
         if largest <= TOLERANCES[dtype]:
             return "same"
     [original] = run_all({"original": engine(dense, dtype)}, work / "original").values()
@@ -112,7 +115,7 @@ def judge(dense: Path, export: Path, dtype: str, answer: Mapping[str, Any], work
         return f"{NOT_RUN}: {original['error']}"[:160]
     assert "error" not in answer, answer["error"]
     of_original = largest_difference(dense, original)
-    assert largest <= 2 * of_original, f"off by {largest:.2g}, and by {of_original:.2g} with the original"
+    assert largest <= 2 * of_original, f"off by {largest:.2g}, and by {of_original:.2g} uncompressed"
     return "as far from transformers as the original"
 
 

@@ -96,13 +96,13 @@ def test_transformers_loads_what_was_written(family: str, exports: Exports, tmp_
 @pytest.mark.vllm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vllm_serves_it_with_the_same_numbers(
-    family: str, originals: Callable[[str], Path], exports: Exports, answers: Answers, tmp_path: Path
+    family: str, exports: Exports, answers: Answers, tmp_path: Path
 ) -> None:
     verdicts = {}
     for dtype, directory in exports(family).items():
         answer = answers[family, dtype]
         served_in = answer["dtype"]
-        verdict = judge(originals(family), directory, served_in, answer, tmp_path / dtype)
+        verdict = judge(directory, served_in, answer, tmp_path / dtype)
         verdicts[dtype] = verdict + (f" in {served_in}" if served_in != dtype else "")
         for name, kind in answer.get("cut", {}).items():
             assert cuts_inputs(name) == (kind == "RowParallelLinear"), f"{name} is a {kind}"
