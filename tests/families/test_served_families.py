@@ -23,7 +23,16 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.models.families import attention_implementation
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.tensor_parallel import cuts_inputs
-from tests.families.served import NO_FLOAT16, STAGES, compress, judge, reference, run_all
+from tests.families.served import (
+    NO_FLOAT16,
+    STAGES,
+    TOLERANCES,
+    compress,
+    judge,
+    largest_difference,
+    reference,
+    run_all,
+)
 from tests.families.table import RESULTS
 from tests.families.tiny_families import FAMILIES, save_tiny_family
 from tests.tiny_models import materialise
@@ -91,6 +100,16 @@ def test_transformers_loads_what_was_written(family: str, exports: Exports, tmp_
         expected = reference(materialise(directory, tmp_path / dtype))(tokens).logits
         found = model.eval()(tokens).logits
         assert float((found - expected).abs().max()) <= 1e-4 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_routed_experts_are_cut_for_tensor_parallelism(family: str, exports: Exports, tmp_path: Path) -> None:
+    for dtype, directory in exports(family).items():
+        [answer] = run_all({dtype: engine(directory, dtype, num_ranks=2)}, tmp_path / dtype).values()
+        assert "error" not in answer, answer["error"]
+        largest = largest_difference(materialise(directory, tmp_path / f"{dtype}-dense"), answer)
+        assert largest <= TOLERANCES[dtype]
 
 
 @pytest.mark.vllm

@@ -25,6 +25,7 @@ from ercsvd_deploy.quantization.grid import QuantizationSettings
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.families.tiny_families import save_tiny_family
 from tests.recipe_runs import TEXT
+from tests.state.interrupted_runs import half_run, hashes, whole_run
 from tests.tiny_models import materialise
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -139,6 +140,19 @@ def test_each_expert_is_quantized_by_the_tokens_it_gets(
                 assert float(differing.float().mean()) < 0.01  # a tie or two, decided by the last bit
             assert tuple(matrix.shape) == tuple(weight.shape)
     assert seen == kinds
+
+
+def test_a_run_that_was_cut_short_goes_on_with_the_experts_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = save_tiny_family(tmp_path / "model", "qwen3_moe")
+    whole, resumed = (recipe(original, tmp_path / name, 16) for name in ("whole", "resumed"))
+    _, export = run_recipe(load_recipe(whole))
+    half_run(resumed, monkeypatch, 2)
+    num_pieces, said = whole_run(resumed, monkeypatch)
+    assert num_pieces == 2  # layers 2 and 3
+    assert said
+    assert hashes(tmp_path / "resumed") == hashes(export)
 
 
 def test_what_nobody_does_to_experts_is_refused(tmp_path: Path) -> None:
