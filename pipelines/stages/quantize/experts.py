@@ -123,7 +123,7 @@ class ExpertsQuantizer:
         """
         groups = dict(enumerate(zip(self.experts.groups[::2], self.experts.groups[1::2], strict=True)))
         hidden_size = self.experts.groups[0][0].in_features
-        counts = [self._counts(number) for number in groups]
+        counts = self._counts()
         pooled = None
         if not all(_suffice(count, hidden_size) for count in counts):
             pooled = self._observe(hidden_size, ((each.hidden, each.token_weights) for each in self.routed))
@@ -214,14 +214,14 @@ class ExpertsQuantizer:
         for batch in self.routed:
             yield (batch.hidden, batch.token_weights) if number is None else batch.tokens_of(number)
 
-    def _counts(self, number: int) -> tuple[int, ...]:
-        """Return how many tokens an expert gets to fit to, and where some are held out, how many of those."""
-        fitting, held_out = 0, 0
+    def _counts(self) -> list[tuple[int, ...]]:
+        """Return how many tokens each expert gets to fit to, and of those held out, where there are any."""
+        counts = torch.zeros(2, self.experts.count, dtype=torch.long, device=self.quantizer.device)
         for batch in self.routed:
-            count = int((batch.chosen == number).sum())
-            fitting += 0 if batch.is_held_out else count
-            held_out += count if batch.is_held_out else 0
-        return (fitting, held_out) if self.routed[-1].is_held_out else (fitting,)
+            own = torch.bincount(batch.chosen.flatten(), minlength=self.experts.count)
+            counts[int(batch.is_held_out)] += own[: self.experts.count]
+        fitting, held_out = counts.tolist()
+        return list(zip(fitting, held_out, strict=True)) if any(held_out) else [(each,) for each in fitting]
 
     def _observe(
         self, in_features: int, inputs: Iterator[tuple[torch.Tensor, torch.Tensor | None]]

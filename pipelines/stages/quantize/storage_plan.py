@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ from ercsvd_deploy.recipe.quantize import Correction, Quantize
 if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import Architecture
     from ercsvd_deploy.recipe.sections import Recipe
+
+
+_LATER_EXPERT = re.compile(rf"\.{EXPERTS}\.[1-9]")
 
 
 class QuantizePlanError(PlanError):
@@ -185,7 +189,8 @@ def _match(pattern: str, purpose: str, ends: Mapping[str, Sequence[str]]) -> Pat
     )
     if found:
         return PatternMatch(pattern, purpose, found)
-    every_end = {end for candidates in ends.values() for end in candidates}
+    # Of thousands of experts one is enough to be near.
+    every_end = {end for name, called in ends.items() if not _LATER_EXPERT.search(name) for end in called}
     near = difflib.get_close_matches(pattern, every_end, n=3, cutoff=0.4)
     hint = f"; near misses: {', '.join(near)}" if near else f"; modules are named like {next(iter(ends))}"
     raise QuantizePlanError(f"quantize: the {purpose} pattern {pattern!r} matches no decoder Linear{hint}")
