@@ -161,6 +161,7 @@ def compress_at_random(
     include_vision: bool = False,
     pivoted_layers: frozenset[str] = frozenset({"1"}),
     corrected: Literal["some", "all"] | None = None,
+    vocabulary: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> CheckpointConfig:
     """Write `source`, its decoder Linears randomly dense, low-rank or pivoted, plain or integer, to `target`.
 
@@ -177,6 +178,7 @@ def compress_at_random(
         pivoted_layers: in these, Linears that would be low-rank are pivoted, all but value projections.
         corrected: which Linears of the first layer are integers with a low-rank correction: "some" leaves
             others beside them in fused layers.
+        vocabulary: name of the embedding or the output layer -> keys of `WeightQuantization`.
     """
     generator = torch.Generator().manual_seed(seed)
     weight_quantization = None if quantization is None else WeightQuantization(**quantization)
@@ -202,6 +204,9 @@ def compress_at_random(
         ):
             assert storage is not None
             descriptions[match["module"]] = _describe_corrected(match["leaf"], weight.shape, storage)
+    for name, integers in (vocabulary or {}).items():
+        num_tokens, hidden_size = tensors[f"{name}.weight"].shape
+        descriptions[name] = Storage.dense((num_tokens, hidden_size), WeightQuantization(**integers))
     config = CheckpointConfig(
         modules={name: described for name, described in descriptions.items() if described.is_altered}
     )

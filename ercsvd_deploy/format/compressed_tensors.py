@@ -13,20 +13,29 @@ from ercsvd_deploy.format.schema import GUARD, Storage, WeightQuantization
 
 QUANT_METHOD = "compressed-tensors"
 _PACKED = "pack-quantized"
+_OUTPUT_LAYER = "lm_head"
 # At other bits the library leaves the rest of a word empty, and vLLM's loader reads words without gaps.
 READABLE_BITS = (2, 4, 8)
 
 
-def find_unreadable(modules: Mapping[str, Storage], fused: Iterable[Iterable[str]]) -> list[str]:
+def find_unreadable(
+    modules: Mapping[str, Storage], fused: Iterable[Iterable[str]], embedding: str | None = None
+) -> list[str]:
     """Return one line for everything that compressed-tensors or vLLM's loader of its format cannot read.
 
     Args:
-        modules: Name of every altered Linear -> how it is stored.
+        modules: Name of every altered matrix -> how it is stored.
         fused: Names of Linears that vLLM stacks into one layer, for each such layer.
+        embedding: Name of the input embedding.
     """
     problems = []
     for name, storage in modules.items():
-        if storage.layout != "dense":
+        if name == embedding:
+            problems.append(
+                f"{name} is the input embedding: vLLM looks up integers of this format in few models, on "
+                "GPUs alone, and never where an output layer is tied to it"
+            )
+        elif storage.layout != "dense":
             problems.append(f"{name} is {storage.label}: the format has no low-rank matrices")
         elif storage.weight is not None and storage.weight.bits not in READABLE_BITS:
             problems.append(
@@ -73,7 +82,7 @@ def describe_dense_integers(modules: Mapping[str, Storage]) -> dict[str, Any]:
             }
             for number, (integers, names) in enumerate(targets.items())
         },
-        "ignore": ["lm_head"],
+        "ignore": [] if _OUTPUT_LAYER in modules else [_OUTPUT_LAYER],
         "kv_cache_scheme": None,
     }
 

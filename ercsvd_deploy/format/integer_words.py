@@ -16,6 +16,8 @@ from torch.nn import functional as F  # noqa: N812 - the customary name
 
 from ercsvd_deploy.format.schema import WORD_BITS, values_in_whole_words
 
+_ROWS_AT_ONCE = 8192  # are unpacked to 32 bits a value
+
 
 def pack_columns(values: Tensor, bits: int) -> Tensor:
     """Pack unsigned values [rows, columns] into int32 words [rows, ceil(columns * bits / 32)].
@@ -79,3 +81,14 @@ def dequantize(words: Tensor, scale: Tensor, zero_point: Tensor | None, bits: in
     offset = 2 ** (bits - 1) if zero_point is None else zero_point[:, :, None]
     centred = (values - offset).to(scale.dtype)  # at most 8 bits and a sign: exact in bfloat16
     return (centred * scale[:, :, None]).view(len(words), columns)
+
+
+def dequantize_by_blocks(
+    words: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, columns: int
+) -> Tensor:
+    """Do as `dequantize`, a block of rows at a time: a vocabulary's matrix at once would fill the memory."""
+    blocks = [
+        dequantize(words[rows], scale[rows], None if zero_point is None else zero_point[rows], bits, columns)
+        for rows in (slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(words), _ROWS_AT_ONCE))
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)

@@ -58,9 +58,10 @@ def to_module(name: str) -> str:
 
 def to_checkpoint(name: str) -> str:
     """Return the hub's name of a tensor, or of a module, that transformers 5 calls `name`."""
+    path = f"{name}."  # a prefix may be the whole name of a module
     for module, layouts in _PREFIXES:
-        if name.startswith(module):
-            return layouts[0] + name.removeprefix(module)
+        if path.startswith(module):
+            return (layouts[0] + path.removeprefix(module)).removesuffix(".")
     return name
 
 

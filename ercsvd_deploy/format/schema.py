@@ -15,8 +15,10 @@ A compressed checkpoint is an ordinary Hugging Face directory. Its `config.json`
       }
     }
 
-and names every Linear whose tensors differ from the original model's; all other tensors are stored
-as the original model stores them. For a module `m` the tensors are
+and names every Linear whose tensors differ from the original model's, and the input embedding if it does: a
+matrix [tokens, hidden] of the layout dense, symmetric. Where config.json ties the output layer to it
+(`tie_word_embeddings`), that has no tensors: it multiplies the embedding's. All other tensors are stored as
+the original model stores them. For a module `m` the tensors are
 
     layout     tensors (factor_a is [rank, in], factor_b is [out, rank]: y = B (A x))
     low_rank   m.factor_a.<leaf>, m.factor_b.<leaf>, m.weight (the guard, empty), m.bias unchanged
@@ -109,7 +111,7 @@ class CheckpointConfig(BaseModel):
     # not "producer": vLLM takes that key for ModelOpt's, an object, and fails on a string
     written_by: str = f"ercsvd-deploy {__version__}"
     modules: dict[str, Storage] = Field(
-        description="Checkpoint tensor-name prefix of every altered Linear -> how it is stored."
+        description="Checkpoint tensor-name prefix of every altered Linear or embedding -> how it is stored."
     )
     require_kernels: bool = Field(
         default=False,

@@ -16,6 +16,7 @@ from ercsvd_deploy.format.llava_names import PROJECTOR, VISION_TOWER, to_checkpo
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.experts import EXPERTS, RoutedExperts
 from ercsvd_deploy.models.tensor_parallel import OutputBlock, cuts_inputs, holds_key_values, output_blocks
+from ercsvd_deploy.models.vocabulary import Vocabulary
 
 LANGUAGE_PART, TOWER_PART, PROJECTOR_PART = "language model", "vision tower", "projector"
 
@@ -85,6 +86,7 @@ class Architecture:
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
+    vocabulary: Vocabulary  # input embedding and output layer
     stored_prefixes: Mapping[str, str]  # module -> what checkpoints call it, where that differs
     stored_parts: Mapping[str, str]  # the same of parts within a name, dots included
     image_token_id: int | None  # marks the places of image features; None: the model reads text only

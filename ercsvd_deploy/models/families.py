@@ -16,6 +16,7 @@ from ercsvd_deploy.models.architecture import Architecture, ArchitectureError, L
 from ercsvd_deploy.models.discovery import find_decoder, on_meta
 from ercsvd_deploy.models.experts import renamed_parts, stand_in_for_experts
 from ercsvd_deploy.models.vision import VISION_LANGUAGE_MODEL_TYPES, check_vision, describe_vision
+from ercsvd_deploy.models.vocabulary import find_vocabulary
 
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Model type -> module -> what checkpoints call it.
@@ -71,6 +72,7 @@ def describe(model: nn.Module, config: Any) -> Architecture:
         num_attention_heads=text_config.num_attention_heads,
         num_key_value_heads=_num_key_value_heads(text_config),
         vocab_size=text_config.vocab_size,
+        vocabulary=find_vocabulary(model, len(decoder.layers)),
         stored_prefixes=_STORED_PREFIXES.get(config.model_type, {}),
         stored_parts=renamed_parts(config),
         image_token_id=config.image_token_index if reads_images(config) else None,

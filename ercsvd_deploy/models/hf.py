@@ -33,6 +33,7 @@ from ercsvd_deploy.format.schema import (
     FACTOR_PARTS,
     QUANT_METHOD,
     ROW_ORDER,
+    WEIGHT,
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     WEIGHT_SHAPE,
@@ -43,6 +44,7 @@ from ercsvd_deploy.format.schema import (
 from ercsvd_deploy.format.tensor_store import TensorInfo, read_header
 from ercsvd_deploy.models.experts import are_separate, puts_together, separate_experts
 from ercsvd_deploy.models.modules import PackedLinear, PivotedLinear
+from ercsvd_deploy.models.packed_embedding import PackedEmbedding, TiedOutputLayer
 from ercsvd_deploy.models.replacement import canonical_name, replace_linears
 
 _PACKED_LEAVES = (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE, WEIGHT_ZERO_POINT)
@@ -88,6 +90,7 @@ class ErcSvdQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         if self._has_separate_experts:
             separate_experts(model)
         replaced = replace_linears(model, self.quantization_config.checkpoint)
+        _leave_tied_output_layer(model)
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise CheckpointFormatError(
                 "a compressed checkpoint is loaded from its own safetensors files, which are checked first; "
@@ -110,8 +113,8 @@ class ErcSvdQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
                 # transformers leaves a tensor that it renames while loading in the checkpoint's dtype
                 _cast_in_place(model, name, dtype)
         for name, module in model.named_modules():
-            if isinstance(module, PackedLinear) and not module.weight_shape.is_meta:
-                stored, expected = module.weight_shape.tolist(), [module.out_features, module.in_features]
+            if isinstance(module, PackedLinear | PackedEmbedding) and not module.weight_shape.is_meta:
+                stored, expected = module.weight_shape.tolist(), _described_shape(module)
                 if stored != expected:
                     problems.append(f"{name}.{WEIGHT_SHAPE}: says {stored}, expected {expected}")
             if isinstance(module, PivotedLinear) and not module.row_order.is_meta:
@@ -185,6 +188,23 @@ def find_tensor_problems(modules: Mapping[str, nn.Module], stored: Mapping[str, 
         elif _FORMAT_TENSOR.match(stored_name):
             problems.append(f"{stored_name}: surplus, its module is not described")
     return problems
+
+
+def _leave_tied_output_layer(model: PreTrainedModel) -> None:
+    """Keep transformers from tying an output layer that multiplies an embedding's integers already."""
+    output_layer = model.get_output_embeddings()
+    if isinstance(output_layer, TiedOutputLayer):
+        [name] = [name for name, module in model.named_modules() if module is output_layer]
+        tied: dict[str, str] = model.all_tied_weights_keys
+        model.all_tied_weights_keys = {
+            target: source for target, source in tied.items() if target != f"{name}.{WEIGHT}"
+        }
+
+
+def _described_shape(module: PackedLinear | PackedEmbedding) -> list[int]:
+    if isinstance(module, PackedEmbedding):
+        return [module.num_embeddings, module.embedding_dim]
+    return [module.out_features, module.in_features]
 
 
 def _stays_in_float32(model: PreTrainedModel, name: str) -> bool:

@@ -33,7 +33,7 @@ def load_tensors(
     Raises:
         CheckpointError: a tensor is not finite.
     """
-    names = list(module.state_dict() if recurse else _own_state(module))
+    names = list(module.state_dict() if recurse else own_state(module))
     stored = store.read(prefix + name for name in names)
     tensors = {}
     for name in names:
@@ -59,7 +59,7 @@ def load_tensors(
             module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
 
-def _own_state(module: nn.Module) -> dict[str, torch.Tensor]:
+def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors of `module` itself that a checkpoint holds."""
     parameters = {name: value for name, value in module._parameters.items() if value is not None}
     buffers = {

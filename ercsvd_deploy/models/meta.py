@@ -15,6 +15,7 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.config_sizes import impossible_sizes
 from ercsvd_deploy.models.families import attention_implementation, check_supported, describe, reads_images
+from ercsvd_deploy.models.packed_embedding import TiedOutputLayer
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -127,6 +128,8 @@ def tie_weights(model: nn.Module) -> None:
     if getattr(model.config, "tie_word_embeddings", False):
         source = model.get_input_embeddings()  # type: ignore[operator]
         target = model.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(target, TiedOutputLayer):  # which has no weight of its own
+            return
         if target is not None and isinstance(source.weight, torch.Tensor):
             target.weight = source.weight
 

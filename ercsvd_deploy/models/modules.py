@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
-from ercsvd_deploy.format.integer_words import dequantize, unpack_rows
+from ercsvd_deploy.format.integer_words import dequantize_by_blocks, pack_columns, unpack_columns, unpack_rows
 from ercsvd_deploy.format.schema import (
     FACTOR_A,
     FACTOR_B,
@@ -27,6 +27,7 @@ from ercsvd_deploy.format.schema import (
     WeightQuantization,
 )
 from ercsvd_deploy.linalg.pivoting import row_order_problem
+from ercsvd_deploy.quantization.learned_rounding import LearnedRounding
 
 _LEAF_DTYPES = {WEIGHT_PACKED: torch.int32, WEIGHT_ZERO_POINT: torch.int32, WEIGHT_SHAPE: torch.int64}
 
@@ -69,20 +70,51 @@ class PackedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.quantization = quantization
-        for leaf, shape in quantization.leaf_shapes(out_features, in_features).items():
-            self.register_buffer(leaf, torch.zeros(shape, device=device, dtype=_LEAF_DTYPES.get(leaf, dtype)))
-        self.weight_shape = torch.tensor([out_features, in_features], device=device)
+        register_integers(self, quantization, (out_features, in_features), device, dtype)
         if guard:
             self.register_buffer(GUARD, torch.empty(GUARD_SHAPE, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.rounding: LearnedRounding | None = None  # stands for the integers while they are trained
 
     def dequantize(self) -> torch.Tensor:
         """Return the weight [out, in] in the dtype of the scales."""
+        if self.rounding is not None:
+            weight: torch.Tensor = self.rounding(self.weight_scale)
+            return weight
         bits = self.quantization.bits
-        zero_point = None
-        if not self.quantization.sym:
-            zero_point = unpack_rows(self.weight_zero_point, bits, self.out_features)
-        return dequantize(self.weight_packed, self.weight_scale, zero_point, bits, self.in_features)
+        zero_point = self._zero_point()
+        return dequantize_by_blocks(self.weight_packed, self.weight_scale, zero_point, bits, self.in_features)
+
+    def _zero_point(self) -> torch.Tensor | None:
+        if self.quantization.sym:
+            return None
+        return unpack_rows(self.weight_zero_point, self.quantization.bits, self.out_features)
+
+    def train_rounding(self, weight: torch.Tensor) -> LearnedRounding:
+        """Let levels that are trained stand for the integers; see `LearnedRounding`, `keep_rounding`.
+
+        Args:
+            weight: What the whole Linear stands for, [out, in].
+        """
+        bits, zero_point = self.quantization.bits, self._zero_point()
+        self.rounding = LearnedRounding(
+            unpack_columns(self.weight_packed, bits, self.in_features),
+            self.weight_scale,
+            2.0 ** (bits - 1) if zero_point is None else zero_point,
+            bits=bits,
+            dense=self._rounded_part(weight),
+        )
+        return self.rounding
+
+    def _rounded_part(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return what the integers stand for where the whole Linear stands for `weight` [out, in]."""
+        return weight
+
+    def keep_rounding(self) -> None:
+        """Store the trained levels as integers."""
+        assert self.rounding is not None, "levels are trained"
+        self.weight_packed = pack_columns(self.rounding.decided(), self.quantization.bits)
+        self.rounding = None
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]."""
@@ -95,6 +127,20 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={integers.bits}, "
             f"group_size={integers.group_size}, sym={integers.sym}, bias={self.bias is not None}"
         )
+
+
+def register_integers(
+    module: nn.Module,
+    quantization: WeightQuantization,
+    shape: tuple[int, int],
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a module the buffers of a matrix [rows, columns] of integers, all zeros."""
+    for leaf, leaf_shape in quantization.leaf_shapes(*shape).items():
+        zeros = torch.zeros(leaf_shape, device=device, dtype=_LEAF_DTYPES.get(leaf, dtype))
+        module.register_buffer(leaf, zeros)
+    module.register_buffer(WEIGHT_SHAPE, torch.tensor(shape, device=device))
 
 
 class CorrectedLinear(PackedLinear):
@@ -128,6 +174,13 @@ class CorrectedLinear(PackedLinear):
         """Map [..., in] to [..., out]."""
         correction: torch.Tensor = self.get_submodule(FACTOR_B)(self.get_submodule(FACTOR_A)(inputs))
         return super().forward(inputs) + correction
+
+    @torch.no_grad()
+    def _rounded_part(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return what the integers stand for where the whole Linear stands for `weight` [out, in]."""
+        columns = torch.eye(self.in_features, device=weight.device, dtype=self.weight_scale.dtype)
+        correction: torch.Tensor = self.get_submodule(FACTOR_B)(self.get_submodule(FACTOR_A)(columns))
+        return weight.float() - correction.T.float()
 
     def extra_repr(self) -> str:
         """Describe the module in the manner of nn.Linear."""
@@ -242,25 +295,3 @@ def _add_matrices(
             else PackedLinear(columns, rows, quantization, device=device, dtype=dtype)
         )
         module.add_module(part, matrix)
-
-
-def build_linear(
-    storage: Storage,
-    *,
-    bias: bool,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> CorrectedLinear | LowRankLinear | PivotedLinear | PackedLinear | nn.Linear:
-    """Return an uninitialised module whose state dict has the tensors of `storage`."""
-    if storage.layout == "low_rank":
-        return LowRankLinear(storage, bias=bias, device=device, dtype=dtype)
-    if storage.layout == "pivoted":
-        return PivotedLinear(storage, bias=bias, device=device, dtype=dtype)
-    if storage.layout == "corrected":
-        return CorrectedLinear(storage, bias=bias, device=device, dtype=dtype)
-    out_features, in_features = storage.shape
-    if storage.weight is None:
-        return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-    return PackedLinear(
-        in_features, out_features, storage.weight, bias=bias, guard=True, device=device, dtype=dtype
-    )

@@ -1,13 +1,18 @@
-"""Put the modules of compressed Linears into a model, found by the names of a checkpoint's description."""
+"""Put the modules of compressed Linears into a model, found by the names of a checkpoint's description.
+
+An input embedding of integers is found and replaced in the same way, and so is an output layer tied to it.
+"""
 
 from __future__ import annotations
 
 import difflib
 
+import torch
 from torch import nn
 
-from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
-from ercsvd_deploy.models.modules import build_linear
+from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError, Storage
+from ercsvd_deploy.models.modules import CorrectedLinear, LowRankLinear, PackedLinear, PivotedLinear
+from ercsvd_deploy.models.packed_embedding import PackedEmbedding, TiedOutputLayer, pack_embedding
 
 # Path parts in which loaders differ: `language_model.model.layers` on disk is `model.language_model.layers`
 # in transformers 5, `model.layers` is `layers` in a model without a head, and CLIP's `vision_model` is gone.
@@ -22,13 +27,13 @@ def canonical_name(name: str) -> str:
 
 
 def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.Module]:
-    """Replace every altered Linear by an uninitialised module of the same device and dtype.
+    """Replace every altered Linear or embedding by an uninitialised module of the same device and dtype.
 
     Nothing is replaced unless everything can be.
 
     Args:
         model: the original architecture.
-        config: names every altered Linear, by its checkpoint name.
+        config: names every altered Linear and embedding, by its checkpoint name.
 
     Returns:
         Checkpoint name -> the module now in its place.
@@ -38,10 +43,10 @@ def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.
     """
     linears: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.Embedding):
             linears.setdefault(canonical_name(name), []).append(name)
     problems = []
-    targets: dict[str, tuple[str, nn.Linear]] = {}
+    targets: dict[str, tuple[str, nn.Linear | nn.Embedding]] = {}
     for checkpoint_name, storage in config.modules.items():
         candidates = linears.get(canonical_name(checkpoint_name), [])
         # An exact name settles what would otherwise be ambiguous.
@@ -54,7 +59,7 @@ def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.
             problems.append(f"{checkpoint_name} {problem}")
             continue
         linear = model.get_submodule(names[0])
-        assert isinstance(linear, nn.Linear)
+        assert isinstance(linear, nn.Linear | nn.Embedding)
         if tuple(linear.weight.shape) != storage.shape:
             problems.append(
                 f"{checkpoint_name} has shape {list(linear.weight.shape)} in the model, "
@@ -69,6 +74,15 @@ def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.
         )
     replaced: dict[str, nn.Module] = {}
     for checkpoint_name, (name, linear) in targets.items():
+        if isinstance(linear, nn.Embedding):
+            tied = _tied_output_layer(model, linear)
+            pack_embedding(linear, config.modules[checkpoint_name])
+            assert isinstance(linear, PackedEmbedding)
+            if tied is not None:
+                output_name, output_layer = tied
+                model.set_submodule(output_name, TiedOutputLayer(linear, output_layer.bias))
+            replaced[checkpoint_name] = linear
+            continue
         replaced[checkpoint_name] = build_linear(
             config.modules[checkpoint_name],
             bias=linear.bias is not None,
@@ -79,7 +93,38 @@ def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.
     return replaced
 
 
+def _tied_output_layer(model: nn.Module, embedding: nn.Embedding) -> tuple[str, nn.Linear] | None:
+    """Return the Linear that multiplies an embedding's matrix, and its name; None if there is none."""
+    is_tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    output_layer = model.get_output_embeddings() if is_tied else None  # type: ignore[operator]
+    if not isinstance(output_layer, nn.Linear) or model.get_input_embeddings() is not embedding:  # type: ignore[operator]
+        return None
+    return next((name, output_layer) for name, module in model.named_modules() if module is output_layer)
+
+
 def _did_you_mean(name: str, linears: dict[str, list[str]]) -> str:
     near = difflib.get_close_matches(canonical_name(name), linears, n=3)
     suggestions = [actual for canonical in near for actual in linears[canonical]]
     return f" (did you mean {' or '.join(suggestions)}?)" if suggestions else ""
+
+
+def build_linear(
+    storage: Storage,
+    *,
+    bias: bool,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> CorrectedLinear | LowRankLinear | PivotedLinear | PackedLinear | nn.Linear:
+    """Return an uninitialised module whose state dict has the tensors of `storage`."""
+    if storage.layout == "low_rank":
+        return LowRankLinear(storage, bias=bias, device=device, dtype=dtype)
+    if storage.layout == "pivoted":
+        return PivotedLinear(storage, bias=bias, device=device, dtype=dtype)
+    if storage.layout == "corrected":
+        return CorrectedLinear(storage, bias=bias, device=device, dtype=dtype)
+    out_features, in_features = storage.shape
+    if storage.weight is None:
+        return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+    return PackedLinear(
+        in_features, out_features, storage.weight, bias=bias, guard=True, device=device, dtype=dtype
+    )

@@ -27,7 +27,7 @@ from ercsvd_deploy.models.architecture import Architecture, LayerLinears
 from ercsvd_deploy.models.experts import separate_experts
 from ercsvd_deploy.models.families import describe, module_tensor
 from ercsvd_deploy.models.fitting import fit_store
-from ercsvd_deploy.models.loading import load_tensors
+from ercsvd_deploy.models.loading import load_tensors, own_state
 from ercsvd_deploy.models.meta import build_meta_model, compressed_config, tie_weights
 from ercsvd_deploy.models.recording import EmbeddingDone, OnCall, capture_input, layers_replaced
 from ercsvd_deploy.models.replacement import replace_linears
@@ -321,8 +321,7 @@ class LayerwiseModel:
 
     def _parts(self, batch: Batch) -> Iterator[slice]:
         """Yield slices of a batch's rows whose logits fit into memory."""
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-        size = max(1, MAX_LOGITS_AT_ONCE // (vocabulary * batch.tokens.shape[1]))
+        size = max(1, MAX_LOGITS_AT_ONCE // (self.architecture.vocab_size * batch.tokens.shape[1]))
         for start in range(0, len(batch.rows), size):
             yield slice(start, start + size)
 
@@ -339,6 +338,21 @@ class LayerwiseModel:
                 for part in self._parts(batch):
                     logits = self._head(batch.tokens[part], states[part])
                     yield from zip(batch.rows[part], batch.tokens[part], logits, strict=True)
+
+    @torch.no_grad()
+    def output_layer_inputs(
+        self, batches: Sequence[Batch], hidden: Sequence[torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """Yield what the output layer reads, [rows, tokens, hidden], for the last layer's outputs of batches.
+
+        The layer itself is not loaded: the model runs no further than to it.
+        """
+        output_layer = self.architecture.vocabulary.output_layer
+        assert output_layer is not None, "a plan refuses to quantize what is no Linear"
+        with self._outside_layers(with_head=False):
+            for batch, states in zip(batches, hidden, strict=True):
+                run = partial(self._head, batch.tokens, states)
+                yield capture_input(self.model, output_layer.name, run)
 
     def _head(self, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         """Return logits, float32, from the last layer's output `last` [rows, tokens, hidden].
@@ -376,7 +390,7 @@ class LayerwiseModel:
         try:
             for name, module in outside:
                 # A tied output layer has no tensor of its own in the store.
-                stored = [n for n in module._parameters if f"{name}.{n}".lstrip(".") in self.store.names()]
+                stored = [n for n in own_state(module) if f"{name}.{n}".lstrip(".") in self.store.names()]
                 if stored or module is not head:
                     prefix = f"{name}." if name else ""
                     load_tensors(module, prefix, self.store, self.device, self.dtype, recurse=False)

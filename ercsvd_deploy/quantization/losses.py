@@ -35,6 +35,12 @@ class LossOf:
         return float((weighted * error).sum())
 
 
+def energy(matrix: Tensor, gram: Tensor | None = None) -> float:
+    """Return tr(M G M^T) for a matrix M [rows, in] and a Gram [in, in]; without one, the sum of squares."""
+    weighted = matrix if gram is None else matrix @ gram.to(matrix.dtype)
+    return float((weighted * matrix).sum())
+
+
 def proxy_loss(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
     """Return tr(E G E^T) / tr(W G W^T) for E = W - approximation: the relative error of the layer's output.
 

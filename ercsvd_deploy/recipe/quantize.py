@@ -1,4 +1,4 @@
-"""The quantize stage of a recipe: bits, groups, corrections, exceptions for some modules. No torch here."""
+"""The quantize stage of a recipe: bits, groups, corrections, exceptions, vocabulary. No torch here."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ class Correction(Section):
     )
     bits: Literal[4, 8, 16] = Field(
         default=8, description="Bits of one stored value of the factors; 16: they stay in floating point."
+    )
+
+
+class VocabularyIntegers(Section):
+    """Store a matrix with a row for every token as integers; its grid is symmetric."""
+
+    bits: Literal[4, 5, 6, 8] = Field(default=8, description="Bits of one stored value.")
+    group_size: Literal[32, 64, 128, -1] | None = Field(
+        default=None,
+        description="Columns that share a scale; -1 for one scale per row; null: the stage's own. A matrix "
+        "whose columns it does not divide gets smaller groups.",
     )
 
 
@@ -120,6 +131,18 @@ class Quantize(Section):
     )
     overrides: Mapping[Text, QuantizeOverride] = Field(
         default={}, description="Pattern (`*`, `?`) of module names -> what differs for them."
+    )
+
+    lm_head: VocabularyIntegers | None = Field(
+        default=None,
+        description="Store the output layer as integers, by the stage's `method`; null: it stays as it is. "
+        "In a model that ties it to the input embedding both are one matrix, and this key or `embeddings` "
+        "says how that is stored.",
+    )
+    embeddings: VocabularyIntegers | None = Field(
+        default=None,
+        description="Store the input embedding as integers, rounded to nearest with scales that are searched "
+        "for; null: it stays as it is. vLLM unpacks the rows that it looks up.",
     )
 
     @property

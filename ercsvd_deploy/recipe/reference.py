@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ercsvd_deploy.recipe.gates import Gates, ServingParityGate
-from ercsvd_deploy.recipe.quantize import Correction, Quantize, QuantizeOverride
+from ercsvd_deploy.recipe.quantize import Correction, Quantize, QuantizeOverride, VocabularyIntegers
 from ercsvd_deploy.recipe.sections import (
     Calibration,
     ConversationFile,
@@ -59,6 +59,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Stage `quantize`": Quantize,
     "`quantize.correction`": Correction,
     "`quantize.overrides`": QuantizeOverride,
+    "`quantize.lm_head` and `quantize.embeddings`": VocabularyIntegers,
     "`target`": Target,
     "`evaluation`": Evaluation,
     "`evaluation.visual_questions`": VisualQuestions,

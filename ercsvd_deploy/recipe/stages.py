@@ -179,7 +179,8 @@ class Factorize(Section):
 class Recover(Section):
     """Train what is in floating point for a while on the outputs of the original layers.
 
-    Behind a factorize stage these are the factors, behind a quantize stage the scales.
+    Behind a factorize stage these are the factors, behind a quantize stage the scales; there the rounding of
+    integers can be trained, too.
     """
 
     steps: PositiveInt = Field(
@@ -204,6 +205,13 @@ class Recover(Section):
         description="In every second batch of text, replace this share of the tokens by any of the "
         "vocabulary: layers are then trained on more than the calibration text. 0.3 takes a twentieth off "
         "what is lost on other texts at high ratios.",
+    )
+
+    rounding: bool = Field(
+        default=False,
+        description="Behind a quantize stage, learn as well which way the weights of matrices of full rank "
+        "are rounded (AdaRound, started at GPTQ's integers). It takes about 24 bytes of memory for every "
+        "weight of a layer.",
     )
 
     @property

@@ -38,6 +38,10 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "QKVParallelLinear": (f"{_LAYERS}.linear",),
     "UnquantizedLinearMethod": (f"{_LAYERS}.linear",),
     "register_weight_loader_v2_supported_method": (f"{_LAYERS}.linear",),
+    "QuantizeMethodBase": (f"{_LAYERS}.quantization.base_config",),
+    "ParallelLMHead": (f"{_LAYERS}.vocab_parallel_embedding",),
+    "UnquantizedEmbeddingMethod": (f"{_LAYERS}.vocab_parallel_embedding",),
+    "VocabParallelEmbedding": (f"{_LAYERS}.vocab_parallel_embedding",),
     "GroupQuantScaleParameter": ("vllm.model_executor.parameter",),
     "PackedvLLMParameter": ("vllm.model_executor.parameter",),
     # routed experts

@@ -31,8 +31,10 @@ from ercsvd_deploy.format.schema import (
 if TYPE_CHECKING:
     from ercsvd_deploy.exporters.vllm.experts.methods import PackedExpertsMethod, PlainExpertsMethod
     from ercsvd_deploy.exporters.vllm.method import LowRankLinearMethod, UnalteredLinearMethod
+    from ercsvd_deploy.exporters.vllm.vocabulary import VocabularyMethod
 
-    _Method = LowRankLinearMethod | UnalteredLinearMethod | PackedExpertsMethod | PlainExpertsMethod
+    _ExpertsMethod = PackedExpertsMethod | PlainExpertsMethod
+    _Method = LowRankLinearMethod | UnalteredLinearMethod | VocabularyMethod | _ExpertsMethod
 
 _WRAPPER_PARTS = frozenset({"model", "language_model", "transformer", "gpt_neox", "draft_model"})
 _RENAMED_PARTS = {"attn": "self_attn"}  # of gpt-oss in vLLM, in its checkpoints
@@ -42,6 +44,7 @@ _USUAL_FUSIONS = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
+_OUTPUT_LAYERS = frozenset({"lm_head", "embed_out"})  # what checkpoints call them
 _MOST_PROBLEMS_SHOWN = 40
 # its PyTorch operators take -1, which means no adapter, for an index (0.32)
 _ADAPTERS_ON_CPUS = (
@@ -110,13 +113,15 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return a method for a Linear: ours if a projection is altered, else vLLM's own, which watches only.
 
-        Routed experts get ours if one of them is altered. Attention, embeddings and the LM head get None,
-        vLLM's sign for "not quantized".
+        Routed experts get ours if one of them is altered, an input embedding and an output layer if they are
+        integers. Attention gets None, vLLM's sign for "not quantized".
         """
         # Imported here: they load vLLM's kernels, which the processes that only read the config do not need.
-        from ercsvd_deploy.exporters.vllm.compatibility import LinearBase
+        from ercsvd_deploy.exporters.vllm.compatibility import LinearBase, VocabParallelEmbedding
         from ercsvd_deploy.exporters.vllm.method import LowRankLinearMethod, UnalteredLinearMethod
 
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._vocabulary_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return self._experts_method(layer, prefix) if self._has_experts else None
         self._note_layer(prefix)
@@ -178,6 +183,45 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         self._num_unready += 1
         self._unchecked.append(method)
         return method
+
+    def _vocabulary_method(self, layer: Any, prefix: str) -> Any:
+        """Return a method for an input embedding or an output layer; None if vLLM's own will do."""
+        from ercsvd_deploy.exporters.vllm.compatibility import ParallelLMHead
+        from ercsvd_deploy.exporters.vllm.vocabulary import (
+            EmbeddingMethod,
+            OutputLayerMethod,
+            TiableOutputLayerMethod,
+        )
+
+        is_output = isinstance(layer, ParallelLMHead)
+        found = self._find_vocabulary(layer, prefix, is_output=is_output)
+        if found is None:
+            return TiableOutputLayerMethod() if is_output else None
+        self._matched.add(found[0])
+        method = (OutputLayerMethod if is_output else EmbeddingMethod)(
+            *found, self._kernels, check_model=self.check_loaded, tell_ready=self._layer_is_ready
+        )
+        self._num_unready += 1
+        self._unchecked.append(method)
+        return method
+
+    def _find_vocabulary(self, layer: Any, prefix: str, *, is_output: bool) -> tuple[str, Storage] | None:
+        """Return checkpoint name and description of a layer with a row for every token; None if it has none.
+
+        Many of vLLM's models do not tell the embedding its name, and some have another for the output layer
+        than checkpoints: then it is the only one of its kind and shape outside the decoder layers.
+        """
+        if named := self._modules.get(canonical_name(prefix)):
+            return named
+        shape = (layer.org_vocab_size, layer.embedding_dim)
+        alike = [
+            found
+            for canonical, found in self._modules.items()
+            if not _LAYER_PATH.match(canonical)
+            and found[1].shape == shape
+            and (canonical.rpartition(".")[2] in _OUTPUT_LAYERS) is is_output
+        ]
+        return alike[0] if len(alike) == 1 else None
 
     def check_loaded(self) -> None:
         """Raise one error that names every tensor of the model that did not come as described.

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import Architecture
 
 BLOCK = 32
+_TOKENS = 64  # vLLM fills a vocabulary up to a multiple of them
 GROUP_SIZES = (-1, 32, 64, 128)
 _FIRST_PARTS = (FACTOR_A, PIVOT_ROWS)
 _SECOND_PARTS = (FACTOR_B, OTHER_ROWS)
@@ -125,6 +126,9 @@ def local_shape(
     name: str, part: str, rows: int, columns: int, architecture: Architecture, size: int
 ) -> tuple[int, int] | None:
     """Return (rows, columns) of a matrix on one rank; None if it cannot be cut evenly."""
+    if architecture.vocabulary.has(name):
+        tokens = -(-rows // _TOKENS) * _TOKENS
+        return (tokens // size, columns) if tokens % size == 0 else None
     if architecture.is_row_parallel(name):
         if part in _SECOND_PARTS:
             return rows, columns

@@ -36,6 +36,7 @@ from ercsvd_deploy.linalg.pivoting import row_order_problem
 
 if TYPE_CHECKING:
     from ercsvd_deploy.exporters.vllm.layer_plan import Projection
+    from ercsvd_deploy.exporters.vllm.rows import RowsMatrix
 
 # vLLM's names of the projections in a fused layer: numbers, except for query, key and value
 _ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}
@@ -47,7 +48,7 @@ _OUTPUT_PARTS = ("", FACTOR_B)  # a row of their matrices is an output of the pr
 class Placement:
     """Where a part of a projection goes: the block [rows, columns] of it, to `first_row` of `matrix`."""
 
-    matrix: Matrix
+    matrix: Matrix | RowsMatrix
     rows: slice
     columns: slice
     first_row: int = 0

@@ -42,6 +42,13 @@ class ModelFigures:
     ]
     parameters: Annotated[Count, Field(description="All parameters.")]
     linear_parameters: Annotated[Count, Field(description="Parameters of the decoder's Linears.")]
+    model_bits_per_weight: Annotated[
+        float | None,
+        Field(
+            description="Stored bits of all tensors for each original weight of the whole model; null in "
+            "older reports."
+        ),
+    ] = None
     perplexity: Annotated[Mapping[str, Measured], Field(description="Text -> perplexity.")] = field(
         default_factory=dict
     )

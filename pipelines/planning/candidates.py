@@ -13,6 +13,7 @@ from ercsvd_deploy.pipelines.stages.sizes import (
     EXPERT_PART,
     bytes_on_rank,
     linear_bits_per_weight,
+    model_bits_per_weight,
     planned_bytes,
     sum_by_part,
 )
@@ -46,6 +47,7 @@ class CandidatePlan:
     num_bytes: int  # on disk
     bytes_by_part: Mapping[str, int]
     linear_bits_per_weight: float  # stored bits of the decoder Linears per weight of the original ones
+    model_bits_per_weight: float  # stored bits of all tensors per weight of the whole original model
     gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of weights on each GPU
     gpu_share: Mapping[int, float]  # tensor parallel size -> these as a share of the dense model's there
     components: tuple[Component, ...]
@@ -92,7 +94,7 @@ def _plan_candidate(
         for layer in bare.layers
     ]
     linear_parameters = sum(layer.parameters for layer in layers)
-    components = with_experts(describe_components(sizes, described, bare), described, experts)
+    components = with_experts(describe_components(sizes, described, bare), described, bare, experts)
     return CandidatePlan(
         num_compressed_layers=candidate.num_compressed_layers,
         layer_ratio=candidate.layer_ratio,
@@ -102,6 +104,7 @@ def _plan_candidate(
         num_bytes=sum(sizes.values()) + experts.num_bytes,
         bytes_by_part=by_part,
         linear_bits_per_weight=linear_bits_per_weight(by_part, architecture),
+        model_bits_per_weight=model_bits_per_weight(by_part, architecture),
         gpu_bytes=gpu_bytes,
         gpu_share={size: num_bytes / dense_on_gpu[size] for size, num_bytes in gpu_bytes.items()},
         components=components,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +15,7 @@ from ercsvd_deploy.models.architecture import LANGUAGE_PART, Architecture, compo
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
+    from ercsvd_deploy.models.vocabulary import Vocabulary
 
 LEFT_ALONE = "left alone"
 
@@ -67,19 +68,28 @@ def _describe(
         original_parameters=original,
         parameters=original - removed,
         num_bytes=sum(num_bytes for name, num_bytes in sizes.items() if component_of(name) == part),
-        treatment=in_words(count_kinds(own.values())),
+        treatment=in_words(*count_kinds(own, architecture.vocabulary)),
     )
 
 
-def count_kinds(described: Iterable[Storage]) -> Counter[str]:
-    """Return in words how Linears are stored -> how many are."""
-    return Counter(_kind(description) for description in described if description.is_altered)
+def count_kinds(
+    described: Mapping[str, Storage], vocabulary: Vocabulary
+) -> tuple[Counter[str], Sequence[str]]:
+    """Return in words how Linears are stored -> how many are; then the same of input and output."""
+    altered = {name: each for name, each in described.items() if each.is_altered}
+    kinds = Counter(_kind(each) for name, each in altered.items() if not vocabulary.has(name))
+    outside = []
+    embedding = vocabulary.embedding
+    for name in (name for name in altered if vocabulary.has(name)):
+        is_embedding = embedding is not None and embedding.name == name
+        outside.append(f"{'input embedding' if is_embedding else 'output layer'} {_kind(altered[name])}")
+    return kinds, outside
 
 
-def in_words(kinds: Counter[str]) -> str:
-    """Return how many Linears are stored in which way, the commonest first."""
-    counted = (f"{n} Linear{'s' if n > 1 else ''} {kind}" for kind, n in kinds.most_common())
-    return ", ".join(counted) or LEFT_ALONE
+def in_words(kinds: Counter[str], outside: Sequence[str]) -> str:
+    """Return how many Linears are stored in which way, the commonest first; then input and output."""
+    parts = [f"{n} Linear{'s' if n > 1 else ''} {kind}" for kind, n in kinds.most_common()]
+    return ", ".join([*parts, *outside]) or LEFT_ALONE
 
 
 def _kind(description: Storage) -> str:

@@ -57,28 +57,33 @@ def measure_experts(
         size: bytes_on_rank(architecture, described, element, size) - bytes_on_rank(bare, {}, element, size)
         for size in sizes
     }
-    kinds = count_kinds(described.values())
+    kinds, _ = count_kinds(described, architecture.vocabulary)
     return ExpertSizes(architecture.expert_parameters, by_layer.total(), by_layer, on_rank, kinds)
 
 
 def with_experts(
-    components: Sequence[Component], described: Mapping[str, Storage], experts: ExpertSizes
+    components: Sequence[Component],
+    described: Mapping[str, Storage],
+    architecture: Architecture,
+    experts: ExpertSizes,
 ) -> tuple[Component, ...]:
     """Return the parts of a model, routed experts counted to the language model.
 
     Args:
         components: The parts without them.
         described: How every altered Linear of these is stored.
+        architecture: The original model's.
         experts: The experts.
     """
-    kinds = count_kinds(each for name, each in described.items() if component_of(name) == LANGUAGE_PART)
+    own = {name: each for name, each in described.items() if component_of(name) == LANGUAGE_PART}
+    kinds, outside = count_kinds(own, architecture.vocabulary)
     return tuple(
         replace(
             part,
             original_parameters=part.original_parameters + experts.parameters,
             parameters=part.parameters + experts.parameters,
             num_bytes=part.num_bytes + experts.num_bytes,
-            treatment=in_words(kinds + experts.kinds),
+            treatment=in_words(kinds + experts.kinds, outside),
         )
         if part.name == LANGUAGE_PART
         else part

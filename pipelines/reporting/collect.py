@@ -22,6 +22,7 @@ from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.pipelines.stages.measured_export import MeasuredExport
 from ercsvd_deploy.pipelines.stages.sizes import (
     linear_bits_per_weight,
+    model_bits_per_weight,
     planned_bytes,
     stored_bytes,
     sum_by_part,
@@ -101,6 +102,7 @@ def _figures(
         num_bytes=sum(by_part.values()),
         bytes_by_part=by_part,
         linear_bits_per_weight=linear_bits_per_weight(by_part, model.architecture),
+        model_bits_per_weight=model_bits_per_weight(by_part, model.architecture),
         parameters=model.architecture.total_parameters - removed.total(),
         linear_parameters=model.architecture.linear_parameters - removed[LANGUAGE_PART],
         perplexity={name: measured.value for name, measured in quality.perplexity.items()},

@@ -77,8 +77,9 @@ def _quantization(report: Report) -> Iterator[str]:
     quantized: QuantizeOutcome | None = report.stages.get("quantize")
     if quantized is None or not quantized.matrices:
         return
-    widths = sorted({matrix.bits for matrix in quantized.matrices})
-    groups = sorted({matrix.group_size for matrix in quantized.matrices})
+    matrices = [matrix for matrix in quantized.matrices if matrix.name != quantized.output_layer]
+    widths = sorted({matrix.bits for matrix in matrices})
+    groups = sorted({matrix.group_size for matrix in matrices})
     stored = " and ".join(f"int{width}" for width in widths)
     sizes = " and ".join("whole rows" if size < 0 else str(size) for size in groups)
     in_groups = f"in groups of {sizes}" if groups != [-1] else "by whole rows"
@@ -93,6 +94,21 @@ def _quantization(report: Report) -> Iterator[str]:
         ranks = sorted({correction.rank for correction in corrections})
         of_rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         yield f"Low-rank corrections of rank {of_rank} correct the integers of {len(corrections)} Linears."
+    yield from _vocabulary(quantized)
+
+
+def _vocabulary(quantized: QuantizeOutcome) -> Iterator[str]:
+    """Yield what became of the input embedding and the output layer."""
+    embedding = quantized.embedding
+    bits_of = {matrix.name: matrix.bits for matrix in quantized.matrices}
+    output_bits = None if quantized.output_layer is None else bits_of[quantized.output_layer]
+    if embedding is not None and embedding.name == quantized.output_layer:
+        yield f"Input embedding and output layer, which are one matrix, are stored as int{output_bits}."
+        return
+    if output_bits is not None:
+        yield f"The output layer is stored as int{output_bits}."
+    if embedding is not None:
+        yield f"The input embedding is stored as int{embedding.bits}."
 
 
 def rounding_method(report: Report) -> str | None:
@@ -113,6 +129,8 @@ def _recovery(report: Report) -> Iterator[str]:
         recovered: RecoverOutcome | None = report.stages.get(stage)
         if recovered is not None and any(layer.is_kept for layer in recovered.layers):
             trained.append(parameters)
+            if any(layer.changed_levels for layer in recovered.layers):
+                trained.append("the rounding of integers")
     if trained:
         yield f"{' and '.join(trained).capitalize()} were trained on the original layers' outputs."
 

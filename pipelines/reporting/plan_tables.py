@@ -57,6 +57,7 @@ def _candidate_table(plan: Plan) -> Table:
         "decoder-Linear parameters",
         "removed",
         "bits per weight",
+        "of the model",
         "bytes",
         "change",
     ):
@@ -68,6 +69,7 @@ def _candidate_table(plan: Plan) -> Table:
             f"{candidate.linear_parameters:,}",
             f"{100 * candidate.achieved_compression_ratio:.2f} %",
             f"{candidate.linear_bits_per_weight:.2f}",
+            f"{candidate.model_bits_per_weight:.2f}",
             f"{candidate.num_bytes:,}",
             f"{100 * (candidate.num_bytes / plan.num_bytes - 1):+.1f} %",
         )

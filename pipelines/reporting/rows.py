@@ -125,6 +125,12 @@ def size_rows(report: Report) -> list[Row]:
             f"{after.linear_bits_per_weight:.2f}",
             relative(before.linear_bits_per_weight, after.linear_bits_per_weight),
         ),
+        Row(
+            "Bits per weight of the model",
+            number(before.model_bits_per_weight, 2),
+            number(after.model_bits_per_weight, 2),
+            relative(before.model_bits_per_weight, after.model_bits_per_weight),
+        ),
     ]
 
 

@@ -124,7 +124,8 @@ def _check_readable(context: PlanningContext) -> None:
             f"since transformers keeps a layer's in one tensor: ignore '{EXPERTS}.*' in quantize, or set vllm"
         )
     fused = [[linear.name for linear in stack] for layer in architecture.layers for stack in layer.stacks]
-    problems = find_unreadable(modules, fused)
+    embedding = architecture.vocabulary.embedding
+    problems = find_unreadable(modules, fused, None if embedding is None else embedding.name)
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise PlanError(

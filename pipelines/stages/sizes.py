@@ -91,6 +91,11 @@ def linear_bits_per_weight(by_part: Mapping[str, int], architecture: Architectur
     return 8 * sum(by_part[part] for part in _LINEAR_PARTS) / num_weights
 
 
+def model_bits_per_weight(by_part: Mapping[str, int], architecture: Architecture) -> float:
+    """Return the stored bits of all tensors per weight of the whole original model; tied ones count once."""
+    return 8 * sum(by_part.values()) / architecture.total_parameters
+
+
 def bytes_on_rank(
     architecture: Architecture,
     described: Mapping[str, Storage],
@@ -116,6 +121,8 @@ def bytes_on_rank(
         for part, ((rows, columns), storage) in description.parts.items():
             local = local_shape(name, part, rows, columns, architecture, tensor_parallel_size)
             share = (local or (rows, columns))[0] * (local or (rows, columns))[1] / (rows * columns)
+            if architecture.vocabulary.has(name):  # what a vocabulary is filled up with does not count
+                share = 1 / tensor_parallel_size
             leaves = storage.leaf_shapes(rows, columns) if storage else {"": (rows, columns)}
             whole = sum(
                 math.prod(leaf_shape) * _element(leaf, element) for leaf, leaf_shape in leaves.items()

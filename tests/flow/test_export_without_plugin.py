@@ -51,7 +51,7 @@ def exported(path: Path, output_format: str) -> dict[str, str]:
 
 
 def test_transformers_reads_it_without_this_package(write_recipe: RecipeWriter, tmp_path: Path) -> None:
-    stage = quantize(overrides=MIXED, ignore=["layers.1.self_attn.[qkv]_proj"])
+    stage = quantize(overrides=MIXED, ignore=["layers.1.self_attn.[qkv]_proj"], lm_head={"bits": 8})
     directories = {}
     for output_format in ("vllm", "compressed-tensors"):
         recipe = write_recipe(stage, export=exported(tmp_path / output_format, output_format))
@@ -98,13 +98,25 @@ def test_what_the_format_cannot_hold_is_refused(
         make_plan(load_recipe(recipe))
 
 
+def test_an_embedding_of_integers_is_refused(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    recipe = write_recipe(
+        quantize(embeddings={"bits": 8}), export=exported(tmp_path / "out", "compressed-tensors")
+    )
+    with pytest.raises(PlanError, match="embed_tokens is the input embedding: vLLM looks up integers of"):
+        make_plan(load_recipe(recipe))
+
+
 @pytest.mark.vllm
+@pytest.mark.parametrize("lm_head", [None, {"bits": 4}])
 def test_stock_vllm_serves_it(
-    write_recipe: RecipeWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lm_head: dict[str, Any] | None,
+    write_recipe: RecipeWriter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "none")
     recipe = write_recipe(
-        quantize(overrides={"layers.0.mlp.*": {"sym": False}}),
+        quantize(overrides={"layers.0.mlp.*": {"sym": False}}, lm_head=lm_head),
         export=exported(tmp_path / "out", "compressed-tensors"),
         gates={"serving_parity": {"mean_difference": 0.05, "eager": True}},
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ercsvd_deploy.format import integer_words
 from ercsvd_deploy.format.integer_words import (
     dequantize,
+    dequantize_by_blocks,
     pack_columns,
     pack_rows,
     unpack_columns,
@@ -52,13 +54,19 @@ def test_unpacking_inverts_packing(shape: tuple[int, int], bits: int) -> None:
 
 @BITS
 @pytest.mark.parametrize("has_zero_points", [True, False])
-def test_dequantizing_element_by_element(bits: int, has_zero_points: bool) -> None:
+def test_dequantizing_element_by_element(
+    bits: int, has_zero_points: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = random_values((5, 64), bits)
     scale = torch.rand(5, 2, generator=torch.Generator().manual_seed(1)) + 0.1
     zeros = random_values((5, 2), bits) if has_zero_points else torch.full((5, 2), 2 ** (bits - 1))
-    matrix = dequantize(pack_columns(values, bits), scale, zeros if has_zero_points else None, bits, 64)
+    stored = (pack_columns(values, bits), scale, zeros if has_zero_points else None)
+    matrix = dequantize(*stored, bits, 64)
     for row in range(5):
         for column in range(64):
             group = column // 32
             centred = float(values[row, column] - zeros[row, group])
             assert matrix[row, column] == centred * scale[row, group]
+    for rows_at_once in (2, 5, 8):
+        monkeypatch.setattr(integer_words, "_ROWS_AT_ONCE", rows_at_once)
+        assert torch.equal(dequantize_by_blocks(*stored, bits, 64), matrix)

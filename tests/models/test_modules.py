@@ -19,9 +19,8 @@ from ercsvd_deploy.models.modules import (
     LowRankLinear,
     PackedLinear,
     PivotedLinear,
-    build_linear,
 )
-from ercsvd_deploy.models.replacement import canonical_name, replace_linears
+from ercsvd_deploy.models.replacement import build_linear, canonical_name, replace_linears
 
 OUT, IN, RANK = 24, 64, 8
 

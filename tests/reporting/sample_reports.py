@@ -29,6 +29,7 @@ def figures(num_bytes: int, perplexity: float, exact_match: float) -> dict[str, 
         "linear_bits_per_weight": num_bytes / 125_000,
         "parameters": 1_000_000,
         "linear_parameters": num_bytes // 2,
+        "model_bits_per_weight": num_bytes / 125_000 + 1,
         "perplexity": {"prose": perplexity, "code": 2 * perplexity},
         "exact_match": {"shapes": exact_match},
         "tasks": {"arc": {"acc": exact_match / 2}},
@@ -202,6 +203,14 @@ _SAMPLE: dict[str, Any] = {
         "patterns": [
             {"pattern": "*.down_proj", "purpose": "ignore", "modules": ["model.layers.1.mlp.down_proj"]}
         ],
+        "embedding": {
+            "name": "model.embed_tokens",
+            "shape": [64, 32],
+            "bits": 8,
+            "group_size": 32,
+            "error": 0.000125,
+        },
+        "output_layer": None,
     },
     "serving": {
         "mean_difference": 0.01,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
-from ercsvd_deploy.format.schema import CheckpointConfig, Storage
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import interpolate, spread
@@ -24,7 +22,7 @@ from ercsvd_deploy.pipelines.stages.quantize import decoder
 from ercsvd_deploy.pipelines.stages.sensitivity import measure
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
+from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke, modules_of
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -45,12 +43,6 @@ def told_budget(report: Report) -> tuple[str, int, int]:
     """Return unit, what was allowed and what is spent, as the report's JSON has it."""
     budget = report.as_json()["factorize"]["budget"]
     return budget["unit"], budget["allowed"], budget["spent"]
-
-
-def modules_of(directory: Path) -> Mapping[str, Storage]:
-    """Return how an export's altered Linears are stored."""
-    config = json.loads((directory / "config.json").read_text())
-    return CheckpointConfig.read(config["quantization_config"]).modules
 
 
 @pytest.mark.parametrize("metric", ["identity", "fisher"])

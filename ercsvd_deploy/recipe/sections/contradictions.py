@@ -143,6 +143,13 @@ def _find_idle_target(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         yield ("target",), "is set, but there is no stage that could meet it; add factorize or quantize"
     elif not recipe.may_factorize and recipe.target.factor_bits is not None:
         yield ("target", "factor_bits"), "is set, but there is no factorize stage; add one, or remove it"
+    if recipe.target.vocabulary_bits is not None and not (
+        recipe.quantize is not None and (recipe.quantize.lm_head or recipe.quantize.embeddings)
+    ):
+        yield (
+            ("target", "vocabulary_bits"),
+            "is set, but quantize has neither lm_head nor embeddings; add one, or remove it",
+        )
     if recipe.quantize is None:
         given = recipe.target.model_dump(exclude_none=True)
         for key in [key for key in ("group_sizes", "factor_bits", "corrections") if given.get(key)]:
@@ -236,6 +243,8 @@ def _find_disorder(stages: tuple[Stage, ...]) -> Iterator[tuple[Location, str]]:
         if kind == "recover":
             if not first_of:
                 yield where, "has nothing to train yet; put a factorize or quantize stage before it"
+            elif isinstance(stage, RecoverStage) and stage.recover.rounding and "quantize" not in first_of:
+                yield (*where, "rounding"), "is true, but there are no integers yet; move it behind quantize"
             elif kind_of(stages[number - 1]) == "recover":
                 yield where, f"repeats stages.{number - 1}.recover; keep one of the two"
         elif kind in first_of:

@@ -117,7 +117,8 @@ class Export(Section):
 class Target(Section):
     """What the result may weigh; ranks, bits and what stays dense are then chosen together.
 
-    Exactly one of `bytes` and `overall_bits`. Without a factorize stage bits alone are chosen, of `bits`.
+    Exactly one of `bytes`, `overall_bits` and `model_bits`; the first and the last count what the quantize
+    stage makes of `lm_head` and `embeddings`. Without a factorize stage bits alone are chosen, of `bits`.
     """
 
     bytes: Size | None = Field(
@@ -126,6 +127,11 @@ class Target(Section):
     overall_bits: Annotated[float, Field(gt=0, lt=16)] | None = Field(
         default=None,
         description="Stored bits per original weight over all decoder Linears, scales included.",
+    )
+    model_bits: Annotated[float, Field(gt=0, lt=16)] | None = Field(
+        default=None,
+        description="Stored bits of all tensors per original weight of the whole model: embeddings, output "
+        "layer, norms and vision parts included.",
     )
     bits: ListWithoutRepetition[Bits] = Field(
         default=(4,),
@@ -148,8 +154,22 @@ class Target(Section):
         "`{rank: 32, bits: 4}`, beside none. Each is tried with each of `bits`, which takes time.",
     )
 
+    vocabulary_bits: ListWithoutRepetition[Literal[4, 5, 6, 8]] | None = Field(
+        default=None,
+        min_length=1,
+        description="Bits that the matrices of `quantize.lm_head` and `quantize.embeddings` may have beside "
+        "16; null: those that the stage says. For a target that counts them.",
+    )
+
     @model_validator(mode="after")
     def _has_one_measure(self) -> Target:
-        if (self.bytes is None) == (self.overall_bits is None):
-            raise refusal("has to have exactly one of bytes and overall_bits, such as overall_bits: 3.2")
+        if [self.bytes, self.overall_bits, self.model_bits].count(None) != 2:
+            raise refusal(
+                "has to have exactly one of bytes, overall_bits and model_bits, such as overall_bits: 3.2"
+            )
+        if self.overall_bits is not None and self.vocabulary_bits is not None:
+            text = (
+                "is given, but overall_bits counts the decoder alone; use model_bits or bytes, or remove it"
+            )
+            refuse_together([(("vocabulary_bits",), text)])
         return self

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ercsvd_deploy.exporters.vllm.cutting import local_shape
 from ercsvd_deploy.exporters.vllm.layer_plan import PlannedMatrix, Projection, plan_second, plan_stacks
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
 
@@ -54,7 +55,7 @@ class KernelUse:
         full_columns: Inputs over all ranks.
         storage: How it is stored, in words.
         quantization: Bits, group size and symmetry; None for a plain matrix.
-        layers: In how many layers.
+        layers: In how many layers; an output layer counts as one.
         kernels: Accelerator -> kernel, "plain" or why there is none; empty if vLLM was not asked.
     """
 
@@ -90,24 +91,31 @@ def plan_matrices(
     architecture: Architecture,
     tensor_parallel_sizes: Iterable[int],
 ) -> tuple[KernelUse, ...]:
-    """Return every kind of decoder matrix at every tensor parallel size; nobody is asked yet."""
+    """Return every kind of decoder matrix, and an output layer of integers, at every tensor parallel size.
+
+    Nobody is asked yet.
+    """
     found: dict[tuple[Any, ...], KernelUse] = {}
     for size in sorted(set(tensor_parallel_sizes)):
-        for layer in architecture.layers:
-            for stack in layer.stacks:
-                for matrix in _matrices(layer, stack, described, architecture, size):
-                    key = (size, matrix)
-                    stored = matrix.quantization
-                    known = found.get(key) or KernelUse(
-                        size,
-                        matrix.parts,
-                        *matrix.shape,
-                        *matrix.full_shape,
-                        _label(stored),
-                        None if stored is None else stored.model_dump(),
-                        layers=0,
-                    )
-                    found[key] = replace(known, layers=known.layers + 1)
+        matrices = [
+            matrix
+            for layer in architecture.layers
+            for stack in layer.stacks
+            for matrix in _matrices(layer, stack, described, architecture, size)
+        ]
+        for matrix in [*matrices, *_output_layer(described, architecture, size)]:
+            key = (size, matrix)
+            stored = matrix.quantization
+            known = found.get(key) or KernelUse(
+                size,
+                matrix.parts,
+                *matrix.shape,
+                *matrix.full_shape,
+                _label(stored),
+                None if stored is None else stored.model_dump(),
+                layers=0,
+            )
+            found[key] = replace(known, layers=known.layers + 1)
     return tuple(found.values())
 
 
@@ -185,6 +193,20 @@ def _matrices(
     return [stack.matrix for stack in plan_stacks(projections)] + [
         second for second in seconds if second is not None
     ]
+
+
+def _output_layer(
+    described: Mapping[str, Storage], architecture: Architecture, size: int
+) -> list[PlannedMatrix]:
+    """Return an output layer's own integers on one rank; what it shares with an embedding has no kernel."""
+    output_layer = architecture.vocabulary.output_layer
+    storage = None if output_layer is None else described.get(output_layer.name)
+    if output_layer is None or storage is None:
+        return []
+    rows, columns = output_layer.out_features, output_layer.in_features
+    local = local_shape(output_layer.name, "", rows, columns, architecture, size) or (rows, columns)
+    full_shape = (size * local[0], columns)
+    return [PlannedMatrix((output_layer.name,), local, full_shape, storage.weight)]
 
 
 def _share(length: int, parts: int) -> int:

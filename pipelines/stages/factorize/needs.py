@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs
 from ercsvd_deploy.pipelines.stages.quantize.needs import rounding_bytes, rounding_flops
+from ercsvd_deploy.pipelines.stages.sensitivity.vocabulary import MOST_INPUTS
 from ercsvd_deploy.pipelines.stages.sizes import module_bytes
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
+from ercsvd_deploy.quantization.many_rows import ROWS_AT_ONCE
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
@@ -77,6 +79,7 @@ def factorize_needs(
             + max(solving, rounding_bytes(_probed_rows(task, linear, ranks), linear.in_features))
             for linear in work.largest_layer.linears
         )
+        ending = max(ending, _vocabulary_bytes(work, task))
         beside = waiting
     during = max(states + weights + grams + step, states + work.layer_load, embedding)
     if settings.compressed_prefix_inputs:
@@ -163,6 +166,16 @@ def _solving_bytes(linear: LinearShape, rank: int, *, has_metric: bool) -> int:
     smaller = min(rows, columns)
     square = max(5 * smaller**2, columns**2) + (2 * smaller**2 if has_metric else 0)
     return FLOAT64 * (3 * linear.parameters + square + rank * (rows + columns))
+
+
+def _vocabulary_bytes(work: Workload, task: AllocationTask) -> int:
+    """Return the bytes of choosing bits for embedding and output layer: a block of rows, and its logits."""
+    multiplied = work.architecture.vocabulary.multiplied
+    if multiplied is None or multiplied.name not in task.costs:
+        return 0
+    rows, columns = min(ROWS_AT_ONCE, multiplied.out_features), multiplied.in_features
+    inputs = MOST_INPUTS * (columns + 4 * rows)
+    return FLOAT32 * (inputs + columns**2) + rounding_bytes(rows, columns)
 
 
 def _prefix_bytes(work: Workload) -> int:

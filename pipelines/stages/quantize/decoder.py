@@ -1,4 +1,4 @@
-"""GPTQ of every decoder Linear, factors included, one layer at a time.
+"""GPTQ of every decoder Linear, factors included, one layer at a time, and of the output layer behind them.
 
 Each layer is measured on the output of the layers before it as they will be served (already
 quantized), unless the recipe says otherwise. A pair of factors is quantized in the order in which its
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
     from ercsvd_deploy.models.architecture import LayerLinears
     from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.pipelines.stages.quantize.vocabulary import VocabularyQuantizer
     from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
     from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
     from ercsvd_deploy.pipelines.state.cache import FinishedWork
@@ -60,6 +61,7 @@ def quantize_decoder(
     refits_to_factors: bool = False,
     token_sensitivity: TokenSensitivity | None = None,
     sensitivity: Sensitivity | None = None,
+    vocabulary: VocabularyQuantizer | None = None,
 ) -> QuantizeOutcome:
     """Quantize the decoder; layers that are finished in `work` are not computed again.
 
@@ -78,6 +80,7 @@ def quantize_decoder(
             are relative to that: trained factors are nearer to the original's outputs than its weight is.
         token_sensitivity: How much the samples' tokens count, where that was measured.
         sensitivity: Fisher information of the Linears' outputs, where corrections are fitted by it.
+        vocabulary: Quantizes the output layer, if that is to become integers.
 
     Raises:
         QuantizationError: a weight or Gram is not finite, or a scale leaves its precision's range.
@@ -87,19 +90,24 @@ def quantize_decoder(
     )
     pieces = {layer.index: f"layer-{layer.index:05d}" for layer in model.architecture.layers}
     findings: dict[int, Any] = {index: work.findings(piece) for index, piece in pieces.items()}
-    if None in findings.values():
+    lacks_output_layer = vocabulary is not None and vocabulary.lacks_output_layer
+    if None in findings.values() or lacks_output_layer:
         num_fitting = len(samples)
         if settings.method == "gptq" and len(samples) >= FEWEST_SAMPLES_TO_HOLD_OUT:
             num_fitting = num_not_held_out(len(samples))
         divided = divide(
             model, samples, num_searched=0, num_fitting=num_fitting, token_sensitivity=token_sensitivity
         )
-        _quantize_missing(model, quantizer, divided, pieces, findings, work, on_layer)
-    outcome = QuantizeOutcome([], [], matches, dict(modules))
+        hidden = _quantize_missing(model, quantizer, divided, pieces, findings, work, on_layer)
+        if vocabulary is not None and lacks_output_layer:
+            vocabulary.quantize_output_layer(model, hidden, divided)
+    outcome = QuantizeOutcome([], [], matches, modules=dict(modules))
     for index, piece in pieces.items():
         outcome.matrices += _MATRICES.validate_python(findings[index]["matrices"])
         outcome.linears += _LINEARS.validate_python(findings[index]["linears"])
         outcome.files.append(work.tensors_file(piece))
+    if vocabulary is not None:
+        vocabulary.add_to(outcome)
     return outcome
 
 
@@ -111,8 +119,12 @@ def _quantize_missing(
     findings: dict[int, Any],
     work: FinishedWork,
     on_layer: Callable[[], None],
-) -> None:
-    """Pass through the decoder, and quantize the layers that have no findings yet: they get them."""
+) -> list[torch.Tensor]:
+    """Pass through the decoder, and quantize the layers that have no findings yet: they get them.
+
+    Returns:
+        The last layer's outputs.
+    """
     follows_compressed = quantizer.settings.compressed_prefix_inputs
     hidden = model.embed(divided.batches)
     for layer in model.architecture.layers:
@@ -142,6 +154,7 @@ def _quantize_missing(
             else:
                 hidden = outputs
         on_layer()
+    return hidden
 
 
 def _experts_quantizer(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs
 from ercsvd_deploy.pipelines.stages.sizes import modules_bytes
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
+from ercsvd_deploy.quantization.many_rows import ROWS_AT_ONCE
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
@@ -40,8 +41,9 @@ def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
             states + weights + (routed and states // 2 + max(routed, 3 * work.layer_grams + step)),
             states + work.layer_load,
             states // 2 + work.embedding([work.calibrating]),
+            _output_layer_bytes(work, candidates),
         ),
-        beside_bytes=2 * weights,
+        beside_bytes=max(2 * weights, 2 * work.stored * _vocabulary_weights(work, candidates)),
         scratch_bytes=kept,
         kept_bytes=kept,
         flops=work.forward_flops(work.calibrating)
@@ -49,6 +51,26 @@ def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
         + _quantize_flops(work, candidates)
         + _expert_flops(work, candidates),
     )
+
+
+def _vocabulary_weights(work: Workload, candidates: Sequence[Candidate]) -> int:
+    """Return the weights of the largest matrix with a row for every token that becomes integers."""
+    vocabulary = work.architecture.vocabulary
+    matrices = [each for each in (vocabulary.embedding, vocabulary.multiplied) if each is not None]
+    return max(
+        (each.parameters for each in matrices if any(each.name in one.modules for one in candidates)),
+        default=0,
+    )
+
+
+def _output_layer_bytes(work: Workload, candidates: Sequence[Candidate]) -> int:
+    """Return the bytes of quantizing an output layer, block by block; 0 if it stays as it is."""
+    multiplied = work.architecture.vocabulary.multiplied
+    if multiplied is None or not any(multiplied.name in candidate.modules for candidate in candidates):
+        return 0
+    rows, columns = min(ROWS_AT_ONCE, multiplied.out_features), multiplied.in_features
+    states = work.activations(work.calibrating)
+    return states + work.outside_weights + 3 * FLOAT32 * columns**2 + rounding_bytes(rows, columns)
 
 
 def rounding_bytes(rows: int, columns: int) -> int:
@@ -94,6 +116,7 @@ def _group_bytes(
 
 def _quantize_flops(work: Workload, candidates: Sequence[Candidate]) -> float:
     """Return the operations of the loops, of the candidate with the fewest."""
+    vocabulary = work.architecture.vocabulary.multiplied
     return min(
         sum(
             rounding_flops(
@@ -101,6 +124,11 @@ def _quantize_flops(work: Workload, candidates: Sequence[Candidate]) -> float:
             )
             for layer in work.architecture.layers
             for group in layer.groups
+        )
+        + (
+            rounding_flops(vocabulary.out_features, vocabulary.in_features)
+            if vocabulary is not None and vocabulary.name in candidate.modules
+            else 0
         )
         for candidate in candidates
     )

@@ -94,6 +94,19 @@ class QuantizedLinear:
 
 
 @dataclass(frozen=True)
+class QuantizedEmbedding:
+    """What became of the input embedding."""
+
+    name: Annotated[str, Field(description="The module's name.")]
+    shape: Annotated[Shape, Field(description="Tokens and their dimensions.")]
+    bits: Annotated[Count, Field(description="Bits of each integer.")]
+    group_size: Annotated[int, Field(description="Weights that share a scale; -1: a whole row.")]
+    error: Annotated[
+        Measured, Field(description="Sum of the squared errors of all rows, relative to that of the weights.")
+    ]
+
+
+@dataclass(frozen=True)
 class QuantizedLayer:
     """The integers of a layer, and what its Linears lose to them.
 
@@ -119,12 +132,18 @@ class PatternMatch:
 
 @dataclass
 class QuantizeOutcome:
-    """What the quantize stage found and did; the integers themselves are in its layer files."""
+    """What the quantize stage found and did; the integers themselves are in its files."""
 
     matrices: Annotated[list[QuantizedMatrix], Field(description="Every quantized matrix.")]
     linears: Annotated[list[QuantizedLinear], Field(description="Every quantized Linear.")]
     patterns: Annotated[
         tuple[PatternMatch, ...], Field(description="What the recipe's patterns matched.")
     ] = ()
+    embedding: Annotated[
+        QuantizedEmbedding | None, Field(description="The input embedding, if it became integers.")
+    ] = None
+    output_layer: Annotated[
+        str | None, Field(description="Name of the output layer among the matrices, if it became integers.")
+    ] = None
     modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
     files: NotReported[list[Path]] = field(default_factory=list)

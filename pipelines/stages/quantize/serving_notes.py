@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ercsvd_deploy.exporters.vllm.cutting import BLOCK, find_unaligned
 from ercsvd_deploy.exporters.vllm.experts.fused_kinds import serving_notes as expert_notes
 from ercsvd_deploy.format.schema import WORD_BITS, Storage, WeightQuantization
+from ercsvd_deploy.pipelines.stages.quantize.vocabulary_plan import describe_tied
 
 if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import Architecture
@@ -33,15 +34,17 @@ def serving_warnings(
         dtype: Precision of the other tensors, "bfloat16" say.
         has_plugin: Whether our plugin serves the model, which makes plain what no kernel takes.
     """
-    integers = [each for storage in described.values() for _, each in storage.parts.values() if each]
+    multiplied = _multiplied(described, architecture)
+    integers = [each for storage in multiplied.values() for _, each in storage.parts.values() if each]
     warnings = _fitting_notes(plan, described, tensor_parallel_sizes)
     warnings += expert_notes(described, architecture) if has_plugin else []
+    warnings += describe_tied(described, architecture)
     without_cpu_kernel = sorted({each.bits for each in integers} - {4})
     if without_cpu_kernel:
         kinds = ", ".join(f"{bits}-bit" for bits in without_cpu_kernel)
         without = "it would hold these matrices in 16 bits" if has_plugin else "it would not start there"
         warnings.append(f"quantize: vLLM has no kernel for {kinds} weights on a CPU; {without}")
-    unaligned = find_unaligned(described, architecture, tensor_parallel_sizes)
+    unaligned = find_unaligned(multiplied, architecture, tensor_parallel_sizes)
     if unaligned:
         first = unaligned[0]
         warnings.append(
@@ -56,6 +59,12 @@ def serving_warnings(
             "Start vLLM with --dtype float16 or bfloat16"
         )
     return warnings
+
+
+def _multiplied(described: Mapping[str, Storage], architecture: Architecture) -> dict[str, Storage]:
+    """Return what kernels have to multiply: no kernel does an embedding's matrix, see `describe_tied`."""
+    embedding = architecture.vocabulary.embedding
+    return {name: each for name, each in described.items() if embedding is None or name != embedding.name}
 
 
 def gpu_warnings(

@@ -23,7 +23,12 @@ from ercsvd_deploy.recipe.quantize import Quantize
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.inputs.run_data import RunData
-    from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLinear, QuantizedMatrix
+    from ercsvd_deploy.pipelines.stages.quantize.results import (
+        QuantizedEmbedding,
+        QuantizedLinear,
+        QuantizedMatrix,
+    )
+    from ercsvd_deploy.pipelines.stages.quantize.vocabulary import VocabularyQuantizer
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun
     from ercsvd_deploy.pipelines.stages.workload import Workload
 
@@ -127,6 +132,7 @@ class QuantizeStage(Stage):
             **self._storages(run.results.get("factorize")),
             **self.storing.describe_experts(self.architecture),
         }
+        vocabulary = self._quantize_embedding(run, storages)
         model = run.model.stream()
         with run.progress(self.title, model.num_layers) as on_layer:
             outcome = quantize_decoder(
@@ -141,10 +147,37 @@ class QuantizeStage(Stage):
                 refits_to_factors=self.is_on_trained_factors,
                 token_sensitivity=run.results.get("token_sensitivity"),
                 sensitivity=run.results.get("sensitivity") if self.is_weighed else None,
+                vocabulary=vocabulary,
             )
         integers = {name: storage for name, storage in storages.items() if storage.is_quantized}
         run.model.overlay(outcome.files, integers)
         return outcome
+
+    def _quantize_embedding(
+        self, run: StageRun, storages: Mapping[str, Storage]
+    ) -> VocabularyQuantizer | None:
+        """Return what quantizes the output layer; the embedding, which takes no pass, is quantized already.
+
+        Where layers are measured on what is served before them, that includes the embedding.
+        """
+        names = self.architecture.vocabulary.names
+        outside = {name: storage for name, storage in storages.items() if name in names}
+        if not outside:
+            return None
+        from ercsvd_deploy.pipelines.stages.quantize.vocabulary import VocabularyQuantizer
+
+        vocabulary = VocabularyQuantizer(
+            self.quantize,
+            self.architecture.vocabulary,
+            outside,
+            run.model.original.store,
+            run.model.device,
+            run.cache,
+        )
+        file, embedding = vocabulary.round_embedding(), vocabulary.embedding
+        if file is not None and embedding is not None and self.quantize.compressed_prefix_inputs:
+            run.model.overlay([file], {embedding.name: outside[embedding.name]})
+        return vocabulary
 
     def _storages(self, factorized: Any) -> Mapping[str, Storage]:
         """Return how every altered Linear but those of experts is stored, given what was chosen before."""
@@ -152,7 +185,8 @@ class QuantizeStage(Stage):
             return self.storing.describe({}, self.architecture)
         chosen = factorized.chosen.storages
         if chosen is not None:
-            return {name: storage for name, storage in chosen.items() if storage.is_altered}
+            stored = {**self.storing.vocabulary, **chosen}
+            return {name: storage for name, storage in stored.items() if storage.is_altered}
         return self.storing.describe(factorized.plan.ranks, self.architecture)
 
     def tables(self, result: QuantizeOutcome) -> Iterable[Table]:
@@ -160,8 +194,10 @@ class QuantizeStage(Stage):
         kinds: dict[str, list[QuantizedMatrix]] = {}
         for matrix in result.matrices:
             end = matrix.name.rpartition(".")[2]
-            plain = "dense" if matrix.routed_tokens is None else "routed experts"
-            kinds.setdefault(end if end in FACTOR_PARTS else plain, []).append(matrix)
+            kind = "dense" if matrix.routed_tokens is None else "routed experts"
+            if matrix.name == result.output_layer:
+                kind = "output layer"
+            kinds.setdefault(end if end in FACTOR_PARTS else kind, []).append(matrix)
         columns = ("matrix", "count", "GPTQ", "rounding", "GPTQ taken")
         rows = tuple(
             (
@@ -174,6 +210,7 @@ class QuantizeStage(Stage):
             for kind, matrices in kinds.items()
         )
         yield Table("Quantized matrices, mean relative proxy loss", columns, rows, columns[1:])
+        yield from _embedding_table(result.embedding)
         yield from experts_table(result.matrices)
         yield _matrix_table(each for each in result.matrices if each.routed_tokens is None)
         yield _linear_table(result.linears)
@@ -183,6 +220,16 @@ class QuantizeStage(Stage):
     def warnings(self, result: QuantizeOutcome) -> Iterable[str]:
         """Say how many routed experts got too few tokens."""
         return pooling_warning(result.matrices)
+
+
+def _embedding_table(embedding: QuantizedEmbedding | None) -> Iterable[Table]:
+    """Tell how far the rows that are looked up are from the original ones; nothing if they are those."""
+    if embedding is None:
+        return
+    columns = ("matrix", "bits", "group", "relative error")
+    group = "row" if embedding.group_size < 0 else str(embedding.group_size)
+    row = (embedding.name, str(embedding.bits), group, f"{embedding.error:.6f}")
+    yield Table("Quantized input embedding", columns, (row,), columns[1:])
 
 
 def _ruled_table(linears: Iterable[QuantizedLinear]) -> Iterable[Table]:

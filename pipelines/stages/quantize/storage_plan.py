@@ -18,6 +18,7 @@ from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantizati
 from ercsvd_deploy.models.experts import EXPERTS
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
+from ercsvd_deploy.pipelines.stages.quantize.vocabulary_plan import plan_vocabulary
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.recipe.quantize import Correction, Quantize
 
@@ -35,7 +36,7 @@ class QuantizePlanError(PlanError):
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """What a recipe says of how each decoder Linear is stored.
+    """What a recipe says of how each decoder Linear is stored, and the matrices around the decoder.
 
     Attributes:
         integers: Linear -> integers of each of its matrices; None: it stays as it is.
@@ -43,6 +44,7 @@ class QuantizePlan:
         layout: Of the Linears that have a rank.
         fitted_to: Tensor parallel sizes to which groups are made to fit; None: they stay as they are.
         corrections: Linear -> what is added to its integers if it has no rank; those left out get none.
+        vocabulary: How input embedding and output layer are stored, if they become integers.
     """
 
     integers: Mapping[str, WeightQuantization | None]
@@ -50,9 +52,10 @@ class QuantizePlan:
     layout: LowRankLayout = "low_rank"
     fitted_to: tuple[int, ...] | None = None
     corrections: Mapping[str, Correction] = field(default_factory=dict)
+    vocabulary: Mapping[str, Storage] = field(default_factory=dict)
 
     def describe(self, ranks: Mapping[str, int | None], architecture: Architecture) -> dict[str, Storage]:
-        """Return how every altered Linear is stored in the end, given the ranks of the low-rank ones."""
+        """Return how every altered matrix is stored in the end, given the ranks of the low-rank ones."""
         rules = StorageRules(architecture, self.layout, self.fitted_to)
         storages = {
             linear.name: rules.storage(
@@ -63,7 +66,8 @@ class QuantizePlan:
             )
             for linear in architecture.linears
         }
-        return {name: storage for name, storage in storages.items() if storage.is_altered}
+        altered = {name: storage for name, storage in storages.items() if storage.is_altered}
+        return altered | dict(self.vocabulary)
 
     def describe_experts(self, architecture: Architecture) -> dict[str, Storage]:
         """Return how every altered Linear of a routed expert is stored in the end."""
@@ -88,6 +92,7 @@ def quantize_plan_of(recipe: Recipe, architecture: Architecture) -> QuantizePlan
 
     Raises:
         QuantizePlanError: a pattern matches nothing, or nothing is left to quantize.
+        PlanError: embedding or output layer cannot be stored as asked.
     """
     layout = recipe.factorize.layout if recipe.factorize else "low_rank"
     if recipe.quantize is None:
@@ -103,6 +108,7 @@ def quantize_plan_of(recipe: Recipe, architecture: Architecture) -> QuantizePlan
         layout=layout,
         corrections={name: each for name, each in plan.corrections.items() if name not in set(experts)},
         fitted_to=recipe.serving.tensor_parallel_sizes if recipe.target or not names_ranks else None,
+        vocabulary=plan_vocabulary(recipe.quantize, architecture),
     )
 
 

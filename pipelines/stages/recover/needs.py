@@ -19,7 +19,10 @@ def recover_needs(settings: Recover, work: Workload, candidates: Sequence[Candid
     # Targets, and inputs from the compressed layers; while one layer is passed, its outputs too.
     states = 2 * work.activations(work.calibrating)
     layers = [_layers(work, candidate) for candidate in candidates]
-    largest = max(trained + integers // 2 for each in layers for trained, integers in each)
+    # Of integers there are two copies, as dequantized and the gradient by them; with choices of the rounding
+    # four more: themselves, their gradients, and Adam's two moments.
+    copies = 6 if settings.rounding else 2
+    largest = max(trained + integers * copies // 4 for each in layers for trained, integers in each)
     training = work.layer_weights + 4 * FLOAT32 * largest + work.training_pass(batch)
     kept = max(_written_bytes(work, candidate) for candidate in candidates)
     return Needs(
@@ -36,8 +39,7 @@ def recover_needs(settings: Recover, work: Workload, candidates: Sequence[Candid
 def _layers(work: Workload, candidate: Candidate) -> list[tuple[int, int]]:
     """Return for every decoder layer the values of its altered matrices: floating-point ones, and integers.
 
-    Of the first there are four copies in float32: as trained, gradient, momentum, and what Muon makes of it;
-    of integers two, as dequantized and the gradient by them.
+    Of the first there are four copies in float32: as trained, gradient, momentum, and what Muon makes of it.
     """
     layers = []
     for layer in work.architecture.layers:

@@ -8,18 +8,26 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.models.modules import PackedLinear
+from ercsvd_deploy.quantization.learned_rounding import LEARNING_RATE, LearnedRounding
 
 
 @dataclass(frozen=True)
 class TrainedParameters:
-    """What is trained of some compressed Linears."""
+    """What is trained of some compressed Linears.
 
-    matrices: list[nn.Parameter]  # factors
-    scales: list[nn.Parameter]  # of quantized matrices
+    Attributes:
+        matrices: Factors.
+        scales: Of quantized matrices.
+        roundings: Of quantized matrices; empty where the rounding stays as it is.
+    """
+
+    matrices: list[nn.Parameter]
+    scales: list[nn.Parameter]
+    roundings: list[LearnedRounding]
 
     @classmethod
     def find(cls, linear: nn.Module) -> TrainedParameters:
-        """Return what can be trained of one of `lowrank_linear`'s modules; scales become parameters."""
+        """Return what can be trained of one of `replacement.build_linear`'s; scales become parameters."""
         packed = [each for each in linear.modules() if isinstance(each, PackedLinear)]
         for each in packed:
             scale = each.weight_scale
@@ -29,12 +37,18 @@ class TrainedParameters:
         return cls(
             [each.get_parameter("weight") for each in plain],
             [each.get_parameter("weight_scale") for each in packed],
+            [each.rounding for each in packed if each.rounding is not None],
         )
+
+    @property
+    def floating_point(self) -> list[nn.Parameter]:
+        """What the files hold as it is."""
+        return [*self.matrices, *self.scales]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All of it."""
-        return [*self.matrices, *self.scales]
+        return [*self.floating_point, *(each.choice for each in self.roundings)]
 
     def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
         """Return what trains it: Muon for matrices, Adam for scales, by shares of their size."""
@@ -55,3 +69,8 @@ class TrainedParameters:
                 )
             )
         return found
+
+    def rounding_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return what trains which way weights are rounded, at one rate from first to last."""
+        choices = [each.choice for each in self.roundings]
+        return [torch.optim.Adam(choices, lr=LEARNING_RATE)] if choices else []

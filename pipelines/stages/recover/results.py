@@ -31,6 +31,9 @@ class RecoveredLayer:
         ),
     ]
     is_kept: Annotated[bool, Field(description="Whether the trained layer was taken.")]
+    changed_levels: Annotated[
+        Count, Field(description="Integers that are rounded to another level than before.")
+    ] = 0
 
 
 @dataclass(frozen=True)

@@ -64,18 +64,21 @@ class RecoverStage(Stage):
 
     def tables(self, result: RecoverOutcome) -> Iterable[Table]:
         """Show both errors of every layer."""
-        columns = ("layer", "error before", "error after", "change", "")
+        changed = ("levels changed",) if self.recover.rounding else ()
+        columns = ("layer", "error before", "error after", "change", *changed, "")
         rows = tuple(
             (
                 str(layer.layer),
                 f"{layer.error_before:.5f}",
                 f"{layer.error_after:.5f}",
                 f"{100 * (layer.error_after / layer.error_before - 1):+.1f} %" if layer.error_before else "",
+                *([f"{layer.changed_levels:,}"] if self.recover.rounding else []),
                 "" if layer.is_kept else "left as it was",
             )
             for layer in result.layers
         )
-        yield Table(f"Recovery of {self.trained}", columns, rows, columns[:4])
+        trained = f"{self.trained} and rounding" if self.recover.rounding else self.trained
+        yield Table(f"Recovery of {trained}", columns, rows, columns[:-1])
 
     def warnings(self, result: RecoverOutcome) -> Iterable[str]:
         """Say which layers training did no good."""

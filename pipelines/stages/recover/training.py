@@ -12,14 +12,14 @@ the sequences is not trained on: a layer whose error there does not fall stays a
 may have tokens replaced: targets are the original's for whatever stands there, so that no text is too odd.
 
 What is trained are the factors of factorized Linears, and of quantized matrices the scales: format and sizes
-stay as they are, and nothing is added that would have to be merged or served. Sources: block-wise
+stay as they are, and nothing is added that would have to be merged or served. With `rounding` it is also
+learned which way each weight is rounded (`quantization.learned_rounding`). Sources: block-wise
 reconstruction BRECQ (arXiv 2102.05426), training of scales alone EfficientQAT (arXiv 2407.11062), the
 optimizer of the factors Muon (arXiv 2502.16982). docs/decisions/0010 has the measurements.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -29,9 +29,12 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
+from ercsvd_deploy.format.integer_words import unpack_columns
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.format.tensor_store import FileStore
+from ercsvd_deploy.models.modules import PackedLinear
 from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.pipelines.stages.recover.layer import Example, LayerTraining
 from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
 from ercsvd_deploy.pipelines.stages.recover.results import RecoveredLayer, RecoverOutcome
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
@@ -42,8 +45,6 @@ if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import LayerLinears
 
 _HELD_OUT_SHARE = 1 / 16  # of the batches, at least one
-_WARM_UP_SHARE = 1 / 20  # of the steps
-_GRADIENT_NORM = 1.0  # at which the gradient of all factors together is clipped
 
 
 _LAYER = TypeAdapter(RecoveredLayer)
@@ -83,15 +84,6 @@ def recover_decoder(
 
 def _piece(layer: int) -> str:
     return f"layer-{layer:05d}"
-
-
-@dataclass(frozen=True)
-class _Example:
-    """One batch before and behind a layer."""
-
-    inputs: torch.Tensor  # X' [rows, tokens, hidden]
-    targets: torch.Tensor  # t, the same shape
-    token_weights: torch.Tensor | None  # [rows, tokens]
 
 
 @dataclass(frozen=True)
@@ -142,10 +134,13 @@ class _RecoverStage:
         replaced = _with_replaced_tokens(shuffled[:training], self.settings.replaced_tokens, vocab_size)
         return replaced + shuffled[training:]
 
-    def _finish_layer(self, layer: LayerLinears, module: nn.Module, examples: list[_Example]) -> Any:
+    def _finish_layer(self, layer: LayerLinears, module: nn.Module, examples: list[Example]) -> Any:
         """Train a loaded layer and write it down, or what it was if that is better."""
         held_out = _num_held_out(len(examples))
         training, judging = examples[:-held_out], examples[-held_out:]
+        trainer = LayerTraining(self.compressed, self.settings, layer, module)
+        error_before = trainer.error(judging)
+        rounded = self._start_rounding(layer, module) if self.settings.rounding else []
         found = [
             TrainedParameters.find(module.get_submodule(layer.local_name(each)))
             for each in self.trainable(layer)
@@ -153,76 +148,40 @@ class _RecoverStage:
         trained = TrainedParameters(
             [matrix for each in found for matrix in each.matrices],
             [scale for each in found for scale in each.scales],
+            [rounding for each in found for rounding in each.roundings],
         )
-        before = [parameter.data for parameter in trained.parameters]
-        error_before = self._error(layer.index, module, judging)
-        self._train_layer(layer.index, module, trained, training)
-        self._round(layer, module, trained)
-        error_after = self._error(layer.index, module, judging)
+        before = [parameter.data for parameter in trained.floating_point]
+        integers = [each.weight_packed for each in rounded]
+        trainer.train(trained, training)
+        for each in rounded:
+            each.keep_rounding()
+        trainer.round(trained)
+        error_after = trainer.error(judging)
         is_kept = error_after < error_before
         if not is_kept:
-            for parameter, data in zip(trained.parameters, before, strict=True):
+            for parameter, data in zip(trained.floating_point, before, strict=True):
                 parameter.data = data
-        findings = _LAYER.dump_python(RecoveredLayer(layer.index, error_before, error_after, is_kept))
+            for each, words in zip(rounded, integers, strict=True):
+                each.weight_packed = words
+        recovered = RecoveredLayer(
+            layer.index, error_before, error_after, is_kept, _count_changed(rounded, integers)
+        )
+        findings = _LAYER.dump_python(recovered)
         self.work.finish(_piece(layer.index), findings, self._tensors(layer, module))
         return findings
 
-    def _train_layer(
-        self, index: int, module: nn.Module, trained: TrainedParameters, examples: Sequence[_Example]
-    ) -> None:
-        """Train a layer's parameters, which become float32; stop early if a gradient is not finite."""
-        for parameter in trained.parameters:
-            parameter.data = parameter.data.to(torch.float32, copy=True)  # the caller keeps the old ones
-            parameter.requires_grad_()
-        optimizers = trained.optimizers(self.settings.learning_rate)
-        schedules = [torch.optim.lr_scheduler.LambdaLR(each, self._rate) for each in optimizers]
-        generator = torch.Generator().manual_seed(index)
-        order: list[int] = []
-        for _ in range(self.settings.steps):
-            order = order or torch.randperm(len(examples), generator=generator).tolist()
-            with torch.enable_grad():
-                loss = self._loss(index, module, examples[order.pop()])
-            module.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(trained.parameters, _GRADIENT_NORM)
-            if not bool(torch.isfinite(norm)):
-                break  # the error on held-out sequences then decides
-            for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                optimizer.step()
-                schedule.step()
-        for parameter in trained.parameters:
-            parameter.requires_grad_(False)
-
-    def _round(self, layer: LayerLinears, module: nn.Module, trained: TrainedParameters) -> None:
-        """Give what was trained the values that the files will hold, in the precision of the computation."""
-        names = {id(parameter): name for name, parameter in module.named_parameters()}
-        for parameter in trained.parameters:
-            stored = self.compressed.stored_dtype(f"{layer.prefix}.{names[id(parameter)]}")
-            parameter.data = parameter.data.to(stored).to(self.compressed.dtype)
-
-    def _rate(self, step: int) -> float:
-        """Return a step's share of the learning rate: a short rise, then half a cosine down to zero."""
-        rise = max(1, round(self.settings.steps * _WARM_UP_SHARE))
-        return min(1.0, (step + 1) / rise) * (1 + math.cos(math.pi * step / self.settings.steps)) / 2
-
-    def _loss(self, index: int, module: nn.Module, example: _Example) -> torch.Tensor:
-        """Return the mean over a batch's tokens of |o - t|^2 / |t|^2."""
-        device = self.compressed.device
-        # What is trained is float32 for a while; where the rest is not, products are made in 16 bits.
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.compressed.dtype != torch.float32):
-            outputs = self.compressed.run_layer(module, index, example.inputs)
-        targets = example.targets.float()
-        energy = targets.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        errors = (outputs.float() - targets).square().sum(-1) / energy
-        if example.token_weights is None:
-            return errors.mean()
-        weights = example.token_weights.to(errors)
-        return (weights * errors).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
-
-    @torch.no_grad()
-    def _error(self, index: int, module: nn.Module, examples: Sequence[_Example]) -> float:
-        losses = [float(self._loss(index, module, example)) for example in examples]
-        return sum(losses) / len(losses)
+    def _start_rounding(self, layer: LayerLinears, module: nn.Module) -> list[PackedLinear]:
+        """Let levels that are trained stand for the integers of a loaded layer; return their matrices."""
+        rounded = []
+        with self.original.layer(layer.index) as dense:
+            for linear in self.trainable(layer):
+                name = layer.local_name(linear)
+                compressed = module.get_submodule(name)
+                # What the integers of factors stood for is not known any more.
+                if isinstance(compressed, PackedLinear):
+                    compressed.train_rounding(dense.get_submodule(name).get_parameter("weight").data)
+                    rounded.append(compressed)
+        return rounded
 
     def _tensors(self, layer: LayerLinears, module: nn.Module) -> dict[str, torch.Tensor]:
         """Return the tensors that store a layer's compressed Linears."""
@@ -245,6 +204,16 @@ class _RecoverStage:
             held[name.removeprefix(f"{layer.prefix}.")].copy_(tensor)
 
 
+def _count_changed(matrices: Sequence[PackedLinear], words_before: Sequence[torch.Tensor]) -> int:
+    """Return how many integers are others than they were."""
+    count = 0
+    for matrix, before in zip(matrices, words_before, strict=True):
+        bits, columns = matrix.quantization.bits, matrix.in_features
+        now = unpack_columns(matrix.weight_packed, bits, columns)
+        count += int((now != unpack_columns(before, bits, columns)).sum())
+    return count
+
+
 def _num_held_out(batches: int) -> int:
     """Return how many of so many batches are not trained on: the last ones."""
     return max(1, round(batches * _HELD_OUT_SHARE))
@@ -265,8 +234,8 @@ def _with_replaced_tokens(batches: Sequence[Batch], share: float, vocab_size: in
 
 def _examples(
     batches: Sequence[Batch], inputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
-) -> list[_Example]:
+) -> list[Example]:
     return [
-        _Example(before, behind, batch.token_weights)
+        Example(before, behind, batch.token_weights)
         for batch, before, behind in zip(batches, inputs, targets, strict=True)
     ]

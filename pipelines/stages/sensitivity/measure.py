@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,8 @@ import torch
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.statistics import InputStatistics
-from ercsvd_deploy.pipelines.stages.sensitivity.passes import measure_layers, measured_piece
+from ercsvd_deploy.pipelines.stages.sensitivity.passes import ENDS, measure_layers, measured_piece
+from ercsvd_deploy.pipelines.stages.sensitivity.vocabulary import VocabularySensitivity, measure_vocabulary
 from ercsvd_deploy.pipelines.state.cache import FinishedWork
 
 if TYPE_CHECKING:
@@ -37,12 +39,18 @@ class Sensitivity:
         store = FileStore([self.work.tensors_file(measured_piece(layer.index))])
         return store.read([linear.name])[linear.name].to(device)
 
+    def vocabulary(self, device: torch.device) -> VocabularySensitivity:
+        """Return what was measured of the input embedding and the output layer."""
+        return VocabularySensitivity.read(self.work.tensors_file(ENDS), device)
+
 
 def measure_sensitivity(
     model: LayerwiseModel,
     samples: Sequence[Sample],
     work: FinishedWork,
     on_layer: Callable[[], None] = lambda: None,
+    *,
+    with_vocabulary: bool = False,
 ) -> Sensitivity:
     """Measure all decoder Linears; layers that are finished in `work` are not measured again.
 
@@ -51,8 +59,16 @@ def measure_sensitivity(
         samples: Sequences to measure on.
         work: Receives `layer-<index>`, the metrics of every layer.
         on_layer: Called after every decoder layer of both passes.
+        with_vocabulary: Measure the input embedding and the inputs of the output layer, too.
     """
-    measure_layers(model, samples, work, lambda layer: _OutputMetrics.of(layer, model.device), on_layer)
+    measure_layers(
+        model,
+        samples,
+        work,
+        lambda layer: _OutputMetrics.of(layer, model.device),
+        on_layer,
+        partial(measure_vocabulary, model) if with_vocabulary else None,
+    )
     return Sensitivity(work)
 
 

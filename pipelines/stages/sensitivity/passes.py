@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.state.cache import FinishedWork
 
 _SEED = 0  # of the drawn tokens
+ENDS = "ends"  # piece with what was measured before and behind the layers
+# Takes the batches, the gradients by the first layer's inputs, and the last layer's outputs.
+MeasureEnds = Callable[
+    [Sequence["Batch"], Sequence[torch.Tensor], Sequence[torch.Tensor]], Mapping[str, torch.Tensor]
+]
 
 
 class LayerMeasurement(Protocol):
@@ -41,6 +46,7 @@ def measure_layers(
     work: FinishedWork,
     measure: Callable[[LayerLinears], LayerMeasurement],
     on_layer: Callable[[], None],
+    measure_ends: MeasureEnds | None = None,
 ) -> None:
     """Measure every decoder layer; those that are finished in `work` are not measured again.
 
@@ -50,9 +56,11 @@ def measure_layers(
         work: Receives `layer-<index>`, what is measured of every layer.
         measure: Begins the measurement of a layer.
         on_layer: Called after every decoder layer of both passes.
+        measure_ends: Measures what stands before and behind the layers, which `work` receives as `ends`.
     """
     layers = model.architecture.layers
-    if all(work.findings(measured_piece(layer.index)) is not None for layer in layers):
+    pieces = [measured_piece(layer.index) for layer in layers] + ([ENDS] if measure_ends else [])
+    if all(work.findings(piece) is not None for piece in pieces):
         return
     batches = model.batches(samples)
     _pass_forward(model, batches, work, on_layer)
@@ -71,6 +79,9 @@ def measure_layers(
             _pass_back(model, layer, batches, gradients, work, measure(layer))
             work.forget(behind)
         on_layer()
+    if measure_ends is not None:
+        outputs = _read(model, work, _inputs_piece(model.num_layers))
+        work.finish(ENDS, {}, measure_ends(batches, _read(model, work, _gradients_piece(0)), outputs))
     for index in range(model.num_layers + 1):
         work.forget(_inputs_piece(index))
         work.forget(_gradients_piece(index))

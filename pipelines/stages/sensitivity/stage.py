@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.sensitivity.vocabulary import MOST_INPUTS
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, Sequences, Workload
 from ercsvd_deploy.recipe.stages import NUM_FISHER_SAMPLES
 
@@ -23,10 +24,12 @@ class SensitivityStage(Stage):
     Attributes:
         num_samples: How many of the calibration samples it is measured on.
         last_reader: The last stage that asks for it.
+        with_vocabulary: Whether the bits of input embedding and output layer are chosen by it, too.
     """
 
     num_samples: int
     last_reader: str
+    with_vocabulary: bool = False
 
     name = "sensitivity"
 
@@ -39,7 +42,9 @@ class SensitivityStage(Stage):
         if not (by_factorize or by_quantize):
             return None
         num_samples = NUM_FISHER_SAMPLES if factorize is None else factorize.num_fisher_samples
-        return cls(num_samples, "quantize" if by_quantize else "factorize")
+        target = context.recipe.target
+        with_vocabulary = target is not None and target.vocabulary_bits is not None
+        return cls(num_samples, "quantize" if by_quantize else "factorize", with_vocabulary)
 
     @property
     def temporary_for(self) -> str:
@@ -48,18 +53,20 @@ class SensitivityStage(Stage):
 
     def settings(self) -> Any:
         """Return the number of samples."""
-        return {"num_fisher_samples": self.num_samples}
+        return {"num_fisher_samples": self.num_samples, "with_vocabulary": self.with_vocabulary}
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
         """Return what the passes take, and the metrics of every layer."""
         del candidates
         samples = work.calibrating.first(self.num_samples)
         outputs = sum(linear.out_features**2 for linear in work.architecture.linears)
+        ends = FLOAT32 * (work.hidden**2 + MOST_INPUTS * work.hidden + work.architecture.vocab_size)
         return passes_needs(
             work,
             samples,
             layer_bytes=work.layer_metrics,
-            kept_bytes=work.architecture.num_layers * work.layer_metrics,
+            kept_bytes=work.architecture.num_layers * work.layer_metrics
+            + (ends if self.with_vocabulary else 0),
             flops=samples.tokens * outputs,
         )
 
@@ -69,7 +76,13 @@ class SensitivityStage(Stage):
 
         model = run.model.stream()
         with run.progress(self.title, 2 * model.num_layers) as on_layer:
-            return measure_sensitivity(model, run.samples[: self.num_samples], run.cache, on_layer)
+            return measure_sensitivity(
+                model,
+                run.samples[: self.num_samples],
+                run.cache,
+                on_layer,
+                with_vocabulary=self.with_vocabulary,
+            )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ercsvd_deploy.format.schema import Storage
 
 @dataclass(frozen=True)
 class AllocatedLinear:
-    """What error-controlled allocation chose for a Linear, and what else there was."""
+    """What error-controlled allocation chose for a matrix, and what else there was."""
 
     name: Annotated[str, Field(description="The module's name.")]
     chosen: Annotated[str, Field(description="How it is stored.")]
@@ -71,7 +71,8 @@ class ChosenRanks:
         first_layer: First layer that factors are written of; those before it stay whole.
         search: What a search over the number of compressed layers tried.
         allocation: What error control chose for every Linear.
-        storages: How every Linear is to be stored in the end, if its integers were chosen too; else empty.
+        storages: How every Linear is to be stored in the end, if its integers were chosen too, and embedding
+            and output layer if theirs were; else None.
         budget: Of error control; None: the plan's parameters.
     """
 

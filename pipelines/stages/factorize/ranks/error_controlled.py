@@ -20,6 +20,7 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import linear_of, planned_r
 from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice, RankDecision
 from ercsvd_deploy.pipelines.stages.factorize.ranks.chosen import AllocatedLinear, Budget, ChosenRanks
 from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import DamagePrediction
+from ercsvd_deploy.pipelines.stages.factorize.ranks.vocabulary_damages import VocabularyDamages
 from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ranks
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
     from ercsvd_deploy.recipe.quantize import Quantize
 
+_VOCABULARY_PIECE = "damages-vocabulary"
 _OPTIONS = TypeAdapter(dict[str, list[Option[Storage]]])
 
 
@@ -63,6 +65,7 @@ class ErrorControlled(RankChoice):
         for layer in self._work.model.architecture.layers:
             options |= self._options(layer)
             self._work.on_layer()
+        options |= self._vocabulary_options()
         picked = self._allocate(options)
         storages = {name: option.choice for name, option in picked.items()}
         chosen = ChosenRanks(
@@ -112,6 +115,23 @@ class ErrorControlled(RankChoice):
         self._work.cache.finish(piece, _OPTIONS.dump_python(options, mode="json"))
         return options
 
+    def _vocabulary_options(self) -> dict[str, list[Option[Storage]]]:
+        """Return the same of input embedding and output layer, as far as their bits are to be chosen."""
+        work, names = self._work, self._work.model.architecture.vocabulary.names
+        costs = {name: each for name, each in self._task.costs.items() if name in names}
+        if not costs:
+            return {}
+        findings = work.cache.findings(_VOCABULARY_PIECE)
+        if findings is not None:
+            return _OPTIONS.validate_python(findings)
+        assert self._quantize is not None, "the schema asks for a quantize stage"
+        assert work.sensitivity is not None, "error control measures sensitivities"
+        sensitivity = work.sensitivity.vocabulary(work.model.device)
+        damages = VocabularyDamages(work.model, self._quantize, sensitivity)
+        options = {name: damages.options(name, each) for name, each in costs.items()}
+        work.cache.finish(_VOCABULARY_PIECE, _OPTIONS.dump_python(options, mode="json"))
+        return options
+
     def _residual_ranks(self, layer: LayerLinears, plan: RankPlan) -> dict[str, int | None]:
         """Return what of the chosen ranks of a layer the residuals get."""
         work, settings = self._work, self._work.settings
@@ -144,7 +164,7 @@ class ErrorControlled(RankChoice):
 
     def _plan(self, storages: dict[str, Storage]) -> RankPlan:
         linears = self._work.model.architecture.linears
-        kept = sum(storage.num_parameters for storage in storages.values())
+        kept = sum(storages[linear.name].num_parameters for linear in linears)
         total = self._work.model.architecture.linear_parameters
         return RankPlan(
             ranks={linear.name: storages[linear.name].truncated_rank for linear in linears},
@@ -162,10 +182,13 @@ class ErrorControlled(RankChoice):
     def _explain(
         self, picked: dict[str, Option[Storage]], options: dict[str, list[Option[Storage]]]
     ) -> list[AllocatedLinear]:
-        """Return what was chosen for every Linear, and among what."""
+        """Return what was chosen for every matrix, and among what."""
         unit = 1 if self._task.is_in_bits else 8 * self._work.model.dtype.itemsize
         explained = []
-        for linear in self._work.model.architecture.linears:
+        architecture = self._work.model.architecture
+        ends = (architecture.vocabulary.embedding, architecture.vocabulary.multiplied)
+        chosen_ends = {each.name: each for each in ends if each is not None and each.name in picked}
+        for linear in (*architecture.linears, *chosen_ends.values()):
             rows = {
                 option.choice: (option.choice.label, option.cost * unit / linear.parameters, option.damage)
                 for option in options[linear.name]

@@ -29,7 +29,7 @@ class AllocationTask:
     """How each decoder Linear may be stored, and what all may cost together.
 
     Attributes:
-        costs: Linear -> each way to store it, the cheapest first -> what it costs.
+        costs: Linear, embedding or output layer -> each way to store it, the cheapest first -> what it costs.
         budget: In the same unit.
         is_in_bits: The unit: stored bits, or parameters.
         rules: How a Linear of a rank is stored.
@@ -77,6 +77,7 @@ def allocation_task(
     assert settings is not None
     rules = StorageRules(architecture, settings.layout, quantize_plan.fitted_to)
     costs: dict[str, dict[Storage, int]] = {}
+    names = {linear.name for linear in architecture.linears}
     for linear in architecture.linears:
         integers = quantize_plan.integers[linear.name]
         dense = [
@@ -94,6 +95,7 @@ def allocation_task(
             for storage in storages
         }
         costs[linear.name] = dict(sorted(cost_of.items(), key=lambda entry: entry[1]))
+    costs |= _vocabulary_costs(quantize_plan, target, element)
     if target is None:
         assert settings.compression_ratio is not None, "the schema asks for a ratio where there is no target"
         # As `budget.equal_shares.allocate_ranks` has it: the largest whole number within the exact share.
@@ -101,12 +103,36 @@ def allocation_task(
     elif target.overall_bits is not None:
         budget = math.floor(target.overall_bits * architecture.linear_parameters)
     else:
-        assert target.bytes is not None, "the schema asks for one of the two"
-        sizes = planned_bytes(architecture, vision, element)
-        outside = sum(sizes.values()) - element * architecture.linear_parameters
-        budget = 8 * (parse_size(target.bytes) - outside)
+        sizes = planned_bytes(architecture, {**vision, **quantize_plan.vocabulary}, element)
+        chosen = sum(module_bytes(quantize_plan.vocabulary[name], element) for name in costs.keys() - names)
+        outside = 8 * (sum(sizes.values()) - element * architecture.linear_parameters - chosen)
+        budget = _bits_of_model(target, architecture) - outside
     likeness = math.inf if recipe.export.format == "compressed-tensors" else _LIKENESS
     return AllocationTask(costs, budget, target is not None, rules, likeness if target is not None else 0.0)
+
+
+def _vocabulary_costs(
+    quantize_plan: QuantizePlan, target: Target | None, element: int
+) -> dict[str, dict[Storage, int]]:
+    """Return what input embedding and output layer may cost, as far as their bits are to be chosen."""
+    if target is None or target.vocabulary_bits is None:
+        return {}
+    costs = {}
+    for name, storage in quantize_plan.vocabulary.items():
+        assert storage.weight is not None
+        integers = [storage.weight.model_copy(update={"bits": bits}) for bits in target.vocabulary_bits]
+        storages = [Storage.dense(storage.shape, each) for each in (*integers, None)]
+        cost_of = {each: 8 * module_bytes(each, element) for each in storages}
+        costs[name] = dict(sorted(cost_of.items(), key=lambda entry: entry[1]))
+    return costs
+
+
+def _bits_of_model(target: Target, architecture: Architecture) -> int:
+    """Return the bits that all tensors of a model may have."""
+    if target.model_bits is not None:
+        return math.floor(target.model_bits * architecture.total_parameters)
+    assert target.bytes is not None, "the schema asks for one of the three"
+    return 8 * parse_size(target.bytes)
 
 
 def _dense_integers(

@@ -124,6 +124,8 @@ def plan_allocation(recipe: Recipe, architecture: Architecture, element: int) ->
     remedy = "" if recipe.factorize.rank_multiple == "auto" else ", or a smaller rank_multiple"
     if not recipe.may_factorize:
         remedy = ", fewer bits in target.bits, or ranks by a factorize stage"
+    if recipe.target is not None and recipe.target.overall_bits is None and not storing.vocabulary:
+        remedy += ", or fewer bits for what is outside the layers (quantize.lm_head, quantize.embeddings)"
     raise PlanError(
         f"the budget is {task.budget:,} {unit} for all decoder Linears, and the least that is possible "
         f"is {task.least:,}: allow more{remedy}"

@@ -1,0 +1,72 @@
+"""Which way each weight of an integer matrix is rounded, learned by gradients.
+
+Every weight may stay at the level that it has or take the next one on the side on which the original lies. A
+soft choice between the two is trained, and pressed to one of them while it is: first those that are nearly
+decided, in the end all. It starts near the levels that there are, GPTQ's: that search has found a good place,
+and the gradients of more than one matrix, or of another loss, find a better one beside it. Source: AdaRound
+(arXiv 2004.10568), there from the original weights, for blocks BRECQ (arXiv 2102.05426).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+LEARNING_RATE = 0.25  # of Adam, the same for all steps
+_START = 0.15  # share of the way to the original's place between two levels
+_NEAREST, _FARTHEST = 0.02, 0.98  # of a start, where the soft choice still has a gradient
+_STRETCH = 0.1  # beyond 0 and 1, so that both are reached
+_FREE, _HARDEST = 0.2, 0.9  # shares of the steps: choices are not pressed before, and no harder behind
+_SHARPEST, _BLUNTEST = 20.0, 2.0  # exponents, between the two
+
+
+class LearnedRounding(nn.Module):
+    """The levels of one integer matrix while they are trained.
+
+    Args:
+        levels: [out, in], from 0; what the matrix is rounded to now.
+        scale: [out, groups], positive.
+        zero_point: The level that stands for zero: [out, groups], or one number for all.
+        bits: of a level.
+        dense: [out, in], what the integers stand for.
+    """
+
+    def __init__(
+        self, levels: Tensor, scale: Tensor, zero_point: Tensor | float, *, bits: int, dense: Tensor
+    ) -> None:
+        super().__init__()
+        self.zero_point = zero_point.unsqueeze(2) if isinstance(zero_point, Tensor) else zero_point
+        exact = dense.float().view(*scale.shape, -1) / scale.float().unsqueeze(2) + self.zero_point
+        missing = exact.view(levels.shape) - levels
+        other = (levels + torch.where(missing < 0, -1, 1)).clamp(0, 2**bits - 1)
+        self.levels = levels.to(torch.uint8)
+        self.way = (other - levels).to(torch.int8)  # 0 where the range ends
+        start = (_START * missing.abs()).clamp(_NEAREST, _FARTHEST)
+        share = (start + _STRETCH) / (1 + 2 * _STRETCH)
+        self.choice = nn.Parameter(torch.log(share / (1 - share)), requires_grad=False)
+
+    def forward(self, scale: Tensor) -> Tensor:
+        """Return the weight [out, in] as it is chosen now, in the dtype of the scales [out, groups]."""
+        levels = self.levels + self.way * self._soft()
+        centred = levels.view(*scale.shape, -1) - self.zero_point
+        return (centred * scale.unsqueeze(2)).view(self.levels.shape).to(scale.dtype)
+
+    def decided(self) -> Tensor:
+        """Return the levels of the choices as they are now, [out, in], from 0, int32."""
+        return self.levels.to(torch.int32) + self.way * (self._soft() > 0.5)
+
+    def indecision(self, progress: float) -> Tensor:
+        """Return what presses the choices to one level: 0 if all are made, at most 1.
+
+        Args:
+            progress: Share of the training that is done, in [0, 1].
+        """
+        if progress < _FREE:
+            return self.choice.new_zeros(())
+        pressed = min(1.0, (progress - _FREE) / (_HARDEST - _FREE))
+        exponent = _SHARPEST + (_BLUNTEST - _SHARPEST) * pressed
+        return (1 - (2 * self._soft() - 1).abs().pow(exponent)).mean()
+
+    def _soft(self) -> Tensor:
+        """Return how far every weight is on its way to the other level, in [0, 1]."""
+        return (torch.sigmoid(self.choice) * (1 + 2 * _STRETCH) - _STRETCH).clamp(0, 1)

@@ -1,0 +1,103 @@
+"""Quantize a matrix of very many rows, such as one with a row for every token, a block of rows at a time.
+
+Rows do not know of each other: block by block GPTQ gives the integers of the whole, in the memory of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ercsvd_deploy.quantization.gptq import MatrixReport, RoundingMethod, check_gram, quantize_together
+from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_together
+from ercsvd_deploy.quantization.grid import QuantizationSettings, put_on_grid, round_to_nearest
+from ercsvd_deploy.quantization.losses import energy
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.packing import QuantizedWeight
+    from ercsvd_deploy.quantization.held_out import HeldOutGrams
+
+ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class RowRounding:
+    """How the rows of a matrix are rounded.
+
+    Attributes:
+        settings: The grid, and GPTQ's damping.
+        scale_dtype: In which scales are stored.
+        gram: Of the matrix's inputs, [in, in], at any scale; None: it has none, its rows are looked up.
+        held_out: The same tokens in two parts; None: none are held out.
+        method: "rtn": rows are rounded to nearest whatever the losses.
+    """
+
+    settings: QuantizationSettings
+    scale_dtype: torch.dtype
+    gram: Tensor | None = None
+    held_out: HeldOutGrams | None = None
+    method: RoundingMethod = "gptq"
+
+    def compare(self, weight: Tensor) -> MatrixReport:
+        """Return the losses of both ways to round, on evenly spread rows of a matrix [out, in].
+
+        Raises:
+            ValueError: the rows have entries that are not finite, or do not fit grid or Gram.
+        """
+        assert self.gram is not None
+        some = weight[:: -(-len(weight) // ROWS_AT_ONCE)].to(self.gram.device)
+        check_gram(self.gram, some)
+        matrix = put_on_grid(some, self.settings, self.scale_dtype)
+        [(_, report)] = quantize_together([matrix], self.gram, held_out=self.held_out, method=self.method)
+        return report
+
+    def blocks(
+        self, weight: Tensor, device: torch.device, report: MatrixReport | None = None
+    ) -> Iterator[tuple[Tensor, QuantizedWeight]]:
+        """Yield consecutive rows of a matrix [out, in], float32 on the device, and their integers.
+
+        Args:
+            weight: On any device, in any floating dtype.
+            device: Where a block is worked on.
+            report: Of `compare`: the better way is taken, with the damping that was chosen. None: rounding.
+
+        Raises:
+            ValueError: the rows have entries that are not finite, or do not fit the grid.
+        """
+        factor = None
+        if report is not None and self.gram is not None and report.method == self.method == "gptq":
+            assert report.damping is not None
+            factor = factor_hessian(self.gram, damping=report.damping, desc_act=self.settings.desc_act)
+        for rows in torch.split(weight, ROWS_AT_ONCE):
+            dense = rows.to(device).float()
+            if factor is None:
+                yield dense, round_to_nearest(dense, self.settings, scale_dtype=self.scale_dtype)
+            else:
+                yield dense, round_together([put_on_grid(dense, self.settings, self.scale_dtype)], factor)[0]
+
+
+@dataclass
+class RowLoss:
+    """The relative loss of a matrix, added up over blocks of its rows.
+
+    Attributes:
+        gram: Of its inputs, [in, in]; None: all columns count alike, as for rows that are looked up.
+    """
+
+    gram: Tensor | None = None
+    _lost: float = 0.0
+    _whole: float = 0.0
+
+    def add(self, dense: Tensor, approximation: Tensor) -> None:
+        """Count a block of rows [rows, in]."""
+        self._lost += energy(dense - approximation, self.gram)
+        self._whole += energy(dense, self.gram)
+
+    @property
+    def relative(self) -> float:
+        """tr(E G E^T) / tr(W G W^T); 0 for a matrix of zeros."""
+        return self._lost / self._whole if self._whole else 0.0

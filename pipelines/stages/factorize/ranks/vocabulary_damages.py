@@ -1,0 +1,91 @@
+"""The damage of storing input embedding and output layer in few bits, in nats per token.
+
+Of an embedding with error rows e it is the mean of e F e^T / 2 over tokens, F the Fisher information of what
+is looked up. An output layer's error E changes the logits of an input x by E x, which costs half the variance
+of E x under the predictions: the KL divergence to second order, no Fisher information approximated. A matrix
+that is both has the sum of both. What a model does to its logits behind the output layer is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ercsvd_deploy.budget.allocation import Option
+from ercsvd_deploy.format.schema import WEIGHT, Storage
+from ercsvd_deploy.pipelines.stages.quantize.vocabulary import row_rounding
+from ercsvd_deploy.quantization.many_rows import ROWS_AT_ONCE
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.pipelines.stages.sensitivity.vocabulary import VocabularySensitivity
+    from ercsvd_deploy.recipe.quantize import Quantize
+
+
+@dataclass(frozen=True)
+class VocabularyDamages:
+    """Predicts the damages of both matrices.
+
+    Attributes:
+        model: The original model.
+        quantize: The quantize stage that follows.
+        sensitivity: Of both.
+    """
+
+    model: LayerwiseModel
+    quantize: Quantize
+    sensitivity: VocabularySensitivity
+
+    def options(self, name: str, costs: Mapping[Storage, int]) -> list[Option[Storage]]:
+        """Return the storages of one of them with costs and damages.
+
+        Args:
+            name: Of the embedding or the output layer.
+            costs: Each way to store it -> what it costs.
+        """
+        stored = f"{name}.{WEIGHT}"
+        weight = self.model.store.read([stored])[stored]
+        vocabulary = self.model.architecture.vocabulary
+        is_looked_up = vocabulary.embedding is not None and vocabulary.embedding.name == name
+        is_multiplied = vocabulary.multiplied is not None and vocabulary.multiplied.name == name
+        log_sums = self._log_sums(weight) if is_multiplied else None
+        return [
+            Option(cost, self._damage(weight, storage, is_looked_up, log_sums), storage)
+            for storage, cost in costs.items()
+        ]
+
+    def _damage(
+        self, weight: torch.Tensor, storage: Storage, is_looked_up: bool, log_sums: torch.Tensor | None
+    ) -> float:
+        """Return the damage of a storage; `log_sums` are those of the logits, if it gives logits."""
+        if storage.weight is None:
+            return 0.0
+        inputs, metric = self.sensitivity.inputs, self.sensitivity.metric
+        gram = None if log_sums is None else inputs.T @ inputs
+        rounding = row_rounding(self.quantize, storage.weight, weight.dtype, gram)
+        report = None if gram is None else rounding.compare(weight)
+        of_rows = torch.zeros((), device=inputs.device)
+        mean, mean_square = (torch.zeros(len(inputs), device=inputs.device) for _ in range(2))
+        first = 0
+        for dense, quantized in rounding.blocks(weight, inputs.device, report):
+            error = quantized.dequantize() - dense
+            if is_looked_up:
+                frequencies = self.sensitivity.frequencies[first : first + len(error)]
+                of_rows += (frequencies * ((error @ metric) * error).sum(1)).sum()
+            if log_sums is not None:
+                shares = (inputs @ dense.T - log_sums[:, None]).exp_()
+                change = inputs @ error.T
+                mean += (shares * change).sum(1)
+                mean_square += (shares * change.square_()).sum(1)
+            first += len(error)
+        variance = mean_square - mean.square()
+        return float(of_rows + variance.mean()) / 2
+
+    def _log_sums(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the logarithm of the sum of exp(logit) for every input."""
+        inputs = self.sensitivity.inputs
+        sums = [(inputs @ rows.to(inputs).T).logsumexp(1) for rows in torch.split(weight, ROWS_AT_ONCE)]
+        return torch.stack(sums).logsumexp(0)

@@ -1,0 +1,109 @@
+"""Train what a compressed decoder layer has of floating point, on the original layer's outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.recipe.stages import Recover
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
+
+_WARM_UP_SHARE = 1 / 20  # of the steps
+_DECISION = 1.0  # weight of the roundings' indecision beside the loss, which is a share of the energy
+_GRADIENT_NORM = 1.0  # at which the gradient of all factors together is clipped
+
+
+@dataclass(frozen=True)
+class Example:
+    """One batch before and behind a layer."""
+
+    inputs: torch.Tensor  # X' [rows, tokens, hidden]
+    targets: torch.Tensor  # t, the same shape
+    token_weights: torch.Tensor | None  # [rows, tokens]
+
+
+@dataclass(frozen=True)
+class LayerTraining:
+    """The training of one loaded layer.
+
+    Attributes:
+        model: The compressed model.
+        settings: The recipe's stage.
+        layer: The layer's Linears.
+        module: The layer, with what stands in the place of its compressed Linears.
+    """
+
+    model: LayerwiseModel
+    settings: Recover
+    layer: LayerLinears
+    module: nn.Module
+
+    def train(self, trained: TrainedParameters, examples: Sequence[Example]) -> None:
+        """Train the layer's parameters, which become float32; stop early if a gradient is not finite."""
+        for parameter in trained.parameters:
+            parameter.data = parameter.data.to(torch.float32, copy=True)  # the caller keeps the old ones
+            parameter.requires_grad_()
+        optimizers = trained.optimizers(self.settings.learning_rate)
+        schedules = [torch.optim.lr_scheduler.LambdaLR(each, self._rate) for each in optimizers]
+        optimizers += trained.rounding_optimizers()
+        generator = torch.Generator().manual_seed(self.layer.index)
+        order: list[int] = []
+        for step in range(self.settings.steps):
+            order = order or torch.randperm(len(examples), generator=generator).tolist()
+            with torch.enable_grad():
+                loss = self._loss(examples[order.pop()])
+                for rounding in trained.roundings:
+                    undecided = rounding.indecision((step + 1) / self.settings.steps)
+                    loss = loss + _DECISION * undecided / len(trained.roundings)
+            self.module.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.clip_grad_norm_(trained.floating_point, _GRADIENT_NORM)
+            if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(norm)):
+                break  # the error on held-out sequences then decides
+            for optimizer in optimizers:
+                optimizer.step()
+            for schedule in schedules:
+                schedule.step()
+        for parameter in trained.parameters:
+            parameter.requires_grad_(False)
+
+    def round(self, trained: TrainedParameters) -> None:
+        """Give what was trained the values that the files will hold, in the precision of the computation."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        for parameter in trained.floating_point:
+            stored = self.model.stored_dtype(f"{self.layer.prefix}.{names[id(parameter)]}")
+            parameter.data = parameter.data.to(stored).to(self.model.dtype)
+
+    def _rate(self, step: int) -> float:
+        """Return a step's share of the learning rate: a short rise, then half a cosine down to zero."""
+        rise = max(1, round(self.settings.steps * _WARM_UP_SHARE))
+        return min(1.0, (step + 1) / rise) * (1 + math.cos(math.pi * step / self.settings.steps)) / 2
+
+    def _loss(self, example: Example) -> torch.Tensor:
+        """Return the mean over a batch's tokens of |o - t|^2 / |t|^2."""
+        device = self.model.device
+        # What is trained is float32 for a while; where the rest is not, products are made in 16 bits.
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.model.dtype != torch.float32):
+            outputs = self.model.run_layer(self.module, self.layer.index, example.inputs)
+        targets = example.targets.float()
+        energy = targets.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        errors = (outputs.float() - targets).square().sum(-1) / energy
+        if example.token_weights is None:
+            return errors.mean()
+        weights = example.token_weights.to(errors)
+        return (weights * errors).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+    @torch.no_grad()
+    def error(self, examples: Sequence[Example]) -> float:
+        """Return the mean loss over batches."""
+        losses = [float(self._loss(example)) for example in examples]
+        return sum(losses) / len(losses)
