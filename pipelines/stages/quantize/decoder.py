@@ -20,7 +20,7 @@ from ercsvd_deploy.pipelines.stages.observed_inputs import (
     divide,
     num_not_held_out,
 )
-from ercsvd_deploy.pipelines.stages.quantize.experts import ExpertsQuantizer, capture_routed
+from ercsvd_deploy.pipelines.stages.quantize.experts import ExpertsQuantizer
 from ercsvd_deploy.pipelines.stages.quantize.layer import LayerQuantizer
 from ercsvd_deploy.pipelines.stages.quantize.results import (
     PatternMatch,
@@ -28,6 +28,7 @@ from ercsvd_deploy.pipelines.stages.quantize.results import (
     QuantizedMatrix,
     QuantizeOutcome,
 )
+from ercsvd_deploy.pipelines.stages.quantize.routed_inputs import RoutedInputs
 from ercsvd_deploy.recipe.stages import FEWEST_SAMPLES_TO_HOLD_OUT
 
 if TYPE_CHECKING:
@@ -172,6 +173,4 @@ def _experts_quantizer(
     experts = layer.experts
     if experts is None or not any(linear.name in quantizer.storages for linear in experts.linears):
         return None
-    routed = capture_routed(model, layer, module, hidden, divided)
-    experts_module = module.get_submodule(experts.name.removeprefix(f"{layer.prefix}."))
-    return ExpertsQuantizer(quantizer, experts, experts_module, routed, model)
+    return ExpertsQuantizer(quantizer, RoutedInputs.capture(model, layer, module, hidden, divided))
