@@ -227,6 +227,11 @@ def _expert_notes(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
             f"factorize leaves the {gib:.1f} Gi weights of routed experts as they are: vLLM's fused experts "
             "multiply no factors"
         )
+    if recipe.target is not None and architecture.expert_linears:
+        yield (
+            "target chooses bits expert by expert; of a layer whose experts differ in the end vLLM holds all "
+            "experts in 16 bits"
+        )
     if recipe.quantize is not None and not architecture.expert_linears:
         yield (
             f"quantize leaves the {gib:.1f} Gi weights of routed experts as they are: checkpoints of "

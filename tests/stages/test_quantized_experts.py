@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlanError
 from ercsvd_deploy.quantization.gptq import quantize_weight
-from ercsvd_deploy.quantization.grid import QuantizationSettings
+from ercsvd_deploy.quantization.grid import QuantizationSettings, round_to_nearest
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.families.tiny_families import save_tiny_family
 from tests.recipe_runs import TEXT
@@ -160,13 +161,66 @@ def test_what_nobody_does_to_experts_is_refused(tmp_path: Path) -> None:
     corrected = {"experts.*": {"correction": {"rank": 8}}}
     with pytest.raises(QuantizePlanError, match=r"corrects model\.layers\.0\.mlp\.experts.*no factors"):
         make_plan(load_recipe(recipe(original, tmp_path / "corrected", 10, overrides=corrected)))
-    file = recipe(original, tmp_path / "out", 10)
+
+
+def test_a_budget_chooses_the_bits_of_every_expert(tmp_path: Path) -> None:
+    original = save_tiny_family(tmp_path / "model", "mixtral")
+    file = recipe(original, tmp_path / "out", 40)
     budget = yaml.safe_load(file.read_text())
-    budget |= {"target": {"overall_bits": 4}}
-    budget["stages"].insert(0, {"factorize": {"method": "svd_llm", "allocation": "error_controlled"}})
+    budget |= {"target": {"overall_bits": 4.6, "bits": [2, 3, 4, 8]}}
     file.write_text(yaml.safe_dump(budget))
-    with pytest.raises(QuantizePlanError, match=r"does not choose the bits of routed experts"):
-        make_plan(load_recipe(file))
-    budget["stages"][1]["quantize"]["ignore"] = ["experts.*"]
+    report, export = run_recipe(load_recipe(file))
+    architecture = read_architecture(load_config(str(original)))
+    weights = architecture.linear_parameters + architecture.expert_parameters
+    chosen = report.results["factorize"].chosen
+    assert chosen.budget.allowed == math.floor(4.6 * weights)
+    assert 0.99 * chosen.budget.allowed <= chosen.budget.spent <= chosen.budget.allowed
+    # `linear_bits_per_weight` counts the 16 bytes of stored shapes as well, as costs do
+    assert report.compressed.linear_bits_per_weight == pytest.approx(chosen.budget.spent / weights)
+    bits = {matrix.name: matrix.bits for matrix in report.results["quantize"].matrices}
+    entries = {entry.name: entry for entry in chosen.allocation}
+    experts = [linear.name for linear in architecture.expert_linears]
+    assert entries.keys() == {linear.name for linear in architecture.all_linears}
+    assert len({bits.get(name, 16) for name in experts}) > 1
+    for name in experts:
+        damages = [damage for _, _, damage in entries[name].alternatives]
+        assert damages == sorted(damages, reverse=True)  # the cheapest first, the dearest does no harm
+        assert damages[-1] == 0
+    stored = open_directory(export)
+    assert report.compressed.num_bytes == sum(stored.info(name).num_bytes for name in stored.names())
+
+
+def test_damages_of_experts_are_those_of_the_whole_model(tmp_path: Path) -> None:
+    """Rounding one expert's matrix changes the predictions by about as much as its damage says.
+
+    In the last layer, that is: in earlier ones errors of one token reach others, as with every Linear.
+    """
+    original = save_tiny_family(tmp_path / "model", "mixtral")
+    file = recipe(original, tmp_path / "out", 64, mse=False, method="rtn")
+    budget = yaml.safe_load(file.read_text()) | {"target": {"overall_bits": 8, "bits": [3, 4, 8]}}
     file.write_text(yaml.safe_dump(budget))
-    make_plan(load_recipe(file))
+    loaded = load_recipe(file)
+    report, _ = run_recipe(loaded)
+    entries = {entry.name: entry for entry in report.results["factorize"].chosen.allocation}
+    assert loaded.calibration is not None
+    tokens = calibration_windows(loaded.calibration, load_tokenizer(str(original)), 256)[0]
+    model = AutoModelForCausalLM.from_pretrained(original)
+    predicted, measured = [], []
+    with torch.no_grad():
+        expected = model(tokens).logits.log_softmax(-1)
+        for number in range(8):
+            name = f"model.layers.3.mlp.experts.{number}.w2"
+            [damage] = [
+                each for label, _, each in entries[name].alternatives if label.startswith("dense, int3")
+            ]
+            weight = model.model.layers[3].mlp.experts.down_proj[number]
+            before = weight.clone()
+            settings = QuantizationSettings(bits=3, group_size=32)
+            weight.copy_(round_to_nearest(before, settings, scale_dtype=torch.float32).dequantize())
+            found = model(tokens).logits.log_softmax(-1)
+            weight.copy_(before)
+            predicted.append(damage)
+            measured.append(float((expected.exp() * (expected - found)).sum(-1).mean()))
+    ratios = [after / before for before, after in zip(predicted, measured, strict=True)]
+    assert all(0.5 < ratio < 2 for ratio in ratios), ratios
+    assert max(predicted) > 4 * min(predicted)  # so that this tells experts apart

@@ -128,10 +128,7 @@ class QuantizeStage(Stage):
         """Quantize layer by layer."""
         from ercsvd_deploy.pipelines.stages.quantize.decoder import quantize_decoder
 
-        storages = {
-            **self._storages(run.results.get("factorize")),
-            **self.storing.describe_experts(self.architecture),
-        }
+        storages = self._storages(run.results.get("factorize"))
         vocabulary = self._quantize_embedding(run, storages)
         model = run.model.stream()
         with run.progress(self.title, model.num_layers) as on_layer:
@@ -180,14 +177,14 @@ class QuantizeStage(Stage):
         return vocabulary
 
     def _storages(self, factorized: Any) -> Mapping[str, Storage]:
-        """Return how every altered Linear but those of experts is stored, given what was chosen before."""
-        if factorized is None:
-            return self.storing.describe({}, self.architecture)
-        chosen = factorized.chosen.storages
+        """Return how every altered Linear is stored in the end, given what the factorize stage chose."""
+        chosen = None if factorized is None else factorized.chosen.storages
         if chosen is not None:
             stored = {**self.storing.vocabulary, **chosen}
             return {name: storage for name, storage in stored.items() if storage.is_altered}
-        return self.storing.describe(factorized.plan.ranks, self.architecture)
+        ranks = {} if factorized is None else factorized.plan.ranks
+        architecture = self.architecture
+        return self.storing.describe(ranks, architecture) | self.storing.describe_experts(architecture)
 
     def tables(self, result: QuantizeOutcome) -> Iterable[Table]:
         """Summarise the proxy losses by kind of matrix, then list every matrix and Linear."""

@@ -161,17 +161,11 @@ def plan_quantization(
 
 
 def _check_experts(plan: QuantizePlan, recipe: Recipe, experts: Sequence[str]) -> None:
-    """Refuse what nobody does to routed experts: choose their bits by a budget, or correct them.
+    """Refuse to correct routed experts.
 
     Raises:
-        QuantizePlanError: what to write instead.
+        QuantizePlanError: names one.
     """
-    if recipe.target is not None and any(plan.integers[name] for name in experts):
-        raise QuantizePlanError(
-            "target: a budget does not choose the bits of routed experts yet: give theirs in "
-            "quantize.overrides and leave out the target, or let them stay as they are by quantize.ignore: "
-            f"['{EXPERTS}.*']"
-        )
     assert recipe.quantize is not None
     corrected = [
         pattern

@@ -96,19 +96,56 @@ def allocation_task(
         }
         costs[linear.name] = dict(sorted(cost_of.items(), key=lambda entry: entry[1]))
     costs |= _vocabulary_costs(quantize_plan, target, element)
+    expert_costs = _expert_costs(recipe, rules, quantize_plan, element)
+    costs |= expert_costs
+    names |= expert_costs.keys()
+    weights = architecture.linear_parameters
+    weights += sum(linear.parameters for linear in architecture.expert_linears if linear.name in expert_costs)
     if target is None:
         assert settings.compression_ratio is not None, "the schema asks for a ratio where there is no target"
         # As `budget.equal_shares.allocate_ranks` has it: the largest whole number within the exact share.
         budget = math.floor((1 - settings.compression_ratio) * architecture.linear_parameters + 1e-6)
     elif target.overall_bits is not None:
-        budget = math.floor(target.overall_bits * architecture.linear_parameters)
+        budget = math.floor(target.overall_bits * weights)
     else:
         sizes = planned_bytes(architecture, {**vision, **quantize_plan.vocabulary}, element)
         chosen = sum(module_bytes(quantize_plan.vocabulary[name], element) for name in costs.keys() - names)
-        outside = 8 * (sum(sizes.values()) - element * architecture.linear_parameters - chosen)
+        outside = 8 * (sum(sizes.values()) - element * weights - chosen)
         budget = _bits_of_model(target, architecture) - outside
     likeness = math.inf if recipe.export.format == "compressed-tensors" else _LIKENESS
     return AllocationTask(costs, budget, target is not None, rules, likeness if target is not None else 0.0)
+
+
+def _expert_costs(
+    recipe: Recipe, rules: StorageRules, quantize_plan: QuantizePlan, element: int
+) -> dict[str, dict[Storage, int]]:
+    """Return what the Linears of routed experts may cost; none where there is no target, or they are ignored.
+
+    All experts of a model have the same few shapes and kinds, so that what is possible is found out once.
+    """
+    target = recipe.target
+    if target is None or recipe.quantize is None:
+        return {}
+    known: dict[tuple[int, int, WeightQuantization], dict[Storage, int]] = {}
+    costs = {}
+    for linear in rules.architecture.expert_linears:
+        integers = quantize_plan.integers.get(linear.name)
+        if integers is None:
+            continue
+        key = (linear.out_features, linear.in_features, integers)
+        if key not in known:
+            storages = dict.fromkeys(
+                rules.storage(linear, None, each) for each in _dense_integers(linear, integers, target)
+            )
+            sizes = recipe.serving.tensor_parallel_sizes
+            cost_of = {
+                storage: 8 * module_bytes(storage, element)
+                for storage in storages
+                if not find_unservable({linear.name: storage}, rules.architecture, sizes)
+            }
+            known[key] = dict(sorted(cost_of.items(), key=lambda entry: entry[1]))
+        costs[linear.name] = known[key]
+    return costs
 
 
 def _vocabulary_costs(
