@@ -228,19 +228,20 @@ def _measure_textbook(point: Point, prepared: Any, work: Path) -> Row:
     assert point.textbook_bits is not None
     bits, group = point.textbook_bits
     model = prepared.original
-    hidden = model.embed(model.batches(prepared.data.samples))
+    batches = model.batches(prepared.data.samples)
+    hidden = model.embed(batches)
     weights = {}
     for layer in model.architecture.layers:
         statistics = model.input_statistics(layer)
         with model.layer(layer.index) as module:
-            model.advance(layer.index, list(hidden), observe=statistics, module=module)
+            model.advance(layer.index, batches, list(hidden), observe=statistics, module=module)
             for linears in layer.groups:
                 gram = statistics[layer.local_name(linears[0])].gram
                 for linear in linears:
                     found = module.get_submodule(layer.local_name(linear))
                     found.weight.data = textbook_gptq(found.weight.data, gram, bits, group)
                     weights[f"{linear.name}.weight"] = found.weight.data
-            model.advance(layer.index, hidden, module=module)
+            model.advance(layer.index, batches, hidden, module=module)
     save_file(weights, work / "weights.safetensors")
     dense = {
         linear.name: Storage(layout="dense", shape=(linear.out_features, linear.in_features))

@@ -83,6 +83,22 @@ def _ours(calibration: dict[str, Any]) -> list[Contender]:
             "token_weight": "sensitivity",
         },
     }
+    learned = {"recover": {"steps": ITERATIONS, "batch_size": BATCH, "rounding": True}}
+    trained = f"scales and rounding trained, {ITERATIONS} steps of {BATCH} sequences"
+    for bits in (4, 3):
+        methods[f"ours, GPTQ-{bits}, rounding learned"] = {
+            "stages": [{"quantize": {"bits": bits, "group_size": GROUP_SIZE}}, learned],
+            "note": trained,
+        }
+    for overall in (3.5, 3.0, 4.0, 2.5):
+        target = {"overall_bits": overall, "bits": [2, 3, 4, 5, 6, 8], "group_sizes": [32, 64, 128]}
+        name = f"ours, mixed bits, {overall} bits"
+        methods[name] = {"stages": [integers], "target": target}
+        methods[f"{name}, rounding learned"] = {
+            "stages": [integers, learned],
+            "target": target,
+            "note": trained,
+        }
     for bits in (4.0, 3.5, 3.0):
         factorize = {
             "method": "svd_llm",

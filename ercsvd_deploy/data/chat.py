@@ -6,6 +6,7 @@ The chat template of the model decides the form of a conversation; no template o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ from ercsvd_deploy.data.texts import CalibrationError, first_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# A processor's outputs for the text; all other tensors are for the pictures.
-_TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+# A processor's outputs for the text, without padding; all other tensors are for the pictures.
+_TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "labels"})
+_TOKEN_TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})
 # Which of a processor's parts is in which files of a model directory; one of them is enough.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
@@ -44,7 +46,11 @@ def load_processor(path: str, *, revision: str | None = None, trust_remote_code:
             path, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:
-        raise CalibrationError(f"{path}: its processor cannot be loaded: {first_line(error)}") from error
+        # transformers makes the video part of a processor with torchvision alone, and says otherwise
+        hint = "" if find_spec("torchvision") else "; several processors need torchvision: install it"
+        raise CalibrationError(
+            f"{path}: its processor cannot be loaded: {first_line(error)}{hint}"
+        ) from error
     # Without a processor class transformers returns whatever part it finds, such as the tokenizer alone.
     for part, files in (("image_processor", _PROCESSOR_FILES), ("tokenizer", ("tokenizer.json",))):
         if getattr(processor, part, None) is None:
@@ -74,22 +80,30 @@ def check_processor(processor: Any, config: Any) -> None:
     Raises:
         CalibrationError: names every setting that differs.
     """
-    vision = config.vision_config
+    vision, pictures = config.vision_config, processor.image_processor
     settings: dict[str, tuple[Any, Any]] = {
-        "patch_size": (processor.patch_size, vision.patch_size),
-        "vision_feature_select_strategy": (
-            processor.vision_feature_select_strategy,
-            config.vision_feature_select_strategy,
-        ),
-        "num_additional_image_tokens": (processor.num_additional_image_tokens, 1),  # CLIP's class token
+        name: (getattr(owner, name, None), getattr(asking, needed, None))
+        for name, owner, asking, needed in (
+            ("patch_size", processor if hasattr(processor, "patch_size") else pictures, vision, "patch_size"),
+            ("vision_feature_select_strategy", processor, config, "vision_feature_select_strategy"),
+            ("merge_size", pictures, vision, "spatial_merge_size"),
+            ("temporal_patch_size", pictures, vision, "temporal_patch_size"),
+            ("spatial_merge_size", processor, config, "spatial_merge_size"),
+            ("image_seq_length", processor, config, "mm_tokens_per_image"),
+        )
     }
-    crop = getattr(processor.image_processor, "crop_size", None)
-    if crop is not None and getattr(processor.image_processor, "do_center_crop", False):
-        settings["crop_size"] = ((crop["height"], crop["width"]), (vision.image_size, vision.image_size))
+    if vision.model_type == "clip_vision_model":  # it has a class token, and takes pictures of one size
+        settings["num_additional_image_tokens"] = (
+            getattr(processor, "num_additional_image_tokens", None),
+            1,
+        )
+        crop = getattr(pictures, "crop_size", None)
+        if crop is not None and getattr(pictures, "do_center_crop", False):
+            settings["crop_size"] = ((crop["height"], crop["width"]), (vision.image_size, vision.image_size))
     wrong = [
         f"{name} is {setting}, the model needs {needed}"
         for name, (setting, needed) in settings.items()
-        if setting != needed
+        if setting is not None and needed is not None and setting != needed
     ]
     if wrong:
         raise CalibrationError(f"processor and model do not belong together: {'; '.join(wrong)}")
@@ -150,13 +164,11 @@ def encode_with_images(processor: Any, text: str, images: Sequence[Image], where
         raise DamagedImageError(
             f"{where}: the processor does not take its pictures ({sizes} pixels): {first_line(error)}"
         ) from error
+    tensors = {name: tensor for name, tensor in encoded.items() if isinstance(tensor, torch.Tensor)}
     return Sample(
         encoded["input_ids"][0],
-        {
-            name: tensor
-            for name, tensor in encoded.items()
-            if name not in _TEXT_INPUTS and isinstance(tensor, torch.Tensor)
-        },
+        {name: tensor for name, tensor in tensors.items() if name not in _TEXT_INPUTS | _TOKEN_TYPES},
+        token_types={name: tensor[0] for name, tensor in tensors.items() if name in _TOKEN_TYPES},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,8 +148,8 @@ def calibration_samples(
         if is_image[sequence_length:].any():
             too_long += 1
             continue
-        weights = None if token_weight == 1 else torch.where(is_image, token_weight, 1.0)[:sequence_length]
-        samples.append(Sample(sample.tokens[:sequence_length], sample.images, weights))
+        weights = None if token_weight == 1 else torch.where(is_image, token_weight, 1.0)
+        samples.append(replace(sample, token_weights=weights).cut(sequence_length))
     if not samples:
         raise CalibrationError(_none_usable("conversation", damaged, too_long, sequence_length))
     return PictureSamples(samples=tuple(samples), damaged=tuple(damaged), too_long=too_long)
@@ -264,9 +264,9 @@ def _questions_of(
         prompt = render(processor, turns[:index], where, for_generation=True)
         prompted = encode_with_images(processor, prompt, shown, where)
         reply = reply_tokens(processor, turns[:index], prompt, answer, where)
-        tokens = torch.cat([prompted.tokens, torch.tensor(reply)])
-        _check_tokens(tokens, len(shown), image_token_id, vocab_size, where)
-        sample = Sample(tokens, inputs.setdefault(len(shown), prompted.images))
+        shared = replace(prompted, images=inputs.setdefault(len(shown), prompted.images))
+        sample = shared.continued(reply)
+        _check_tokens(sample.tokens, len(shown), image_token_id, vocab_size, where)
         yield QuestionSample(sample, len(prompted.tokens), turns[index - 1].text, answer, where)
 
 

@@ -200,8 +200,9 @@ def _turn_of(message: Any, where: str) -> tuple[Role, str, list[object]]:
         elif kind in ("image", "image_url"):
             shown.append(_image_value(part))
         else:
+            videos = "; videos cannot be used, pictures can" if str(kind).startswith("video") else ""
             raise CalibrationError(
-                f"{where}: a part has to be a text, image or image_url, it is {describe(part)}"
+                f"{where}: a part has to be a text, image or image_url, it is {describe(part)}{videos}"
             )
     return role, "\n".join(texts), shown
 

@@ -187,14 +187,14 @@ class _Judged:
             name: model.batches([question.sample for question in listed])
             for name, listed in questions.items()
         }
-        groups = [*self.text_batches.values(), *self.question_batches.values()]
-        self.states = [model.embed(batches) for batches in groups]
+        self._groups = [*self.text_batches.values(), *self.question_batches.values()]
+        self.states = [model.embed(batches) for batches in self._groups]
 
     def advance(self, index: int) -> None:
         """Pass everything through a layer while it is loaded."""
         with self.model.layer(index) as module:
-            for states in self.states:
-                self.model.advance(index, states, module=module)
+            for batches, states in zip(self._groups, self.states, strict=True):
+                self.model.advance(index, batches, states, module=module)
 
     def states_of_texts(self) -> dict[str, list[torch.Tensor]]:
         """Return text -> outputs [rows, tokens, hidden] of the layer passed last, for every batch."""

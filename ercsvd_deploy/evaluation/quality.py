@@ -69,7 +69,7 @@ def _last_layer_outputs(
     hidden = [model.embed(batch_list) for batch_list in batches]
     for index in range(model.num_layers):
         with model.layer(index) as module:
-            for states in hidden:
-                model.advance(index, states, module=module)
+            for given, states in zip(batches, hidden, strict=True):
+                model.advance(index, given, states, module=module)
         on_layer()
     return hidden

@@ -1,7 +1,7 @@
 """What is known of a model without its weights: its Linears layer by layer, and the sizes of all the rest.
 
-Names here are those of transformers' modules. Checkpoints of text models use the same names, those of LLaVA
-do not: `format.llava_names` translates where files are read and written, and nowhere else.
+Names here are those of transformers' modules. Checkpoints of text models use the same names, those of most
+vision-language models do not: `checkpoint_names` translates where files are read and written, nowhere else.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.format.llava_names import PROJECTOR, VISION_TOWER, to_checkpoint
 from ercsvd_deploy.format.schema import Storage
+from ercsvd_deploy.models.checkpoint_names import stored_name
 from ercsvd_deploy.models.experts import EXPERTS, RoutedExperts
 from ercsvd_deploy.models.tensor_parallel import OutputBlock, cuts_inputs, holds_key_values, output_blocks
 from ercsvd_deploy.models.vocabulary import Vocabulary
@@ -79,6 +79,7 @@ class Architecture:
     """The compressible part of a model, and the size of the rest."""
 
     model_type: str
+    text_model_type: str  # of the decoder; another one where that is part of a vision-language model
     layers_prefix: str  # module name of the stack of decoder layers
     layers: tuple[LayerLinears, ...]
     layers_return_tuples: bool  # whose first value is the hidden states; else these alone
@@ -90,7 +91,9 @@ class Architecture:
     stored_prefixes: Mapping[str, str]  # module -> what checkpoints call it, where that differs
     stored_parts: Mapping[str, str]  # the same of parts within a name, dots included
     image_token_id: int | None  # marks the places of image features; None: the model reads text only
-    # Part (`TOWER_PART`, `PROJECTOR_PART`) -> its layers that are run; empty for text models.
+    # Module or tensor beside the decoder -> its part (`TOWER_PART`, `PROJECTOR_PART`); none in text models.
+    vision_parts: Mapping[str, str]
+    # Part -> its layers that are run, where it can be compressed.
     vision_layers: Mapping[str, tuple[LayerLinears, ...]]
 
     @property
@@ -120,7 +123,7 @@ class Architecture:
 
     def output_blocks(self, name: str, out_features: int) -> tuple[OutputBlock, ...]:
         """Return the parts of a column-parallel Linear's outputs that tensor parallelism cuts apart."""
-        if component_of(name) != LANGUAGE_PART:
+        if self.component_of(name) != LANGUAGE_PART:
             return (OutputBlock(out_features),)
         return output_blocks(name, out_features, self.num_attention_heads, self.num_key_value_heads)
 
@@ -129,7 +132,7 @@ class Architecture:
 
         Key-value heads are repeated rather than cut when there are fewer of them than ranks.
         """
-        if component_of(name) == LANGUAGE_PART and holds_key_values(name):
+        if self.component_of(name) == LANGUAGE_PART and holds_key_values(name):
             return min(tensor_parallel_size, self.num_key_value_heads)
         return tensor_parallel_size
 
@@ -146,18 +149,31 @@ class Architecture:
 
     def checkpoint_name(self, name: str) -> str:
         """Return the name under which checkpoints hold a module or tensor of this model."""
-        if self.image_token_id is not None:
-            return to_checkpoint(name)
-        for module, stored in self.stored_prefixes.items():
-            if f"{name}.".startswith(f"{module}."):
-                return stored + name.removeprefix(module)
+        name = stored_name(name, self.stored_prefixes)
         for part, stored in self.stored_parts.items():
             name = name.replace(part, stored)
         return name
 
+    def component_of(self, name: str) -> str:
+        """Return the part of the model a tensor belongs to: language model, vision tower or projector."""
+        for module, part in self.vision_parts.items():
+            if f"{name}.".startswith(f"{module}."):
+                return part
+        return LANGUAGE_PART
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The parts that the model has: the language model, and behind it those that see."""
+        return (LANGUAGE_PART, *dict.fromkeys(self.vision_parts.values()))
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether this is a vision-language model."""
+        return self.image_token_id is not None
+
     @property
     def vision_linears(self) -> tuple[LinearShape, ...]:
-        """Every Linear of vision tower and projector that is run, in the order of the forward pass."""
+        """Every Linear of vision tower and projector that can be compressed, in the order they are run."""
         return tuple(
             linear for layers in self.vision_layers.values() for layer in layers for linear in layer.linears
         )
@@ -192,16 +208,6 @@ def experts_of(name: str) -> str:
     """Return the name of the module of routed experts that a tensor would belong to; else any other name."""
     before, found, _ = name.partition(f".{EXPERTS}.")
     return before + found.removesuffix(".")
-
-
-def component_of(name: str) -> str:
-    """Return the part of the model a tensor belongs to: language model, vision tower or projector."""
-    if name.startswith(VISION_TOWER):
-        return TOWER_PART
-    # The learned separator between rows of image tiles is trained with the projector.
-    if name.startswith((PROJECTOR, "model.image_newline")):
-        return PROJECTOR_PART
-    return LANGUAGE_PART
 
 
 def dense_descriptions(architecture: Architecture) -> dict[str, Storage]:

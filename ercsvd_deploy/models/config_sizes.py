@@ -22,7 +22,12 @@ _LARGEST = {
     "ffn_dim": 2**20,
     "vocab_size": 2**24,
     "max_position_embeddings": 2**27,
+    "depth": 2**10,  # layers of a tower
+    "out_hidden_size": 2**18,
+    "num_position_embeddings": 2**20,
     "num_channels": 2**6,
+    "in_channels": 2**6,
+    "temporal_patch_size": 2**6,
     "image_size": 2**14,
     "patch_size": 2**14,
     "image_seq_length": 2**20,

@@ -110,12 +110,19 @@ def watch_module(model: nn.Module, prefix: str, run: Callable[[], object]) -> La
     return _describe_layer(prefix, 0, module, _watch({prefix: module}, run)[prefix])
 
 
+def decoder_name(model: nn.Module) -> str:
+    """Return the name of the module that has the decoder layers, and of a language model nothing else."""
+    decoder = model.get_decoder()  # type: ignore[operator]
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+    return names[id(decoder)]
+
+
 def _find_stack(model: nn.Module) -> str:
     """Return the name of the decoder's list of layers: of its outermost lists of modules the longest."""
-    decoder = model.get_decoder()  # type: ignore[operator]
-    [decoder_name] = [name for name, module in model.named_modules() if module is decoder]
+    name_of_decoder = decoder_name(model)
+    decoder = model.get_submodule(name_of_decoder)
     lists = {
-        f"{decoder_name}.{name}".lstrip("."): len(module)
+        f"{name_of_decoder}.{name}".lstrip("."): len(module)
         for name, module in decoder.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     }

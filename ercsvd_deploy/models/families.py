@@ -6,16 +6,16 @@ where a family differs from what its modules tell.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError, LayerLinears
+from ercsvd_deploy.models.checkpoint_names import module_names, stored_prefixes
 from ercsvd_deploy.models.discovery import find_decoder, on_meta
 from ercsvd_deploy.models.experts import renamed_parts, stand_in_for_experts
-from ercsvd_deploy.models.vision import VISION_LANGUAGE_MODEL_TYPES, check_vision, describe_vision
+from ercsvd_deploy.models.vision import describe_vision, find_vision_parts, image_token_id, reads_images
 from ercsvd_deploy.models.vocabulary import find_vocabulary
 
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -27,17 +27,13 @@ def check_supported(config: Any) -> None:
     """Refuse a config whose model cannot be compressed here, before anything is built from it.
 
     Raises:
-        ArchitectureError: it is not a decoder alone, or its layers or its vision tower are unsupported.
+        ArchitectureError: it is no decoder, nor a vision-language model around one, or has other layers.
     """
     text_config = config.get_text_config()
     if reads_images(config):
-        check_vision(config)
+        image_token_id(config)  # refuses a config that names none
     elif text_config is not config:
-        known = ", ".join(sorted(VISION_LANGUAGE_MODEL_TYPES))
-        kind = (
-            "a vision-language model" if hasattr(config, "vision_config") else "a decoder among other parts"
-        )
-        raise _unsupported(config, f"{kind}; supported of those: {known}")
+        raise _unsupported(config, "a decoder among other parts, which are not those of a model that sees")
     if getattr(config, "is_encoder_decoder", False):
         raise _unsupported(config, "an encoder with a decoder; supported are decoders alone, such as llama")
     if _model_class(config) is None and not getattr(config, "auto_map", None):
@@ -63,8 +59,10 @@ def describe(model: nn.Module, config: Any) -> Architecture:
         raise _unsupported(
             text_config, f"{error}; supported are decoders of Linears, such as llama"
         ) from error
+    sees = reads_images(config)
     return Architecture(
         model_type=str(config.model_type),
+        text_model_type=str(text_config.model_type),
         layers_prefix=decoder.prefix,
         layers=decoder.layers,
         layers_return_tuples=decoder.return_tuples,
@@ -73,31 +71,32 @@ def describe(model: nn.Module, config: Any) -> Architecture:
         num_key_value_heads=_num_key_value_heads(text_config),
         vocab_size=text_config.vocab_size,
         vocabulary=find_vocabulary(model, len(decoder.layers)),
-        stored_prefixes=_STORED_PREFIXES.get(config.model_type, {}),
+        stored_prefixes=(stored_prefixes(model) if sees else _STORED_PREFIXES.get(config.model_type, {})),
         stored_parts=renamed_parts(config),
-        image_token_id=config.image_token_index if reads_images(config) else None,
-        vision_layers=describe_vision(model, config) if reads_images(config) else {},
+        image_token_id=image_token_id(config) if sees else None,
+        vision_parts=find_vision_parts(model) if sees else {},
+        vision_layers=describe_vision(model, config) if sees else {},
     )
 
 
-def reads_images(config: Any) -> bool:
-    """Whether this is the config of a vision-language model."""
-    return getattr(config, "model_type", None) in VISION_LANGUAGE_MODEL_TYPES
-
-
-def module_tensor(config: Any, stored_name: str) -> str:
-    """Return the name that transformers' modules have for a tensor of a checkpoint.
+def module_tensors(model: nn.Module, config: Any) -> Callable[[str], str]:
+    """Return the function that gives the name that transformers' modules have for a checkpoint's tensor.
 
     The inverse of `Architecture.checkpoint_name`.
     """
     if reads_images(config):
-        return to_module(stored_name)
-    for module, stored in _STORED_PREFIXES.get(config.model_type, {}).items():
-        if stored_name.startswith(f"{stored}."):
-            return module + stored_name.removeprefix(stored)
-    for part, stored in renamed_parts(config).items():
-        stored_name = stored_name.replace(stored, part)
-    return stored_name
+        return module_names(model)
+    prefixes, parts = _STORED_PREFIXES.get(config.model_type, {}), renamed_parts(config)
+
+    def module_name(stored_name: str) -> str:
+        for module, stored in prefixes.items():
+            if stored_name.startswith(f"{stored}."):
+                return module + stored_name.removeprefix(stored)
+        for part, stored in parts.items():
+            stored_name = stored_name.replace(stored, part)
+        return stored_name
+
+    return module_name
 
 
 def attention_implementation(config: Any) -> str:
@@ -123,6 +122,8 @@ def _obstacles(text_config: Any) -> Iterator[str]:
     others = sorted(set(getattr(text_config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
     if others:
         yield f"it has layers of another kind than attention: {', '.join(others)}"
+    if getattr(text_config, "cross_attention_layers", None):
+        yield "layers that attend to the features of pictures, beside those that attend to tokens"
     if getattr(text_config, "is_heterogeneous", False):
         yield "its layers have heads of different sizes"
     if getattr(text_config, "num_kv_shared_layers", None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -14,8 +15,9 @@ from torch import nn
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.config_sizes import impossible_sizes
-from ercsvd_deploy.models.families import attention_implementation, check_supported, describe, reads_images
+from ercsvd_deploy.models.families import attention_implementation, check_supported, describe
 from ercsvd_deploy.models.packed_embedding import TiedOutputLayer
+from ercsvd_deploy.models.vision import reads_images
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -95,7 +97,7 @@ def _build(
     try:
         with without_weights:
             model: nn.Module = auto.from_config(
-                config,
+                copy.deepcopy(config),  # it may forget the precision that a part of it names
                 trust_remote_code=trust_remote_code,
                 attn_implementation=attention_implementation(config),
             )
@@ -104,6 +106,15 @@ def _build(
         raise ArchitectureError(f"{where}: no model can be built from it: {_first_lines(error)}") from error
     tie_weights(model)
     return model.eval()
+
+
+def own_dtype(config: Any) -> torch.dtype | None:
+    """Return the precision of a model's weights; some vision-language models name it in a part alone."""
+    for part in (config, config.get_text_config()):
+        dtype = getattr(part, "dtype", None)
+        if isinstance(dtype, torch.dtype):
+            return dtype
+    return None
 
 
 def compressed_config(config: Any) -> CheckpointConfig | None:

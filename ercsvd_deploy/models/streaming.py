@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.side_by_side import is_small, map_side_by_side
 from ercsvd_deploy.models.architecture import Architecture, LayerLinears
 from ercsvd_deploy.models.experts import separate_experts
-from ercsvd_deploy.models.families import describe, module_tensor
+from ercsvd_deploy.models.families import describe, module_tensors
 from ercsvd_deploy.models.fitting import fit_store
+from ercsvd_deploy.models.layer_calls import CallRecorder, LayerCalls
 from ercsvd_deploy.models.loading import load_tensors, own_state
 from ercsvd_deploy.models.meta import build_meta_model, compressed_config, tie_weights
 from ercsvd_deploy.models.recording import EmbeddingDone, OnCall, capture_input, layers_replaced
@@ -79,7 +81,7 @@ class LayerwiseModel:
     surplus_tensors: tuple[str, ...] = field(init=False)
     architecture: Architecture = field(init=False)
     _layers: list[nn.Module] = field(init=False)
-    _layer_arguments: dict[torch.Size, list[dict[str, Any]]] = field(init=False, default_factory=dict)
+    _calls: LayerCalls = field(init=False, default_factory=LayerCalls)
 
     def __post_init__(self) -> None:
         """Build the meta model.
@@ -98,7 +100,9 @@ class LayerwiseModel:
         separate_experts(self.model)
         if compressed is not None:
             replace_linears(self.model, compressed)
-        self.store, self.surplus_tensors = fit_store(self.model, self.store, partial(module_tensor, config))
+        self.store, self.surplus_tensors = fit_store(
+            self.model, self.store, module_tensors(self.model, config)
+        )
         self._layers = list(self._stack)
 
     @property
@@ -147,30 +151,25 @@ class LayerwiseModel:
         hidden: list[torch.Tensor] = []
         with self._outside_layers(with_head=False), observing(self.model, observe or {}, None):
             for batch in batches:
-                calls: list[dict[str, Any]] = []
-
-                def record(
-                    states: torch.Tensor, kwargs: dict[str, Any], calls: list[dict[str, Any]] = calls
-                ) -> torch.Tensor:
-                    if not calls:
-                        hidden.append(states)
-                    calls.append(kwargs)
-                    if len(calls) == len(self._layers):
-                        raise EmbeddingDone
-                    return states
-
-                with self._layers_replaced(record), suppress(EmbeddingDone):
-                    self.model(**batch.model_inputs(self.device, self.dtype), use_cache=False)
-                # Without padding the arguments depend on the batch's shape alone.
-                self._layer_arguments.setdefault(batch.tokens.shape, calls)
+                recorder = CallRecorder(len(self._layers))
+                with self._layers_replaced(recorder), suppress(EmbeddingDone):
+                    self.model(**self._model_inputs(batch), use_cache=False)
+                hidden.append(recorder.first_input)
+                self._calls.note(batch, recorder.calls)
         return hidden
+
+    def _model_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return the arguments of the model's forward pass; of token types, those that it asks for."""
+        taken = signature(self.model.forward).parameters
+        inputs = batch.model_inputs(self.device, self.dtype)
+        return {name: each for name, each in inputs.items() if name in taken or name not in batch.token_types}
 
     def forget_inputs(self) -> None:
         """Let go of what `embed` noted for the layers: masks and rotary embeddings on the device.
 
         Nothing on the device is held between passes but these; the next `embed` notes them again.
         """
-        self._layer_arguments.clear()
+        self._calls.clear()
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -184,10 +183,10 @@ class LayerwiseModel:
         load_tensors(module, prefix, self.store, self.device, self.dtype)
         yield module
 
-    def run_layer(self, module: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the output [batch, tokens, hidden] of a loaded layer."""
-        arguments = self._layer_arguments[hidden.shape[:2]][index]
-        output = module(hidden, **arguments)
+    def run_layer(self, module: nn.Module, index: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the output [rows, tokens, hidden] of a loaded layer for a batch that has been embedded."""
+        call = self._calls.find(batch, index)
+        output = module(call.inputs(hidden), **call.arguments)
         states: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
@@ -207,41 +206,44 @@ class LayerwiseModel:
     def advance(
         self,
         index: int,
+        batches: Sequence[Batch],
         hidden: list[torch.Tensor],
         *,
         observe: Mapping[str, InputStatistics] | None = None,
         token_weights: Sequence[TokenWeights] | None = None,
         module: nn.Module | None = None,
-        batches: range | None = None,
+        positions: range | None = None,
     ) -> None:
         """Replace every batch's activations by the output of layer `index`.
 
         Args:
             index: The decoder layer.
+            batches: What was embedded.
             hidden: Activations of every batch, replaced one by one so that both never exist in full.
             observe: Linear's name within the layer -> statistics of its input to accumulate.
             token_weights: How much each token of every batch counts in them; None: all count one.
             module: The layer, if it is loaded already.
-            batches: Positions of the batches to advance; None: all.
+            positions: Of the batches to advance; None: all.
         """
         if module is None:
             with self.layer(index) as loaded:
                 self.advance(
                     index,
+                    batches,
                     hidden,
                     observe=observe,
                     token_weights=token_weights,
                     module=loaded,
-                    batches=batches,
+                    positions=positions,
                 )
             return
         totals = observe or {}
-        positions = range(len(hidden)) if batches is None else batches
+        positions = range(len(hidden)) if positions is None else positions
         weights = token_weights if token_weights is not None else [None] * len(hidden)
         if not self.is_small:
             for position in positions:
                 with observing(module, totals, weights[position]):
-                    hidden[position] = self.run_layer(module, index, hidden[position])
+                    hidden[position] = self.run_layer(module, index, batches[position], hidden[position])
             return
 
         def run(position: int) -> dict[str, InputStatistics]:
@@ -249,7 +251,7 @@ class LayerwiseModel:
             statistics_by_name = {name: total.at_zero() for name, total in totals.items()}
             copied = _sharing_tensors(module)
             with observing(copied, statistics_by_name, weights[position]):
-                hidden[position] = self.run_layer(copied, index, hidden[position])
+                hidden[position] = self.run_layer(copied, index, batches[position], hidden[position])
             return statistics_by_name
 
         # Added up in the order of the batches, whichever is ready first.
@@ -258,7 +260,9 @@ class LayerwiseModel:
                 totals[name].include(statistics)
 
     @torch.no_grad()
-    def linear_inputs(self, module: nn.Module, index: int, hidden: torch.Tensor, name: str) -> torch.Tensor:
+    def linear_inputs(
+        self, module: nn.Module, index: int, batch: Batch, hidden: torch.Tensor, name: str
+    ) -> torch.Tensor:
         """Return the inputs [batch, tokens, in] of the submodule `name` of a loaded layer.
 
         The layer runs no further than to that submodule.
@@ -266,15 +270,17 @@ class LayerwiseModel:
         Args:
             module: The layer.
             index: Its index.
-            hidden: The layer's inputs of one batch.
+            batch: What was embedded.
+            hidden: The layer's inputs of the batch.
             name: Name of a Linear within the layer.
         """
-        return capture_input(module, name, lambda: self.run_layer(module, index, hidden))
+        return capture_input(module, name, lambda: self.run_layer(module, index, batch, hidden))
 
     def retreat(
         self,
         index: int,
         module: nn.Module,
+        batches: Sequence[Batch],
         hidden: Sequence[torch.Tensor],
         gradients: list[torch.Tensor],
         *,
@@ -286,6 +292,7 @@ class LayerwiseModel:
         Args:
             index: The decoder layer.
             module: That layer, loaded.
+            batches: What was embedded.
             hidden: The layer's inputs of every batch.
             gradients: Gradients by its outputs, in the same order; replaced one by one.
             observe: Linear's name within the layer -> statistics of gradients by its output to accumulate.
@@ -295,7 +302,7 @@ class LayerwiseModel:
         for position, states in enumerate(hidden):
             inputs = states.detach().requires_grad_()
             with torch.enable_grad(), observing_gradients(module, observe, token_weights[position]):
-                outputs = self.run_layer(module, index, inputs)
+                outputs = self.run_layer(module, index, batches[position], inputs)
                 [gradients[position]] = torch.autograd.grad(outputs, inputs, gradients[position])
 
     def sampled_loss_gradients(

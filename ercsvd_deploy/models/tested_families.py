@@ -16,7 +16,10 @@ _ELSEWHERE = frozenset({"llama", "mistral", "qwen2", "qwen3", "opt", "llava", "l
 
 
 def read_results() -> Mapping[str, Mapping[str, str]]:
-    """Return what came of every family: `TYPE` or `TYPE-VARIANT` -> dtype of the export -> a few words."""
+    """Return what came of every family: `TYPE` or `TYPE-VARIANT` -> what was tried -> a few words.
+
+    Tried is an export of one dtype, of a vision-language model also `with pictures`.
+    """
     text = files("ercsvd_deploy.models").joinpath(FILE).read_text(encoding="utf-8")
     results: Mapping[str, Mapping[str, str]] = json.loads(text)
     return results
@@ -32,5 +35,12 @@ def serving_doubts(model_type: str) -> list[str]:
             f"no test has served a compressed model of type {model_type} with vLLM: set "
             "gates.serving_parity, and look at what it finds before you rely on the export"
         ]
-    verdicts = sorted({verdict for found in results for verdict in found.values()})
-    return [f"models of type {model_type}: {each}" for each in verdicts if each.startswith(NOT_RUN)]
+    verdicts = sorted(
+        {
+            f"{model_type}{' with pictures' * tried.endswith('with pictures')}: {verdict}"
+            for found in results
+            for tried, verdict in found.items()
+            if verdict.startswith(NOT_RUN)
+        }
+    )
+    return [f"models of type {each}" for each in verdicts]

@@ -1,4 +1,8 @@
-"""The Linears of a LLaVA's vision tower and projector, as far as they are run."""
+"""What a vision-language model has beside its decoder: the parts that see, and which of them are run.
+
+The parts are found in the model: whatever lies beside the decoder, and is not the output layer, sees. Tower
+and projector of a LLaVA with CLIP can be compressed too; those of all others stay as they are to the bit.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +13,72 @@ from torch import nn
 
 from ercsvd_deploy.format.llava_names import PROJECTOR
 from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, ArchitectureError, LayerLinears
-from ercsvd_deploy.models.discovery import watch_module, watch_stack
+from ercsvd_deploy.models.discovery import decoder_name, watch_module, watch_stack
 
-VISION_LANGUAGE_MODEL_TYPES = frozenset({"llava", "llava_next"})
-_TOWERS = frozenset({"clip_vision_model"})
+_LLAVA = frozenset({"llava", "llava_next"})
+_COMPRESSIBLE_TOWERS = frozenset({"clip_vision_model"})
 _TOWER = "model.vision_tower"
 _TOWER_LAYERS = f"{_TOWER}.encoder.layers"
 
 
-def check_vision(config: Any) -> None:
-    """Refuse a vision-language model whose tower is not supported.
+def reads_images(config: Any) -> bool:
+    """Whether this is the config of a vision-language model around a decoder."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        and getattr(config, "vision_config", None) is not None
+        and config.get_text_config() is not config
+    )
+
+
+def image_token_id(config: Any) -> int:
+    """Return the token that marks the places of image features.
 
     Raises:
-        ArchitectureError: it is not.
+        ArchitectureError: the config names none.
     """
-    tower = str(getattr(config.vision_config, "model_type", None))
-    if tower not in _TOWERS:
-        supported = ", ".join(sorted(_TOWERS))
-        raise ArchitectureError(f"vision tower {tower!r} is not supported; supported: {supported}")
+    for key in ("image_token_id", "image_token_index"):
+        token = getattr(config, key, None)
+        if isinstance(token, int):
+            return token
+    raise ArchitectureError(
+        f"model_type {config.model_type!r} is not supported: a vision-language model whose config names no "
+        "image token, in whose places the features of pictures stand"
+    )
+
+
+def find_vision_parts(model: nn.Module) -> dict[str, str]:
+    """Return module or parameter outside the decoder -> the part that it belongs to.
+
+    A module with a stack of layers of its own is a tower; all others, and parameters that stand alone, are of
+    the projector.
+
+    Args:
+        model: A vision-language model.
+    """
+    parent_name, _, decoder = decoder_name(model).rpartition(".")
+    parent = model.get_submodule(parent_name)
+    parts = {
+        name: TOWER_PART
+        if any(isinstance(each, nn.ModuleList) for each in child.modules())
+        else PROJECTOR_PART
+        for name, child in parent.named_children()
+        if name != decoder and any(True for _ in child.parameters())
+    }
+    # The learned separator between rows of image tiles is trained with the projector.
+    parts |= {name: PROJECTOR_PART for name, _ in parent.named_parameters(recurse=False)}
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    prefix = f"{parent_name}." if parent_name else ""
+    return {
+        f"{prefix}{name}": part
+        for name, part in parts.items()
+        if output is None or getattr(parent, name) is not output
+    }
 
 
 def describe_vision(model: nn.Module, config: Any) -> dict[str, tuple[LayerLinears, ...]]:
-    """Return the layers of tower and projector that are run, by part.
+    """Return the layers of tower and projector that are run and can be compressed, by part.
 
     Args:
         model: On the meta device.
@@ -40,6 +88,8 @@ def describe_vision(model: nn.Module, config: Any) -> dict[str, tuple[LayerLinea
         ArchitectureError: the config asks for features of a layer that the tower does not have.
     """
     tower = config.vision_config
+    if config.model_type not in _LLAVA or tower.model_type not in _COMPRESSIBLE_TOWERS:
+        return {}
     # Layers behind the one whose output the projector reads are not run, and vLLM does not even build them.
     num_hidden = tower.num_hidden_layers
     feature_layer = config.vision_feature_layer

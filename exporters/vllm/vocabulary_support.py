@@ -29,7 +29,7 @@ def find_unservable_vocabulary(names: Iterable[str], architecture: Architecture)
         names: Those that are to become integers.
         architecture: The model's.
     """
-    vocabulary, model_type = architecture.vocabulary, architecture.model_type
+    vocabulary, model_type = architecture.vocabulary, architecture.text_model_type
     problems = []
     for name in names:
         is_looked_up = vocabulary.embedding is not None and name == vocabulary.embedding.name

@@ -14,7 +14,7 @@ from ercsvd_deploy.format.store_views import CastingStore
 from ercsvd_deploy.format.tensor_store import TensorStore, enumerate_names
 from ercsvd_deploy.format.weight_files import open_directory, outside_links
 from ercsvd_deploy.models.architecture import ArchitectureError
-from ercsvd_deploy.models.meta import load_config
+from ercsvd_deploy.models.meta import load_config, own_dtype
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.libraries import import_transformers
 from ercsvd_deploy.pipelines.inputs.refusals import refuse_unsuitable
@@ -169,8 +169,8 @@ def parse_device(name: str) -> torch.device:
 
 def compute_dtype(config: Any, device: torch.device) -> torch.dtype:
     """Return the precision to run layers in: the model's own on a GPU, float32 on a CPU."""
-    own = getattr(config, "dtype", None)
-    return own if device.type == "cuda" and isinstance(own, torch.dtype) else torch.float32
+    own = own_dtype(config)
+    return own if device.type == "cuda" and own is not None else torch.float32
 
 
 def stream(

@@ -21,6 +21,7 @@ from ercsvd_deploy.data.pictures import (
     question_samples,
 )
 from ercsvd_deploy.data.texts import CalibrationError
+from ercsvd_deploy.models.vision import image_token_id
 from ercsvd_deploy.recipe.sections import (
     Calibration,
     ConversationFile,
@@ -74,7 +75,7 @@ def draw_pictures(
             num_samples=num_samples,
             sequence_length=calibration.sequence_length,
             seed=calibration.seed,
-            image_token_id=config.image_token_index,
+            image_token_id=image_token_id(config),
             vocab_size=config.get_text_config().vocab_size,
             token_weight=vision.token_weight,
         )
@@ -108,7 +109,7 @@ def ask_questions(
             questions[name] = question_samples(
                 conversations,
                 processor,
-                image_token_id=config.image_token_index,
+                image_token_id=image_token_id(config),
                 vocab_size=config.get_text_config().vocab_size,
                 max_questions=most,
                 max_tokens=getattr(config.get_text_config(), "max_position_embeddings", None),
@@ -147,7 +148,7 @@ def draw_prompts(
             read_pictures(dataset, _SPARE_RECORDS * each),
             processor,
             num_prompts=each,
-            image_token_id=config.image_token_index,
+            image_token_id=image_token_id(config),
             vocab_size=config.get_text_config().vocab_size,
             max_tokens=max_tokens,
         )

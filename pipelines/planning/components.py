@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from ercsvd_deploy.format.described import Count
-from ercsvd_deploy.models.architecture import LANGUAGE_PART, Architecture, component_of
+from ercsvd_deploy.models.architecture import LANGUAGE_PART, Architecture
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
@@ -44,10 +44,7 @@ def describe_components(
         described: Description of every altered Linear.
         architecture: The original model.
     """
-    return tuple(
-        _describe(part, sizes, described, architecture)
-        for part in (LANGUAGE_PART, *architecture.vision_layers)
-    )
+    return tuple(_describe(part, sizes, described, architecture) for part in architecture.components)
 
 
 def _describe(
@@ -56,9 +53,15 @@ def _describe(
     described: Mapping[str, Storage],
     architecture: Architecture,
 ) -> Component:
-    own = {name: description for name, description in described.items() if component_of(name) == part}
+    own = {
+        name: description
+        for name, description in described.items()
+        if architecture.component_of(name) == part
+    }
     original = sum(
-        math.prod(shape) for name, shape in architecture.other_tensors.items() if component_of(name) == part
+        math.prod(shape)
+        for name, shape in architecture.other_tensors.items()
+        if architecture.component_of(name) == part
     )
     if part == LANGUAGE_PART:
         original += architecture.linear_parameters
@@ -67,7 +70,9 @@ def _describe(
         name=part,
         original_parameters=original,
         parameters=original - removed,
-        num_bytes=sum(num_bytes for name, num_bytes in sizes.items() if component_of(name) == part),
+        num_bytes=sum(
+            num_bytes for name, num_bytes in sizes.items() if architecture.component_of(name) == part
+        ),
         treatment=in_words(*count_kinds(own, architecture.vocabulary)),
     )
 

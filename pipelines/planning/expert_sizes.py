@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ercsvd_deploy.models.architecture import LANGUAGE_PART, component_of, experts_of
+from ercsvd_deploy.models.architecture import LANGUAGE_PART, experts_of
 from ercsvd_deploy.pipelines.planning.components import Component, count_kinds, in_words
 from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank, planned_bytes
 
@@ -75,7 +75,7 @@ def with_experts(
         architecture: The original model's.
         experts: The experts.
     """
-    own = {name: each for name, each in described.items() if component_of(name) == LANGUAGE_PART}
+    own = {name: each for name, each in described.items() if architecture.component_of(name) == LANGUAGE_PART}
     kinds, outside = count_kinds(own, architecture.vocabulary)
     return tuple(
         replace(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, Architecture, component_of
+from ercsvd_deploy.models.architecture import LANGUAGE_PART, Architecture
 from ercsvd_deploy.models.streaming import max_tokens_per_batch
 from ercsvd_deploy.pipelines.stages.workload import Sequences, Tower, Workload
 from ercsvd_deploy.recipe.sections import HeldOutText, Recipe, TextFile
@@ -21,7 +21,8 @@ _TOKENS_OF_UNSEEN_TEXT = 350_000  # the size of WikiText-2's test split
 _UNSEEN_QUESTIONS = 1000
 _TOKENS_OF_QUESTION = 64  # beside its pictures
 # Tiles that one picture becomes: itself made small, and one to four parts in the usual tilings.
-_TILES = {"llava_next": (2, 5)}
+_TILES = {"llava_next": (2, 5), "llava_onevision": (2, 10), "idefics3": (2, 17), "internvl": (2, 13)}
+_ASSUMED_SIDE = 1024  # pixels of a picture, where the tower takes pictures of any size
 
 
 def measure_workload(
@@ -44,7 +45,7 @@ def measure_workload(
         device: Where that is.
     """
     assumptions: list[str] = []
-    tower = _tower(architecture, config)
+    tower = _tower(architecture, config, assumptions)
     calibration = None
     if recipe.calibration is not None:
         count = recipe.calibration.num_samples
@@ -97,26 +98,55 @@ def _questions(name: str, most: int | None, tower: Tower | None, assumptions: li
     count = most or _UNSEEN_QUESTIONS
     if most is None:
         assumptions.append(f"{name} has {count:,} questions")
-    features = tower.most_tiles * tower.tokens if tower is not None else 0
+    features = tower.most_tiles * tower.features if tower is not None else 0
     return Sequences(count, features + _TOKENS_OF_QUESTION, count)
 
 
-def _tower(architecture: Architecture, config: Any) -> Tower | None:
-    if not architecture.vision_layers:
+def _tower(architecture: Architecture, config: Any, assumptions: list[str]) -> Tower | None:
+    if not architecture.reads_images:
         return None
     vision = config.vision_config
     fewest, most = _TILES.get(architecture.model_type, (1, 1))
-    layer = architecture.vision_layers[TOWER_PART][0]
-    hidden = layer.linears[0].in_features
+    side = _first_of(vision, ("image_size",))
+    if side is None:
+        side = _ASSUMED_SIDE
+        assumptions.append(f"pictures have {side} x {side} pixels")
+    tokens = (side // (_first_of(vision, ("patch_size",)) or 1)) ** 2
+    hidden = _first_of(vision, ("hidden_size", "embed_dim")) or 0
+    intermediate = _first_of(vision, ("intermediate_size",)) or int(hidden * getattr(vision, "mlp_ratio", 4))
     return Tower(
-        pixels=vision.num_channels * vision.image_size**2,
-        tokens=(vision.image_size // vision.patch_size) ** 2,
-        widest=3 * max(linear.out_features for linear in layer.linears) + 2 * hidden,
+        pixels=(_first_of(vision, ("num_channels", "in_channels", "in_chans")) or 3) * side**2,
+        tokens=tokens,
+        widest=3 * intermediate + 2 * hidden,
+        features=_features(config, tokens),
         parameters=sum(
             math.prod(shape)
             for name, shape in architecture.other_tensors.items()
-            if component_of(name) in (TOWER_PART, PROJECTOR_PART)
+            if architecture.component_of(name) != LANGUAGE_PART
         ),
         fewest_tiles=fewest,
         most_tiles=most,
+        additions=len(getattr(vision, "deepstack_visual_indexes", None) or ()),
     )
+
+
+def _features(config: Any, patches: int) -> int:
+    """Return how many tokens of the language model the patches of a tile become."""
+    fixed = _first_of(config, ("mm_tokens_per_image",))
+    if fixed is not None:
+        return fixed
+    merged = _first_of(config.vision_config, ("spatial_merge_size",)) or _first_of(
+        config, ("scale_factor", "spatial_merge_size")
+    )
+    return patches // (merged or 1) ** 2
+
+
+def _first_of(config: Any, keys: tuple[str, ...]) -> int | None:
+    """Return the first number that a config has under one of several keys; of a pair, the larger one."""
+    for key in keys:
+        value = getattr(config, key, None)
+        if isinstance(value, list | tuple):
+            value = max(value, default=None)
+        if isinstance(value, int):
+            return value
+    return None

@@ -11,10 +11,9 @@ import torch
 from ercsvd_deploy.exporters.vllm.cutting import find_uncuttable
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, ask_kernels, plan_matrices
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
-from ercsvd_deploy.models.families import reads_images
-from ercsvd_deploy.models.meta import compressed_config, read_architecture
+from ercsvd_deploy.models.meta import compressed_config, own_dtype, read_architecture
 from ercsvd_deploy.models.tested_families import serving_doubts
-from ercsvd_deploy.models.vision import VISION_LANGUAGE_MODEL_TYPES
+from ercsvd_deploy.models.vision import reads_images
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidates
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine
@@ -91,10 +90,27 @@ def check_vision(recipe: Recipe, config: Any) -> None:
     asking = ["vision"] if recipe.vision is not None else []
     asking += ["evaluation.visual_questions"] if recipe.evaluation.visual_questions else []
     if asking:
-        known = ", ".join(sorted(VISION_LANGUAGE_MODEL_TYPES))
         raise PlanError(
             f"the recipe has {' and '.join(asking)}, but {recipe.model.path} is a {config.model_type} model, "
-            f"which is not one that reads images here ({known}): remove them, or choose such a model"
+            "which is not one that reads images: remove them, or choose a vision-language model"
+        )
+
+
+def check_vision_parts(recipe: Recipe, architecture: Architecture) -> None:
+    """Refuse to compress a tower or projector that has to stay as it is.
+
+    Raises:
+        PlanError: names the fields of the recipe.
+    """
+    vision = recipe.vision
+    if vision is None or architecture.vision_layers or not architecture.reads_images:
+        return
+    asked = [field for field in ("compress_tower", "compress_projector") if getattr(vision, field)]
+    if asked:
+        raise PlanError(
+            f"vision: {' and '.join(asked)} {'is' if len(asked) == 1 else 'are'} true, but only the vision "
+            f"parts of LLaVA with CLIP can be compressed; those of {architecture.model_type} stay as they "
+            "are: set them to false"
         )
 
 
@@ -132,6 +148,7 @@ def make_plan(
     refuse_compressed(config)
     check_vision(recipe, config)
     architecture = read_architecture(config, trust_remote_code=recipe.model.trust_remote_code)
+    check_vision_parts(recipe, architecture)
     check_tensor_parallel_sizes(recipe, architecture)
     dtype = planned_dtype(recipe, config)
     element = getattr(torch, dtype).itemsize
@@ -253,5 +270,5 @@ def planned_dtype(recipe: Recipe, config: Any) -> str:
     """Return the precision in which tensors that are not integers are written."""
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
-    own = getattr(config, "dtype", None)
-    return str(own).removeprefix("torch.") if isinstance(own, torch.dtype) else "float32"
+    own = own_dtype(config)
+    return "float32" if own is None else str(own).removeprefix("torch.")

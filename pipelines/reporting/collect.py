@@ -13,7 +13,7 @@ import torch
 
 from ercsvd_deploy import __version__
 from ercsvd_deploy.evaluation.comparison import Comparison
-from ercsvd_deploy.models.architecture import LANGUAGE_PART, component_of
+from ercsvd_deploy.models.architecture import LANGUAGE_PART
 from ercsvd_deploy.pipelines.judging.differences import differences, quality_estimates, values_of
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
@@ -96,7 +96,9 @@ def _figures(
 ) -> ModelFigures:
     removed: Counter[str] = Counter()
     for name, description in modules.items():
-        removed[component_of(name)] += math.prod(description.shape) - description.num_parameters
+        removed[model.architecture.component_of(name)] += (
+            math.prod(description.shape) - description.num_parameters
+        )
     by_part = sum_by_part(stored_bytes(model.store), model.architecture)
     return ModelFigures(
         num_bytes=sum(by_part.values()),

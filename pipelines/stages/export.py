@@ -112,7 +112,7 @@ def _check_readable(context: PlanningContext) -> None:
         PlanError: names the Linears and the reason.
     """
     architecture = context.architecture
-    if architecture.vision_layers:
+    if architecture.reads_images:
         raise PlanError(
             "export.format compressed-tensors is for language models: vision-language models have other "
             "names in checkpoints than in memory; set vllm"

@@ -75,7 +75,7 @@ class MeasuredExportStage(Stage):
         if recipe.export.path is None or (recipe.evaluation.lm_eval is None and not is_served):
             return None
         tasks = recipe.evaluation.lm_eval
-        if tasks is not None and tasks.engine == "vllm" and context.architecture.vision_layers:
+        if tasks is not None and tasks.engine == "vllm" and context.architecture.reads_images:
             raise PlanError(
                 "evaluation.lm_eval.engine: vllm is for text models: remove it, or set transformers"
             )

@@ -114,16 +114,17 @@ def advance_observed(
     """Pass through a loaded layer; return for each group of Linears, by its first, what its inputs were."""
     token_weights = divided.token_weights(layer)
     parts = []
-    for batches in (range(divided.num_fitting), range(divided.num_fitting, len(hidden))):
-        if batches:
+    for positions in (range(divided.num_fitting), range(divided.num_fitting, len(hidden))):
+        if positions:
             parts.append(model.input_statistics(layer))
             model.advance(
                 layer.index,
+                divided.batches,
                 hidden,
                 observe=parts[-1],
                 token_weights=token_weights,
                 module=module,
-                batches=batches,
+                positions=positions,
             )
     if not parts:
         return {}

@@ -22,7 +22,6 @@ from ercsvd_deploy.models.architecture import (
     PROJECTOR_PART,
     TOWER_PART,
     Architecture,
-    component_of,
     dense_descriptions,
     experts_of,
 )
@@ -80,8 +79,7 @@ def sum_by_part(sizes: Mapping[str, int], architecture: Architecture) -> dict[st
     parts = dict.fromkeys(PARTS, 0)
     for name, num_bytes in sizes.items():
         is_expert = experts_of(name) in experts
-        part = EXPERT_PART if is_expert else _part_of(name, f"{architecture.layers_prefix}.", linears)
-        parts[part] += num_bytes
+        parts[EXPERT_PART if is_expert else _part_of(name, architecture, linears)] += num_bytes
     return parts
 
 
@@ -117,22 +115,30 @@ def bytes_on_rank(
         is_outside = not name.startswith(f"{architecture.layers_prefix}.")
         is_cut = (is_outside and shape[0] == architecture.vocab_size) or experts_of(name) in experts
         total += math.prod(shape) * element // (tensor_parallel_size if is_cut else 1)
-    for name, description in matrices.items():
-        for part, ((rows, columns), storage) in description.parts.items():
-            local = local_shape(name, part, rows, columns, architecture, tensor_parallel_size)
-            share = (local or (rows, columns))[0] * (local or (rows, columns))[1] / (rows * columns)
-            if architecture.vocabulary.has(name):  # what a vocabulary is filled up with does not count
-                share = 1 / tensor_parallel_size
-            leaves = storage.leaf_shapes(rows, columns) if storage else {"": (rows, columns)}
-            whole = sum(
-                math.prod(leaf_shape) * _element(leaf, element) for leaf, leaf_shape in leaves.items()
-            )
-            total += int(whole * share)
-        if description.pivot_blocks is not None:
-            rows = description.shape[0]
-            if not architecture.is_row_parallel(name):
-                rows = architecture.outputs_on_rank(name, rows, tensor_parallel_size) or rows
-            total += rows * _INTEGER_BYTES[ROW_ORDER]
+    return total + sum(
+        module_bytes_on_rank(name, description, architecture, element, tensor_parallel_size)
+        for name, description in matrices.items()
+    )
+
+
+def module_bytes_on_rank(
+    name: str, description: Storage, architecture: Architecture, element: int, tensor_parallel_size: int
+) -> int:
+    """Return the bytes of one module's tensors, bias aside, that one GPU holds; see `bytes_on_rank`."""
+    total = 0
+    for part, ((rows, columns), storage) in description.parts.items():
+        local = local_shape(name, part, rows, columns, architecture, tensor_parallel_size)
+        share = (local or (rows, columns))[0] * (local or (rows, columns))[1] / (rows * columns)
+        if architecture.vocabulary.has(name):  # what a vocabulary is filled up with does not count
+            share = 1 / tensor_parallel_size
+        leaves = storage.leaf_shapes(rows, columns) if storage else {"": (rows, columns)}
+        whole = sum(math.prod(leaf_shape) * _element(leaf, element) for leaf, leaf_shape in leaves.items())
+        total += int(whole * share)
+    if description.pivot_blocks is not None:
+        rows = description.shape[0]
+        if not architecture.is_row_parallel(name):
+            rows = architecture.outputs_on_rank(name, rows, tensor_parallel_size) or rows
+        total += rows * _INTEGER_BYTES[ROW_ORDER]
     return total
 
 
@@ -140,11 +146,11 @@ def _element(leaf: str, element: int) -> int:
     return _INTEGER_BYTES.get(leaf.rpartition(".")[2], element)
 
 
-def _part_of(name: str, prefix: str, linears: set[str]) -> str:
-    component = component_of(name)
+def _part_of(name: str, architecture: Architecture, linears: set[str]) -> str:
+    component = architecture.component_of(name)
     if component != LANGUAGE_PART:
         return component
-    if not name.startswith(prefix):
+    if not name.startswith(f"{architecture.layers_prefix}."):
         return "outside the layers"
     owner, _, leaf = name.rpartition(".")
     parent, _, part = owner.rpartition(".")

@@ -57,9 +57,11 @@ class Tower:
     pixels: int  # values of a tile
     tokens: int  # positions in the tower
     widest: int  # values of one position that are alive at once
+    features: int  # tokens of the language model that a tile becomes
     parameters: int  # of tower and projector
     fewest_tiles: int = 1  # that a picture becomes
     most_tiles: int = 1
+    additions: int = 0  # layers in front of which features are added once more
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,14 @@ class Workload:
         return max(map(math.prod, shapes)) * self.stored
 
     def activations(self, sequences: Sequences | None) -> int:
-        """Return the bytes of all sequences between two layers."""
-        return 0 if sequences is None else sequences.tokens * self.hidden * self.computed
+        """Return the bytes of all sequences between two layers, and of what pictures add to them there."""
+        if sequences is None:
+            return 0
+        positions = sequences.tokens
+        if self.tower is not None:
+            features = self.tower.most_tiles * self.tower.features
+            positions += self.tower.additions * sequences.pictures * features
+        return positions * self.hidden * self.computed
 
     def embedding(self, sequences: Iterable[Sequences]) -> int:
         """Return the bytes of what stands before the layers, and of a batch in the vision tower."""

@@ -193,6 +193,7 @@ def _samples(samples: Sequence[Sample]) -> str:
     for sample in samples:
         tensors += [sample.tokens, *(sample.images[name] for name in sorted(sample.images))]
         tensors += [] if sample.token_weights is None else [sample.token_weights]
+        tensors += [sample.token_types[name] for name in sorted(sample.token_types)]
     return _digest(tensors)
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.models.families import attention_implementation
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.tested_families import NOT_RUN
+from ercsvd_deploy.models.vision import reads_images
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import TEXT, factorize
 from tests.tiny_models import materialise
-from tests.vllm.engines import PROMPTS, compare, engine, run_engines
+from tests.vllm.engines import PROMPTS, REPOSITORY, compare, engine, run_engines
 
 TOLERANCES = {"float32": 1e-4, "float16": 0.03}
 # Factors of all Linears; or int4, in half of the layers of factors, in the others of dense matrices.
@@ -31,12 +34,17 @@ STAGES: Mapping[str, list[dict[str, Any]]] = {
 }
 
 
+# vLLM's LLaVA imports a module that needs torchvision, for a class that it does not use
+_VARIABLES: dict[str, Any] = (
+    {} if find_spec("torchvision") else {"PYTHONPATH": str(REPOSITORY / "examples/without_torchvision")}
+)
 NO_FLOAT16 = "does not support float16"  # vLLM says so of a few families
+_TEXTS = tuple(Sample(torch.tensor(tokens)) for tokens in PROMPTS)
 _Key = TypeVar("_Key", bound=Hashable)
 
 
-def compress(model: Path, directory: Path, dtype: str) -> Path:
-    """Run the recipe for one of `TOLERANCES` on a model; return the export."""
+def compress(model: Path, directory: Path, dtype: str, sections: Mapping[str, Any] | None = None) -> Path:
+    """Run the recipe for one of `TOLERANCES`, with some sections replaced, on a model; return the export."""
     directory.mkdir()
     stages = STAGES[dtype]
     recipe = {
@@ -49,6 +57,7 @@ def compress(model: Path, directory: Path, dtype: str) -> Path:
         "stages": stages,
         "evaluation": {"perplexity": {"held_out": str(TEXT / "in_domain.txt")}, "max_sequences": 2},
         "export": {"path": str(directory / "out")},
+        **(sections or {}),
     }
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     _, export = run_recipe(load_recipe(directory / "recipe.yaml"))
@@ -57,11 +66,23 @@ def compress(model: Path, directory: Path, dtype: str) -> Path:
 
 def reference(directory: Path) -> PreTrainedModel:
     """Return a dense model in float32, with the attention that its config asks for."""
-    attention = attention_implementation(load_config(str(directory)))
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation=attention
+    config = load_config(str(directory))
+    auto = AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
+    loaded: PreTrainedModel = auto.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation=attention_implementation(config)
     )
     return loaded.eval()
+
+
+def run_in_their_dtypes(jobs: Mapping[_Key, dict[str, Any]], work: Path) -> dict[_Key, dict[str, Any]]:
+    """Run engines as `run_all` does, those of families that do not support float16 in float32."""
+    found = run_all(jobs, work / "first")
+    in_float32 = {
+        key: jobs[key] | {"dtype": "float32"}
+        for key, answer in found.items()
+        if NO_FLOAT16 in answer.get("error", "")
+    }
+    return found | (run_all(in_float32, work / "float32") if in_float32 else {})
 
 
 def run_all(jobs: Mapping[_Key, dict[str, Any]], work: Path) -> dict[_Key, dict[str, Any]]:
@@ -72,7 +93,7 @@ def run_all(jobs: Mapping[_Key, dict[str, Any]], work: Path) -> dict[_Key, dict[
         work: A directory for answers and logs.
     """
     work.mkdir(parents=True)
-    status, _ = run_engines(list(jobs.values()), work / "all.json", goes_on=True)
+    status, _ = run_engines(list(jobs.values()), work / "all.json", goes_on=True, **_VARIABLES)
     answers = [{"error": ""}] * len(jobs) if status else json.loads((work / "all.json").read_text())
     by_key = dict(zip(jobs, answers, strict=True))
     failed = [
@@ -80,42 +101,55 @@ def run_all(jobs: Mapping[_Key, dict[str, Any]], work: Path) -> dict[_Key, dict[
     ]
     for number, key in enumerate(failed):  # an engine may fail for what another has left behind
         alone = work / f"{number}.json"
-        status, printed = run_engines([jobs[key]], alone)
+        status, printed = run_engines([jobs[key]], alone, **_VARIABLES)
         by_key[key] = {"error": _last_error(printed)} if status else json.loads(alone.read_text())[0]
     return {key: answer | {"dtype": jobs[key]["dtype"]} for key, answer in by_key.items()}
 
 
-def largest_difference(directory: Path, answer: Mapping[str, Any]) -> float:
+def largest_difference(directory: Path, answer: Mapping[str, Any], asked: Sequence[Sample] = _TEXTS) -> float:
     """Return the largest difference of log-probabilities between an engine and a dense model in float32."""
-    return compare(reference(directory), answer["outputs"], [{}] * len(PROMPTS)).largest
+    inputs = []
+    for output, sample in zip(answer["outputs"], asked, strict=True):
+        assert output["prompt"] == sample.tokens.tolist()
+        types = sample.continued(output["tokens"]).token_types
+        inputs.append({**sample.images, **{name: kinds[None] for name, kinds in types.items()}})
+    return compare(reference(directory), answer["outputs"], inputs).largest
 
 
-def judge(export: Path, dtype: str, answer: Mapping[str, Any], work: Path) -> str:
-    """Return in a word how vLLM serves an export: `same`, or what vLLM makes of an uncompressed model.
-
-    That is the one that the export stands for: the original's weights may lie where float16 changes little,
-    and those of the export where a router sends tokens to other experts.
+def judge(
+    dense: Path,
+    export: Path,
+    dtype: str,
+    answer: Mapping[str, Any],
+    work: Path,
+    options: Mapping[str, Any] | None = None,
+    asked: Sequence[Sample] = _TEXTS,
+) -> str:
+    """Return in a word how vLLM serves an export: `same`, or what vLLM makes of the original itself.
 
     Args:
-        export: What was made of a model.
+        dense: The original model; or the uncompressed one that the export stands for, where float16 is far
+            from float32 with some weights and not with others (routers send tokens elsewhere).
+        export: What was made of it.
         dtype: In which it was served.
         answer: Of its engine.
         work: An empty directory.
+        options: Of the engine, beside those of `engine`.
+        asked: What it has read.
 
     Raises:
-        AssertionError: vLLM serves the uncompressed model as transformers does, but not the export.
+        AssertionError: vLLM serves the original as transformers does, but not the export.
     """
-    dense = materialise(export, work / "dense")
     if "error" not in answer:
-        largest = largest_difference(dense, answer)
+        largest = largest_difference(materialise(export, work / "dense"), answer, asked)
         if largest <= TOLERANCES[dtype]:
             return "same"
-    [original] = run_all({"original": engine(dense, dtype)}, work / "original").values()
+    [original] = run_all({"original": engine(dense, dtype) | dict(options or {})}, work / "original").values()
     if "error" in original:
         return f"{NOT_RUN}: {original['error']}"[:160]
     assert "error" not in answer, answer["error"]
-    of_original = largest_difference(dense, original)
-    assert largest <= 2 * of_original, f"off by {largest:.2g}, and by {of_original:.2g} uncompressed"
+    of_original = largest_difference(dense, original, asked)
+    assert largest <= 2 * of_original, f"off by {largest:.2g}, and by {of_original:.2g} with the original"
     return "as far from transformers as the original"
 
 

@@ -24,7 +24,6 @@ from ercsvd_deploy.models.families import attention_implementation
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.tensor_parallel import cuts_inputs
 from tests.families.served import (
-    NO_FLOAT16,
     STAGES,
     TOLERANCES,
     compress,
@@ -32,6 +31,7 @@ from tests.families.served import (
     largest_difference,
     reference,
     run_all,
+    run_in_their_dtypes,
 )
 from tests.families.table import RESULTS
 from tests.families.tiny_families import FAMILIES, save_tiny_family
@@ -73,13 +73,7 @@ def answers(
         for family in asked
         for dtype, directory in exports(family).items()
     }
-    found = run_all(jobs, work / "first")
-    in_float32 = {
-        key: engine(exports(key[0])[key[1]], "float32")
-        for key, answer in found.items()
-        if NO_FLOAT16 in answer.get("error", "")
-    }
-    return found | (run_all(in_float32, work / "float32") if in_float32 else {})
+    return run_in_their_dtypes(jobs, work)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,7 +115,8 @@ def test_vllm_serves_it_with_the_same_numbers(
     for dtype, directory in exports(family).items():
         answer = answers[family, dtype]
         served_in = answer["dtype"]
-        verdict = judge(directory, served_in, answer, tmp_path / dtype)
+        dense = materialise(directory, tmp_path / f"{dtype}-dense")
+        verdict = judge(dense, directory, served_in, answer, tmp_path / dtype)
         verdicts[dtype] = verdict + (f" in {served_in}" if served_in != dtype else "")
         for name, kind in answer.get("cut", {}).items():
             assert cuts_inputs(name) == (kind == "RowParallelLinear"), f"{name} is a {kind}"

@@ -86,7 +86,7 @@ def test_export_has_the_hubs_names_and_loads(
     batches = model.batches(given)
     hidden = model.embed(batches)
     for index in range(model.num_layers):
-        model.advance(index, hidden)
+        model.advance(index, batches, hidden)
     expected = logits(directory)
     for row, _, found in model.logits(batches, hidden):
         torch.testing.assert_close(found, expected[row], atol=1e-4, rtol=1e-4)

@@ -171,7 +171,7 @@ def observed(
     hidden = model.embed(batches)
     statistics = model.input_statistics(model.architecture.layers[0])
     weights = [batch.token_weights for batch in batches]
-    model.advance(0, hidden, observe=statistics, token_weights=weights)
+    model.advance(0, batches, hidden, observe=statistics, token_weights=weights)
     return hidden, statistics
 
 

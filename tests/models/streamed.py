@@ -30,7 +30,7 @@ def streamed_logits(model: LayerwiseModel, tokens: torch.Tensor) -> torch.Tensor
     batches = model.batches(text_samples(tokens))
     hidden = model.embed(batches)
     for index in range(model.num_layers):
-        model.advance(index, hidden)
+        model.advance(index, batches, hidden)
     return torch.stack([logits for _, _, logits in model.logits(batches, hidden)])
 
 

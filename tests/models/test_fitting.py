@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.format.weight_files import open_directory
 from ercsvd_deploy.models.experts import separate_experts
-from ercsvd_deploy.models.families import module_tensor
+from ercsvd_deploy.models.families import module_tensors
 from ercsvd_deploy.models.fitting import fit_store
 from ercsvd_deploy.models.meta import build_meta_model
 from tests.families.tiny_families import FAMILIES as ALL_FAMILIES
@@ -72,7 +71,7 @@ def test_every_family_is_found_under_other_names(family: str, tmp_path: Path) ->
 
     def fitted(rename: Callable[[str], str]) -> tuple[Tensors, tuple[str, ...]]:
         save_file({rename(name): tensor for name, tensor in stored.items()}, tmp_path / WEIGHTS_FILE)
-        store, surplus = fit_store(model, open_directory(tmp_path), partial(module_tensor, config))
+        store, surplus = fit_store(model, open_directory(tmp_path), module_tensors(model, config))
         return store.read(store.names()), surplus
 
     expected, _ = fitted(str)

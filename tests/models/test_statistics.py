@@ -22,13 +22,14 @@ def tokens() -> torch.Tensor:
 def test_statistics_of_inputs(tmp_path: Path, tokens: torch.Tensor) -> None:
     save_tiny_model(tmp_path, "llama")
     model = streamed(tmp_path)
-    hidden = model.embed(model.batches(text_samples(tokens)))
+    batches = model.batches(text_samples(tokens))
+    hidden = model.embed(batches)
     expected_input: list[torch.Tensor] = []
     with model.layer(0) as layer:
         norm = copy.deepcopy(layer.get_submodule("input_layernorm"))
         expected_input = [norm(states).reshape(-1, states.shape[-1]) for states in hidden]
     statistics = InputStatistics.zeros(expected_input[0].shape[1], CPU)
-    model.advance(0, hidden, observe={"self_attn.q_proj": statistics})
+    model.advance(0, batches, hidden, observe={"self_attn.q_proj": statistics})
     rows = torch.cat(expected_input).detach()
     torch.testing.assert_close(statistics.gram, rows.T @ rows, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(statistics.mean_absolute, rows.abs().mean(0))

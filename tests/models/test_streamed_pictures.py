@@ -30,7 +30,7 @@ def test_streamed_logits_equal_the_whole_models(family: str, tiny_model: ModelDi
     batches = model.batches(given)
     hidden = model.embed(batches)
     for index in range(model.num_layers):
-        model.advance(index, hidden)
+        model.advance(index, batches, hidden)
     seen = set()
     for row, tokens, logits in model.logits(batches, hidden):
         assert torch.equal(tokens, given[row].tokens)

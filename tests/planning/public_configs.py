@@ -80,6 +80,10 @@ PUBLIC_MODELS: dict[str, dict[str, Any]] = {
     "OPT-6.7B": text_config("opt", 4096, 16384, 32, 32, 32, 50272),
     "LLaVA-1.5-7B": _llava("llava", text_config("llama", 4096, 11008, 32, 32, 32, 32064)),
     "LLaVA-1.6-Mistral-7B": _llava("llava_next", text_config("mistral", 4096, 14336, 32, 32, 8, 32064)),
+    "LLaVA-Interleave-7B": {
+        **_llava("llava", text_config("qwen2", 3584, 18944, 28, 28, 4, 152064)),
+        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152, "num_hidden_layers": 26},
+    },
 }
 
 
@@ -106,8 +110,4 @@ PUBLIC_MODELS |= {
 UNSUPPORTED_MODELS: dict[str, dict[str, Any]] = {
     "Llama-4-Scout": _llama_4(16),
     "Llama-4-Maverick": _llama_4(128),
-    "LLaVA-OneVision": {
-        **_llava("llava", text_config("qwen2", 3584, 18944, 28, 28, 4, 152064)),
-        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152, "num_hidden_layers": 26},
-    },
 }

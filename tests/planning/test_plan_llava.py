@@ -14,6 +14,7 @@ from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import ModelDirectory
+from tests.families.tiny_vision_families import tiny_config
 from tests.planning.counted import declared, run_counted
 from tests.planning.llava_configs import (
     MODELS,
@@ -66,6 +67,23 @@ def test_text_model_with_a_vision_section_is_refused(tiny_model: ModelDirectory)
         make_plan(recipe)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "llava-siglip"])
+def test_other_vision_parts_are_not_compressed(family: str, tmp_path: Path) -> None:
+    tiny_config(family).save_pretrained(tmp_path)
+    size = ["factorize.rank_multiple=8", "factorize.num_compressed_layers=all", f"model.path={tmp_path}"]
+    parts = (
+        make_plan(load_recipe(RECIPES / "llava-1.5-7b.yaml", [*size, "serving=null"]))
+        .candidates[0]
+        .components
+    )
+    assert [part.treatment for part in parts[1:]] == [LEFT_ALONE] * (len(parts) - 1)
+    assert len(parts) > 1
+    for field in ("compress_tower", "compress_projector"):
+        asked = load_recipe(RECIPES / "llava-1.5-7b.yaml", [*size, f"vision.{field}=true"])
+        with pytest.raises(PlanError, match=rf"vision: {field} is true, but only .* LLaVA with CLIP"):
+            make_plan(asked)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_vision_parts_take_what_they_declare(
@@ -97,3 +115,13 @@ def test_tasks_in_vllm_are_for_text_models(tmp_path: Path) -> None:
     ]
     with pytest.raises(PlanError, match="engine: vllm is for text models"):
         make_plan(load_recipe(RECIPES / "llava-1.5-7b.yaml", asked))
+
+
+def test_precision_that_the_language_model_names(tmp_path: Path) -> None:
+    """Qwen3-VL's config says it in `text_config` alone."""
+    raw = tiny_config("qwen3_vl").to_dict()
+    raw.pop("dtype")
+    raw["text_config"]["dtype"] = "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    size = ["factorize.rank_multiple=8", f"model.path={tmp_path}"]
+    assert make_plan(load_recipe(RECIPES / "qwen3-vl-8b.yaml", size)).dtype == "bfloat16"

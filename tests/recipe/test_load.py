@@ -150,7 +150,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
 def test_the_recipes_we_promise_are_shipped() -> None:
     promised = (
         "demo demo-3bit llama-2-7b llama-2-13b llama-3-8b llama-3-8b-3bit mistral-7b opt-6.7b qwen2.5-7b "
-        "qwen3-8b qwen3-30b-a3b vicuna-7b"
+        "qwen3-8b qwen3-30b-a3b vicuna-7b gemma-3-12b llava-onevision-7b qwen2.5-vl-7b qwen3-vl-8b"
     )
     assert set(promised.split()) <= {path.stem for path in SHIPPED}
 

@@ -216,12 +216,13 @@ def test_paired_statistics_are_sums_over_tokens() -> None:
 def test_inputs_of_a_linear_are_those_of_the_whole_layer(llama: Path) -> None:
     model = streamed(llama)
     tokens = torch.randint(3, 250, (3, 12), generator=torch.Generator().manual_seed(8))
-    hidden = model.embed(model.batches(text_samples(tokens)))
+    batches = model.batches(text_samples(tokens))
+    hidden = model.embed(batches)
     with model.layer(0) as module:
         for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
             linear = module.get_submodule(name)
             statistics = InputStatistics.zeros(int(linear.in_features), CPU)  # type: ignore[arg-type]
-            model.advance(0, list(hidden), observe={name: statistics}, module=module)
-            rows = model.linear_inputs(module, 0, hidden[0], name).flatten(0, 1)
+            model.advance(0, batches, list(hidden), observe={name: statistics}, module=module)
+            rows = model.linear_inputs(module, 0, batches[0], hidden[0], name).flatten(0, 1)
             torch.testing.assert_close(rows.T @ rows, statistics.gram)
             assert not linear._forward_pre_hooks

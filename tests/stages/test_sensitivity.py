@@ -71,9 +71,10 @@ def test_predicted_divergence_is_about_the_measured_one(tmp_path: Path) -> None:
     linear = next(each for each in layer.linears if each.name.endswith("gate_proj"))
     metric = sensitivity.metric(layer, linear, model.device)
     statistics = model.input_statistics(layer)
-    hidden = model.embed(model.batches(text_samples(windows)))
+    batches = model.batches(text_samples(windows))
+    hidden = model.embed(batches)
     for index in range(6):
-        model.advance(index, hidden, observe=statistics if index == 5 else None)
+        model.advance(index, batches, hidden, observe=statistics if index == 5 else None)
     gram = statistics["mlp.gate_proj"].gram
     whole = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
     module = whole.get_submodule(linear.name)

@@ -13,14 +13,18 @@ import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed check
 from ercsvd_deploy.data.texts import load_tokenizer
 from ercsvd_deploy.format.packing import unpack
 from ercsvd_deploy.format.schema import WeightQuantization
+from ercsvd_deploy.models.meta import read_architecture
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import evaluation_windows
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.reporting.description import describe_treatment
 from ercsvd_deploy.pipelines.stages.contract import PlanError
+from ercsvd_deploy.pipelines.stages.quantize.vocabulary_plan import plan_vocabulary
 from ercsvd_deploy.quantization.losses import proxy_loss
 from ercsvd_deploy.recipe.load import load_recipe
+from ercsvd_deploy.recipe.quantize import Quantize, VocabularyIntegers
 from tests.conftest import _recipe_writer
+from tests.families import tiny_vision_families
 from tests.recipe_runs import RecipeWriter, factorize, modules_of
 from tests.stages.naive_factors import inputs_of
 from tests.stages.vocabulary_runs import EMBEDDING, OUTPUT_LAYER, quantize
@@ -171,3 +175,10 @@ def test_what_cannot_be_is_refused(write_tied: RecipeWriter, tmp_path: Path) -> 
     write_opt = _recipe_writer(tmp_path, save_tiny_model(tmp_path / "opt", "opt"))
     with pytest.raises(PlanError, match="no integers for the input embeddings of opt models"):
         make_plan(load_recipe(write_opt(quantize(embeddings={"bits": 8}))))
+
+
+def test_the_decoder_in_a_vision_language_model_decides() -> None:
+    """PaliGemma's is a Gemma, whose embedding vLLM builds plain."""
+    architecture = read_architecture(tiny_vision_families.tiny_config("paligemma"))
+    with pytest.raises(PlanError, match="no integers for the input embeddings of gemma models"):
+        plan_vocabulary(Quantize(embeddings=VocabularyIntegers()), architecture)

@@ -1,8 +1,9 @@
 """Runs vLLM engines in a process of their own, by a JSON request on stdin.
 
-The request lists engines, built one after the other, and what each is to generate; the answer is written to a
-file as JSON. Only the standard library, vLLM and, for pictures, PIL are imported here, so that the
-interpreter of another environment (another vLLM release) can run it too.
+The request lists engines, built one after the other, and what each is to read, all the same unless an engine
+has `prompts` of its own; the answer is written to a file as JSON. Only the standard library, vLLM and, for
+pictures, PIL are imported here, so that the interpreter of another environment (another vLLM release) can run
+it too.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def main() -> None:
             answers.append(
                 generate(
                     engine,
-                    request["prompts"],
+                    engine.pop("prompts", request["prompts"]),
                     request["max_tokens"],
                     request["top"],
                     scores_prompts=request["scores_prompts"],

@@ -118,7 +118,9 @@ class Target(Section):
     """What the result may weigh; ranks, bits and what stays dense are then chosen together.
 
     Exactly one of `bytes`, `overall_bits` and `model_bits`; the first and the last count what the quantize
-    stage makes of `lm_head` and `embeddings`. Without a factorize stage bits alone are chosen, of `bits`.
+    stage makes of `lm_head` and `embeddings`. What counts is what all GPUs hold together at the smallest of
+    `serving.tensor_parallel_sizes`: a factor that each of them has whole, as often as there are GPUs. Without
+    a factorize stage bits alone are chosen, of `bits`.
     """
 
     bytes: Size | None = Field(

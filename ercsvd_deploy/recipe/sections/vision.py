@@ -89,10 +89,12 @@ class Vision(Section):
         description="How much an image token counts in the Grams; a text token counts 1.",
     )
     compress_tower: bool = Field(
-        default=False, description="Factorize the vision tower too; false: not one bit of it changes."
+        default=False,
+        description="Factorize the vision tower too, of LLaVA with CLIP; false: not one bit of it changes.",
     )
     compress_projector: bool = Field(
-        default=False, description="Factorize the projector too; false: not one bit of it changes."
+        default=False,
+        description="Factorize the projector too, of LLaVA with CLIP; false: not one bit of it changes.",
     )
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from pydantic import Field
 
-from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.described import Count, Measured
 from ercsvd_deploy.pipelines.inputs.parity_prompts import ParityPrompt, Subject
 
 if TYPE_CHECKING:
+    from ercsvd_deploy.data.samples import Sample
     from ercsvd_deploy.models.streaming import LayerwiseModel
 
 
@@ -106,10 +106,7 @@ def compare(
         image_token: Places of image features, whose log-probabilities mean nothing; None: there are none.
     """
     sequences = {
-        (number, answer.decoded): Sample(
-            torch.cat([prompt.sample.tokens, torch.tensor(answer.decoded, dtype=prompt.sample.tokens.dtype)]),
-            prompt.sample.images,
-        )
+        (number, answer.decoded): prompt.sample.continued(answer.decoded)
         for served in answers.values()
         for number, (prompt, answer) in enumerate(zip(prompts, served, strict=True))
     }
@@ -138,7 +135,7 @@ def _judge(model: LayerwiseModel, samples: Sequence[Sample]) -> list[_Judged]:
     batches = model.batches(samples)
     hidden = model.embed(batches)
     for index in range(model.num_layers):
-        model.advance(index, hidden)
+        model.advance(index, batches, hidden)
     for row, tokens, logits in model.logits(batches, hidden):
         logprobs = logits[:-1].log_softmax(-1)
         picked = logprobs.gather(1, tokens[1:, None].to(logprobs.device))[:, 0]

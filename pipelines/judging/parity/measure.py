@@ -164,7 +164,7 @@ def measure_parity(
         reference,
         prompts,
         {size: run.answers for size, run in runs.items()},
-        getattr(reference.config, "image_token_index", None),
+        reference.architecture.image_token_id,
     )
     return summarise(
         tuple(SizeParity(size, run.mode, run.seconds, agreements[size]) for size, run in runs.items()),

@@ -26,7 +26,7 @@ from torch import nn
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.linalg.compensation import compensated_weight
 from ercsvd_deploy.linalg.errors import compensated_error, weight_error
-from ercsvd_deploy.models.statistics import PairedStatistics, TokenWeights, weights_for
+from ercsvd_deploy.models.statistics import PairedStatistics, weights_for
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization, factors_piece
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
@@ -41,7 +41,7 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
     truncate_linear,
 )
 from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankDecision
-from ercsvd_deploy.pipelines.stages.observed_inputs import divide
+from ercsvd_deploy.pipelines.stages.observed_inputs import DividedBatches, divide
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
@@ -94,7 +94,7 @@ class _Trajectories:
         for layer in model.architecture.layers[: last + 1]:
             with model.layer(layer.index) as module:
                 if layer.index < self.decision.chosen.first_layer:
-                    model.advance(layer.index, original, module=module)
+                    model.advance(layer.index, divided.batches, original, module=module)
                     self.work.on_layer()
                     continue
                 compressed = compressed or list(original)
@@ -103,9 +103,7 @@ class _Trajectories:
                 twin = copy.deepcopy(module, shared)
                 piece = factors_piece(layer.index)
                 if findings[layer.index] is None:
-                    tensors, linears = self._compress(
-                        layer, (module, twin), (original, compressed), divided.token_weights(layer)
-                    )
+                    tensors, linears = self._compress(layer, (module, twin), (original, compressed), divided)
                     written[layer.index] = LINEARS.dump_python(linears)
                     cache.finish(piece, written[layer.index], tensors)
                 elif layer.index < last:
@@ -114,8 +112,8 @@ class _Trajectories:
                     for linear in layer.linears:
                         self._put(layer, linear, twin, tensors)
                 if layer.index < last:
-                    model.advance(layer.index, original, module=module)
-                    model.advance(layer.index, compressed, module=twin)
+                    model.advance(layer.index, divided.batches, original, module=module)
+                    model.advance(layer.index, divided.batches, compressed, module=twin)
             self.work.on_layer()
         return written
 
@@ -124,7 +122,7 @@ class _Trajectories:
         layer: LayerLinears,
         modules: tuple[nn.Module, nn.Module],
         hidden: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
-        token_weights: Sequence[TokenWeights],
+        divided: DividedBatches,
     ) -> tuple[dict[str, torch.Tensor], list[FactorizedLinear]]:
         """Compress the second of two equal modules group by group, for the inputs that it will have.
 
@@ -132,7 +130,7 @@ class _Trajectories:
             layer: The layer.
             modules: It twice, loaded.
             hidden: The inputs of each, of every batch.
-            token_weights: How much each token of every batch counts.
+            divided: The batches, and how much each of their tokens counts.
 
         Returns:
             The tensors that store the factors, and what every Linear loses.
@@ -140,16 +138,17 @@ class _Trajectories:
         model, (module, twin) = self.work.model, modules
         tensors: dict[str, torch.Tensor] = {}
         measured: dict[str, FactorizedLinear] = {}
+        token_weights = divided.token_weights(layer)
         for group in layer.groups:
             ranked = [linear for linear in group if self._rank(linear) is not None]
             if not ranked:
                 continue
             name = layer.local_name(group[0])
             inputs = PairedStatistics.zeros(group[0].in_features, model.device, model.token_weight)
-            for states, others, weights in zip(*hidden, token_weights, strict=True):
+            for batch, states, others, weights in zip(divided.batches, *hidden, token_weights, strict=True):
                 inputs.add(
-                    model.linear_inputs(module, layer.index, states, name),
-                    model.linear_inputs(twin, layer.index, others, name),
+                    model.linear_inputs(module, layer.index, batch, states, name),
+                    model.linear_inputs(twin, layer.index, batch, others, name),
                     weights_for(name, weights),
                 )
             for linear in ranked:

@@ -102,7 +102,7 @@ def _decompose_layers(
     for layer in work.model.architecture.layers:
         with work.model.layer(layer.index) as module:
             if layer.index < choice.first_layer:
-                work.model.advance(layer.index, hidden, module=module)
+                work.model.advance(layer.index, divided.batches, hidden, module=module)
             else:
                 spectra |= _visit(work, choice, layer, module, hidden, divided)
         work.on_layer()
@@ -120,16 +120,16 @@ def _visit(
     """Advance `hidden` through a loaded layer, and decompose its Linears; return their spectra."""
     piece = decompositions_piece(layer.index)
     findings = work.cache.findings(piece)
-    entering = hidden[: divided.num_searched]
+    searched, entering = divided.batches[: divided.num_searched], hidden[: divided.num_searched]
     if findings is not None:
-        work.model.advance(layer.index, hidden, module=module)
+        work.model.advance(layer.index, divided.batches, hidden, module=module)
         if choice.tries_layers:
             decompositions = {
                 linear.name: decomposition
                 for linear in layer.linears
                 if (decomposition := read_decomposed(work, layer, linear).decomposition) is not None
             }
-            visited = VisitedLayer(layer, module, entering, decompositions, {})
+            visited = VisitedLayer(layer, module, searched, entering, decompositions, {})
             choice.try_again(visited, findings["tried"])
         spectra: Mapping[str, Spectrum] = findings["spectra"]
         return spectra
@@ -139,7 +139,7 @@ def _visit(
     )
     tried = None
     if choice.tries_layers:
-        tried = choice.try_layer(VisitedLayer(layer, module, entering, decompositions, observed))
+        tried = choice.try_layer(VisitedLayer(layer, module, searched, entering, decompositions, observed))
     spectra = {name: thinned(each.singular_values) for name, each in decompositions.items()}
     work.cache.finish(piece, {"tried": tried, "spectra": spectra}, tensors)
     return spectra

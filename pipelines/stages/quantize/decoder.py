@@ -146,12 +146,12 @@ def _quantize_missing(
                 }
                 work.finish(piece, findings[layer.index], quantized.tensors)
             elif not follows_compressed:
-                model.advance(layer.index, outputs, module=module)
+                model.advance(layer.index, divided.batches, outputs, module=module)
             else:
                 store = FileStore([work.tensors_file(piece)])
                 quantizer.load(layer, module, store.read(store.names()))
             if follows_compressed:
-                model.advance(layer.index, hidden, module=module)
+                model.advance(layer.index, divided.batches, hidden, module=module)
             else:
                 hidden = outputs
         on_layer()

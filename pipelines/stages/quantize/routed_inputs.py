@@ -108,7 +108,7 @@ class RoutedInputs:
         name = layer.experts.name.removeprefix(f"{layer.prefix}.")
         routed = []
         for position, (batch, states) in enumerate(zip(divided.batches, hidden, strict=True)):
-            run = partial(model.run_layer, module, layer.index, states)
+            run = partial(model.run_layer, module, layer.index, batch, states)
             inputs, chosen, *_ = capture_arguments(module, name, run)
             weights = None if batch.token_weights is None else batch.token_weights.flatten().to(inputs)
             routed.append(RoutedTokens(inputs, chosen, weights, position >= divided.num_fitting))

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ercsvd_deploy.data.samples import Batch
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.recipe.stages import Recover
 
 if TYPE_CHECKING:
+    from ercsvd_deploy.data.samples import Batch
     from ercsvd_deploy.models.architecture import LayerLinears
     from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
 
@@ -26,9 +28,9 @@ _GRADIENT_NORM = 1.0  # at which the gradient of all factors together is clipped
 class Example:
     """One batch before and behind a layer."""
 
+    batch: Batch
     inputs: torch.Tensor  # X' [rows, tokens, hidden]
     targets: torch.Tensor  # t, the same shape
-    token_weights: torch.Tensor | None  # [rows, tokens]
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,13 @@ class LayerTraining:
         device = self.model.device
         # What is trained is float32 for a while; where the rest is not, products are made in 16 bits.
         with torch.autocast(device.type, torch.bfloat16, enabled=self.model.dtype != torch.float32):
-            outputs = self.model.run_layer(self.module, self.layer.index, example.inputs)
+            outputs = self.model.run_layer(self.module, self.layer.index, example.batch, example.inputs)
         targets = example.targets.float()
         energy = targets.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         errors = (outputs.float() - targets).square().sum(-1) / energy
-        if example.token_weights is None:
+        if example.batch.token_weights is None:
             return errors.mean()
-        weights = example.token_weights.to(errors)
+        weights = example.batch.token_weights.to(errors)
         return (weights * errors).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()

@@ -110,7 +110,7 @@ class _RecoverStage:
         targets, inputs = self.original.embed(batches), self.compressed.embed(batches)
         found = {}
         for layer in self.compressed.architecture.layers:
-            self.original.advance(layer.index, targets)
+            self.original.advance(layer.index, batches, targets)
             with self.compressed.layer(layer.index) as module:
                 if self.trainable(layer):
                     known = self.work.findings(_piece(layer.index))
@@ -119,7 +119,7 @@ class _RecoverStage:
                     else:
                         self._load(layer, module)
                     found[layer.index] = known
-                self.compressed.advance(layer.index, inputs, module=module)
+                self.compressed.advance(layer.index, batches, inputs, module=module)
             on_layer()
         return found
 
@@ -236,6 +236,5 @@ def _examples(
     batches: Sequence[Batch], inputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
 ) -> list[Example]:
     return [
-        Example(before, behind, batch.token_weights)
-        for batch, before, behind in zip(batches, inputs, targets, strict=True)
+        Example(batch, before, behind) for batch, before, behind in zip(batches, inputs, targets, strict=True)
     ]

@@ -102,7 +102,7 @@ def _pass_forward(
     for index in range(model.num_layers + 1):
         _write(work, _inputs_piece(index), hidden)
         if index < model.num_layers:
-            model.advance(index, hidden)
+            model.advance(index, batches, hidden)
             on_layer()
 
 
@@ -119,6 +119,7 @@ def _pass_back(
         model.retreat(
             layer.index,
             module,
+            batches,
             _read(model, work, _inputs_piece(layer.index)),
             gradients,
             observe=measurement.observed(),

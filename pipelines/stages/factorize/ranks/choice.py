@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ercsvd_deploy.data.samples import Batch
 from ercsvd_deploy.linalg.decomposition import Decomposition
 from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
@@ -42,13 +43,15 @@ class VisitedLayer:
     Attributes:
         layer: Its Linears.
         module: It, loaded; as it was, when the visit is over.
-        entering: Its inputs for the first sequences, those of a search.
+        batches: The first sequences, those of a search.
+        entering: Its inputs for them.
         decompositions: Linear -> decomposition of its weight, up to the highest rank on offer.
         observed: First Linear of a group that shares its inputs -> those; empty for a data-free method.
     """
 
     layer: LayerLinears
     module: nn.Module
+    batches: Sequence[Batch]
     entering: Sequence[torch.Tensor]
     decompositions: Mapping[str, Decomposition]
     observed: Mapping[str, ObservedInputs]

@@ -56,7 +56,10 @@ class Budget:
 
     unit: Annotated[
         Literal["parameters", "bits"],
-        Field(description="`bits` with a target: stored bits, scales included; else `parameters`."),
+        Field(
+            description="`bits` with a target: those that all GPUs hold together at the smallest "
+            "tensor-parallel size, scales included; else `parameters`."
+        ),
     ]
     allowed: Annotated[Count, Field(description="The budget.")]
     spent: Annotated[Count, Field(description="What the choices cost; never more.")]

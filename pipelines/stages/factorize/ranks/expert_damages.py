@@ -64,7 +64,7 @@ class ExpertDamages:
                         inputs = RoutedInputs.capture(model, layer, module, hidden, divided)
                         findings[layer.index] = self._measure(layer, inputs)
                         cache.finish(_piece(layer), findings[layer.index])
-                    model.advance(layer.index, hidden, module=module)
+                    model.advance(layer.index, divided.batches, hidden, module=module)
         for found in findings.values():
             damages |= _DAMAGES.validate_python(found)
         return {

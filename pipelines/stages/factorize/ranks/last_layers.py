@@ -127,7 +127,7 @@ class LastLayers(RankChoice):
             candidate.linears |= {lost.name: lost for lost in measured[k]}
             if candidate.hidden is None:
                 candidate.hidden = list(visited.entering)
-            model.advance(layer.index, candidate.hidden, module=module)
+            model.advance(layer.index, visited.batches, candidate.hidden, module=module)
             for linear in layer.linears:
                 put_weight(module, layer, linear, originals[linear.name])
         return measured

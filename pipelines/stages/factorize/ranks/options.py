@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unaligned, find_unservable
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
-from ercsvd_deploy.pipelines.stages.sizes import module_bytes, planned_bytes
+from ercsvd_deploy.models.architecture import dense_descriptions
+from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank, module_bytes_on_rank
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.recipe.fields import parse_size
 
@@ -31,7 +32,7 @@ class AllocationTask:
     Attributes:
         costs: Linear, embedding or output layer -> each way to store it, the cheapest first -> what it costs.
         budget: In the same unit.
-        is_in_bits: The unit: stored bits, or parameters.
+        is_in_bits: The unit: bits that all GPUs hold at the smallest tensor parallel size, or parameters.
         rules: How a Linear of a rank is stored.
         likeness: Largest relative increase of the damage for which the Linears that vLLM multiplies as one
             matrix are stored alike; infinite where the format knows nothing else.
@@ -76,8 +77,8 @@ def allocation_task(
     settings, target = recipe.factorize, recipe.target
     assert settings is not None
     rules = StorageRules(architecture, settings.layout, quantize_plan.fitted_to)
+    held = _HeldBits(architecture, element, min(recipe.serving.tensor_parallel_sizes))
     costs: dict[str, dict[Storage, int]] = {}
-    names = {linear.name for linear in architecture.linears}
     for linear in architecture.linears:
         integers = quantize_plan.integers[linear.name]
         dense = [
@@ -91,16 +92,15 @@ def allocation_task(
         ]
         storages = _servable(recipe, rules, rank_steps, linear, dense, factorized)
         cost_of = {
-            storage: storage.num_parameters if target is None else 8 * module_bytes(storage, element)
+            storage: storage.num_parameters if target is None else held.by_module(linear.name, storage)
             for storage in storages
         }
-        costs[linear.name] = dict(sorted(cost_of.items(), key=lambda entry: entry[1]))
-    costs |= _vocabulary_costs(quantize_plan, target, element)
-    expert_costs = _expert_costs(recipe, rules, quantize_plan, element)
-    costs |= expert_costs
-    names |= expert_costs.keys()
-    weights = architecture.linear_parameters
-    weights += sum(linear.parameters for linear in architecture.expert_linears if linear.name in expert_costs)
+        costs[linear.name] = _cheapest_first(cost_of)
+    for name, storages in _vocabulary_storages(quantize_plan, target).items():
+        costs[name] = _cheapest_first({each: held.by_module(name, each) for each in storages})
+    costs |= _expert_costs(recipe, rules, quantize_plan, held)
+    chosen_experts = [linear for linear in architecture.expert_linears if linear.name in costs]
+    weights = architecture.linear_parameters + sum(linear.parameters for linear in chosen_experts)
     if target is None:
         assert settings.compression_ratio is not None, "the schema asks for a ratio where there is no target"
         # As `budget.equal_shares.allocate_ranks` has it: the largest whole number within the exact share.
@@ -108,16 +108,16 @@ def allocation_task(
     elif target.overall_bits is not None:
         budget = math.floor(target.overall_bits * weights)
     else:
-        sizes = planned_bytes(architecture, {**vision, **quantize_plan.vocabulary}, element)
-        chosen = sum(module_bytes(quantize_plan.vocabulary[name], element) for name in costs.keys() - names)
-        outside = 8 * (sum(sizes.values()) - element * weights - chosen)
-        budget = _bits_of_model(target, architecture) - outside
+        described = {**vision, **quantize_plan.vocabulary}
+        chosen = dense_descriptions(architecture) | described
+        chosen_bits = sum(held.by_module(name, chosen[name]) for name in costs)
+        budget = _bits_of_model(target, architecture) - (held.by_model(described) - chosen_bits)
     likeness = math.inf if recipe.export.format == "compressed-tensors" else _LIKENESS
     return AllocationTask(costs, budget, target is not None, rules, likeness if target is not None else 0.0)
 
 
 def _expert_costs(
-    recipe: Recipe, rules: StorageRules, quantize_plan: QuantizePlan, element: int
+    recipe: Recipe, rules: StorageRules, quantize_plan: QuantizePlan, held: _HeldBits
 ) -> dict[str, dict[Storage, int]]:
     """Return what the Linears of routed experts may cost; none where there is no target, or they are ignored.
 
@@ -138,30 +138,56 @@ def _expert_costs(
                 rules.storage(linear, None, each) for each in _dense_integers(linear, integers, target)
             )
             sizes = recipe.serving.tensor_parallel_sizes
-            cost_of = {
-                storage: 8 * module_bytes(storage, element)
-                for storage in storages
-                if not find_unservable({linear.name: storage}, rules.architecture, sizes)
-            }
-            known[key] = dict(sorted(cost_of.items(), key=lambda entry: entry[1]))
+            known[key] = _cheapest_first(
+                {
+                    storage: held.by_module(linear.name, storage)
+                    for storage in storages
+                    if not find_unservable({linear.name: storage}, rules.architecture, sizes)
+                }
+            )
         costs[linear.name] = known[key]
     return costs
 
 
-def _vocabulary_costs(
-    quantize_plan: QuantizePlan, target: Target | None, element: int
-) -> dict[str, dict[Storage, int]]:
-    """Return what input embedding and output layer may cost, as far as their bits are to be chosen."""
+def _cheapest_first(costs: Mapping[Storage, int]) -> dict[Storage, int]:
+    return dict(sorted(costs.items(), key=lambda entry: entry[1]))
+
+
+@dataclass(frozen=True)
+class _HeldBits:
+    """What all GPUs hold together, at one tensor parallel size: a factor that each has whole counts for each.
+
+    Attributes:
+        architecture: The model's.
+        element: Bytes of a plain value.
+        tensor_parallel_size: How many GPUs; with one, these are the bits that files hold.
+    """
+
+    architecture: Architecture
+    element: int
+    tensor_parallel_size: int
+
+    def by_module(self, name: str, storage: Storage) -> int:
+        """Return the bits of a Linear, of the embedding or of the output layer."""
+        size = self.tensor_parallel_size
+        return 8 * size * module_bytes_on_rank(name, storage, self.architecture, self.element, size)
+
+    def by_model(self, described: Mapping[str, Storage]) -> int:
+        """Return the bits of a model."""
+        size = self.tensor_parallel_size
+        return 8 * size * bytes_on_rank(self.architecture, described, self.element, size)
+
+
+def _vocabulary_storages(quantize_plan: QuantizePlan, target: Target | None) -> dict[str, list[Storage]]:
+    """Return how input embedding and output layer may be stored, as far as their bits are to be chosen."""
     if target is None or target.vocabulary_bits is None:
         return {}
-    costs = {}
+    storages = {}
     for name, storage in quantize_plan.vocabulary.items():
         assert storage.weight is not None
         integers = [storage.weight.model_copy(update={"bits": bits}) for bits in target.vocabulary_bits]
-        storages = [Storage.dense(storage.shape, each) for each in (*integers, None)]
-        cost_of = {each: 8 * module_bytes(each, element) for each in storages}
-        costs[name] = dict(sorted(cost_of.items(), key=lambda entry: entry[1]))
-    return costs
+        storages[name] = [Storage.dense(storage.shape, each) for each in (*integers, None)]
+    return storages
 
 
 def _bits_of_model(target: Target, architecture: Architecture) -> int:
