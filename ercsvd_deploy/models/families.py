@@ -32,6 +32,8 @@ def check_supported(config: Any) -> None:
     text_config = config.get_text_config()
     if reads_images(config):
         image_token_id(config)  # refuses a config that names none
+        if getattr(text_config, "num_experts_per_tok", None):
+            raise _unsupported(config, "a mixture of experts within a vision-language model")
     elif text_config is not config:
         raise _unsupported(config, "a decoder among other parts, which are not those of a model that sees")
     if getattr(config, "is_encoder_decoder", False):
