@@ -71,6 +71,7 @@ class PlainExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vL
     def create_weights(self, layer: Any, *sizes: Any, **options: Any) -> None:
         """Create vLLM's plain weights, and empty parameters under whose names integers arrive."""
         super().create_weights(layer, *sizes, **options)
+        self._tensors.keep_local(layer._map_global_expert_id_to_local_expert_id)
         self._dtype = layer.w13_weight.dtype
         for side in _SIDES:
             for leaf in _LEAVES:
@@ -100,8 +101,7 @@ class PlainExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vL
             return_success: bool = False,
         ) -> bool | None:
             del param, weight_name
-            if layer._map_global_expert_id_to_local_expert_id(expert_id) == -1:
-                self._tensors.leave_out(expert_id)
+            if not self._tensors.is_here(expert_id):
                 return False if return_success else None
             matrix: torch.Tensor | None = None
             if self._tensors.take(expert_id, shard_id, leaf, loaded_weight):
@@ -177,8 +177,7 @@ class PackedExpertsMethod(CompressedTensorsWNA16MoEMethod):  # type: ignore[misc
             expert_id: int,
             return_success: bool = False,
         ) -> bool | None:
-            if layer._map_global_expert_id_to_local_expert_id(expert_id) == -1:
-                self._tensors.leave_out(expert_id)
+            if not self._tensors.is_here(expert_id):
                 return False if return_success else None
             leaf = weight_name.rpartition("w2_" if shard_id == "w2" else "w13_")[2]
             fits = self._tensors.take(expert_id, shard_id, leaf, loaded_weight, keep=False)
@@ -187,6 +186,7 @@ class PackedExpertsMethod(CompressedTensorsWNA16MoEMethod):  # type: ignore[misc
             return True if return_success else None
 
         super().create_weights(layer, *sizes, **(options | {"weight_loader": load}))
+        self._tensors.keep_local(layer._map_global_expert_id_to_local_expert_id)
         for side in _SIDES:
             for leaf in (GUARD, *_LEAVES):
                 if not hasattr(layer, f"{side}_{leaf}"):

@@ -5,7 +5,7 @@ vLLM calls the projections of an expert w1 (gate), w3 (up) and w2 (down), whatev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -48,9 +48,17 @@ class ExpertTensors:
         _, storage = self.described.get((expert, projection), ("", None))
         return None if storage is None else storage.weight
 
-    def leave_out(self, expert: int) -> None:
-        """Note that an expert lives on another rank."""
-        self._elsewhere.add(expert)
+    def keep_local(self, local_number: Callable[[int], int]) -> None:
+        """Leave out the experts that other ranks have.
+
+        Args:
+            local_number: Number of an expert -> its number on this rank; -1: it is on another.
+        """
+        self._elsewhere = {expert for expert, _ in self.described if local_number(expert) == -1}
+
+    def is_here(self, expert: int) -> bool:
+        """Whether an expert is on this rank."""
+        return expert not in self._elsewhere
 
     def take(
         self, expert: int, projection: str, leaf: str, tensor: torch.Tensor, *, keep: bool = True
@@ -67,7 +75,7 @@ class ExpertTensors:
         key = (expert, projection)
         name, storage = self.described.get(key, ("", None))
         if storage is None:
-            if leaf == GUARD:
+            if leaf == GUARD and tensor.numel():
                 self._loaded.setdefault(key, set()).add(leaf)
                 return True
             self._refused.append(f"surplus: {name}.{leaf} {list(tensor.shape)}, not described in config.json")
