@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ercsvd_deploy.models.architecture import Architecture, LayerLinears
-from ercsvd_deploy.models.streaming import MAX_LOGITS_AT_ONCE, MAX_TOKENS_PER_BATCH
+from ercsvd_deploy.models.ends import MAX_LOGITS_AT_ONCE, MAX_TOKENS_PER_BATCH
 from ercsvd_deploy.models.tensor_parallel import cuts_inputs
 from ercsvd_deploy.recipe.sections import Recipe
 
