@@ -34,6 +34,7 @@ _GROUPS_OF_EXPERTS = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+_ONE_GROUP = {"n_group": 1, "topk_group": 1}  # as published models of these families have it
 _LATENT_ATTENTION = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 512,  # with the next but one the one size that vLLM's CPU engine has a kernel for
@@ -122,6 +123,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         _GROUPED
         | _EXPERTS
         | _GROUPS_OF_EXPERTS
+        | _ONE_GROUP
         | {"head_dim": 32, "attention_bias": True, "use_qk_norm": True},
     ),
     "ernie4_5_moe": (
@@ -133,6 +135,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         _GROUPED
         | _EXPERTS
         | _LATENT_ATTENTION
+        | _ONE_GROUP
         | {"n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": None},
     ),
     "deepseek_v3": (
