@@ -24,6 +24,7 @@ from ercsvd_deploy.data.samples import Batch, Sample, make_batches
 from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.side_by_side import is_small
 from ercsvd_deploy.models.architecture import Architecture
+from ercsvd_deploy.models.experts import separate_experts
 from ercsvd_deploy.models.families import describe, module_tensors
 from ercsvd_deploy.models.fitting import fit_store
 from ercsvd_deploy.models.layer_calls import CallRecorder, LayerCalls
@@ -92,6 +93,7 @@ class ModelEnds:
         config.use_cache = False
         self.model = build_meta_model(config, trust_remote_code=self.trust_remote_code)
         self.architecture = describe(self.model, config)
+        separate_experts(self.model)
         if compressed is not None:
             replace_linears(self.model, compressed)
         self.store, self.surplus_tensors = fit_store(
