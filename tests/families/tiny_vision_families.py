@@ -113,7 +113,12 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Mapping[
     ),
     "llava_next-siglip": (
         "llava_next",
-        {"model_type": "granite", "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+        {
+            "model_type": "granite",
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "tie_word_embeddings": True,  # it is this one that vLLM reads
+        },
         _SIGLIP,
         _NEXT | {"vision_feature_layer": [-3, -1], "tie_word_embeddings": True},
     ),
