@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.checkpoint_names import stored_name
+from ercsvd_deploy.models.experts import EXPERTS, RoutedExperts
 from ercsvd_deploy.models.tensor_parallel import OutputBlock, cuts_inputs, holds_key_values, output_blocks
 from ercsvd_deploy.models.vocabulary import Vocabulary
 
@@ -25,16 +27,38 @@ class ArchitectureError(ValueError):
 
 @dataclass(frozen=True)
 class LayerLinears:
-    """The Linears of one layer, grouped by shared input, and the layer's tensor-name prefix."""
+    """The Linears of one layer, grouped by shared input, and the layer's tensor-name prefix.
+
+    Those of routed experts are apart: nobody knows before a run which tokens they read.
+    """
 
     index: int
     prefix: str
     groups: tuple[tuple[LinearShape, ...], ...]
+    experts: RoutedExperts | None = None
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
         """Every Linear of the layer, group by group, each group where its input is read first."""
         return tuple(linear for group in self.groups for linear in group)
+
+    @property
+    def all_linears(self) -> tuple[LinearShape, ...]:
+        """Every Linear of the layer, those of its routed experts included."""
+        return self.linears + (() if self.experts is None else self.experts.linears)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of its Linears and routed experts."""
+        routed = 0 if self.experts is None else self.experts.parameters
+        return sum(linear.parameters for linear in self.linears) + routed
+
+    @property
+    def parameters_per_token(self) -> int:
+        """The weights that one token is multiplied by."""
+        experts = self.experts
+        routed = 0 if experts is None else experts.parameters * experts.per_token // experts.count
+        return sum(linear.parameters for linear in self.linears) + routed
 
     @property
     def stacks(self) -> tuple[tuple[LinearShape, ...], ...]:
@@ -59,12 +83,13 @@ class Architecture:
     layers_prefix: str  # module name of the stack of decoder layers
     layers: tuple[LayerLinears, ...]
     layers_return_tuples: bool  # whose first value is the hidden states; else these alone
-    other_tensors: Mapping[str, tuple[int, ...]]  # all but the decoder Linears' weights; tied ones once
+    other_tensors: Mapping[str, tuple[int, ...]]  # all but weights of `linears`; tied ones once
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
     vocabulary: Vocabulary  # input embedding and output layer
     stored_prefixes: Mapping[str, str]  # module -> what checkpoints call it, where that differs
+    stored_parts: Mapping[str, str]  # the same of parts within a name, dots included
     image_token_id: int | None  # marks the places of image features; None: the model reads text only
     # Module or tensor beside the decoder -> its part (`TOWER_PART`, `PROJECTOR_PART`); none in text models.
     vision_parts: Mapping[str, str]
@@ -78,8 +103,19 @@ class Architecture:
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
-        """Every decoder Linear, layer by layer."""
+        """Every decoder Linear, layer by layer, those of routed experts left out."""
         return tuple(linear for layer in self.layers for linear in layer.linears)
+
+    @property
+    def expert_linears(self) -> tuple[LinearShape, ...]:
+        """Every Linear of a routed expert, layer by layer."""
+        experts = (layer.experts for layer in self.layers)
+        return tuple(linear for each in experts if each is not None for linear in each.linears)
+
+    @property
+    def all_linears(self) -> tuple[LinearShape, ...]:
+        """Every decoder Linear, layer by layer, those of routed experts included."""
+        return tuple(linear for layer in self.layers for linear in layer.all_linears)
 
     def is_row_parallel(self, name: str) -> bool:
         """Whether tensor parallelism cuts this Linear along its input."""
@@ -113,7 +149,10 @@ class Architecture:
 
     def checkpoint_name(self, name: str) -> str:
         """Return the name under which checkpoints hold a module or tensor of this model."""
-        return stored_name(name, self.stored_prefixes)
+        name = stored_name(name, self.stored_prefixes)
+        for part, stored in self.stored_parts.items():
+            name = name.replace(part, stored)
+        return name
 
     def component_of(self, name: str) -> str:
         """Return the part of the model a tensor belongs to: language model, vision tower or projector."""
@@ -146,13 +185,34 @@ class Architecture:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of all decoder Linears, biases not counted."""
+        """Weights of all decoder Linears, biases and routed experts not counted."""
         return sum(linear.parameters for linear in self.linears)
+
+    @cached_property
+    def without_experts(self) -> Architecture:
+        """The same without routed experts, of which there may be ten thousands."""
+        names = {layer.experts.name for layer in self.layers if layer.experts is not None}
+        if not names:
+            return self
+        others = {name: shape for name, shape in self.other_tensors.items() if experts_of(name) not in names}
+        layers = tuple(replace(layer, experts=None) for layer in self.layers)
+        return replace(self, layers=layers, other_tensors=others)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of all routed experts."""
+        return sum(layer.experts.parameters for layer in self.layers if layer.experts is not None)
+
+
+def experts_of(name: str) -> str:
+    """Return the name of the module of routed experts that a tensor would belong to; else any other name."""
+    before, found, _ = name.partition(f".{EXPERTS}.")
+    return before + found.removesuffix(".")
 
 
 def dense_descriptions(architecture: Architecture) -> dict[str, Storage]:
-    """Return the storage of every Linear of decoder, vision tower and projector in the original model."""
+    """Return the storage of every Linear of decoder, experts, vision tower and projector in the original."""
     return {
-        linear.name: Storage(layout="dense", shape=(linear.out_features, linear.in_features))
-        for linear in (*architecture.linears, *architecture.vision_linears)
+        linear.name: Storage.dense((linear.out_features, linear.in_features))
+        for linear in (*architecture.all_linears, *architecture.vision_linears)
     }

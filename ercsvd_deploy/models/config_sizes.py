@@ -32,6 +32,17 @@ _LARGEST = {
     "patch_size": 2**14,
     "image_seq_length": 2**20,
 }
+# The same of mixtures of experts; 0 stands for none.
+_LARGEST_OF_EXPERTS = {
+    "moe_intermediate_size": 2**20,
+    "shared_expert_intermediate_size": 2**20,
+    "num_experts": 2**12,
+    "num_local_experts": 2**12,
+    "n_routed_experts": 2**12,
+    "n_shared_experts": 2**12,
+    "moe_num_experts": 2**12,
+    "num_experts_per_tok": 2**12,
+}
 _MOST_PATCHES = 2**20  # CLIP numbers them in a real tensor
 
 
@@ -52,6 +63,9 @@ def _problems(config: Mapping[str, Any], prefix: str) -> Iterator[str]:
             yield from _problems(value, f"{key}.")
         elif key in _LARGEST and isinstance(value, int) and not 1 <= value <= _LARGEST[key]:
             yield f"{prefix}{key} is {_as_text(value)}; it must be from 1 to {_LARGEST[key]:,}"
+        most = _LARGEST_OF_EXPERTS.get(key)
+        if most is not None and isinstance(value, int) and not 0 <= value <= most:
+            yield f"{prefix}{key} is {_as_text(value)}; it must be from 0 to {most:,}"
     image, patch = config.get("image_size"), config.get("patch_size")
     if not isinstance(image, int) or not isinstance(patch, int) or patch < 1:
         return

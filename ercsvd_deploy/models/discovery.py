@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.models.architecture import ArchitectureError, LayerLinears
+from ercsvd_deploy.models.experts import EXPERTS, UnknownExpertsError, find_experts, routers_beside
 
 _FEWEST_TOKENS = 2  # models branch on a single one, the usual step of a generation
 
@@ -46,11 +47,12 @@ def on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, tensors)
 
 
-def find_decoder(model: nn.Module) -> DecoderStack:
+def find_decoder(model: nn.Module, left_alone: frozenset[str] = frozenset()) -> DecoderStack:
     """Return the decoder layers of a language model, or of the language part of another model.
 
     Args:
-        model: On the meta device, with all its buffers.
+        model: On the meta device, with all its buffers, and stand-ins for routed experts.
+        left_alone: Modules of a layer whose Linears nobody compresses, by name within it.
 
     Raises:
         ArchitectureError: it has no stack of layers whose weights are Linears, or cannot run.
@@ -63,16 +65,24 @@ def find_decoder(model: nn.Module) -> DecoderStack:
     ]
     tokens = torch.zeros(1, _FEWEST_TOKENS, dtype=torch.long, device="meta")
     try:
-        layers = watch_stack(model, prefix, lambda: model(input_ids=tokens, use_cache=False))
+        layers = watch_stack(
+            model, prefix, lambda: model(input_ids=tokens, use_cache=False), left_alone=left_alone
+        )
     finally:
         for handle in handles:
             handle.remove()
     _refuse_shared_weights(model, layers)
+    layers = tuple(_with_experts(layer, model) for layer in layers)
     return DecoderStack(prefix, layers, any(isinstance(output, tuple) for output in returned))
 
 
 def watch_stack(
-    model: nn.Module, prefix: str, run: Callable[[], object], num_layers: int | None = None
+    model: nn.Module,
+    prefix: str,
+    run: Callable[[], object],
+    num_layers: int | None = None,
+    *,
+    left_alone: frozenset[str] = frozenset(),
 ) -> tuple[LayerLinears, ...]:
     """Return the Linears of each layer of a stack, grouped by the tensor that they read.
 
@@ -81,6 +91,7 @@ def watch_stack(
         prefix: Name of a ModuleList in it.
         run: Runs the part of the model that the layers belong to.
         num_layers: How many of them count; None: all.
+        left_alone: Modules of a layer whose Linears do not count, by name within it.
 
     Raises:
         ArchitectureError: a layer's weights are not Linears that run once each, or the model cannot run.
@@ -88,7 +99,7 @@ def watch_stack(
     layers = list(model.get_submodule(prefix).children())[:num_layers]
     calls = _watch({f"{prefix}.{index}": layer for index, layer in enumerate(layers)}, run)
     return tuple(
-        _describe_layer(f"{prefix}.{index}", index, layer, calls[f"{prefix}.{index}"])
+        _describe_layer(f"{prefix}.{index}", index, layer, calls[f"{prefix}.{index}"], left_alone)
         for index, layer in enumerate(layers)
     )
 
@@ -107,17 +118,18 @@ def decoder_name(model: nn.Module) -> str:
 
 
 def _find_stack(model: nn.Module) -> str:
-    """Return the name of the decoder's list of layers: the longest of its own lists of modules."""
+    """Return the name of the decoder's list of layers: of its outermost lists of modules the longest."""
     name_of_decoder = decoder_name(model)
     decoder = model.get_submodule(name_of_decoder)
     lists = {
-        f"{name_of_decoder}.{name}".lstrip("."): child
-        for name, child in decoder.named_children()
-        if isinstance(child, nn.ModuleList) and len(child)
+        f"{name_of_decoder}.{name}".lstrip("."): len(module)
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
     }
     if not lists:
         raise ArchitectureError(f"{type(decoder).__name__} has no stack of decoder layers")
-    return max(lists, key=lambda name: len(lists[name]))
+    # Llama 4 calls the whole model its decoder.
+    return min(lists, key=lambda name: (name.count("."), -lists[name]))
 
 
 _Calls = list[tuple[str, torch.Tensor]]  # of Linears, by name within the layer, with the tensor each reads
@@ -147,9 +159,13 @@ def _watch(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[s
     return calls
 
 
-def _describe_layer(prefix: str, index: int, layer: nn.Module, calls: _Calls) -> LayerLinears:
-    linears = {name: each for name, each in layer.named_modules() if isinstance(each, nn.Linear)}
-    _refuse_other_weights(prefix, layer, linears)
+def _describe_layer(
+    prefix: str, index: int, layer: nn.Module, calls: _Calls, left_alone: frozenset[str] = frozenset()
+) -> LayerLinears:
+    every_linear = {name: each for name, each in layer.named_modules() if isinstance(each, nn.Linear)}
+    _refuse_other_weights(prefix, layer, every_linear)
+    untouched = routers_beside(layer) | left_alone
+    linears = {name: each for name, each in every_linear.items() if untouched.isdisjoint(_owners(name))}
     names = [name for name, _ in calls]
     for name in linears:
         if names.count(name) != 1:
@@ -157,10 +173,33 @@ def _describe_layer(prefix: str, index: int, layer: nn.Module, calls: _Calls) ->
             raise ArchitectureError(f"{prefix}.{name} runs {times} in a pass, not once")
     groups: dict[int, list[LinearShape]] = {}
     for name, read in calls:
+        if name not in linears:
+            continue
         out_features, in_features = linears[name].weight.shape
         shape = LinearShape(f"{prefix}.{name}", index, out_features, in_features)
         groups.setdefault(id(read), []).append(shape)
     return LayerLinears(index, prefix, tuple(map(tuple, groups.values())))
+
+
+def _owners(name: str) -> Iterator[str]:
+    """Yield a module's name and those of all that it is a part of."""
+    yield name
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _with_experts(layer: LayerLinears, model: nn.Module) -> LayerLinears:
+    """Return a layer with its routed experts, if it has any.
+
+    Raises:
+        ArchitectureError: it has, in a form that is not known here.
+    """
+    module, config = model.get_submodule(layer.prefix), cast(Any, model).config.get_text_config()
+    try:
+        return replace(layer, experts=find_experts(layer.prefix, module, layer.index, config))
+    except UnknownExpertsError as error:
+        raise ArchitectureError(f"a mixture of experts: {error}") from error
 
 
 def _refuse_shared_weights(model: nn.Module, layers: Sequence[LayerLinears]) -> None:
@@ -177,13 +216,17 @@ def _refuse_shared_weights(model: nn.Module, layers: Sequence[LayerLinears]) -> 
 
 
 def _refuse_other_weights(prefix: str, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
-    """Refuse a layer most of whose weights are not those of Linears.
+    """Refuse a layer most of whose weights are not those of Linears or routed experts.
 
     Raises:
         ArchitectureError: names the largest other tensor and the module that has it.
     """
     in_linears = {f"{name}.{leaf}" for name, each in linears.items() for leaf, _ in each.named_parameters()}
-    others = {name: each for name, each in layer.named_parameters() if name not in in_linears}
+    others = {
+        name: each
+        for name, each in layer.named_parameters()
+        if name not in in_linears and EXPERTS not in name.split(".")
+    }
     total = sum(math.prod(each.shape) for each in others.values())
     if total > sum(math.prod(linear.weight.shape) for linear in linears.values()):
         name = max(others, key=lambda each: math.prod(others[each].shape))

@@ -6,19 +6,18 @@ where a family differs from what its modules tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
+from ercsvd_deploy.models.architecture import Architecture, ArchitectureError, LayerLinears
 from ercsvd_deploy.models.checkpoint_names import module_names, stored_prefixes
 from ercsvd_deploy.models.discovery import find_decoder, on_meta
+from ercsvd_deploy.models.experts import renamed_parts, stand_in_for_experts
 from ercsvd_deploy.models.vision import describe_vision, find_vision_parts, image_token_id, reads_images
 from ercsvd_deploy.models.vocabulary import find_vocabulary
 
-# What the configs of mixtures of experts call the number of experts of a layer.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Model type -> module -> what checkpoints call it.
 _STORED_PREFIXES: Mapping[str, Mapping[str, str]] = {"gpt_neox": {"lm_head": "embed_out"}}
@@ -33,6 +32,8 @@ def check_supported(config: Any) -> None:
     text_config = config.get_text_config()
     if reads_images(config):
         image_token_id(config)  # refuses a config that names none
+        if getattr(text_config, "num_experts_per_tok", None):
+            raise _unsupported(config, "a mixture of experts within a vision-language model")
     elif text_config is not config:
         raise _unsupported(config, "a decoder among other parts, which are not those of a model that sees")
     if getattr(config, "is_encoder_decoder", False):
@@ -54,25 +55,26 @@ def describe(model: nn.Module, config: Any) -> Architecture:
     text_config = config.get_text_config()
     model = on_meta(model)
     try:
-        decoder = find_decoder(model)
+        stand_in_for_experts(model)
+        decoder = find_decoder(model, _left_alone(text_config))
     except ArchitectureError as error:
         raise _unsupported(
             text_config, f"{error}; supported are decoders of Linears, such as llama"
         ) from error
     sees = reads_images(config)
-    weights = {f"{linear.name}.weight" for layer in decoder.layers for linear in layer.linears}
     return Architecture(
         model_type=str(config.model_type),
         text_model_type=str(text_config.model_type),
         layers_prefix=decoder.prefix,
         layers=decoder.layers,
         layers_return_tuples=decoder.return_tuples,
-        other_tensors={n: tuple(p.shape) for n, p in model.named_parameters() if n not in weights},
+        other_tensors=_other_tensors(model, decoder.layers),
         num_attention_heads=text_config.num_attention_heads,
         num_key_value_heads=_num_key_value_heads(text_config),
         vocab_size=text_config.vocab_size,
         vocabulary=find_vocabulary(model, len(decoder.layers)),
         stored_prefixes=(stored_prefixes(model) if sees else _STORED_PREFIXES.get(config.model_type, {})),
+        stored_parts=renamed_parts(config),
         image_token_id=image_token_id(config) if sees else None,
         vision_parts=find_vision_parts(model) if sees else {},
         vision_layers=describe_vision(model, config) if sees else {},
@@ -86,12 +88,14 @@ def module_tensors(model: nn.Module, config: Any) -> Callable[[str], str]:
     """
     if reads_images(config):
         return module_names(model)
-    prefixes = _STORED_PREFIXES.get(config.model_type, {})
+    prefixes, parts = _STORED_PREFIXES.get(config.model_type, {}), renamed_parts(config)
 
     def module_name(stored_name: str) -> str:
         for module, stored in prefixes.items():
             if stored_name.startswith(f"{stored}."):
                 return module + stored_name.removeprefix(stored)
+        for part, stored in parts.items():
+            stored_name = stored_name.replace(stored, part)
         return stored_name
 
     return module_name
@@ -117,22 +121,49 @@ def _model_class(config: Any) -> Any:
 
 def _obstacles(text_config: Any) -> Iterator[str]:
     """Yield what of a decoder's layers cannot be compressed, streamed or served here."""
-    for key in _EXPERTS:
-        if (getattr(text_config, key, None) or 0) > 1:
-            yield f"a mixture of {getattr(text_config, key)} experts a layer"
     others = sorted(set(getattr(text_config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
     if others:
         yield f"it has layers of another kind than attention: {', '.join(others)}"
     if getattr(text_config, "cross_attention_layers", None):
         yield "layers that attend to the features of pictures, beside those that attend to tokens"
-    if getattr(text_config, "kv_lora_rank", None):
-        yield "multi-head latent attention, whose matrices vLLM multiplies with each other"
     if getattr(text_config, "is_heterogeneous", False):
         yield "its layers have heads of different sizes"
     if getattr(text_config, "num_kv_shared_layers", None):
         yield "layers that read keys and values of others"
     if getattr(text_config, "hidden_size_per_layer_input", None):
         yield "layers that read embeddings of their own"
+
+
+def _left_alone(text_config: Any) -> frozenset[str]:
+    """Return modules of a layer that stay as they are, because vLLM does more with them than load them.
+
+    It multiplies the matrices of latent attention with each other, and sorts rows of Llama 4's.
+    """
+    if text_config.model_type == "llama4_text":
+        return frozenset({"self_attn.q_proj", "self_attn.k_proj"})
+    return frozenset({"self_attn"} if getattr(text_config, "kv_lora_rank", None) else ())
+
+
+def _other_tensors(model: nn.Module, layers: Sequence[LayerLinears]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor but the weights of Linears; experts are as checkpoints have them."""
+    weights = {f"{linear.name}.weight" for layer in layers for linear in layer.linears}
+    separate = {
+        layer.experts.name: layer.experts.linears
+        for layer in layers
+        if layer.experts is not None and layer.experts.groups
+    }
+    others: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if owner in separate:
+            shapes = {
+                f"{each.name}.weight": (each.out_features, each.in_features) for each in separate[owner]
+            }
+            others |= shapes
+            separate[owner] = ()  # its other parameters are in these, too
+        elif name not in weights:
+            others[name] = tuple(parameter.shape)
+    return others
 
 
 def _num_key_value_heads(text_config: Any) -> int:

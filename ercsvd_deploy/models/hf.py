@@ -42,6 +42,7 @@ from ercsvd_deploy.format.schema import (
     CheckpointFormatError,
 )
 from ercsvd_deploy.format.tensor_store import TensorInfo, read_header
+from ercsvd_deploy.models.experts import are_separate, puts_together, separate_experts
 from ercsvd_deploy.models.modules import PackedLinear, PivotedLinear
 from ercsvd_deploy.models.packed_embedding import PackedEmbedding, TiedOutputLayer
 from ercsvd_deploy.models.replacement import canonical_name, replace_linears
@@ -86,6 +87,8 @@ class ErcSvdQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
+        if self._has_separate_experts:
+            separate_experts(model)
         replaced = replace_linears(model, self.quantization_config.checkpoint)
         _leave_tied_output_layer(model)
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
@@ -120,6 +123,16 @@ class ErcSvdQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         if problems:
             raise _unfit(Path(model.config.name_or_path), problems)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Return how transformers renames and converts what it loads: experts of integers stay apart."""
+        if not self._has_separate_experts:
+            return weight_conversions
+        return [each for each in weight_conversions if not puts_together(each)]
+
+    @property
+    def _has_separate_experts(self) -> bool:
+        return are_separate(self.quantization_config.checkpoint.modules)
 
     def is_serializable(self) -> bool:
         """Whether `save_pretrained` works: the modules' state dict is the format itself."""

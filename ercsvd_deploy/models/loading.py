@@ -7,6 +7,9 @@ from torch import nn
 
 from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore
 
+# What a router adds to its scores: in 16 bits it would send tokens to other experts.
+_ALWAYS_FLOAT32 = "e_score_correction_bias"
+
 
 def load_tensors(
     module: nn.Module,
@@ -24,7 +27,7 @@ def load_tensors(
         prefix: In front of its tensors' names, up to the last dot.
         store: Holds them.
         device: Where they are put.
-        dtype: Precision of floating-point tensors.
+        dtype: Precision of floating-point tensors, but for what transformers keeps in float32 as well.
         recurse: Whether submodules are loaded too.
 
     Raises:
@@ -36,7 +39,7 @@ def load_tensors(
     for name in names:
         tensor = stored.pop(prefix + name)
         if tensor.is_floating_point():
-            tensor = tensor.to(device, dtype)
+            tensor = tensor.to(device, torch.float32 if name.endswith(_ALWAYS_FLOAT32) else dtype)
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"{prefix}{name} holds NaN or infinite values")
         tensors[name] = tensor.to(device)

@@ -66,17 +66,22 @@ def layers_replaced(
 
 
 def capture_input(module: nn.Module, name: str, run: Callable[[], object]) -> torch.Tensor:
-    """Return the input of the submodule `name` in a forward pass, which is ended there.
+    """Return the input of the submodule `name` in a forward pass, see `capture_arguments`."""
+    return capture_arguments(module, name, run)[0]
+
+
+def capture_arguments(module: nn.Module, name: str, run: Callable[[], object]) -> tuple[torch.Tensor, ...]:
+    """Return what the submodule `name` is called with in a forward pass, which is ended there.
 
     Args:
         module: The layer.
         name: A submodule of it.
         run: Runs the layer.
     """
-    captured: list[torch.Tensor] = []
+    captured: list[tuple[torch.Tensor, ...]] = []
 
     def stop(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        captured.append(inputs[0])
+        captured.append(inputs)
         raise _InputCaptured
 
     handle = module.get_submodule(name).register_forward_pre_hook(stop)

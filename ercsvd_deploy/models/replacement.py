@@ -17,11 +17,13 @@ from ercsvd_deploy.models.packed_embedding import PackedEmbedding, TiedOutputLay
 # Path parts in which loaders differ: `language_model.model.layers` on disk is `model.language_model.layers`
 # in transformers 5, `model.layers` is `layers` in a model without a head, and CLIP's `vision_model` is gone.
 _MOVABLE_PARTS = frozenset({"model", "language_model", "vision_model"})
+_RENAMED_PARTS = {"block_sparse_moe": "mlp"}  # of Mixtral's checkpoints, in transformers
 
 
 def canonical_name(name: str) -> str:
     """Return a module or tensor name without the path parts in which loaders and checkpoints differ."""
-    return ".".join(part for part in name.split(".") if part not in _MOVABLE_PARTS)
+    parts = (part for part in name.split(".") if part not in _MOVABLE_PARTS)
+    return ".".join(_RENAMED_PARTS.get(part, part) for part in parts)
 
 
 def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.Module]:

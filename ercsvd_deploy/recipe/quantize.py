@@ -63,7 +63,7 @@ class QuantizeOverride(Section):
 
 
 class Quantize(Section):
-    """Store factors and remaining dense Linears as integers."""
+    """Store factors, remaining dense Linears and routed experts as integers."""
 
     method: Literal["gptq", "rtn"] = Field(
         default="gptq",

@@ -13,7 +13,10 @@ import sys
 from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.schema import WeightQuantization
 
 TESTED_RELEASES = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
 
@@ -41,6 +44,12 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "VocabParallelEmbedding": (f"{_LAYERS}.vocab_parallel_embedding",),
     "GroupQuantScaleParameter": ("vllm.model_executor.parameter",),
     "PackedvLLMParameter": ("vllm.model_executor.parameter",),
+    # routed experts
+    "RoutedExperts": (f"{_LAYERS}.fused_moe",),
+    "UnquantizedFusedMoEMethod": (f"{_LAYERS}.fused_moe.unquantized_fused_moe_method",),
+    "CompressedTensorsWNA16MoEMethod": (
+        f"{_LAYERS}.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16",
+    ),
     # kernels of integer matrices
     "MPLinearLayerConfig": ("vllm.model_executor.kernels.linear",),
     "choose_mp_linear_kernel": ("vllm.model_executor.kernels.linear",),
@@ -134,6 +143,19 @@ def kernel_config(
     config_class = __getattr__("MPLinearLayerConfig")
     known = {field.name for field in dataclasses.fields(config_class)}
     return config_class(**{name: value for name, value in fields.items() if name in known})
+
+
+def compressed_tensors_arguments(quantization: WeightQuantization) -> Any:
+    """Return compressed-tensors' description of integers, as vLLM's methods for its checkpoints take it."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    is_per_row = quantization.group_size == -1
+    return QuantizationArgs(
+        num_bits=quantization.bits,
+        symmetric=quantization.sym,
+        strategy="channel" if is_per_row else "group",
+        group_size=None if is_per_row else quantization.group_size,
+    )
 
 
 def padded_shape(kernel: str, shape: tuple[int, int], group_size: int) -> tuple[int, int]:

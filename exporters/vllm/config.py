@@ -29,10 +29,15 @@ from ercsvd_deploy.format.schema import (
 )
 
 if TYPE_CHECKING:
+    from ercsvd_deploy.exporters.vllm.experts.methods import PackedExpertsMethod, PlainExpertsMethod
     from ercsvd_deploy.exporters.vllm.method import LowRankLinearMethod, UnalteredLinearMethod
     from ercsvd_deploy.exporters.vllm.vocabulary import VocabularyMethod
 
+    _ExpertsMethod = PackedExpertsMethod | PlainExpertsMethod
+    _Method = LowRankLinearMethod | UnalteredLinearMethod | VocabularyMethod | _ExpertsMethod
+
 _WRAPPER_PARTS = frozenset({"model", "language_model", "transformer", "gpt_neox", "draft_model"})
+_RENAMED_PARTS = {"attn": "self_attn"}  # of gpt-oss in vLLM, in its checkpoints
 _LAYER_PATH = re.compile(r"^.*?\b(?:layers|h)\.\d+\b")
 # for models that do not publish how they fuse
 _USUAL_FUSIONS = {
@@ -68,7 +73,8 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
                 raise CheckpointFormatError(
                     f"quantization_config.modules: {other} and {name} are one layer to vLLM"
                 )
-        self._unchecked: list[LowRankLinearMethod | UnalteredLinearMethod | VocabularyMethod] = []
+        self._unchecked: list[_Method] = []
+        self._has_experts = any(".experts." in name for name in self._modules)
         self._matched: set[str] = set()
         self._layers_here: set[str] = set()
         self._reads_checkpoint = True
@@ -107,8 +113,8 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return a method for a Linear: ours if a projection is altered, else vLLM's own, which watches only.
 
-        An input embedding and an output layer get ours if they are integers. Attention gets None, vLLM's sign
-        for "not quantized".
+        Routed experts get ours if one of them is altered, an input embedding and an output layer if they are
+        integers. Attention gets None, vLLM's sign for "not quantized".
         """
         # Imported here: they load vLLM's kernels, which the processes that only read the config do not need.
         from ercsvd_deploy.exporters.vllm.compatibility import LinearBase, VocabParallelEmbedding
@@ -117,17 +123,11 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary_method(layer, prefix)
         if not isinstance(layer, LinearBase):
-            return None
-        layer_path = _LAYER_PATH.match(canonical_name(prefix))
-        if layer_path:
-            self._layers_here.add(layer_path[0])
+            return self._experts_method(layer, prefix) if self._has_experts else None
+        self._note_layer(prefix)
         names = self._projection_names(prefix)
         described = [self._modules.get(canonical_name(name)) for name in names]
         self._matched.update(found[0] for found in described if found)
-        engine = get_current_vllm_config_or_none()
-        # `dummy` loads no tensors at all; vLLM's benchmarks use it
-        self._reads_checkpoint = engine is None or str(engine.load_config.load_format) != "dummy"
-        self._serves_adapters = engine is not None and engine.lora_config is not None
         method: LowRankLinearMethod | UnalteredLinearMethod
         if any(described):
             projections = [found or (name, None) for name, found in zip(names, described, strict=True)]
@@ -137,6 +137,50 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
             self._num_unready += 1
         else:
             method = UnalteredLinearMethod(names, self.check_loaded)
+        self._unchecked.append(method)
+        return method
+
+    def _note_layer(self, prefix: str) -> None:
+        """Note which decoder layer is here, and how the engine loads it."""
+        layer_path = _LAYER_PATH.match(canonical_name(prefix))
+        if layer_path:
+            self._layers_here.add(layer_path[0])
+        engine = get_current_vllm_config_or_none()
+        # `dummy` loads no tensors at all; vLLM's benchmarks use it
+        self._reads_checkpoint = engine is None or str(engine.load_config.load_format) != "dummy"
+        self._serves_adapters = engine is not None and engine.lora_config is not None
+
+    def _experts_method(self, layer: Any, prefix: str) -> Any:
+        """Return a method for a layer's routed experts; None if none of them is altered, or it has none."""
+        from ercsvd_deploy.exporters.vllm.compatibility import RoutedExperts
+
+        if not isinstance(layer, RoutedExperts):
+            return None
+        from ercsvd_deploy.exporters.vllm.experts.choice import choose_experts_method
+        from ercsvd_deploy.exporters.vllm.experts.tensors import ExpertTensors
+
+        self._note_layer(prefix)
+        leaves = {
+            "w1": layer.ckpt_gate_proj_name,
+            "w2": layer.ckpt_down_proj_name,
+            "w3": layer.ckpt_up_proj_name,
+        }
+        described = {}
+        for number in range(layer.moe_config.num_logical_experts):
+            for projection, leaf in leaves.items():
+                name = f"{prefix}.{number}.{leaf}"
+                described[number, projection] = self._modules.get(canonical_name(name), (name, None))
+        self._matched.update(name for name, storage in described.values() if storage is not None)
+        if all(storage is None for _, storage in described.values()):
+            return None
+        method = choose_experts_method(
+            layer,
+            ExpertTensors(prefix, described),
+            self._kernels,
+            check_model=self.check_loaded,
+            tell_ready=self._layer_is_ready,
+        )
+        self._num_unready += 1
         self._unchecked.append(method)
         return method
 
@@ -235,4 +279,5 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
 
 def canonical_name(name: str) -> str:
     """Return a module path without the parts that vLLM and checkpoints place differently."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+    parts = (part for part in name.split(".") if part not in _WRAPPER_PARTS)
+    return ".".join(_RENAMED_PARTS.get(part, part) for part in parts)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.planning.components import Component, describe_components
+from ercsvd_deploy.pipelines.planning.expert_sizes import ExpertSizes, measure_experts, with_experts
 from ercsvd_deploy.pipelines.stages.sizes import (
+    EXPERT_PART,
     bytes_on_rank,
     linear_bits_per_weight,
     model_bits_per_weight,
@@ -52,32 +54,54 @@ class CandidatePlan:
     layers: tuple[LayerPlan, ...]
 
 
-def plan_candidate(
-    candidate: Candidate, architecture: Architecture, element: int, dense_on_gpu: Mapping[int, int]
-) -> CandidatePlan:
-    """Return what a way to store the model comes to.
+def plan_candidates(
+    candidates: Sequence[Candidate],
+    architecture: Architecture,
+    element: int,
+    dense_on_gpu: Mapping[int, int],
+) -> tuple[CandidatePlan, ...]:
+    """Return what every way to store the model comes to; routed experts are counted once for all.
 
     Args:
-        candidate: How every altered Linear is stored.
+        candidates: How every altered Linear is stored.
         architecture: The original model's.
         element: Bytes of a value that is not quantized.
         dense_on_gpu: Tensor parallel size -> bytes of the dense model's weights on each GPU.
     """
-    described = candidate.modules
-    gpu_bytes = {size: bytes_on_rank(architecture, described, element, size) for size in dense_on_gpu}
-    sizes = planned_bytes(architecture, described, element)
-    by_part = sum_by_part(sizes, architecture)
-    layer_bytes = _bytes_by_layer(sizes, architecture)
-    layers = [_plan_layer(layer, described, layer_bytes[layer.prefix]) for layer in architecture.layers]
+    experts = measure_experts(candidates[0].experts, architecture, element, dense_on_gpu)
+    return tuple(
+        _plan_candidate(candidate, architecture, element, dense_on_gpu, experts) for candidate in candidates
+    )
+
+
+def _plan_candidate(
+    candidate: Candidate,
+    architecture: Architecture,
+    element: int,
+    dense_on_gpu: Mapping[int, int],
+    experts: ExpertSizes,
+) -> CandidatePlan:
+    described, bare = candidate.modules, architecture.without_experts
+    gpu_bytes = {
+        size: bytes_on_rank(bare, described, element, size) + experts.on_rank[size] for size in dense_on_gpu
+    }
+    sizes = planned_bytes(bare, described, element)
+    by_part = sum_by_part(sizes, bare)
+    by_part[EXPERT_PART] = experts.num_bytes
+    layer_bytes = _bytes_by_layer(sizes, bare)
+    layers = [
+        _plan_layer(layer, described, layer_bytes[layer.prefix] + experts.by_layer[layer.prefix])
+        for layer in bare.layers
+    ]
     linear_parameters = sum(layer.parameters for layer in layers)
-    components = describe_components(sizes, described, architecture)
+    components = with_experts(describe_components(sizes, described, bare), described, bare, experts)
     return CandidatePlan(
         num_compressed_layers=candidate.num_compressed_layers,
         layer_ratio=candidate.layer_ratio,
         linear_parameters=linear_parameters,
         achieved_compression_ratio=1 - linear_parameters / architecture.linear_parameters,
         model_parameters=sum(component.parameters for component in components),
-        num_bytes=sum(sizes.values()),
+        num_bytes=sum(sizes.values()) + experts.num_bytes,
         bytes_by_part=by_part,
         linear_bits_per_weight=linear_bits_per_weight(by_part, architecture),
         model_bits_per_weight=model_bits_per_weight(by_part, architecture),

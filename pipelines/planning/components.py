@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,20 +73,28 @@ def _describe(
         num_bytes=sum(
             num_bytes for name, num_bytes in sizes.items() if architecture.component_of(name) == part
         ),
-        treatment=_treatment(own, architecture.vocabulary),
+        treatment=in_words(*count_kinds(own, architecture.vocabulary)),
     )
 
 
-def _treatment(described: Mapping[str, Storage], vocabulary: Vocabulary) -> str:
-    """Return how many Linears are stored in which way, the commonest first; then input and output."""
+def count_kinds(
+    described: Mapping[str, Storage], vocabulary: Vocabulary
+) -> tuple[Counter[str], Sequence[str]]:
+    """Return in words how Linears are stored -> how many are; then the same of input and output."""
     altered = {name: each for name, each in described.items() if each.is_altered}
     kinds = Counter(_kind(each) for name, each in altered.items() if not vocabulary.has(name))
-    parts = [f"{n} Linear{'s' if n > 1 else ''} {kind}" for kind, n in kinds.most_common()]
+    outside = []
     embedding = vocabulary.embedding
     for name in (name for name in altered if vocabulary.has(name)):
         is_embedding = embedding is not None and embedding.name == name
-        parts.append(f"{'input embedding' if is_embedding else 'output layer'} {_kind(altered[name])}")
-    return ", ".join(parts) or LEFT_ALONE
+        outside.append(f"{'input embedding' if is_embedding else 'output layer'} {_kind(altered[name])}")
+    return kinds, outside
+
+
+def in_words(kinds: Counter[str], outside: Sequence[str]) -> str:
+    """Return how many Linears are stored in which way, the commonest first; then input and output."""
+    parts = [f"{n} Linear{'s' if n > 1 else ''} {kind}" for kind, n in kinds.most_common()]
+    return ", ".join([*parts, *outside]) or LEFT_ALONE
 
 
 def _kind(description: Storage) -> str:

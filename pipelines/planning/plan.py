@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from ercsvd_deploy.models.meta import compressed_config, own_dtype, read_archite
 from ercsvd_deploy.models.tested_families import serving_doubts
 from ercsvd_deploy.models.vision import reads_images
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
-from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidate
+from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidates
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine
 from ercsvd_deploy.pipelines.planning.machine import Machine, measure_flops
 from ercsvd_deploy.pipelines.planning.measured_workload import measure_workload
@@ -156,7 +156,7 @@ def make_plan(
     candidates = planned[-1].candidates if planned else (Candidate(),)
     sizes = recipe.serving.tensor_parallel_sizes
     dense_on_gpu = {size: bytes_on_rank(architecture, {}, element, size) for size in sizes}
-    shown = tuple(plan_candidate(candidate, architecture, element, dense_on_gpu) for candidate in candidates)
+    shown = plan_candidates(candidates, architecture, element, dense_on_gpu)
     device = device or default_device()
     work = measure_workload(
         recipe,
@@ -181,11 +181,11 @@ def make_plan(
         kernels=plan_matrices(candidates[-1].modules, architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=storing.matches,
-        notes=_allocation_note(recipe),
+        notes=(*_allocation_note(recipe), *_expert_notes(recipe, architecture)),
         warnings=(
             *serving_warnings(
                 storing,
-                candidates[-1].modules,
+                {**candidates[-1].modules, **candidates[-1].experts},
                 architecture,
                 sizes,
                 dtype,
@@ -232,6 +232,28 @@ def _allocation_note(recipe: Recipe) -> tuple[str, ...]:
         f"{chosen} are chosen by measurement when the recipe runs, under the same budget; "
         "what is shown here are equal shares of it",
     )
+
+
+def _expert_notes(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    """Yield what happens to routed experts, where the recipe's stages may suggest something else."""
+    if not architecture.expert_parameters:
+        return
+    gib = architecture.expert_parameters / 2**30
+    if recipe.factorize is not None:
+        yield (
+            f"factorize leaves the {gib:.1f} Gi weights of routed experts as they are: vLLM's fused experts "
+            "multiply no factors"
+        )
+    if recipe.target is not None and architecture.expert_linears:
+        yield (
+            "target chooses bits expert by expert; of a layer whose experts differ in the end vLLM holds all "
+            "experts in 16 bits"
+        )
+    if recipe.quantize is not None and not architecture.expert_linears:
+        yield (
+            f"quantize leaves the {gib:.1f} Gi weights of routed experts as they are: checkpoints of "
+            f"{architecture.model_type} hold all experts of a layer in one tensor"
+        )
 
 
 def refuse_compressed(config: Any) -> None:

@@ -99,7 +99,7 @@ def _front_matter(report: Report, directory: Path) -> str:
         tags += ["gptq"] if rounding_method(report) == "GPTQ" else ["rtn"]
         tags += sorted({f"int{matrix.bits}" for matrix in quantized.matrices})
     if is_vision_model(report):
-        tags.append("llava")
+        tags.append("multimodal")
     fields: dict[str, Any] = {}
     base = hub_model(report)
     if base is not None:

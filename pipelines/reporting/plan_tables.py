@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +13,7 @@ from rich.text import Text
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, columns_that_agree, without_shape
 from ercsvd_deploy.pipelines.reporting.tables import component_table
 from ercsvd_deploy.pipelines.reporting.terminal import rich_table
+from ercsvd_deploy.pipelines.stages.contract import label_columns
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, LayerPlan
@@ -124,11 +125,12 @@ def _pattern_table(patterns: tuple[PatternMatch, ...]) -> Table:
 def _rank_table(candidate: CandidatePlan) -> Table:
     """Ranks, weights and size of each layer; neighbours that are alike share a row."""
     table = Table(title=f"Ranks with k = {candidate.num_compressed_layers}", title_justify="left")
-    names = [name.rpartition(".")[2].removesuffix("_proj") for name in candidate.layers[0].ranks]
+    labels = label_columns(name for layer in candidate.layers for name in layer.ranks)
+    names = [label.removesuffix("_proj") for label in labels.values()]
     for column in ("layer", *names, "weights", "size"):
         table.add_column(column, justify="right", overflow="fold")  # narrow terminals lose nothing
     for (ranks, parameters, num_bytes), members in groupby(
-        candidate.layers, lambda layer: (tuple(_rank_cells(layer)), layer.parameters, layer.num_bytes)
+        candidate.layers, lambda layer: (tuple(_rank_cells(layer, labels)), layer.parameters, layer.num_bytes)
     ):
         first, *_, last = 2 * [layer.index for layer in members]
         layers = str(first) if first == last else f"{first}-{last}"
@@ -136,11 +138,15 @@ def _rank_table(candidate: CandidatePlan) -> Table:
     return table
 
 
-def _rank_cells(layer: LayerPlan) -> Iterator[str]:
-    """Yield the rank of every Linear of a layer, or `dense`, with the rank of a correction added to it."""
-    for name, rank in layer.ranks.items():
+def _rank_cells(layer: LayerPlan, names: Iterable[str]) -> Iterator[str]:
+    """Yield the rank of every Linear of a layer, or `dense`, with the rank of a correction added to it.
+
+    Nothing stands for a name that the layer has no Linear of.
+    """
+    for name in names:
+        rank = layer.ranks.get(name)
         corrected = f" + {layer.correction_ranks[name]}" if name in layer.correction_ranks else ""
-        yield f"{'dense' if rank is None else rank}{corrected}"
+        yield f"{'dense' if rank is None else rank}{corrected}" if name in layer.ranks else ""
 
 
 def _kernel_table(plan: Plan) -> Table:

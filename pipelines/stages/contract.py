@@ -61,12 +61,14 @@ class Candidate:
     """One way the model may be stored in the end; a search decides between several when the recipe runs.
 
     Attributes:
-        modules: Description of every altered Linear.
+        modules: Description of every altered Linear, those of routed experts left out.
+        experts: The same of routed experts: thousands, which all candidates have in common.
         num_compressed_layers: How many of the last decoder layers are factorized.
         layer_ratio: Share of the parameters removed in each of them.
     """
 
     modules: Mapping[str, Storage] = field(default_factory=dict)
+    experts: Mapping[str, Storage] = field(default_factory=dict)
     num_compressed_layers: int = 0
     layer_ratio: float = 0.0
 
@@ -102,6 +104,20 @@ class Table:
     is_detail: Annotated[
         bool, Field(description="Whether it is long, so that the page alone shows it, folded away.")
     ] = False
+
+
+def label_columns(names: Iterable[str]) -> dict[str, str]:
+    """Return Linear's name within a layer -> what its column is called, the last part if that tells it apart.
+
+    Args:
+        names: Of the Linears of all layers: some have a dense MLP, others shared experts.
+    """
+    distinct = list(dict.fromkeys(names))
+    ends = [name.rpartition(".")[2] for name in distinct]
+    return {
+        name: end if ends.count(end) == 1 else ".".join(name.split(".")[-2:])
+        for name, end in zip(distinct, ends, strict=True)
+    }
 
 
 class Stage(ABC):

@@ -13,9 +13,10 @@ from ercsvd_deploy.exporters.vllm.writer import Export, write_export
 from ercsvd_deploy.format.compressed_tensors import find_unreadable
 from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE
 from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.models.experts import EXPERTS
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanError, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
-from ercsvd_deploy.pipelines.stages.sizes import planned_bytes
+from ercsvd_deploy.pipelines.stages.sizes import expert_bytes, planned_bytes
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun
@@ -71,9 +72,9 @@ class ExportStage(Stage):
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
         """Return the largest shard, beside the pages of the files that it comes from."""
-        total = max(
-            sum(planned_bytes(work.architecture, each.modules, work.stored).values()) for each in candidates
-        )
+        bare = work.architecture.without_experts
+        total = max(sum(planned_bytes(bare, each.modules, work.stored).values()) for each in candidates)
+        total += expert_bytes(work.architecture, candidates[0].experts, work.stored)
         shard = min(total, max(work.recipe.export.max_shard_bytes, work.largest_tensor))
         return Needs(beside_bytes=2 * shard, scratch_bytes=total, kept_bytes=total)
 
@@ -117,6 +118,11 @@ def _check_readable(context: PlanningContext) -> None:
             "names in checkpoints than in memory; set vllm"
         )
     modules = quantize_plan_of(context.recipe, architecture).describe({}, architecture)
+    if quantize_plan_of(context.recipe, architecture).describe_experts(architecture):
+        raise PlanError(
+            "export.format compressed-tensors: routed experts of integers are read with this package alone, "
+            f"since transformers keeps a layer's in one tensor: ignore '{EXPERTS}.*' in quantize, or set vllm"
+        )
     fused = [[linear.name for linear in stack] for layer in architecture.layers for stack in layer.stacks]
     embedding = architecture.vocabulary.embedding
     problems = find_unreadable(modules, fused, None if embedding is None else embedding.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from ercsvd_deploy.models.architecture import (
     TOWER_PART,
     Architecture,
     dense_descriptions,
+    experts_of,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
 _INTEGER_BYTES = {WEIGHT_PACKED: 4, WEIGHT_ZERO_POINT: 4, WEIGHT_SHAPE: 8, ROW_ORDER: 4}
 _SCALE_LEAVES = (WEIGHT_SCALE, WEIGHT_ZERO_POINT, WEIGHT_SHAPE)
-_LINEAR_PARTS = ("dense Linears", "factors", "scales")
+EXPERT_PART = "routed experts"
+_LINEAR_PARTS = ("dense Linears", "factors", "scales", EXPERT_PART)
 PARTS = (TOWER_PART, PROJECTOR_PART, "outside the layers", *_LINEAR_PARTS, "norms and biases")
 
 
@@ -51,6 +54,19 @@ def module_bytes(description: Storage, element: int) -> int:
     return sum(math.prod(shape) * _element(leaf, element) for leaf, shape in shapes)
 
 
+def modules_bytes(described: Mapping[str, Storage], element: int) -> int:
+    """Return the bytes of the tensors of many Linears, most of which share few descriptions."""
+    distinct = {id(each): each for each in described.values()}
+    counts = Counter(map(id, described.values()))
+    return sum(counts[key] * module_bytes(each, element) for key, each in distinct.items())
+
+
+def expert_bytes(architecture: Architecture, described: Mapping[str, Storage], element: int) -> int:
+    """Return the bytes of all routed experts, given how the altered ones of their Linears are stored."""
+    replaced = sum(rows * columns for rows, columns in (each.shape for each in described.values()))
+    return element * (architecture.expert_parameters - replaced) + modules_bytes(described, element)
+
+
 def stored_bytes(store: TensorStore) -> dict[str, int]:
     """Return tensor name -> bytes of a model's files."""
     return {name: store.info(name).num_bytes for name in store.names()}
@@ -59,15 +75,18 @@ def stored_bytes(store: TensorStore) -> dict[str, int]:
 def sum_by_part(sizes: Mapping[str, int], architecture: Architecture) -> dict[str, int]:
     """Return the bytes of each of `PARTS`."""
     linears = {linear.name for linear in architecture.linears}
+    experts = {layer.experts.name for layer in architecture.layers if layer.experts is not None}
     parts = dict.fromkeys(PARTS, 0)
     for name, num_bytes in sizes.items():
-        parts[_part_of(name, architecture, linears)] += num_bytes
+        is_expert = experts_of(name) in experts
+        parts[EXPERT_PART if is_expert else _part_of(name, architecture, linears)] += num_bytes
     return parts
 
 
 def linear_bits_per_weight(by_part: Mapping[str, int], architecture: Architecture) -> float:
-    """Return the stored bits of the decoder Linears, scales included, per weight of the original ones."""
-    return 8 * sum(by_part[part] for part in _LINEAR_PARTS) / architecture.linear_parameters
+    """Return the stored bits of Linears and routed experts, scales included, per weight of the original."""
+    num_weights = architecture.linear_parameters + architecture.expert_parameters
+    return 8 * sum(by_part[part] for part in _LINEAR_PARTS) / num_weights
 
 
 def model_bits_per_weight(by_part: Mapping[str, int], architecture: Architecture) -> float:
@@ -83,15 +102,18 @@ def bytes_on_rank(
 ) -> int:
     """Return the bytes of weights that one GPU holds when vLLM serves the model.
 
-    Embeddings are cut by vocabulary, matrices as `local_shape` says, everything else is held by every
-    rank. What kernels add as padding or workspace, and the KV cache, are not counted.
+    Embeddings are cut by vocabulary, matrices as `local_shape` says, experts that are stored in one tensor
+    evenly; everything else is held by every rank. What kernels add as padding or workspace, and the KV cache,
+    are not counted.
     """
     total = 0
     matrices = dense_descriptions(architecture) | dict(described)
+    experts = {layer.experts.name for layer in architecture.layers if layer.experts is not None}
     for name, shape in architecture.other_tensors.items():
         if name.removesuffix(".weight") in matrices:
             continue
-        is_cut = not name.startswith(f"{architecture.layers_prefix}.") and shape[0] == architecture.vocab_size
+        is_outside = not name.startswith(f"{architecture.layers_prefix}.")
+        is_cut = (is_outside and shape[0] == architecture.vocab_size) or experts_of(name) in experts
         total += math.prod(shape) * element // (tensor_parallel_size if is_cut else 1)
     return total + sum(
         module_bytes_on_rank(name, description, architecture, element, tensor_parallel_size)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ercsvd_deploy.models.architecture import Architecture, LayerLinears
-from ercsvd_deploy.models.streaming import MAX_LOGITS_AT_ONCE, MAX_TOKENS_PER_BATCH
+from ercsvd_deploy.models.ends import MAX_LOGITS_AT_ONCE, MAX_TOKENS_PER_BATCH
 from ercsvd_deploy.models.tensor_parallel import cuts_inputs
 from ercsvd_deploy.recipe.sections import Recipe
 
@@ -99,7 +99,7 @@ class Workload:
     @property
     def largest_layer(self) -> LayerLinears:
         """The decoder layer with the most weights; in most families all are alike."""
-        return max(self.architecture.layers, key=lambda layer: sum(each.parameters for each in layer.linears))
+        return max(self.architecture.layers, key=lambda layer: layer.parameters)
 
     @property
     def hidden(self) -> int:
@@ -124,7 +124,7 @@ class Workload:
     @property
     def layer_weights(self) -> int:
         """Bytes of a loaded decoder layer."""
-        return self.computed * sum(linear.parameters for linear in self.largest_layer.linears)
+        return self.computed * self.largest_layer.parameters
 
     @property
     def layer_load(self) -> int:
@@ -213,7 +213,8 @@ class Workload:
     def forward_flops(self, sequences: Sequences) -> float:
         """Return the operations of sequences passing all decoder layers, the vision tower before them."""
         attention = sum(map(_attention_width, self.architecture.layers))
-        each_token = 2 * self.architecture.linear_parameters + 2 * sequences.length * attention
+        weights = sum(layer.parameters_per_token for layer in self.architecture.layers)
+        each_token = 2 * weights + 2 * sequences.length * attention
         return float(sequences.tokens * each_token + self.tower_flops(sequences, parameters=None))
 
     def tower_flops(self, sequences: Sequences, *, parameters: int | None) -> float:

@@ -106,7 +106,7 @@ def run_all(jobs: Mapping[_Key, dict[str, Any]], work: Path) -> dict[_Key, dict[
     return {key: answer | {"dtype": jobs[key]["dtype"]} for key, answer in by_key.items()}
 
 
-def largest_difference(directory: Path, answer: Mapping[str, Any], asked: Sequence[Sample]) -> float:
+def largest_difference(directory: Path, answer: Mapping[str, Any], asked: Sequence[Sample] = _TEXTS) -> float:
     """Return the largest difference of log-probabilities between an engine and a dense model in float32."""
     inputs = []
     for output, sample in zip(answer["outputs"], asked, strict=True):
@@ -128,7 +128,8 @@ def judge(
     """Return in a word how vLLM serves an export: `same`, or what vLLM makes of the original itself.
 
     Args:
-        dense: The original model.
+        dense: The original model; or the uncompressed one that the export stands for, where float16 is far
+            from float32 with some weights and not with others (routers send tokens elsewhere).
         export: What was made of it.
         dtype: In which it was served.
         answer: Of its engine.

@@ -23,7 +23,16 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.models.families import attention_implementation
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.tensor_parallel import cuts_inputs
-from tests.families.served import STAGES, compress, judge, reference, run_in_their_dtypes
+from tests.families.served import (
+    STAGES,
+    TOLERANCES,
+    compress,
+    judge,
+    largest_difference,
+    reference,
+    run_all,
+    run_in_their_dtypes,
+)
 from tests.families.table import RESULTS
 from tests.families.tiny_families import FAMILIES, save_tiny_family
 from tests.tiny_models import materialise
@@ -88,15 +97,26 @@ def test_transformers_loads_what_was_written(family: str, exports: Exports, tmp_
 
 
 @pytest.mark.vllm
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_routed_experts_are_cut_for_tensor_parallelism(family: str, exports: Exports, tmp_path: Path) -> None:
+    for dtype, directory in exports(family).items():
+        [answer] = run_all({dtype: engine(directory, dtype, num_ranks=2)}, tmp_path / dtype).values()
+        assert "error" not in answer, answer["error"]
+        largest = largest_difference(materialise(directory, tmp_path / f"{dtype}-dense"), answer)
+        assert largest <= TOLERANCES[dtype]
+
+
+@pytest.mark.vllm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vllm_serves_it_with_the_same_numbers(
-    family: str, originals: Callable[[str], Path], exports: Exports, answers: Answers, tmp_path: Path
+    family: str, exports: Exports, answers: Answers, tmp_path: Path
 ) -> None:
     verdicts = {}
     for dtype, directory in exports(family).items():
         answer = answers[family, dtype]
         served_in = answer["dtype"]
-        verdict = judge(originals(family), directory, served_in, answer, tmp_path / dtype)
+        dense = materialise(directory, tmp_path / f"{dtype}-dense")
+        verdict = judge(dense, directory, served_in, answer, tmp_path / dtype)
         verdicts[dtype] = verdict + (f" in {served_in}" if served_in != dtype else "")
         for name, kind in answer.get("cut", {}).items():
             assert cuts_inputs(name) == (kind == "RowParallelLinear"), f"{name} is a {kind}"

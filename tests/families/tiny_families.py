@@ -26,6 +26,23 @@ _SHARED = {
 }
 _GROUPED = {"intermediate_size": 256, "num_key_value_heads": 2}
 _GEMMA = {"head_dim": 32, "sliding_window": WINDOW, "layer_types": _SLIDING, "tie_word_embeddings": True}
+_EXPERTS = {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+_GROUPS_OF_EXPERTS = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_ONE_GROUP = {"n_group": 1, "topk_group": 1}  # as published models of these families have it
+_LATENT_ATTENTION = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,  # with the next but one the one size that vLLM's CPU engine has a kernel for
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
 # Family, with the variant where there are several -> (model type, what its config says beside `_SHARED`).
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma": ("gemma", _GROUPED | {"head_dim": 32, "tie_word_embeddings": True}),
@@ -86,6 +103,72 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "arcee": ("arcee", _GROUPED | {"head_dim": 32}),
     "apertus": ("apertus", _GROUPED | {"hidden_act": "xielu"}),
     "helium": ("helium", _GROUPED | {"head_dim": 32}),
+    "mixtral": ("mixtral", _GROUPED | {"num_local_experts": 8}),
+    # one layer without experts
+    "qwen3_moe": ("qwen3_moe", _GROUPED | _EXPERTS | {"head_dim": 32, "mlp_only_layers": [3]}),
+    "qwen2_moe": ("qwen2_moe", _GROUPED | _EXPERTS | {"shared_expert_intermediate_size": 96}),
+    "olmoe": ("olmoe", _GROUPED | {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2}),
+    "granitemoe": (
+        "granitemoe",
+        _GROUPED
+        | {
+            "intermediate_size": 64,
+            "num_local_experts": 8,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        _GROUPED
+        | _EXPERTS
+        | _GROUPS_OF_EXPERTS
+        | _ONE_GROUP
+        | {"head_dim": 32, "attention_bias": True, "use_qk_norm": True},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        _GROUPED | _EXPERTS | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 2},
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        _GROUPED
+        | _EXPERTS
+        | _LATENT_ATTENTION
+        | _ONE_GROUP
+        | {"n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": None},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        _GROUPED
+        | _EXPERTS
+        | _GROUPS_OF_EXPERTS
+        | _LATENT_ATTENTION
+        | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},  # vLLM reads these, transformers does not
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        _GROUPED
+        | {
+            "intermediate_size": 64,
+            "head_dim": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+            "layer_types": _SLIDING,
+        },
+    ),
+    "llama4_text": (
+        "llama4_text",
+        _GROUPED
+        | {
+            "intermediate_size": 256,
+            "intermediate_size_mlp": 256,
+            "head_dim": 32,
+            "num_local_experts": 8,
+            "interleave_moe_layer_step": 2,
+        },
+    ),
 }
 
 

@@ -71,9 +71,10 @@ _GEMMA3: dict[str, Any] = {
 }
 
 
-def _rope(*sections: int) -> dict[str, Any]:
+def _rope(*sections: int, **more: bool) -> dict[str, Any]:
     """Return rotary positions with sections for time, height and width."""
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [*sections]}}
+    sizes = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [*sections]}
+    return {"rope_parameters": sizes | more}
 
 
 _NEXT: dict[str, Any] = {"image_grid_pinpoints": TILINGS, "vision_feature_select_strategy": "full"}
@@ -87,7 +88,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Mapping[
     ),
     "qwen3_vl": (
         "qwen3_vl",
-        {**_rope(6, 5, 5), **_HEADS_OF_32},
+        {**_rope(6, 5, 5, mrope_interleaved=True), **_HEADS_OF_32},
         _GRID | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]},
         {},
     ),

@@ -153,11 +153,9 @@ def refused(config: Any) -> str:
     ("model_type", "reason"),
     [
         ("gpt2", "transformer.h.0.mlp.c_fc.weight is a weight of Conv1D, which is no Linear"),
-        ("mixtral", "a mixture of 8 experts a layer"),
-        ("gpt_oss", "a mixture of 128 experts a layer"),
-        ("deepseek_v3", "a mixture of 256 experts a layer"),
+        ("granitemoeshared", "a mixture of experts: model.layers.0.block_sparse_moe.experts is a GraniteMoe"),
+        ("aria_text", "AriaExperts, whose checkpoints are not known here"),
         ("qwen3_5_text", "layers of another kind than attention: linear_attention"),
-        ("minicpm3", "multi-head latent attention"),
         ("gemma4_text", "its layers have heads of different sizes"),
         ("bart", "an encoder with a decoder"),
         ("t5", "an encoder with a decoder"),

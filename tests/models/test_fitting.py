@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.format.weight_files import open_directory
+from ercsvd_deploy.models.experts import separate_experts
 from ercsvd_deploy.models.families import module_tensors
 from ercsvd_deploy.models.fitting import fit_store
 from ercsvd_deploy.models.meta import build_meta_model
@@ -64,6 +65,7 @@ def test_renamed_models_compute_the_same(rename: Callable[[str], str], family: s
 def test_every_family_is_found_under_other_names(family: str, tmp_path: Path) -> None:
     config = tiny_config(family)
     model = build_meta_model(config)
+    separate_experts(model)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     stored = load_file(tmp_path / WEIGHTS_FILE)
 

@@ -99,11 +99,15 @@ def _llama_4(experts: int) -> dict[str, Any]:
     return {"model_type": "llama4", "text_config": text, "vision_config": vision, "torch_dtype": "bfloat16"}
 
 
+PUBLIC_MODELS |= {
+    "Mixtral-8x22B": text_config("mixtral", 6144, 16384, 56, 48, 8, 32768, num_local_experts=8),
+    "Qwen3-235B-A22B": text_config(
+        "qwen3_moe", 4096, 12288, 94, 64, 4, 151936, head_dim=128, num_experts=128, moe_intermediate_size=1536
+    ),
+    "gpt-oss-120b": text_config("gpt_oss", 2880, 2880, 36, 64, 8, 201088, head_dim=64, num_local_experts=128),
+}
 # What a plan refuses by name: each would take many gigabytes to build.
 UNSUPPORTED_MODELS: dict[str, dict[str, Any]] = {
     "Llama-4-Scout": _llama_4(16),
     "Llama-4-Maverick": _llama_4(128),
-    "Mixtral-8x22B": _experts("mixtral", 6144, 16384, 56, num_local_experts=8),
-    "Qwen3-235B-A22B": _experts("qwen3_moe", 4096, 12288, 94, num_experts=128, moe_intermediate_size=1536),
-    "gpt-oss-120b": _experts("gpt_oss", 2880, 2880, 36, num_local_experts=128),
 }

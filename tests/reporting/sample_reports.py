@@ -87,6 +87,8 @@ def _matrix(layer: int, factor: str) -> dict[str, Any]:
         "gptq_loss": 0.001,
         "rtn_loss": 0.004,
         "damping": 0.01,
+        "routed_tokens": None,
+        "is_pooled": False,
     }
 
 

@@ -81,7 +81,7 @@ def test_card_of_a_vision_model(tmp_path: Path) -> None:
     parts = [{**language, "name": name} for name in ("language model", "vision tower", "projector")]
     card = make_card(sample_document(components=parts), tmp_path)
     assert front_matter(card)["pipeline_tag"] == "image-text-to-text"
-    assert "llava" in front_matter(card)["tags"]
+    assert "multimodal" in front_matter(card)["tags"]
     assert "AutoModelForImageTextToText.from_pretrained" in card
 
 

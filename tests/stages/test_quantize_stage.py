@@ -19,7 +19,7 @@ from ercsvd_deploy.models.families import describe
 from ercsvd_deploy.models.meta import build_meta_model, load_config
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
-from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizationError, _naming
+from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizationError, naming
 from ercsvd_deploy.pipelines.stages.quantize.serving_notes import serving_warnings
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     QuantizePlanError,
@@ -281,5 +281,5 @@ def test_groups_that_fit_other_ranks_are_another_result(write_recipe: RecipeWrit
 
 def test_of_linears_that_share_inputs_the_one_at_fault_is_named() -> None:
     group, own = LinearShape("q_proj", 0, 8, 8), LinearShape("v_proj", 0, 8, 8)
-    with pytest.raises(QuantizationError, match=r"^v_proj: too large$"), _naming(group), _naming(own):
+    with pytest.raises(QuantizationError, match=r"^v_proj: too large$"), naming(group), naming(own):
         raise ValueError("too large")

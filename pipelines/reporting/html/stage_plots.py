@@ -120,7 +120,7 @@ def quantization_losses(report: Report) -> Plot | None:
     layers: dict[int, list[QuantizedMatrix]] = defaultdict(list)
     for matrix in quantized.matrices:
         layer = layer_of(matrix.name)
-        if layer is not None:
+        if layer is not None and matrix.routed_tokens is None:  # of experts there are thousands
             layers[layer].append(matrix)
     if not layers:
         return None

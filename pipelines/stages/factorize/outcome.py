@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter
 
 from ercsvd_deploy.format.described import Count, Finite, NotReported
 from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.pipelines.stages.contract import Table
+from ercsvd_deploy.pipelines.stages.contract import Table, label_columns
 from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear, Spectrum
 from ercsvd_deploy.pipelines.stages.factorize.ranks.chosen import (
     AllocatedLinear,
@@ -145,13 +145,15 @@ def search_table(outcome: FactorizeOutcome) -> Table:
 
 def layer_table(outcome: FactorizeOutcome) -> Table:
     """One row a compressed layer: rank and relative output error of every Linear."""
-    layers: dict[str, list[FactorizedLinear]] = {}
+    layers: dict[str, dict[str, FactorizedLinear]] = {}
     for linear in outcome.linears:
-        layers.setdefault(_layer_of(linear.name), []).append(linear)
-    first = next(iter(layers.values()), [])
-    columns = ("layer", *(linear.name.rpartition(".")[2] for linear in first))
+        layer = _layer_of(linear.name)
+        layers.setdefault(layer, {})[linear.name.partition(f".{layer}.")[2]] = linear
+    labels = label_columns(name for linears in layers.values() for name in linears)
+    columns = ("layer", *labels.values())
     rows = tuple(
-        (layer, *(_rank_and_error(linear) for linear in linears)) for layer, linears in layers.items()
+        (layer, *(_rank_and_error(linears[name]) if name in linears else "" for name in labels))
+        for layer, linears in layers.items()
     )
     return Table("Rank and relative output error of every Linear", columns, rows, columns)
 

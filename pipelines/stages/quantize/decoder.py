@@ -20,6 +20,7 @@ from ercsvd_deploy.pipelines.stages.observed_inputs import (
     divide,
     num_not_held_out,
 )
+from ercsvd_deploy.pipelines.stages.quantize.experts import ExpertsQuantizer
 from ercsvd_deploy.pipelines.stages.quantize.layer import LayerQuantizer
 from ercsvd_deploy.pipelines.stages.quantize.results import (
     PatternMatch,
@@ -27,13 +28,16 @@ from ercsvd_deploy.pipelines.stages.quantize.results import (
     QuantizedMatrix,
     QuantizeOutcome,
 )
+from ercsvd_deploy.pipelines.stages.quantize.routed_inputs import RoutedInputs
 from ercsvd_deploy.recipe.stages import FEWEST_SAMPLES_TO_HOLD_OUT
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from ercsvd_deploy.data.samples import Sample
     from ercsvd_deploy.format.schema import Storage
+    from ercsvd_deploy.models.architecture import LayerLinears
     from ercsvd_deploy.models.streaming import LayerwiseModel
     from ercsvd_deploy.pipelines.stages.quantize.vocabulary import VocabularyQuantizer
     from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
@@ -132,7 +136,10 @@ def _quantize_missing(
             outputs = list(hidden)
             if is_missing:
                 observed = advance_observed(model, layer, module, outputs, divided)
+                experts = _experts_quantizer(model, quantizer, layer, module, hidden, divided)
                 quantized = quantizer.quantize(layer, module, observed)
+                if experts is not None:
+                    experts.quantize(quantized)
                 findings[layer.index] = {
                     "matrices": _MATRICES.dump_python(quantized.matrices),
                     "linears": _LINEARS.dump_python(quantized.linears),
@@ -149,3 +156,21 @@ def _quantize_missing(
                 hidden = outputs
         on_layer()
     return hidden
+
+
+def _experts_quantizer(
+    model: LayerwiseModel,
+    quantizer: LayerQuantizer,
+    layer: LayerLinears,
+    module: nn.Module,
+    hidden: Sequence[torch.Tensor],
+    divided: DividedBatches,
+) -> ExpertsQuantizer | None:
+    """Return what quantizes the routed experts of a loaded layer; None if they stay as they are.
+
+    As every Linear's, their inputs are those in the layer before any of it is quantized.
+    """
+    experts = layer.experts
+    if experts is None or not any(linear.name in quantizer.storages for linear in experts.linears):
+        return None
+    return ExpertsQuantizer(quantizer, RoutedInputs.capture(model, layer, module, hidden, divided))

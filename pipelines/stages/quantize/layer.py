@@ -97,13 +97,13 @@ class LayerQuantizer:
                     assert isinstance(submodule, nn.Linear)
                     corrected.append((linear, storage, submodule))
                     continue
-                with _naming(linear):
+                with naming(linear):
                     started.append(self._start(linear, storage, submodule))
             if corrected:
-                with _naming(corrected[0][0]):
+                with naming(corrected[0][0]):
                     self._quantize_corrected(layer, corrected, gram, held_out, result)
             if started:
-                with _naming(started[0].linear):
+                with naming(started[0].linear):
                     quantized = quantize_together(
                         [each.matrix for each in started],
                         gram,
@@ -111,7 +111,7 @@ class LayerQuantizer:
                         method=self.settings.method,
                     )
                 for each, (first, report) in zip(started, quantized, strict=True):
-                    with _naming(each.linear):
+                    with naming(each.linear):
                         parts = self._finish(each, first, report, gram, held_out, result)
                     result.tensors.update(_tensors(each, parts))
             if len(result.linears) > num_before:
@@ -123,14 +123,14 @@ class LayerQuantizer:
 
     def load(self, layer: LayerLinears, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give a loaded layer the weights that `tensors`, of an earlier `quantize`, store."""
-        for linear in layer.linears:
+        for linear in layer.all_linears:
             storage, local = self.storages.get(linear.name), layer.local_name(linear)
             if storage is None:
                 continue
             if storage.layout == "corrected":
                 matrix = module.get_submodule(local)
                 assert isinstance(matrix, nn.Linear)
-                _give(matrix, read_corrected(linear.name, storage, tensors, matrix.weight.device))
+                give_weight(matrix, read_corrected(linear.name, storage, tensors, matrix.weight.device))
                 continue
             for part, (shape, quantization) in storage.parts.items():
                 if quantization is None:
@@ -139,7 +139,7 @@ class LayerQuantizer:
                 leaves = {leaf: tensors[f"{prefix}.{leaf}"] for leaf in quantization.leaf_shapes(*shape)}
                 matrix = module.get_submodule(f"{local}.{part}" if part else local)
                 assert isinstance(matrix, nn.Linear)
-                _give(matrix, unpack(leaves, quantization, shape).dequantize(matrix.weight.dtype))
+                give_weight(matrix, unpack(leaves, quantization, shape).dequantize(matrix.weight.dtype))
 
     def _quantize_corrected(
         self,
@@ -150,7 +150,7 @@ class LayerQuantizer:
         result: QuantizedLayer,
     ) -> None:
         """Fit integers and corrections of Linears with the same inputs, and give them what will be served."""
-        dtypes = [self._stored_dtype(linear) for linear, _, _ in linears]
+        dtypes = [self.stored_dtype(linear) for linear, _, _ in linears]
         tasks = [
             correction_task(
                 self.settings, storage, matrix.weight.data, dtype, output_metric=self._metric(layer, linear)
@@ -158,12 +158,12 @@ class LayerQuantizer:
             for (linear, storage, matrix), dtype in zip(linears, dtypes, strict=True)
         ]
         for (linear, _, _), task in zip(linears, tasks, strict=True):
-            with _naming(linear):  # in the fit, which is of all together, nobody could tell whose error it is
+            with naming(linear):  # in the fit, which is of all together, nobody could tell whose error it is
                 put_on_grid(task.weight, task.settings, task.scale_dtype)
         fitted = quantize_corrected(tasks, gram, held_out=held_out, method=self.settings.method)
         for (linear, storage, matrix), dtype, corrected in zip(linears, dtypes, fitted, strict=True):
             loss = proxy_loss(matrix.weight.data, corrected.dequantize(), gram)
-            _give(matrix, corrected.dequantize())
+            give_weight(matrix, corrected.dequantize())
             result.linears.append(QuantizedLinear(linear.name, loss, None, correction=corrected.report))
             store_corrected(linear.name, storage, corrected, dtype, self.settings.method, result)
 
@@ -171,13 +171,13 @@ class LayerQuantizer:
         """Return how much errors of a Linear's outputs matter; None if all alike."""
         return None if self.sensitivity is None else self.sensitivity.metric(layer, linear, self.device)
 
-    def _stored_dtype(self, linear: LinearShape) -> torch.dtype:
+    def stored_dtype(self, linear: LinearShape) -> torch.dtype:
         """Return the precision of the original weight, in which scales and plain matrices are stored."""
         return torch_dtype(self.original.info(f"{linear.name}.{WEIGHT}").dtype)
 
     def _start(self, linear: LinearShape, storage: Storage, module: nn.Module) -> _Started:
         """Put the weight, or the first of a pair of matrices, on its grid."""
-        dtype = self._stored_dtype(linear)
+        dtype = self.stored_dtype(linear)
         if isinstance(module, LowRankLinear | PivotedLinear):
             target = self._target(linear, module).to(self.device, self.dtype)
             first, second = (quantization for _, quantization in storage.parts.values())
@@ -224,7 +224,7 @@ class LayerQuantizer:
         self, name: str, matrix: nn.Linear, quantized: QuantizedWeight, report: MatrixReport
     ) -> QuantizedMatrix:
         """Give a matrix the weights that will be served, and return what became of it."""
-        _give(matrix, quantized.dequantize(matrix.weight.dtype))
+        give_weight(matrix, quantized.dequantize(matrix.weight.dtype))
         return QuantizedMatrix.of(name, quantized, report, self.settings.method)
 
     def _target(self, linear: LinearShape, module: LowRankLinear | PivotedLinear) -> torch.Tensor:
@@ -247,13 +247,13 @@ class _Started:
     pair: FactorsTask | PivotedTask | None  # of a factorized Linear
 
 
-def _give(matrix: nn.Linear, weight: torch.Tensor) -> None:
+def give_weight(matrix: nn.Linear, weight: torch.Tensor) -> None:
     """Give a matrix the weight that will be served, in the precision and on the device that it has."""
     matrix.weight = nn.Parameter(weight.to(matrix.weight.device, matrix.weight.dtype), requires_grad=False)
 
 
 @contextmanager
-def _naming(linear: LinearShape) -> Iterator[None]:
+def naming(linear: LinearShape) -> Iterator[None]:
     """Tell which Linear cannot be quantized."""
     try:
         yield

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs
-from ercsvd_deploy.pipelines.stages.sizes import module_bytes
+from ercsvd_deploy.pipelines.stages.sizes import modules_bytes
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 from ercsvd_deploy.quantization.many_rows import ROWS_AT_ONCE
 
@@ -31,11 +31,14 @@ def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
     )
     # Behind the unquantized layer, and before it or behind the quantized one.
     states = 2 * work.activations(work.calibrating)
+    routed = _expert_bytes(work, candidates)
     kept = max(_integer_bytes(work, candidate.modules) for candidate in candidates)
+    kept += modules_bytes(candidates[0].experts, work.stored)
     return Needs(
         # Grams of what GPTQ is fitted to, of what is held out to judge it, and of both together.
         working_bytes=max(
             states + weights + 3 * work.layer_grams + step,
+            states + weights + (routed and states // 2 + max(routed, 3 * work.layer_grams + step)),
             states + work.layer_load,
             states // 2 + work.embedding([work.calibrating]),
             _output_layer_bytes(work, candidates),
@@ -45,7 +48,8 @@ def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
         kept_bytes=kept,
         flops=work.forward_flops(work.calibrating)
         + work.gram_flops(work.calibrating, work.architecture.layers)
-        + _quantize_flops(work, candidates),
+        + _quantize_flops(work, candidates)
+        + _expert_flops(work, candidates),
     )
 
 
@@ -130,6 +134,37 @@ def _quantize_flops(work: Workload, candidates: Sequence[Candidate]) -> float:
     )
 
 
+def _expert_bytes(work: Workload, candidates: Sequence[Candidate]) -> int:
+    """Return the bytes of quantizing one expert, beside what all experts of the layer are given."""
+    return max(
+        (
+            3 * FLOAT32 * group[0].in_features ** 2
+            + rounding_bytes(sum(linear.out_features for linear in group), group[0].in_features)
+            + work.calibrating.batch_tokens * (group[0].in_features + group[0].out_features) * work.computed
+            for layer in work.architecture.layers
+            if layer.experts is not None
+            for group in layer.experts.groups[:2]  # all experts of a layer have the same shapes
+            if any(linear.name in candidates[0].experts for linear in layer.experts.linears)
+        ),
+        default=0,
+    )
+
+
+def _expert_flops(work: Workload, candidates: Sequence[Candidate]) -> float:
+    """Return the operations of the Grams and loops of routed experts."""
+    flops = 0.0
+    for layer in work.architecture.layers:
+        if layer.experts is None:
+            continue
+        tokens = work.calibrating.tokens * layer.experts.per_token / layer.experts.count
+        for group in layer.experts.groups[:2]:  # of one expert, which stands for all
+            rows = sum(linear.out_features for linear in group if linear.name in candidates[0].experts)
+            columns = group[0].in_features
+            each = tokens * columns**2 + rounding_flops(rows, columns) if rows else 0.0
+            flops += layer.experts.count * each
+    return flops
+
+
 def _first_rows(linear: LinearShape, modules: Mapping[str, Storage]) -> int:
     """Return the rows that are quantized on a Linear's own inputs: of its weight, of its first factor."""
     description = modules.get(linear.name)
@@ -162,8 +197,5 @@ def _corrected(candidates: Sequence[Candidate]) -> Set[str]:
 
 def _integer_bytes(work: Workload, modules: Mapping[str, Storage]) -> int:
     """Return the bytes of what the stage writes."""
-    return sum(
-        module_bytes(description, work.stored)
-        for description in modules.values()
-        if any(storage for _, storage in description.parts.values())
-    )
+    integers = {name: storage for name, storage in modules.items() if storage.is_quantized}
+    return modules_bytes(integers, work.stored)

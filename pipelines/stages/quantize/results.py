@@ -40,6 +40,16 @@ class QuantizedMatrix:
     damping: Annotated[
         float | None, Field(description="GPTQ's; null in reports from before it was chosen.")
     ] = None
+    routed_tokens: Annotated[
+        Count | None,
+        Field(description="Of a routed expert: calibration tokens that were sent to it; else null."),
+    ] = None
+    is_pooled: Annotated[
+        bool,
+        Field(
+            description="Whether these were too few, so that its Hessian is one of all tokens of the layer."
+        ),
+    ] = False
 
     @classmethod
     def of(cls, name: str, quantized: QuantizedWeight, report: MatrixReport, method: RoundingMethod) -> Self:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.exporters.vllm.cutting import BLOCK, find_unaligned
+from ercsvd_deploy.exporters.vllm.experts.fused_kinds import serving_notes as expert_notes
 from ercsvd_deploy.format.schema import WORD_BITS, Storage, WeightQuantization
 from ercsvd_deploy.pipelines.stages.quantize.vocabulary_plan import describe_tied
 
@@ -36,6 +37,7 @@ def serving_warnings(
     multiplied = _multiplied(described, architecture)
     integers = [each for storage in multiplied.values() for _, each in storage.parts.values() if each]
     warnings = _fitting_notes(plan, described, tensor_parallel_sizes)
+    warnings += expert_notes(described, architecture) if has_plugin else []
     warnings += describe_tied(described, architecture)
     without_cpu_kernel = sorted({each.bits for each in integers} - {4})
     if without_cpu_kernel:

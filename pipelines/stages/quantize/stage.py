@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Self
 from ercsvd_deploy.format.schema import FACTOR_PARTS, Storage
 from ercsvd_deploy.models.architecture import Architecture
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.quantize.expert_tables import experts_table, pooling_warning
 from ercsvd_deploy.pipelines.stages.quantize.needs import quantize_needs
 from ercsvd_deploy.pipelines.stages.quantize.results import QuantizeOutcome
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
     QuantizePlan,
+    check_expert_shapes,
     check_num_tokens,
     check_shapes,
     quantize_plan_of,
@@ -99,11 +101,13 @@ class QuantizeStage(Stage):
             QuantizePlanError: a shape cannot be stored, or cannot be loaded at some tensor parallel size.
         """
         stored = []
+        experts = self.storing.describe_experts(self.architecture)
+        check_expert_shapes(experts, self.architecture, self.tensor_parallel_sizes)
         for before in candidates:
             ranks = {name: storage.truncated_rank for name, storage in before.modules.items()}
             check_shapes(self.storing, ranks, self.architecture, self.tensor_parallel_sizes)
             described = self.storing.describe(ranks, self.architecture)
-            stored.append(replace(before, modules={**before.modules, **described}))
+            stored.append(replace(before, modules={**before.modules, **described}, experts=experts))
         return stored
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
@@ -174,23 +178,23 @@ class QuantizeStage(Stage):
 
     def _storages(self, factorized: Any) -> Mapping[str, Storage]:
         """Return how every altered Linear is stored in the end, given what the factorize stage chose."""
-        if factorized is None:
-            return self.storing.describe({}, self.architecture)
-        chosen = factorized.chosen.storages
+        chosen = None if factorized is None else factorized.chosen.storages
         if chosen is not None:
             stored = {**self.storing.vocabulary, **chosen}
             return {name: storage for name, storage in stored.items() if storage.is_altered}
-        return self.storing.describe(factorized.plan.ranks, self.architecture)
+        ranks = {} if factorized is None else factorized.plan.ranks
+        architecture = self.architecture
+        return self.storing.describe(ranks, architecture) | self.storing.describe_experts(architecture)
 
     def tables(self, result: QuantizeOutcome) -> Iterable[Table]:
         """Summarise the proxy losses by kind of matrix, then list every matrix and Linear."""
         kinds: dict[str, list[QuantizedMatrix]] = {}
         for matrix in result.matrices:
             end = matrix.name.rpartition(".")[2]
-            kind = end if end in FACTOR_PARTS else "dense"
-            kinds.setdefault("output layer" if matrix.name == result.output_layer else kind, []).append(
-                matrix
-            )
+            kind = "dense" if matrix.routed_tokens is None else "routed experts"
+            if matrix.name == result.output_layer:
+                kind = "output layer"
+            kinds.setdefault(end if end in FACTOR_PARTS else kind, []).append(matrix)
         columns = ("matrix", "count", "GPTQ", "rounding", "GPTQ taken")
         rows = tuple(
             (
@@ -204,10 +208,15 @@ class QuantizeStage(Stage):
         )
         yield Table("Quantized matrices, mean relative proxy loss", columns, rows, columns[1:])
         yield from _embedding_table(result.embedding)
-        yield _matrix_table(result.matrices)
+        yield from experts_table(result.matrices)
+        yield _matrix_table(each for each in result.matrices if each.routed_tokens is None)
         yield _linear_table(result.linears)
         yield from _correction_table(result.linears)
         yield from _ruled_table(result.linears)
+
+    def warnings(self, result: QuantizeOutcome) -> Iterable[str]:
+        """Say how many routed experts got too few tokens."""
+        return pooling_warning(result.matrices)
 
 
 def _embedding_table(embedding: QuantizedEmbedding | None) -> Iterable[Table]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization
+from ercsvd_deploy.models.experts import EXPERTS
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
 from ercsvd_deploy.pipelines.stages.quantize.vocabulary_plan import plan_vocabulary
@@ -23,6 +25,9 @@ from ercsvd_deploy.recipe.quantize import Correction, Quantize
 if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import Architecture
     from ercsvd_deploy.recipe.sections import Recipe
+
+
+_LATER_EXPERT = re.compile(rf"\.{EXPERTS}\.[1-9]")
 
 
 class QuantizePlanError(PlanError):
@@ -64,6 +69,15 @@ class QuantizePlan:
         altered = {name: storage for name, storage in storages.items() if storage.is_altered}
         return altered | dict(self.vocabulary)
 
+    def describe_experts(self, architecture: Architecture) -> dict[str, Storage]:
+        """Return how every altered Linear of a routed expert is stored in the end."""
+        rules = StorageRules(architecture, self.layout, self.fitted_to)
+        return {
+            linear.name: rules.storage(linear, None, integers)
+            for linear in architecture.expert_linears
+            if (integers := self.integers.get(linear.name)) is not None
+        }
+
 
 def unquantized(names: Sequence[str]) -> QuantizePlan:
     """Return the plan of a recipe without a quantize stage."""
@@ -80,14 +94,19 @@ def quantize_plan_of(recipe: Recipe, architecture: Architecture) -> QuantizePlan
         QuantizePlanError: a pattern matches nothing, or nothing is left to quantize.
         PlanError: embedding or output layer cannot be stored as asked.
     """
-    names = [linear.name for linear in architecture.linears]
     layout = recipe.factorize.layout if recipe.factorize else "low_rank"
     if recipe.quantize is None:
+        names = [linear.name for linear in architecture.linears]
         return replace(unquantized(names), layout=layout)
+    names = [linear.name for linear in architecture.all_linears]
     names_ranks = recipe.factorize is not None and recipe.factorize.rank_multiple != "auto"
+    plan = plan_quantization(recipe.quantize, names, architecture.checkpoint_name)
+    experts = [linear.name for linear in architecture.expert_linears]
+    _check_experts(plan, recipe, experts)
     return replace(
-        plan_quantization(recipe.quantize, names, architecture.checkpoint_name),
+        plan,
         layout=layout,
+        corrections={name: each for name, each in plan.corrections.items() if name not in set(experts)},
         fitted_to=recipe.serving.tensor_parallel_sizes if recipe.target or not names_ranks else None,
         vocabulary=plan_vocabulary(recipe.quantize, architecture),
     )
@@ -141,6 +160,28 @@ def plan_quantization(
     )
 
 
+def _check_experts(plan: QuantizePlan, recipe: Recipe, experts: Sequence[str]) -> None:
+    """Refuse to correct routed experts.
+
+    Raises:
+        QuantizePlanError: names one.
+    """
+    assert recipe.quantize is not None
+    corrected = [
+        pattern
+        for pattern, change in recipe.quantize.overrides.items()
+        if isinstance(change.correction, Correction)
+    ]
+    for match in plan.matches:
+        if match.purpose == "override" and match.pattern in corrected:
+            routed = set(experts).intersection(match.modules)
+            if routed:
+                raise QuantizePlanError(
+                    f"quantize: the override {match.pattern!r} corrects {min(routed)}: vLLM's fused experts "
+                    "multiply no factors, so that routed experts have no low-rank corrections"
+                )
+
+
 def _match(pattern: str, purpose: str, ends: Mapping[str, Sequence[str]]) -> PatternMatch:
     """Match a pattern against what each Linear may be called."""
     found = tuple(
@@ -148,7 +189,8 @@ def _match(pattern: str, purpose: str, ends: Mapping[str, Sequence[str]]) -> Pat
     )
     if found:
         return PatternMatch(pattern, purpose, found)
-    every_end = {end for candidates in ends.values() for end in candidates}
+    # Of thousands of experts one is enough to be near.
+    every_end = {end for name, called in ends.items() if not _LATER_EXPERT.search(name) for end in called}
     near = difflib.get_close_matches(pattern, every_end, n=3, cutoff=0.4)
     hint = f"; near misses: {', '.join(near)}" if near else f"; modules are named like {next(iter(ends))}"
     raise QuantizePlanError(f"quantize: the {purpose} pattern {pattern!r} matches no decoder Linear{hint}")
@@ -173,9 +215,24 @@ def check_shapes(
     Raises:
         QuantizePlanError: names the matrices, the reason, and the nearest group size or rank that works.
     """
-    problems = _find_idle_corrections(plan, ranks, architecture) or find_unservable(
-        plan.describe(ranks, architecture), architecture, tensor_parallel_sizes
+    _refuse(
+        _find_idle_corrections(plan, ranks, architecture)
+        or find_unservable(plan.describe(ranks, architecture), architecture, tensor_parallel_sizes)
     )
+
+
+def check_expert_shapes(
+    experts: Mapping[str, Storage], architecture: Architecture, tensor_parallel_sizes: Iterable[int]
+) -> None:
+    """Refuse integers of routed experts that cannot be loaded at some tensor parallel size.
+
+    Raises:
+        QuantizePlanError: as `check_shapes`.
+    """
+    _refuse(find_unservable(experts, architecture, tensor_parallel_sizes))
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise QuantizePlanError(

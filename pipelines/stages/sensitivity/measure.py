@@ -39,6 +39,17 @@ class Sensitivity:
         store = FileStore([self.work.tensors_file(measured_piece(layer.index))])
         return store.read([linear.name])[linear.name].to(device)
 
+    def experts(self, layer: LayerLinears, device: torch.device) -> dict[str, float]:
+        """Return Linear of a routed expert -> mean square of an output's gradient, over all tokens.
+
+        Those that are not sent to the expert count as zeros: an expert that few come to matters little.
+        """
+        assert layer.experts is not None
+        name = layer.experts.name
+        squares = FileStore([self.work.tensors_file(measured_piece(layer.index))]).read([name])[name]
+        names = (linear.name for linear in layer.experts.linears)
+        return dict(zip(names, squares.to(device).tolist(), strict=True))
+
     def vocabulary(self, device: torch.device) -> VocabularySensitivity:
         """Return what was measured of the input embedding and the output layer."""
         return VocabularySensitivity.read(self.work.tensors_file(ENDS), device)
@@ -72,12 +83,28 @@ def measure_sensitivity(
     return Sensitivity(work)
 
 
+@dataclass
+class _SumOfSquares:
+    """The sum of g^2 over the outputs of a Linear and the tokens that come to it.
+
+    A whole matrix for each of thousands of experts would fill a disk.
+    """
+
+    total: float = 0.0
+
+    def add(self, gradients: torch.Tensor, token_weights: torch.Tensor | None) -> None:
+        """Add gradients; weights of tokens are those of a whole batch, of which an expert gets a few."""
+        del token_weights
+        self.total += float(gradients.float().square().sum())
+
+
 @dataclass(frozen=True)
 class _OutputMetrics:
-    """Sums of g g^T over the tokens, for every Linear of a layer."""
+    """Sums of g g^T over the tokens, for every Linear of a layer; of g^2 for those of routed experts."""
 
     layer: LayerLinears
     statistics: dict[str, InputStatistics]
+    squares: dict[str, _SumOfSquares]
 
     @classmethod
     def of(cls, layer: LayerLinears, device: torch.device) -> _OutputMetrics:
@@ -88,14 +115,25 @@ class _OutputMetrics:
                 layer.local_name(linear): InputStatistics.zeros(linear.out_features, device)
                 for linear in layer.linears
             },
+            {
+                layer.local_name(linear): _SumOfSquares()
+                for linear in (() if layer.experts is None else layer.experts.linears)
+            },
         )
 
-    def observed(self) -> Mapping[str, InputStatistics]:
-        return self.statistics
+    def observed(self) -> Mapping[str, InputStatistics | _SumOfSquares]:
+        return {**self.statistics, **self.squares}
 
     def tensors(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
-        del batches  # the sums are over all of them
         found = {}
+        if self.layer.experts is not None:
+            num_tokens = sum(batch.tokens.numel() for batch in batches)
+            found[self.layer.experts.name] = torch.tensor(
+                [
+                    self.squares[self.layer.local_name(linear)].total / (num_tokens * linear.out_features)
+                    for linear in self.layer.experts.linears
+                ]
+            )
         for linear in self.layer.linears:
             seen = self.statistics[self.layer.local_name(linear)]
             found[linear.name] = seen.gram / (seen.num_tokens or 1)

@@ -20,6 +20,7 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import linear_of, planned_r
 from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice, RankDecision
 from ercsvd_deploy.pipelines.stages.factorize.ranks.chosen import AllocatedLinear, Budget, ChosenRanks
 from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import DamagePrediction
+from ercsvd_deploy.pipelines.stages.factorize.ranks.expert_damages import ExpertDamages
 from ercsvd_deploy.pipelines.stages.factorize.ranks.vocabulary_damages import VocabularyDamages
 from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ranks
 
@@ -66,6 +67,7 @@ class ErrorControlled(RankChoice):
             options |= self._options(layer)
             self._work.on_layer()
         options |= self._vocabulary_options()
+        options |= self._expert_options()
         picked = self._allocate(options)
         storages = {name: option.choice for name, option in picked.items()}
         chosen = ChosenRanks(
@@ -91,6 +93,11 @@ class ErrorControlled(RankChoice):
             return allocate(options, task.budget)
         layers = self._work.model.architecture.layers
         stacks = [[linear.name for linear in stack] for layer in layers for stack in layer.stacks]
+        stacks += [
+            [linear.name for linear in layer.experts.linears if linear.name in options]
+            for layer in layers
+            if layer.experts is not None
+        ]
         together = [stack for stack in stacks if len(stack) > 1]
         return allocate_alike(options, task.budget, together, lambda storage: storage.kind, task.likeness)
 
@@ -131,6 +138,15 @@ class ErrorControlled(RankChoice):
         options = {name: damages.options(name, each) for name, each in costs.items()}
         work.cache.finish(_VOCABULARY_PIECE, _OPTIONS.dump_python(options, mode="json"))
         return options
+
+    def _expert_options(self) -> dict[str, list[Option[Storage]]]:
+        """Return the same of routed experts, as far as their bits are to be chosen."""
+        names = {linear.name for linear in self._work.model.architecture.expert_linears}
+        costs = {name: each for name, each in self._task.costs.items() if name in names}
+        if not costs:
+            return {}
+        assert self._quantize is not None, "the schema asks for a quantize stage"
+        return ExpertDamages(self._work, self._quantize, costs).options()
 
     def _residual_ranks(self, layer: LayerLinears, plan: RankPlan) -> dict[str, int | None]:
         """Return what of the chosen ranks of a layer the residuals get."""
@@ -188,7 +204,8 @@ class ErrorControlled(RankChoice):
         architecture = self._work.model.architecture
         ends = (architecture.vocabulary.embedding, architecture.vocabulary.multiplied)
         chosen_ends = {each.name: each for each in ends if each is not None and each.name in picked}
-        for linear in (*architecture.linears, *chosen_ends.values()):
+        experts = [linear for linear in architecture.expert_linears if linear.name in picked]
+        for linear in (*architecture.linears, *chosen_ends.values(), *experts):
             rows = {
                 option.choice: (option.choice.label, option.cost * unit / linear.parameters, option.damage)
                 for option in options[linear.name]

@@ -98,12 +98,15 @@ def allocation_task(
         costs[linear.name] = _cheapest_first(cost_of)
     for name, storages in _vocabulary_storages(quantize_plan, target).items():
         costs[name] = _cheapest_first({each: held.by_module(name, each) for each in storages})
+    costs |= _expert_costs(recipe, rules, quantize_plan, held)
+    chosen_experts = [linear for linear in architecture.expert_linears if linear.name in costs]
+    weights = architecture.linear_parameters + sum(linear.parameters for linear in chosen_experts)
     if target is None:
         assert settings.compression_ratio is not None, "the schema asks for a ratio where there is no target"
         # As `budget.equal_shares.allocate_ranks` has it: the largest whole number within the exact share.
         budget = math.floor((1 - settings.compression_ratio) * architecture.linear_parameters + 1e-6)
     elif target.overall_bits is not None:
-        budget = math.floor(target.overall_bits * architecture.linear_parameters)
+        budget = math.floor(target.overall_bits * weights)
     else:
         described = {**vision, **quantize_plan.vocabulary}
         chosen = dense_descriptions(architecture) | described
@@ -111,6 +114,39 @@ def allocation_task(
         budget = _bits_of_model(target, architecture) - (held.by_model(described) - chosen_bits)
     likeness = math.inf if recipe.export.format == "compressed-tensors" else _LIKENESS
     return AllocationTask(costs, budget, target is not None, rules, likeness if target is not None else 0.0)
+
+
+def _expert_costs(
+    recipe: Recipe, rules: StorageRules, quantize_plan: QuantizePlan, held: _HeldBits
+) -> dict[str, dict[Storage, int]]:
+    """Return what the Linears of routed experts may cost; none where there is no target, or they are ignored.
+
+    All experts of a model have the same few shapes and kinds, so that what is possible is found out once.
+    """
+    target = recipe.target
+    if target is None or recipe.quantize is None:
+        return {}
+    known: dict[tuple[int, int, WeightQuantization], dict[Storage, int]] = {}
+    costs = {}
+    for linear in rules.architecture.expert_linears:
+        integers = quantize_plan.integers.get(linear.name)
+        if integers is None:
+            continue
+        key = (linear.out_features, linear.in_features, integers)
+        if key not in known:
+            storages = dict.fromkeys(
+                rules.storage(linear, None, each) for each in _dense_integers(linear, integers, target)
+            )
+            sizes = recipe.serving.tensor_parallel_sizes
+            known[key] = _cheapest_first(
+                {
+                    storage: held.by_module(linear.name, storage)
+                    for storage in storages
+                    if not find_unservable({linear.name: storage}, rules.architecture, sizes)
+                }
+            )
+        costs[linear.name] = known[key]
+    return costs
 
 
 def _cheapest_first(costs: Mapping[Storage, int]) -> dict[Storage, int]:

@@ -1,0 +1,1 @@
+"""Routed experts of a compressed model in vLLM: what is loaded, and which kernel multiplies it."""

@@ -1,0 +1,80 @@
+"""Which way a layer's routed experts are served: as integers by vLLM's kernel, or as plain matrices.
+
+vLLM's fused kernels multiply all experts of a layer in one call: they take integers that are alike in all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ercsvd_deploy.exporters.vllm.compatibility import current_platform
+from ercsvd_deploy.exporters.vllm.experts.fused_kinds import find_obstacle
+from ercsvd_deploy.exporters.vllm.experts.methods import PackedExpertsMethod, PlainExpertsMethod
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ercsvd_deploy.exporters.vllm.experts.tensors import ExpertTensors
+    from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
+    from ercsvd_deploy.format.schema import WeightQuantization
+
+
+def choose_experts_method(
+    layer: Any,
+    tensors: ExpertTensors,
+    record: KernelRecord,
+    *,
+    check_model: Callable[[], None],
+    tell_ready: Callable[[], None],
+) -> PackedExpertsMethod | PlainExpertsMethod:
+    """Return the method of a layer of experts, some of which are stored as integers.
+
+    Args:
+        layer: vLLM's.
+        tensors: What the checkpoint holds of them.
+        record: Of the model's kernels.
+        check_model: Called before the first weight is processed.
+        tell_ready: Called when the layer's matrices are in their kernel's layout.
+
+    Raises:
+        KernelError: kernels are required, and there is none.
+    """
+    moe = layer.moe_config
+    quantization = tensors.common_quantization
+    reason = _obstacle_here(quantization, moe.intermediate_size_per_partition, layer.params_dtype)
+    if reason is None:
+        assert quantization is not None
+        try:
+            return PackedExpertsMethod(
+                moe, tensors, quantization, record, check_model=check_model, tell_ready=tell_ready
+            )
+        # vLLM's ways to say that it has none
+        except (ValueError, NotImplementedError, AssertionError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = f"vLLM has no fused kernel for such experts here: {lines[0]}"
+    return PlainExpertsMethod(moe, tensors, reason, record, check_model=check_model, tell_ready=tell_ready)
+
+
+def _obstacle_here(
+    quantization: WeightQuantization | None, intermediate_size: int, dtype: torch.dtype
+) -> str | None:
+    """Return why vLLM's fused kernels are not asked for integers; None if they are.
+
+    Args:
+        quantization: Of all projections of all experts; None: they differ.
+        intermediate_size: Inputs of the last projection on this rank.
+        dtype: Of the activations.
+    """
+    obstacle = find_obstacle(quantization)
+    if obstacle is not None or quantization is None:
+        return obstacle
+    if not current_platform.is_cuda():
+        return "fused kernels of integer experts are used on NVIDIA GPUs only"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "fused kernels compute in 16 bits"
+    size = quantization.group_size
+    if size != -1 and intermediate_size % size:
+        return f"groups of {size} do not divide the {intermediate_size} inputs that a rank has of an expert"
+    return None

@@ -1,0 +1,64 @@
+"""Which integers of routed experts vLLM's fused kernels take; no vLLM needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ercsvd_deploy.format.schema import Storage, WeightQuantization
+    from ercsvd_deploy.models.architecture import Architecture, LayerLinears
+
+_BITS = (4, 8)  # of which compressed-tensors' words are ours, and which the kernels know
+
+
+def common_kind(storages: Iterable[Storage | None]) -> WeightQuantization | None:
+    """Return the integers of all matrices of a layer's experts; None: they are not all of one kind."""
+    kinds = {None if storage is None else storage.weight for storage in storages}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def find_obstacle(quantization: WeightQuantization | None) -> str | None:
+    """Return why fused kernels do not take integers, wherever they are served; None if they do.
+
+    Args:
+        quantization: Of all matrices of a layer's experts; None: they differ.
+    """
+    if quantization is None:
+        return "the experts of a layer are stored in several ways, and fused kernels take one"
+    if quantization.bits not in _BITS or not quantization.sym:
+        return "fused kernels take symmetric integers of 4 or 8 bits"
+    return None
+
+
+def serving_notes(described: Mapping[str, Storage], architecture: Architecture) -> list[str]:
+    """Return in what memory routed experts of integers are served, where that is not what files suggest.
+
+    Args:
+        described: What every altered Linear becomes.
+        architecture: The model's.
+    """
+    layers = [layer for layer in architecture.layers if _quantizes_experts(layer, described)]
+    if not layers:
+        return []
+    reasons = set()
+    for layer in layers:
+        assert layer.experts is not None
+        kind = common_kind(described.get(linear.name) for linear in layer.experts.linears)
+        if reason := find_obstacle(kind):
+            reasons.add(reason)
+    if reasons:
+        return [
+            "quantize: routed experts are integers in the files, but vLLM holds them in 16 bits wherever it "
+            f"runs: {'; '.join(sorted(reasons))}"
+        ]
+    return [
+        "quantize: vLLM's fused kernels multiply integers of routed experts on NVIDIA GPUs; elsewhere, as on "
+        "a CPU, it holds them in 16 bits"
+    ]
+
+
+def _quantizes_experts(layer: LayerLinears, described: Mapping[str, Storage]) -> bool:
+    experts = layer.experts
+    return experts is not None and any(linear.name in described for linear in experts.linears)

@@ -1,0 +1,91 @@
+"""What routed experts come to in bytes: counted once, for all ways to store the rest of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ercsvd_deploy.models.architecture import LANGUAGE_PART, experts_of
+from ercsvd_deploy.pipelines.planning.components import Component, count_kinds, in_words
+from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank, planned_bytes
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.schema import Storage
+    from ercsvd_deploy.models.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """The routed experts of a model as they are stored in the end.
+
+    Attributes:
+        parameters: Weights of all of them.
+        num_bytes: On disk.
+        by_layer: Prefix of a decoder layer -> bytes of its experts.
+        on_rank: Tensor parallel size -> bytes of them on each GPU.
+        kinds: How they are stored -> how many Linears are.
+    """
+
+    parameters: int
+    num_bytes: int
+    by_layer: Counter[str]
+    on_rank: Mapping[int, int]
+    kinds: Counter[str]
+
+
+def measure_experts(
+    described: Mapping[str, Storage], architecture: Architecture, element: int, sizes: Iterable[int]
+) -> ExpertSizes:
+    """Return what experts come to.
+
+    Args:
+        described: How every altered Linear of an expert is stored.
+        architecture: The original model's.
+        element: Bytes of a value that is not quantized.
+        sizes: Tensor parallel sizes.
+    """
+    bare, layers = architecture.without_experts, architecture.layers
+    prefixes = {layer.experts.name: layer.prefix for layer in layers if layer.experts is not None}
+    by_layer: Counter[str] = Counter()
+    if prefixes:
+        for name, num_bytes in planned_bytes(architecture, described, element).items():
+            if prefix := prefixes.get(experts_of(name)):
+                by_layer[prefix] += num_bytes
+    on_rank = {
+        size: bytes_on_rank(architecture, described, element, size) - bytes_on_rank(bare, {}, element, size)
+        for size in sizes
+    }
+    kinds, _ = count_kinds(described, architecture.vocabulary)
+    return ExpertSizes(architecture.expert_parameters, by_layer.total(), by_layer, on_rank, kinds)
+
+
+def with_experts(
+    components: Sequence[Component],
+    described: Mapping[str, Storage],
+    architecture: Architecture,
+    experts: ExpertSizes,
+) -> tuple[Component, ...]:
+    """Return the parts of a model, routed experts counted to the language model.
+
+    Args:
+        components: The parts without them.
+        described: How every altered Linear of these is stored.
+        architecture: The original model's.
+        experts: The experts.
+    """
+    own = {name: each for name, each in described.items() if architecture.component_of(name) == LANGUAGE_PART}
+    kinds, outside = count_kinds(own, architecture.vocabulary)
+    return tuple(
+        replace(
+            part,
+            original_parameters=part.original_parameters + experts.parameters,
+            parameters=part.parameters + experts.parameters,
+            num_bytes=part.num_bytes + experts.num_bytes,
+            treatment=in_words(kinds + experts.kinds, outside),
+        )
+        if part.name == LANGUAGE_PART
+        else part
+        for part in components
+    )

@@ -1,0 +1,126 @@
+"""The damage of storing routed experts in few bits, in nats per token.
+
+As of other Linears it is tr(F E G E^T) / 2, but F, the Fisher information of the outputs, is taken for a
+multiple of the identity: a matrix for each of thousands of experts would fill a disk. It counts all tokens of
+the model, those that are not sent to the expert as zeros, and G is the mean over those that are. So an expert
+that few tokens come to may be stored in few bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter
+
+from ercsvd_deploy.budget.allocation import Option
+from ercsvd_deploy.format.schema import Storage
+from ercsvd_deploy.linalg.side_by_side import map_side_by_side
+from ercsvd_deploy.pipelines.stages.observed_inputs import divide
+from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings
+from ercsvd_deploy.pipelines.stages.quantize.routed_inputs import GroupInputs, RoutedInputs
+from ercsvd_deploy.quantization.gptq import quantize_together
+from ercsvd_deploy.quantization.grid import GriddedWeight, put_on_grid
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.experts import Expert
+    from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
+    from ercsvd_deploy.recipe.quantize import Quantize
+
+_DAMAGES = TypeAdapter(dict[str, list[float]])
+_Damages = dict[str, list[float]]  # Linear -> damage of each of its storages, in the order of their costs
+
+
+@dataclass(frozen=True)
+class ExpertDamages:
+    """Predicts the damages of the experts of all layers, in one more pass of the original model.
+
+    Attributes:
+        work: The stage's run.
+        quantize: The quantize stage that follows.
+        costs: Linear -> each way to store it -> what it costs.
+    """
+
+    work: Factorization
+    quantize: Quantize
+    costs: Mapping[str, Mapping[Storage, int]]
+
+    def options(self) -> dict[str, list[Option[Storage]]]:
+        """Return the storages of every Linear with costs and damages; finished layers are not tried again."""
+        model, cache = self.work.model, self.work.cache
+        layers = model.architecture.layers
+        findings = {layer.index: cache.findings(_piece(layer)) for layer in layers if self._offers(layer)}
+        damages: _Damages = {}
+        if None in findings.values():
+            samples = self.work.samples
+            assert samples is not None, "error control measures damages on calibration data"
+            divided = divide(model, samples, num_searched=0, num_fitting=len(samples))
+            hidden = model.embed(divided.batches)
+            for layer in layers:
+                with model.layer(layer.index) as module:
+                    if self._offers(layer) and findings[layer.index] is None:
+                        inputs = RoutedInputs.capture(model, layer, module, hidden, divided)
+                        findings[layer.index] = self._measure(layer, inputs)
+                        cache.finish(_piece(layer), findings[layer.index])
+                    model.advance(layer.index, divided.batches, hidden, module=module)
+        for found in findings.values():
+            damages |= _DAMAGES.validate_python(found)
+        return {
+            name: [
+                Option(cost, damage, storage)
+                for (storage, cost), damage in zip(self.costs[name].items(), each, strict=True)
+            ]
+            for name, each in damages.items()
+        }
+
+    def _offers(self, layer: LayerLinears) -> bool:
+        experts = layer.experts
+        return experts is not None and any(linear.name in self.costs for linear in experts.linears)
+
+    def _measure(self, layer: LayerLinears, inputs: RoutedInputs) -> _Damages:
+        """Return the damages of a loaded layer's experts."""
+        assert self.work.sensitivity is not None, "error control measures sensitivities"
+        sensitivities = self.work.sensitivity.experts(layer, self.work.model.device)
+        inputs.prepare()
+
+        def work(number: int) -> _Damages:
+            damages: _Damages = {}
+            for group in inputs.of(number):
+                damages |= self._damages(group, inputs.expert(number), sensitivities)
+            return damages
+
+        found: _Damages = {}
+        numbers = range(inputs.experts.count)
+        for damages in map_side_by_side(work, numbers, small=self.work.model.is_small):
+            found |= damages
+        return found
+
+    def _damages(self, inputs: GroupInputs, expert: Expert, sensitivities: Mapping[str, float]) -> _Damages:
+        """Return the damages of Linears of an expert that read the same."""
+        gram = inputs.observed.whole.gram / (inputs.observed.whole.num_tokens or 1)
+        tried: list[tuple[str, int, GriddedWeight]] = []
+        damages: _Damages = {}
+        for linear in inputs.group:
+            if linear.name not in self.costs:
+                continue
+            weight = expert.get_submodule(linear.name.rpartition(".")[2]).get_parameter("weight").data
+            damages[linear.name] = [0.0] * len(self.costs[linear.name])
+            for place, storage in enumerate(self.costs[linear.name]):
+                if storage.weight is not None:
+                    settings = quantization_settings(self.quantize, storage.weight)
+                    matrix = put_on_grid(weight, settings, self.work.stored_dtype(linear))
+                    tried.append((linear.name, place, matrix))
+        if not tried:
+            return damages
+        quantized = quantize_together([each for *_, each in tried], gram, method=self.quantize.method)
+        for (name, place, matrix), (rounded, _) in zip(tried, quantized, strict=True):
+            error = matrix.dense - rounded.dequantize().to(matrix.dense)
+            lost = float(((error @ gram.to(error)) * error).sum())
+            damages[name][place] = max(0.0, sensitivities[name] * lost / 2)
+        return damages
+
+
+def _piece(layer: LayerLinears) -> str:
+    return f"damages-experts-{layer.index:05d}"
