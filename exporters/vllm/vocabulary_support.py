@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PLAIN_EMBEDDINGS = frozenset(
     {
         *("bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "granitemoe", "gptj", "mixtral"),
-        *("nemotron", "opt"),
+        *("gpt_oss", "nemotron", "opt"),
     }
 )
 PLAIN_OUTPUT_LAYERS = frozenset({"bloom", "opt"})
