@@ -19,7 +19,7 @@ PLAIN_EMBEDDINGS = frozenset(
         *("gpt_oss", "nemotron", "opt"),
     }
 )
-PLAIN_OUTPUT_LAYERS = frozenset({"bloom", "opt"})
+PLAIN_OUTPUT_LAYERS = frozenset({"bloom", "gpt_oss", "opt"})
 
 
 def find_unservable_vocabulary(names: Iterable[str], architecture: Architecture) -> list[str]:
