@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 PLAIN_EMBEDDINGS = frozenset(
     {
         *("bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "granitemoe", "gptj", "mixtral"),
-        *("nemotron", "opt"),
+        *("gpt_oss", "nemotron", "opt"),
     }
 )
-PLAIN_OUTPUT_LAYERS = frozenset({"bloom", "opt"})
+PLAIN_OUTPUT_LAYERS = frozenset({"bloom", "gpt_oss", "opt"})
 
 
 def find_unservable_vocabulary(names: Iterable[str], architecture: Architecture) -> list[str]:
