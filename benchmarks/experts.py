@@ -173,7 +173,10 @@ def main() -> None:
             print(rows[-1], flush=True)
     write_results(
         "experts",
-        made_by=environment(f"python benchmarks/experts.py --minutes {arguments.minutes:g}", threads=1),
+        made_by=environment(
+            f"python benchmarks/experts.py --model out/tiny-mixtral --minutes {arguments.minutes:g}",
+            threads=1,
+        ),
         figures=[asdict(row) for row in rows],
         text=(
             "# Bits of routed experts\n\nA mixture of 8 experts in 4 layers (2 for each token), trained for "
