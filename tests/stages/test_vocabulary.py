@@ -75,7 +75,7 @@ def test_judged_model_is_the_one_that_transformers_loads(prefix: bool, write_rec
     assert not [warning for warning in report.warnings if "the plan foresaw" in warning]
     told = describe_treatment(report)
     assert told.endswith("The output layer is stored as int5. The input embedding is stored as int4.")
-    assert "as int8, in groups of 32" in told
+    assert "as int8, in groups of" in told
 
 
 def test_tied_matrix_is_stored_once_and_read_for_both(write_tied: RecipeWriter) -> None:
