@@ -267,7 +267,7 @@ def test_text_model_with_pictures_is_refused(
     code, _, error = invoke("run", write_picture_recipe(model=tiny_model("llama")))
     assert code == 1
     assert "has vision and evaluation.visual_questions, but" in error
-    assert "is not one that reads images here (llava, llava_next)" in error
+    assert "is not one that reads images: remove them, or choose a vision-language model" in error
 
 
 def test_sequences_too_short_for_an_image(write_picture_recipe: RecipeWriter) -> None:
