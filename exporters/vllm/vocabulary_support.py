@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PLAIN_EMBEDDINGS = frozenset(
     {
         *("bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "granitemoe", "gptj", "mixtral"),
-        *("gpt_oss", "nemotron", "opt"),
+        *("glm4_moe", "gpt_oss", "nemotron", "opt"),
     }
 )
 PLAIN_OUTPUT_LAYERS = frozenset({"bloom", "gpt_oss", "opt"})

@@ -30,11 +30,21 @@ from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.quantize import Quantize
 from ercsvd_deploy.recipe.sections import Recipe
 from tests.planning.llava_configs import MISTRAL_7B, MODELS, VICUNA_13B
+from tests.planning.public_configs import text_config
 
 REPOSITORY = Path(__file__).parents[3]
 RECIPES = sorted(path.stem for path in (REPOSITORY / "recipes").glob("*.yaml"))
+
+
+def _seeing(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a model around a decoder, whose vision parts, of any size, hold no integers."""
+    return {"model_type": model_type, "text_config": text}
+
+
 _LLAMA_2_7B = {"model_type": "llama", "vocab_size": 32000}
 _LLAMA_3_8B = MISTRAL_7B | {"model_type": "llama", "vocab_size": 128256}
+_QWEN_2_5_7B = text_config("qwen2", 3584, 18944, 28, 28, 4, 152064)
+_QWEN_3_8B = text_config("qwen3", 4096, 12288, 36, 32, 8, 151936, head_dim=128)
 # Hub id -> the published config, as far as shapes depend on it; models in this repository have their own.
 _CONFIGS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-2-7b-hf": _LLAMA_2_7B,
@@ -42,25 +52,17 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "lmsys/vicuna-7b-v1.5": _LLAMA_2_7B,
     "meta-llama/Meta-Llama-3-8B": _LLAMA_3_8B,
     "mistralai/Mistral-7B-v0.1": MISTRAL_7B | {"vocab_size": 32000},
-    "Qwen/Qwen2.5-7B": {
-        "model_type": "qwen2",
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    },
-    "Qwen/Qwen3-8B": {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
+    "Qwen/Qwen2.5-7B": _QWEN_2_5_7B,
+    "Qwen/Qwen3-8B": _QWEN_3_8B,
+    "Qwen/Qwen3-30B-A3B": text_config(
+        "qwen3_moe", 2048, 6144, 48, 32, 4, 151936, head_dim=128, num_experts=128, moe_intermediate_size=768
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": _seeing("qwen2_5_vl", _QWEN_2_5_7B | {"model_type": "qwen2_5_vl_text"}),
+    "Qwen/Qwen3-VL-8B-Instruct": _seeing("qwen3_vl", _QWEN_3_8B | {"model_type": "qwen3_vl_text"}),
+    "google/gemma-3-12b-it": _seeing(
+        "gemma3", text_config("gemma3_text", 3840, 15360, 48, 16, 8, 262208, head_dim=256)
+    ),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": _seeing("llava_onevision", _QWEN_2_5_7B),
     "facebook/opt-6.7b": {
         "model_type": "opt",
         "vocab_size": 50272,
