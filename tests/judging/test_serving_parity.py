@@ -177,6 +177,7 @@ def test_every_size_that_this_machine_has_cores_for(
     assert [asked["tensor_parallel_size"] for asked in vllm.asked] == [1, 2]
     assert [asked["enforce_eager"] for asked in vllm.asked] == [False, False]
     assert vllm.asked[1]["distributed_executor_backend"] == "mp"
+    assert all("limit_mm_per_prompt" not in asked for asked in vllm.asked)
     assert "serving parity was not measured at tensor-parallel size 4: it takes 4 cores" in out
     serving = json.loads((tmp_path / "out" / REPORT_FILE).read_text())["serving"]
     assert [size["tensor_parallel_size"] for size in serving["sizes"]] == [1, 2]

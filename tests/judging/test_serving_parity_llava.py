@@ -90,6 +90,7 @@ def test_pictures_are_compared_like_texts(
     assert code == 0
     shown = [prompt for prompt in vllm.asked[0]["prompts"] if prompt.pictures]
     assert len(shown) == 8
+    assert vllm.asked[0]["limit_mm_per_prompt"] == {"image": 1, "video": 0}
     assert len({picture.tobytes() for prompt in shown for picture in prompt.pictures}) == 8
     serving = json.loads((tmp_path / "out" / REPORT_FILE).read_text())["serving"]
     texts, images = serving["sizes"][0]["agreements"]

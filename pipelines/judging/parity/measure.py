@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -152,8 +152,9 @@ def measure_parity(
         if (reason := machine.reason_against(size)) is not None
     }
     failures, runs = [], {}
+    limits = {} if reference.architecture.image_token_id is None else _picture_limits(prompts)
     for size in sorted(set(recipe.serving.tensor_parallel_sizes) - set(not_measured)):
-        run = _serve(directory, prompts, size, machine, recipe)
+        run = _serve(directory, prompts, size, machine, recipe, limits)
         if isinstance(run, ServingFailure):
             failures.append(run)
         else:
@@ -218,8 +219,19 @@ class _Run:
     version: str
 
 
+def _picture_limits(prompts: Sequence[ParityPrompt]) -> dict[str, Any]:
+    """Return what vLLM need be ready for: it tries the most that may come, else, films included."""
+    most = max(len(prompt.served.pictures) for prompt in prompts)
+    return {"limit_mm_per_prompt": {"image": most, "video": 0}}
+
+
 def _serve(
-    directory: Path, prompts: Sequence[ParityPrompt], size: int, machine: ServingMachine, recipe: Recipe
+    directory: Path,
+    prompts: Sequence[ParityPrompt],
+    size: int,
+    machine: ServingMachine,
+    recipe: Recipe,
+    limits: Mapping[str, Any],
 ) -> _Run | ServingFailure:
     """Start vLLM once, let it score and continue all prompts, and end it."""
     assert recipe.gates is not None
@@ -235,6 +247,7 @@ def _serve(
             "enforce_eager": recipe.gates.serving_parity.eager,
             "trust_remote_code": recipe.model.trust_remote_code,
             **machine.engine_arguments(size, weight_bytes(directory)),
+            **limits,
         }
         answer = score_with_vllm(
             engine,
