@@ -41,8 +41,8 @@ def test_vllm_measures_what_transformers_does(
     changed = [key for key, value in choices.by_document.items() if value != reference.by_document[key]]
     assert len(changed) <= 0.05 * len(choices.by_document)  # a random model's choices are nearly ties
     for name, metric in expected.metrics["rolling"].items():
-        # In nats: a word's perplexity is a byte's to the power of its length. vLLM's own choice of dtype for a
-        # model in float32 is one of 16 bits.
+        # In nats: a word's perplexity is a byte's to the power of its length. vLLM's own choice of dtype for
+        # a model in float32 is one of 16 bits.
         found, wanted = (
             math.log(value) if "perplexity" in name else value
             for value in (served.metrics["rolling"][name].value, metric.value)
