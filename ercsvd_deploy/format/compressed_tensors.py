@@ -75,7 +75,7 @@ def describe_dense_integers(modules: Mapping[str, Storage]) -> dict[str, Any]:
         "config_groups": {
             f"group_{number}": {
                 "targets": names,
-                "weights": _arguments(integers),
+                "weights": weight_arguments(integers),
                 "input_activations": None,
                 "output_activations": None,
                 "format": _PACKED,
@@ -87,7 +87,8 @@ def describe_dense_integers(modules: Mapping[str, Storage]) -> dict[str, Any]:
     }
 
 
-def _arguments(integers: WeightQuantization) -> dict[str, Any]:
+def weight_arguments(integers: WeightQuantization) -> dict[str, Any]:
+    """Return what the format says of the integers of one matrix, by the names of its `QuantizationArgs`."""
     is_per_row = integers.group_size == -1
     return {
         "num_bits": integers.bits,

@@ -15,6 +15,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ercsvd_deploy.format.compressed_tensors import weight_arguments
+
 if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import WeightQuantization
 
@@ -149,13 +151,7 @@ def compressed_tensors_arguments(quantization: WeightQuantization) -> Any:
     """Return compressed-tensors' description of integers, as vLLM's methods for its checkpoints take it."""
     from compressed_tensors.quantization import QuantizationArgs
 
-    is_per_row = quantization.group_size == -1
-    return QuantizationArgs(
-        num_bits=quantization.bits,
-        symmetric=quantization.sym,
-        strategy="channel" if is_per_row else "group",
-        group_size=None if is_per_row else quantization.group_size,
-    )
+    return QuantizationArgs(**weight_arguments(quantization))
 
 
 def padded_shape(kernel: str, shape: tuple[int, int], group_size: int) -> tuple[int, int]:
