@@ -1,7 +1,7 @@
-"""The report: everything a run tells, declared once, written as JSON and read again.
+"""The report of a run: declared once, written as JSON and read back.
 
-The document is put together from the dataclasses that are the results: those of the stages, under the stages'
-names, and those of the judging. Their descriptions are the published schema (`reference`). Unknown keys are
+The document consists of the result dataclasses themselves: those of the stages, under the stages' names, and
+those of the judging. Their field descriptions are the published schema (`reference`). Unknown keys are
 ignored, so that a newer minor version's report can be read. A measured number is null where it is not finite.
 """
 
@@ -53,8 +53,8 @@ class Report:
     """Everything a run tells, as it is stored beside the model.
 
     Attributes:
-        stages: Stage -> what of its result is kept, in the JSON at the top level.
-        results: Stage -> its whole result; in a run that has just ended.
+        stages: Stage name -> the reported part of its result; a top-level key of the JSON.
+        results: Stage name -> its whole result; filled only in the process that ran it.
     """
 
     recipe: Annotated[
@@ -122,19 +122,19 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
-        plain = _own_adapter().dump_python(self, warnings=False)
-        for stage, told in self.stages.items():
-            plain[stage] = TypeAdapter(type(told)).dump_python(told, warnings=False)
+        plain = _report_adapter().dump_python(self, warnings=False)
+        for stage, reported in self.stages.items():
+            plain[stage] = TypeAdapter(type(reported)).dump_python(reported, warnings=False)
         valid: dict[str, Any] = finite(plain)
         return valid
 
 
 @cache
 def document_adapter() -> TypeAdapter[Any]:
-    """Return reader and schema of a whole report, the results of all stages among its keys."""
-    from ercsvd_deploy.pipelines.stages import STAGES  # which a report that is only written does without
+    """Return the adapter that parses a whole report and yields its schema, all stages' results included."""
+    from ercsvd_deploy.pipelines.stages import STAGES  # heavy, and not needed to write a report
 
-    told = [
+    stage_fields = [
         (
             stage.name,
             Annotated[
@@ -146,12 +146,14 @@ def document_adapter() -> TypeAdapter[Any]:
         for stage in STAGES
         if stage.reported_as is not None
     ]
-    whole = make_dataclass("WholeReport", told, bases=(Report,), namespace={"__doc__": Report.__doc__})
-    return TypeAdapter(whole)
+    whole_report = make_dataclass(
+        "WholeReport", stage_fields, bases=(Report,), namespace={"__doc__": Report.__doc__}
+    )
+    return TypeAdapter(whole_report)
 
 
 @cache
-def _own_adapter() -> TypeAdapter[Report]:
+def _report_adapter() -> TypeAdapter[Report]:
     return TypeAdapter(Report)
 
 
@@ -160,7 +162,7 @@ def parse_report(values: dict[str, Any], origin: str = REPORT_FILE) -> Report:
 
     Args:
         values: Plain JSON values.
-        origin: Where they come from, for messages.
+        origin: The file they come from, for messages.
 
     Raises:
         ReportError: it is of another version, or damaged; the message names the first wrong field.
@@ -172,15 +174,19 @@ def parse_report(values: dict[str, Any], origin: str = REPORT_FILE) -> Report:
             "again"
         )
     try:
-        whole = document_adapter().validate_python(values)
+        document = document_adapter().validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ReportError(f"{origin} is damaged: {where}: {first['msg']}") from error
+        first_error = error.errors()[0]
+        where = ".".join(map(str, first_error["loc"]))
+        raise ReportError(f"{origin} is damaged: {where}: {first_error['msg']}") from error
     names = {item.name for item in fields(Report)}
-    own = {name: getattr(whole, name) for name in names - {"stages"}}
-    told = {item.name: getattr(whole, item.name) for item in fields(whole) if item.name not in names}
-    return Report(**own, stages={name: value for name, value in told.items() if value is not None})
+    report_fields = {name: getattr(document, name) for name in names - {"stages"}}
+    stage_results = {
+        item.name: getattr(document, item.name) for item in fields(document) if item.name not in names
+    }
+    return Report(
+        **report_fields, stages={name: value for name, value in stage_results.items() if value is not None}
+    )
 
 
 def load_report(directory: Path) -> Report:
@@ -192,6 +198,6 @@ def load_report(directory: Path) -> Report:
     path = directory / REPORT_FILE
     report = read_json(path)
     if not isinstance(report, dict):
-        found = "is damaged" if path.exists() else "is not there"
-        raise ReportError(f"{path} {found}: give the directory of a finished run")
+        problem = "is damaged" if path.exists() else "is not there"
+        raise ReportError(f"{path} {problem}: give the directory of a finished run")
     return parse_report(cast("dict[str, Any]", report), str(path))
