@@ -1,4 +1,4 @@
-"""What is measured of one model: its size and its quality."""
+"""The result dataclasses for one model's size and quality, and for the differences between two models."""
 
 from __future__ import annotations
 
