@@ -35,7 +35,7 @@ Outputs = Mapping[str, torch.Tensor]  # text -> outputs [positions, hidden] of a
 
 @dataclass(frozen=True)
 class OutputChange:
-    """How far the outputs on each text are from the original's."""
+    """Distance of the outputs on each text from the original's."""
 
     layer_errors: Annotated[
         dict[str, tuple[Measured, ...]],
@@ -45,7 +45,7 @@ class OutputChange:
         ),
     ] = field(default_factory=dict)
     final_layer_error: Annotated[
-        dict[str, Measured], Field(description="Text -> the last of these, over all tokens.")
+        dict[str, Measured], Field(description="Text -> error of the last layer, over all tokens.")
     ] = field(default_factory=dict)
     logprob_kl: Annotated[
         dict[str, Measured],
@@ -58,7 +58,7 @@ class OutputChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Quality of both models, and how far the outputs moved.
+    """Quality of both models, and the distance between their outputs.
 
     Attributes:
         original: Quality of the reference.

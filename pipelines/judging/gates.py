@@ -39,7 +39,7 @@ class GateResult:
     ]
     limit: Annotated[float, Field(description="The largest value allowed.")]
     value: Annotated[
-        float | None, Field(description="What was measured; null if nothing was, or nothing finite.")
+        float | None, Field(description="The measured value; null if nothing finite was measured.")
     ]
     passed: Annotated[
         bool, Field(description="Whether the value is within the limit; the exit code follows this.")
@@ -53,14 +53,16 @@ class GateResult:
     ] = None
     high: Annotated[float | None, Field(description="Upper end.")] = None
     count: Annotated[
-        Count | None, Field(description="Items it was measured on; null where none are counted.")
+        Count | None, Field(description="Number of items it was measured on; null if there are no items.")
     ] = None
     unit: Annotated[
         str | None, Field(description="What the items are: `windows`, `questions` or `documents`.")
     ] = None
     deciding_count: Annotated[
         Count | None,
-        Field(description="About how many items would decide an undecided gate, were the value to stay."),
+        Field(
+            description="About how many items would decide an undecided gate, if its value stays the same."
+        ),
     ] = None
 
     verdict: Annotated[

@@ -32,10 +32,10 @@ _LARGEST_EXPONENT = 700  # beyond it exp leaves the range of a float
 class Estimate:
     """A measured value with its 95 % interval."""
 
-    value: Annotated[Measured, Field(description="What was measured.")]
+    value: Annotated[Measured, Field(description="The measured value.")]
     low: Annotated[Measured, Field(description="Lower end of the 95 % interval; null where there is none.")]
     high: Annotated[Measured, Field(description="Upper end.")]
-    count: Annotated[Count, Field(description="How many items it was measured on.")]
+    count: Annotated[Count, Field(description="Number of items it was measured on.")]
     unit: Annotated[str, Field(description="What the items are: `windows`, `questions` or `documents`.")]
 
     @property

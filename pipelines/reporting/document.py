@@ -38,7 +38,7 @@ class ReportError(ValueError):
 class Reference:
     """Another model to compare with, such as plain GPTQ in a sweep; a single run has none."""
 
-    label: Annotated[str, Field(description="What it is.")]
+    label: Annotated[str, Field(description="Its name.")]
     num_bytes: Annotated[Count, Field(description="Bytes of all tensors.")]
     perplexity: Annotated[dict[str, Measured], Field(description="Text -> perplexity.")] = field(
         default_factory=dict
@@ -50,7 +50,7 @@ class Reference:
 
 @dataclass
 class Report:
-    """Everything a run tells, as it is stored beside the model.
+    """The report of a run, as it is stored beside the model.
 
     Attributes:
         stages: Stage name -> the reported part of its result; a top-level key of the JSON.
@@ -63,8 +63,8 @@ class Report:
             description="The recipe with every default written out; itself a valid recipe (docs/recipes.md)."
         ),
     ]
-    original: Annotated[ModelFigures, Field(description="The model before.")]
-    compressed: Annotated[ModelFigures, Field(description="The model now.")]
+    original: Annotated[ModelFigures, Field(description="The original model.")]
+    compressed: Annotated[ModelFigures, Field(description="The compressed model.")]
     report_version: Annotated[Literal[2], Field(description="Version of this format.")] = 2
     environment: Annotated[
         dict[str, str],
@@ -88,34 +88,34 @@ class Report:
         tuple[Component, ...],
         Field(description="Parts of the model: one for a text model, three for a vision-language model."),
     ] = ()
-    change: Annotated[OutputChange, Field(description="How far the outputs moved.")] = field(
+    change: Annotated[OutputChange, Field(description="Distance of the outputs.")] = field(
         default_factory=OutputChange
     )
     differences: Annotated[
         Differences,
-        Field(description="What the compression cost, with 95 % intervals; empty in older reports."),
+        Field(description="Paired differences in quality, with 95 % intervals; empty in older reports."),
     ] = field(default_factory=Differences)
     serving: Annotated[
         ServingParity | None,
-        Field(description="The export in vLLM; null if the recipe has no such gate."),
+        Field(description="Serving parity in vLLM; null if the recipe has no such gate."),
     ] = None
     gates: Annotated[
         list[GateResult], Field(description="The recipe's gates, judged; empty without any.")
     ] = field(default_factory=list)
-    tables: Annotated[
-        list[Table], Field(description="What the stages show of their results, ready to be read.")
-    ] = field(default_factory=list)
-    references: Annotated[
-        list[Reference], Field(description="Other models beside which this one is shown.")
-    ] = field(default_factory=list)
-    seconds: Annotated[dict[str, Finite], Field(description="Stage -> time it took in this run.")] = field(
+    tables: Annotated[list[Table], Field(description="The tables of the stages' results, as text.")] = field(
+        default_factory=list
+    )
+    references: Annotated[list[Reference], Field(description="Other models to compare with.")] = field(
+        default_factory=list
+    )
+    seconds: Annotated[dict[str, Finite], Field(description="Stage -> its seconds in this run.")] = field(
         default_factory=dict
     )
-    warnings: Annotated[list[str], Field(description="What a user should know.")] = field(
+    warnings: Annotated[list[str], Field(description="Warnings, one line each.")] = field(
         default_factory=list
     )
-    resumed: Annotated[list[str], Field(description="What was found of an earlier, unfinished run.")] = field(
-        default_factory=list
+    resumed: Annotated[list[str], Field(description="What was reused from an earlier, unfinished run.")] = (
+        field(default_factory=list)
     )
     stages: NotReported[dict[str, Any]] = field(default_factory=dict)
     results: NotReported[dict[str, Any]] = field(default_factory=dict)
@@ -139,7 +139,7 @@ def document_adapter() -> TypeAdapter[Any]:
             stage.name,
             Annotated[
                 stage.reported_as | None,
-                Field(description=f"What the stage `{stage.name}` found and did; null without it."),
+                Field(description=f"Result of the stage `{stage.name}`; null without it."),
             ],
             field(default=None),
         )

@@ -96,13 +96,13 @@ class Needs:
 class Table:
     """A table that a stage shows; terminal, page and model card render the same rows."""
 
-    title: Annotated[str, Field(description="What it shows.")]
-    columns: Annotated[tuple[str, ...], Field(description="Heads of the columns.")]
+    title: Annotated[str, Field(description="Its title.")]
+    columns: Annotated[tuple[str, ...], Field(description="Headings of the columns.")]
     rows: Annotated[tuple[tuple[str, ...], ...], Field(description="Cells of every row.")]
     numbers: Annotated[tuple[str, ...], Field(description="Columns that are aligned to the right.")] = ()
     bold_rows: Annotated[tuple[int, ...], Field(description="Rows that stand out, from 0.")] = ()
     is_detail: Annotated[
-        bool, Field(description="Whether it is long, so that the page alone shows it, folded away.")
+        bool, Field(description="Whether it is long, so that only the page shows it, folded away.")
     ] = False
 
 

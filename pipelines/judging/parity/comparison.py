@@ -31,8 +31,8 @@ class Difference:
 class Agreement:
     """How far vLLM is from this package on prompts of one kind."""
 
-    subject: Annotated[Subject, Field(description="What the prompts are about.")]
-    num_prompts: Annotated[Count, Field(description="How many.")]
+    subject: Annotated[Subject, Field(description="Texts or pictures.")]
+    num_prompts: Annotated[Count, Field(description="Number of prompts.")]
     prompt: Annotated[Difference, Field(description="Of the prompts' own tokens, image tokens excepted.")]
     decoded: Annotated[
         Difference,

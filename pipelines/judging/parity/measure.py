@@ -44,13 +44,13 @@ class ServingError(RuntimeError):
 
 @dataclass(frozen=True)
 class SizeParity:
-    """What was measured at one tensor-parallel size."""
+    """Serving parity at one tensor-parallel size."""
 
     tensor_parallel_size: Annotated[Count, Field(description="Devices, or workers on a CPU.")]
     mode: Annotated[
         str, Field(description="How vLLM ran: `eager`, `compiled` or `compiled, with CUDA graphs`.")
     ]
-    seconds: Annotated[Finite, Field(description="What it took, the start included.")]
+    seconds: Annotated[Finite, Field(description="Its duration, including vLLM's start.")]
     agreements: Annotated[
         tuple[Agreement, ...], Field(description="On texts, and on pictures if there were any.")
     ]
@@ -65,8 +65,8 @@ class ServingFailure:
         str,
         Field(description="The process that failed first, as vLLM calls it; empty where that is not known."),
     ]
-    exception: Annotated[str, Field(description="Its exception, or how it died.")]
-    excerpt: Annotated[str, Field(description="What it printed about that, such as its traceback.")]
+    exception: Annotated[str, Field(description="Its exception, or the signal that ended it.")]
+    excerpt: Annotated[str, Field(description="Its output about the failure, such as its traceback.")]
     log: Annotated[
         str | None,
         Field(description="File with all that vLLM printed, beside the export; null if it was not started."),
