@@ -3,7 +3,8 @@
 Files are listed with the SHA-256 of their contents. Weights are listed tensor by tensor, with the SHA-256 of
 dtype, shape and bytes, so that the damaged tensor can be named and a re-sharded copy still verifies. Report,
 page and card may be written again later: their checksums are in a separate file, in the format of
-`sha256sum`, and show whether somebody else has changed them. The report names its weights by `weights_digest`.
+`sha256sum`, and show whether somebody else has changed them. The report names its weights by
+`weights_digest`.
 """
 
 from __future__ import annotations
