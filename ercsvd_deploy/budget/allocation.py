@@ -98,8 +98,10 @@ def allocate_alike(
 def _options_together(
     options: Mapping[str, Sequence[Option[Choice]]], kind_of: Callable[[Choice], Hashable]
 ) -> list[Option[dict[str, Option[Choice]]]]:
-    """Return an option for each kind of choice that all of these matrices have."""
-    by_kind = [{kind_of(option.choice): option for option in each} for each in options.values()]
+    """Return a joint option for each kind of choice that all these matrices have."""
+    by_kind = [
+        {kind_of(option.choice): option for option in matrix_options} for matrix_options in options.values()
+    ]
     shared = [kind for kind in by_kind[0] if all(kind in kinds for kinds in by_kind)]
     return [
         Option(
@@ -112,7 +114,7 @@ def _options_together(
 
 
 def _multiplier(options: Mapping[str, Sequence[Option[Choice]]], budget: int) -> float:
-    """Return the smallest multiplier of the costs with which the best options meet the budget.
+    """Return the smallest cost multiplier for which the best options meet the budget.
 
     Raises:
         AllocationError: even the cheapest options cost more than the budget.
@@ -131,7 +133,7 @@ def _multiplier(options: Mapping[str, Sequence[Option[Choice]]], budget: int) ->
 
 
 def _pick(options: Mapping[str, Sequence[Option[Choice]]], multiplier: float) -> dict[str, Option[Choice]]:
-    """Return the options of the least damage + multiplier * cost."""
+    """Return name -> option with the least damage + multiplier * cost."""
     return {
         name: min(candidates, key=lambda option: (option.damage + multiplier * option.cost, option.cost))
         for name, candidates in options.items()
@@ -141,7 +143,7 @@ def _pick(options: Mapping[str, Sequence[Option[Choice]]], multiplier: float) ->
 def _spend_remaining(
     options: Mapping[str, Sequence[Option[Choice]]], picked: dict[str, Option[Choice]], remaining: int
 ) -> dict[str, Option[Choice]]:
-    """Exchange options for better ones, the largest gain for its cost first, while they can be paid."""
+    """Replace options by better ones, the largest gain per cost first, while the budget allows it."""
     while True:
         affordable = [
             ((picked[name].damage - option.damage) / max(1, option.cost - picked[name].cost), name, option)
