@@ -15,6 +15,7 @@ from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.checkpoint_names import stored_name
 from ercsvd_deploy.models.experts import EXPERTS, RoutedExperts
+from ercsvd_deploy.models.tasks import Task
 from ercsvd_deploy.models.tensor_parallel import OutputBlock, cuts_inputs, holds_key_values, output_blocks
 from ercsvd_deploy.models.vocabulary import Vocabulary
 
@@ -80,6 +81,7 @@ class Architecture:
 
     model_type: str
     text_model_type: str  # of the decoder; another one where that is part of a vision-language model
+    task: Task
     layers_prefix: str  # module name of the stack of decoder layers
     layers: tuple[LayerLinears, ...]
     layers_return_tuples: bool  # whose first value is the hidden states; else these alone
@@ -116,6 +118,11 @@ class Architecture:
     def all_linears(self) -> tuple[LinearShape, ...]:
         """Every decoder Linear, layer by layer, those of routed experts included."""
         return tuple(linear for layer in self.layers for linear in layer.all_linears)
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether there are logits of next tokens; a model that embeds or scores texts has none."""
+        return self.task == "generate"
 
     def is_row_parallel(self, name: str) -> bool:
         """Whether tensor parallelism cuts this Linear along its input."""

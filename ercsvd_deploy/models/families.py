@@ -15,9 +15,11 @@ from ercsvd_deploy.models.architecture import Architecture, ArchitectureError, L
 from ercsvd_deploy.models.checkpoint_names import module_names, stored_prefixes
 from ercsvd_deploy.models.discovery import find_decoder, on_meta
 from ercsvd_deploy.models.experts import renamed_parts, stand_in_for_experts
+from ercsvd_deploy.models.tasks import auto_class, task_of
 from ercsvd_deploy.models.vision import describe_vision, find_vision_parts, image_token_id, reads_images
 from ercsvd_deploy.models.vocabulary import find_vocabulary
 
+_BOTH_DIRECTIONS = "it reads a text in both directions; supported are decoders, which read it in one"
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Model type -> module -> what checkpoints call it.
 _STORED_PREFIXES: Mapping[str, Mapping[str, str]] = {"gpt_neox": {"lm_head": "embed_out"}}
@@ -36,6 +38,8 @@ def check_supported(config: Any) -> None:
             raise _unsupported(config, "a mixture of experts within a vision-language model")
     elif text_config is not config:
         raise _unsupported(config, "a decoder among other parts, which are not those of a model that sees")
+    if not getattr(config, "is_causal", True):
+        raise _unsupported(config, _BOTH_DIRECTIONS)
     if getattr(config, "is_encoder_decoder", False):
         raise _unsupported(config, "an encoder with a decoder; supported are decoders alone, such as llama")
     if _model_class(config) is None and not getattr(config, "auto_map", None):
@@ -54,6 +58,9 @@ def describe(model: nn.Module, config: Any) -> Architecture:
     """
     text_config = config.get_text_config()
     model = on_meta(model)
+    sees = reads_images(config)
+    if not sees and any(not getattr(each, "is_causal", True) for each in model.modules()):
+        raise _unsupported(config, _BOTH_DIRECTIONS)
     try:
         stand_in_for_experts(model)
         decoder = find_decoder(model, _left_alone(text_config))
@@ -61,10 +68,10 @@ def describe(model: nn.Module, config: Any) -> Architecture:
         raise _unsupported(
             text_config, f"{error}; supported are decoders of Linears, such as llama"
         ) from error
-    sees = reads_images(config)
     return Architecture(
         model_type=str(config.model_type),
         text_model_type=str(text_config.model_type),
+        task=task_of(config),
         layers_prefix=decoder.prefix,
         layers=decoder.layers,
         layers_return_tuples=decoder.return_tuples,
@@ -88,6 +95,8 @@ def module_tensors(model: nn.Module, config: Any) -> Callable[[str], str]:
     """
     if reads_images(config):
         return module_names(model)
+    if task_of(config) == "embed":  # the decoder of a whole language model, or saved alone
+        return lambda name: name.removeprefix(f"{model.base_model_prefix}.")
     prefixes, parts = _STORED_PREFIXES.get(config.model_type, {}), renamed_parts(config)
 
     def module_name(stored_name: str) -> str:
@@ -113,10 +122,7 @@ def attention_implementation(config: Any) -> str:
 
 def _model_class(config: Any) -> Any:
     """Return transformers' class of the model; None if it has none."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if reads_images(config) else MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping.get(type(config), None)
+    return auto_class(config)._model_mapping.get(type(config), None)
 
 
 def _obstacles(text_config: Any) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Refuse what is no original model that generates text, by its small files and the names of the others.
+"""Refuse what is no original model of a kind that is taken, by its small files and the names of the others.
 
 Nothing is fetched for that but config.json and, of a model on the hub, the list of its files.
 """
@@ -15,13 +15,12 @@ from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.format.weight_files import explain_no_weights, has_weights, open_directory
 from ercsvd_deploy.models.architecture import ArchitectureError
+from ercsvd_deploy.models.tasks import find_task
 from ercsvd_deploy.pipelines.importing.llava.config import is_original
 
 if TYPE_CHECKING:
     from ercsvd_deploy.recipe.sections import ModelSource
 
-# How the classes of models that generate text end, in transformers and in vLLM.
-_GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 # Files in which other tools describe quantized weights when config.json does not -> the tool.
 _QUANTIZED_BY: Mapping[str, str] = {
     "hf_quant_config.json": "ModelOpt",
@@ -43,8 +42,8 @@ def refuse_unsuitable(source: ModelSource, path: str) -> None:
         path: Hub id or directory.
 
     Raises:
-        ArchitectureError: it is a LLaVA checkpoint in its authors' format, does not generate text, is
-            quantized already, or has no weights in safetensors.
+        ArchitectureError: it is a LLaVA checkpoint in its authors' format, of another kind, is quantized
+            already, or has no weights in safetensors.
     """
     directory = Path(path) if Path(path).is_dir() else None
     file_names = list_hub_files(path, source.revision) if directory is None else _list_files(directory)
@@ -103,16 +102,17 @@ def _refuse_original(source: ModelSource, raw: Mapping[str, Any]) -> None:
 
 
 def _refuse_other_task(source: ModelSource, raw: Mapping[str, Any]) -> None:
-    """Refuse classifiers, rerankers, reward and embedding models: their output layer is another or none."""
+    """Refuse encoders, reward models, taggers and drafts: what is no decoder, or has another head."""
     named = raw.get("architectures")
     auto_map = raw.get("auto_map")
     is_custom = source.trust_remote_code and isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
     if not isinstance(named, list) or not named or is_custom:
         return
-    if not any(isinstance(each, str) and each.endswith(_GENERATING) for each in named):
+    if find_task(raw.get("model_type"), named) is None:
         raise ArchitectureError(
-            f"model.path {source.path}: config.json says that this is a {named[0]}, which does not generate "
-            "text: only causal language models, and vision-language models around one, can be compressed"
+            f"model.path {source.path}: config.json says that this is a {named[0]}: only causal language "
+            "models, vision-language models around one, and such decoders that embed or classify texts, can "
+            "be compressed"
         )
 
 

@@ -168,7 +168,7 @@ def judge_gates(gates: Gates, measured: Measurements) -> list[GateResult]:
     judge(
         "final_layer_error",
         gates.final_layer_error,
-        compressed.perplexity,
+        measured.change.final_layer_error,
         lambda text: _alone(measured.change.final_layer_error.get(text)),
     )
     judge(

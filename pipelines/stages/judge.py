@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _COMPARISON = TypeAdapter(Comparison)
 _QUALITY = TypeAdapter(Quality)
 # What stages are calibrated on and how, which is in every fingerprint, is no business of the original.
+_GATES_OF_PREDICTIONS = ("perplexity_increase", "logprob_kl")
 _CALIBRATION = frozenset({"calibration_samples", "token_weight"})
 
 
@@ -50,7 +51,15 @@ class JudgeOriginalStage(Stage):
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if the recipe names nothing to judge on."""
+        """Return the stage; None if the recipe names nothing to judge on.
+
+        Raises:
+            PlanError: predictions are to be judged of a model that makes none.
+        """
+        gates = context.recipe.gates
+        asked = ["evaluation.perplexity"] if context.recipe.evaluation.perplexity else []
+        asked += [f"gates.{name}" for name in _GATES_OF_PREDICTIONS if gates and getattr(gates, name) is not None]
+        context.check_predictions(asked, "gates.final_layer_error compares the outputs of the last layer")
         return cls() if _is_judging(context) else None
 
     @property
@@ -133,9 +142,9 @@ class JudgeStage(Stage):
         comparing = max(each.batch_tokens for each in work.judged) * work.hidden * (FLOAT32 + 2 * FLOAT64)
         passing = work.layer_weights + max(comparing, *map(work.passing, work.judged))
         # Of both models, the old until the new are there, and log-probabilities of one window.
-        vocabulary = work.architecture.vocab_size
         logits = max(
-            2 * work.logits(each, parts=2) + 5 * FLOAT32 * each.length * vocabulary for each in work.judged
+            2 * work.logits(each, parts=2) + 5 * FLOAT32 * each.length * work.num_logits
+            for each in work.judged
         )
         return Needs(
             working_bytes=states
