@@ -63,13 +63,11 @@ PoolingModel = Callable[[str], Path]
 def pooling_config(kind: str) -> PreTrainedConfig:
     """Return the config of one of `KINDS`."""
     model_type, _, differences, _ = KINDS[kind]
-    return AutoConfig.for_model(
-        model_type, **(_SIZES | {"tie_word_embeddings": False} | dict(differences))
-    )
+    return AutoConfig.for_model(model_type, **(_SIZES | {"tie_word_embeddings": False} | dict(differences)))
 
 
 def save_tiny_pooling_model(directory: Path, kind: str) -> Path:
-    """Write a random model of one of `KINDS`, float32, with tokenizer and pooling files; return `directory`."""
+    """Write a random float32 model of one of `KINDS` with tokenizer and pooling files; return `directory`."""
     _, auto, _, named = KINDS[kind]
     model: PreTrainedModel = auto.from_config(pooling_config(kind), dtype=torch.float32)
     randomise(model, torch.Generator().manual_seed(0))

@@ -74,7 +74,7 @@ def evaluate_model(
     opened = open_model(ModelSource(path=model))
     if task_of(opened.config) != "generate":
         raise EvaluationError(
-            f"{model} embeds or scores texts and predicts no tokens, so it has no perplexity and no tasks here: "
+            f"{model} embeds or scores texts and predicts no tokens, so it has no perplexity and no tasks: "
             "a run's gates.final_layer_error compares it with its original"
         )
     quality, notes = Quality(), list[str]()

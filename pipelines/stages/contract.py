@@ -68,8 +68,8 @@ class PlanningContext:
         if fields and not self.architecture.predicts_tokens:
             made = "embeds" if self.architecture.task == "embed" else "scores"
             raise PlanError(
-                f"{' and '.join(fields)}: {self.recipe.model.path} {made} texts and predicts no tokens, which "
-                f"this needs: remove it; {remedy}"
+                f"{' and '.join(fields)}: {self.recipe.model.path} {made} texts and predicts no tokens: "
+                f"remove it; {remedy}"
             )
 
 

@@ -58,7 +58,9 @@ class JudgeOriginalStage(Stage):
         """
         gates = context.recipe.gates
         asked = ["evaluation.perplexity"] if context.recipe.evaluation.perplexity else []
-        asked += [f"gates.{name}" for name in _GATES_OF_PREDICTIONS if gates and getattr(gates, name) is not None]
+        asked += [
+            f"gates.{name}" for name in _GATES_OF_PREDICTIONS if gates and getattr(gates, name) is not None
+        ]
         context.check_predictions(asked, "gates.final_layer_error compares the outputs of the last layer")
         return cls() if _is_judging(context) else None
 

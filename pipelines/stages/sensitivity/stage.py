@@ -46,7 +46,9 @@ class SensitivityStage(Stage):
         if not (by_factorize or by_quantize):
             return None
         asked = "target" if context.recipe.target is not None else "output_metric or allocation"
-        remedy = "factorize with allocation last_k or uniform and output_metric identity, or quantize, will do"
+        remedy = (
+            "factorize with allocation last_k or uniform and output_metric identity, or quantize, will do"
+        )
         context.check_predictions([asked], remedy)
         num_samples = NUM_FISHER_SAMPLES if factorize is None else factorize.num_fisher_samples
         target = context.recipe.target
