@@ -16,7 +16,8 @@ from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.format.weight_files import explain_no_weights, has_weights, open_directory
 from ercsvd_deploy.models.architecture import ArchitectureError
 from ercsvd_deploy.models.tasks import find_task
-from ercsvd_deploy.pipelines.importing.llava.config import is_original
+from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError, is_original
+from ercsvd_deploy.pipelines.importing.llava.planned import expected_config
 
 if TYPE_CHECKING:
     from ercsvd_deploy.recipe.sections import ModelSource
@@ -34,12 +35,16 @@ _HUB_SECONDS = 10.0
 logger = logging.getLogger(__name__)
 
 
-def refuse_unsuitable(source: ModelSource, path: str) -> None:
+def refuse_unsuitable(source: ModelSource, path: str, *, is_for_plan: bool = False) -> Any | None:
     """Refuse a model whose files say that it is of another kind, before its weights are fetched or read.
 
     Args:
         source: The recipe's section, for messages and for the revision.
         path: Hub id or directory.
+        is_for_plan: Whether a LLaVA checkpoint in its authors' format will do, if its config tells enough.
+
+    Returns:
+        The config that such a checkpoint will have once it is converted; None for all others.
 
     Raises:
         ArchitectureError: it is a LLaVA checkpoint in its authors' format, of another kind, is quantized
@@ -49,16 +54,20 @@ def refuse_unsuitable(source: ModelSource, path: str) -> None:
     file_names = list_hub_files(path, source.revision) if directory is None else _list_files(directory)
     # A hub that does not answer is not asked again, and again: what is cached has to do.
     raw = _raw_config(source, path, is_offline=file_names is None)
+    expected = None
     if raw is not None:
-        _refuse_original(source, raw)
+        expected = _expect_converted(source, raw) if is_for_plan else None
+        if expected is None:
+            _refuse_original(source, raw)
         _refuse_other_task(source, raw)
         _refuse_described(source, raw)
     if file_names is None:
-        return
+        return expected
     _refuse_quantized(source, file_names, directory)
     hint = None if has_weights(file_names) else explain_no_weights(file_names)
     if hint is not None:
         raise ArchitectureError(f"model.path {source.path}: has no weights that can be read: {hint}")
+    return expected
 
 
 def list_hub_files(name: str, revision: str | None) -> list[str] | None:
@@ -90,6 +99,20 @@ def _raw_config(source: ModelSource, path: str, *, is_offline: bool) -> Mapping[
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return raw if isinstance(raw, dict) else None
+
+
+def _expect_converted(source: ModelSource, raw: Mapping[str, Any]) -> Any | None:
+    """Return the config that a LLaVA checkpoint in its authors' format will have; None of any other.
+
+    Raises:
+        ArchitectureError: it cannot be converted.
+    """
+    if not is_original(raw):
+        return None
+    try:
+        return expected_config(raw, Path(source.path) / "config.json")
+    except LlavaImportError as error:
+        raise ArchitectureError(f"model.path {error}") from error
 
 
 def _refuse_original(source: ModelSource, raw: Mapping[str, Any]) -> None:
