@@ -20,7 +20,9 @@ from ercsvd_deploy.models.vision import describe_vision, find_vision_parts, imag
 from ercsvd_deploy.models.vocabulary import find_vocabulary
 
 _BOTH_DIRECTIONS = "it reads a text in both directions; supported are decoders, which read it in one"
-_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+_ATTENTION_LAYERS = frozenset(
+    {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
+)
 # Model type -> module -> what checkpoints call it.
 _STORED_PREFIXES: Mapping[str, Mapping[str, str]] = {"gpt_neox": {"lm_head": "embed_out"}}
 
@@ -68,16 +70,22 @@ def describe(model: nn.Module, config: Any) -> Architecture:
         raise _unsupported(
             text_config, f"{error}; supported are decoders of Linears, such as llama"
         ) from error
+    key_value_heads = [_num_key_value_heads(text_config, layer.index) for layer in decoder.layers]
     return Architecture(
         model_type=str(config.model_type),
         text_model_type=str(text_config.model_type),
         task=task_of(config),
         layers_prefix=decoder.prefix,
         layers=decoder.layers,
-        layers_return_tuples=decoder.return_tuples,
+        num_layer_outputs=decoder.num_outputs,
         other_tensors=_other_tensors(model, decoder.layers),
         num_attention_heads=text_config.num_attention_heads,
-        num_key_value_heads=_num_key_value_heads(text_config),
+        num_key_value_heads=key_value_heads[0],
+        other_key_value_heads={
+            layer.prefix: heads
+            for layer, heads in zip(decoder.layers, key_value_heads, strict=True)
+            if heads != key_value_heads[0]
+        },
         vocab_size=text_config.vocab_size,
         vocabulary=find_vocabulary(model, len(decoder.layers)),
         stored_prefixes=(stored_prefixes(model) if sees else _STORED_PREFIXES.get(config.model_type, {})),
@@ -131,9 +139,12 @@ def _obstacles(text_config: Any) -> Iterator[str]:
     if others:
         yield f"it has layers of another kind than attention: {', '.join(others)}"
     if getattr(text_config, "cross_attention_layers", None):
-        yield "layers that attend to the features of pictures, beside those that attend to tokens"
-    if getattr(text_config, "is_heterogeneous", False):
-        yield "its layers have heads of different sizes"
+        yield (
+            "layers that attend to the features of pictures, beside those that attend to tokens, which vLLM no "
+            "longer serves either"
+        )
+    if "shared" in (getattr(text_config, "indexer_types", None) or ()):
+        yield "layers that attend to the tokens that another layer has chosen"
     if getattr(text_config, "num_kv_shared_layers", None):
         yield "layers that read keys and values of others"
     if getattr(text_config, "hidden_size_per_layer_input", None):
@@ -172,7 +183,9 @@ def _other_tensors(model: nn.Module, layers: Sequence[LayerLinears]) -> dict[str
     return others
 
 
-def _num_key_value_heads(text_config: Any) -> int:
+def _num_key_value_heads(text_config: Any, layer: int) -> int:
+    if getattr(text_config, "is_heterogeneous", False):  # and refuses to tell a number for all layers
+        text_config = text_config.per_layer_config[layer]
     if text_config.model_type == "falcon" and not text_config.new_decoder_architecture:
         return 1 if text_config.multi_query else int(text_config.num_attention_heads)
     for key in ("num_key_value_heads", "num_kv_heads"):
