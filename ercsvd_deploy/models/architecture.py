@@ -137,7 +137,9 @@ class Architecture:
 
     def key_value_heads_of(self, name: str) -> int:
         """Return the number of key-value heads of the decoder layer that a Linear belongs to."""
-        others = (heads for layer, heads in self.other_key_value_heads.items() if name.startswith(f"{layer}."))
+        others = (
+            heads for layer, heads in self.other_key_value_heads.items() if name.startswith(f"{layer}.")
+        )
         return next(others, self.num_key_value_heads)
 
     def num_output_shards(self, name: str, tensor_parallel_size: int) -> int:

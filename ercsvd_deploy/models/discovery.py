@@ -30,7 +30,7 @@ class DecoderStack:
     Attributes:
         prefix: Module name of the stack.
         layers: Their Linears.
-        num_outputs: Length of the tuple, hidden states first, that a layer returns; 0: it returns these alone.
+        num_outputs: Length of the tuple, hidden states first, that a layer returns; 0: these alone.
     """
 
     prefix: str

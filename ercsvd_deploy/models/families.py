@@ -36,8 +36,6 @@ def check_supported(config: Any) -> None:
     text_config = config.get_text_config()
     if reads_images(config):
         image_token_id(config)  # refuses a config that names none
-        if getattr(text_config, "num_experts_per_tok", None):
-            raise _unsupported(config, "a mixture of experts within a vision-language model")
     elif text_config is not config:
         raise _unsupported(config, "a decoder among other parts, which are not those of a model that sees")
     if not getattr(config, "is_causal", True):
@@ -140,8 +138,8 @@ def _obstacles(text_config: Any) -> Iterator[str]:
         yield f"it has layers of another kind than attention: {', '.join(others)}"
     if getattr(text_config, "cross_attention_layers", None):
         yield (
-            "layers that attend to the features of pictures, beside those that attend to tokens, which vLLM no "
-            "longer serves either"
+            "layers that attend to the features of pictures, beside those that attend to tokens; vLLM has "
+            "dropped such models, too"
         )
     if "shared" in (getattr(text_config, "indexer_types", None) or ()):
         yield "layers that attend to the tokens that another layer has chosen"

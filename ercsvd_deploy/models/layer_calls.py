@@ -57,7 +57,7 @@ class LayerCall:
     addition: Addition | None = None
 
     def fresh_arguments(self) -> dict[str, Any]:
-        """Return the arguments with copies of mappings: a layer may write keys and values into one (Gemma 4)."""
+        """Return the arguments with copies of mappings, into which layers may write (keys of Gemma 4)."""
         return {
             name: copy(value) if isinstance(value, MutableMapping) else value
             for name, value in self.arguments.items()

@@ -55,7 +55,9 @@ def find_uncuttable(architecture: Architecture, tensor_parallel_sizes: Iterable[
         heads = architecture.num_attention_heads
         key_value = {architecture.num_key_value_heads, *architecture.other_key_value_heads.values()}
         fitting = [
-            other for other in range(1, heads + 1) if all(_heads_fit(heads, each, other) for each in key_value)
+            other
+            for other in range(1, heads + 1)
+            if all(_heads_fit(heads, each, other) for each in key_value)
         ]
         if size not in fitting:
             listed = " or ".join(map(str, sorted(key_value)))

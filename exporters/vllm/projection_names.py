@@ -36,7 +36,9 @@ def _values_are_keys(prefix: str) -> bool:
     """Whether vLLM loads a layer's keys into the place of its values, too (Gemma 4's full attention)."""
     engine = get_current_vllm_config_or_none()
     number = _LAYER_NUMBER.search(prefix)
-    config: Any = None if engine is None or engine.model_config is None else engine.model_config.hf_text_config
+    config: Any = (
+        None if engine is None or engine.model_config is None else engine.model_config.hf_text_config
+    )
     if number is None or not getattr(config, "attention_k_eq_v", False):
         return False
     return bool(config.layer_types[int(number[1])] == "full_attention")

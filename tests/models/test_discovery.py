@@ -156,7 +156,7 @@ def refused(config: Any) -> str:
         ("granitemoeshared", "a mixture of experts: model.layers.0.block_sparse_moe.experts is a GraniteMoe"),
         ("aria_text", "AriaExperts, whose checkpoints are not known here"),
         ("qwen3_5_text", "layers of another kind than attention: linear_attention"),
-        ("gemma4_text", "its layers have heads of different sizes"),
+        ("gemma4_text", "layers that read embeddings of their own"),
         ("bart", "an encoder with a decoder"),
         ("t5", "an encoder with a decoder"),
         ("mllama", "layers that attend to the features of pictures"),
