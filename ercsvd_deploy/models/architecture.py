@@ -86,6 +86,7 @@ class Architecture:
     other_tensors: Mapping[str, tuple[int, ...]]  # all but weights of `linears`; tied ones once
     num_attention_heads: int
     num_key_value_heads: int
+    linear_key_size: int  # outputs of all keys of a layer of linear attention; 0: there is none
     vocab_size: int
     vocabulary: Vocabulary  # input embedding and output layer
     stored_prefixes: Mapping[str, str]  # module -> what checkpoints call it, where that differs
@@ -125,7 +126,8 @@ class Architecture:
         """Return the parts of a column-parallel Linear's outputs that tensor parallelism cuts apart."""
         if self.component_of(name) != LANGUAGE_PART:
             return (OutputBlock(out_features),)
-        return output_blocks(name, out_features, self.num_attention_heads, self.num_key_value_heads)
+        heads = self.num_attention_heads, self.num_key_value_heads
+        return output_blocks(name, out_features, *heads, self.linear_key_size)
 
     def num_output_shards(self, name: str, tensor_parallel_size: int) -> int:
         """Return into how many different parts a column-parallel Linear's output is cut.
