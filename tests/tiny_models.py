@@ -258,6 +258,8 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("bias"):
             parameter.copy_(0.2 * noise)
+        elif name.endswith("A_log"):
+            parameter.copy_(noise - 3)  # else the states of a linear attention last for a token or two
         elif parameter.ndim == 1:
             parameter.copy_(1 + 0.1 * noise)
         elif "embed" in name:

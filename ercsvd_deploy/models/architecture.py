@@ -89,6 +89,7 @@ class Architecture:
     num_attention_heads: int
     num_key_value_heads: int
     other_key_value_heads: Mapping[str, int]  # layer -> its own number, where that is another
+    linear_key_size: int  # outputs of all keys of a layer of linear attention; 0: there is none
     vocab_size: int
     vocabulary: Vocabulary  # input embedding and output layer
     stored_prefixes: Mapping[str, str]  # module -> what checkpoints call it, where that differs
@@ -133,7 +134,8 @@ class Architecture:
         """Return the parts of a column-parallel Linear's outputs that tensor parallelism cuts apart."""
         if self.component_of(name) != LANGUAGE_PART:
             return (OutputBlock(out_features),)
-        return output_blocks(name, out_features, self.num_attention_heads, self.key_value_heads_of(name))
+        heads = self.num_attention_heads, self.key_value_heads_of(name)
+        return output_blocks(name, out_features, *heads, self.linear_key_size)
 
     def key_value_heads_of(self, name: str) -> int:
         """Return the number of key-value heads of the decoder layer that a Linear belongs to."""

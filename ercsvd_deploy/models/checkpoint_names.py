@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.format.llava_names import to_module
+from ercsvd_deploy.models.experts import puts_together
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,11 +91,14 @@ def _length_of_common_end(one: Iterable[str], other: Iterable[str]) -> int:
 
 
 def _transforms(model: nn.Module) -> list[Any]:
-    """Return transformers' renamings of a model's tensors, in the order in which it applies them."""
+    """Return transformers' renamings of a model's tensors, in the order in which it applies them.
+
+    Matrices of routed experts keep the names by which they are apart (`experts`).
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    transforms: list[Any] = get_model_conversion_mapping(model, add_legacy=False)
-    return transforms
+    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    return [transform for transform in transforms if not puts_together(transform)]
 
 
 def _split(transforms: Iterable[Any]) -> tuple[list[Any], list[Any]]:

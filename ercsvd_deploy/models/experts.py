@@ -19,7 +19,10 @@ from torch import nn
 from ercsvd_deploy.budget.ranks import LinearShape
 
 EXPERTS = "experts"  # what every family calls the module
-# Whose checkpoints hold the experts of a layer in one tensor, as transformers' modules do.
+GATE_UP, DOWN = "gate_up_proj", "down_proj"  # and its parameters
+# Whose checkpoints hold the experts of a layer in two tensors, as transformers' modules do. Of the first vLLM
+# reads a matrix for each projection of each expert as well, by these names.
+_STACKED = {"qwen3_vl_moe_text": ("gate_proj", "up_proj", "down_proj")}
 _KEPT_TOGETHER = frozenset({"granitemoe", "gpt_oss", "llama4_text"})
 _STORED_LINEAR = re.compile(r"experts\.\*\.(\w+)\.weight$")
 
@@ -38,7 +41,8 @@ class RoutedExperts:
         per_token: How many of them a token passes through.
         parameters: Weights of all of them.
         groups: Their Linears, expert by expert, grouped by shared input: gate and up, then down. Empty where
-            checkpoints hold all experts of a layer in one tensor.
+            checkpoints hold all experts of a layer in one tensor, and vLLM takes them no other way.
+        is_stacked: Whether checkpoints hold them in two tensors, and vLLM takes them one by one as well.
     """
 
     name: str
@@ -46,6 +50,7 @@ class RoutedExperts:
     per_token: int
     parameters: int
     groups: tuple[tuple[LinearShape, ...], ...]
+    is_stacked: bool = False
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
@@ -85,6 +90,11 @@ class Expert(nn.Module):
         """Map [tokens, hidden] to the same shape."""
         output: torch.Tensor = self.get_submodule(self.names[-1])(self.intermediate(inputs))
         return output
+
+    def shape_of(self, name: str) -> tuple[int, int]:
+        """Return outputs and inputs of one of its Linears."""
+        out_features, in_features = self.get_submodule(name).get_parameter("weight").shape
+        return out_features, in_features
 
     def intermediate(self, inputs: torch.Tensor) -> torch.Tensor:
         """Map [tokens, hidden] to what the last Linear reads, [tokens, intermediate]."""
@@ -162,7 +172,14 @@ def find_experts(prefix: str, layer: nn.Module, index: int, config: Any) -> Rout
             f"{name} is a {type(module).__name__}, whose checkpoints are not known here"
         )
     per_token = int(getattr(config, "num_experts_per_tok", None) or 1)
-    return RoutedExperts(name, count, per_token, sum(shape.numel() for shape in shapes), tuple(groups))
+    return RoutedExperts(
+        name,
+        count,
+        per_token,
+        sum(shape.numel() for shape in shapes),
+        tuple(groups),
+        is_stacked=config.model_type in _STACKED,
+    )
 
 
 def routers_beside(layer: nn.Module) -> frozenset[str]:
@@ -227,11 +244,11 @@ def renamed_parts(config: Any) -> dict[str, str]:
     if getattr(config, "num_experts_per_tok", None) is None:
         return {}
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import PrefixChange, WeightRenaming
 
     renamed = {}
     for each in get_checkpoint_conversion_mapping(config.model_type) or ():
-        if isinstance(each, WeightRenaming):
+        if isinstance(each, WeightRenaming) and not isinstance(each, PrefixChange):
             stored, part = (
                 side[0].replace("\\.", ".") for side in (each.source_patterns, each.target_patterns)
             )
@@ -256,12 +273,12 @@ def _linear_names(module: nn.Module, config: Any) -> tuple[str, str, str] | None
     from transformers.integrations.moe import _default_apply_gate
 
     parameters: Mapping[str, nn.Parameter] = dict(module.named_parameters())
-    names = _stored_names(str(config.model_type))
-    if names is None or parameters.keys() != {"gate_up_proj", "down_proj"}:
+    names = _STACKED.get(config.model_type) or _stored_names(str(config.model_type))
+    if names is None or parameters.keys() != {GATE_UP, DOWN}:
         return None
-    count, hidden, intermediate = parameters["down_proj"].shape
+    count, hidden, intermediate = parameters[DOWN].shape
     is_gated = getattr(type(module), "_apply_gate", None) is _default_apply_gate
-    if not is_gated or parameters["gate_up_proj"].shape != (count, 2 * intermediate, hidden):
+    if not is_gated or parameters[GATE_UP].shape != (count, 2 * intermediate, hidden):
         return None
     return names
 
@@ -275,7 +292,7 @@ def _stored_names(model_type: str) -> tuple[str, str, str] | None:
         found = [match[1] for source in each.source_patterns if (match := _STORED_LINEAR.search(source))]
         if found:
             by_target[str(each.target_patterns[0]).rpartition(".")[2]] = found
-    if by_target.keys() != {"gate_up_proj", "down_proj"} or len(by_target["gate_up_proj"]) != 2:
+    if by_target.keys() != {GATE_UP, DOWN} or len(by_target[GATE_UP]) != 2:
         return None
-    gate, up = by_target["gate_up_proj"]
-    return gate, up, by_target["down_proj"][0]
+    gate, up = by_target[GATE_UP]
+    return gate, up, by_target[DOWN][0]

@@ -23,6 +23,9 @@ _BOTH_DIRECTIONS = "it reads a text in both directions; supported are decoders, 
 _ATTENTION_LAYERS = frozenset(
     {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
 )
+_LINEAR_ATTENTION = "linear_attention"
+# Of linear attention: an output or two for each head, which say how much of its state is kept and written.
+_GATES_OF_STATES = frozenset({"linear_attn.in_proj_ba", "linear_attn.in_proj_b", "linear_attn.in_proj_a"})
 # Model type -> module -> what checkpoints call it.
 _STORED_PREFIXES: Mapping[str, Mapping[str, str]] = {"gpt_neox": {"lm_head": "embed_out"}}
 
@@ -84,6 +87,7 @@ def describe(model: nn.Module, config: Any) -> Architecture:
             for layer, heads in zip(decoder.layers, key_value_heads, strict=True)
             if heads != key_value_heads[0]
         },
+        linear_key_size=_linear_key_size(text_config),
         vocab_size=text_config.vocab_size,
         vocabulary=find_vocabulary(model, len(decoder.layers)),
         stored_prefixes=(stored_prefixes(model) if sees else _STORED_PREFIXES.get(config.model_type, {})),
@@ -133,7 +137,8 @@ def _model_class(config: Any) -> Any:
 
 def _obstacles(text_config: Any) -> Iterator[str]:
     """Yield what of a decoder's layers cannot be compressed, streamed or served here."""
-    others = sorted(set(getattr(text_config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
+    taken = _ATTENTION_LAYERS | ({_LINEAR_ATTENTION} if _linear_key_size(text_config) else set())
+    others = sorted(set(getattr(text_config, "layer_types", None) or ()) - taken)
     if others:
         yield f"it has layers of another kind than attention: {', '.join(others)}"
     if getattr(text_config, "cross_attention_layers", None):
@@ -150,13 +155,14 @@ def _obstacles(text_config: Any) -> Iterator[str]:
 
 
 def _left_alone(text_config: Any) -> frozenset[str]:
-    """Return modules of a layer that stay as they are, because vLLM does more with them than load them.
+    """Return modules of a layer that stay as they are, most because vLLM does more than load them.
 
-    It multiplies the matrices of latent attention with each other, and sorts rows of Llama 4's.
+    It multiplies the matrices of latent attention with each other, and sorts rows of Llama 4's. Gates of a
+    linear attention's states stay as well: they are small, and an error in them adds up from token to token.
     """
     if text_config.model_type == "llama4_text":
         return frozenset({"self_attn.q_proj", "self_attn.k_proj"})
-    return frozenset({"self_attn"} if getattr(text_config, "kv_lora_rank", None) else ())
+    return _GATES_OF_STATES | ({"self_attn"} if getattr(text_config, "kv_lora_rank", None) else set())
 
 
 def _other_tensors(model: nn.Module, layers: Sequence[LayerLinears]) -> dict[str, tuple[int, ...]]:
@@ -190,6 +196,14 @@ def _num_key_value_heads(text_config: Any, layer: int) -> int:
         if getattr(text_config, key, None):
             return int(getattr(text_config, key))
     return int(text_config.num_attention_heads)
+
+
+def _linear_key_size(text_config: Any) -> int:
+    """Return the outputs of all keys of a gated delta net; of Mamba, which has no keys, 0."""
+    if _LINEAR_ATTENTION not in (getattr(text_config, "layer_types", None) or ()):
+        return 0
+    heads, size = (getattr(text_config, f"linear_{key}", 0) for key in ("num_key_heads", "key_head_dim"))
+    return int(heads) * int(size)
 
 
 def _unsupported(config: Any, reason: str) -> ArchitectureError:

@@ -51,6 +51,16 @@ _LATENT_ATTENTION = {
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
 }
+# Layers of a gated delta net between those of attention; half as many heads of keys as of values.
+DELTA_NET: Mapping[str, Any] = {
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"] * (NUM_LAYERS // 2),
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+_SHARED_EXPERT = {"shared_expert_intermediate_size": 96}
 # Family, with the variant where there are several -> (model type, what its config says beside `_SHARED`).
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma": ("gemma", _GROUPED | {"head_dim": 32, "tie_word_embeddings": True}),
@@ -116,7 +126,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "mixtral": ("mixtral", _GROUPED | {"num_local_experts": 8}),
     # one layer without experts
     "qwen3_moe": ("qwen3_moe", _GROUPED | _EXPERTS | {"head_dim": 32, "mlp_only_layers": [3]}),
-    "qwen2_moe": ("qwen2_moe", _GROUPED | _EXPERTS | {"shared_expert_intermediate_size": 96}),
+    "qwen2_moe": ("qwen2_moe", _GROUPED | _EXPERTS | _SHARED_EXPERT),
     "olmoe": ("olmoe", _GROUPED | {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2}),
     "granitemoe": (
         "granitemoe",
@@ -178,6 +188,10 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "layer_types": _SLIDING,
         },
     ),
+    # one layer without experts
+    "qwen3_next": ("qwen3_next", _GROUPED | DELTA_NET | _EXPERTS | _SHARED_EXPERT | {"mlp_only_layers": [3]}),
+    "qwen3_5_text": ("qwen3_5_text", _GROUPED | DELTA_NET),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", _GROUPED | DELTA_NET | _EXPERTS | _SHARED_EXPERT),
     "llama4_text": (
         "llama4_text",
         _GROUPED

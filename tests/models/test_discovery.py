@@ -89,6 +89,30 @@ def test_groups_are_by_the_tensor_that_is_read(family: str) -> None:
     assert [groups(layer) for layer in architecture.layers] == [OTHER_GROUPS[family]] * 4
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
+def test_layers_of_linear_attention_and_of_attention(family: str) -> None:
+    """Both read the block's input; what gates the states of a linear attention is left alone."""
+    architecture = read_architecture(tiny_config(family))
+    delta_net = [["linear_attn.in_proj_qkv", "linear_attn.in_proj_z"], ["linear_attn.out_proj"]]
+    if family == "qwen3_next":
+        delta_net[0] = ["linear_attn.in_proj_qkvz"]
+    blocks = [groups(layer)[:2] for layer in architecture.layers]
+    assert blocks == [delta_net, LLAMA_GROUPS[:2]] * 2
+    gates = {"qwen3_next": {"in_proj_ba"}, "qwen3_5_text": {"in_proj_b", "in_proj_a"}}[family]
+    left = {f"model.layers.0.linear_attn.{leaf}.weight" for leaf in (*gates, "conv1d")}
+    assert left <= architecture.other_tensors.keys()
+    assert architecture.linear_key_size == 64
+
+
+@pytest.mark.parametrize(("size", "held"), [(1, 256), (2, 128)])
+def test_shares_of_a_linear_attention(size: int, held: int) -> None:
+    """Two heads of 32 for queries, two for keys, and four for values: each is cut by itself."""
+    architecture = read_architecture(tiny_config("qwen3_5_text"))
+    name = "model.layers.0.linear_attn.in_proj_qkv"
+    assert [block.size for block in architecture.output_blocks(name, 256)] == [64, 64, 128]
+    assert architecture.outputs_on_rank(name, 256, size) == held
+
+
 def reads_the_same(model: nn.Module, layer: LayerLinears, kwargs: dict[str, Any]) -> dict[str, list[str]]:
     """Return, by a real pass, Linear -> those of its layer whose inputs have the same values."""
     inputs: dict[str, torch.Tensor] = {}
@@ -155,7 +179,7 @@ def refused(config: Any) -> str:
         ("gpt2", "transformer.h.0.mlp.c_fc.weight is a weight of Conv1D, which is no Linear"),
         ("granitemoeshared", "a mixture of experts: model.layers.0.block_sparse_moe.experts is a GraniteMoe"),
         ("aria_text", "AriaExperts, whose checkpoints are not known here"),
-        ("qwen3_5_text", "layers of another kind than attention: linear_attention"),
+        ("minimax", "layers of another kind than attention: linear_attention"),  # which has no keys
         ("gemma4_text", "layers that read embeddings of their own"),
         ("bart", "an encoder with a decoder"),
         ("t5", "an encoder with a decoder"),
