@@ -7,13 +7,14 @@ are as they were holds the two tensors again.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from ercsvd_deploy.format.stacked_matrices import Place, StackedStore, UnstackedStore
 from ercsvd_deploy.format.tensor_store import CheckpointError
-from ercsvd_deploy.models.experts import DOWN, GATE_UP, SeparateExperts
+from ercsvd_deploy.models.expert_modules import SeparateExperts
+from ercsvd_deploy.models.experts import DOWN, GATE_UP, stacking_of
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.tensor_store import TensorStore
@@ -35,6 +36,8 @@ def unstack_experts(
     """
     places: dict[str, Place] = {}
     named = dict(stored_names)
+    stacking = stacking_of(cast(Any, model).config.get_text_config())
+    is_transposed = stacking is not None and stacking.is_transposed_in_module
     for name, experts in model.named_modules():
         if not isinstance(experts, SeparateExperts):
             continue
@@ -47,15 +50,18 @@ def unstack_experts(
             if stored is None:
                 continue
             rows, columns = sum(each[1] for each in linears[0][kept]), linears[0][kept][0][2]
-            shape, expected = store.info(stored).shape, (len(experts), rows, columns)
+            shape, plain = store.info(stored).shape, (len(experts), rows, columns)
+            turned = (len(experts), columns, rows)
             # as transformers does, which turns what has another shape than its own parameter
-            is_transposed = shape != expected
-            if is_transposed and shape != (len(experts), columns, rows):
+            expected = turned if is_transposed else plain
+            if shape not in (plain, turned):
                 raise CheckpointError(
                     f"weights and config.json disagree: {name}.{tensor} has shape {list(shape)}, the config "
                     f"asks for {list(expected)}"
                 )
-            places |= _places([each[kept] for each in linears], stored, is_transposed=is_transposed)
+            places |= _places(
+                [each[kept] for each in linears], stored, is_transposed=is_transposed ^ (shape != expected)
+            )
     return (UnstackedStore(store, places) if places else store), named | {each: each for each in places}
 
 
@@ -73,7 +79,7 @@ def stack_experts(
     places: dict[str, Place] = {}
     for layer in architecture.layers:
         experts = layer.experts
-        if experts is None or not experts.is_stacked:
+        if experts is None or experts.stacking is None:
             continue
         if any(linear.name in altered for linear in experts.linears):
             return store
@@ -81,8 +87,9 @@ def stack_experts(
             [(f"{each.name}.weight", each.out_features, each.in_features) for each in group]
             for group in experts.groups
         ]
-        places |= _places(linears[::2], f"{experts.name}.{GATE_UP}", is_transposed=True)
-        places |= _places(linears[1::2], f"{experts.name}.{DOWN}", is_transposed=True)
+        is_transposed = experts.stacking.is_transposed
+        places |= _places(linears[::2], f"{experts.name}.{GATE_UP}", is_transposed=is_transposed)
+        places |= _places(linears[1::2], f"{experts.name}.{DOWN}", is_transposed=is_transposed)
     return StackedStore(store, places) if places else store
 
 

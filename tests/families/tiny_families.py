@@ -68,6 +68,13 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma3_text": ("gemma3_text", _GROUPED | _GEMMA | {"query_pre_attn_scalar": 24}),
     # values are keys in layers of full attention, which have other heads than those of sliding attention
     "gemma4_text": ("gemma4_text", _GROUPED | _GEMMA | _GEMMA4),
+    "gemma4_text-experts": (
+        "gemma4_text",
+        _GROUPED
+        | _GEMMA
+        | _GEMMA4
+        | {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 128},
+    ),
     "phi": ("phi", {"intermediate_size": 256, "partial_rotary_factor": 0.5}),
     "phi3": ("phi3", _GROUPED | {"sliding_window": WINDOW}),
     "phi3-longrope": (

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ercsvd_deploy.format.weight_files import open_directory
 from ercsvd_deploy.models.architecture import ArchitectureError
-from ercsvd_deploy.models.experts import SeparateExperts, separate_experts
+from ercsvd_deploy.models.expert_modules import SeparateExperts
+from ercsvd_deploy.models.experts import separate_experts
 from ercsvd_deploy.models.families import describe
 from ercsvd_deploy.models.meta import build_meta_model, load_config
 from ercsvd_deploy.models.streaming import LayerwiseModel
