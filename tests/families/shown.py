@@ -110,7 +110,11 @@ def _by_hand(family: str, directory: Path, shown: Sequence[Image.Image], seed: i
     text = torch.randint(3, 250, (12,), generator=torch.Generator().manual_seed(seed))
     inputs: dict[str, Any] = {}
     features = 0
-    if shown and family == "paligemma":
+    if shown and family == "llama4":
+        processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+        inputs = dict(processor(list(shown), return_tensors="pt"))
+        features = len(shown) * (IMAGE_SIZE // PATCH_SIZE // 2) ** 2
+    elif shown and family == "paligemma":
         processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
         inputs = dict(processor(list(shown), return_tensors="pt"))
         features = len(shown) * (IMAGE_SIZE // PATCH_SIZE) ** 2
