@@ -26,7 +26,7 @@ _SHARED = {
 }
 _GROUPED = {"intermediate_size": 256, "num_key_value_heads": 2}
 _GEMMA = {"head_dim": 32, "sliding_window": WINDOW, "layer_types": _SLIDING, "tie_word_embeddings": True}
-_GEMMA4 = {
+GEMMA4: dict[str, int | float | bool] = {
     "global_head_dim": 64,
     "num_global_key_value_heads": 1,
     "attention_k_eq_v": True,
@@ -67,12 +67,12 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma2": ("gemma2", _GROUPED | _GEMMA | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
     "gemma3_text": ("gemma3_text", _GROUPED | _GEMMA | {"query_pre_attn_scalar": 24}),
     # values are keys in layers of full attention, which have other heads than those of sliding attention
-    "gemma4_text": ("gemma4_text", _GROUPED | _GEMMA | _GEMMA4),
+    "gemma4_text": ("gemma4_text", _GROUPED | _GEMMA | GEMMA4),
     "gemma4_text-experts": (
         "gemma4_text",
         _GROUPED
         | _GEMMA
-        | _GEMMA4
+        | GEMMA4
         | {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 128},
     ),
     "phi": ("phi", {"intermediate_size": 256, "partial_rotary_factor": 0.5}),

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.families.tiny_families import DELTA_NET, NUM_LAYERS, WINDOW
+from tests.families.tiny_families import DELTA_NET, GEMMA4, NUM_LAYERS, WINDOW
 from tests.families.vision_processors import (
     FEATURES,
     IMAGE_SIZE,
@@ -67,6 +67,29 @@ _LLAMA4_TOWER = _TOWER | {
     "vision_output_dim": 96,
     "projector_input_dim": 96,
     "projector_output_dim": 96,
+}
+_GEMMA4: dict[str, Any] = {
+    "model_type": "gemma4_text",
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2),
+    "use_bidirectional_attention": "vision",
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 96,
+    **GEMMA4,
+    **_HEADS_OF_32,
+}
+_GEMMA4_TOWER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "global_head_dim": 32,
+    "patch_size": PATCH_SIZE,
+    "position_embedding_size": 64,
 }
 _EXPERTS: Mapping[str, Any] = {"moe_intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 2}
 _GEMMA3: dict[str, Any] = {
@@ -163,6 +186,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Mapping[
         _TOWER | {"image_size": [IMAGE_SIZE] * 2, "patch_size": [PATCH_SIZE] * 2},
         {"image_seq_length": FEATURES, "downsample_ratio": 0.5},
     ),
+    "gemma4": ("gemma4", _GEMMA4, _GEMMA4_TOWER, {"audio_config": None, "tie_word_embeddings": True}),
     "llama4": (
         "llama4",
         {
