@@ -106,6 +106,10 @@ class Expert(nn.Module):
 class SeparateExperts(nn.ModuleList):
     """The experts of a layer, each a module of its own; takes the calls of transformers' module."""
 
+    def experts(self) -> list[Expert]:
+        """Return all of them."""
+        return [cast(Expert, expert) for expert in self]
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -167,7 +171,7 @@ def find_experts(prefix: str, layer: nn.Module, index: int, config: Any) -> Rout
             sides = index, int(intermediate), int(hidden)
             groups.append((LinearShape(gate, *sides), LinearShape(up, *sides)))
             groups.append((LinearShape(down, index, int(hidden), int(intermediate)),))
-    elif config.model_type not in _KEPT_TOGETHER:
+    elif not are_kept_together(config):
         raise UnknownExpertsError(
             f"{name} is a {type(module).__name__}, whose checkpoints are not known here"
         )
@@ -218,6 +222,11 @@ def separate_experts(model: nn.Module) -> None:
             for _ in range(count)
         )
         model.set_submodule(name, experts.train(module.training))
+
+
+def are_kept_together(text_config: Any) -> bool:
+    """Whether a family's checkpoints and vLLM hold a layer's experts in one tensor, so that they stay so."""
+    return text_config.model_type in _KEPT_TOGETHER
 
 
 def are_separate(module_names: Iterable[str]) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError, LayerLinears
 from ercsvd_deploy.models.checkpoint_names import module_names, stored_prefixes
 from ercsvd_deploy.models.discovery import find_decoder, on_meta
-from ercsvd_deploy.models.experts import renamed_parts, stand_in_for_experts
+from ercsvd_deploy.models.experts import are_kept_together, renamed_parts, stand_in_for_experts
 from ercsvd_deploy.models.vision import describe_vision, find_vision_parts, image_token_id, reads_images
 from ercsvd_deploy.models.vocabulary import find_vocabulary
 
@@ -35,6 +35,11 @@ def check_supported(config: Any) -> None:
     text_config = config.get_text_config()
     if reads_images(config):
         image_token_id(config)  # refuses a config that names none
+        if are_kept_together(text_config):
+            raise _unsupported(
+                config,
+                "a vision-language model around a mixture whose files hold a layer's experts in one tensor",
+            )
     elif text_config is not config:
         raise _unsupported(config, "a decoder among other parts, which are not those of a model that sees")
     if getattr(config, "is_encoder_decoder", False):

@@ -40,7 +40,7 @@ def unstack_experts(
             continue
         linears = [
             [(f"{name}.{number}.{leaf}.weight", *expert.shape_of(leaf)) for leaf in expert.names]
-            for number, expert in enumerate(experts)
+            for number, expert in enumerate(experts.experts())
         ]
         for tensor, kept in ((GATE_UP, slice(0, 2)), (DOWN, slice(2, 3))):
             stored = named.pop(f"{name}.{tensor}", None)
