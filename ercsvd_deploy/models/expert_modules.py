@@ -6,6 +6,7 @@ They take the calls of that module, so that the layer around them stays as it is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -58,6 +59,10 @@ class Expert(nn.Module):
 
 class SeparateExperts(nn.ModuleList):
     """The experts of a layer, each a module of its own; takes the calls of transformers' module."""
+
+    def experts(self) -> list[Expert]:
+        """Return all of them."""
+        return [cast(Expert, expert) for expert in self]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -39,11 +39,11 @@ def unstack_experts(
     stacking = stacking_of(cast(Any, model).config.get_text_config())
     is_transposed = stacking is not None and stacking.is_transposed_in_module
     for name, experts in model.named_modules():
-        if not isinstance(experts, SeparateExperts):
+        if not isinstance(experts, SeparateExperts) or f"{name}.{DOWN}" not in named:
             continue
         linears = [
             [(f"{name}.{number}.{leaf}.weight", *expert.shape_of(leaf)) for leaf in expert.names]
-            for number, expert in enumerate(experts)
+            for number, expert in enumerate(experts.experts())
         ]
         for tensor, kept in ((GATE_UP, slice(0, 2)), (DOWN, slice(2, 3))):
             stored = named.pop(f"{name}.{tensor}", None)

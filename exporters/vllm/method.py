@@ -107,7 +107,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
                     f"{name}: config.json describes shape {list(description.shape)}, "
                     f"the model has {[full, input_size]}"
                 )
-            kept, gathered = slice(0, local), ()
+            kept = slice(0, local)
+            gathered: tuple[slice, ...] = ()
             if len(full_sizes[run]) == 1:
                 kept = keep_of_rank(full, local, layer.tp_rank, layer.tp_size)
             elif local != full:

@@ -52,7 +52,7 @@ _LATENT_ATTENTION = {
     "v_head_dim": 32,
 }
 # Layers of a gated delta net between those of attention; half as many heads of keys as of values.
-DELTA_NET: Mapping[str, Any] = {
+DELTA_NET: dict[str, Any] = {
     "head_dim": 32,
     "layer_types": ["linear_attention", "full_attention"] * (NUM_LAYERS // 2),
     "linear_num_key_heads": 2,

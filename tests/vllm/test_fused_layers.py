@@ -163,7 +163,7 @@ def test_three_projections_in_one_matrix_beside_a_fourth(
             for name, tensor in each.items():
                 parameters[name].weight_loader(parameters[name], tensor, shards[leaf])
         layer.quant_method.process_weights_after_loading(layer)
-        parts = full.split([KEYS, KEYS, VALUES, VALUES], dim=-1)
+        parts = torch.split(full, [KEYS, KEYS, VALUES, VALUES], dim=-1)
         expected = torch.cat([part.chunk(size, dim=-1)[rank] for part in parts], dim=-1)
         tolerance = 2e-2 if is_integer else 2e-5
         torch.testing.assert_close(layer(x)[0].double(), expected, rtol=tolerance, atol=tolerance)
