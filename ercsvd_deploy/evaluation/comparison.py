@@ -137,7 +137,8 @@ def judge_compressed(
             errors[name].append(error)
         on_layer()
     losses, divergences = {}, {}
-    for name, states in judged.states_of_texts().items():
+    predicted = judged.states_of_texts() if compressed.architecture.predicts_tokens else {}
+    for name, states in predicted.items():
         batches = judged.text_batches[name]
         true_states = _as_batches(final[name].to(original.device), batches)
         losses[name], divergences[name] = _judge_text((original, compressed), batches, (true_states, states))
@@ -209,6 +210,7 @@ class _Judged:
         perplexity = {
             name: judge_text(self.model, self.text_batches[name], states)
             for name, states in self.states_of_texts().items()
+            if self.model.architecture.predicts_tokens
         }
         return Quality(perplexity, self.exact_match())
 

@@ -79,11 +79,16 @@ class OpenedModel:
 def open_config(source: ModelSource) -> Any:
     """Return the model's config; nothing else is fetched from the hub.
 
+    A LLaVA checkpoint in its authors' format is described as it will be once it is converted: a plan needs no
+    more, see `import_note`.
+
     Raises:
         ArchitectureError: it cannot be read, or the model cannot be compressed.
     """
     import_transformers()
-    refuse_unsuitable(source, source.path)
+    expected = refuse_unsuitable(source, source.path, is_for_plan=True)
+    if expected is not None:
+        return expected
     return load_config(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
 

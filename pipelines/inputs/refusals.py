@@ -1,4 +1,4 @@
-"""Refuse models that cannot be compressed, judged by config.json and the names of their files.
+"""Refuse models that cannot be compressed, judged by their small files and the names of the others.
 
 Of a model on the hub, only config.json and the list of files are fetched for that.
 """
@@ -15,13 +15,13 @@ from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.format.weight_files import explain_no_weights, has_weights, open_directory
 from ercsvd_deploy.models.architecture import ArchitectureError
-from ercsvd_deploy.pipelines.importing.llava.config import is_original
+from ercsvd_deploy.models.tasks import find_task
+from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError, is_original
+from ercsvd_deploy.pipelines.importing.llava.planned import expected_config
 
 if TYPE_CHECKING:
     from ercsvd_deploy.recipe.sections import ModelSource
 
-# Endings of the class names of models that generate text, in transformers and in vLLM.
-_GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 # Files in which other tools describe quantized weights when config.json does not -> the tool.
 _QUANTIZED_BY: Mapping[str, str] = {
     "hf_quant_config.json": "ModelOpt",
@@ -35,31 +35,39 @@ _HUB_SECONDS = 10.0
 logger = logging.getLogger(__name__)
 
 
-def refuse_unsuitable(source: ModelSource, path: str) -> None:
+def refuse_unsuitable(source: ModelSource, path: str, *, is_for_plan: bool = False) -> Any | None:
     """Refuse a model that cannot be compressed, before its weights are fetched or read.
 
     Args:
         source: The recipe's section, for messages and for the revision.
         path: Hub id or directory.
+        is_for_plan: Whether a LLaVA checkpoint in its authors' format will do, if its config tells enough.
+
+    Returns:
+        The config that such a checkpoint will have once it is converted; None for all others.
 
     Raises:
-        ArchitectureError: it is a LLaVA checkpoint in its authors' format, does not generate text, is
-            quantized already, or has no weights in safetensors.
+        ArchitectureError: it is a LLaVA checkpoint in its authors' format, of another kind, is quantized
+            already, or has no weights in safetensors.
     """
     directory = Path(path) if Path(path).is_dir() else None
     file_names = list_hub_files(path, source.revision) if directory is None else _list_files(directory)
     # A hub that did not answer once is not asked again: only cached files are used.
     raw = _raw_config(source, path, is_offline=file_names is None)
+    expected = None
     if raw is not None:
-        _refuse_original(source, raw)
+        expected = _expect_converted(source, raw) if is_for_plan else None
+        if expected is None:
+            _refuse_original(source, raw)
         _refuse_other_task(source, raw)
         _refuse_described(source, raw)
     if file_names is None:
-        return
+        return expected
     _refuse_quantized(source, file_names, directory)
     hint = None if has_weights(file_names) else explain_no_weights(file_names)
     if hint is not None:
         raise ArchitectureError(f"model.path {source.path}: has no weights that can be read: {hint}")
+    return expected
 
 
 def list_hub_files(name: str, revision: str | None) -> list[str] | None:
@@ -93,6 +101,20 @@ def _raw_config(source: ModelSource, path: str, *, is_offline: bool) -> Mapping[
     return raw if isinstance(raw, dict) else None
 
 
+def _expect_converted(source: ModelSource, raw: Mapping[str, Any]) -> Any | None:
+    """Return the config that a LLaVA checkpoint in its authors' format will have; None of any other.
+
+    Raises:
+        ArchitectureError: it cannot be converted.
+    """
+    if not is_original(raw):
+        return None
+    try:
+        return expected_config(raw, Path(source.path) / "config.json")
+    except LlavaImportError as error:
+        raise ArchitectureError(f"model.path {error}") from error
+
+
 def _refuse_original(source: ModelSource, raw: Mapping[str, Any]) -> None:
     """Refuse a LLaVA checkpoint in its authors' format, which transformers would misread in part."""
     if is_original(raw):
@@ -103,17 +125,17 @@ def _refuse_original(source: ModelSource, raw: Mapping[str, Any]) -> None:
 
 
 def _refuse_other_task(source: ModelSource, raw: Mapping[str, Any]) -> None:
-    """Refuse classifiers, rerankers, reward and embedding models: they have no output layer for text."""
+    """Refuse encoders, reward models, taggers and draft models: other heads, or no decoders."""
     class_names = raw.get("architectures")
     auto_map = raw.get("auto_map")
     is_custom = source.trust_remote_code and isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
     if not isinstance(class_names, list) or not class_names or is_custom:
         return
-    if not any(isinstance(name, str) and name.endswith(_GENERATING) for name in class_names):
+    if find_task(raw.get("model_type"), class_names) is None:
         raise ArchitectureError(
-            f"model.path {source.path}: config.json says that this is a {class_names[0]}, which does not "
-            "generate text: only causal language models, and vision-language models around one, can be "
-            "compressed"
+            f"model.path {source.path}: config.json says that this is a {class_names[0]}: only causal "
+            "language models, vision-language models around one, and such decoders that embed or classify "
+            "texts, can be compressed"
         )
 
 

@@ -14,6 +14,7 @@ from ercsvd_deploy.data.pictures import load_processor
 from ercsvd_deploy.data.rows import read_text
 from ercsvd_deploy.data.texts import CalibrationError, load_tokenizer, token_windows
 from ercsvd_deploy.evaluation.quality import Quality, measure_quality
+from ercsvd_deploy.models.tasks import task_of
 from ercsvd_deploy.models.vision import reads_images
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.inputs.pictures import ask_questions
@@ -71,6 +72,11 @@ def evaluate_model(
         )
     device = device or default_device()
     opened = open_model(ModelSource(path=model))
+    if task_of(opened.config) != "generate":
+        raise EvaluationError(
+            f"{model} embeds or scores texts and predicts no tokens, so it has no perplexity and no tasks: "
+            "a run's gates.final_layer_error compares it with its original"
+        )
     quality, notes = Quality(), list[str]()
     if texts or questions:
         windows = _read_windows(texts, opened, sequence_length, max_sequences)

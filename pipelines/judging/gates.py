@@ -172,7 +172,7 @@ def judge_gates(gates: Gates, measured: Measurements) -> list[GateResult]:
     judge(
         "final_layer_error",
         gates.final_layer_error,
-        compressed.perplexity,
+        measured.change.final_layer_error,
         lambda text: _without_interval(measured.change.final_layer_error.get(text)),
     )
     judge(

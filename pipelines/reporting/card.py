@@ -19,6 +19,7 @@ from ercsvd_deploy.installation import install_command, where_from
 from ercsvd_deploy.pipelines.reporting.description import (
     describe_treatment,
     export_path,
+    hub_kind,
     hub_model,
     is_vision_model,
     model_name,
@@ -107,7 +108,7 @@ def _front_matter(report: Report, directory: Path) -> str:
     fields |= _carried_over(directory)
     fields |= {
         "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text" if is_vision_model(report) else "text-generation",
+        "pipeline_tag": hub_kind(report)[0],
         "tags": tags,
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
@@ -233,7 +234,7 @@ def _public(path: Path) -> str:
 
 
 def _loading(report: Report, path: Path) -> str:
-    model_class = "AutoModelForImageTextToText" if is_vision_model(report) else "AutoModelForCausalLM"
+    _, model_class = hub_kind(report)
     quoted_path = json.dumps(_public(path), ensure_ascii=False)  # a JSON string is a Python string too
     registering = (
         "import ercsvd_deploy.hf  # registers the format; without it transformers refuses the directory\n"

@@ -73,6 +73,7 @@ def collect_report(
         compressed=_figures(model.stream(), model.modules, comparison.compressed, measured.compressed_tasks),
         change=comparison.change,
         differences=differences(comparison, measured.original_tasks, measured.compressed_tasks),
+        task=model.original.architecture.task,
         components=describe_components(stored_bytes(model.store), model.modules, model.original.architecture),
         results=dict(state.results),
         stages={stage.name: stage.reported(result) for stage, result in ran if stage.reported_as},

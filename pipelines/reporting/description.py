@@ -47,6 +47,17 @@ def is_vision_model(report: Report) -> bool:
     return len(report.components) > 1
 
 
+def hub_kind(report: Report) -> tuple[str, str]:
+    """Return what the hub calls such models (`pipeline_tag`), and transformers' class that loads one."""
+    if report.task == "embed":
+        return "feature-extraction", "AutoModel"
+    if report.task == "classify":
+        return "text-classification", "AutoModelForSequenceClassification"
+    if is_vision_model(report):
+        return "image-text-to-text", "AutoModelForImageTextToText"
+    return "text-generation", "AutoModelForCausalLM"
+
+
 def describe_treatment(report: Report) -> str:
     """Return in a sentence or two what was done to the model."""
     sentences = [*_factorization(report), *_quantization(report), *_recovery(report)]
@@ -168,6 +179,8 @@ def serve_commands(report: Report, path: str) -> list[str]:
         path: The model's directory.
     """
     words = ["vllm", "serve", path]
+    if report.task != "generate":
+        words += ["--runner", "pooling"]
     if _section(report.recipe, "model").get("trust_remote_code"):
         words.append("--trust-remote-code")
     smallest = min(tensor_parallel_sizes(report), default=1)

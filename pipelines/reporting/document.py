@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ercsvd_deploy.evaluation.comparison import OutputChange
 from ercsvd_deploy.format.atomic_files import read_json
 from ercsvd_deploy.format.described import Count, Finite, Measured, NotReported
+from ercsvd_deploy.models.tasks import Task
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.judging.measurements import Differences, ModelFigures
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
@@ -84,6 +85,9 @@ class Report:
             "that of other weights; null without an export."
         ),
     ] = None
+    task: Annotated[
+        Task, Field(description="What the model does: it predicts tokens, embeds texts, or classifies them.")
+    ] = "generate"
     components: Annotated[
         tuple[Component, ...],
         Field(description="Parts of the model: one for a text model, three for a vision-language model."),

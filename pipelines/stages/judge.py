@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _COMPARISON = TypeAdapter(Comparison)
 _QUALITY = TypeAdapter(Quality)
+_GATES_OF_PREDICTIONS = ("perplexity_increase", "logprob_kl")
 # Keys of a fingerprint about calibration; the original's result does not depend on them.
 _CALIBRATION = frozenset({"calibration_samples", "token_weight"})
 
@@ -50,7 +51,17 @@ class JudgeOriginalStage(Stage):
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if the recipe has no texts or questions to judge on."""
+        """Return the stage; None if the recipe has no texts or questions to judge on.
+
+        Raises:
+            PlanError: predictions are to be judged of a model that makes none.
+        """
+        gates = context.recipe.gates
+        asked = ["evaluation.perplexity"] if context.recipe.evaluation.perplexity else []
+        asked += [
+            f"gates.{name}" for name in _GATES_OF_PREDICTIONS if gates and getattr(gates, name) is not None
+        ]
+        context.check_predictions(asked, "gates.final_layer_error compares the outputs of the last layer")
         return cls() if _is_judging(context) else None
 
     @property
@@ -137,9 +148,8 @@ class JudgeStage(Stage):
         )
         passing = work.layer_weights + max(comparing, *map(work.passing, work.judged))
         # Logits of both models (old ones until new ones exist), and log-probabilities of one window.
-        vocabulary = work.architecture.vocab_size
         logits = max(
-            2 * work.logits(sequences, parts=2) + 5 * FLOAT32 * sequences.length * vocabulary
+            2 * work.logits(sequences, parts=2) + 5 * FLOAT32 * sequences.length * work.num_logits
             for sequences in work.judged
         )
         return Needs(

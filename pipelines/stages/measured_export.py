@@ -68,13 +68,19 @@ class MeasuredExportStage(Stage):
         """Return the stage; None if there is no export, or nothing to measure on it.
 
         Raises:
-            PlanError: tasks are to run in vLLM, and the model reads pictures.
+            PlanError: tasks are to run in vLLM, and the model reads pictures; or predictions are to be
+                measured of a model that makes none.
         """
         recipe = context.recipe
         is_served = recipe.gates is not None and recipe.gates.serving_parity is not None
         if recipe.export.path is None or (recipe.evaluation.lm_eval is None and not is_served):
             return None
         tasks = recipe.evaluation.lm_eval
+        asked = ["evaluation.lm_eval"] if tasks is not None else []
+        context.check_predictions(
+            [*asked, *(["gates.serving_parity"] if is_served else [])],
+            "its vectors or scores are those of vllm.LLM(DIRECTORY, runner='pooling')",
+        )
         if tasks is not None and tasks.engine == "vllm" and context.architecture.reads_images:
             raise PlanError(
                 "evaluation.lm_eval.engine: vllm is for text models: remove it, or set transformers"

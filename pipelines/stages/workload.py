@@ -119,9 +119,14 @@ class Workload:
         )
 
     @property
+    def num_logits(self) -> int:
+        """Logits of a token; none of a model that predicts no tokens."""
+        return self.architecture.vocab_size if self.architecture.predicts_tokens else 0
+
+    @property
     def head_parameters(self) -> int:
-        """Parameters of the output layer."""
-        return self.architecture.vocab_size * self.hidden
+        """Parameters that turn the last layer's output into logits."""
+        return self.num_logits * self.hidden
 
     @property
     def layer_weights(self) -> int:
@@ -212,10 +217,9 @@ class Workload:
 
     def logits(self, sequences: Sequences, *, parts: int) -> int:
         """Return the bytes of logits of so many parts of a batch, which are made one after the other."""
-        vocabulary = self.architecture.vocab_size
-        tokens = min(self.tokens_at_once, MAX_LOGITS_AT_ONCE // vocabulary)
+        tokens = min(self.tokens_at_once, MAX_LOGITS_AT_ONCE // self.architecture.vocab_size)
         rows = max(1, tokens // sequences.length)
-        return min(parts * rows, sequences.count) * sequences.length * vocabulary * FLOAT32
+        return min(parts * rows, sequences.count) * sequences.length * self.num_logits * FLOAT32
 
     def forward_flops(self, sequences: Sequences) -> float:
         """Return the operations of sequences passing all decoder layers, the vision tower before them."""

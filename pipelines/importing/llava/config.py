@@ -53,6 +53,10 @@ _OLDER_KEYS = frozenset({"rope_theta", "rope_scaling"})
 _NOT_COPIED = frozenset({"architectures", "model_type", "transformers_version", "_name_or_path", "dtype"})
 
 
+# Matrices whose sides are multiples of this are what GPUs, and tensor parallelism, like.
+_VOCABULARY_MULTIPLE = 64
+
+
 class LlavaImportError(ValueError):
     """The checkpoint cannot be imported."""
 
@@ -120,6 +124,11 @@ class OriginalLlava:
         )
 
 
+def padded_vocab_size(num_tokens: int) -> int:
+    """Return how many rows embedding and output layer of a converted model have."""
+    return -(-num_tokens // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+
+
 def is_original(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of an original checkpoint; transformers' has `vision_config` instead."""
     return any(mark in config for mark in _MARKS) and "vision_config" not in config
@@ -166,7 +175,19 @@ def read_original(directory: Path) -> OriginalLlava:
             names key, value and what is.
     """
     path = directory / "config.json"
-    config = read_json_object(path)
+    return interpret(read_json_object(path), path)
+
+
+def interpret(config: Mapping[str, Any], path: Path) -> OriginalLlava:
+    """Return what the contents of an original checkpoint's config.json say; see `read_original`.
+
+    Args:
+        config: The contents.
+        path: Of the file, for messages.
+
+    Raises:
+        LlavaImportError: as `read_original` does.
+    """
     if not is_original(config):
         raise LlavaImportError(
             f"{path}: not an original-format LLaVA checkpoint: it has neither {' nor '.join(_MARKS)}; a "

@@ -16,7 +16,12 @@ from ercsvd_deploy.format.sidecars import licences
 from ercsvd_deploy.format.tensor_store import torch_dtype
 from ercsvd_deploy.models.families import describe
 from ercsvd_deploy.models.meta import build_meta_model
-from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError, OriginalLlava, read_original
+from ercsvd_deploy.pipelines.importing.llava.config import (
+    LlavaImportError,
+    OriginalLlava,
+    padded_vocab_size,
+    read_original,
+)
 from ercsvd_deploy.pipelines.importing.llava.processor import (
     IMAGE_TOKEN,
     make_processor,
@@ -36,8 +41,6 @@ from ercsvd_deploy.pipelines.inputs.model import fetch
 from ercsvd_deploy.pipelines.state.lock import work_directory
 
 _MAX_SHARD_BYTES = 5 * 10**9
-# GPUs and tensor parallelism work best on sizes that are multiples of this.
-_VOCABULARY_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def import_llava(
     processor = make_processor(original, tower, tokenizer)
 
     num_rows = original.text_config.vocab_size
-    vocab_size = _round_up(max(num_rows, len(tokenizer)))
+    vocab_size = padded_vocab_size(max(num_rows, len(tokenizer)))
     store = gather(checkpoint, tower, vocab_size)
     config = original.as_transformers(
         tower.config,
@@ -159,7 +162,3 @@ def _write_generation_config(directory: Path, original: OriginalLlava, pad_token
         eos_token_id=original.text_config.eos_token_id,
         pad_token_id=pad_token_id,
     ).save_pretrained(directory)
-
-
-def _round_up(vocab_size: int) -> int:
-    return -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
