@@ -17,7 +17,7 @@ from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_allocation
-from ercsvd_deploy.pipelines.stages.factorize.ranks.vocabulary_damages import VocabularyDamages
+from ercsvd_deploy.pipelines.stages.factorize.damages.vocabulary import VocabularyDamages
 from ercsvd_deploy.pipelines.stages.quantize.vocabulary import row_rounding
 from ercsvd_deploy.pipelines.stages.sensitivity.measure import measure_sensitivity
 from ercsvd_deploy.pipelines.state.cache import FinishedWork

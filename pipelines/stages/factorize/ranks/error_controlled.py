@@ -19,9 +19,9 @@ from ercsvd_deploy.pipelines.stages.factorize.decompositions import read_decompo
 from ercsvd_deploy.pipelines.stages.factorize.linear import linear_of, planned_residual_rank
 from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice, RankDecision
 from ercsvd_deploy.pipelines.stages.factorize.ranks.chosen import AllocatedLinear, Budget, ChosenRanks
-from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import DamagePrediction
-from ercsvd_deploy.pipelines.stages.factorize.ranks.expert_damages import ExpertDamages
-from ercsvd_deploy.pipelines.stages.factorize.ranks.vocabulary_damages import VocabularyDamages
+from ercsvd_deploy.pipelines.stages.factorize.damages.linears import DamagePrediction
+from ercsvd_deploy.pipelines.stages.factorize.damages.experts import ExpertDamages
+from ercsvd_deploy.pipelines.stages.factorize.damages.vocabulary import VocabularyDamages
 from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ranks
 
 if TYPE_CHECKING:
