@@ -2,8 +2,9 @@
 
 A stage's finished work lies in a folder named by the fingerprint of all it depends on. Points whose
 fingerprints agree find it there: those that differ in bits alone share their factors, those that differ in
-ratio their Fisher information. Two processes that want the same stage take turns: the second then finds it
-finished. A point leaves its report, by which a later sweep sees that nothing is to be done for it.
+size alone what error control has measured, or at least their Fisher information. Two processes that want the
+same stage take turns: the second then finds it finished. A point leaves its report, by which a later sweep
+sees that nothing is to be done for it.
 """
 
 from __future__ import annotations
