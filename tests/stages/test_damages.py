@@ -45,10 +45,8 @@ CALIBRATION = {
 
 def recipe_of(write_recipe: RecipeWriter, *stages: dict[str, Any], **sections: Any) -> Path:
     """Write a recipe with ranks and bits on offer, unless told otherwise."""
-    target = {"overall_bits": 4.2, "bits": [4, 8]}
-    return write_recipe(
-        *(stages or (CONTROLLED, INT4)), **{"target": target, "calibration": CALIBRATION} | sections
-    )
+    usual = {"target": {"overall_bits": 4.2, "bits": [2, 4, 8]}, "calibration": CALIBRATION}
+    return write_recipe(*(stages or (CONTROLLED, INT4)), **usual | sections)
 
 
 @pytest.fixture
@@ -113,7 +111,7 @@ def test_what_was_measured_for_another_size_gives_the_same_bytes(
     options = RunOptions(cache=tmp_path / "cache")
     run_recipe(load_recipe(recipe_of(write_recipe, *stages)), options=options)
     for size in sizes:
-        recipe = recipe_of(write_recipe, *stages, target={"bits": [4, 8], **size})
+        recipe = recipe_of(write_recipe, *stages, target={"bits": [2, 4, 8], **size})
         shared, _ = run_recipe(load_recipe(recipe), options=options)
         found = hashes(tmp_path / "out")
         alone, _ = run_recipe(load_recipe(recipe))
@@ -219,7 +217,7 @@ def test_nor_on_the_ratio_that_is_removed(write_recipe: RecipeWriter) -> None:
         "quantize.damping=0.05",
         "quantize.ignore=['*.q_proj']",
         "factorize.output_metric=identity",
-        "factorize.rank_multiple=32",
+        "factorize.rank_multiple=64",
         "factorize.layout=pivoted",
         f"{SIZE}=1.2",
     ],
