@@ -110,7 +110,7 @@ def test_what_was_measured_for_another_size_gives_the_same_bytes(
     recipe = load_recipe(recipe_of(write_recipe, *stages, target={"bits": [2, 4, 8], **size}))
     shared, _ = run_recipe(recipe, options=options)
     found = hashes(tmp_path / "out")
-    alone, _ = run_recipe(recipe, options=RunOptions(is_forced=True))
+    alone, _ = run_recipe(recipe)
     assert hashes(tmp_path / "out") == found
     assert shared.as_json()["factorize"] == alone.as_json()["factorize"]
 
