@@ -55,7 +55,7 @@ def plan_points(
 def sweep_needs(plans: Mapping[str, Plan]) -> SweepNeeds:
     """Return what the points of a sweep need together."""
     scratch = [
-        max((stage.scratch_bytes for stage in plan.estimate.stages if stage.stage != "export"), default=0)
+        max((stage.shared_bytes for stage in plan.estimate.stages if stage.stage != "export"), default=0)
         for plan in plans.values()
     ]
     peak = max((plan.estimate.peak_host_bytes for plan in plans.values()), default=0)

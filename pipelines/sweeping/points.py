@@ -1,9 +1,9 @@
 """Run one point of a sweep: every stage but the export, with stages that points share computed once.
 
 A stage's cache entries lie in a folder named by the stage's fingerprint. Points with equal fingerprints share
-it: points that differ only in bits share their factors, points that differ in the ratio their Fisher
-information. If two processes need the same stage, the second waits and then reuses the result. A point's
-report stays, so that a later sweep knows that the point is done.
+it: points that differ only in bits share their factors, points that differ only in size what error control
+has measured, or at least their Fisher information. If two processes need the same stage, the second waits and
+then reuses the result. A point's report stays, so that a later sweep knows that the point is done.
 """
 
 from __future__ import annotations
