@@ -1,4 +1,4 @@
-"""What each way in which a model may be stored comes to: ranks, parameters and bytes, layer by layer."""
+"""Ranks, parameters and bytes of every candidate storage of a model, layer by layer."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one decoder layer under one candidate."""
+    """Ranks, parameters and bytes of one decoder layer in one candidate."""
 
     index: int
     ranks: Mapping[str, int | None]  # Linear's name within the layer -> rank, None for dense
-    correction_ranks: Mapping[str, int]  # the same of low-rank corrections, of those that have one
+    correction_ranks: Mapping[str, int]  # Linear's name -> rank of its low-rank correction, if any
     parameters: int
     num_bytes: int
 
 
 @dataclass(frozen=True)
 class CandidatePlan:
-    """One admissible number of compressed layers."""
+    """Sizes of the model with one admissible number of compressed layers."""
 
     num_compressed_layers: int
     layer_ratio: float
@@ -60,12 +60,12 @@ def plan_candidates(
     element: int,
     dense_on_gpu: Mapping[int, int],
 ) -> tuple[CandidatePlan, ...]:
-    """Return what every way to store the model comes to; routed experts are counted once for all.
+    """Return the sizes of every candidate; routed experts are the same in all, and are counted once.
 
     Args:
-        candidates: How every altered Linear is stored.
-        architecture: The original model's.
-        element: Bytes of a value that is not quantized.
+        candidates: The candidate storages of the model.
+        architecture: The original model's architecture.
+        element: Bytes of an unquantized value.
         dense_on_gpu: Tensor parallel size -> bytes of the dense model's weights on each GPU.
     """
     experts = measure_experts(candidates[0].experts, architecture, element, dense_on_gpu)
@@ -113,7 +113,7 @@ def _plan_candidate(
 
 
 def _bytes_by_layer(sizes: Mapping[str, int], architecture: Architecture) -> Counter[str]:
-    """Return prefix of a decoder layer -> bytes of its Linears' tensors, biases aside."""
+    """Return prefix of a decoder layer -> bytes of its Linears' tensors without biases."""
     depth = architecture.layers_prefix.count(".") + 2  # the prefix and the layer's number
     by_layer: Counter[str] = Counter()
     for name, num_bytes in sizes.items():

@@ -1,4 +1,4 @@
-"""What becomes of each part of a model: language model, vision tower, projector."""
+"""The parts of a model (language model, vision tower, projector) and their treatment."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ LEFT_ALONE = "left alone"
 
 @dataclass(frozen=True)
 class Component:
-    """What became of the language model, the vision tower or the projector."""
+    """One part of the compressed model: language model, vision tower or projector."""
 
-    name: Annotated[str, Field(description="Which of them.")]
+    name: Annotated[str, Field(description="Name of the part.")]
     original_parameters: Annotated[Count, Field(description="Its parameters before.")]
     parameters: Annotated[Count, Field(description="Its parameters now.")]
     num_bytes: Annotated[Count, Field(description="Its bytes now.")]
@@ -37,11 +37,11 @@ class Component:
 def describe_components(
     sizes: Mapping[str, int], described: Mapping[str, Storage], architecture: Architecture
 ) -> tuple[Component, ...]:
-    """Return the parts of a model; one alone for a text model.
+    """Return the parts of a model; a text model has one.
 
     Args:
         sizes: Bytes of every tensor of the compressed model.
-        described: Description of every altered Linear.
+        described: Name -> storage of every changed Linear.
         architecture: The original model.
     """
     return tuple(_describe(part, sizes, described, architecture) for part in architecture.components)
@@ -53,7 +53,7 @@ def _describe(
     described: Mapping[str, Storage],
     architecture: Architecture,
 ) -> Component:
-    own = {
+    storages = {
         name: description
         for name, description in described.items()
         if architecture.component_of(name) == part
@@ -65,7 +65,9 @@ def _describe(
     )
     if part == LANGUAGE_PART:
         original += architecture.linear_parameters
-    removed = sum(math.prod(description.shape) - description.num_parameters for description in own.values())
+    removed = sum(
+        math.prod(description.shape) - description.num_parameters for description in storages.values()
+    )
     return Component(
         name=part,
         original_parameters=original,
@@ -73,28 +75,30 @@ def _describe(
         num_bytes=sum(
             num_bytes for name, num_bytes in sizes.items() if architecture.component_of(name) == part
         ),
-        treatment=in_words(*count_kinds(own, architecture.vocabulary)),
+        treatment=in_words(*count_kinds(storages, architecture.vocabulary)),
     )
 
 
 def count_kinds(
     described: Mapping[str, Storage], vocabulary: Vocabulary
 ) -> tuple[Counter[str], Sequence[str]]:
-    """Return in words how Linears are stored -> how many are; then the same of input and output."""
-    altered = {name: each for name, each in described.items() if each.is_altered}
-    kinds = Counter(_kind(each) for name, each in altered.items() if not vocabulary.has(name))
-    outside = []
+    """Return kind of storage -> number of Linears, and the storage of input embedding and output layer."""
+    altered = {name: storage for name, storage in described.items() if storage.is_altered}
+    kinds = Counter(_kind(storage) for name, storage in altered.items() if not vocabulary.has(name))
+    vocabulary_kinds = []
     embedding = vocabulary.embedding
     for name in (name for name in altered if vocabulary.has(name)):
         is_embedding = embedding is not None and embedding.name == name
-        outside.append(f"{'input embedding' if is_embedding else 'output layer'} {_kind(altered[name])}")
-    return kinds, outside
+        vocabulary_kinds.append(
+            f"{'input embedding' if is_embedding else 'output layer'} {_kind(altered[name])}"
+        )
+    return kinds, vocabulary_kinds
 
 
-def in_words(kinds: Counter[str], outside: Sequence[str]) -> str:
-    """Return how many Linears are stored in which way, the commonest first; then input and output."""
+def in_words(kinds: Counter[str], vocabulary_kinds: Sequence[str]) -> str:
+    """Return the number of Linears of each kind of storage as text, the most common kind first."""
     parts = [f"{n} Linear{'s' if n > 1 else ''} {kind}" for kind, n in kinds.most_common()]
-    return ", ".join([*parts, *outside]) or LEFT_ALONE
+    return ", ".join([*parts, *vocabulary_kinds]) or LEFT_ALONE
 
 
 def _kind(description: Storage) -> str:

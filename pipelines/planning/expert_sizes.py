@@ -1,4 +1,4 @@
-"""What routed experts come to in bytes: counted once, for all ways to store the rest of a model."""
+"""The bytes of routed experts, counted once for all candidates."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """The routed experts of a model as they are stored in the end.
+    """Sizes of a model's routed experts as they are stored in the end.
 
     Attributes:
-        parameters: Weights of all of them.
-        num_bytes: On disk.
+        parameters: Number of weights of all experts.
+        num_bytes: Bytes on disk.
         by_layer: Prefix of a decoder layer -> bytes of its experts.
         on_rank: Tensor parallel size -> bytes of them on each GPU.
-        kinds: How they are stored -> how many Linears are.
+        kinds: Kind of storage -> number of Linears.
     """
 
     parameters: int
@@ -38,12 +38,12 @@ class ExpertSizes:
 def measure_experts(
     described: Mapping[str, Storage], architecture: Architecture, element: int, sizes: Iterable[int]
 ) -> ExpertSizes:
-    """Return what experts come to.
+    """Return the sizes of a model's routed experts.
 
     Args:
-        described: How every altered Linear of an expert is stored.
-        architecture: The original model's.
-        element: Bytes of a value that is not quantized.
+        described: Name -> storage of every changed Linear of an expert.
+        architecture: The original model's architecture.
+        element: Bytes of an unquantized value.
         sizes: Tensor parallel sizes.
     """
     bare, layers = architecture.without_experts, architecture.layers
@@ -67,23 +67,27 @@ def with_experts(
     architecture: Architecture,
     experts: ExpertSizes,
 ) -> tuple[Component, ...]:
-    """Return the parts of a model, routed experts counted to the language model.
+    """Return the parts of a model with routed experts added to the language model.
 
     Args:
-        components: The parts without them.
-        described: How every altered Linear of these is stored.
-        architecture: The original model's.
+        components: The parts without routed experts.
+        described: Name -> storage of every changed Linear of these parts.
+        architecture: The original model's architecture.
         experts: The experts.
     """
-    own = {name: each for name, each in described.items() if architecture.component_of(name) == LANGUAGE_PART}
-    kinds, outside = count_kinds(own, architecture.vocabulary)
+    storages = {
+        name: storage
+        for name, storage in described.items()
+        if architecture.component_of(name) == LANGUAGE_PART
+    }
+    kinds, vocabulary_kinds = count_kinds(storages, architecture.vocabulary)
     return tuple(
         replace(
             part,
             original_parameters=part.original_parameters + experts.parameters,
             parameters=part.parameters + experts.parameters,
             num_bytes=part.num_bytes + experts.num_bytes,
-            treatment=in_words(kinds + experts.kinds, outside),
+            treatment=in_words(kinds + experts.kinds, vocabulary_kinds),
         )
         if part.name == LANGUAGE_PART
         else part

@@ -1,6 +1,6 @@
-"""What does a run need, and what of that is lacking on this machine, or another?
+"""The memory, disk and time that a run needs, compared with this machine or another one.
 
-Estimates are of one machine and one device; `plan` carries them.
+An estimate is made for one machine and one device; it is part of the plan.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ercsvd_deploy.exporters.vllm.target import ExportError, check_target
-from ercsvd_deploy.pipelines.planning.machine import Machine, look_around
+from ercsvd_deploy.pipelines.planning.machine import Machine, inspect_machine
 from ercsvd_deploy.pipelines.planning.needs import PlannedStage, StageNeeds, add_up_needs
 from ercsvd_deploy.pipelines.state.lock import work_path
 
@@ -24,27 +24,27 @@ _CERTAINLY = 0.75  # of an estimate: measured ones are within 25 %
 
 
 class TooLittleDiskError(ValueError):
-    """The output's disk cannot hold what the run writes."""
+    """The output's disk has too little space for what the run writes."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run needs, and whether it is there.
+    """A run's needs, and what the machine lacks.
 
     Attributes:
-        device: Where layers run, "cpu" or "cuda".
-        stages: In the order in which they run.
-        peak_host_bytes: Highest resident memory of the process.
-        peak_device_bytes: Highest GPU memory; 0 without one.
-        scratch_bytes: Highest size of the work directory beside the output, unfinished export included.
+        device: Type of the device that layers run on, "cpu" or "cuda".
+        stages: Needs of the stages, in the order in which they run.
+        peak_host_bytes: Peak resident memory of the process.
+        peak_device_bytes: Peak GPU memory; 0 without a GPU.
+        scratch_bytes: Peak size of the work directory beside the output, including the unfinished export.
         least_scratch_bytes: The same if the search takes the candidate with the smallest files.
-        flops: Floating-point operations of all stages, at least.
-        least_seconds: What these take at the machine's peak: a lower bound; None where no peak is known.
-        final_bytes: Of the finished export's tensors, of the largest candidate.
-        machine: What there is: here, or on the machine asked about.
+        flops: Lower bound of the floating-point operations of all stages.
+        least_seconds: Lower bound of the time, at the machine's peak FLOP/s; None if that is unknown.
+        final_bytes: Bytes of the finished export's tensors, for the largest candidate.
+        machine: The machine that the needs are compared with.
         problems: Why the run cannot work on any machine, one line each.
         shortages: What the machine lacks, one line each.
-        assumptions: What the estimate takes for granted.
+        assumptions: Assumptions of the estimate.
     """
 
     device: str
@@ -72,29 +72,29 @@ def estimate(
     """Estimate a run on a machine.
 
     Args:
-        work: What there is to compute.
+        work: The amount of work.
         planned: The stages.
         final_bytes: Bytes of every candidate's export.
         device: Where layers run.
-        machine: The machine asked about; None for this one.
+        machine: The machine to compare with; None for this one.
     """
     largest = max(final_bytes)
     on_gpu = device.type == "cuda"
     stages = add_up_needs(planned, work, on_gpu=on_gpu)
     of_candidates = [
-        add_up_needs([each.only(index) for each in planned], work, on_gpu=on_gpu)
+        add_up_needs([stage.only(index) for stage in planned], work, on_gpu=on_gpu)
         for index in range(len(final_bytes))
     ]
     target = work.recipe.export.path
     target = None if target is None else target.absolute()
-    machine = machine or look_around(device, target)
-    found = Estimate(
+    machine = machine or inspect_machine(device, target)
+    needs_estimate = Estimate(
         device=device.type,
         stages=stages,
         peak_host_bytes=max(stage.host_bytes for stage in stages),
         peak_device_bytes=max(stage.device_bytes for stage in stages),
         scratch_bytes=max(stage.scratch_bytes for stage in stages),
-        least_scratch_bytes=min(max(each.scratch_bytes for each in one) for one in of_candidates),
+        least_scratch_bytes=min(max(stage.scratch_bytes for stage in needs) for needs in of_candidates),
         final_bytes=largest,
         flops=sum(stage.flops for stage in stages),
         least_seconds=None,
@@ -103,11 +103,11 @@ def estimate(
         shortages=(),
         assumptions=work.assumptions,
     )
-    return on_machine(replace(found, shortages=tuple(_shortages(found, target))), machine)
+    return on_machine(replace(needs_estimate, shortages=tuple(_shortages(needs_estimate, target))), machine)
 
 
 def on_machine(needs: Estimate, machine: Machine) -> Estimate:
-    """Return an estimate with the time that a machine's peak allows, if the machine has one."""
+    """Return an estimate with the lower bound of the time at a machine's peak FLOP/s, if known."""
     seconds = needs.flops / machine.flops if machine.flops else None
     return replace(needs, machine=machine, least_seconds=seconds)
 
@@ -117,21 +117,21 @@ def check_resources(needs: Estimate, output: Path | None) -> list[str]:
 
     Args:
         needs: What the run needs.
-        output: Where it writes; None: nowhere.
+        output: The output directory; None if nothing is exported.
 
     Raises:
-        TooLittleDiskError: the disk surely does not suffice: not even for 75 % of what is to be written.
+        TooLittleDiskError: the disk has less space than 75 % of what the run writes.
     """
     free = needs.machine.disk_bytes
     if free is not None and output is not None:
-        missing = _CERTAINLY * needs.least_scratch_bytes - _already_written(output) - free
-        if missing > 0:
+        shortage_bytes = _CERTAINLY * needs.least_scratch_bytes - _already_written(output) - free
+        if shortage_bytes > 0:
             raise TooLittleDiskError(f"{_disk_problem(needs, output)}; nothing has been computed yet")
     return [f"{needs.machine.name} may not suffice: {shortage}" for shortage in needs.shortages]
 
 
 def _target_problems(work: Workload, target: Path | None) -> list[str]:
-    """Say why nothing may be written where the recipe says."""
+    """Return why the recipe's output cannot be written."""
     if target is None:
         return []
     try:
@@ -144,21 +144,21 @@ def _target_problems(work: Workload, target: Path | None) -> list[str]:
 def _shortages(needs: Estimate, target: Path | None) -> Iterable[str]:
     machine = needs.machine
     if machine.memory_bytes is not None and needs.peak_host_bytes > machine.memory_bytes:
-        stage = max(needs.stages, key=lambda each: each.host_bytes)
+        stage = max(needs.stages, key=lambda needs: needs.host_bytes)
         yield (
             f"{stage.stage} needs about {_size(needs.peak_host_bytes)} of memory, "
             f"{_size(machine.memory_bytes)} are available: {stage.memory_remedy}"
         )
     if machine.gpu_bytes and needs.peak_device_bytes > machine.gpu_bytes:
-        stage = max(needs.stages, key=lambda each: each.device_bytes)
+        stage = max(needs.stages, key=lambda needs: needs.device_bytes)
         yield (
             f"{stage.stage} needs about {_size(needs.peak_device_bytes)} of GPU memory, "
             f"{_size(machine.gpu_bytes)} are free: {stage.memory_remedy}, or use --device cpu"
         )
     if machine.disk_bytes is None:
         return
-    written = _already_written(target) if machine.is_this_one and target is not None else 0
-    if needs.scratch_bytes > machine.disk_bytes + written:
+    reusable_bytes = _already_written(target) if machine.is_this_one and target is not None else 0
+    if needs.scratch_bytes > machine.disk_bytes + reusable_bytes:
         yield _disk_problem(needs, target)
 
 
@@ -172,7 +172,7 @@ def _disk_problem(needs: Estimate, target: Path | None) -> str:
 
 
 def _already_written(target: Path) -> int:
-    """Return the bytes that an unfinished run has left, which a continued one uses or removes."""
+    """Return the bytes of an unfinished run's work directory, which a continued run reuses or removes."""
     work = work_path(target)
     return sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
 

@@ -1,4 +1,4 @@
-"""What a machine has, this one or another: memory that a process may take, GPU memory, and room on a disk."""
+"""The resources of a machine, this one or another: memory, GPU memory, disk space and FLOP/s."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ _KEYS = {"gpu": "gpu_bytes", "memory": "memory_bytes", "disk": "disk_bytes", "fl
 _EXAMPLE = "gpu=80GiB,memory=512GiB,disk=1TiB,flops=300T"
 _POWERS = {"M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _RATE = re.compile(r"(?P<number>[0-9]{1,9}(\.[0-9]{1,9})?)(?P<power>[MGTP])")
-_SIDES = (512, 1024, 2048, 4096, 8192)  # of the products that tell a device's peak
+_SIDES = (512, 1024, 2048, 4096, 8192)  # of the matrix products that measure a device's peak
 _LONG_ENOUGH_S = 0.02  # for a product to keep the whole device busy
 _REPEATS = 10  # on a busy machine most products are interrupted
 _SIZE = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?[KMGT]i?B")
 
 
 class MachineError(ValueError):
-    """A machine is described in a way that cannot be understood."""
+    """The description of a machine cannot be parsed."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is for one run, in bytes, and how fast it computes.
+    """The resources that a machine has for one run.
 
     Attributes:
-        memory_bytes: Free for a process: available now, and not beyond the control group's limit (a
-            container's, say); None if the system does not tell.
-        gpu_bytes: Of the GPU that layers would run on; 0 for a machine that has none; None if there is none
-            here, or nothing is known of it.
-        disk_bytes: Free where the output is to be; None without an output.
-        flops: Floating-point operations a second that layers run with at most; None: not known.
+        memory_bytes: Bytes that a process can allocate: available now, and within the limit of its control
+            group (such as a container's); None if unknown.
+        gpu_bytes: Free bytes of the GPU that layers would run on; 0 for a machine without one; None if this
+            machine has none, or if it is unknown.
+        disk_bytes: Free bytes on the output's disk; None without an output.
+        flops: Peak floating-point operations per second; None if unknown.
         is_this_one: Whether this is the machine that the program runs on.
     """
 
@@ -59,7 +59,7 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The machine's name in messages."""
         return "this machine" if self.is_this_one else "the machine asked about"
 
 
@@ -67,11 +67,11 @@ def parse_machine(text: str) -> Machine:
     """Return the machine that a text such as `gpu=80GiB,memory=512GiB,disk=1TiB,flops=300T` describes.
 
     Args:
-        text: Keys and sizes. Nothing is compared with a key that is left out; `gpu=none` says that there is
-            no GPU. `flops` is a peak in operations a second, with M, G, T or P.
+        text: Keys and sizes. Keys that are left out are not compared; `gpu=none` says that there is
+            no GPU. `flops` is a peak in operations per second, with M, G, T or P.
 
     Raises:
-        MachineError: an unknown key, one given twice, or something that is no size.
+        MachineError: a key is unknown or repeated, or a value is not a size.
     """
     sizes: dict[str, int] = {}
     flops: float | None = None
@@ -92,10 +92,10 @@ def parse_machine(text: str) -> Machine:
             sizes[key] = 0
             continue
         if not _SIZE.fullmatch(value) or parse_size(value) == 0:
-            other = ", or none" if key == "gpu" else ""
+            or_none = ", or none" if key == "gpu" else ""
             raise MachineError(
                 f"--machine: {key} is {quoted(value)}; it must be a number and KB, MB, GB, TB, KiB, MiB, GiB "
-                f"or TiB, such as {key}=80GiB{other}"
+                f"or TiB, such as {key}=80GiB{or_none}"
             )
         sizes[key] = parse_size(value)
     described: dict[str, int | None] = {
@@ -105,19 +105,19 @@ def parse_machine(text: str) -> Machine:
 
 
 def _parse_rate(value: str) -> float:
-    """Return the operations a second that `300T` says."""
-    found = _RATE.fullmatch(value)
-    if found is None or float(found["number"]) == 0:
+    """Return the operations per second of a text such as `300T`."""
+    match = _RATE.fullmatch(value)
+    if match is None or float(match["number"]) == 0:
         raise MachineError(
             f"--machine: flops is {quoted(value)}; it must be a number and M, G, T or P, such as flops=300T"
         )
-    return float(found["number"]) * _POWERS[found["power"]]
+    return float(match["number"]) * _POWERS[match["power"]]
 
 
 def measure_flops(device: torch.device) -> float:
-    """Return the floating-point operations a second that a device reaches in a matrix product, at its best.
+    """Return the highest floating-point operations per second that a device reaches in a matrix product.
 
-    Products grow until one takes long enough; the precision is the fastest in which layers run there.
+    Products grow until one takes long enough; the dtype is the fastest that layers run in there.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     best = 0.0
@@ -142,14 +142,14 @@ def _seconds_of_product(matrix: torch.Tensor, product: torch.Tensor) -> float:
 
 
 def planned_device(machine: Machine, device: torch.device | None) -> torch.device | None:
-    """Return the device that layers would run on there; None for this machine's default.
+    """Return the device that layers would run on; None for this machine's default.
 
     Args:
-        machine: A machine asked about.
-        device: What was asked for, if anything; need not be here.
+        machine: The machine to plan for.
+        device: The device of `--device`, if given; this machine need not have it.
 
     Raises:
-        MachineError: a GPU is asked for where there is none.
+        MachineError: a GPU is requested on a machine without one.
     """
     if device is not None:
         if device.type == "cuda" and machine.gpu_bytes == 0:
@@ -162,12 +162,12 @@ def planned_device(machine: Machine, device: torch.device | None) -> torch.devic
     return torch.device("cuda" if machine.gpu_bytes else "cpu")
 
 
-def look_around(device: torch.device, target: Path | None) -> Machine:
-    """Return what this machine has.
+def inspect_machine(device: torch.device, target: Path | None) -> Machine:
+    """Return the resources of this machine.
 
     Args:
         device: Where layers run.
-        target: The directory to be written, absolute; its nearest existing parent counts.
+        target: Absolute path of the output; the disk of its nearest existing parent counts.
     """
     gpu = None
     if device.type == "cuda" and torch.cuda.is_available():
@@ -176,13 +176,13 @@ def look_around(device: torch.device, target: Path | None) -> Machine:
 
 
 def available_memory() -> int | None:
-    """Return the bytes of memory a process can still get; None if the system does not tell."""
-    found = [bound for bound in (_available_on_host(), _left_in_cgroup()) if bound is not None]
-    return min(found, default=None)
+    """Return the bytes of memory that a process can still allocate; None if unknown."""
+    bounds = [bound for bound in (_available_on_host(), _available_in_cgroup()) if bound is not None]
+    return min(bounds, default=None)
 
 
 def free_disk(target: Path) -> int:
-    """Return the free bytes of the disk on which a path is, or will be."""
+    """Return the free bytes of the disk of a path, which need not exist."""
     nearest = next(path for path in (target, *target.parents) if path.exists())
     return shutil.disk_usage(nearest).free
 
@@ -195,13 +195,15 @@ def _available_on_host() -> int | None:
     return None
 
 
-def _left_in_cgroup() -> int | None:
+def _available_in_cgroup() -> int | None:
     for limit, used in _CGROUP_FILES:
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max": no limit
-            most = int((_CGROUP / limit).read_text(encoding="ascii"))
-            # Pages of files count as used, but are given back when they are needed.
-            taken = int((_CGROUP / used).read_text(encoding="ascii")) - _file_pages((_CGROUP / limit).parent)
-            return max(0, most - taken)
+            limit_bytes = int((_CGROUP / limit).read_text(encoding="ascii"))
+            # The page cache counts as used, but the kernel frees it when memory is needed.
+            used_bytes = int((_CGROUP / used).read_text(encoding="ascii")) - _file_pages(
+                (_CGROUP / limit).parent
+            )
+            return max(0, limit_bytes - used_bytes)
     return None
 
 

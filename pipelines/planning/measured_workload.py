@@ -1,6 +1,6 @@
-"""Count what a recipe has to compute with, from recipe and config alone.
+"""Count the amount of work of a recipe, from the recipe and the model's config alone.
 
-What only the data can tell (how many windows a text has) is assumed here, and said.
+What only the data can tell, such as a text's number of windows, is assumed and listed as an assumption.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CHARACTERS_PER_TOKEN = 4  # of ordinary text and a tokenizer of 32,000 tokens o
 _TOKENS_OF_UNSEEN_TEXT = 350_000  # the size of WikiText-2's test split
 _UNSEEN_QUESTIONS = 1000
 _TOKENS_OF_QUESTION = 64  # beside its pictures
-# Tiles that one picture becomes: itself made small, and one to four parts in the usual tilings.
+# Model type -> fewest and most tiles of one picture, in the usual tilings.
 _TILES = {"llava_next": (2, 5), "llava_onevision": (2, 10), "idefics3": (2, 17), "internvl": (2, 13)}
 _ASSUMED_SIDE = 1024  # pixels of a picture, where the tower takes pictures of any size
 
@@ -34,15 +34,15 @@ def measure_workload(
     computed: int,
     device: torch.device,
 ) -> Workload:
-    """Count what a recipe has to compute with.
+    """Count the amount of work of a recipe.
 
     Args:
         recipe: The recipe.
-        architecture: The model's.
-        config: The model's.
+        architecture: The model's architecture.
+        config: The model's config.
         stored: Bytes of a value in the files.
         computed: Bytes of a value where layers run.
-        device: Where that is.
+        device: The device that layers run on.
     """
     assumptions: list[str] = []
     tower = _tower(architecture, config, assumptions)
@@ -53,8 +53,8 @@ def measure_workload(
         calibration = Sequences(count, recipe.calibration.sequence_length, pictures)
     judged = [_text(recipe, name, assumptions) for name in recipe.judged_texts]
     judged += [
-        _questions(name, asked.max_questions, tower, assumptions)
-        for name, asked in recipe.evaluation.visual_questions.items()
+        _questions(name, questions.max_questions, tower, assumptions)
+        for name, questions in recipe.evaluation.visual_questions.items()
     ]
     if tower is not None and tower.most_tiles > 1:
         assumptions.append(
@@ -87,7 +87,7 @@ def _text(recipe: Recipe, name: str, assumptions: list[str]) -> Sequences:
 
 
 def _tokens_of(text: HeldOutText | None) -> tuple[int, str | None]:
-    """Return about how many tokens a text has, and what that was taken from; None: from nothing."""
+    """Return a text's approximate number of tokens, and the basis of the estimate, None if there is none."""
     if isinstance(text, TextFile) and Path(text.text).is_file():
         size = Path(text.text).stat().st_size
         return size // _CHARACTERS_PER_TOKEN, f"its bytes by {_CHARACTERS_PER_TOKEN}"
@@ -131,7 +131,7 @@ def _tower(architecture: Architecture, config: Any, assumptions: list[str]) -> T
 
 
 def _features(config: Any, patches: int) -> int:
-    """Return how many tokens of the language model the patches of a tile become."""
+    """Return the number of language-model tokens for the patches of one tile."""
     fixed = _first_of(config, ("mm_tokens_per_image",))
     if fixed is not None:
         return fixed

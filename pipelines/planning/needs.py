@@ -1,4 +1,4 @@
-"""What a run needs, stage by stage: what each declares, the process itself, and what is left on disk."""
+"""The needs of a run, stage by stage: those that each stage declares, the process, and files kept on disk."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ if TYPE_CHECKING:
 
 _MIB = 2**20
 # Resident memory of a run that has imported its libraries and computed something small, without and with a
-# CUDA context; measured on x86-64 with torch 2.13 and transformers 5.19. Tokenizing a text is in it.
+# CUDA context, tokenizing a text included; measured on x86-64 with torch 2.13 and transformers 5.19.
 _PROCESS, _CUDA_PROCESS = 700 * _MIB, 2500 * _MIB
 _CUDA_CONTEXT = 600 * _MIB  # of GPU memory, cuBLAS and cuSOLVER workspaces included
-_ALLOCATED = 1.2  # memory that a process has by tensors that are alive: freed blocks are not all given back
+_ALLOCATED = 1.2  # resident memory relative to live tensors, because not all freed blocks are returned
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage of a plan, and how the model may be stored behind it."""
+    """A stage of a plan, with the candidates after it."""
 
     stage: Stage
     candidates: Sequence[Candidate]
 
     def only(self, index: int) -> PlannedStage:
-        """Return the stage for one of the candidates that the run ends with."""
+        """Return the stage for one of the final candidates."""
         return PlannedStage(self.stage, self.candidates[index : index + 1] or self.candidates)
 
 
 @dataclass(frozen=True)
 class StageNeeds:
-    """What one stage needs at its highest.
+    """Peak needs of one stage.
 
     Attributes:
-        stage: Its name, as in the report's `seconds`.
-        host_bytes: Resident memory of the process, imported libraries included.
-        device_bytes: GPU memory; 0 where layers run on the CPU.
+        stage: The stage's name, as in the report's `seconds`.
+        host_bytes: Resident memory of the process, including imported libraries.
+        device_bytes: GPU memory; 0 if layers run on the CPU.
         scratch_bytes: Size of the work directory beside the output.
         shared_bytes: Size of it where runs share stages: what only one later stage reads is not removed then.
-        flops: Floating-point operations, at least.
-        memory_remedy: What lowers its needs of memory.
+        flops: Lower bound of the floating-point operations.
+        memory_remedy: The settings that lower its memory.
     """
 
     stage: str
@@ -59,15 +59,15 @@ def add_up_needs(planned: Sequence[PlannedStage], work: Workload, *, on_gpu: boo
 
     Args:
         planned: The stages.
-        work: What there is to compute.
+        work: The amount of work.
         on_gpu: Whether layers run on a GPU.
     """
-    kept: dict[str, int] = {}  # stage -> what it has left in the work directory
+    kept_bytes: dict[str, int] = {}  # stage -> bytes that it keeps in the work directory
     left = 0  # by all stages so far
-    found = []
-    for each in planned:
-        stage, needs = each.stage, each.stage.needs(work, each.candidates)
-        scratch = sum(kept.values()) + needs.scratch_bytes
+    all_needs = []
+    for planned_stage in planned:
+        stage, needs = planned_stage.stage, planned_stage.stage.needs(work, planned_stage.candidates)
+        scratch = sum(kept_bytes.values()) + needs.scratch_bytes
         if on_gpu:
             host, device = _CUDA_PROCESS + needs.beside_bytes, _CUDA_CONTEXT + needs.working_bytes
         else:
@@ -81,10 +81,10 @@ def add_up_needs(planned: Sequence[PlannedStage], work: Workload, *, on_gpu: boo
             needs.flops,
             stage.memory_remedy,
         )
-        found.append(of_stage)
-        kept[stage.name] = needs.kept_bytes
+        all_needs.append(of_stage)
+        kept_bytes[stage.name] = needs.kept_bytes
         left += needs.kept_bytes
-        for other in planned:
-            if other.stage.temporary_for == stage.name and not other.stage.is_kept:
-                kept.pop(other.stage.name, None)
-    return tuple(found)
+        for earlier in planned:
+            if earlier.stage.temporary_for == stage.name and not earlier.stage.is_kept:
+                kept_bytes.pop(earlier.stage.name, None)
+    return tuple(all_needs)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will do to a model."""
+    """The plan of a recipe: storage, sizes and needs, and the stages that a run executes."""
 
     model: str
     model_type: str
@@ -45,16 +45,16 @@ class Plan:
     num_bytes: int
     gpu_bytes: Mapping[int, int]  # tensor parallel size -> bytes of the dense model's weights on each GPU
     candidates: tuple[CandidatePlan, ...]
-    estimate: Estimate  # of memory and disk, and what of it a machine lacks
+    estimate: Estimate  # memory, disk and time, and what a machine lacks
     kernels: tuple[KernelUse, ...]  # matrices of the candidate with the most compressed layers
-    output: str | None  # where the recipe writes to
-    patterns: tuple[PatternMatch, ...] = ()  # what the quantize stage's patterns matched
-    notes: tuple[str, ...] = ()  # what the run itself will decide
+    output: str | None  # the recipe's export directory
+    patterns: tuple[PatternMatch, ...] = ()  # matches of the quantize stage's patterns
+    notes: tuple[str, ...] = ()  # decisions that are made during the run
     warnings: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()  # in the order in which they run
     architecture: Architecture | None = None
-    kernel_source: str | None = None  # the vLLM that chose the kernels; None: it was not asked
-    kernel_problem: str | None = None  # why it gave no answer
+    kernel_source: str | None = None  # the vLLM that chose the kernels; None: kernels are not known
+    kernel_problem: str | None = None  # why vLLM did not choose kernels
 
     def with_kernels(self) -> Plan:
         """Return the plan with the kernels that vLLM chooses; asking takes as long as importing vLLM."""
@@ -64,7 +64,7 @@ class Plan:
         )
 
     def with_peak(self) -> Plan:
-        """Return the plan with the time that this machine takes at least: a quick product tells its peak."""
+        """Return the plan with a lower bound of its time, from this machine's peak in a matrix product."""
         machine = self.estimate.machine
         if not machine.is_this_one:
             return self
@@ -72,19 +72,19 @@ class Plan:
         return replace(self, estimate=on_machine(self.estimate, peak))
 
     def as_json(self) -> dict[str, Any]:
-        """Return the plan as plain JSON values; of stages, the names."""
+        """Return the plan as plain JSON values; stages are given by name."""
         lists = {"problems": list(self.estimate.problems), "shortages": list(self.estimate.shortages)}
-        shown = replace(self, stages=(), architecture=None)
-        plain = asdict(shown) | lists
+        without_stages = replace(self, stages=(), architecture=None)
+        plain = asdict(without_stages) | lists
         del plain["architecture"]
         return plain | {"stages": [stage.name for stage in self.stages]}
 
 
 def check_vision(recipe: Recipe, config: Any) -> None:
-    """Refuse what asks for pictures of a model that does not read them, or not in conversations.
+    """Refuse a recipe with pictures for a model that does not read images, or not in conversations.
 
     Raises:
-        PlanError: the model reads text only, or its conversations cannot be told from its processor.
+        PlanError: the model reads text only, or its processor has no chat template.
     """
     asking = ["vision"] if recipe.vision is not None else []
     asking += ["evaluation.visual_questions"] if recipe.evaluation.visual_questions else []
@@ -102,7 +102,7 @@ def check_vision(recipe: Recipe, config: Any) -> None:
 
 
 def check_vision_parts(recipe: Recipe, architecture: Architecture) -> None:
-    """Refuse to compress a tower or projector that has to stay as it is.
+    """Refuse to compress a vision tower or projector that cannot be compressed.
 
     Raises:
         PlanError: names the fields of the recipe.
@@ -110,20 +110,20 @@ def check_vision_parts(recipe: Recipe, architecture: Architecture) -> None:
     vision = recipe.vision
     if vision is None or architecture.vision_layers or not architecture.reads_images:
         return
-    asked = [field for field in ("compress_tower", "compress_projector") if getattr(vision, field)]
-    if asked:
+    fields = [field for field in ("compress_tower", "compress_projector") if getattr(vision, field)]
+    if fields:
         raise PlanError(
-            f"vision: {' and '.join(asked)} {'is' if len(asked) == 1 else 'are'} true, but only the vision "
+            f"vision: {' and '.join(fields)} {'is' if len(fields) == 1 else 'are'} true, but only the vision "
             f"parts of LLaVA with CLIP can be compressed; those of {architecture.model_type} stay as they "
             "are: set them to false"
         )
 
 
 def check_tensor_parallel_sizes(recipe: Recipe, architecture: Architecture) -> None:
-    """Refuse tensor parallel sizes that vLLM refuses for this model, however it is stored.
+    """Refuse tensor parallel sizes that vLLM refuses for this model, whatever its storage.
 
     Raises:
-        PlanError: heads, inputs or outputs cannot be shared out evenly.
+        PlanError: heads, inputs or outputs cannot be divided evenly.
     """
     problems = find_uncuttable(architecture, recipe.serving.tensor_parallel_sizes)
     if problems:
@@ -142,8 +142,8 @@ def make_plan(
     Args:
         recipe: A validated recipe.
         device: Where layers run; default the GPU if there is one.
-        config: The model's, if it is open already.
-        machine: The machine asked about; None for this one.
+        config: The model's config, if already loaded.
+        machine: The machine to plan for; None for this one.
 
     Raises:
         ArchitectureError: the config cannot be read or the architecture is not supported.
@@ -161,7 +161,7 @@ def make_plan(
     candidates = planned[-1].candidates if planned else (Candidate(),)
     sizes = recipe.serving.tensor_parallel_sizes
     dense_on_gpu = {size: bytes_on_rank(architecture, {}, element, size) for size in sizes}
-    shown = plan_candidates(candidates, architecture, element, dense_on_gpu)
+    candidate_plans = plan_candidates(candidates, architecture, element, dense_on_gpu)
     device = device or default_device()
     work = measure_workload(
         recipe,
@@ -171,7 +171,7 @@ def make_plan(
         computed=compute_dtype(config, device).itemsize,
         device=device,
     )
-    storing = quantize_plan_of(recipe, architecture)
+    quantize_plan = quantize_plan_of(recipe, architecture)
     return Plan(
         model=recipe.model.path,
         model_type=architecture.model_type,
@@ -181,11 +181,13 @@ def make_plan(
         model_parameters=architecture.total_parameters,
         num_bytes=architecture.total_parameters * element,
         gpu_bytes=dense_on_gpu,
-        candidates=shown,
-        estimate=estimate(work, planned, [each.num_bytes for each in shown], device, machine),
+        candidates=candidate_plans,
+        estimate=estimate(
+            work, planned, [candidate.num_bytes for candidate in candidate_plans], device, machine
+        ),
         kernels=plan_matrices(candidates[-1].modules, architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
-        patterns=storing.matches,
+        patterns=quantize_plan.matches,
         notes=(
             *import_note(config, recipe.model.path),
             *_allocation_note(recipe),
@@ -193,7 +195,7 @@ def make_plan(
         ),
         warnings=(
             *serving_warnings(
-                storing,
+                quantize_plan,
                 {**candidates[-1].modules, **candidates[-1].experts},
                 architecture,
                 sizes,
@@ -203,11 +205,11 @@ def make_plan(
             *serving_doubts(architecture.model_type),
             *gpu_warnings(
                 dense_on_gpu,
-                [each.gpu_bytes for each in shown],
+                [candidate.gpu_bytes for candidate in candidate_plans],
                 is_quantized=recipe.quantize is not None,
             ),
         ),
-        stages=tuple(each.stage for each in planned),
+        stages=tuple(planned_stage.stage for planned_stage in planned),
         architecture=architecture,
     )
 
@@ -215,7 +217,7 @@ def make_plan(
 def plan_stages(
     recipe: Recipe, config: Any, architecture: Architecture, dtype: str
 ) -> tuple[PlannedStage, ...]:
-    """Return the recipe's stages in order, and the ways in which the model may be stored behind each.
+    """Return the recipe's stages in order, each with the candidates after it.
 
     Raises:
         PlanError: the recipe cannot work on this model.
@@ -223,8 +225,8 @@ def plan_stages(
     planned: dict[str, PlannedStage] = {}
     candidates: Sequence[Candidate] = (Candidate(),)
     for kind in STAGES:
-        before = {name: each.stage for name, each in planned.items()}
-        stage = kind.plan(PlanningContext(recipe, config, architecture, dtype, before))
+        earlier_stages = {name: planned_stage.stage for name, planned_stage in planned.items()}
+        stage = kind.plan(PlanningContext(recipe, config, architecture, dtype, earlier_stages))
         if stage is not None:
             candidates = stage.store(candidates)
             planned[stage.name] = PlannedStage(stage, candidates)
@@ -236,15 +238,15 @@ def _allocation_note(recipe: Recipe) -> tuple[str, ...]:
         return ()
     if not recipe.may_factorize:
         return ("the bits of every matrix are chosen by measurement when the recipe runs",)
-    chosen = "ranks" if recipe.target is None else "ranks, and which matrices stay dense,"
+    subject = "ranks" if recipe.target is None else "ranks, and which matrices stay dense,"
     return (
-        f"{chosen} are chosen by measurement when the recipe runs, under the same budget; "
+        f"{subject} are chosen by measurement when the recipe runs, under the same budget; "
         "what is shown here are equal shares of it",
     )
 
 
 def _expert_notes(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
-    """Yield what happens to routed experts, where the recipe's stages may suggest something else."""
+    """Yield notes on routed experts, which some stages do not treat like other Linears."""
     if not architecture.expert_parameters:
         return
     gib = architecture.expert_parameters / 2**30
@@ -276,8 +278,8 @@ def refuse_compressed(config: Any) -> None:
 
 
 def planned_dtype(recipe: Recipe, config: Any) -> str:
-    """Return the precision in which tensors that are not integers are written."""
+    """Return the name of the dtype in which unquantized tensors are written."""
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
-    own = own_dtype(config)
-    return "float32" if own is None else str(own).removeprefix("torch.")
+    model_dtype = own_dtype(config)
+    return "float32" if model_dtype is None else str(model_dtype).removeprefix("torch.")

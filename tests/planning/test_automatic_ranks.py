@@ -174,7 +174,7 @@ def test_natural_recipe_is_planned_for_public_models(
     directory = write_config(PUBLIC_MODELS[name])
     sizes = [1, 2, 4] if name != "Qwen2.5-1.5B" else [1, 2]
     (directory / "recipe.yaml").write_text(json.dumps(raw_recipe(directory, *NATURAL, INT4, sizes=sizes)))
-    monkeypatch.setattr(feasibility, "look_around", lambda *_: Machine(None, None, None))  # large enough
+    monkeypatch.setattr(feasibility, "inspect_machine", lambda *_: Machine(None, None, None))  # large enough
     result = CliRunner().invoke(app, ["plan", str(directory / "recipe.yaml"), "--json"])
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)

@@ -12,7 +12,7 @@ from ercsvd_deploy.pipelines.planning import machine
 from ercsvd_deploy.pipelines.planning.machine import (
     Machine,
     MachineError,
-    look_around,
+    inspect_machine,
     measure_flops,
     parse_machine,
     planned_device,
@@ -95,7 +95,7 @@ def test_device_follows_from_the_machine() -> None:
 
 
 def test_this_machine_is_this_one() -> None:
-    here = look_around(torch.device("cpu"), None)
+    here = inspect_machine(torch.device("cpu"), None)
     assert here.is_this_one
     assert here.name == "this machine"
     assert parse_machine("gpu=none").name == "the machine asked about"

@@ -236,7 +236,7 @@ def test_little_memory_is_a_warning_and_little_disk_an_error(write_recipe: Recip
 def test_a_small_machine_is_a_warning_unless_strict(
     write_recipe: RecipeWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feasibility, "look_around", lambda *_: Machine(100 * MIB, None, 1000))
+    monkeypatch.setattr(feasibility, "inspect_machine", lambda *_: Machine(100 * MIB, None, 1000))
     result = CliRunner().invoke(app, ["plan", str(write_recipe()), "--json"])
     assert result.exit_code == 0
     memory, disk = json.loads(result.stdout)["estimate"]["shortages"]

@@ -1,1 +1,1 @@
-"""The factorize stage: ranks, factors, and the inputs they are made for."""
+"""The factorize stage: the choice of ranks, and the factors of decoder and vision Linears."""

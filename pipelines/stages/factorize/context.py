@@ -1,4 +1,4 @@
-"""What every step of the factorize stage works with."""
+"""The shared context of all steps of the factorize stage."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Factorization:
-    """One run of the stage.
+    """The context of one run of the stage.
 
     Attributes:
         model: The original model.
         samples: Calibration sequences; None for a data-free method.
         settings: The recipe's stage.
         cache: The stage's folder: finished pieces, which are not computed again.
-        sensitivity: Fisher information of the Linears' outputs, where it is used.
-        token_sensitivity: How much the samples' tokens count, where that was measured.
+        sensitivity: Fisher information of the Linears' outputs; None if it is not used.
+        token_sensitivity: Measured token weights; None if they were not measured.
         on_layer: Called after every decoder layer of a pass.
         decomposed_in: Folder of the stage that has left the decompositions; None: it is this one.
     """
@@ -48,7 +48,7 @@ class Factorization:
 
     @property
     def rules(self) -> StorageRules:
-        """How a Linear of a rank is stored as long as it is not quantized."""
+        """The storage rules of Linears with a rank, before quantization."""
         return StorageRules(self.model.architecture, self.settings.layout)
 
     def metric(self, layer: LayerLinears, linear: LinearShape) -> torch.Tensor | None:
@@ -58,7 +58,7 @@ class Factorization:
         return self.sensitivity.metric(layer, linear, self.model.device)
 
     def stored_dtype(self, linear: LinearShape) -> torch.dtype:
-        """Return the precision in which a Linear's weight is stored, and so its factors."""
+        """Return the dtype in which a Linear's weight, and so its factors, are stored."""
         return self.model.stored_dtype(f"{linear.name}.{WEIGHT}")
 
 

@@ -1,4 +1,4 @@
-"""What decomposing decoder Linears takes of memory, disk and arithmetic, whichever stage does it."""
+"""Memory, disk and operations of decomposing decoder Linears, for all stages that do it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import LayerLinears
     from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
 
-FINDINGS_OF_LINEAR = 8192  # bytes of JSON that tell a Linear's errors and spectrum
+FINDINGS_OF_LINEAR = 8192  # bytes of JSON with a Linear's errors and spectrum
 
 
 def offered_ranks(task: AllocationTask) -> dict[str, int]:
-    """Return the largest rank that error control may give every Linear; 0 for none."""
+    """Return Linear -> the largest rank that error control may give it; 0 if it gets no rank."""
     return {
-        name: max((each.truncated_rank or 0 for each in storages), default=0)
+        name: max((storage.truncated_rank or 0 for storage in storages), default=0)
         for name, storages in task.costs.items()
     }
 
@@ -27,27 +27,27 @@ def pass_bytes(work: Workload, num_parts: int, step: int, states: int | None = N
     """Return the bytes of a pass through the decoder with Grams.
 
     Args:
-        work: What the recipe does.
-        num_parts: Of the sequences, each with its Grams.
-        step: The most that anything in a layer takes beside activations, weights and Grams.
-        states: Of the activations; None: the calibration sequences' own.
+        work: The amount of work.
+        num_parts: Number of parts of the sequences, each with its Grams.
+        step: Peak bytes within a layer beside activations, weights and Grams.
+        states: Bytes of the activations; None: those of the calibration sequences.
     """
-    own = work.activations(work.calibration)
-    states = own if states is None else states
-    # With two parts, Grams of both together as well; a data-free method has none.
+    calibration_states = work.activations(work.calibration)
+    states = calibration_states if states is None else states
+    # With two parts there are also Grams of both together; a data-free method has no Grams.
     grams = 0 if work.calibration is None else work.layer_grams * (2 * num_parts - 1)
-    embedding = own + work.embedding([work.calibration] if work.calibration else [])
+    embedding = calibration_states + work.embedding([work.calibration] if work.calibration else [])
     return max(states + work.layer_weights + grams + step, states + work.layer_load, embedding)
 
 
 def decomposition_bytes_of(linear: LinearShape, rank: int, *, has_metric: bool) -> int:
-    """Return the bytes of basis and spectrum, and of the projection if there is an output metric."""
+    """Return the bytes of one decomposition: basis, spectrum and, with an output metric, projection."""
     sides = linear.out_features * rank * (2 if has_metric else 1)
     return FLOAT64 * (sides + min(linear.out_features, linear.in_features))
 
 
 def decomposition_bytes(layer: LayerLinears, ranks: Mapping[str, int], *, has_metric: bool) -> int:
-    """Return the same of all Linears of a layer that have a rank."""
+    """Return the bytes of the decompositions of a layer's Linears that have a rank."""
     return sum(
         decomposition_bytes_of(linear, ranks[linear.name], has_metric=has_metric)
         for linear in layer.linears

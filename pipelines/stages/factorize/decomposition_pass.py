@@ -1,8 +1,8 @@
-"""One pass of the original activations through the decoder, which leaves every decomposition on disk.
+"""One pass of the original activations through the decoder, which writes every decomposition to disk.
 
-Each layer's Linears are decomposed by their inputs, up to the highest rank on offer. A pass that was
-interrupted is replayed: activations pass through all layers again, which is quick, and decompositions, which
-are not, come from disk.
+Each layer's Linears are decomposed by their inputs, up to the highest rank on offer. An interrupted pass is
+replayed: activations pass through all layers again, which is quick; decompositions, which are slow, are read
+from disk.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VisitedLayer:
-    """A loaded decoder layer as the pass comes to it.
+    """A loaded decoder layer during the pass.
 
     Attributes:
-        layer: Its Linears.
-        module: It, loaded; as it was, when the visit is over.
-        batches: The first sequences, those of a search.
-        entering: Its inputs for them.
+        layer: The layer's Linears.
+        module: The loaded layer; unchanged when the visit ends.
+        batches: The sequences of a search.
+        entering: The layer's inputs for these sequences.
         decompositions: Linear -> decomposition of its weight, up to the highest rank on offer.
-        observed: First Linear of a group that shares its inputs -> those; empty for a data-free method.
+        observed: First Linear of a group -> the group's input statistics; empty for a data-free method.
     """
 
     layer: LayerLinears
@@ -59,14 +59,14 @@ class VisitedLayer:
 
 
 class LayerVisitor(ABC):
-    """What a pass is made for: the ranks that are wanted of each Linear, and what is tried on the way.
+    """The purpose of a pass: the ranks on offer for each Linear, and trials of each layer.
 
     Attributes:
         first_layer: First layer whose Linears are decomposed.
-        keeps_grams: Whether Grams, as means over tokens, are kept beside the decompositions: squared
+        keeps_grams: Whether Grams, as means over tokens, are stored with the decompositions: squared
             singular values are then in the unit of the damages.
         tries_layers: Whether each layer is tried during the pass.
-        num_search_samples: With the activations of how many sequences.
+        num_search_samples: Number of sequences whose activations the trials use.
     """
 
     first_layer: int
@@ -79,11 +79,11 @@ class LayerVisitor(ABC):
         """Return the ranks that a Linear may get, ascending; empty: it is not decomposed."""
 
     def try_layer(self, visited: VisitedLayer) -> Any:
-        """Return what is found out about a layer during the pass, as JSON values."""
+        """Try a layer during the pass; return the measurements as JSON values."""
         del visited
 
     def try_again(self, visited: VisitedLayer, findings: Any) -> None:
-        """Go through a layer that an earlier run has tried; `findings` is what `try_layer` returned."""
+        """Replay a layer that an earlier run has tried; `findings` is the value that `try_layer` returned."""
         del visited, findings
 
 
@@ -94,13 +94,13 @@ def decompose_decoder(
 
     Args:
         work: The stage's run; its cache receives `decomposition-<index>` of every visited layer.
-        visitor: What the pass is made for.
+        visitor: The purpose of the pass.
 
     Returns:
         Linear -> its spectrum, and the last layer's outputs for the sequences of a search.
 
     Raises:
-        FactorizationError: a weight or its inputs are not finite, say.
+        FactorizationError: for example, a weight or its inputs are not finite.
     """
     divided = divide(
         work.model,
@@ -129,7 +129,7 @@ def _visit(
     hidden: list[torch.Tensor],
     divided: DividedBatches,
 ) -> Mapping[str, Spectrum]:
-    """Advance `hidden` through a loaded layer, and decompose its Linears; return their spectra."""
+    """Advance `hidden` through a loaded layer, and decompose its Linears; return Linear -> spectrum."""
     piece = decompositions_piece(layer.index)
     findings = work.cache.findings(piece)
     searched, entering = divided.batches[: divided.num_searched], hidden[: divided.num_searched]
@@ -152,6 +152,6 @@ def _visit(
     tried = None
     if visitor.tries_layers:
         tried = visitor.try_layer(VisitedLayer(layer, module, searched, entering, decompositions, observed))
-    spectra = {name: thinned(each.singular_values) for name, each in decompositions.items()}
+    spectra = {name: thinned(decomposition.singular_values) for name, decomposition in decompositions.items()}
     work.cache.finish(piece, {"tried": tried, "spectra": spectra}, tensors)
     return spectra

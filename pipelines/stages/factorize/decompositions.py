@@ -1,4 +1,4 @@
-"""Decompositions of a layer's Linears: made from its inputs, and kept on disk until ranks are chosen."""
+"""Decompositions of a layer's Linears, computed from its inputs and kept on disk until ranks are chosen."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecomposedLinear:
-    """A Linear as the walk's pass has left it on disk.
+    """The decomposition of a Linear and its Grams, as stored on disk by the pass.
 
     Attributes:
-        decomposition: Of its weight, up to the highest rank on offer; None if none was.
-        gram: Mean of x x^T over its inputs, [in, in]; None where Grams are not kept.
+        decomposition: Decomposition of its weight up to the highest rank on offer; None if no rank is.
+        gram: Mean of x x^T over its inputs, [in, in]; None if Grams are not kept.
         held_out_gram: With `beta: auto`, the held-out sequences' share of `gram`.
     """
 
@@ -56,25 +56,25 @@ def decompose_layer(
         work: The stage's run.
         layer: The layer's Linears.
         module: The layer, loaded.
-        observed: First Linear of a group that shares its inputs -> those; empty for a data-free method.
-        ranks_on_offer: Gives the ranks that a Linear may get.
-        keeps_grams: Decompose by Grams that are means over tokens, and keep them.
+        observed: First Linear of a group -> the group's input statistics; empty for a data-free method.
+        ranks_on_offer: Returns the ranks that a Linear may get.
+        keeps_grams: Whether Grams are divided by the number of tokens, and kept.
 
     Returns:
-        Linear with a rank on offer -> decomposition, and all tensors to keep, which `read_decomposed` takes.
+        Linear with a rank on offer -> its decomposition, and all tensors to store for `read_decomposed`.
     """
     grams: dict[str, torch.Tensor | None] = {}
     mean_absolutes: dict[str, torch.Tensor | None] = {}
     tensors: dict[str, torch.Tensor] = {}
     for group in layer.groups:
-        first, inputs = group[0].name, observed.get(group[0].name)
+        first_name, inputs = group[0].name, observed.get(group[0].name)
         gram = None if inputs is None else inputs.whole.gram
         if keeps_grams:
             assert inputs is not None, "error control measures damages on calibration data"
             num_tokens = inputs.whole.num_tokens or 1
-            gram = tensors[f"{first}.gram"] = inputs.whole.gram / num_tokens
+            gram = tensors[f"{first_name}.gram"] = inputs.whole.gram / num_tokens
             if inputs.parts is not None:
-                tensors[f"{first}.held_out_gram"] = inputs.parts[1] / num_tokens
+                tensors[f"{first_name}.held_out_gram"] = inputs.parts[1] / num_tokens
         for linear in group:
             grams[linear.name] = gram
             mean_absolutes[linear.name] = None if inputs is None else inputs.whole.mean_absolute
@@ -99,11 +99,11 @@ def decompose_layer(
 
 
 def read_decomposed(work: Factorization, layer: LayerLinears, linear: LinearShape) -> DecomposedLinear:
-    """Return what the pass has left of a Linear, from the tensors that `decompose_layer` gave."""
+    """Return a Linear's stored decomposition and Grams; the inverse of `decompose_layer`."""
     folder = work.decomposed_in or work.cache
     store = FileStore([folder.tensors_file(decompositions_piece(layer.index))])
-    [first] = (group[0].name for group in layer.groups if linear in group)
-    gram, held_out_gram = f"{first}.gram", f"{first}.held_out_gram"
+    [first_name] = (group[0].name for group in layer.groups if linear in group)
+    gram, held_out_gram = f"{first_name}.gram", f"{first_name}.held_out_gram"
     of_linear = {f"{linear.name}.{end}" for end in ("basis", "singular_values", "projection")}
     device = work.model.device
     tensors = {

@@ -1,6 +1,6 @@
-"""One Linear of the factorize stage: decomposed, truncated, measured, and as tensors of a file.
+"""One Linear of the factorize stage: decomposed, truncated, measured, and stored as tensors.
 
-Tensors in, tensors out; what is read and written when is up to the walk and the vision stage.
+Tensors in, tensors out; the walk and the vision stage read and write files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import LayerLinears
     from ercsvd_deploy.recipe.stages import Factorize
 
-# Beyond this side the residual's exact decomposition is made once, for the chosen k, and the search
+# For longer sides the exact decomposition of the residual is computed once, for the chosen k; the search
 # over k uses a randomized one.
 EXACT_RESIDUAL_UP_TO = 1024
 
@@ -50,11 +50,11 @@ Spectrum = list[tuple[Count, Measured]]  # position, from 1, and singular value 
 
 @dataclass(frozen=True)
 class FactorizedLinear:
-    """What became of one Linear of a compressed layer."""
+    """Report entry of one Linear of a compressed layer."""
 
     name: Annotated[str, Field(description="The module's name.")]
     shape: Annotated[Shape, Field(description="Outputs and inputs.")]
-    rank: Annotated[Count | None, Field(description="Rank of its factors; null where it was left dense.")]
+    rank: Annotated[Count | None, Field(description="Rank of its factors; null if it stays dense.")]
     weight_error: Annotated[Measured, Field(description="||W - BA|| / ||W|| (Frobenius).")]
     calibration_error: Annotated[
         float | None,
@@ -65,13 +65,13 @@ class FactorizedLinear:
     ]
     residual_rank: Annotated[
         Count | None,
-        Field(description="What of the rank belongs to the residual; null where there is none."),
+        Field(description="Part of the rank that the residual has; null without a residual."),
     ] = None
     spectrum: Annotated[
         Spectrum,
         Field(
             description="Positions from 1, and singular values (in the method's metric) relative to the "
-            "first; empty where it was not decomposed."
+            "first; empty if it was not decomposed."
         ),
     ] = field(default_factory=list)
 
@@ -97,12 +97,12 @@ def decompose_linear(
         linear: The Linear.
         weight: [out, in].
         gram: [in, in], sum or mean of x x^T over its inputs; None for a data-free method.
-        mean_absolute: [in], mean |x|; ASVD alone reads it.
+        mean_absolute: [in], mean |x|; only ASVD uses it.
         max_rank: The highest rank to truncate to.
-        output_metric: [out, out], used where the stage asks for `fisher`.
+        output_metric: [out, out], used with `output_metric: fisher`.
 
     Raises:
-        FactorizationError: the weight or its inputs are not finite, say; the message names the Linear.
+        FactorizationError: such as a weight or inputs that are not finite; the message names the Linear.
     """
     try:
         return decompose(
@@ -119,9 +119,9 @@ def decompose_linear(
 
 
 def planned_residual_rank(settings: Factorize, linear: LinearShape, rank: int) -> int | None:
-    """Return what of a rank the stage's beta gives to the residual; None for a method without one.
+    """Return the part of a rank that the stage's beta gives to the residual; None without a residual.
 
-    With `beta: auto` that is 0, until `residual_choice` has chosen.
+    With `beta: auto` it is 0, until `residual.choose_residual_ranks` has chosen.
     """
     if settings.method != "erc_svd":
         return None
@@ -137,7 +137,7 @@ def truncate_linear(
     *,
     exact: bool,
 ) -> Factors:
-    """Return factors of a rank, `residual_rank` of it for the residual, in the weight's precision."""
+    """Return factors of a rank, of which the residual has `residual_rank`, in the weight's dtype."""
     return truncate(
         decomposition,
         weight,
@@ -175,9 +175,9 @@ def factor_tensors(
 def stored_product(
     name: str, tensors: Mapping[str, torch.Tensor], storage: Storage, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the weight [out, in] that a factorized Linear's stored tensors stand for, computed in `dtype`.
+    """Return the weight [out, in] of a factorized Linear from its stored tensors, computed in `dtype`.
 
-    The inverse of `factor_tensors` up to the rounding to the stored precision.
+    The inverse of `factor_tensors`, up to rounding to the stored dtype.
     """
     first, second = (tensors[f"{name}.{part}.{WEIGHT}"].to(dtype) for part in storage.parts)
     if storage.pivot_blocks is None:
@@ -193,7 +193,7 @@ def measure_linear(
     gram: torch.Tensor | None,
     residual_rank: int | None,
 ) -> FactorizedLinear:
-    """Return what a Linear lost to its factors; `gram` [in, in] is of its inputs, if they were seen."""
+    """Return a factorized Linear's report entry, with the output error if the inputs' `gram` is given."""
     return FactorizedLinear(
         linear.name,
         (linear.out_features, linear.in_features),
@@ -205,7 +205,7 @@ def measure_linear(
 
 
 def thinned(singular_values: torch.Tensor) -> Spectrum:
-    """Return some of the values [n], descending, as shares of the first."""
+    """Return a sample of descending singular values [n], relative to the first, for the report."""
     count = len(singular_values)
     steps = torch.linspace(0, 1, _SPECTRUM_POINTS, dtype=torch.float64)
     positions = sorted({round(count**step) for step in steps.tolist()})
@@ -226,5 +226,5 @@ def linear_of(module: nn.Module, layer: LayerLinears, linear: LinearShape) -> nn
 
 
 def put_weight(module: nn.Module, layer: LayerLinears, linear: LinearShape, weight: torch.Tensor) -> None:
-    """Give a Linear of a loaded layer another weight [out, in]."""
+    """Replace the weight [out, in] of a Linear in a loaded layer."""
     linear_of(module, layer, linear).weight = nn.Parameter(weight, requires_grad=False)

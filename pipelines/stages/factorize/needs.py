@@ -1,4 +1,4 @@
-"""What factorizing takes of memory, disk and arithmetic: decoder layers, vision tower and projector."""
+"""Memory, disk and operations of factorizing decoder layers, vision tower and projector."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def factorize_needs(
     work: Workload,
     candidates: Sequence[Candidate],
 ) -> Needs:
-    """Return what the decoder takes.
+    """Return the needs of factorizing the decoder.
 
     Args:
         settings: The recipe's stage.
-        ranks_by_k: Number of compressed layers -> ranks, for every number that is tried.
-        task: What error control chooses from; None without it.
-        work: What the recipe does.
-        candidates: How the model may be stored behind the stage.
+        ranks_by_k: Number of compressed layers -> its ranks, for every number that is tried.
+        task: The options of error control; None without it.
+        work: The amount of work.
+        candidates: The candidates after the stage.
     """
     if task is None:
         needs = _last_layers_needs(settings, ranks_by_k, work, candidates)
@@ -60,7 +60,7 @@ def _last_layers_needs(
     work: Workload,
     candidates: Sequence[Candidate],
 ) -> Needs:
-    """Return what `last_k` takes: one pass with Grams, decompositions that wait on disk, and factors."""
+    """Return the needs of `last_k`: a pass with Grams, decompositions on disk, and factors."""
     linears = work.architecture.linears
     ranks = {
         linear.name: max((plan.ranks.get(linear.name) or 0 for plan in ranks_by_k.values()), default=0)
@@ -72,33 +72,35 @@ def _last_layers_needs(
     if not layers:
         return Needs()
     has_metric = settings.output_metric == "fisher"
-    num_parts = 2 if settings.beta == "auto" else 1  # of the sequences, each with its Grams
+    num_parts = 2 if settings.beta == "auto" else 1  # parts of the sequences, each with its Grams
     decompositions = [decomposition_bytes(layer, ranks, has_metric=has_metric) for layer in layers]
-    waiting, weights = max(decompositions), work.layer_weights
+    largest_entry, weights = max(decompositions), work.layer_weights
     solving = _most_solving(work, ranks, has_metric=has_metric)
     states, passing, trying = work.activations(work.calibration), 0, 0
     if work.calibration is not None:
-        # Every candidate has activations of its own, beside the original's.
+        # Every candidate has its own activations, beside the original's.
         sample = work.calibration.first(settings.num_search_samples)
         states += work.activations(sample) * (1 + len(candidates))
         passing, trying = work.passing(work.calibration), work.passing(sample)
-    # Layers compressed on trial stand beside the original ones; in the end two times the decompositions,
+    # Trial layers are held beside the original ones; at the end there are two copies of the decompositions,
     # as they are read.
-    step = max(passing, waiting + weights + max(solving, trying))
-    kept = max(_factor_bytes(work, each) for each in candidates)
+    step = max(passing, largest_entry + weights + max(solving, trying))
+    factor_bytes = max(_factor_bytes(work, candidate) for candidate in candidates)
     flops = sum(
-        decomposing_flops(each, is_measured=work.calibration is not None)
+        decomposing_flops(linear, is_measured=work.calibration is not None)
         for layer in layers
-        for each in layer.linears
-        if ranks[each.name]
+        for linear in layer.linears
+        if ranks[linear.name]
     )
     if work.calibration is not None:
         flops += work.forward_flops(work.calibration) + work.gram_flops(work.calibration, layers)
     return Needs(
-        working_bytes=max(pass_bytes(work, num_parts, step, states), 2 * waiting + weights + solving),
-        beside_bytes=2 * waiting + weights,
-        scratch_bytes=sum(decompositions) + len(layers) * len(layers[0].linears) * FINDINGS_OF_LINEAR + kept,
-        kept_bytes=kept,
+        working_bytes=max(pass_bytes(work, num_parts, step, states), 2 * largest_entry + weights + solving),
+        beside_bytes=2 * largest_entry + weights,
+        scratch_bytes=sum(decompositions)
+        + len(layers) * len(layers[0].linears) * FINDINGS_OF_LINEAR
+        + factor_bytes,
+        kept_bytes=factor_bytes,
         flops=flops,
     )
 
@@ -106,7 +108,7 @@ def _last_layers_needs(
 def _chosen_needs(
     settings: Factorize, task: AllocationTask, work: Workload, candidates: Sequence[Candidate]
 ) -> Needs:
-    """Return what error control takes once damages are measured: a layer, and a Linear's decomposition."""
+    """Return the needs of error control after the damages stage: a layer, and a Linear's decomposition."""
     if not task.offers_ranks:
         return Needs()
     ranks, num_parts = offered_ranks(task), 2 if settings.beta == "auto" else 1
@@ -115,23 +117,23 @@ def _chosen_needs(
         + num_parts * FLOAT32 * linear.in_features**2
         for linear in work.largest_layer.linears
     )
-    kept = max(_factor_bytes(work, each) for each in candidates)
+    factor_bytes = max(_factor_bytes(work, candidate) for candidate in candidates)
     return Needs(
         working_bytes=work.layer_weights + reading + _most_solving(work, ranks, has_metric=True),
         beside_bytes=work.layer_weights + reading,
-        scratch_bytes=kept,
-        kept_bytes=kept,
+        scratch_bytes=factor_bytes,
+        kept_bytes=factor_bytes,
     )
 
 
 def vision_needs(
     settings: Factorize, ranks: Mapping[str, int], work: Workload, candidates: Sequence[Candidate]
 ) -> Needs:
-    """Return what tower and projector take: one pass over the pictures, with the Grams of all Linears."""
+    """Return the needs of factorizing tower and projector: a pass over the pictures with all Grams."""
     layers = [layer for part in work.architecture.vision_layers.values() for layer in part]
     linears = [linear for layer in layers for linear in layer.linears if linear.name in ranks]
     num_parts = 3 if settings.beta == "auto" else 1
-    kept = sum(module_bytes(candidates[0].modules[linear.name], work.stored) for linear in linears)
+    factor_bytes = sum(module_bytes(candidates[0].modules[linear.name], work.stored) for linear in linears)
     grams = (
         num_parts
         * FLOAT32
@@ -146,16 +148,16 @@ def vision_needs(
         products = work.tower.parameters + grams // (2 * FLOAT32 * num_parts)  # Grams are symmetric
         flops += work.tower_flops(work.calibration, parameters=products)
     return Needs(
-        working_bytes=grams + max(states, kept + solving),
-        beside_bytes=work.outside_weights + kept,
-        scratch_bytes=kept,
-        kept_bytes=kept,
+        working_bytes=grams + max(states, factor_bytes + solving),
+        beside_bytes=work.outside_weights + factor_bytes,
+        scratch_bytes=factor_bytes,
+        kept_bytes=factor_bytes,
         flops=flops,
     )
 
 
 def _most_solving(work: Workload, ranks: Mapping[str, int], *, has_metric: bool) -> int:
-    """Return the bytes of decomposing the Linear that takes most."""
+    """Return the peak bytes of decomposing one Linear."""
     return max(
         solving_bytes(linear, ranks[linear.name], has_metric=has_metric)
         for linear in work.largest_layer.linears
@@ -163,7 +165,7 @@ def _most_solving(work: Workload, ranks: Mapping[str, int], *, has_metric: bool)
 
 
 def _prefix_bytes(work: Workload) -> int:
-    """Return the bytes of making factors for the inputs that the compressed layers before give."""
+    """Return the bytes of `compressed_prefix_inputs`."""
     linears = work.largest_layer.linears
     # Two trajectories and layers; Grams of both inputs and between them; then a least-squares problem.
     moments = 3 * FLOAT32 * max(linear.in_features**2 for linear in linears)

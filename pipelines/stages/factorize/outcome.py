@@ -1,4 +1,4 @@
-"""What the factorize stage found out, and what people are shown of it."""
+"""The results of the factorize stage, and their tables."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ CHOSEN_RANKS = TypeAdapter(ChosenRanks)
 
 @dataclass(frozen=True)
 class Factorized:
-    """What the factorize stage found and did, as the report has it."""
+    """Reported result of the factorize stage."""
 
-    num_compressed_layers: Annotated[Count, Field(description="How many of the last layers are compressed.")]
+    num_compressed_layers: Annotated[
+        Count, Field(description="Number of compressed layers, counted from the last.")
+    ]
     layer_ratio: Annotated[Finite, Field(description="Share of the parameters removed in each of them.")]
     parameter_budget: Annotated[
         Count,
@@ -51,26 +53,26 @@ class Factorized:
     linears: Annotated[list[FactorizedLinear], Field(description="Every Linear of the compressed layers.")]
     budget: Annotated[
         Budget | None,
-        Field(description="What was allowed and what is spent, in its own unit; null in older reports."),
+        Field(description="The budget and what is spent of it; null in older reports."),
     ] = None
     allocation: Annotated[
         list[AllocatedLinear],
-        Field(description="What error-controlled allocation chose; empty without it."),
+        Field(description="Choices of error-controlled allocation; empty without it."),
     ] = field(default_factory=list)
     predicted_kl: Annotated[
         float | None,
-        Field(description="What its choices add together, in nats per token; null without it."),
+        Field(description="Predicted KL divergence of these choices, in nats per token; null without them."),
     ] = None
 
 
 @dataclass(frozen=True)
 class FactorizeOutcome:
-    """Everything the stage found out; the factors themselves are in its layer files.
+    """Result of the stage; the factors themselves are in its layer files.
 
     Attributes:
-        chosen: The ranks, and why.
-        modules: How every factorized Linear is stored in the files: as plain matrices.
-        linears: What every Linear of the compressed layers lost.
+        chosen: The chosen ranks, with the search or allocation behind them.
+        modules: Name -> storage of every factorized Linear in the files, not quantized.
+        linears: Report entries of all Linears of the compressed layers.
         spectra: Linear -> singular values of the weight in the method's metric.
         files: The layer files.
     """
@@ -88,16 +90,16 @@ class FactorizeOutcome:
 
     @property
     def search(self) -> Sequence[SearchPoint]:
-        """What a search over the number of compressed layers tried."""
+        """The points of a search over the number of compressed layers."""
         return self.chosen.search
 
     @property
     def allocation(self) -> Sequence[AllocatedLinear]:
-        """What error control chose for every Linear."""
+        """The choice of error control for every Linear."""
         return self.chosen.allocation
 
     def reported(self) -> Factorized:
-        """Return what the report has of it."""
+        """Return the part of the result that the report has."""
         plan = self.plan
         return Factorized(
             num_compressed_layers=plan.num_compressed_layers,
@@ -108,7 +110,7 @@ class FactorizeOutcome:
             budget=self.chosen.budget or Budget("parameters", plan.parameter_budget, plan.kept_parameters),
             search=list(self.search),
             linears=[
-                # From the cache, where JSON has made lists of pairs.
+                # In the cache, JSON has turned pairs into lists.
                 replace(linear, spectrum=[(at, value) for at, value in self.spectra.get(linear.name, [])])
                 for linear in self.linears
             ],
@@ -119,32 +121,34 @@ class FactorizeOutcome:
 
 @dataclass(frozen=True)
 class VisionOutcome:
-    """What factorization made of the vision parts."""
+    """Result of factorizing the vision parts."""
 
-    linears: Annotated[list[FactorizedLinear], Field(description="Its Linears.")]
+    linears: Annotated[list[FactorizedLinear], Field(description="The factorized vision Linears.")]
     modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
     files: NotReported[list[Path]] = field(default_factory=list)
 
 
 def search_table(outcome: FactorizeOutcome) -> Table:
-    """One row a tried number of compressed layers."""
-    chosen = outcome.plan.num_compressed_layers
+    """One row per number of compressed layers that was tried."""
+    chosen_layers = outcome.plan.num_compressed_layers
     rows = tuple(
         (
             str(point.num_compressed_layers),
             f"{100 * point.layer_ratio:.1f} %",
             "-" if point.final_layer_error is None else f"{point.final_layer_error:.4f}",
-            "chosen" if point.num_compressed_layers == chosen else "",
+            "chosen" if point.num_compressed_layers == chosen_layers else "",
         )
         for point in outcome.search
     )
     columns = ("last k layers", "removed in each", "final-layer error", "")
-    bold = tuple(row for row, point in enumerate(outcome.search) if point.num_compressed_layers == chosen)
+    bold = tuple(
+        row for row, point in enumerate(outcome.search) if point.num_compressed_layers == chosen_layers
+    )
     return Table("Search over the number of compressed layers", columns, rows, columns[:3], bold)
 
 
 def layer_table(outcome: FactorizeOutcome) -> Table:
-    """One row a compressed layer: rank and relative output error of every Linear."""
+    """One row per compressed layer: rank and relative output error of every Linear."""
     layers: dict[str, dict[str, FactorizedLinear]] = {}
     for linear in outcome.linears:
         layer = _layer_of(linear.name)
@@ -159,15 +163,15 @@ def layer_table(outcome: FactorizeOutcome) -> Table:
 
 
 def budget_table(budget: Budget) -> Table:
-    """Show what was allowed and what is spent."""
+    """The budget and what is spent of it."""
     columns = ("of all decoder Linears", "allowed", "spent", "left")
-    left = f"{100 * (1 - budget.spent / budget.allowed):.2f} %" if budget.allowed else ""
-    row = (budget.unit, f"{budget.allowed:,}", f"{budget.spent:,}", left)
+    unspent = f"{100 * (1 - budget.spent / budget.allowed):.2f} %" if budget.allowed else ""
+    row = (budget.unit, f"{budget.allowed:,}", f"{budget.spent:,}", unspent)
     return Table("Budget", columns, (row,), columns[1:])
 
 
 def allocation_table(linears: Sequence[AllocatedLinear]) -> Table:
-    """Summarise what error control chose; the report's JSON has every Linear with its alternatives."""
+    """One row per choice of error control; the report's JSON has every Linear with its alternatives."""
     total = sum(linear.predicted_kl for linear in linears)
     columns = ("choice", "Linears", "bits per weight", "predicted KL, nats")
     choices: dict[str, list[AllocatedLinear]] = {}
@@ -187,7 +191,7 @@ def allocation_table(linears: Sequence[AllocatedLinear]) -> Table:
 
 
 def linear_table(title: str, linears: Sequence[FactorizedLinear]) -> Table:
-    """List every Linear with its rank and errors."""
+    """One row per Linear with its rank and errors."""
     columns = ("Linear", "shape", "rank", "of it residual", "weight error", "output error")
     rows = tuple(
         (
@@ -204,7 +208,7 @@ def linear_table(title: str, linears: Sequence[FactorizedLinear]) -> Table:
 
 
 def choice_table(linears: Sequence[AllocatedLinear]) -> Table:
-    """List what error control chose for every Linear."""
+    """One row per Linear with the choice of error control."""
     columns = ("Linear", "stored as", "bits per weight", "adds, nats per token", "alternatives")
     rows = tuple(
         (

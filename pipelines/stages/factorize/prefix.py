@@ -1,14 +1,14 @@
-"""`compressed_prefix_inputs`: factors made for the inputs that the compressed layers before really give.
+"""`compressed_prefix_inputs`: factors fitted to the inputs that the compressed layers before them produce.
 
 Two trajectories of the calibration sequences pass through the layers, one layer at a time: the original
-activations through original weights, and beside them those of the model as far as it is compressed. A Linear
-W has inputs x in the one and x' in the other. What it should give is W x, what it gets is x', so its factors
-approximate the weight M that turns x' into W x best (`factorize.compensated_weight`), with errors weighed
-by the Gram of x': errors of earlier layers are made up for as far as a linear map can.
+activations through original weights, and those of the compressed model. A Linear W has inputs x in the first
+and x' in the second. Its output should be W x but its input is x', so its factors approximate the weight M
+that best maps x' to W x (`linalg.compensation`), with errors weighted by the Gram of x'. Errors of earlier
+layers are thus compensated as far as a linear map can.
 
-Within a layer the same holds: groups of Linears with shared inputs are done in the order in which they run,
-and the inputs of a group are measured with the groups before it compressed. That takes a pass of the layer
-for each group, which runs no further than to that group.
+The same holds within a layer: groups of Linears with shared inputs are compressed in the order in which they
+run, and the inputs of a group are measured after the groups before it are compressed. That takes one pass of
+the layer for each group, which stops at that group.
 
 Source: AA-SVD and SAES-SVD, which both calibrate truncation on the compressed prefix with cross-moments.
 """
@@ -49,35 +49,34 @@ if TYPE_CHECKING:
 
 
 def write_on_compressed_prefix(work: Factorization, decision: RankDecision) -> list[FactorizedLinear]:
-    """Write the factors of every compressed layer, as far as an earlier run has not; return what is lost.
+    """Write the factors of every compressed layer that is not cached; return the Linears' report entries.
 
-    Activations pass through layers that are finished all the same, on their factors: the layers behind are
-    measured on that.
+    Activations also pass through cached layers, with their factors, because later layers are fitted to them.
 
     Args:
         work: The stage's run; its cache receives `layer-<index>`, the factors of every layer.
         decision: The chosen ranks.
 
     Raises:
-        FactorizationError: a weight or its inputs are not finite, say; the message names the Linear.
+        FactorizationError: for example, a weight or its inputs are not finite; the message names the Linear.
     """
     layers = work.model.architecture.layers[decision.chosen.first_layer :]
     findings = {layer.index: work.cache.findings(factors_piece(layer.index)) for layer in layers}
-    missing = [index for index, found in findings.items() if found is None]
-    if missing:
-        findings |= _Trajectories(work, decision).write(findings, max(missing))
-    return [linear for found in findings.values() for linear in LINEARS.validate_python(found)]
+    uncached = [index for index, entry in findings.items() if entry is None]
+    if uncached:
+        findings |= _Trajectories(work, decision).write(findings, max(uncached))
+    return [linear for entry in findings.values() for linear in LINEARS.validate_python(entry)]
 
 
 @dataclass(frozen=True)
 class _Trajectories:
-    """What every layer is compressed with."""
+    """The original and the compressed trajectory of the calibration sequences."""
 
     work: Factorization
     decision: RankDecision
 
     def write(self, findings: Mapping[int, object], last: int) -> dict[int, object]:
-        """Pass through the layers up to `last`; return the findings of those that had none."""
+        """Pass through the layers up to `last`; return layer index -> entry of those that were not cached."""
         model, cache = self.work.model, self.work.cache
         assert self.work.samples is not None, "the schema asks for calibration where a stage needs it"
         count = len(self.work.samples)
@@ -90,7 +89,7 @@ class _Trajectories:
         )
         original = model.embed(divided.batches)
         compressed: list[torch.Tensor] = []
-        written: dict[int, object] = {}
+        new_entries: dict[int, object] = {}
         for layer in model.architecture.layers[: last + 1]:
             with model.layer(layer.index) as module:
                 if layer.index < self.decision.chosen.first_layer:
@@ -98,14 +97,14 @@ class _Trajectories:
                     self.work.on_layer()
                     continue
                 compressed = compressed or list(original)
-                # Shares every tensor with the original but those that are replaced.
+                # Shares every tensor with the original except those that are replaced.
                 shared = {id(parameter): parameter for parameter in module.parameters()}
                 twin = copy.deepcopy(module, shared)
                 piece = factors_piece(layer.index)
                 if findings[layer.index] is None:
                     tensors, linears = self._compress(layer, (module, twin), (original, compressed), divided)
-                    written[layer.index] = LINEARS.dump_python(linears)
-                    cache.finish(piece, written[layer.index], tensors)
+                    new_entries[layer.index] = LINEARS.dump_python(linears)
+                    cache.finish(piece, new_entries[layer.index], tensors)
                 elif layer.index < last:
                     store = FileStore([cache.tensors_file(piece)])
                     tensors = store.read(store.names())
@@ -115,7 +114,7 @@ class _Trajectories:
                     model.advance(layer.index, divided.batches, original, module=module)
                     model.advance(layer.index, divided.batches, compressed, module=twin)
             self.work.on_layer()
-        return written
+        return new_entries
 
     def _compress(
         self,
@@ -124,16 +123,16 @@ class _Trajectories:
         hidden: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
         divided: DividedBatches,
     ) -> tuple[dict[str, torch.Tensor], list[FactorizedLinear]]:
-        """Compress the second of two equal modules group by group, for the inputs that it will have.
+        """Compress the second of two equal modules group by group, fitted to the inputs of the second.
 
         Args:
             layer: The layer.
-            modules: It twice, loaded.
-            hidden: The inputs of each, of every batch.
-            divided: The batches, and how much each of their tokens counts.
+            modules: The loaded layer twice: original and compressed.
+            hidden: The inputs of each, for every batch.
+            divided: The batches, with their token weights.
 
         Returns:
-            The tensors that store the factors, and what every Linear loses.
+            The tensors that store the factors, and the report entries of the layer's Linears.
         """
         model, (module, twin) = self.work.model, modules
         tensors: dict[str, torch.Tensor] = {}
@@ -145,10 +144,12 @@ class _Trajectories:
                 continue
             name = layer.local_name(group[0])
             inputs = PairedStatistics.zeros(group[0].in_features, model.device, model.token_weight)
-            for batch, states, others, weights in zip(divided.batches, *hidden, token_weights, strict=True):
+            for batch, states, compressed, weights in zip(
+                divided.batches, *hidden, token_weights, strict=True
+            ):
                 inputs.add(
                     model.linear_inputs(module, layer.index, batch, states, name),
-                    model.linear_inputs(twin, layer.index, batch, others, name),
+                    model.linear_inputs(twin, layer.index, batch, compressed, name),
                     weights_for(name, weights),
                 )
             for linear in ranked:
@@ -160,7 +161,7 @@ class _Trajectories:
     def _factorize(
         self, layer: LayerLinears, linear: LinearShape, module: nn.Module, inputs: PairedStatistics
     ) -> tuple[dict[str, torch.Tensor], FactorizedLinear]:
-        """Return the tensors that store a Linear for the inputs it will have, and what is lost."""
+        """Return the tensors that store a Linear fitted to its compressed inputs, and its report entry."""
         work, rank = self.work, self._rank(linear)
         residual_rank = self.decision.residual_ranks[linear.name]
         assert rank is not None
@@ -190,7 +191,7 @@ class _Trajectories:
     def _put(
         self, layer: LayerLinears, linear: LinearShape, twin: nn.Module, tensors: Mapping[str, torch.Tensor]
     ) -> None:
-        """Give a Linear of a loaded layer the weight that its stored factors stand for."""
+        """Replace a Linear's weight in a loaded layer by the product of its stored factors."""
         rank = self._rank(linear)
         if rank is None:
             return

@@ -1,10 +1,10 @@
-"""`beta: auto`: how much of a matrix's rank the residual gets, judged on calibration tokens held out for it.
+"""`beta: auto`: the residual's part of each rank, chosen on held-out calibration tokens.
 
 A residual in plain weight space (`erc_svd`) cannot lower the error on the tokens that the first stage was
-fitted to; what it may lower is the error on others. So the last quarter of the calibration sequences is set
-aside. Each matrix is decomposed by the Gram of the other sequences, truncated with every share of the
-residual on offer, and the share with the smallest output error on the sequences set aside is taken. The
-factors that are kept are made with that share from the Gram of all sequences.
+fitted to, but it may lower the error on others. So the last quarter of the calibration sequences is held out.
+Each matrix is decomposed by the Gram of the other sequences and truncated with every candidate share of the
+residual; the share with the smallest output error on the held-out sequences is chosen. The final factors are
+computed with that share from the Gram of all sequences.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BETAS_ON_OFFER = (0.0, 0.02, 0.05, 0.1, 0.2)
 
 
 def num_fitting_samples(settings: Factorize, num_samples: int) -> int:
-    """Return how many of the first samples are not held out: all of them, but with `beta: auto`.
+    """Return the number of first samples that are not held out: all, except with `beta: auto`.
 
     Raises:
         FactorizationError: there are too few samples to hold out any.
@@ -51,15 +51,15 @@ def share_with_residual(
     ranks: Iterable[int],
     output_metric: torch.Tensor | None,
 ) -> dict[int, int | None]:
-    """Return for each rank what of it the residual gets; None for a method without one.
+    """Return rank -> the residual's part of it; None for a method without a residual.
 
     Args:
         settings: The recipe's stage.
         linear: The Linear.
         weight: [out, in].
-        parts: With `beta: auto`, Grams [in, in] of the sequences to decompose by and of those held out.
-        ranks: At which the Linear may be truncated.
-        output_metric: [out, out], the metric of the error where the stage asks for `fisher`.
+        parts: With `beta: auto`, Grams [in, in] of the fitting and of the held-out sequences.
+        ranks: The ranks that the Linear may get.
+        output_metric: [out, out], the metric of the error with `output_metric: fisher`.
     """
     if settings.beta != "auto":
         return {rank: planned_residual_rank(settings, linear, rank) for rank in ranks}
@@ -76,25 +76,27 @@ def choose_residual_ranks(
     ranks: Iterable[int],
     output_metric: torch.Tensor | None,
 ) -> dict[int, int]:
-    """Return for each rank what of it the residual gets.
+    """Return rank -> the residual's part of it.
 
     Args:
         settings: The recipe's stage, with `beta: auto`.
         linear: The Linear.
         weight: [out, in].
-        fitting_gram: [in, in], sum of x x^T over the sequences to decompose by.
-        held_out_gram: [in, in], the same over the others.
-        ranks: At which the Linear may be truncated.
-        output_metric: [out, out], the metric of the error where the stage asks for `fisher`.
+        fitting_gram: [in, in], sum of x x^T over the fitting sequences.
+        held_out_gram: [in, in], sum of x x^T over the held-out sequences.
+        ranks: The ranks that the Linear may get.
+        output_metric: [out, out], the metric of the error with `output_metric: fisher`.
     """
-    wanted = sorted(set(ranks))
-    if not wanted:
+    sorted_ranks = sorted(set(ranks))
+    if not sorted_ranks:
         return {}
     metric = output_metric if settings.output_metric == "fisher" else None
-    made = decompose_linear(settings, linear, weight, fitting_gram, max_rank=wanted[-1], output_metric=metric)
+    decomposition = decompose_linear(
+        settings, linear, weight, fitting_gram, max_rank=sorted_ranks[-1], output_metric=metric
+    )
 
     def held_out_error(rank: int, residual_rank: int) -> float:
-        factors = truncate_linear(settings, made, weight, rank, residual_rank, exact=False)
+        factors = truncate_linear(settings, decomposition, weight, rank, residual_rank, exact=False)
         if metric is None:
             return calibration_error(weight, factors, held_out_gram)
         return output_error(weight, factors.product(), held_out_gram, metric)
@@ -104,12 +106,12 @@ def choose_residual_ranks(
             residual_ranks_on_offer(linear, rank),
             key=lambda residual, rank=rank: (held_out_error(rank, residual), residual),  # type: ignore[misc]
         )
-        for rank in wanted
+        for rank in sorted_ranks
     }
 
 
 def residual_ranks_on_offer(linear: LinearShape, rank: int) -> list[int]:
-    """Return the residual ranks to choose from, ascending: 0, and those that leave the first stage room."""
+    """Return the candidate residual ranks, ascending: 0, and those that leave rank for the first stage."""
     shape = linear.out_features, linear.in_features
-    asked = {split_rank(rank, *shape, beta)[1] for beta in BETAS_ON_OFFER}
-    return sorted(residual for residual in asked if residual == 0 or residual < rank - 1)
+    candidates = {split_rank(rank, *shape, beta)[1] for beta in BETAS_ON_OFFER}
+    return sorted(residual for residual in candidates if residual == 0 or residual < rank - 1)

@@ -1,9 +1,9 @@
-"""The factorize stage: low-rank factors for decoder Linears, their ranks chosen in one of two ways.
+"""The factorize stage: low-rank factors for decoder Linears, with ranks chosen in one of two ways.
 
 `walk` has the steps. There are two ways to choose ranks: `allocation: last_k` gives every matrix of the last
 k layers its share of one budget and searches for k (`ranks.last_layers`); `allocation: error_controlled`
-weighs all matrices against each other (`ranks.error_controlled`), by what a stage of its own has measured
-(`damages`). Vision tower and projector are another, whose ranks are planned (`vision`).
+weighs all matrices against each other (`ranks.error_controlled`) by the damages that a separate stage has
+measured (`damages`). Vision tower and projector are another stage, whose ranks are planned (`vision`).
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FactorizeStage(Stage):
-    """What is factorized, to which ranks, and what the choice between them depends on.
+    """The stage with the ranks of all candidates, and what the choice between them depends on.
 
     Attributes:
         factorize: The recipe's stage.
-        architecture: The model's.
-        ranks_by_k: Number of compressed layers -> ranks, for every number that is tried.
-        allocation: What error control chooses from; None without it.
-        further_settings: What else of the recipe ranks depend on, as JSON values.
+        architecture: The model's architecture.
+        ranks_by_k: Number of compressed layers -> its ranks, for every number that is tried.
+        allocation: The options of error control; None without it.
+        further_settings: Other parts of the recipe that ranks depend on, as JSON values.
     """
 
     factorize: Factorize
@@ -73,7 +73,7 @@ class FactorizeStage(Stage):
         """Return the stage with the ranks of every candidate; None if the recipe does not factorize.
 
         Raises:
-            PlanError: factors that stay as they are could not be loaded at some tensor parallel size.
+            PlanError: unquantized factors could not be loaded at some tensor parallel size.
         """
         recipe, architecture = context.recipe, context.architecture
         if recipe.factorize is None:
@@ -98,7 +98,7 @@ class FactorizeStage(Stage):
             measured.task if isinstance(measured, DamagesStage) else None,
             further,
         )
-        if recipe.quantize is None:  # whose stage judges shapes as they are in the end
+        if recipe.quantize is None:  # the quantize stage checks the final shapes
             stage._check_shapes(recipe.serving.tensor_parallel_sizes)
         return stage
 
@@ -111,7 +111,7 @@ class FactorizeStage(Stage):
 
     @property
     def title(self) -> str:
-        """The method, and how ranks are chosen."""
+        """The method and the choice of ranks."""
         if self.allocation is not None and not self.allocation.offers_ranks:
             return "bits, error-controlled"
         if self.allocation is not None:
@@ -120,7 +120,7 @@ class FactorizeStage(Stage):
         return f"{self.factorize.method}, {count} candidate{'s' if count > 1 else ''}"
 
     def settings(self) -> Any:
-        """Return the recipe's stage, and what else ranks follow from."""
+        """Return the recipe's stage, and the other settings that ranks depend on."""
         return self.factorize.model_dump(mode="json") | dict(self.further_settings)
 
     def store(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
@@ -137,7 +137,7 @@ class FactorizeStage(Stage):
         ] or [before]
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return the highest of observing, trying and writing."""
+        """Return the peak needs of observing, trying and writing."""
         return factorize_needs(self.factorize, self.ranks_by_k, self.allocation, work, candidates)
 
     def run(self, run: StageRun) -> FactorizeOutcome:
@@ -168,11 +168,11 @@ class FactorizeStage(Stage):
         return outcome
 
     def reported(self, result: FactorizeOutcome) -> Factorized:
-        """Return what was chosen, and what every Linear lost."""
+        """Return the chosen ranks, and the errors of every Linear."""
         return result.reported()
 
     def tables(self, result: FactorizeOutcome) -> Iterable[Table]:
-        """Show the search, every Linear, and what error control chose."""
+        """Yield the tables of the search, the Linears, and the choices of error control."""
         if len(result.search) > 1:
             yield search_table(result)
         if result.linears:

@@ -1,9 +1,8 @@
-"""Factorize what stands before the decoder of a vision-language model: vision tower and projector.
+"""Factorize the vision tower and the projector of a vision-language model.
 
-Both are small beside the decoder and run in one piece. Every Linear is measured on the original features,
-in one pass over the calibration pictures, and each part reaches the recipe's compression ratio on its own, so
-that ranks are known before the run. The decoder is then calibrated on the features that the compressed parts
-give.
+Both are small beside the decoder and run as a whole. Every Linear is measured on the original features in one
+pass over the calibration pictures. Each part reaches the recipe's compression ratio by itself, so that ranks
+are known before the run. The decoder is then calibrated on the features of the compressed parts.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ if TYPE_CHECKING:
 
 
 def factorize_vision(work: Factorization, ranks: Mapping[str, int]) -> VisionOutcome:
-    """Factorize the vision Linears that `ranks` names, unless the cache has them already.
+    """Factorize the vision Linears that `ranks` names, unless they are cached.
 
     Args:
-        work: The stage's run. Of its samples those with pictures count.
+        work: The stage's run; only its samples with pictures are used.
         ranks: From `plan_vision_ranks`.
 
     Raises:
@@ -67,7 +66,7 @@ def factorize_vision(work: Factorization, ranks: Mapping[str, int]) -> VisionOut
 
 
 def _groups(architecture: Architecture, ranks: Mapping[str, int]) -> list[list[LinearShape]]:
-    """Return the Linears to factorize, those that share an input together."""
+    """Return the Linears to factorize, grouped by shared inputs."""
     groups = [
         [linear for linear in group if linear.name in ranks]
         for layers in architecture.vision_layers.values()
@@ -78,28 +77,31 @@ def _groups(architecture: Architecture, ranks: Mapping[str, int]) -> list[list[L
 
 
 def _observe(work: Factorization, groups: Sequence[Sequence[LinearShape]]) -> dict[str, ObservedInputs]:
-    """Return first Linear of a group -> its inputs on the pictures; empty for a data-free method."""
+    """Return first Linear of a group -> its input statistics; empty for a data-free method."""
     if work.samples is None:
         return {}
     pictures = [sample for sample in work.samples if sample.images]
     num_fitting = num_fitting_samples(work.settings, len(pictures))
-    # Gradients are measured behind the embedding alone.
+    # Gradients are measured only after the embedding.
     token_weight = "unit_norm" if work.model.token_weight == "sensitivity" else work.model.token_weight
-    parts: list[dict[str, InputStatistics]] = []
+    statistics_of_parts: list[dict[str, InputStatistics]] = []
     for part in filter(None, (pictures[:num_fitting], pictures[num_fitting:])):
         statistics = {
             group[0].name: InputStatistics.zeros(group[0].in_features, work.model.device, token_weight)
             for group in groups
         }
         work.model.embed(work.model.batches(part), observe=statistics)
-        parts.append(statistics)
-    return {name: ObservedInputs.of_parts([part[name] for part in parts]) for name in parts[0]}
+        statistics_of_parts.append(statistics)
+    return {
+        name: ObservedInputs.of_parts([part[name] for part in statistics_of_parts])
+        for name in statistics_of_parts[0]
+    }
 
 
 def _factorize(
     work: Factorization, linear: LinearShape, storage: Storage, inputs: ObservedInputs | None
 ) -> tuple[dict[str, torch.Tensor], FactorizedLinear]:
-    """Return the tensors of a Linear's factors, and what is lost."""
+    """Return the tensors of a Linear's factors, and its report entry."""
     settings, rank, name = work.settings, storage.rank, f"{linear.name}.{WEIGHT}"
     assert rank is not None
     weight = work.model.store.read([name])[name].to(work.model.device, work.model.dtype)

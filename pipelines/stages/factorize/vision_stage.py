@@ -1,4 +1,4 @@
-"""The stage that factorizes vision tower and projector, where the recipe switches it on."""
+"""The stage that factorizes vision tower and projector, if the recipe enables it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VisionStage(Stage):
-    """Factorization of vision tower and projector, where the recipe switches it on.
+    """Factorization of vision tower and projector, if the recipe enables it.
 
     Attributes:
-        factorize: The recipe's factorize stage, whose method and ratio hold here too.
-        architecture: The model's.
+        factorize: The recipe's factorize stage, whose method and ratio are used here, too.
+        architecture: The model's architecture.
         ranks: Rank of every vision Linear that is factorized.
-        switches: Which parts the recipe asks for, as JSON values.
-        steps_digest: Of what ranks are multiples of.
+        switches: Field of the recipe -> whether that part is factorized.
+        steps_digest: Digest of the rank steps.
     """
 
     factorize: Factorize
@@ -52,7 +52,7 @@ class VisionStage(Stage):
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if the recipe leaves the vision parts alone."""
+        """Return the stage; None if the recipe does not compress vision parts."""
         recipe, architecture = context.recipe, context.architecture
         if recipe.factorize is None or recipe.vision is None:
             return None
@@ -67,7 +67,7 @@ class VisionStage(Stage):
         return cls(recipe.factorize, architecture, ranks, switches, digest_of(asdict(steps)))
 
     def settings(self) -> Any:
-        """Return the factorize stage, and which parts it holds for."""
+        """Return the factorize stage, and the parts to factorize."""
         return {
             "factorize": self.factorize.model_dump(mode="json"),
             "parts": dict(self.switches),
@@ -75,13 +75,13 @@ class VisionStage(Stage):
         }
 
     def store(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Add the factorized vision Linears."""
+        """Return the candidates with factorized vision Linears."""
         rules = StorageRules(self.architecture, self.factorize.layout)
         storages = rules.factorized(self.architecture.vision_linears, self.ranks)
         return [replace(before, modules={**before.modules, **storages}) for before in candidates]
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return the higher of observing and decomposing."""
+        """Return the peak needs of observing and decomposing."""
         return vision_needs(self.factorize, self.ranks, work, candidates)
 
     def run(self, run: StageRun) -> VisionOutcome:
@@ -95,5 +95,5 @@ class VisionStage(Stage):
         return outcome
 
     def tables(self, result: VisionOutcome) -> Iterable[Table]:
-        """List every Linear."""
+        """Yield a table of all factorized vision Linears."""
         yield linear_table("Factorized vision Linears", result.linears)

@@ -1,11 +1,11 @@
-"""The decoder's factors, in three steps.
+"""The factorization of the decoder, in three steps.
 
     decompositions  of every Linear by its inputs, up to the highest rank on offer, kept on disk: made in one
                     pass (`decomposition_pass`), by this stage or, for error control, by the damages stage
     choice          of the ranks, in the recipe's way (`ranks`)
     factors         of the chosen ranks, written layer by layer
 
-What is finished is not computed again.
+Cached results are not computed again.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def factorize_decoder(
         on_written: Called after every layer whose factors are written from its decompositions.
 
     Raises:
-        FactorizationError: a weight or its inputs are not finite, say.
-        AllocationError: the cheapest that can be chosen does not fit the budget.
+        FactorizationError: for example, a weight or its inputs are not finite.
+        AllocationError: even the cheapest options do not fit the budget.
     """
     findings = work.cache.findings(OUTCOME)
     if findings is None:
@@ -77,7 +77,7 @@ def factorize_decoder(
 def _write_factors(
     work: Factorization, decision: RankDecision, on_written: Callable[[], None]
 ) -> list[FactorizedLinear]:
-    """Write the factors of the chosen ranks, as far as an earlier run has not; return what is lost."""
+    """Write the factors of the chosen ranks that are not cached; return the Linears' report entries."""
     if work.settings.compressed_prefix_inputs:
         return write_on_compressed_prefix(work, decision)
     linears: list[FactorizedLinear] = []
@@ -86,8 +86,8 @@ def _write_factors(
         findings = work.cache.findings(piece)
         if findings is None:
             with work.model.layer(layer.index) as module:
-                tensors, written = _factorize_layer(work, decision, layer, module)
-            findings = LINEARS.dump_python(written)
+                tensors, layer_entries = _factorize_layer(work, decision, layer, module)
+            findings = LINEARS.dump_python(layer_entries)
             work.cache.finish(piece, findings, tensors)
         linears += LINEARS.validate_python(findings)
         on_written()
@@ -97,7 +97,7 @@ def _write_factors(
 def _factorize_layer(
     work: Factorization, decision: RankDecision, layer: LayerLinears, module: nn.Module
 ) -> tuple[dict[str, torch.Tensor], list[FactorizedLinear]]:
-    """Return the tensors of a loaded layer's factors, and what every Linear loses."""
+    """Return the tensors of a loaded layer's factors, and the report entries of its Linears."""
     ranks = decision.chosen.plan.ranks
 
     def factorize(linear: LinearShape) -> tuple[dict[str, torch.Tensor], FactorizedLinear]:

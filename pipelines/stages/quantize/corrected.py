@@ -1,4 +1,4 @@
-"""Integers with a low-rank correction in the quantize stage: how they are fitted, stored and read again."""
+"""Integers with a low-rank correction in the quantize stage: settings of the fit, storing and reading."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def correction_task(
     *,
     output_metric: torch.Tensor | None = None,
 ) -> CorrectionTask:
-    """Return how a weight becomes integers with a correction.
+    """Return the task of fitting integers with a correction to a weight.
 
     Args:
         stage: The recipe's stage.
-        storage: Of the weight; its layout is corrected.
+        storage: Storage of the weight, with layout `corrected`.
         weight: [out, in].
-        scale_dtype: Precision in which scales and plain factors are stored.
-        output_metric: How much errors of the outputs matter, [out, out]; None: all alike.
+        scale_dtype: Dtype in which scales and unquantized factors are stored.
+        output_metric: [out, out], weights of output errors; None for the identity.
     """
     assert storage.weight is not None
     assert storage.rank is not None
@@ -55,14 +55,14 @@ def store_corrected(
     method: RoundingMethod,
     result: QuantizedLayer,
 ) -> None:
-    """Add a Linear's tensors and matrices to what became of a layer.
+    """Add a Linear's tensors and report entries to the result of its layer.
 
     Args:
-        name: Of the Linear.
-        storage: Of its weight.
-        corrected: What was fitted.
-        dtype: Precision in which scales and plain factors are stored.
-        method: The recipe's.
+        name: Name of the Linear.
+        storage: Storage of its weight.
+        corrected: The fitted integers and factors.
+        dtype: Dtype in which scales and unquantized factors are stored.
+        method: The recipe's method.
         result: Receives them.
     """
     report = corrected.report
@@ -92,7 +92,7 @@ def store_corrected(
 def read_corrected(
     name: str, storage: Storage, tensors: Mapping[str, torch.Tensor], device: torch.device
 ) -> torch.Tensor:
-    """Return the weight [out, in], float32, that `store_corrected` stored; computed as when it was fitted."""
+    """Return the weight [out, in], float32, that `store_corrected` stored, computed as in the fit."""
     values = {}
     for part, (shape, quantization) in storage.parts.items():
         where = f"{name}.{part}" if part else name

@@ -1,9 +1,9 @@
-"""GPTQ of every decoder Linear, factors included, one layer at a time, and of the output layer behind them.
+"""GPTQ of every decoder Linear, including factors, one layer at a time, and then of the output layer.
 
-Each layer is measured on the output of the layers before it as they will be served (already
-quantized), unless the recipe says otherwise. A pair of factors is quantized in the order in which its
-errors arise: the first factor, then the second re-fitted to the original weight and quantized on the
-first one's quantized output.
+Each layer is measured on the outputs of the quantized layers before it, as they will be served, unless the
+recipe says otherwise. A pair of factors is quantized in the order in which its errors arise: the first
+factor, then the second one, re-fitted to the original weight and quantized on the outputs of the quantized
+first one.
 """
 
 from __future__ import annotations
@@ -64,24 +64,24 @@ def quantize_decoder(
     sensitivity: Sensitivity | None = None,
     vocabulary: VocabularyQuantizer | None = None,
 ) -> QuantizeOutcome:
-    """Quantize the decoder; layers that are finished in `work` are not computed again.
+    """Quantize the decoder; layers with a cache entry in `work` are not quantized again.
 
-    Activations pass through them all the same, on their integers: the layers behind are measured on that.
+    Activations also pass through cached layers, with their integers: later layers are measured on them.
 
     Args:
-        model: The model as the stages before left it, dense or with plain factors.
+        model: The model after the stages before, dense or with unquantized factors.
         original: The original weights, which second factors are re-fitted to.
         samples: Calibration sequences.
         settings: The recipe's stage.
-        modules: How every altered Linear is stored in the end.
-        matches: What the stage's patterns matched, for the report.
+        modules: Name -> final storage of every changed Linear.
+        matches: Matches of the stage's patterns, for the report.
         work: Receives `layer-<index>`, the integers of every layer.
         on_layer: Called after every decoder layer.
-        refits_to_factors: Second factors are re-fitted to the product of the pair as it comes, and losses
-            are relative to that: trained factors are nearer to the original's outputs than its weight is.
-        token_sensitivity: How much the samples' tokens count, where that was measured.
-        sensitivity: Fisher information of the Linears' outputs, where corrections are fitted by it.
-        vocabulary: Quantizes the output layer, if that is to become integers.
+        refits_to_factors: Second factors are re-fitted to the product of the unquantized pair, and losses
+            are relative to that: trained factors are nearer to the original's outputs than its weight.
+        token_sensitivity: Measured token weights; None if they were not measured.
+        sensitivity: Fisher information of the Linears' outputs, if corrections are fitted with it.
+        vocabulary: Quantizes the output layer; None if it stays in floating point.
 
     Raises:
         QuantizationError: a weight or Gram is not finite, or a scale leaves its precision's range.
@@ -121,7 +121,7 @@ def _quantize_missing(
     work: FinishedWork,
     on_layer: Callable[[], None],
 ) -> list[torch.Tensor]:
-    """Pass through the decoder, and quantize the layers that have no findings yet: they get them.
+    """Pass through the decoder, quantize the layers that are not cached, and add their entries to `findings`.
 
     Returns:
         The last layer's outputs.
@@ -166,9 +166,9 @@ def _experts_quantizer(
     hidden: Sequence[torch.Tensor],
     divided: DividedBatches,
 ) -> ExpertsQuantizer | None:
-    """Return what quantizes the routed experts of a loaded layer; None if they stay as they are.
+    """Return the quantizer of a loaded layer's routed experts; None if they are not quantized.
 
-    As every Linear's, their inputs are those in the layer before any of it is quantized.
+    Their inputs, like those of all Linears, are taken before any part of the layer is quantized.
     """
     experts = layer.experts
     if experts is None or not any(linear.name in quantizer.storages for linear in experts.linears):

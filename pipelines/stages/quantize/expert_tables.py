@@ -1,4 +1,4 @@
-"""What people are told of quantized routed experts: a line for each layer, for there are thousands."""
+"""The table and the warning about quantized routed experts: one line per layer, as there are thousands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def experts_table(matrices: Iterable[QuantizedMatrix]) -> Iterable[Table]:
-    """Summarise the experts of every layer; nothing if there are none."""
+    """Yield a table with one row for the experts of each layer; none if there are no experts."""
     columns = (
         "experts",
         "matrices",
@@ -28,15 +28,15 @@ def experts_table(matrices: Iterable[QuantizedMatrix]) -> Iterable[Table]:
     rows = tuple(
         (
             name,
-            str(len(own)),
-            ", ".join(map(str, sorted({each.bits for each in own}))),
-            f"{min(_tokens(own)):,}",
-            f"{median(_tokens(own)):,.0f}",
-            str(sum(each.is_pooled for each in own)),
-            f"{sum(each.gptq_loss for each in own) / len(own):.5f}",
-            f"{sum(each.rtn_loss for each in own) / len(own):.5f}",
+            str(len(of_layer)),
+            ", ".join(map(str, sorted({matrix.bits for matrix in of_layer}))),
+            f"{min(_tokens(of_layer)):,}",
+            f"{median(_tokens(of_layer)):,.0f}",
+            str(sum(matrix.is_pooled for matrix in of_layer)),
+            f"{sum(matrix.gptq_loss for matrix in of_layer) / len(of_layer):.5f}",
+            f"{sum(matrix.rtn_loss for matrix in of_layer) / len(of_layer):.5f}",
         )
-        for name, own in _by_layer(matrices).items()
+        for name, of_layer in _by_layer(matrices).items()
     )
     if rows:
         title = "Routed experts: tokens that each got, and mean relative proxy loss"
@@ -44,9 +44,9 @@ def experts_table(matrices: Iterable[QuantizedMatrix]) -> Iterable[Table]:
 
 
 def pooling_warning(matrices: Iterable[QuantizedMatrix]) -> Iterable[str]:
-    """Say how many matrices of experts were quantized by other tokens than their own."""
-    routed = [each for each in matrices if each.routed_tokens is not None]
-    num_pooled = sum(each.is_pooled for each in routed)
+    """Yield a warning with the number of expert matrices that were quantized on pooled tokens."""
+    routed = [matrix for matrix in matrices if matrix.routed_tokens is not None]
+    num_pooled = sum(matrix.is_pooled for matrix in routed)
     if num_pooled:
         yield (
             f"quantize: {num_pooled} of {len(routed)} matrices of routed experts got fewer calibration "
@@ -60,10 +60,10 @@ def _by_layer(matrices: Iterable[QuantizedMatrix]) -> dict[str, list[QuantizedMa
     by_layer: dict[str, list[QuantizedMatrix]] = {}
     for matrix in matrices:
         if matrix.routed_tokens is not None:
-            before = matrix.name.partition(f".{EXPERTS}.")[0]
-            by_layer.setdefault(f"{before}.{EXPERTS}", []).append(matrix)
+            prefix = matrix.name.partition(f".{EXPERTS}.")[0]
+            by_layer.setdefault(f"{prefix}.{EXPERTS}", []).append(matrix)
     return by_layer
 
 
 def _tokens(matrices: Sequence[QuantizedMatrix]) -> list[int]:
-    return [each.routed_tokens for each in matrices if each.routed_tokens is not None]
+    return [matrix.routed_tokens for matrix in matrices if matrix.routed_tokens is not None]

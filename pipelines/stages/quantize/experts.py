@@ -1,6 +1,6 @@
-"""Quantize the routed experts of one loaded layer by GPTQ, each on the tokens that the router sends it.
+"""Quantize the routed experts of one loaded layer by GPTQ, each on the tokens routed to it.
 
-One expert is worked on at a time, so that there are never the Grams of more than one in memory.
+Experts are quantized one at a time, so that only one expert's Grams are in memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Quantized:
-    """The integers of a Linear of an expert."""
+    """The integers of an expert's Linear, with the losses of both rounding methods and its inputs."""
 
     linear: LinearShape
     weight: QuantizedWeight
@@ -42,36 +42,36 @@ class ExpertsQuantizer:
     """Quantizes the experts of one loaded layer in place.
 
     Attributes:
-        quantizer: What the layer's other Linears are quantized with.
-        inputs: What the experts read.
+        quantizer: The quantizer of the layer's other Linears.
+        inputs: The inputs of the experts.
     """
 
     quantizer: LayerQuantizer
     inputs: RoutedInputs
 
     def quantize(self, result: QuantizedLayer) -> None:
-        """Quantize every expert that has integers in the plan; `result` receives what becomes of it.
+        """Quantize every expert that the plan quantizes, and add tensors and report entries to `result`.
 
         Raises:
-            QuantizationError: a weight or Gram is not finite, or a scale leaves its precision's range.
+            QuantizationError: a weight or Gram is not finite, or a scale exceeds the range of its dtype.
         """
         self.inputs.prepare()
         numbers = range(self.inputs.experts.count)
         for quantized in map_side_by_side(self._quantize_expert, numbers, small=self.inputs.model.is_small):
-            for each in quantized:
-                self._install(each, result)
+            for linear in quantized:
+                self._install(linear, result)
 
     def _quantize_expert(self, number: int) -> list[_Quantized]:
-        """Quantize gate and up of an expert, then down, all on what the unquantized expert reads."""
+        """Quantize gate and up of an expert, then down, all on the inputs of the unquantized expert."""
         return [
-            each
+            quantized
             for inputs in self.inputs.of(number)
-            for each in self._quantize_group(inputs, self.inputs.expert(number))
+            for quantized in self._quantize_group(inputs, self.inputs.expert(number))
         ]
 
     def _quantize_group(self, inputs: GroupInputs, expert: Expert) -> list[_Quantized]:
-        """Quantize those Linears of an expert that read the same; its weights stay as they are."""
-        chosen, matrices = [], []
+        """Quantize an expert's Linears that share an input; the expert's weights are not changed here."""
+        linears, matrices = [], []
         for linear in inputs.group:
             storage = self.quantizer.storages.get(linear.name)
             if storage is None or storage.weight is None:
@@ -80,22 +80,22 @@ class ExpertsQuantizer:
             weight = expert.get_submodule(linear.name.rpartition(".")[2]).get_parameter("weight").data
             with naming(linear):
                 matrices.append(put_on_grid(weight, settings, self.quantizer.stored_dtype(linear)))
-            chosen.append(linear)
-        if not chosen:
+            linears.append(linear)
+        if not linears:
             return []
         observed = inputs.observed
         held_out = None if observed.parts is None else HeldOutGrams(*observed.parts)
-        with naming(chosen[0]):
+        with naming(linears[0]):
             quantized = quantize_together(
                 matrices, observed.whole.gram, held_out=held_out, method=self.quantizer.settings.method
             )
         return [
             _Quantized(linear, weight, report, inputs)
-            for linear, (weight, report) in zip(chosen, quantized, strict=True)
+            for linear, (weight, report) in zip(linears, quantized, strict=True)
         ]
 
     def _install(self, quantized: _Quantized, result: QuantizedLayer) -> None:
-        """Give a Linear of an expert the weights that will be served, and note what became of it."""
+        """Replace the weight of an expert's Linear by the dequantized one, and add its tensors and entry."""
         name = quantized.linear.name
         matrix = self.inputs.module.get_submodule(name.removeprefix(f"{self.inputs.experts.name}."))
         assert isinstance(matrix, nn.Linear)

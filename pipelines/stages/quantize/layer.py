@@ -1,4 +1,4 @@
-"""Quantize the Linears of one loaded layer: dense weights, pairs with their re-fit, and corrected weights."""
+"""Quantize the Linears of one loaded layer: dense weights, pairs of factors, and corrected weights."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class QuantizationError(ValueError):
 
 @dataclass(frozen=True)
 class LayerQuantizer:
-    """What the Linears of every layer are quantized with.
+    """Quantizes the Linears of every layer.
 
     Attributes:
         settings: The recipe's stage.
         original: The original weights, which second factors are re-fitted to.
-        storages: How every altered Linear is stored in the end.
-        refits_to_factors: Second factors are re-fitted to the product of the pair as it comes, and losses are
+        storages: Name -> final storage of every changed Linear.
+        refits_to_factors: Second factors are re-fitted to the product of the unquantized pair, and losses are
             relative to that.
-        device: Where layers run.
-        dtype: Precision in which layers run.
-        sensitivity: Fisher information of the Linears' outputs, where corrections are fitted by it.
+        device: The device that layers run on.
+        dtype: The dtype that layers run in.
+        sensitivity: Fisher information of the Linears' outputs, if corrections are fitted with it.
     """
 
     settings: Quantize
@@ -73,12 +73,12 @@ class LayerQuantizer:
         """Quantize the Linears of a loaded layer in place.
 
         Args:
-            layer: Its Linears.
-            module: The layer.
-            observed: Name of the first Linear of a group that shares its inputs -> those.
+            layer: The layer's Linears.
+            module: The loaded layer.
+            observed: First Linear of a group -> the group's input statistics.
 
         Raises:
-            QuantizationError: a weight or Gram is not finite, or a scale leaves its precision's range.
+            QuantizationError: a weight or Gram is not finite, or a scale exceeds the range of its dtype.
         """
         result = QuantizedLayer()
         for group in layer.groups:
@@ -105,24 +105,24 @@ class LayerQuantizer:
             if started:
                 with naming(started[0].linear):
                     quantized = quantize_together(
-                        [each.matrix for each in started],
+                        [linear_start.matrix for linear_start in started],
                         gram,
                         held_out=held_out,
                         method=self.settings.method,
                     )
-                for each, (first, report) in zip(started, quantized, strict=True):
-                    with naming(each.linear):
-                        parts = self._finish(each, first, report, gram, held_out, result)
-                    result.tensors.update(_tensors(each, parts))
+                for linear_start, (first, report) in zip(started, quantized, strict=True):
+                    with naming(linear_start.linear):
+                        weights = self._finish(linear_start, first, report, gram, held_out, result)
+                    result.tensors.update(_tensors(linear_start, weights))
             if len(result.linears) > num_before:
                 share = leading_share(gram)
                 result.linears[num_before:] = [
-                    replace(each, leading_share=share) for each in result.linears[num_before:]
+                    replace(entry, leading_share=share) for entry in result.linears[num_before:]
                 ]
         return result
 
     def load(self, layer: LayerLinears, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Give a loaded layer the weights that `tensors`, of an earlier `quantize`, store."""
+        """Load the weights that an earlier `quantize` has stored in `tensors` into a loaded layer."""
         for linear in layer.all_linears:
             storage, local = self.storages.get(linear.name), layer.local_name(linear)
             if storage is None:
@@ -149,7 +149,7 @@ class LayerQuantizer:
         held_out: HeldOutGrams | None,
         result: QuantizedLayer,
     ) -> None:
-        """Fit integers and corrections of Linears with the same inputs, and give them what will be served."""
+        """Fit integers and corrections of Linears with the same inputs, and install the served weights."""
         dtypes = [self.stored_dtype(linear) for linear, _, _ in linears]
         tasks = [
             correction_task(
@@ -158,7 +158,7 @@ class LayerQuantizer:
             for (linear, storage, matrix), dtype in zip(linears, dtypes, strict=True)
         ]
         for (linear, _, _), task in zip(linears, tasks, strict=True):
-            with naming(linear):  # in the fit, which is of all together, nobody could tell whose error it is
+            with naming(linear):  # checked one by one, because an error in the joint fit names no Linear
                 put_on_grid(task.weight, task.settings, task.scale_dtype)
         fitted = quantize_corrected(tasks, gram, held_out=held_out, method=self.settings.method)
         for (linear, storage, matrix), dtype, corrected in zip(linears, dtypes, fitted, strict=True):
@@ -168,15 +168,15 @@ class LayerQuantizer:
             store_corrected(linear.name, storage, corrected, dtype, self.settings.method, result)
 
     def _metric(self, layer: LayerLinears, linear: LinearShape) -> torch.Tensor | None:
-        """Return how much errors of a Linear's outputs matter; None if all alike."""
+        """Return the output metric [out, out] of a Linear; None for the identity."""
         return None if self.sensitivity is None else self.sensitivity.metric(layer, linear, self.device)
 
     def stored_dtype(self, linear: LinearShape) -> torch.dtype:
-        """Return the precision of the original weight, in which scales and plain matrices are stored."""
+        """Return the dtype of the original weight, in which scales and unquantized matrices are stored."""
         return torch_dtype(self.original.info(f"{linear.name}.{WEIGHT}").dtype)
 
-    def _start(self, linear: LinearShape, storage: Storage, module: nn.Module) -> _Started:
-        """Put the weight, or the first of a pair of matrices, on its grid."""
+    def _start(self, linear: LinearShape, storage: Storage, module: nn.Module) -> _StartedLinear:
+        """Put the weight, or the first matrix of a pair, on its grid."""
         dtype = self.stored_dtype(linear)
         if isinstance(module, LowRankLinear | PivotedLinear):
             target = self._target(linear, module).to(self.device, self.dtype)
@@ -184,24 +184,24 @@ class LayerQuantizer:
             assert first is not None
             assert second is not None
             pair = start_pair(self.settings, target, _pair_of(module), (first, second), dtype)
-            return _Started(linear, storage, module, dtype, pair.first, pair)
+            return _StartedLinear(linear, storage, module, dtype, pair.first, pair)
         assert isinstance(module, nn.Linear)
         assert storage.weight is not None
         settings = quantization_settings(self.settings, storage.weight)
-        return _Started(
+        return _StartedLinear(
             linear, storage, module, dtype, put_on_grid(module.weight.data, settings, dtype), None
         )
 
     def _finish(
         self,
-        started: _Started,
+        started: _StartedLinear,
         first: QuantizedWeight,
         report: MatrixReport,
         gram: torch.Tensor,
         held_out: HeldOutGrams | None,
         result: QuantizedLayer,
     ) -> dict[str, QuantizedWeight]:
-        """Give a Linear its integers, the second matrix of a pair included; return them by part."""
+        """Install a Linear's integers, including the second matrix of a pair; return part -> integers."""
         name = started.linear.name
         if started.pair is None:
             assert isinstance(started.module, nn.Linear)
@@ -213,22 +213,22 @@ class LayerQuantizer:
         pair = started.pair.finish(first, report, gram, held_out)
         parts = dict(zip(started.storage.parts, (pair.factor_a, pair.factor_b), strict=True))
         reports = (pair.report.factor_a, pair.report.factor_b)
-        for (part, quantized), each in zip(parts.items(), reports, strict=True):
+        for (part, quantized), part_report in zip(parts.items(), reports, strict=True):
             matrix = started.module.get_submodule(part)
             assert isinstance(matrix, nn.Linear)
-            result.matrices.append(self._install(f"{name}.{part}", matrix, quantized, each))
+            result.matrices.append(self._install(f"{name}.{part}", matrix, quantized, part_report))
         result.linears.append(QuantizedLinear(name, pair.report.loss, pair.report))
         return parts
 
     def _install(
         self, name: str, matrix: nn.Linear, quantized: QuantizedWeight, report: MatrixReport
     ) -> QuantizedMatrix:
-        """Give a matrix the weights that will be served, and return what became of it."""
+        """Replace a matrix's weight by the dequantized one, and return its report entry."""
         give_weight(matrix, quantized.dequantize(matrix.weight.dtype))
         return QuantizedMatrix.of(name, quantized, report, self.settings.method)
 
     def _target(self, linear: LinearShape, module: LowRankLinear | PivotedLinear) -> torch.Tensor:
-        """Return the weight [out, in] that a quantized pair is to come near."""
+        """Return the weight [out, in] that a quantized pair approximates."""
         if self.refits_to_factors:
             return _pair_of(module).product()
         name = f"{linear.name}.{WEIGHT}"
@@ -236,8 +236,8 @@ class LayerQuantizer:
 
 
 @dataclass(frozen=True)
-class _Started:
-    """A Linear of a loaded layer whose weight, or first matrix, is about to be quantized."""
+class _StartedLinear:
+    """A Linear of a loaded layer with its weight, or first matrix, on the grid."""
 
     linear: LinearShape
     storage: Storage
@@ -248,23 +248,23 @@ class _Started:
 
 
 def give_weight(matrix: nn.Linear, weight: torch.Tensor) -> None:
-    """Give a matrix the weight that will be served, in the precision and on the device that it has."""
+    """Replace a matrix's weight by the one to be served, with the same dtype and device."""
     matrix.weight = nn.Parameter(weight.to(matrix.weight.device, matrix.weight.dtype), requires_grad=False)
 
 
 @contextmanager
 def naming(linear: LinearShape) -> Iterator[None]:
-    """Tell which Linear cannot be quantized."""
+    """Turn an error within the context into one that names the Linear."""
     try:
         yield
-    except QuantizationError:  # which names it already
+    except QuantizationError:  # already names the Linear
         raise
     except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise QuantizationError(f"{linear.name}: {error}") from error
 
 
-def _tensors(started: _Started, parts: Mapping[str, QuantizedWeight]) -> dict[str, torch.Tensor]:
-    """Return the tensors that store a quantized Linear, its guard and order of rows included."""
+def _tensors(started: _StartedLinear, parts: Mapping[str, QuantizedWeight]) -> dict[str, torch.Tensor]:
+    """Return the tensors that store a quantized Linear, including its guard and row order."""
     name = started.linear.name
     tensors = {f"{name}.{GUARD}": torch.empty(GUARD_SHAPE, dtype=started.dtype)}
     if isinstance(started.module, PivotedLinear):

@@ -1,4 +1,4 @@
-"""What GPTQ takes of memory, disk and arithmetic."""
+"""Memory, disk and operations of the quantize stage."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
-    """Return what the stage takes: two trajectories, the Grams of a layer, and one group of Linears."""
+    """Return the stage's needs: two trajectories, the Grams of a layer, and one group of Linears."""
     ranks, corrected = _highest_ranks(candidates), _corrected(candidates)
     if work.recipe.target is not None and work.recipe.target.corrections:
-        corrected = {linear.name for linear in work.architecture.linears}  # which ones, the run decides
+        corrected = {linear.name for linear in work.architecture.linears}  # the run decides which ones
     is_weighed = work.recipe.corrects_by_sensitivity
     weights = work.layer_weights
     step = max(
@@ -29,13 +29,13 @@ def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
             for group in work.largest_layer.groups
         ),
     )
-    # Behind the unquantized layer, and before it or behind the quantized one.
+    # The inputs of the layer or the outputs of the quantized one, and the outputs of the unquantized one.
     states = 2 * work.activations(work.calibrating)
     routed = _expert_bytes(work, candidates)
-    kept = max(_integer_bytes(work, candidate.modules) for candidate in candidates)
-    kept += modules_bytes(candidates[0].experts, work.stored)
+    integer_bytes = max(_integer_bytes(work, candidate.modules) for candidate in candidates)
+    integer_bytes += modules_bytes(candidates[0].experts, work.stored)
     return Needs(
-        # Grams of what GPTQ is fitted to, of what is held out to judge it, and of both together.
+        # Grams of the fitting tokens, of the held-out tokens, and of both together.
         working_bytes=max(
             states + weights + 3 * work.layer_grams + step,
             states + weights + (routed and states // 2 + max(routed, 3 * work.layer_grams + step)),
@@ -44,8 +44,8 @@ def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
             _output_layer_bytes(work, candidates),
         ),
         beside_bytes=max(2 * weights, 2 * work.stored * _vocabulary_weights(work, candidates)),
-        scratch_bytes=kept,
-        kept_bytes=kept,
+        scratch_bytes=integer_bytes,
+        kept_bytes=integer_bytes,
         flops=work.forward_flops(work.calibrating)
         + work.gram_flops(work.calibrating, work.architecture.layers)
         + _quantize_flops(work, candidates)
@@ -54,17 +54,21 @@ def quantize_needs(work: Workload, candidates: Sequence[Candidate]) -> Needs:
 
 
 def _vocabulary_weights(work: Workload, candidates: Sequence[Candidate]) -> int:
-    """Return the weights of the largest matrix with a row for every token that becomes integers."""
+    """Return the number of weights of the larger of embedding and output layer, if quantized."""
     vocabulary = work.architecture.vocabulary
-    matrices = [each for each in (vocabulary.embedding, vocabulary.multiplied) if each is not None]
+    matrices = [matrix for matrix in (vocabulary.embedding, vocabulary.multiplied) if matrix is not None]
     return max(
-        (each.parameters for each in matrices if any(each.name in one.modules for one in candidates)),
+        (
+            matrix.parameters
+            for matrix in matrices
+            if any(matrix.name in candidate.modules for candidate in candidates)
+        ),
         default=0,
     )
 
 
 def _output_layer_bytes(work: Workload, candidates: Sequence[Candidate]) -> int:
-    """Return the bytes of quantizing an output layer, block by block; 0 if it stays as it is."""
+    """Return the bytes of quantizing an output layer, block by block; 0 if it is not quantized."""
     multiplied = work.architecture.vocabulary.multiplied
     if multiplied is None or not any(multiplied.name in candidate.modules for candidate in candidates):
         return 0
@@ -74,10 +78,10 @@ def _output_layer_bytes(work: Workload, candidates: Sequence[Candidate]) -> int:
 
 
 def rounding_bytes(rows: int, columns: int) -> int:
-    """Return the bytes of quantizing matrices with the same inputs, stacked to so many rows.
+    """Return the bytes of quantizing matrices with the same inputs, stacked to `rows` rows.
 
-    Either the Hessian's factorization in float64 is the most, three matrices, or the loop and the losses:
-    six copies of what is quantized in float32.
+    The peak is either the Hessian's factorization, three matrices in float64, or the loop and the losses, six
+    copies of the matrices in float32.
     """
     return max(3 * FLOAT64 * columns**2, 6 * FLOAT32 * rows * columns)
 
@@ -90,13 +94,13 @@ def rounding_flops(rows: int, columns: int) -> float:
 def _group_bytes(
     group: Sequence[LinearShape], ranks: Mapping[str, int], corrected: Set[str], *, is_weighed: bool
 ) -> int:
-    """Return the bytes of quantizing Linears with the same inputs, their pairs of factors included.
+    """Return the bytes of quantizing Linears with the same inputs, including their pairs of factors.
 
     Args:
         group: The Linears.
-        ranks: Of those that are factorized.
-        corrected: Names of those that get a correction.
-        is_weighed: Whether corrections are fitted by a metric of the outputs.
+        ranks: Name -> rank of the factorized ones.
+        corrected: Names of the ones with a correction.
+        is_weighed: Whether corrections are fitted with an output metric.
     """
     rows = sum(ranks.get(linear.name) or linear.out_features for linear in group)
     pairs, refitting = 0, 0
@@ -107,7 +111,7 @@ def _group_bytes(
             refitting = max(refitting, FLOAT64 * (3 * linear.parameters + linear.in_features**2))
         if linear.name in corrected:
             metric = linear.out_features**2 if is_weighed else 0
-            # What the integers leave, what the pair gives, and the metric.
+            # The residual of the integers, the product of the pair, and the metric.
             pairs += FLOAT32 * (2 * linear.parameters + metric)
             fitted = 3 * linear.parameters + linear.in_features**2 + 3 * metric
             refitting = max(refitting, FLOAT64 * fitted)
@@ -115,7 +119,7 @@ def _group_bytes(
 
 
 def _quantize_flops(work: Workload, candidates: Sequence[Candidate]) -> float:
-    """Return the operations of the loops, of the candidate with the fewest."""
+    """Return the operations of the GPTQ loops, for the candidate with the fewest."""
     vocabulary = work.architecture.vocabulary.multiplied
     return min(
         sum(
@@ -135,7 +139,7 @@ def _quantize_flops(work: Workload, candidates: Sequence[Candidate]) -> float:
 
 
 def _expert_bytes(work: Workload, candidates: Sequence[Candidate]) -> int:
-    """Return the bytes of quantizing one expert, beside what all experts of the layer are given."""
+    """Return the bytes of quantizing one expert, without the inputs of the layer's experts."""
     return max(
         (
             3 * FLOAT32 * group[0].in_features ** 2
@@ -157,16 +161,16 @@ def _expert_flops(work: Workload, candidates: Sequence[Candidate]) -> float:
         if layer.experts is None:
             continue
         tokens = work.calibrating.tokens * layer.experts.per_token / layer.experts.count
-        for group in layer.experts.groups[:2]:  # of one expert, which stands for all
+        for group in layer.experts.groups[:2]:  # of one expert, as all are equal
             rows = sum(linear.out_features for linear in group if linear.name in candidates[0].experts)
             columns = group[0].in_features
-            each = tokens * columns**2 + rounding_flops(rows, columns) if rows else 0.0
-            flops += layer.experts.count * each
+            expert_flops = tokens * columns**2 + rounding_flops(rows, columns) if rows else 0.0
+            flops += layer.experts.count * expert_flops
     return flops
 
 
 def _first_rows(linear: LinearShape, modules: Mapping[str, Storage]) -> int:
-    """Return the rows that are quantized on a Linear's own inputs: of its weight, of its first factor."""
+    """Return the number of rows quantized on a Linear's inputs: of its weight or its first factor."""
     description = modules.get(linear.name)
     if description is None:
         return linear.out_features
@@ -176,7 +180,7 @@ def _first_rows(linear: LinearShape, modules: Mapping[str, Storage]) -> int:
 
 
 def _highest_ranks(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """Return the largest rank of every factorized Linear."""
+    """Return name -> largest rank of every factorized Linear."""
     ranks: dict[str, int] = {}
     for candidate in candidates:
         for name, description in candidate.modules.items():
@@ -186,7 +190,7 @@ def _highest_ranks(candidates: Sequence[Candidate]) -> dict[str, int]:
 
 
 def _corrected(candidates: Sequence[Candidate]) -> Set[str]:
-    """Return the Linears that get a low-rank correction."""
+    """Return the names of the Linears with a low-rank correction."""
     return {
         name
         for candidate in candidates
@@ -196,6 +200,6 @@ def _corrected(candidates: Sequence[Candidate]) -> Set[str]:
 
 
 def _integer_bytes(work: Workload, modules: Mapping[str, Storage]) -> int:
-    """Return the bytes of what the stage writes."""
+    """Return the bytes of the tensors that the stage writes."""
     integers = {name: storage for name, storage in modules.items() if storage.is_quantized}
     return modules_bytes(integers, work.stored)

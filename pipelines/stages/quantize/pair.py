@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from ercsvd_deploy.linalg.truncation import Factors
     from ercsvd_deploy.recipe.quantize import Quantize
 
-_FEW_BITS = 4  # up to here a scale that covers a group's largest weight is a bad one for the others
+_FEW_BITS = 4  # with so few bits, a scale that covers a group's largest weight is bad for the others
 
 
 def quantization_settings(stage: Quantize, integers: WeightQuantization) -> QuantizationSettings:
-    """Return how the stage makes these integers of a matrix."""
+    """Return the stage's settings for quantizing a matrix to these integers."""
     return QuantizationSettings(
         bits=integers.bits,
         group_size=integers.group_size,
@@ -43,14 +43,14 @@ def start_pair(
     Args:
         stage: The recipe's stage.
         weight: The original weight [out, in].
-        pair: What stands for it.
-        integers: Of the first and the second matrix.
-        scale_dtype: Precision in which scales are stored.
+        pair: The two matrices that approximate it.
+        integers: Quantization of the first and of the second matrix.
+        scale_dtype: Dtype in which scales are stored.
 
     Returns:
-        What quantizes the second matrix once the first is quantized, with those that share its inputs.
+        The task that quantizes the second matrix after the first is quantized together with others.
     """
-    first, second = (quantization_settings(stage, each) for each in integers)
+    first, second = (quantization_settings(stage, quantization) for quantization in integers)
     uses_gptq = stage.method == "gptq"
     if isinstance(pair, PivotedFactors):
         return start_pivoted(
@@ -76,7 +76,7 @@ def start_pair(
 
 
 def dequantized_product(quantized: QuantizedFactors, pair: Factors | PivotedFactors) -> torch.Tensor:
-    """Return the weight [out, in] that the quantized pair stands for."""
+    """Return the product [out, in] of the quantized pair."""
     first, second = quantized.factor_a.dequantize(), quantized.factor_b.dequantize()
     if isinstance(pair, PivotedFactors):
         rows = torch.cat([first, second @ first])

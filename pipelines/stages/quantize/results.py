@@ -1,4 +1,4 @@
-"""What became of the matrices and Linears of a layer that was quantized, as the report has it."""
+"""The results of the quantize stage, as the report has them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """What became of one matrix: a dense weight, or one factor."""
+    """Report entry of one quantized matrix: a dense weight, or one factor."""
 
     name: Annotated[str, Field(description="The module's name, and which factor.")]
     shape: Annotated[Shape, Field(description="Outputs and inputs.")]
     bits: Annotated[Count, Field(description="Bits of each integer.")]
     group_size: Annotated[int, Field(description="Weights that share a scale; -1: a whole row.")]
     sym: Annotated[bool, Field(description="Whether there are no zero points.")]
-    method: Annotated[RoundingMethod, Field(description="What was taken: GPTQ, or rounding to nearest.")]
+    method: Annotated[RoundingMethod, Field(description="The method used: GPTQ, or rounding to nearest.")]
     gptq_loss: Annotated[
         Measured,
         Field(
@@ -36,18 +36,16 @@ class QuantizedMatrix:
             "are any."
         ),
     ]
-    rtn_loss: Annotated[Measured, Field(description="The same of rounding to nearest.")]
-    damping: Annotated[
-        float | None, Field(description="GPTQ's; null in reports from before it was chosen.")
-    ] = None
+    rtn_loss: Annotated[Measured, Field(description="Relative proxy loss of rounding to nearest.")]
+    damping: Annotated[float | None, Field(description="Damping of GPTQ; null in older reports.")] = None
     routed_tokens: Annotated[
         Count | None,
-        Field(description="Of a routed expert: calibration tokens that were sent to it; else null."),
+        Field(description="For a routed expert: calibration tokens routed to it; else null."),
     ] = None
     is_pooled: Annotated[
         bool,
         Field(
-            description="Whether these were too few, so that its Hessian is one of all tokens of the layer."
+            description="Whether these were too few, so that its Hessian is that of all tokens of the layer."
         ),
     ] = False
 
@@ -58,8 +56,8 @@ class QuantizedMatrix:
         Args:
             name: The module's name, and which factor.
             quantized: Its integers.
-            report: Both ways to round it.
-            method: The recipe's: "rtn" is taken whatever the losses.
+            report: Losses of both rounding methods.
+            method: The recipe's method; "rtn" is used whatever the losses.
         """
         return cls(
             name=name,
@@ -76,29 +74,26 @@ class QuantizedMatrix:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """The loss of a whole Linear against the original weight, in the steps in which it arose."""
+    """Report entry of one quantized Linear: its loss against the original weight, step by step."""
 
     name: Annotated[str, Field(description="The module's name.")]
-    loss: Annotated[Measured, Field(description="Relative proxy loss of what is served.")]
-    factors: Annotated[FactorsReport | None, Field(description="Of a factorized Linear: the steps.")]
+    loss: Annotated[Measured, Field(description="Relative proxy loss of the weight as served.")]
+    factors: Annotated[FactorsReport | None, Field(description="For a factorized Linear: the steps.")]
     leading_share: Annotated[
         float | None,
-        Field(
-            description="Share of the energy of its inputs, as tokens count, that one direction holds; null "
-            "in older reports."
-        ),
+        Field(description="Share of its inputs' weighted energy in one direction; null in older reports."),
     ] = None
     correction: Annotated[
-        CorrectionReport | None, Field(description="Of integers with a low-rank correction: the rounds.")
+        CorrectionReport | None, Field(description="For integers with a low-rank correction: the rounds.")
     ] = None
 
 
 @dataclass(frozen=True)
 class QuantizedEmbedding:
-    """What became of the input embedding."""
+    """Report entry of the quantized input embedding."""
 
     name: Annotated[str, Field(description="The module's name.")]
-    shape: Annotated[Shape, Field(description="Tokens and their dimensions.")]
+    shape: Annotated[Shape, Field(description="Number of tokens and hidden size.")]
     bits: Annotated[Count, Field(description="Bits of each integer.")]
     group_size: Annotated[int, Field(description="Weights that share a scale; -1: a whole row.")]
     error: Annotated[
@@ -108,12 +103,12 @@ class QuantizedEmbedding:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """The integers of a layer, and what its Linears lose to them.
+    """The integers of a layer, with the report entries of its Linears.
 
     Attributes:
-        tensors: Tensor name -> tensor, as a checkpoint stores them.
-        matrices: Every quantized matrix.
-        linears: Every Linear with quantized matrices.
+        tensors: Tensor name -> tensor, as in a checkpoint.
+        matrices: Entries of all quantized matrices.
+        linears: Entries of all Linears with quantized matrices.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -123,27 +118,25 @@ class QuantizedLayer:
 
 @dataclass(frozen=True)
 class PatternMatch:
-    """What one pattern of the stage matched."""
+    """The Linears that one pattern of the stage matched."""
 
-    pattern: Annotated[str, Field(description="As the recipe has it.")]
+    pattern: Annotated[str, Field(description="The pattern in the recipe.")]
     purpose: Annotated[str, Field(description="`ignore` or `override`.")]
     modules: Annotated[tuple[str, ...], Field(description="Names of the Linears.")]
 
 
 @dataclass
 class QuantizeOutcome:
-    """What the quantize stage found and did; the integers themselves are in its files."""
+    """Result of the quantize stage; the integers themselves are in its files."""
 
     matrices: Annotated[list[QuantizedMatrix], Field(description="Every quantized matrix.")]
     linears: Annotated[list[QuantizedLinear], Field(description="Every quantized Linear.")]
-    patterns: Annotated[
-        tuple[PatternMatch, ...], Field(description="What the recipe's patterns matched.")
-    ] = ()
+    patterns: Annotated[tuple[PatternMatch, ...], Field(description="Matches of the recipe's patterns.")] = ()
     embedding: Annotated[
-        QuantizedEmbedding | None, Field(description="The input embedding, if it became integers.")
+        QuantizedEmbedding | None, Field(description="The input embedding, if it is quantized.")
     ] = None
     output_layer: Annotated[
-        str | None, Field(description="Name of the output layer among the matrices, if it became integers.")
+        str | None, Field(description="Name of the output layer among the matrices, if it is quantized.")
     ] = None
     modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
     files: NotReported[list[Path]] = field(default_factory=list)

@@ -1,7 +1,7 @@
-"""What the routed experts of a loaded layer read: tokens counted by expert, and the statistics of each.
+"""The inputs of a loaded layer's routed experts: tokens by expert, and the statistics of each expert.
 
-An expert that gets too few tokens for a Hessian of its own takes one of all tokens of the layer: of what its
-first two matrices would read, and of what they would hand to its last one.
+An expert with too few tokens for its own Hessian uses pooled statistics of all tokens of the layer: those
+that its first two matrices would read, and the outputs that its last one would then read.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ if TYPE_CHECKING:
     from ercsvd_deploy.models.experts import RoutedExperts
     from ercsvd_deploy.models.streaming import LayerwiseModel
 
-_Tokens = tuple[torch.Tensor, torch.Tensor | None]  # [tokens, in], and how much each counts, [tokens]
+_Tokens = tuple[torch.Tensor, torch.Tensor | None]  # inputs [tokens, in], and token weights [tokens]
 
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """What the experts of a layer are given in one batch.
+    """The inputs of a layer's experts in one batch.
 
     Attributes:
         hidden: [tokens, hidden].
-        chosen: Numbers of each token's experts, [tokens, k].
-        token_weights: How much each token counts in a Gram, [tokens]; None: all count one.
-        is_held_out: Whether the batch serves to judge by.
+        expert_ids: Indices of each token's experts, [tokens, k].
+        token_weights: Weight of each token in a Gram, [tokens]; None: all have weight one.
+        is_held_out: Whether the batch is held out.
     """
 
     hidden: torch.Tensor
-    chosen: torch.Tensor
+    expert_ids: torch.Tensor
     token_weights: torch.Tensor | None
     is_held_out: bool
 
     def tokens_of(self, expert: int | None) -> _Tokens:
-        """Return what one expert reads, or what all of them together do."""
+        """Return the tokens routed to one expert; None: all tokens of the layer."""
         if expert is None:
             return self.hidden, self.token_weights
-        own = (self.chosen == expert).any(-1)
-        return self.hidden[own], None if self.token_weights is None else self.token_weights[own]
+        is_routed = (self.expert_ids == expert).any(-1)
+        return self.hidden[is_routed], None if self.token_weights is None else self.token_weights[is_routed]
 
 
 @dataclass(frozen=True)
 class GroupInputs:
-    """What Linears of an expert with the same inputs read.
+    """The inputs of an expert's Linears that share them.
 
     Attributes:
         group: The Linears.
         observed: Statistics of their inputs.
-        num_tokens: How many tokens the expert got.
-        is_pooled: Whether these were too few, and the statistics are of all tokens of the layer.
+        num_tokens: Number of tokens routed to the expert.
+        is_pooled: Whether these were too few, so that the statistics are those of all tokens of the layer.
     """
 
     group: tuple[LinearShape, ...]
@@ -71,13 +71,13 @@ class GroupInputs:
 
 @dataclass(frozen=True)
 class RoutedInputs:
-    """The inputs of all experts of a loaded layer; statistics are made of one expert at a time.
+    """The inputs of all experts of a loaded layer; statistics are computed for one expert at a time.
 
     Attributes:
         experts: The experts.
-        module: Their module: a list of `Expert`.
-        batches: What they are given in every batch.
-        model: Tells how tokens count, and where layers run.
+        module: Their module, a list of `Expert`.
+        batches: Their inputs in every batch.
+        model: The model, with its token weights and device.
     """
 
     experts: RoutedExperts
@@ -95,13 +95,13 @@ class RoutedInputs:
         hidden: Sequence[torch.Tensor],
         divided: DividedBatches,
     ) -> RoutedInputs:
-        """Return what the experts of a layer are given in every batch; the layer runs no further.
+        """Return the inputs of a layer's experts in every batch; the layer runs only up to the experts.
 
         Args:
             model: The model.
-            layer: The layer, which has experts.
-            module: The same, loaded.
-            hidden: Its inputs in every batch.
+            layer: A layer with experts.
+            module: The loaded layer.
+            hidden: The layer's inputs in every batch.
             divided: The batches.
         """
         assert layer.experts is not None
@@ -112,9 +112,9 @@ class RoutedInputs:
         for position, (batch, states) in enumerate(zip(divided.batches, hidden, strict=True)):
             run = partial(model.run_layer, module, layer.index, batch, states)
             arguments = capture_arguments(module, name, run)
-            inputs, chosen = experts.tokens_and_experts(arguments)
+            inputs, expert_ids = experts.tokens_and_experts(arguments)
             weights = None if batch.token_weights is None else batch.token_weights.flatten().to(inputs)
-            routed.append(RoutedTokens(inputs, chosen, weights, position >= divided.num_fitting))
+            routed.append(RoutedTokens(inputs, expert_ids, weights, position >= divided.num_fitting))
         return cls(layer.experts, experts, routed, model)
 
     def expert(self, number: int) -> Expert:
@@ -125,22 +125,26 @@ class RoutedInputs:
 
     @torch.no_grad()
     def of(self, number: int) -> Iterator[GroupInputs]:
-        """Yield what gate and up of an expert read, then what its last Linear does.
+        """Yield the inputs of gate and up of an expert, then those of its last Linear.
 
-        The expert's weights must not change before the second.
+        The expert's weights must not change before the second value is yielded.
         """
-        first, last = self.experts.groups[2 * number : 2 * number + 2]
+        first_group, last_group = self.experts.groups[2 * number : 2 * number + 2]
         counts, expert = self._counts[number], self.expert(number)
-        is_pooled = not _suffice(counts, first[0].in_features)
-        own = self._pooled if is_pooled else self._observe(first[0].in_features, self._tokens(number))
-        yield GroupInputs(first, own, sum(counts), is_pooled)
-        is_pooled = not _suffice(counts, last[0].in_features)
+        is_pooled = not _suffice(counts, first_group[0].in_features)
+        observed = (
+            self._pooled if is_pooled else self._observe(first_group[0].in_features, self._tokens(number))
+        )
+        yield GroupInputs(first_group, observed, sum(counts), is_pooled)
+        is_pooled = not _suffice(counts, last_group[0].in_features)
         tokens = self._tokens(None if is_pooled else number)
         inputs = ((expert.intermediate(states), weights) for states, weights in tokens)
-        yield GroupInputs(last, self._observe(last[0].in_features, inputs), sum(counts), is_pooled)
+        yield GroupInputs(
+            last_group, self._observe(last_group[0].in_features, inputs), sum(counts), is_pooled
+        )
 
     def prepare(self) -> None:
-        """Make what experts share, so that several can be worked on side by side."""
+        """Compute the pooled statistics if any expert needs them, so that experts can run side by side."""
         hidden_size = self.experts.groups[0][0].in_features
         if not all(_suffice(counts, hidden_size) for counts in self._counts):
             _ = self._pooled
@@ -151,32 +155,34 @@ class RoutedInputs:
 
     @cached_property
     def _counts(self) -> list[tuple[int, ...]]:
-        """How many tokens each expert gets to fit to, and of those held out, where there are any."""
+        """Tokens of each expert: fitting ones and, if any are held out, held-out ones."""
         counts = torch.zeros(2, self.experts.count, dtype=torch.long, device=self.model.device)
         for batch in self.batches:
-            own = torch.bincount(batch.chosen.flatten(), minlength=self.experts.count)
-            counts[int(batch.is_held_out)] += own[: self.experts.count]
+            batch_counts = torch.bincount(batch.expert_ids.flatten(), minlength=self.experts.count)
+            counts[int(batch.is_held_out)] += batch_counts[: self.experts.count]
         fitting, held_out = counts.tolist()
-        return list(zip(fitting, held_out, strict=True)) if any(held_out) else [(each,) for each in fitting]
+        if not any(held_out):
+            return [(count,) for count in fitting]
+        return list(zip(fitting, held_out, strict=True))
 
     def _tokens(self, number: int | None) -> Iterator[_Tokens]:
         return (batch.tokens_of(number) for batch in self.batches)
 
     def _observe(self, in_features: int, inputs: Iterable[_Tokens]) -> ObservedInputs:
-        """Return statistics of inputs that come batch by batch."""
-        parts = {
+        """Return the statistics of inputs given batch by batch."""
+        by_part = {
             is_held_out: InputStatistics.zeros(in_features, self.model.device, self.model.token_weight)
             for is_held_out in sorted({batch.is_held_out for batch in self.batches})
         }
         for batch, (states, weights) in zip(self.batches, inputs, strict=True):
             if len(states):
-                parts[batch.is_held_out].add(states, weights)
-        return ObservedInputs.of_parts(list(parts.values()))
+                by_part[batch.is_held_out].add(states, weights)
+        return ObservedInputs.of_parts(list(by_part.values()))
 
 
 def _suffice(counts: Sequence[int], in_features: int) -> bool:
-    """Whether an expert's tokens make a Hessian: as many as inputs, and an eighth of them to judge by.
+    """Whether an expert has enough tokens for a Hessian: at least as many as inputs, an eighth held out.
 
-    Fewer leave it singular, and GPTQ no better than rounding.
+    With fewer tokens it would be singular, and GPTQ no better than rounding.
     """
     return sum(counts) >= in_features and all(8 * count >= in_features for count in counts)

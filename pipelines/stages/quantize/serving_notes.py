@@ -1,4 +1,4 @@
-"""What about serving a plan people should know before it runs: nothing here stops a run."""
+"""Warnings about how a planned model will be served; none of them stops a run."""
 
 from __future__ import annotations
 
@@ -24,34 +24,39 @@ def serving_warnings(
     *,
     has_plugin: bool = True,
 ) -> list[str]:
-    """Return what about a quantized model is served otherwise than its recipe may suggest.
+    """Return warnings about a quantized model that is served differently from what its recipe suggests.
 
     Args:
-        plan: How the recipe stores every matrix.
-        described: What every altered Linear becomes.
-        architecture: The model's.
-        tensor_parallel_sizes: At which it is to be served.
-        dtype: Precision of the other tensors, "bfloat16" say.
-        has_plugin: Whether our plugin serves the model, which makes plain what no kernel takes.
+        plan: The plan of the quantize stage.
+        described: Name -> final storage of every changed Linear.
+        architecture: The model's architecture.
+        tensor_parallel_sizes: The sizes at which it will be served.
+        dtype: Name of the dtype of unquantized tensors, such as "bfloat16".
+        has_plugin: Whether our plugin serves the model; it dequantizes matrices that no kernel multiplies.
     """
     multiplied = _multiplied(described, architecture)
-    integers = [each for storage in multiplied.values() for _, each in storage.parts.values() if each]
+    integers = [
+        quantization
+        for storage in multiplied.values()
+        for _, quantization in storage.parts.values()
+        if quantization
+    ]
     warnings = _fitting_notes(plan, described, tensor_parallel_sizes)
     warnings += expert_notes(described, architecture) if has_plugin else []
     warnings += describe_tied(described, architecture)
-    without_cpu_kernel = sorted({each.bits for each in integers} - {4})
+    without_cpu_kernel = sorted({quantization.bits for quantization in integers} - {4})
     if without_cpu_kernel:
         kinds = ", ".join(f"{bits}-bit" for bits in without_cpu_kernel)
         without = "it would hold these matrices in 16 bits" if has_plugin else "it would not start there"
         warnings.append(f"quantize: vLLM has no kernel for {kinds} weights on a CPU; {without}")
     unaligned = find_unaligned(multiplied, architecture, tensor_parallel_sizes)
     if unaligned:
-        first = unaligned[0]
+        example = unaligned[0]
         warnings.append(
             f"quantize: {len(unaligned)} integer matrices have rows or columns on a GPU that are no "
-            f"multiple of {BLOCK} ({first.name} is {first.rows} x {first.columns} at tensor parallel size "
-            f"{first.tensor_parallel_size}, say): GPU kernels pad them; where no kernel takes them, as on a "
-            "CPU, they are served as plain ones"
+            f"multiple of {BLOCK} ({example.name} is {example.rows} x {example.columns} at tensor parallel "
+            f"size {example.tensor_parallel_size}, say): GPU kernels pad them; where no kernel takes them, "
+            "as on a CPU, they are served as plain ones"
         )
     if integers and dtype == "float32":
         warnings.append(
@@ -62,19 +67,21 @@ def serving_warnings(
 
 
 def _multiplied(described: Mapping[str, Storage], architecture: Architecture) -> dict[str, Storage]:
-    """Return what kernels have to multiply: no kernel does an embedding's matrix, see `describe_tied`."""
+    """Return the storages that kernels multiply, without the embedding (see `describe_tied`)."""
     embedding = architecture.vocabulary.embedding
-    return {name: each for name, each in described.items() if embedding is None or name != embedding.name}
+    return {
+        name: storage for name, storage in described.items() if embedding is None or name != embedding.name
+    }
 
 
 def gpu_warnings(
     dense: Mapping[int, int], candidates: Sequence[Mapping[int, int]], *, is_quantized: bool
 ) -> list[str]:
-    """Return a warning if a GPU would hold more than of the dense model, with the sizes at which it would.
+    """Return a warning with the sizes at which a GPU holds more bytes than with the dense model.
 
     Args:
         dense: Tensor parallel size -> bytes of the dense model's weights on each GPU.
-        candidates: For every number of compressed layers the same of the compressed model.
+        candidates: The same for the compressed model, for every candidate.
         is_quantized: Whether the recipe quantizes.
     """
     heavier = []
@@ -97,18 +104,18 @@ def gpu_warnings(
 def _fitting_notes(
     plan: QuantizePlan, described: Mapping[str, Storage], tensor_parallel_sizes: Sequence[int]
 ) -> list[str]:
-    """Say which matrices got other groups than the recipe names, and why."""
+    """Return notes on the matrices whose groups differ from the recipe's, with the reason."""
     changed: dict[tuple[WeightQuantization, WeightQuantization | None], list[str]] = {}
-    for name, wanted in plan.integers.items():
-        if wanted is None:
+    for name, planned in plan.integers.items():
+        if planned is None:
             continue
         parts = described[name].parts if name in described else {"": (None, None)}
         for part, (_, integers) in parts.items():
-            if integers != wanted and not (part and name in plan.corrections):
-                changed.setdefault((wanted, integers), []).append(f"{name}.{part}" if part else name)
+            if integers != planned and not (part and name in plan.corrections):
+                changed.setdefault((planned, integers), []).append(f"{name}.{part}" if part else name)
     sizes = ", ".join(map(str, tensor_parallel_sizes))
     notes = []
-    for (wanted, integers), names in changed.items():
+    for (planned, integers), names in changed.items():
         which = f"{len(names)} matrices ({names[0]}, say)"
         if integers is None:
             notes.append(
@@ -120,7 +127,7 @@ def _fitting_notes(
         if integers.group_size != -1:
             groups = f"groups of {integers.group_size}"
         notes.append(
-            f"quantize: {which} get {groups}: groups of {wanted.group_size} do not divide their columns on a "
-            f"rank at tensor parallel sizes {sizes}"
+            f"quantize: {which} get {groups}: groups of {planned.group_size} do not divide their columns on "
+            f"a rank at tensor parallel sizes {sizes}"
         )
     return notes

@@ -1,4 +1,4 @@
-"""The quantize stage: every decoder Linear as the recipe and the stages before want it stored, by GPTQ."""
+"""The quantize stage: GPTQ of every decoder Linear, of routed experts, and of embedding and output layer."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ _MOST_OF_THE_ENERGY = 0.5  # of a Linear's inputs, in one direction
 
 @dataclass(frozen=True)
 class QuantizeStage(Stage):
-    """How every decoder Linear is stored, and what the stage is quantized with.
+    """The stage with the planned storage of every decoder Linear.
 
     Attributes:
         quantize: The recipe's stage.
-        storing: How the recipe wants every Linear stored.
-        architecture: The model's.
-        tensor_parallel_sizes: At which the model is to be served.
-        is_on_trained_factors: Whether factors come from recovery or were made for the inputs of the
-            compressed prefix: they then stand for more than the original weights.
-        is_weighed: Whether corrections are fitted by the Fisher information of the Linears' outputs.
-        bits_are_chosen: Whether a target chooses among other bits than the stage's.
+        storing: The planned storage of every Linear.
+        architecture: The model's architecture.
+        tensor_parallel_sizes: The sizes at which the model will be served.
+        is_on_trained_factors: Whether factors come from recovery or were fitted to the inputs of the
+            compressed prefix; they then approximate more than the original weights.
+        is_weighed: Whether corrections are fitted with the Fisher information of the Linears' outputs.
+        bits_are_chosen: Whether a target chooses the bits.
     """
 
     quantize: Quantize
@@ -90,32 +90,34 @@ class QuantizeStage(Stage):
         return f"{self.quantize.method}, {bits}{corrected}"
 
     def settings(self) -> Any:
-        """Return the recipe's stage, and what groups are made to fit."""
+        """Return the recipe's stage, and the tensor parallel sizes that groups must fit."""
         fitted = self.storing.fitted_to
         return self.quantize.model_dump(mode="json") | {"fitted_to": None if fitted is None else list(fitted)}
 
     def store(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Give every decoder Linear its integers.
+        """Return the candidates with the quantized storage of every decoder Linear.
 
         Raises:
             QuantizePlanError: a shape cannot be stored, or cannot be loaded at some tensor parallel size.
         """
-        stored = []
+        quantized_candidates = []
         experts = self.storing.describe_experts(self.architecture)
         check_expert_shapes(experts, self.architecture, self.tensor_parallel_sizes)
-        for before in candidates:
-            ranks = {name: storage.truncated_rank for name, storage in before.modules.items()}
+        for candidate in candidates:
+            ranks = {name: storage.truncated_rank for name, storage in candidate.modules.items()}
             check_shapes(self.storing, ranks, self.architecture, self.tensor_parallel_sizes)
             described = self.storing.describe(ranks, self.architecture)
-            stored.append(replace(before, modules={**before.modules, **described}, experts=experts))
-        return stored
+            quantized_candidates.append(
+                replace(candidate, modules={**candidate.modules, **described}, experts=experts)
+            )
+        return quantized_candidates
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return what a layer takes at its highest."""
+        """Return the peak needs of quantizing a layer."""
         return quantize_needs(work, candidates)
 
     def check_data(self, data: RunData) -> Iterable[str]:
-        """Say if there are few tokens for GPTQ.
+        """Return a warning if there are few tokens for GPTQ.
 
         Raises:
             QuantizePlanError: there are too few.
@@ -153,41 +155,41 @@ class QuantizeStage(Stage):
     def _quantize_embedding(
         self, run: StageRun, storages: Mapping[str, Storage]
     ) -> VocabularyQuantizer | None:
-        """Return what quantizes the output layer; the embedding, which takes no pass, is quantized already.
+        """Quantize the embedding, which needs no pass; return the quantizer of the output layer.
 
-        Where layers are measured on what is served before them, that includes the embedding.
+        If layers are measured on the served model, they are measured on the quantized embedding, too.
         """
         names = self.architecture.vocabulary.names
-        outside = {name: storage for name, storage in storages.items() if name in names}
-        if not outside:
+        vocabulary_storages = {name: storage for name, storage in storages.items() if name in names}
+        if not vocabulary_storages:
             return None
         from ercsvd_deploy.pipelines.stages.quantize.vocabulary import VocabularyQuantizer
 
         vocabulary = VocabularyQuantizer(
             self.quantize,
             self.architecture.vocabulary,
-            outside,
+            vocabulary_storages,
             run.model.original.store,
             run.model.device,
             run.cache,
         )
         file, embedding = vocabulary.round_embedding(), vocabulary.embedding
         if file is not None and embedding is not None and self.quantize.compressed_prefix_inputs:
-            run.model.overlay([file], {embedding.name: outside[embedding.name]})
+            run.model.overlay([file], {embedding.name: vocabulary_storages[embedding.name]})
         return vocabulary
 
     def _storages(self, factorized: Any) -> Mapping[str, Storage]:
-        """Return how every altered Linear is stored in the end, given what the factorize stage chose."""
-        chosen = None if factorized is None else factorized.chosen.storages
-        if chosen is not None:
-            stored = {**self.storing.vocabulary, **chosen}
-            return {name: storage for name, storage in stored.items() if storage.is_altered}
+        """Return name -> final storage of every changed Linear, given the choices of the factorize stage."""
+        chosen_storages = None if factorized is None else factorized.chosen.storages
+        if chosen_storages is not None:
+            storages = {**self.storing.vocabulary, **chosen_storages}
+            return {name: storage for name, storage in storages.items() if storage.is_altered}
         ranks = {} if factorized is None else factorized.plan.ranks
         architecture = self.architecture
         return self.storing.describe(ranks, architecture) | self.storing.describe_experts(architecture)
 
     def tables(self, result: QuantizeOutcome) -> Iterable[Table]:
-        """Summarise the proxy losses by kind of matrix, then list every matrix and Linear."""
+        """Yield a table of the proxy losses by kind of matrix, then tables of every matrix and Linear."""
         kinds: dict[str, list[QuantizedMatrix]] = {}
         for matrix in result.matrices:
             end = matrix.name.rpartition(".")[2]
@@ -209,18 +211,18 @@ class QuantizeStage(Stage):
         yield Table("Quantized matrices, mean relative proxy loss", columns, rows, columns[1:])
         yield from _embedding_table(result.embedding)
         yield from experts_table(result.matrices)
-        yield _matrix_table(each for each in result.matrices if each.routed_tokens is None)
+        yield _matrix_table(matrix for matrix in result.matrices if matrix.routed_tokens is None)
         yield _linear_table(result.linears)
         yield from _correction_table(result.linears)
-        yield from _ruled_table(result.linears)
+        yield from _dominated_table(result.linears)
 
     def warnings(self, result: QuantizeOutcome) -> Iterable[str]:
-        """Say how many routed experts got too few tokens."""
+        """Return a warning with the number of routed experts that have too few tokens."""
         return pooling_warning(result.matrices)
 
 
 def _embedding_table(embedding: QuantizedEmbedding | None) -> Iterable[Table]:
-    """Tell how far the rows that are looked up are from the original ones; nothing if they are those."""
+    """Yield a table with the relative error of a quantized embedding; none if it is not quantized."""
     if embedding is None:
         return
     columns = ("matrix", "bits", "group", "relative error")
@@ -229,13 +231,13 @@ def _embedding_table(embedding: QuantizedEmbedding | None) -> Iterable[Table]:
     yield Table("Quantized input embedding", columns, (row,), columns[1:])
 
 
-def _ruled_table(linears: Iterable[QuantizedLinear]) -> Iterable[Table]:
-    """Name the Linears whose inputs one direction rules: their Grams tell little of anything else."""
-    ruled = [each for each in linears if (each.leading_share or 0) > _MOST_OF_THE_ENERGY]
+def _dominated_table(linears: Iterable[QuantizedLinear]) -> Iterable[Table]:
+    """Yield a table of the Linears whose inputs have most of their energy in one direction."""
+    dominated = [linear for linear in linears if (linear.leading_share or 0) > _MOST_OF_THE_ENERGY]
     columns = ("inputs of", "share of the energy")
     rows = tuple(
-        (each.name, f"{100 * (each.leading_share or 0):.0f} %")
-        for each in sorted(ruled, key=lambda each: -(each.leading_share or 0))
+        (linear.name, f"{100 * (linear.leading_share or 0):.0f} %")
+        for linear in sorted(dominated, key=lambda linear: -(linear.leading_share or 0))
     )
     if rows:
         yield Table("Inputs that one direction rules", columns, rows, columns[1:], is_detail=True)
@@ -259,7 +261,7 @@ def _matrix_table(matrices: Iterable[QuantizedMatrix]) -> Table:
 
 
 def _linear_table(linears: Iterable[QuantizedLinear]) -> Table:
-    """Every factorized Linear in the steps in which its loss arose; a dense one has no steps."""
+    """One row per quantized Linear; for a factorized one with the loss after each step."""
     columns = ("Linear", "not quantized", "first quantized", "re-fitted", "as served")
     rows = tuple(
         (
@@ -282,16 +284,16 @@ def _linear_table(linears: Iterable[QuantizedLinear]) -> Table:
 
 
 def _correction_table(linears: Iterable[QuantizedLinear]) -> Iterable[Table]:
-    """Every Linear with a low-rank correction, round by round; nothing if there is none."""
+    """Yield a table of the Linears with a low-rank correction, round by round; none if there are none."""
     corrected = [(linear, linear.correction) for linear in linears if linear.correction is not None]
     if not corrected:
         return
-    num_rounds = max(len(fitted.loss_by_round) for _, fitted in corrected)
+    num_rounds = max(len(report.loss_by_round) for _, report in corrected)
     columns = ("Linear", "rank", "integers alone", *(f"round {count + 1}" for count in range(num_rounds)))
     rows = []
-    for linear, fitted in corrected:
-        losses = [f"{loss:.5f}" for loss in (fitted.loss_uncorrected, *fitted.loss_by_round)]
-        unused = [""] * (num_rounds - len(fitted.loss_by_round))
-        rows.append((linear.name, str(fitted.rank), *losses, *unused))
+    for linear, report in corrected:
+        losses = [f"{loss:.5f}" for loss in (report.loss_uncorrected, *report.loss_by_round)]
+        unused = [""] * (num_rounds - len(report.loss_by_round))
+        rows.append((linear.name, str(report.rank), *losses, *unused))
     title = "Low-rank corrections of integers, relative proxy loss round by round"
     yield Table(title, columns, tuple(rows), columns[1:], is_detail=True)

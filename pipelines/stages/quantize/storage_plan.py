@@ -1,7 +1,7 @@
-"""Decide, from names and shapes alone, how every matrix of a recipe's quantize stage is stored.
+"""The plan of the quantize stage: the storage of every matrix, from names and shapes alone.
 
-Patterns and shapes are judged here, before any long work: a pattern that matches nothing, a group size
-that does not divide, or a shape that vLLM cannot load ends the run with the nearest that works.
+Patterns and shapes are checked here, before any long work: a pattern that matches nothing, a group size that
+does not divide, or a shape that vLLM cannot load is refused with the nearest alternative.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class QuantizePlanError(PlanError):
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """What a recipe says of how each decoder Linear is stored, and the matrices around the decoder.
+    """The planned storage of each decoder Linear, and of embedding and output layer.
 
     Attributes:
-        integers: Linear -> integers of each of its matrices; None: it stays as it is.
-        matches: What the stage's patterns matched.
-        layout: Of the Linears that have a rank.
-        fitted_to: Tensor parallel sizes to which groups are made to fit; None: they stay as they are.
-        corrections: Linear -> what is added to its integers if it has no rank; those left out get none.
-        vocabulary: How input embedding and output layer are stored, if they become integers.
+        integers: Linear -> quantization of each of its matrices; None: it is not quantized.
+        matches: Matches of the stage's patterns.
+        layout: Layout of the Linears that have a rank.
+        fitted_to: Tensor parallel sizes that groups must fit; None: groups stay as the recipe says.
+        corrections: Linear -> low-rank correction of its integers if it has no rank; no entry: none.
+        vocabulary: Name -> storage of input embedding and output layer, if they are quantized.
     """
 
     integers: Mapping[str, WeightQuantization | None]
@@ -55,7 +55,7 @@ class QuantizePlan:
     vocabulary: Mapping[str, Storage] = field(default_factory=dict)
 
     def describe(self, ranks: Mapping[str, int | None], architecture: Architecture) -> dict[str, Storage]:
-        """Return how every altered matrix is stored in the end, given the ranks of the low-rank ones."""
+        """Return name -> final storage of every changed matrix, given the ranks of the low-rank ones."""
         rules = StorageRules(architecture, self.layout, self.fitted_to)
         storages = {
             linear.name: rules.storage(
@@ -70,7 +70,7 @@ class QuantizePlan:
         return altered | dict(self.vocabulary)
 
     def describe_experts(self, architecture: Architecture) -> dict[str, Storage]:
-        """Return how every altered Linear of a routed expert is stored in the end."""
+        """Return name -> final storage of every changed Linear of routed experts."""
         rules = StorageRules(architecture, self.layout, self.fitted_to)
         return {
             linear.name: rules.storage(linear, None, integers)
@@ -85,14 +85,14 @@ def unquantized(names: Sequence[str]) -> QuantizePlan:
 
 
 def quantize_plan_of(recipe: Recipe, architecture: Architecture) -> QuantizePlan:
-    """Return how a recipe stores every decoder Linear.
+    """Return the planned storage of every decoder Linear of a recipe.
 
-    Groups are made to fit, unless the recipe says what ranks are multiples of and has no target: then it
-    means what it says, and `check_shapes` tells what does not go together.
+    Groups are made to fit unless the recipe sets `rank_multiple` and has no target: then its group sizes are
+    kept, and `check_shapes` reports those that do not fit.
 
     Raises:
         QuantizePlanError: a pattern matches nothing, or nothing is left to quantize.
-        PlanError: embedding or output layer cannot be stored as asked.
+        PlanError: embedding or output layer cannot be stored as the recipe says.
     """
     layout = recipe.factorize.layout if recipe.factorize else "low_rank"
     if recipe.quantize is None:
@@ -106,7 +106,9 @@ def quantize_plan_of(recipe: Recipe, architecture: Architecture) -> QuantizePlan
     return replace(
         plan,
         layout=layout,
-        corrections={name: each for name, each in plan.corrections.items() if name not in set(experts)},
+        corrections={
+            name: correction for name, correction in plan.corrections.items() if name not in set(experts)
+        },
         fitted_to=recipe.serving.tensor_parallel_sizes if recipe.target or not names_ranks else None,
         vocabulary=plan_vocabulary(recipe.quantize, architecture),
     )
@@ -123,8 +125,8 @@ def plan_quantization(
 
     Args:
         settings: The recipe's stage.
-        names: Of the decoder Linears in transformers.
-        checkpoint_name: Gives a Linear's name in the checkpoint.
+        names: Names of the decoder Linears in transformers.
+        checkpoint_name: Returns a Linear's name in the checkpoint.
 
     Raises:
         QuantizePlanError: a pattern matches nothing; near misses are named. Or nothing is left to quantize.
@@ -140,10 +142,10 @@ def plan_quantization(
     corrections: dict[str, Correction | None] = dict.fromkeys(names, settings.correction)
     for match, change in overrides:
         for name in match.modules:
-            before = integers[name]
-            assert before is not None
+            previous = integers[name]
+            assert previous is not None
             changed = change.model_dump(exclude_none=True, exclude={"correction"})
-            integers[name] = WeightQuantization.model_validate(before.model_dump() | changed)
+            integers[name] = WeightQuantization.model_validate(previous.model_dump() | changed)
             if change.correction is not None:
                 corrections[name] = None if change.correction == "none" else change.correction
     for match in matches:
@@ -156,15 +158,17 @@ def plan_quantization(
     return QuantizePlan(
         integers,
         (*matches, *(match for match, _ in overrides)),
-        corrections={name: each for name, each in corrections.items() if each and integers[name]},
+        corrections={
+            name: correction for name, correction in corrections.items() if correction and integers[name]
+        },
     )
 
 
 def _check_experts(plan: QuantizePlan, recipe: Recipe, experts: Sequence[str]) -> None:
-    """Refuse to correct routed experts.
+    """Refuse overrides with corrections of routed experts.
 
     Raises:
-        QuantizePlanError: names one.
+        QuantizePlanError: an override corrects routed experts; the message names one.
     """
     assert recipe.quantize is not None
     corrected = [
@@ -183,21 +187,25 @@ def _check_experts(plan: QuantizePlan, recipe: Recipe, experts: Sequence[str]) -
 
 
 def _match(pattern: str, purpose: str, ends: Mapping[str, Sequence[str]]) -> PatternMatch:
-    """Match a pattern against what each Linear may be called."""
-    found = tuple(
-        name for name, called in ends.items() if any(fnmatch.fnmatchcase(end, pattern) for end in called)
+    """Match a pattern against the possible names of each Linear."""
+    matches = tuple(
+        name
+        for name, endings in ends.items()
+        if any(fnmatch.fnmatchcase(ending, pattern) for ending in endings)
     )
-    if found:
-        return PatternMatch(pattern, purpose, found)
-    # Of thousands of experts one is enough to be near.
-    every_end = {end for name, called in ends.items() if not _LATER_EXPERT.search(name) for end in called}
-    near = difflib.get_close_matches(pattern, every_end, n=3, cutoff=0.4)
+    if matches:
+        return PatternMatch(pattern, purpose, matches)
+    # One of thousands of experts suffices for near misses.
+    all_endings = {
+        ending for name, endings in ends.items() if not _LATER_EXPERT.search(name) for ending in endings
+    }
+    near = difflib.get_close_matches(pattern, all_endings, n=3, cutoff=0.4)
     hint = f"; near misses: {', '.join(near)}" if near else f"; modules are named like {next(iter(ends))}"
     raise QuantizePlanError(f"quantize: the {purpose} pattern {pattern!r} matches no decoder Linear{hint}")
 
 
 def _ends(name: str) -> Iterable[str]:
-    """Yield the name and what follows each of its dots."""
+    """Yield a name and its endings after each dot."""
     yield name
     while "." in name:
         name = name.partition(".")[2]
@@ -224,7 +232,7 @@ def check_shapes(
 def check_expert_shapes(
     experts: Mapping[str, Storage], architecture: Architecture, tensor_parallel_sizes: Iterable[int]
 ) -> None:
-    """Refuse integers of routed experts that cannot be loaded at some tensor parallel size.
+    """Refuse quantized routed experts that cannot be loaded at some tensor parallel size.
 
     Raises:
         QuantizePlanError: as `check_shapes`.
@@ -243,7 +251,7 @@ def _refuse(problems: list[str]) -> None:
 def _find_idle_corrections(
     plan: QuantizePlan, ranks: Mapping[str, int | None], architecture: Architecture
 ) -> list[str]:
-    """Return a line for every correction that costs as much as its whole matrix."""
+    """Return a line for every correction that has as many parameters as its matrix."""
     return [
         f"{linear.name}: a correction of rank {correction.rank} is as large as the matrix of shape "
         f"{[linear.out_features, linear.in_features]}; lower quantize.correction.rank, or except the matrix "
@@ -258,7 +266,7 @@ def _find_idle_corrections(
 def check_num_tokens(
     plan: QuantizePlan, settings: Quantize, architecture: Architecture, num_tokens: int
 ) -> list[str]:
-    """Return warnings about calibration that is short for the widest Linear that GPTQ works on.
+    """Return warnings about too few calibration tokens for the widest Linear that is quantized.
 
     Raises:
         QuantizePlanError: there are fewer tokens than input features: the Hessian would be singular, and

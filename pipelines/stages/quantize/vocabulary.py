@@ -1,8 +1,8 @@
-"""Integers of the input embedding and of the output layer: how they are made, stored and reported.
+"""Quantization of the input embedding and of the output layer.
 
-An embedding is looked up: no inputs say which columns matter, and rounding to nearest with scales that are
-searched for is the best there is. An output layer is a Linear like any other, of very many rows; its inputs
-are the final norm's outputs. Where a model ties the two, their one matrix is rounded as an output layer.
+An embedding is looked up: without inputs that weight its columns, rounding to nearest with a search over
+scales is the best method. An output layer is a Linear with very many rows; its inputs are the final norm's
+outputs. If a model ties the two, their one matrix is quantized as an output layer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.quantization.gptq import MatrixReport
     from ercsvd_deploy.recipe.quantize import Quantize
 
-_EMBEDDING, _OUTPUT_LAYER = "embedding", "output-layer"  # pieces of the stage's work
+_EMBEDDING, _OUTPUT_LAYER = "embedding", "output-layer"  # names of cache entries
 _EMBEDDINGS = TypeAdapter(QuantizedEmbedding | None)
 _MATRICES = TypeAdapter(list[QuantizedMatrix])
 _LINEARS = TypeAdapter(list[QuantizedLinear])
@@ -52,15 +52,15 @@ _LINEARS = TypeAdapter(list[QuantizedLinear])
 
 @dataclass(frozen=True)
 class VocabularyQuantizer:
-    """Quantizes the matrices with a row for every token, as far as `work` has them not.
+    """Quantizes input embedding and output layer, unless `work` has them in the cache.
 
     Attributes:
         settings: The recipe's stage.
-        vocabulary: The model's.
-        storages: How those of them are stored that become integers.
-        original: Their weights.
-        device: Where blocks of rows are worked on.
-        work: Receives `embedding` and `output-layer`, the integers.
+        vocabulary: The model's embedding and output layer.
+        storages: Name -> storage of the quantized ones.
+        original: The original weights.
+        device: The device that blocks of rows are quantized on.
+        work: Receives the cache entries `embedding` and `output-layer`.
     """
 
     settings: Quantize
@@ -72,21 +72,21 @@ class VocabularyQuantizer:
 
     @property
     def embedding(self) -> LinearShape | None:
-        """The embedding, if it becomes integers and is looked up only."""
-        return None if self.vocabulary.is_tied else self._altered(self.vocabulary.embedding)
+        """The embedding, if it is quantized and not tied to the output layer."""
+        return None if self.vocabulary.is_tied else self._if_quantized(self.vocabulary.embedding)
 
     @property
     def output_layer(self) -> LinearShape | None:
-        """What gives the logits, if it becomes integers."""
-        return self._altered(self.vocabulary.multiplied)
+        """The output layer, if it is quantized."""
+        return self._if_quantized(self.vocabulary.multiplied)
 
     @property
     def lacks_output_layer(self) -> bool:
-        """Whether the output layer's integers, which take a pass through all layers, are still to be made."""
+        """Whether the output layer, which needs a pass through all layers, must still be quantized."""
         return self.output_layer is not None and self.work.findings(_OUTPUT_LAYER) is None
 
     def round_embedding(self) -> Path | None:
-        """Return the file of the embedding's integers; None if it stays, or is the output layer too."""
+        """Quantize the embedding and return its file; None if it is not quantized, or tied."""
         if self.embedding is None:
             return None
         if self.work.findings(_EMBEDDING) is None:
@@ -101,11 +101,11 @@ class VocabularyQuantizer:
 
         Args:
             model: The model.
-            hidden: The last layer's outputs of all batches, those of the layers as they will be served.
-            divided: The batches, some held out.
+            hidden: The last layer's outputs of all batches, with the layers as they will be served.
+            divided: The batches, of which some may be held out.
 
         Raises:
-            QuantizationError: weight or inputs are not finite, or a scale leaves its precision's range.
+            QuantizationError: weight or inputs are not finite, or a scale exceeds the range of its dtype.
         """
         assert self.output_layer is not None
         matrix = self.output_layer
@@ -121,7 +121,7 @@ class VocabularyQuantizer:
         )
 
     def add_to(self, outcome: QuantizeOutcome) -> None:
-        """Add what became of both to the stage's outcome."""
+        """Add the entries and files of both matrices to the stage's outcome."""
         for piece, matrix in ((_EMBEDDING, self.embedding), (_OUTPUT_LAYER, self.output_layer)):
             if matrix is None:
                 continue
@@ -133,7 +133,7 @@ class VocabularyQuantizer:
             outcome.files.append(self.work.tensors_file(piece))
         outcome.output_layer = None if self.output_layer is None else self.output_layer.name
 
-    def _altered(self, matrix: LinearShape | None) -> LinearShape | None:
+    def _if_quantized(self, matrix: LinearShape | None) -> LinearShape | None:
         return matrix if matrix is not None and matrix.name in self.storages else None
 
     def _rounding(self, matrix: LinearShape, inputs: ObservedInputs | None) -> RowRounding:
@@ -146,14 +146,14 @@ class VocabularyQuantizer:
         return row_rounding(self.settings, integers, dtype, inputs.whole.gram, held_out)
 
     def _round(self, matrix: LinearShape, inputs: ObservedInputs | None = None) -> _Rounded:
-        """Round a matrix block by block; on its inputs, if it has any.
+        """Quantize a matrix block by block; by GPTQ if it has inputs.
 
         Raises:
-            QuantizationError: it cannot be; names it.
+            QuantizationError: it cannot be quantized; the message names it.
         """
         rounding = self._rounding(matrix, inputs)
-        stored = f"{matrix.name}.{WEIGHT}"
-        weight = self.original.read([stored])[stored]
+        tensor_name = f"{matrix.name}.{WEIGHT}"
+        weight = self.original.read([tensor_name])[tensor_name]
         rows, product = RowLoss(), RowLoss(rounding.gram)
         leaves: dict[str, list[torch.Tensor]] = {}
         try:
@@ -201,13 +201,13 @@ def row_rounding(
     gram: torch.Tensor | None = None,
     held_out: HeldOutGrams | None = None,
 ) -> RowRounding:
-    """Return how the stage rounds a matrix with a row for every token.
+    """Return the stage's settings for rounding the rows of embedding or output layer.
 
     Args:
         stage: The recipe's stage.
-        integers: What the matrix becomes.
-        scale_dtype: Precision in which scales are stored.
-        gram: Of the matrix's inputs; None: it is looked up, and its scales are searched for at all bits.
+        integers: Quantization of the matrix.
+        scale_dtype: Dtype in which scales are stored.
+        gram: Gram of the matrix's inputs; None for an embedding, whose scales are searched at all bits.
         held_out: The same tokens in two parts.
     """
     settings = quantization_settings(stage, integers)
@@ -221,11 +221,11 @@ class _Rounded:
     """A matrix as integers.
 
     Attributes:
-        tensors: As files have them.
+        tensors: Tensor name -> tensor, as in the files.
         last_rows: The last block of rows.
-        report: Of both ways to round it, if it has inputs.
-        rows: What looking up its rows loses.
-        product: What multiplying its inputs by it loses.
+        report: Losses of both rounding methods, if it has inputs.
+        rows: Relative error of its rows, for looking them up.
+        product: Relative error of its outputs, for multiplying by it.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -238,14 +238,14 @@ class _Rounded:
 def _observe(
     model: LayerwiseModel, hidden: Sequence[torch.Tensor], divided: DividedBatches, in_features: int
 ) -> ObservedInputs:
-    """Return the inputs of the output layer, those of held-out batches apart."""
-    parts = []
-    for some in (slice(None, divided.num_fitting), slice(divided.num_fitting, None)):
-        batches = divided.batches[some]
+    """Return the input statistics of the output layer, those of held-out batches separately."""
+    statistics_of_parts = []
+    for part in (slice(None, divided.num_fitting), slice(divided.num_fitting, None)):
+        batches = divided.batches[part]
         if not batches:
             continue
         statistics = InputStatistics.zeros(in_features, model.device, model.token_weight)
-        for batch, inputs in zip(batches, model.output_layer_inputs(batches, hidden[some]), strict=True):
+        for batch, inputs in zip(batches, model.output_layer_inputs(batches, hidden[part]), strict=True):
             statistics.add(inputs, batch.token_weights)
-        parts.append(statistics)
-    return ObservedInputs.of_parts(parts)
+        statistics_of_parts.append(statistics)
+    return ObservedInputs.of_parts(statistics_of_parts)

@@ -1,4 +1,4 @@
-"""Decide, from names and shapes alone, how input embedding and output layer are stored."""
+"""The planned storage of input embedding and output layer, from names and shapes alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def plan_vocabulary(settings: Quantize, architecture: Architecture) -> dict[str, Storage]:
-    """Return how those of both matrices are stored that become integers.
+    """Return name -> storage of those of both matrices that are quantized.
 
-    Groups are made to fit; whatever the tensor parallel size, columns are not cut.
+    Groups are made to fit; columns are not cut at any tensor parallel size.
 
     Raises:
-        PlanError: the model has no such matrix, or ties both and gets two ways to store it, or vLLM would not
+        PlanError: the model has no such matrix, or ties both with two different settings, or vLLM would not
             load it.
     """
     vocabulary = architecture.vocabulary
@@ -30,17 +30,19 @@ def plan_vocabulary(settings: Quantize, architecture: Architecture) -> dict[str,
     lacks_head = "output layer is no Linear" if architecture.predicts_tokens else "output layer is missing"
     rules = StorageRules(architecture, fitted_to=(1,))
     storages = {}
-    for key, what, matrix, integers in (
+    for key, reason, matrix, integers in (
         ("lm_head", lacks_head, vocabulary.multiplied, settings.lm_head),
         ("embeddings", "input embedding is none of torch's", vocabulary.embedding, settings.embeddings),
     ):
         if integers is None:
             continue
         if matrix is None:
-            raise PlanError(f"quantize.{key}: the {what} in {architecture.model_type} models; remove the key")
+            raise PlanError(
+                f"quantize.{key}: the {reason} in {architecture.model_type} models; remove the key"
+            )
         group_size = integers.group_size or settings.group_size
-        wanted = WeightQuantization(bits=integers.bits, group_size=group_size)
-        storages[matrix.name] = rules.storage(matrix, None, wanted)
+        quantization = WeightQuantization(bits=integers.bits, group_size=group_size)
+        storages[matrix.name] = rules.storage(matrix, None, quantization)
     problems = find_unservable_vocabulary(storages, architecture)
     if problems:
         raise PlanError("quantize: " + "\n  ".join(problems) + "\nremove embeddings or lm_head")
@@ -48,7 +50,7 @@ def plan_vocabulary(settings: Quantize, architecture: Architecture) -> dict[str,
 
 
 def describe_tied(storages: Mapping[str, Storage], architecture: Architecture) -> list[str]:
-    """Say what comes of integers that are looked up and multiplied; nothing if there are none."""
+    """Return a note on the cost of a quantized tied matrix; empty if there is none."""
     vocabulary = architecture.vocabulary
     if not vocabulary.is_tied or not any(name in storages for name in vocabulary.names):
         return []

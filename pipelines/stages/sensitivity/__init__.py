@@ -1,1 +1,1 @@
-"""Sensitivity: how much the model minds errors of every Linear's output."""
+"""Sensitivity: the Fisher information of every Linear's outputs, and token weights."""

@@ -1,4 +1,4 @@
-"""How much the model minds errors of each Linear's output: the Fisher information of outputs.
+"""The sensitivity of the model to errors of each Linear's outputs: their Fisher information.
 
 For a Linear with output y the Fisher information of y, F = E[g g^T] with g the gradient by y of the negative
 log-likelihood of a next token drawn from the model's own predictions, turns an error E of its weight into
@@ -42,7 +42,7 @@ class Sensitivity:
     def experts(self, layer: LayerLinears, device: torch.device) -> dict[str, float]:
         """Return Linear of a routed expert -> mean square of an output's gradient, over all tokens.
 
-        Those that are not sent to the expert count as zeros: an expert that few come to matters little.
+        Tokens that are not routed to the expert count as zeros, so an expert with few tokens matters little.
         """
         assert layer.experts is not None
         name = layer.experts.name
@@ -51,7 +51,7 @@ class Sensitivity:
         return dict(zip(names, squares.to(device).tolist(), strict=True))
 
     def vocabulary(self, device: torch.device) -> VocabularySensitivity:
-        """Return what was measured of the input embedding and the output layer."""
+        """Return the measurements of input embedding and output layer."""
         return VocabularySensitivity.read(self.work.tensors_file(ENDS), device)
 
 
@@ -63,14 +63,14 @@ def measure_sensitivity(
     *,
     with_vocabulary: bool = False,
 ) -> Sensitivity:
-    """Measure all decoder Linears; layers that are finished in `work` are not measured again.
+    """Measure all decoder Linears; layers with a cache entry in `work` are not measured again.
 
     Args:
         model: The original model.
         samples: Sequences to measure on.
         work: Receives `layer-<index>`, the metrics of every layer.
         on_layer: Called after every decoder layer of both passes.
-        with_vocabulary: Measure the input embedding and the inputs of the output layer, too.
+        with_vocabulary: Whether the input embedding and the inputs of the output layer are measured, too.
     """
     measure_layers(
         model,
@@ -85,22 +85,22 @@ def measure_sensitivity(
 
 @dataclass
 class _SumOfSquares:
-    """The sum of g^2 over the outputs of a Linear and the tokens that come to it.
+    """The sum of g^2 over the outputs of a Linear and the tokens routed to it.
 
-    A whole matrix for each of thousands of experts would fill a disk.
+    A matrix for each of thousands of experts would fill a disk.
     """
 
     total: float = 0.0
 
     def add(self, gradients: torch.Tensor, token_weights: torch.Tensor | None) -> None:
-        """Add gradients; weights of tokens are those of a whole batch, of which an expert gets a few."""
+        """Add gradients; token weights, which are those of the whole batch, are not used."""
         del token_weights
         self.total += float(gradients.float().square().sum())
 
 
 @dataclass(frozen=True)
 class _OutputMetrics:
-    """Sums of g g^T over the tokens, for every Linear of a layer; of g^2 for those of routed experts."""
+    """Sums of g g^T over the tokens for every Linear of a layer; sums of g^2 for routed experts."""
 
     layer: LayerLinears
     statistics: dict[str, InputStatistics]
@@ -125,16 +125,16 @@ class _OutputMetrics:
         return {**self.statistics, **self.squares}
 
     def tensors(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
-        found = {}
+        tensors = {}
         if self.layer.experts is not None:
             num_tokens = sum(batch.tokens.numel() for batch in batches)
-            found[self.layer.experts.name] = torch.tensor(
+            tensors[self.layer.experts.name] = torch.tensor(
                 [
                     self.squares[self.layer.local_name(linear)].total / (num_tokens * linear.out_features)
                     for linear in self.layer.experts.linears
                 ]
             )
         for linear in self.layer.linears:
-            seen = self.statistics[self.layer.local_name(linear)]
-            found[linear.name] = seen.gram / (seen.num_tokens or 1)
-        return found
+            statistics = self.statistics[self.layer.local_name(linear)]
+            tensors[linear.name] = statistics.gram / (statistics.num_tokens or 1)
+        return tensors

@@ -1,9 +1,9 @@
-"""One pass forward through a model and one back, streamed, with the gradients of a loss by every output.
+"""One streamed pass forward and one back, with the gradients of a loss by every Linear's outputs.
 
 The loss is the negative log-likelihood of next tokens drawn from the model's own predictions. The pass
-forward leaves every layer's inputs on disk; the pass back takes the layers from the last to the first, each
-with the gradients that the one behind it left. One layer is in memory at a time. What is measured of a layer
-is a finished piece; once all are, the inputs and gradients go.
+forward writes every layer's inputs to disk; the pass back goes from the last layer to the first and reads the
+gradients of the layer after it. One layer is in memory at a time. The measurement of each layer is a cache
+entry; after the last one, inputs and gradients are removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.state.cache import FinishedWork
 
 _SEED = 0  # of the drawn tokens
-ENDS = "ends"  # piece with what was measured before and behind the layers
+ENDS = "ends"  # cache entry with the measurements of embedding and output layer
 # Takes the batches, the gradients by the first layer's inputs, and the last layer's outputs.
 MeasureEnds = Callable[
     [Sequence["Batch"], Sequence[torch.Tensor], Sequence[torch.Tensor]], Mapping[str, torch.Tensor]
@@ -31,13 +31,13 @@ MeasureEnds = Callable[
 
 
 class LayerMeasurement(Protocol):
-    """What is measured of one layer on the way back."""
+    """The measurement of one layer in the pass back."""
 
     def observed(self) -> Mapping[str, GradientStatistics]:
-        """Return name of a Linear within the layer -> what the gradients by its outputs are added to."""
+        """Return local name of a Linear -> the statistics that receive the gradients by its outputs."""
 
     def tensors(self, batches: Sequence[Batch]) -> Mapping[str, torch.Tensor]:
-        """Return what is written of the layer, once all batches have passed."""
+        """Return the tensors to store for the layer, after all batches have passed."""
 
 
 def measure_layers(
@@ -48,15 +48,15 @@ def measure_layers(
     on_layer: Callable[[], None],
     measure_ends: MeasureEnds | None = None,
 ) -> None:
-    """Measure every decoder layer; those that are finished in `work` are not measured again.
+    """Measure every decoder layer; layers with a cache entry in `work` are not measured again.
 
     Args:
         model: The model.
         samples: Sequences to measure on.
-        work: Receives `layer-<index>`, what is measured of every layer.
-        measure: Begins the measurement of a layer.
+        work: Receives `layer-<index>`, the measurement of every layer.
+        measure: Starts the measurement of a layer.
         on_layer: Called after every decoder layer of both passes.
-        measure_ends: Measures what stands before and behind the layers, which `work` receives as `ends`.
+        measure_ends: Measures embedding and output layer, which `work` receives as `ends`.
     """
     layers = model.architecture.layers
     pieces = [measured_piece(layer.index) for layer in layers] + ([ENDS] if measure_ends else [])
@@ -66,18 +66,18 @@ def measure_layers(
     _pass_forward(model, batches, work, on_layer)
     gradients: list[torch.Tensor] | None = None
     for layer in reversed(layers):
-        behind = _gradients_piece(layer.index + 1)
+        next_gradients = _gradients_piece(layer.index + 1)
         if work.findings(measured_piece(layer.index)) is None:
             if gradients is None:
                 gradients = (
-                    _read(model, work, behind)
-                    if work.findings(behind) is not None
+                    _read(model, work, next_gradients)
+                    if work.findings(next_gradients) is not None
                     else model.sampled_loss_gradients(
                         batches, _read(model, work, _inputs_piece(model.num_layers)), _SEED
                     )
                 )
             _pass_back(model, layer, batches, gradients, work, measure(layer))
-            work.forget(behind)
+            work.forget(next_gradients)
         on_layer()
     if measure_ends is not None:
         outputs = _read(model, work, _inputs_piece(model.num_layers))
@@ -95,8 +95,8 @@ def measured_piece(layer: int) -> str:
 def _pass_forward(
     model: LayerwiseModel, batches: Sequence[Batch], work: FinishedWork, on_layer: Callable[[], None]
 ) -> None:
-    """Leave the inputs of every layer, and the outputs of the last, on disk."""
-    hidden = model.embed(batches)  # also tells how the layers are called
+    """Write the inputs of every layer, and the outputs of the last, to disk."""
+    hidden = model.embed(batches)  # also records the arguments of the layers' calls
     if all(work.findings(_inputs_piece(index)) is not None for index in range(model.num_layers + 1)):
         return
     for index in range(model.num_layers + 1):
@@ -114,7 +114,7 @@ def _pass_back(
     work: FinishedWork,
     measurement: LayerMeasurement,
 ) -> None:
-    """Measure one layer; `gradients` become those by its inputs, and are kept with what was measured."""
+    """Measure one layer; `gradients` become those by its inputs, and are written to disk."""
     with model.layer(layer.index) as module:
         model.retreat(
             layer.index,
@@ -130,7 +130,7 @@ def _pass_back(
 
 
 def _write(work: FinishedWork, piece: str, states: Sequence[torch.Tensor]) -> None:
-    work.finish(piece, {"batches": len(states)}, {str(index): each for index, each in enumerate(states)})
+    work.finish(piece, {"batches": len(states)}, {str(index): tensor for index, tensor in enumerate(states)})
 
 
 def _read(model: LayerwiseModel, work: FinishedWork, piece: str) -> list[torch.Tensor]:

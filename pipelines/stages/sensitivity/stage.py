@@ -1,4 +1,4 @@
-"""The stages of sensitivity: of outputs, to weigh their errors by, and of tokens."""
+"""The stages that measure sensitivity: of the Linears' outputs, and of tokens."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class SensitivityStage(Stage):
     """The Fisher information of every decoder Linear's output.
 
     Attributes:
-        num_samples: How many of the calibration samples it is measured on.
-        last_reader: The last stage that asks for it.
-        with_vocabulary: Whether the bits of input embedding and output layer are chosen by it, too.
+        num_samples: Number of calibration samples to measure on.
+        last_reader: Name of the last stage that reads the result.
+        with_vocabulary: Whether input embedding and output layer are measured, too.
     """
 
     num_samples: int
@@ -35,21 +35,21 @@ class SensitivityStage(Stage):
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if nothing asks for Fisher information.
+        """Return the stage; None if no stage needs Fisher information.
 
         Raises:
-            PlanError: there are no predictions to be sensitive.
+            PlanError: the model makes no predictions of tokens.
         """
         factorize = context.recipe.factorize
         by_factorize = factorize is not None and factorize.needs_sensitivity
         by_quantize = context.recipe.corrects_by_sensitivity
         if not (by_factorize or by_quantize):
             return None
-        asked = "target" if context.recipe.target is not None else "output_metric or allocation"
+        field = "target" if context.recipe.target is not None else "output_metric or allocation"
         remedy = (
             "factorize with allocation last_k or uniform and output_metric identity, or quantize, will do"
         )
-        context.check_predictions([asked], remedy)
+        context.check_predictions([field], remedy)
         num_samples = NUM_FISHER_SAMPLES if factorize is None else factorize.num_fisher_samples
         target = context.recipe.target
         with_vocabulary = target is not None and target.vocabulary_bits is not None
@@ -57,7 +57,7 @@ class SensitivityStage(Stage):
 
     @property
     def temporary_for(self) -> str:
-        """The last stage that asks for it."""
+        """The last stage that reads the result."""
         return self.last_reader
 
     def settings(self) -> Any:
@@ -65,7 +65,7 @@ class SensitivityStage(Stage):
         return {"num_fisher_samples": self.num_samples, "with_vocabulary": self.with_vocabulary}
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return what the passes take, and the metrics of every layer."""
+        """Return the needs of the passes, with the metrics of every layer."""
         del candidates
         samples = work.calibrating.first(self.num_samples)
         outputs = sum(linear.out_features**2 for linear in work.architecture.linears)
@@ -96,16 +96,16 @@ class SensitivityStage(Stage):
 
 @dataclass(frozen=True)
 class TokenSensitivityStage(Stage):
-    """How much each token counts for the Linears of every layer, for `token_weight: sensitivity`."""
+    """The weight of each token for the Linears of every layer, for `token_weight: sensitivity`."""
 
     name = "token_sensitivity"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if tokens count by their energy or norm, or no inputs are observed.
+        """Return the stage; None with another `token_weight`, or if no stage observes inputs.
 
         Raises:
-            PlanError: there are no predictions to be sensitive.
+            PlanError: the model makes no predictions of tokens.
         """
         recipe = context.recipe
         if recipe.calibration is None or recipe.calibration.token_weight != "sensitivity":
@@ -115,11 +115,11 @@ class TokenSensitivityStage(Stage):
         return cls() if is_observed else None
 
     def settings(self) -> Any:
-        """Return nothing: it depends on model and samples alone."""
+        """Return no settings: the result depends only on model and samples."""
         return {}
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return what the passes take, and the weights of every layer's tokens."""
+        """Return the needs of the passes, with the token weights of every layer."""
         del candidates
         samples = work.calibrating
         layer_bytes = FLOAT32 * samples.tokens * len(work.largest_layer.linears)
@@ -140,14 +140,14 @@ class TokenSensitivityStage(Stage):
 def passes_needs(
     work: Workload, samples: Sequences, *, layer_bytes: int, kept_bytes: int, flops: float
 ) -> Needs:
-    """Return the highest of the passes and of the loss; inputs of all layers wait on disk.
+    """Return the peak needs of the passes and of the loss, with all layers' inputs on disk.
 
     Args:
-        work: What the recipe does.
-        samples: What passes.
-        layer_bytes: Of what is measured of a layer.
-        kept_bytes: Of what is measured of all of them.
-        flops: Of measuring, beside the passes.
+        work: The amount of work.
+        samples: The sequences of the passes.
+        layer_bytes: Bytes of one layer's measurement.
+        kept_bytes: Bytes of all measurements.
+        flops: Operations of measuring, in addition to the passes.
     """
     states, num_layers = work.activations(samples), work.architecture.num_layers
     # Inputs, the pages of their file, and gradients.

@@ -1,11 +1,12 @@
-"""How much the model minds errors at each token: squared gradients by the outputs of its Linears.
+"""The sensitivity of the model to errors at each token: squared gradients by the outputs of its Linears.
 
 An error e of a Linear's output at token t costs about e^T F_t e / 2 nats, F_t = E[g_t g_t^T] the Fisher
-information of that output. With F_t taken for a multiple of the identity the multiple is E|g_t|^2 / out: a
-token counts in the Gram of the inputs by its squared gradient, summed over the Linears that share them. One
-draw of next tokens stands for the expectation. Tokens whose inputs are huge but hardly matter behind a
-Linear, as the first of a window for an MLP, so count little, and those that many others look at count much.
-Source of weighing the Gram by gradients: GuidedQuant (arXiv 2505.07004), there for groups of outputs.
+information of that output. If F_t is approximated by a multiple of the identity, the multiple is
+E|g_t|^2 / out: a token is weighted in the Gram of the inputs by its squared gradient, summed over the Linears
+that share them. The expectation is estimated from one draw of next tokens. Tokens with huge inputs that
+hardly matter after a Linear, such as the first of a window for an MLP, thus get small weights; tokens that
+many others attend to get large ones. Source of weighting the Gram by gradients: GuidedQuant (arXiv
+2505.07004), there for groups of outputs.
 """
 
 from __future__ import annotations
@@ -29,28 +30,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenSensitivity:
-    """How much each token of the calibration samples counts for the Linears of every layer, on disk."""
+    """The weights of the calibration tokens for the Linears of every layer, on disk."""
 
     work: FinishedWork
 
     def weights(self, layer: LayerLinears, batches: Sequence[Batch]) -> list[TokenWeights]:
-        """Return for each batch the weights [rows, tokens] by the first Linear of each group, in its layer.
+        """Return for each batch: local name of a group's first Linear -> token weights [rows, tokens].
 
         Args:
             layer: The layer.
-            batches: Of the samples that were measured; their own weights of tokens come on top.
+            batches: Batches of the measured samples; their own token weights are multiplied in.
         """
         store = FileStore([self.work.tensors_file(measured_piece(layer.index))])
         measured = store.read(store.names())
-        found: list[TokenWeights] = []
+        by_batch: list[TokenWeights] = []
         for batch in batches:
             by_group = {}
             for group in layer.groups:
                 weights = measured[group[0].name][list(batch.rows), : batch.tokens.shape[1]]
-                own = batch.token_weights
-                by_group[layer.local_name(group[0])] = weights if own is None else weights * own
-            found.append(by_group)
-        return found
+                batch_weights = batch.token_weights
+                by_group[layer.local_name(group[0])] = (
+                    weights if batch_weights is None else weights * batch_weights
+                )
+            by_batch.append(by_group)
+        return by_batch
 
 
 def measure_token_sensitivity(
@@ -59,7 +62,7 @@ def measure_token_sensitivity(
     work: FinishedWork,
     on_layer: Callable[[], None] = lambda: None,
 ) -> TokenSensitivity:
-    """Measure all tokens of all samples; layers that are finished in `work` are not measured again.
+    """Measure all tokens of all samples; layers with a cache entry in `work` are not measured again.
 
     Args:
         model: The original model.
@@ -75,13 +78,13 @@ def measure_token_sensitivity(
 
 @dataclass
 class _SquaredNorms:
-    """Squared norms of the gradients of one Linear's outputs, a tensor a batch, one value a token."""
+    """Squared norms of the gradients by one Linear's outputs: per batch a tensor with a value per token."""
 
     norms: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, gradients: torch.Tensor, token_weights: torch.Tensor | None, /) -> None:
         """Add the gradients [..., out] of a batch."""
-        del token_weights  # how much a token counts is multiplied to this where it is used
+        del token_weights  # multiplied in by `TokenSensitivity.weights`
         self.norms.append(gradients.detach().float().square().sum(-1).cpu())
 
 
@@ -95,23 +98,25 @@ class _TokenGradients:
 
     @classmethod
     def of(cls, layer: LayerLinears, shape: tuple[int, int]) -> _TokenGradients:
-        """Return norms of no batches."""
+        """Return norms over no batches."""
         return cls(layer, {layer.local_name(linear): _SquaredNorms() for linear in layer.linears}, shape)
 
     def observed(self) -> Mapping[str, _SquaredNorms]:
         return self.norms
 
     def tensors(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
-        found = {}
+        tensors = {}
         num_tokens = sum(batch.tokens.numel() for batch in batches)
         for group in self.layer.groups:
             weights = torch.zeros(self.shape)
             for linear in group:
                 norms = self.norms[self.layer.local_name(linear)].norms
-                for batch, each in zip(batches, norms, strict=True):
+                for batch, batch_norms in zip(batches, norms, strict=True):
                     rows, tokens = batch.tokens.shape
-                    weights[list(batch.rows), :tokens] += each.view(rows, tokens)  # some layers flatten them
+                    weights[list(batch.rows), :tokens] += batch_norms.view(
+                        rows, tokens
+                    )  # some layers flatten them
             mean = float(weights.sum()) / num_tokens
-            # Of one on average, so that losses and damping keep their size; all alike if nothing matters.
-            found[group[0].name] = weights / mean if mean else torch.ones(self.shape)
-        return found
+            # Their mean is one, so that losses and damping keep their scale; all are one without gradients.
+            tensors[group[0].name] = weights / mean if mean else torch.ones(self.shape)
+        return tensors

@@ -1,8 +1,8 @@
-"""How much the model minds errors of the input embedding's rows and of the output layer's.
+"""The sensitivity of the model to errors of the input embedding's rows and of the output layer's.
 
-An embedding's error is one of the first layer's inputs: their Fisher information tells what it costs, for
-each token as often as it occurs. An output layer's error changes the logits themselves: where its inputs are
-known, and so the predictions, no gradient is needed.
+An embedding's error is an error of the first layer's inputs: their Fisher information gives its cost,
+weighted by the frequency of each token. An output layer's error changes the logits directly: its cost follows
+from its inputs and the predictions, without gradients.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ MOST_INPUTS = 2048  # of the output layer, evenly spread over all tokens
 
 @dataclass(frozen=True)
 class VocabularySensitivity:
-    """What was measured before and behind the layers.
+    """The measurements of input embedding and output layer.
 
     Attributes:
-        metric: Fisher information of what is looked up, [hidden, hidden], float32.
-        frequencies: Share of the samples' tokens that each token has, [tokens of the vocabulary].
-        inputs: Some of the output layer's inputs, [some, hidden], float32.
+        metric: Fisher information of the embedding's outputs, [hidden, hidden], float32.
+        frequencies: Relative frequency of each token in the samples, [vocabulary].
+        inputs: A sample of the output layer's inputs, [samples, hidden], float32.
     """
 
     metric: torch.Tensor
@@ -41,7 +41,7 @@ class VocabularySensitivity:
 
     @classmethod
     def read(cls, file: Path, device: torch.device) -> Self:
-        """Read what `measure_vocabulary` returned."""
+        """Read the tensors that `measure_vocabulary` returned."""
         store = FileStore([file])
         return cls(**{name: tensor.to(device) for name, tensor in store.read(store.names()).items()})
 
@@ -56,8 +56,8 @@ def measure_vocabulary(
 
     Args:
         model: The original model.
-        batches: Samples.
-        gradients: Of the loss of drawn tokens by the first layer's inputs, of every batch.
+        batches: Batches of samples.
+        gradients: Gradients of the loss by the first layer's inputs, for every batch.
         outputs: The last layer's outputs of every batch.
     """
     statistics = InputStatistics.zeros(gradients[0].shape[-1], model.device)
@@ -68,7 +68,10 @@ def measure_vocabulary(
         counts += torch.bincount(tokens, minlength=len(counts))
     num_tokens = sum(batch.tokens.numel() for batch in batches)
     step = -(-num_tokens // MOST_INPUTS)
-    inputs = [each.flatten(0, 1)[::step].float() for each in model.output_layer_inputs(batches, outputs)]
+    inputs = [
+        batch_inputs.flatten(0, 1)[::step].float()
+        for batch_inputs in model.output_layer_inputs(batches, outputs)
+    ]
     return {
         "metric": statistics.gram / (statistics.num_tokens or 1),
         "frequencies": counts / num_tokens,

@@ -1,1 +1,1 @@
-"""The damages stage: what every storage on offer would cost the model, measured before any is chosen."""
+"""The damages stage: the damage of every storage on offer, measured before any is chosen."""

@@ -1,9 +1,9 @@
 """The damage of storing routed experts in few bits, in nats per token.
 
-As of other Linears it is tr(F E G E^T) / 2, but F, the Fisher information of the outputs, is taken for a
-multiple of the identity: a matrix for each of thousands of experts would fill a disk. It counts all tokens of
-the model, those that are not sent to the expert as zeros, and G is the mean over those that are. So an expert
-that few tokens come to may be stored in few bits.
+As for other Linears it is tr(F E G E^T) / 2, but F, the Fisher information of the outputs, is approximated by
+a multiple of the identity: a matrix for each of thousands of experts would fill a disk. F is a mean over all
+tokens of the model, with zeros for tokens that are not routed to the expert; G is the mean over those that
+are. So an expert with few tokens may be stored in few bits.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExpertDamages:
-    """Predicts the damages of the experts of all layers, in one more pass of the original model.
+    """Predicts the damages of all layers' experts, in one further pass of the original model.
 
     Attributes:
         work: The stage's run.
         quantize: The quantize stage that follows.
-        offer: Linear -> the ways to store it.
+        offer: Linear -> the storages on offer.
     """
 
     work: Factorization
@@ -42,7 +42,7 @@ class ExpertDamages:
     offer: Offer
 
     def measure(self) -> MeasuredDamages:
-        """Return the damages of every Linear; finished layers are not tried again."""
+        """Return the damages of every Linear; cached layers are not measured again."""
         model, cache = self.work.model, self.work.cache
         layers = model.architecture.layers
         offering = [layer for layer in layers if self._offers(layer)]
@@ -60,8 +60,8 @@ class ExpertDamages:
                         findings[layer.index] = self._measure(layer, inputs)
                         cache.finish(_piece(layer), findings[layer.index])
                     model.advance(layer.index, divided.batches, hidden, module=module)
-        for found in findings.values():
-            damages |= found
+        for of_layer in findings.values():
+            damages |= of_layer
         return damages
 
     def _offers(self, layer: LayerLinears) -> bool:
@@ -80,18 +80,18 @@ class ExpertDamages:
                 damages |= self._damages(group, inputs.expert(number), sensitivities)
             return damages
 
-        found: MeasuredDamages = {}
+        all_damages: MeasuredDamages = {}
         numbers = range(inputs.experts.count)
         for damages in map_side_by_side(work, numbers, small=self.work.model.is_small):
-            found |= damages
-        return found
+            all_damages |= damages
+        return all_damages
 
     def _damages(
         self, inputs: GroupInputs, expert: Expert, sensitivities: Mapping[str, float]
     ) -> MeasuredDamages:
-        """Return the damages of Linears of an expert that read the same."""
+        """Return the damages of an expert's Linears that share an input."""
         gram = inputs.observed.whole.gram / (inputs.observed.whole.num_tokens or 1)
-        tried: list[tuple[str, int, GriddedWeight]] = []
+        trials: list[tuple[str, int, GriddedWeight]] = []
         damages: MeasuredDamages = {}
         for linear in inputs.group:
             if linear.name not in self.offer:
@@ -102,14 +102,14 @@ class ExpertDamages:
                 if storage.weight is not None:
                     settings = quantization_settings(self.quantize, storage.weight)
                     matrix = put_on_grid(weight, settings, self.work.stored_dtype(linear))
-                    tried.append((linear.name, place, matrix))
-        if not tried:
+                    trials.append((linear.name, place, matrix))
+        if not trials:
             return damages
-        quantized = quantize_together([each for *_, each in tried], gram, method=self.quantize.method)
-        for (name, place, matrix), (rounded, _) in zip(tried, quantized, strict=True):
+        quantized = quantize_together([matrix for *_, matrix in trials], gram, method=self.quantize.method)
+        for (name, place, matrix), (rounded, _) in zip(trials, quantized, strict=True):
             error = matrix.dense - rounded.dequantize().to(matrix.dense)
-            lost = float(((error @ gram.to(error)) * error).sum())
-            damages[name][place] = max(0.0, sensitivities[name] * lost / 2)
+            error_energy = float(((error @ gram.to(error)) * error).sum())
+            damages[name][place] = max(0.0, sensitivities[name] * error_energy / 2)
         return damages
 
 

@@ -1,9 +1,9 @@
 """The damage of each storage of a Linear, in nats per token: tr(F E G E^T) / 2.
 
 E is the storage's error, F the Fisher information of the Linear's outputs and G the mean of x x^T over its
-inputs (`sensitivity`). The damage of a rank follows from the spectrum alone. What quantization adds is
-measured, with the quantize stage's own code, at a few ranks and interpolated between them: it varies slowly
-with the rank.
+inputs (`sensitivity`). The damage of a rank follows from the spectrum alone. The damage that quantization
+adds is measured, with the quantize stage's own code, at a few ranks and interpolated between them, because it
+varies slowly with the rank.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _PROBED_RANKS = 3  # at which the damage of quantizing factors is measured
 
 @dataclass(frozen=True)
 class _Probe:
-    """A factorized storage whose quantization is tried."""
+    """A factorized storage whose quantization is measured."""
 
     storage: Storage
     pair: Factors | PivotedFactors
@@ -62,17 +62,17 @@ class _Probe:
 
 @dataclass(frozen=True)
 class DamagePrediction:
-    """What the damages of one Linear follow from.
+    """The inputs from which the damages of one Linear are predicted.
 
     Attributes:
         linear: The Linear.
         settings: The factorize stage.
-        quantize: The quantize stage that follows, if what it adds counts.
+        quantize: The quantize stage that follows, if its damage counts.
         weight: [out, in].
         gram: Mean of x x^T over its inputs, [in, in].
         metric: Fisher information of its outputs, [out, out].
-        decomposition: Up to the highest rank on offer; None if none is.
-        scale_dtype: Precision in which scales of integers are stored.
+        decomposition: Decomposition up to the highest rank on offer; None if no rank is.
+        scale_dtype: Dtype in which scales of integers are stored.
     """
 
     linear: LinearShape
@@ -93,7 +93,7 @@ class DamagePrediction:
         linear: LinearShape,
         module: nn.Module,
     ) -> Self:
-        """Read what the pass has left of a Linear of a loaded layer."""
+        """Return the prediction for a Linear of a loaded layer, from its stored decomposition."""
         decomposed, metric = read_decomposed(work, layer, linear), work.metric(layer, linear)
         assert decomposed.gram is not None
         assert metric is not None, "error control measures sensitivities"
@@ -109,14 +109,14 @@ class DamagePrediction:
         )
 
     def hessian_factor(self) -> HessianFactor | None:
-        """Return what GPTQ needs of the Gram, for all bits and ranks of all Linears with these inputs."""
+        """Return the Hessian factor for GPTQ, shared by all options of all Linears with these inputs."""
         if self.quantize is None:
             return None
         damping = DEFAULT_DAMPING if self.quantize.damping == "auto" else self.quantize.damping
         return factor_hessian(self.gram, damping=damping, desc_act=self.quantize.desc_act)
 
     def damages(self, storages: Collection[Storage], factor: HessianFactor | None) -> dict[Storage, float]:
-        """Return the damage of each storage; `factor` is `hessian_factor` of these inputs."""
+        """Return storage -> damage; `factor` is `hessian_factor` of these inputs."""
         of_ranks = self._truncation_damages()
         added = self._quantization_damages(storages, of_ranks, factor)
         added |= self._correction_damages(storages, factor)
@@ -129,7 +129,7 @@ class DamagePrediction:
     def _correction_damages(
         self, storages: Collection[Storage], factor: HessianFactor | None
     ) -> dict[Storage, float]:
-        """Return the damage of integers with low-rank corrections, each fitted as the quantize stage does."""
+        """Return storage -> damage of integers with corrections, fitted as the quantize stage fits them."""
         corrected = [storage for storage in storages if storage.layout == "corrected"]
         if self.quantize is None or not corrected:
             return {}
@@ -139,7 +139,8 @@ class DamagePrediction:
         ]
         fitted = quantize_corrected(tasks, self.gram, factor=factor, method=self.quantize.method)
         return {
-            storage: self._damage(each.dequantize()) for storage, each in zip(corrected, fitted, strict=True)
+            storage: self._damage(weight.dequantize())
+            for storage, weight in zip(corrected, fitted, strict=True)
         }
 
     def _damage(self, approximation: torch.Tensor) -> float:
@@ -152,15 +153,18 @@ class DamagePrediction:
         Directions are orthogonal in the inputs' metric, so that damages of dropping them add up: direction i
         with basis vector b_i and singular value s_i costs s_i^2 b_i^T F b_i / 2.
         """
-        made = self.decomposition
-        if made is None:
+        decomposition = self.decomposition
+        if decomposition is None:
             return {}
-        least = self._damage(self._truncate(made.max_rank).product())
-        metric = self.metric.to(made.basis)
-        sensitivities = ((metric @ made.basis) * made.basis).sum(0)
-        dropped = made.singular_values[: made.max_rank].square() * sensitivities / 2
+        least = self._damage(self._truncate(decomposition.max_rank).product())
+        metric = self.metric.to(decomposition.basis)
+        sensitivities = ((metric @ decomposition.basis) * decomposition.basis).sum(0)
+        dropped = decomposition.singular_values[: decomposition.max_rank].square() * sensitivities / 2
         tails = (dropped.flip(0).cumsum(0).flip(0) + least).tolist()
-        return {rank: tails[rank] if rank < made.max_rank else least for rank in range(1, made.max_rank + 1)}
+        return {
+            rank: tails[rank] if rank < decomposition.max_rank else least
+            for rank in range(1, decomposition.max_rank + 1)
+        }
 
     def _truncate(self, rank: int) -> Factors:
         residual_rank = planned_residual_rank(self.settings, self.linear, rank)
@@ -172,7 +176,7 @@ class DamagePrediction:
     def _quantization_damages(
         self, storages: Collection[Storage], of_ranks: Mapping[int, float], factor: HessianFactor | None
     ) -> dict[Storage, float]:
-        """Return what quantizing adds to the damage of storages; nothing where it does not count."""
+        """Return storage -> damage that quantization adds; empty if it does not count."""
         if self.quantize is None:
             return {}
         dense = {
@@ -183,7 +187,7 @@ class DamagePrediction:
         by_bits: dict[tuple[int, ...], dict[int, Storage]] = {}  # of the two matrices -> rank -> storage
         for storage in storages:
             if storage.truncated_rank is not None and storage.is_quantized:
-                bits = tuple(each.bits for _, each in storage.parts.values() if each is not None)
+                bits = tuple(integers.bits for _, integers in storage.parts.values() if integers is not None)
                 by_bits.setdefault(bits, {})[storage.truncated_rank] = storage
         probed = [
             by_rank[rank] for by_rank in by_bits.values() for rank in spread(list(by_rank), _PROBED_RANKS)
@@ -215,18 +219,20 @@ class DamagePrediction:
             assert probe.storage.rank is not None
             measured[probe.storage] = max(0.0, self._damage(product) - of_ranks[probe.storage.rank])
         for by_rank in by_bits.values():
-            by_probed_rank = {rank: measured[each] for rank, each in by_rank.items() if each in measured}
+            by_probed_rank = {
+                rank: measured[storage] for rank, storage in by_rank.items() if storage in measured
+            }
             added |= {storage: interpolate(by_probed_rank, rank) for rank, storage in by_rank.items()}
         return added
 
     def _truncated_pair(self, storage: Storage) -> Factors | PivotedFactors:
-        """Return the plain matrices of a storage's rank and layout."""
+        """Return the unquantized matrices of a storage's rank and layout."""
         assert storage.rank is not None
         factors = self._truncate(storage.rank)
         return factors if storage.pivot_blocks is None else to_pivoted(factors, storage.pivot_blocks)
 
     def _start_probe(self, quantize: Quantize, storage: Storage, pair: Factors | PivotedFactors) -> _Probe:
-        """Put the first matrix of a pair on its grid, to see what quantizing adds to the damage."""
+        """Return a probe: a pair of matrices whose first one is on its grid."""
         first, second = (integers for _, integers in storage.parts.values())
         assert first is not None
         assert second is not None
@@ -235,18 +241,18 @@ class DamagePrediction:
 
 
 def spread(ranks: Sequence[int], count: int) -> list[int]:
-    """Return about `count` ranks at even distances of the logarithm, both ends among them."""
+    """Return about `count` ranks at even distances of the logarithm, including both ends."""
     ordered = sorted(ranks)
     low, high = math.log(ordered[0]), math.log(ordered[-1])
-    wanted = [low + (high - low) * step / max(1, count - 1) for step in range(count)]
-    return sorted({min(ordered, key=lambda rank: abs(math.log(rank) - each)) for each in wanted})
+    targets = [low + (high - low) * step / max(1, count - 1) for step in range(count)]
+    return sorted({min(ordered, key=lambda rank: abs(math.log(rank) - target)) for target in targets})
 
 
 def interpolate(values: Mapping[int, float], rank: int) -> float:
-    """Return a value at `rank`, linear in the logarithm of the rank between those that are known."""
+    """Return a value at `rank`, interpolated linearly in the logarithm of the rank."""
     ranks = sorted(values)
-    below = max((each for each in ranks if each <= rank), default=ranks[0])
-    above = min((each for each in ranks if each >= rank), default=ranks[-1])
+    below = max((measured for measured in ranks if measured <= rank), default=ranks[0])
+    above = min((measured for measured in ranks if measured >= rank), default=ranks[-1])
     if below == above:
         return values[below]
     share = math.log(rank / below) / math.log(above / below)

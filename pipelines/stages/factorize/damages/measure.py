@@ -24,16 +24,16 @@ _VOCABULARY_PIECE = "damages-vocabulary"
 
 
 def measure_damages(work: Factorization, offer: Offer, quantize: Quantize | None) -> Damages:
-    """Measure everything on offer, as far as an earlier run has not.
+    """Measure the damage of every storage on offer; cached results are not measured again.
 
     Args:
         work: The stage's run; its cache receives `decomposition-<index>` and `damages-<index>` of every
             layer, `damages-vocabulary`, and `damages-experts-<index>` of layers with routed experts.
-        offer: What may be chosen from.
-        quantize: The quantize stage that follows, if what it adds counts.
+        offer: The storages on offer.
+        quantize: The quantize stage that follows, if its damage counts.
 
     Raises:
-        FactorizationError: a weight or its inputs are not finite, say.
+        FactorizationError: for example, a weight or its inputs are not finite.
     """
     spectra = _decompose(work, offer)
     damages: MeasuredDamages = {}
@@ -47,7 +47,7 @@ def measure_damages(work: Factorization, offer: Offer, quantize: Quantize | None
 
 @dataclass(frozen=True)
 class _OfferedRanks(LayerVisitor):
-    """Wants every Linear's decomposition up to the highest rank on offer, and its Gram."""
+    """Asks the pass for every Linear's decomposition up to the highest rank on offer, and its Gram."""
 
     offer: Offer
 
@@ -63,7 +63,7 @@ class _OfferedRanks(LayerVisitor):
 
 
 def _decompose(work: Factorization, offer: Offer) -> Mapping[str, Spectrum]:
-    """Leave every decomposition on disk, without a pass if they are there; return the spectra."""
+    """Write every decomposition to disk, unless all are cached; return Linear -> spectrum."""
     spectra: dict[str, Spectrum] = {}
     for layer in work.model.architecture.layers:
         findings = work.cache.findings(decompositions_piece(layer.index))
@@ -96,9 +96,9 @@ def _of_layer(
 
 
 def _of_vocabulary(work: Factorization, offer: Offer, quantize: Quantize | None) -> MeasuredDamages:
-    """Return the damages of input embedding and output layer, as far as their bits are to be chosen."""
-    outside = work.model.architecture.vocabulary.names
-    names = [name for name in offer if name in outside]
+    """Return the damages of input embedding and output layer, if their bits are to be chosen."""
+    vocabulary_names = work.model.architecture.vocabulary.names
+    names = [name for name in offer if name in vocabulary_names]
     if not names:
         return {}
     findings: MeasuredDamages | None = work.cache.findings(_VOCABULARY_PIECE)
@@ -114,7 +114,7 @@ def _of_vocabulary(work: Factorization, offer: Offer, quantize: Quantize | None)
 
 
 def _of_experts(work: Factorization, offer: Offer, quantize: Quantize | None) -> MeasuredDamages:
-    """Return the damages of routed experts, as far as their bits are to be chosen."""
+    """Return the damages of routed experts, if their bits are to be chosen."""
     experts = {linear.name for linear in work.model.architecture.expert_linears}
     of_experts = {name: storages for name, storages in offer.items() if name in experts}
     if not of_experts:

@@ -1,4 +1,4 @@
-"""What measuring the damages of all storages takes of memory, disk and arithmetic."""
+"""Memory, disk and operations of measuring the damages of all storages on offer."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ _PROBED_RANKS = 2
 
 
 def damages_needs(settings: Factorize, task: AllocationTask, work: Workload) -> Needs:
-    """Return the higher of the pass and of trying a Linear's storages; what is measured stays on disk.
+    """Return the peak needs of the pass and of trying a Linear's storages; decompositions stay on disk.
 
     Args:
         settings: The recipe's factorize stage.
-        task: What is on offer.
-        work: What the recipe does.
+        task: The storages on offer.
+        work: The amount of work.
     """
     ranks, layers = offered_ranks(task), work.architecture.layers
-    num_parts = 2 if settings.beta == "auto" else 1  # of the sequences, each with its Grams
+    num_parts = 2 if settings.beta == "auto" else 1  # parts of the sequences, each with its Grams
     decompositions = [decomposition_bytes(layer, ranks, has_metric=True) for layer in layers]
-    waiting = max(decompositions) + work.layer_grams * num_parts
+    largest_entry = max(decompositions) + work.layer_grams * num_parts
     solving = {
         linear.name: solving_bytes(linear, ranks[linear.name], has_metric=True)
         for linear in work.largest_layer.linears
     }
-    step = max(work.passing(work.calibrating), waiting + max(solving.values()))
+    step = max(work.passing(work.calibrating), largest_entry + max(solving.values()))
     trying = work.layer_weights + max(
         2 * decomposition_bytes_of(linear, ranks[linear.name], has_metric=True)
         + max(solving[linear.name], rounding_bytes(_probed_rows(task, linear, ranks), linear.in_features))
@@ -57,7 +57,7 @@ def damages_needs(settings: Factorize, task: AllocationTask, work: Workload) -> 
     linears = work.architecture.linears
     return Needs(
         working_bytes=max(pass_bytes(work, num_parts, step), trying, _vocabulary_bytes(work, task)),
-        beside_bytes=waiting + work.layer_weights,
+        beside_bytes=largest_entry + work.layer_weights,
         scratch_bytes=on_disk,
         kept_bytes=on_disk,
         flops=work.forward_flops(work.calibrating)
@@ -78,24 +78,24 @@ def _vocabulary_bytes(work: Workload, task: AllocationTask) -> int:
 
 
 def _probed_rows(task: AllocationTask, linear: LinearShape, ranks: Mapping[str, int]) -> int:
-    """Return the rows of all matrices that are quantized at once to try a Linear's storages."""
+    """Return the number of rows that are quantized at once to try a Linear's storages."""
     storages = [storage for storage in task.costs[linear.name] if storage.is_quantized]
-    whole = [storage for storage in storages if storage.truncated_rank is None]
-    corrections = sum(storage.rank or 0 for storage in whole)
+    full_rank = [storage for storage in storages if storage.truncated_rank is None]
+    corrections = sum(storage.rank or 0 for storage in full_rank)
     first_matrices = {
-        next(iter(each.parts.values()))[1] for each in storages if each.truncated_rank is not None
+        next(iter(storage.parts.values()))[1] for storage in storages if storage.truncated_rank is not None
     }
     return (
-        len(whole) * linear.out_features
+        len(full_rank) * linear.out_features
         + corrections
         + len(first_matrices) * _PROBED_RANKS * ranks[linear.name]
     )
 
 
 def _probing_flops(work: Workload, task: AllocationTask, ranks: Mapping[str, int]) -> float:
-    """Return the operations of quantizing options, where the budget is in bits."""
+    """Return the operations of quantizing options; 0 if the budget is in parameters."""
     if not task.is_in_bits:
         return 0.0
     groups = [group for layer in work.architecture.layers for group in layer.groups]
     rows = [(sum(_probed_rows(task, linear, ranks) for linear in group), group[0]) for group in groups]
-    return sum(rounding_flops(count, first.in_features) for count, first in rows if count)
+    return sum(rounding_flops(count, first_linear.in_features) for count, first_linear in rows if count)

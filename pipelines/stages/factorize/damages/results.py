@@ -1,4 +1,4 @@
-"""What the damages stage has measured, for the choice of ranks and bits."""
+"""The result of the damages stage, from which ranks and bits are chosen."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ercsvd_deploy.pipelines.state.cache import FinishedWork
 if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
 
-Offer = Mapping[str, Collection["Storage"]]  # matrix -> the ways to store it
+Offer = Mapping[str, Collection["Storage"]]  # matrix -> storages on offer
 MeasuredDamages = dict[str, list[float]]  # matrix -> nats per token, in the order of its offer
 
 
 @dataclass(frozen=True)
 class Damages:
-    """What storing each matrix in each way would cost the model.
+    """The damage of every storage on offer.
 
     Attributes:
-        by_matrix: Linear, embedding or output layer -> damage of every way to store it.
-        spectra: Linear that was decomposed -> its spectrum.
-        folder: Where its decompositions are.
+        by_matrix: Linear, embedding or output layer -> damage of each of its storages on offer.
+        spectra: Decomposed Linear -> its spectrum.
+        folder: The stage's folder, with the decompositions.
     """
 
     by_matrix: MeasuredDamages

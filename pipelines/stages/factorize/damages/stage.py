@@ -1,7 +1,7 @@
-"""What every storage on offer would cost the model: measured for `allocation: error_controlled`.
+"""The stage that measures the damage of every storage on offer, for `allocation: error_controlled`.
 
-None of it depends on the size that is asked for: a sweep over sizes measures once, and so does a recipe whose
-budget was changed, as long as the folder is there. The factorize stage chooses from it.
+The result does not depend on the budget: a sweep over sizes measures once, and so does a recipe whose budget
+was changed, as long as the folder is kept. The factorize stage chooses from the result.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun
     from ercsvd_deploy.pipelines.stages.workload import Workload
 
-# Fields of the factorize stage that say how much is removed, what ranks are on offer, which are among the
-# storages, or how factors are written.
+# Fields of the factorize stage that set the budget, the ranks on offer (which the offer's digest has), or how
+# factors are written.
 _NOT_READ = frozenset(
     {"compression_ratio", "rank_multiple", "num_search_samples", "compressed_prefix_inputs"}
 )
@@ -33,12 +33,12 @@ _NOT_READ = frozenset(
 
 @dataclass(frozen=True)
 class DamagesStage(Stage):
-    """Decompositions of all decoder Linears, and the damage of every way to store a matrix.
+    """Decompositions of all decoder Linears, and the damage of every storage on offer.
 
     Attributes:
         factorize: The recipe's factorize stage.
-        quantize: The quantize stage behind it, if what it adds counts.
-        task: What is chosen from, and the budget, which this stage does not read.
+        quantize: The quantize stage after it, if its damage counts.
+        task: The storages on offer, and the budget, which this stage does not read.
     """
 
     factorize: Factorize
@@ -66,7 +66,7 @@ class DamagesStage(Stage):
         return "factorize"
 
     def settings(self) -> Any:
-        """Return what is on offer, and how its damage is measured; no size, and no cost."""
+        """Return the storages on offer and the settings of the measurement, without costs and budget."""
         factorize = self.factorize.model_dump(mode="json")
         return {
             "factorize": {name: value for name, value in factorize.items() if name not in _NOT_READ},
@@ -75,12 +75,12 @@ class DamagesStage(Stage):
         }
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return the higher of the pass and of trying the storages of a Linear."""
+        """Return the peak needs of the pass and of trying a Linear's storages."""
         del candidates
         return damages_needs(self.factorize, self.task, work)
 
     def run(self, run: StageRun) -> Damages:
-        """Decompose, and measure."""
+        """Decompose every Linear, and measure the damages."""
         from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
         from ercsvd_deploy.pipelines.stages.factorize.damages.measure import measure_damages
 
@@ -99,12 +99,17 @@ class DamagesStage(Stage):
 
 
 def _digest_of_offer(offer: Mapping[str, Collection[Storage]]) -> str:
-    """Return a digest of the ways to store every matrix.
+    """Return a digest of every matrix's storages on offer.
 
-    Their order counts: matrices that are quantized at once are rows of one product, and rounded as such.
+    Their order counts, because it changes the rounding of products of matrices that are quantized together.
     """
-    described = {storage: storage.model_dump(mode="json") for each in offer.values() for storage in each}
+    described = {
+        storage: storage.model_dump(mode="json") for storages in offer.values() for storage in storages
+    }
     numbers = {storage: number for number, storage in enumerate(described)}
     return digest_of(
-        [list(described.values()), [[name, [numbers[each] for each in ways]] for name, ways in offer.items()]]
+        [
+            list(described.values()),
+            [[name, [numbers[storage] for storage in storages]] for name, storages in offer.items()],
+        ]
     )

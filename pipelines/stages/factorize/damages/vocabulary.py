@@ -1,9 +1,10 @@
 """The damage of storing input embedding and output layer in few bits, in nats per token.
 
-Of an embedding with error rows e it is the mean of e F e^T / 2 over tokens, F the Fisher information of what
-is looked up. An output layer's error E changes the logits of an input x by E x, which costs half the variance
-of E x under the predictions: the KL divergence to second order, no Fisher information approximated. A matrix
-that is both has the sum of both. What a model does to its logits behind the output layer is not seen.
+For an embedding with error rows e it is the mean of e F e^T / 2 over tokens, F the Fisher information of the
+embedding's outputs. An output layer's error E changes the logits of an input x by E x, which costs half the
+variance of E x under the predictions: the KL divergence to second order, without an approximation of the
+Fisher information. A tied matrix has the sum of both. Operations on logits after the output layer are
+ignored.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VocabularyDamages:
-    """Predicts the damages of both matrices.
+    """Predicts the damages of input embedding and output layer.
 
     Attributes:
         model: The original model.
         quantize: The quantize stage that follows.
-        sensitivity: Of both.
+        sensitivity: Measurements of both.
     """
 
     model: LayerwiseModel
@@ -42,7 +43,7 @@ class VocabularyDamages:
         """Return the damage of each way to store one of them.
 
         Args:
-            name: Of the embedding or the output layer.
+            name: Name of the embedding or the output layer.
             storages: The ways.
         """
         stored = f"{name}.{WEIGHT}"
@@ -56,7 +57,7 @@ class VocabularyDamages:
     def _damage(
         self, weight: torch.Tensor, storage: Storage, is_looked_up: bool, log_sums: torch.Tensor | None
     ) -> float:
-        """Return the damage of a storage; `log_sums` are those of the logits, if it gives logits."""
+        """Return the damage of a storage; `log_sums` are those of the logits, if the matrix gives logits."""
         if storage.weight is None:
             return 0.0
         inputs, metric = self.sensitivity.inputs, self.sensitivity.metric
@@ -65,23 +66,23 @@ class VocabularyDamages:
         report = None if gram is None else rounding.compare(weight)
         of_rows = torch.zeros((), device=inputs.device)
         mean, mean_square = (torch.zeros(len(inputs), device=inputs.device) for _ in range(2))
-        first = 0
+        start = 0
         for dense, quantized in rounding.blocks(weight, inputs.device, report):
             error = quantized.dequantize() - dense
             if is_looked_up:
-                frequencies = self.sensitivity.frequencies[first : first + len(error)]
+                frequencies = self.sensitivity.frequencies[start : start + len(error)]
                 of_rows += (frequencies * ((error @ metric) * error).sum(1)).sum()
             if log_sums is not None:
                 shares = (inputs @ dense.T - log_sums[:, None]).exp_()
                 change = inputs @ error.T
                 mean += (shares * change).sum(1)
                 mean_square += (shares * change.square_()).sum(1)
-            first += len(error)
+            start += len(error)
         variance = mean_square - mean.square()
         return float(of_rows + variance.mean()) / 2
 
     def _log_sums(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the logarithm of the sum of exp(logit) for every input."""
+        """Return the log-sum-exp of the logits for every input."""
         inputs = self.sensitivity.inputs
         sums = [(inputs @ rows.to(inputs).T).logsumexp(1) for rows in torch.split(weight, ROWS_AT_ONCE)]
         return torch.stack(sums).logsumexp(0)

@@ -1,4 +1,4 @@
-"""What a way to choose ranks is, and what it decides."""
+"""The interface of the ways to choose ranks, and their decision."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ercsvd_deploy.pipelines.stages.factorize.ranks.chosen import ChosenRanks
 
 @dataclass(frozen=True)
 class RankDecision:
-    """What is needed to write the factors.
+    """The decision from which the factors are written.
 
     Attributes:
-        chosen: The ranks.
-        residual_ranks: Linear -> what of its rank belongs to the residual; None: it has none.
-        measured: Linear -> what it loses, where a search has measured that already.
-        spectra: Linear that was decomposed -> its spectrum.
+        chosen: The chosen ranks.
+        residual_ranks: Linear -> the residual's part of its rank; None without a residual.
+        measured: Linear -> its report entry, if a search has measured it already.
+        spectra: Decomposed Linear -> its spectrum.
     """
 
     chosen: ChosenRanks
@@ -32,4 +32,4 @@ class RankChoice(ABC):
 
     @abstractmethod
     def choose(self) -> RankDecision:
-        """Decide; afterwards the decomposition of every Linear that gets a rank is on disk."""
+        """Choose ranks; afterwards the decomposition of every Linear that gets a rank is on disk."""

@@ -1,4 +1,4 @@
-"""What a choice of ranks was made of, as the report has it."""
+"""The chosen ranks with the search or allocation behind them, as the report has them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ercsvd_deploy.format.schema import Storage
 
 @dataclass(frozen=True)
 class AllocatedLinear:
-    """What error-controlled allocation chose for a matrix, and what else there was."""
+    """The choice of error-controlled allocation for one matrix, and its alternatives."""
 
     name: Annotated[str, Field(description="The module's name.")]
-    chosen: Annotated[str, Field(description="How it is stored.")]
+    chosen: Annotated[str, Field(description="The chosen storage.")]
     bits_per_weight: Annotated[
         Measured,
         Field(description="Stored bits for each original weight; of plain values if nothing is quantized."),
@@ -28,7 +28,7 @@ class AllocatedLinear:
     ]
     alternatives: Annotated[
         tuple[tuple[str, Measured, Measured], ...],
-        Field(description="What else there was: label, bits per weight, nats; the cheapest first."),
+        Field(description="All options: label, bits per weight, nats; the cheapest first."),
     ]
 
 
@@ -36,11 +36,11 @@ class AllocatedLinear:
 class SearchPoint:
     """One tried number of compressed layers."""
 
-    num_compressed_layers: Annotated[Count, Field(description="How many of the last layers are compressed.")]
-    layer_ratio: Annotated[Finite, Field(description="Share of the parameters removed in each of them.")]
-    kept_parameters: Annotated[
-        Count, Field(description="Parameters of the decoder's Linears that this leaves.")
+    num_compressed_layers: Annotated[
+        Count, Field(description="Number of compressed layers, counted from the last.")
     ]
+    layer_ratio: Annotated[Finite, Field(description="Share of the parameters removed in each of them.")]
+    kept_parameters: Annotated[Count, Field(description="Parameters that the decoder's Linears keep.")]
     final_layer_error: Annotated[
         float | None,
         Field(
@@ -52,7 +52,7 @@ class SearchPoint:
 
 @dataclass(frozen=True)
 class Budget:
-    """What all decoder Linears together were allowed to cost, and what they do."""
+    """The budget of all decoder Linears together, and the cost of the choices."""
 
     unit: Annotated[
         Literal["parameters", "bits"],
@@ -62,21 +62,21 @@ class Budget:
         ),
     ]
     allowed: Annotated[Count, Field(description="The budget.")]
-    spent: Annotated[Count, Field(description="What the choices cost; never more.")]
+    spent: Annotated[Count, Field(description="Cost of the choices, at most the budget.")]
 
 
 @dataclass(frozen=True)
 class ChosenRanks:
-    """The ranks of all decoder Linears, and why.
+    """The ranks of all decoder Linears, with the search or allocation that chose them.
 
     Attributes:
         plan: The ranks.
-        first_layer: First layer that factors are written of; those before it stay whole.
-        search: What a search over the number of compressed layers tried.
-        allocation: What error control chose for every Linear.
-        storages: How every Linear is to be stored in the end, if its integers were chosen too, and embedding
+        first_layer: First layer with factors; the layers before it stay dense.
+        search: Points of a search over the number of compressed layers.
+        allocation: Choices of error control for every Linear.
+        storages: Final storage of every Linear, if its integers were chosen too, and of embedding
             and output layer if theirs were; else None.
-        budget: Of error control; None: the plan's parameters.
+        budget: Budget of error control; None: that of the plan's parameters.
     """
 
     plan: RankPlan

@@ -1,7 +1,7 @@
-"""`allocation: error_controlled`: every matrix stored as it hurts the model least.
+"""`allocation: error_controlled`: the storage of every matrix that damages the model least.
 
-The damage of every storage on offer is measured before, in nats per token (`damages`); storages are allocated
-so that the damages sum to the least under the budget (`budget.allocation`).
+The damages stage has measured the damage of every storage on offer, in nats per token (`damages`); the
+storages with the smallest sum of damages under the budget are chosen (`budget.allocation`).
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 
 class ErrorControlled(RankChoice):
-    """Storages under one budget, by their predicted damages."""
+    """Chooses storages under one budget by their predicted damages."""
 
     def __init__(self, work: Factorization, task: AllocationTask, damages: Damages | None) -> None:
-        """Take what can be chosen from.
+        """Set up the choice.
 
         Args:
             work: The stage's run.
-            task: Storages, costs and budget.
-            damages: Of the same storages; None where an earlier run has chosen.
+            task: The storages on offer, their costs and the budget.
+            damages: Damages of the same storages; None if the choice is cached.
         """
         self._work = work
         self._task = task
         self._damages = damages
 
     def choose(self) -> RankDecision:
-        """Allocate by the damages."""
+        """Choose the storages with the smallest sum of damages under the budget."""
         measured = self._damages
         assert measured is not None, "damages are measured unless ranks are chosen"
         options = {name: self._options(name, damages) for name, damages in measured.by_matrix.items()}
@@ -65,12 +65,12 @@ class ErrorControlled(RankChoice):
         return RankDecision(chosen, residual_ranks, measured={}, spectra=measured.spectra)
 
     def _options(self, name: str, damages: Sequence[float]) -> list[Option[Storage]]:
-        """Return the storages of a matrix with costs and damages, the cheapest first."""
-        ways = self._task.costs[name].items()
-        return [Option(cost, damage, way) for (way, cost), damage in zip(ways, damages, strict=True)]
+        """Return the options of a matrix with costs and damages, the cheapest first."""
+        costs = self._task.costs[name].items()
+        return [Option(cost, damage, storage) for (storage, cost), damage in zip(costs, damages, strict=True)]
 
     def _allocate(self, options: Mapping[str, Sequence[Option[Storage]]]) -> dict[str, Option[Storage]]:
-        """Pick a storage for every Linear, alike within what vLLM multiplies as one where that is cheap."""
+        """Pick a storage for every Linear, of equal kinds within a stack that vLLM fuses if that is cheap."""
         task = self._task
         if not task.likeness:
             return allocate(options, task.budget)
@@ -85,7 +85,7 @@ class ErrorControlled(RankChoice):
         return allocate_alike(options, task.budget, together, lambda storage: storage.kind, task.likeness)
 
     def _residual_ranks(self, layer: LayerLinears, plan: RankPlan) -> dict[str, int | None]:
-        """Return what of the chosen ranks of a layer the residuals get."""
+        """Return Linear of a layer -> the residual's part of its chosen rank."""
         work, settings = self._work, self._work.settings
         ranks = {linear: rank for linear in layer.linears if (rank := plan.ranks[linear.name]) is not None}
         if settings.beta != "auto":
@@ -116,15 +116,15 @@ class ErrorControlled(RankChoice):
 
     def _plan(self, storages: dict[str, Storage]) -> RankPlan:
         linears = self._work.model.architecture.linears
-        kept = sum(storages[linear.name].num_parameters for linear in linears)
+        kept_parameters = sum(storages[linear.name].num_parameters for linear in linears)
         total = self._work.model.architecture.linear_parameters
         return RankPlan(
             ranks={linear.name: storages[linear.name].truncated_rank for linear in linears},
-            parameter_budget=kept if self._task.is_in_bits else self._task.budget,
-            kept_parameters=kept,
+            parameter_budget=kept_parameters if self._task.is_in_bits else self._task.budget,
+            kept_parameters=kept_parameters,
             total_parameters=total,
-            achieved_compression_ratio=1 - kept / total,
-            layer_ratio=1 - kept / total,
+            achieved_compression_ratio=1 - kept_parameters / total,
+            layer_ratio=1 - kept_parameters / total,
             num_compressed_layers=len(
                 {linear.layer for linear in linears if storages[linear.name].truncated_rank is not None}
             ),
@@ -134,12 +134,12 @@ class ErrorControlled(RankChoice):
     def _explain(
         self, picked: dict[str, Option[Storage]], options: dict[str, list[Option[Storage]]]
     ) -> list[AllocatedLinear]:
-        """Return what was chosen for every matrix, and among what."""
+        """Return the choice for every matrix, with its alternatives."""
         unit = 1 if self._task.is_in_bits else 8 * self._work.model.dtype.itemsize
-        explained = []
+        allocated = []
         architecture = self._work.model.architecture
         ends = (architecture.vocabulary.embedding, architecture.vocabulary.multiplied)
-        chosen_ends = {each.name: each for each in ends if each is not None and each.name in picked}
+        chosen_ends = {end.name: end for end in ends if end is not None and end.name in picked}
         experts = [linear for linear in architecture.expert_linears if linear.name in picked]
         for linear in (*architecture.linears, *chosen_ends.values(), *experts):
             rows = {
@@ -147,5 +147,5 @@ class ErrorControlled(RankChoice):
                 for option in options[linear.name]
             }
             chosen = rows[picked[linear.name].choice]
-            explained.append(AllocatedLinear(linear.name, *chosen, alternatives=tuple(rows.values())))
-        return explained
+            allocated.append(AllocatedLinear(linear.name, *chosen, alternatives=tuple(rows.values())))
+        return allocated

@@ -1,9 +1,9 @@
 """`allocation: last_k`: the last k layers are compressed, all by the same ratio, and k is searched for.
 
-With `num_compressed_layers: auto` every admissible k (compress the last k layers, the fewer the harder
-each) is tried at once. Beside the original activations runs one trajectory for each k on a few calibration
-sequences, through layers compressed at that k's ranks. A layer is decomposed once: every k truncates the
-same decomposition. The k with the smallest error of the last layer's output wins.
+With `num_compressed_layers: auto` every admissible k is tried at once (the fewer layers, the lower their
+ranks). Beside the original activations there is one trajectory for each k on a few calibration sequences,
+through layers compressed at that k's ranks. A layer is decomposed once; every k truncates the same
+decomposition. The k with the smallest error of the last layer's output is chosen.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ _ResidualRanks = Mapping[str, Mapping[str, int | None]]  # Linear -> rank, as JS
 
 @dataclass
 class _Candidate:
-    """One k while the walk is under way."""
+    """The state of one k during the walk."""
 
     plan: RankPlan
-    hidden: list[torch.Tensor] | None = None  # activations of the search sequences, once it has diverged
+    hidden: list[torch.Tensor] | None = (
+        None  # activations of the search sequences, from its first compressed layer on
+    )
     linears: dict[str, FactorizedLinear] = field(default_factory=dict)
     residual_ranks: dict[str, int | None] = field(default_factory=dict)
 
@@ -66,12 +68,12 @@ class LastLayers(RankChoice, LayerVisitor):
         self.num_search_samples = work.settings.num_search_samples
 
     def ranks_on_offer(self, linear: LinearShape) -> list[int]:
-        """Return the ranks that some k gives the Linear."""
+        """Return the ranks that the Linear has for any k."""
         ranks = {candidate.plan.ranks.get(linear.name) for candidate in self._candidates.values()}
         return sorted(rank for rank in ranks if rank is not None)
 
     def try_layer(self, visited: VisitedLayer) -> Any:
-        """Advance the trajectory of every k that compresses this layer; return what its Linears lose."""
+        """Advance the trajectory of every k that compresses this layer; return its report entries."""
         inputs = {
             linear.name: visited.observed.get(group[0].name)
             for group in visited.layer.groups
@@ -88,7 +90,7 @@ class LastLayers(RankChoice, LayerVisitor):
         }
 
     def try_again(self, visited: VisitedLayer, findings: Any) -> None:
-        """Advance the trajectories once more; what Linears lose is known by now."""
+        """Advance the trajectories again, with the report entries of an earlier run."""
         self._try(visited, findings["residual_ranks"], None)
         for k, linears in findings["candidates"].items():
             candidate = self._candidates[int(k)]
@@ -113,7 +115,7 @@ class LastLayers(RankChoice, LayerVisitor):
         residual_ranks: _ResidualRanks,
         inputs: Mapping[str, ObservedInputs | None] | None,
     ) -> dict[int, list[FactorizedLinear]]:
-        """Advance every trajectory through the layer; return what Linears lose if `inputs` are passed."""
+        """Advance every trajectory through the layer; return report entries if `inputs` are passed."""
         layer, module, model = visited.layer, visited.module, self._work.model
         originals = {linear.name: linear_of(module, layer, linear).weight.data for linear in layer.linears}
         measured: dict[int, list[FactorizedLinear]] = {}
@@ -125,11 +127,11 @@ class LastLayers(RankChoice, LayerVisitor):
             )
             compressed = map_side_by_side(compress, layer.linears, small=model.is_small)
             measured[k] = []
-            for linear, (weight, lost) in zip(layer.linears, compressed, strict=True):
+            for linear, (weight, entry) in zip(layer.linears, compressed, strict=True):
                 put_weight(module, layer, linear, weight)
-                if lost is not None:
-                    measured[k].append(lost)
-            candidate.linears |= {lost.name: lost for lost in measured[k]}
+                if entry is not None:
+                    measured[k].append(entry)
+            candidate.linears |= {entry.name: entry for entry in measured[k]}
             if candidate.hidden is None:
                 candidate.hidden = list(visited.entering)
             model.advance(layer.index, visited.batches, candidate.hidden, module=module)
@@ -146,7 +148,7 @@ class LastLayers(RankChoice, LayerVisitor):
         inputs: Mapping[str, ObservedInputs | None] | None,
         linear: LinearShape,
     ) -> tuple[torch.Tensor, FactorizedLinear | None]:
-        """Return the weight a candidate gives a Linear and, if its `inputs` are passed, what is lost."""
+        """Return a Linear's weight in a candidate and, if its `inputs` are passed, its report entry."""
         weight, rank = weights[linear.name], candidate.plan.ranks.get(linear.name)
         if rank is None:
             return weight, None if inputs is None else left_dense(linear)
@@ -155,17 +157,17 @@ class LastLayers(RankChoice, LayerVisitor):
         factors = truncate_linear(
             self._work.settings, decompositions[linear.name], weight, rank, residual_rank, exact=False
         )
-        # A pivoted product differs by rounding alone: pivots are only looked for in the chosen k.
+        # A pivoted product differs only by rounding, so pivots are computed only for the chosen k.
         factors = factors.rounded(self._work.stored_dtype(linear))
-        lost = None
+        entry = None
         if inputs is not None:
             observed = inputs[linear.name]
             gram = None if observed is None else observed.whole.gram
-            lost = measure_linear(linear, rank, weight, factors, gram, residual_rank)
-        return factors.product().to(weight.dtype), lost
+            entry = measure_linear(linear, rank, weight, factors, gram, residual_rank)
+        return factors.product().to(weight.dtype), entry
 
     def choose(self) -> RankDecision:
-        """Try every k in one pass; return that whose last outputs are nearest to the original ones."""
+        """Try every k in one pass; choose the one whose last outputs are nearest to the original ones."""
         spectra, leaving = decompose_decoder(self._work, self)
         search = [self._search_point(k, leaving) for k in sorted(self._candidates)]
         errors = {point.num_compressed_layers: point.final_layer_error for point in search}
@@ -180,8 +182,8 @@ class LastLayers(RankChoice, LayerVisitor):
         error = None
         if original and candidate.hidden is not None:
             pairs = list(zip(candidate.hidden, original, strict=True))
-            lost = sum((tried - true).double().square().sum().item() for tried, true in pairs)
-            whole = sum(true.double().square().sum().item() for _, true in pairs)
-            error = (lost / whole) ** 0.5 if whole else 0.0
+            error_energy = sum((tried - true).double().square().sum().item() for tried, true in pairs)
+            energy = sum(true.double().square().sum().item() for _, true in pairs)
+            error = (error_energy / energy) ** 0.5 if energy else 0.0
         candidate.hidden = None
         return SearchPoint(k, candidate.plan.layer_ratio, candidate.plan.kept_parameters, error)

@@ -1,4 +1,4 @@
-"""What `allocation: error_controlled` may choose from, and its budget: from shapes alone, as a plan needs."""
+"""The options of `allocation: error_controlled` and its budget, from shapes alone."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from ercsvd_deploy.recipe.quantize import Correction
     from ercsvd_deploy.recipe.sections import Recipe, Target
 
-_LIKENESS = 0.01  # of the damage: one kernel in place of two or three is worth it
+_LIKENESS = 0.01  # accepted increase of the damage for one kernel instead of two or three
 
 
 @dataclass(frozen=True)
 class AllocationTask:
-    """How each decoder Linear may be stored, and what all may cost together.
+    """The storages on offer for each decoder Linear, and the budget for all together.
 
     Attributes:
-        costs: Linear, embedding or output layer -> each way to store it, the cheapest first -> what it costs.
-        budget: In the same unit.
+        costs: Linear, embedding or output layer -> each storage on offer, the cheapest first -> its cost.
+        budget: Largest total cost, in the same unit.
         is_in_bits: The unit: bits that all GPUs hold at the smallest tensor parallel size, or parameters.
-        rules: How a Linear of a rank is stored.
+        rules: The storage rules.
         likeness: Largest relative increase of the damage for which the Linears that vLLM multiplies as one
-            matrix are stored alike; infinite where the format knows nothing else.
+            matrix get the same kind of storage; infinite if the format requires that.
     """
 
     costs: Mapping[str, Mapping[Storage, int]]
@@ -46,12 +46,12 @@ class AllocationTask:
 
     @property
     def offers_ranks(self) -> bool:
-        """Whether any Linear may get one; else bits alone are chosen."""
+        """Whether any Linear may get a rank; if not, only bits are chosen."""
         return any(storage.truncated_rank for costs in self.costs.values() for storage in costs)
 
     @property
     def least(self) -> int:
-        """What the cheapest storages cost together."""
+        """Total cost of the cheapest storages."""
         return sum(min(costs.values()) for costs in self.costs.values())
 
 
@@ -64,41 +64,43 @@ def allocation_task(
     rank_steps: RankSteps,
     element: int,
 ) -> AllocationTask:
-    """Return what can be chosen from.
+    """Return the options and the budget.
 
     Args:
-        recipe: With a `target`, or a factorize stage with a `compression_ratio`.
-        architecture: The model's.
-        quantize_plan: How the quantize stage stores every Linear.
-        vision: How the vision parts' altered Linears are stored.
-        rank_steps: What ranks are multiples of.
-        element: Bytes of a plain value.
+        recipe: A recipe with a `target`, or with a factorize stage that has a `compression_ratio`.
+        architecture: The model's architecture.
+        quantize_plan: The plan of the quantize stage.
+        vision: Name -> storage of the vision parts' changed Linears.
+        rank_steps: The steps of ranks.
+        element: Bytes of an unquantized value.
     """
     settings, target = recipe.factorize, recipe.target
     assert settings is not None
     rules = StorageRules(architecture, settings.layout, quantize_plan.fitted_to)
-    held = _HeldBits(architecture, element, min(recipe.serving.tensor_parallel_sizes))
+    gpu_bits = _GpuBits(architecture, element, min(recipe.serving.tensor_parallel_sizes))
     costs: dict[str, dict[Storage, int]] = {}
     for linear in architecture.linears:
         integers = quantize_plan.integers[linear.name]
         dense = [
-            rules.storage(linear, None, each, correction)
-            for each in _dense_integers(linear, integers, target)
+            rules.storage(linear, None, quantization, correction)
+            for quantization in _dense_integers(linear, integers, target)
             for correction in _corrections(linear, target)
         ]
         ranks = rank_steps.ranks_on_offer(linear, settings.layout) if recipe.may_factorize else []
         factorized = [
-            rules.storage(linear, rank, each) for rank in ranks for each in _factor_integers(integers, target)
+            rules.storage(linear, rank, quantization)
+            for rank in ranks
+            for quantization in _factor_integers(integers, target)
         ]
         storages = _servable(recipe, rules, rank_steps, linear, dense, factorized)
         cost_of = {
-            storage: storage.num_parameters if target is None else held.by_module(linear.name, storage)
+            storage: storage.num_parameters if target is None else gpu_bits.by_module(linear.name, storage)
             for storage in storages
         }
         costs[linear.name] = _cheapest_first(cost_of)
     for name, storages in _vocabulary_storages(quantize_plan, target).items():
-        costs[name] = _cheapest_first({each: held.by_module(name, each) for each in storages})
-    costs |= _expert_costs(recipe, rules, quantize_plan, held)
+        costs[name] = _cheapest_first({storage: gpu_bits.by_module(name, storage) for storage in storages})
+    costs |= _expert_costs(recipe, rules, quantize_plan, gpu_bits)
     chosen_experts = [linear for linear in architecture.expert_linears if linear.name in costs]
     weights = architecture.linear_parameters + sum(linear.parameters for linear in chosen_experts)
     if target is None:
@@ -109,43 +111,44 @@ def allocation_task(
         budget = math.floor(target.overall_bits * weights)
     else:
         described = {**vision, **quantize_plan.vocabulary}
-        chosen = dense_descriptions(architecture) | described
-        chosen_bits = sum(held.by_module(name, chosen[name]) for name in costs)
-        budget = _bits_of_model(target, architecture) - (held.by_model(described) - chosen_bits)
+        planned = dense_descriptions(architecture) | described
+        chosen_bits = sum(gpu_bits.by_module(name, planned[name]) for name in costs)
+        budget = _bits_of_model(target, architecture) - (gpu_bits.by_model(described) - chosen_bits)
     likeness = math.inf if recipe.export.format == "compressed-tensors" else _LIKENESS
     return AllocationTask(costs, budget, target is not None, rules, likeness if target is not None else 0.0)
 
 
 def _expert_costs(
-    recipe: Recipe, rules: StorageRules, quantize_plan: QuantizePlan, held: _HeldBits
+    recipe: Recipe, rules: StorageRules, quantize_plan: QuantizePlan, gpu_bits: _GpuBits
 ) -> dict[str, dict[Storage, int]]:
-    """Return what the Linears of routed experts may cost; none where there is no target, or they are ignored.
+    """Return the costs of routed experts' storages; empty without a target, or if they are ignored.
 
-    All experts of a model have the same few shapes and kinds, so that what is possible is found out once.
+    The experts of a model have the same few shapes and kinds, so each kind is computed once.
     """
     target = recipe.target
     if target is None or recipe.quantize is None:
         return {}
-    known: dict[tuple[int, int, WeightQuantization], dict[Storage, int]] = {}
+    costs_by_kind: dict[tuple[int, int, WeightQuantization], dict[Storage, int]] = {}
     costs = {}
     for linear in rules.architecture.expert_linears:
         integers = quantize_plan.integers.get(linear.name)
         if integers is None:
             continue
         key = (linear.out_features, linear.in_features, integers)
-        if key not in known:
+        if key not in costs_by_kind:
             storages = dict.fromkeys(
-                rules.storage(linear, None, each) for each in _dense_integers(linear, integers, target)
+                rules.storage(linear, None, quantization)
+                for quantization in _dense_integers(linear, integers, target)
             )
             sizes = recipe.serving.tensor_parallel_sizes
-            known[key] = _cheapest_first(
+            costs_by_kind[key] = _cheapest_first(
                 {
-                    storage: held.by_module(linear.name, storage)
+                    storage: gpu_bits.by_module(linear.name, storage)
                     for storage in storages
                     if not find_unservable({linear.name: storage}, rules.architecture, sizes)
                 }
             )
-        costs[linear.name] = known[key]
+        costs[linear.name] = costs_by_kind[key]
     return costs
 
 
@@ -154,13 +157,13 @@ def _cheapest_first(costs: Mapping[Storage, int]) -> dict[Storage, int]:
 
 
 @dataclass(frozen=True)
-class _HeldBits:
-    """What all GPUs hold together, at one tensor parallel size: a factor that each has whole counts for each.
+class _GpuBits:
+    """Bits that all GPUs hold together at one tensor parallel size; a replicated factor counts on each GPU.
 
     Attributes:
-        architecture: The model's.
-        element: Bytes of a plain value.
-        tensor_parallel_size: How many GPUs; with one, these are the bits that files hold.
+        architecture: The model's architecture.
+        element: Bytes of an unquantized value.
+        tensor_parallel_size: Number of GPUs; with one, these are the bits in the files.
     """
 
     architecture: Architecture
@@ -179,14 +182,14 @@ class _HeldBits:
 
 
 def _vocabulary_storages(quantize_plan: QuantizePlan, target: Target | None) -> dict[str, list[Storage]]:
-    """Return how input embedding and output layer may be stored, as far as their bits are to be chosen."""
+    """Return the storages of input embedding and output layer, if their bits are to be chosen."""
     if target is None or target.vocabulary_bits is None:
         return {}
     storages = {}
     for name, storage in quantize_plan.vocabulary.items():
         assert storage.weight is not None
         integers = [storage.weight.model_copy(update={"bits": bits}) for bits in target.vocabulary_bits]
-        storages[name] = [Storage.dense(storage.shape, each) for each in (*integers, None)]
+        storages[name] = [Storage.dense(storage.shape, quantization) for quantization in (*integers, None)]
     return storages
 
 
@@ -201,7 +204,7 @@ def _bits_of_model(target: Target, architecture: Architecture) -> int:
 def _dense_integers(
     linear: LinearShape, integers: WeightQuantization | None, target: Target | None
 ) -> list[WeightQuantization | None]:
-    """Return the integers to choose from for a Linear that keeps its one matrix; None: plain values."""
+    """Return the quantizations to choose from for a Linear that keeps one matrix; None: unquantized."""
     if target is None or integers is None:
         return [integers]
     groups = target.group_sizes or (integers.group_size,)
@@ -217,16 +220,16 @@ def _dense_integers(
 
 
 def _corrections(linear: LinearShape, target: Target | None) -> list[Correction | None]:
-    """Return the corrections to choose from for a Linear that keeps its one matrix; None: there is none."""
+    """Return the corrections to choose from for a Linear that keeps one matrix; None: no correction."""
     on_offer = () if target is None else target.corrections
     sides = linear.out_features + linear.in_features
-    return [None, *(each for each in on_offer if each.rank * sides < linear.parameters)]
+    return [None, *(correction for correction in on_offer if correction.rank * sides < linear.parameters)]
 
 
 def _factor_integers(
     integers: WeightQuantization | None, target: Target | None
 ) -> list[WeightQuantization | None]:
-    """Return the integers to choose from for the matrices of a Linear that gets a rank."""
+    """Return the quantizations to choose from for the matrices of a Linear with a rank."""
     if target is None or integers is None or target.factor_bits is None:
         return [integers]
     return [integers.model_copy(update={"bits": bits}) for bits in target.factor_bits]
@@ -242,7 +245,7 @@ def _servable(
 ) -> list[Storage]:
     """Return the storages of a Linear that vLLM can serve, each once.
 
-    Of the ranks those that integer kernels take whole, if there are any and they are fine enough.
+    If possible, only ranks that fit the blocks of integer kernels are kept.
     """
     sizes = recipe.serving.tensor_parallel_sizes
     if not rank_steps.halvings:

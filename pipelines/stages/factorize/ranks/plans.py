@@ -1,4 +1,4 @@
-"""Ranks as far as shapes decide: for each number of last layers, under one budget, of the vision parts."""
+"""Ranks that follow from shapes alone: for each number of compressed layers, and for the vision parts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from ercsvd_deploy.recipe.sections import Recipe, Vision
     from ercsvd_deploy.recipe.stages import Factorize
 
-_MOST_REMOVED = 0.9  # share of the parameters in a plan that shows what a target may come to
+_MOST_REMOVED = 0.9  # largest share of the parameters removed in a plan for a target
 
 
 def rank_plans(recipe: Recipe, architecture: Architecture, element: int) -> dict[int, RankPlan]:
     """Return the ranks for every number of compressed layers to consider; empty if nothing is factorized.
 
     Raises:
-        PlanError: no number of layers, or not the wanted one, can reach the compression ratio.
+        PlanError: no number of layers, or not the recipe's, can reach the compression ratio.
     """
     settings = recipe.factorize
     if settings is None or not recipe.may_factorize:
@@ -45,7 +45,7 @@ def rank_plans(recipe: Recipe, architecture: Architecture, element: int) -> dict
 
 
 def _layout_remedy(recipe: Recipe) -> str:
-    """Say what else than the ratio keeps automatic ranks from being smaller."""
+    """Return a further remedy for ranks that are too large: another layout, if that helps; else empty."""
     settings, sizes = recipe.factorize, recipe.serving.tensor_parallel_sizes
     assert settings is not None
     if settings.rank_multiple != "auto" or settings.layout != "pivoted" or max(sizes) == 1:
@@ -61,7 +61,7 @@ def _rank_plans(
     """Return the ranks for every number of compressed layers to consider.
 
     Raises:
-        RankError: no number of layers, or not the wanted one, can reach the ratio in these steps.
+        RankError: no number of layers, or not the recipe's, can reach the ratio in these steps.
     """
     linears, num_layers = architecture.linears, architecture.num_layers
     multiples, beta, layout = steps.steps, settings.planned_beta, settings.layout
@@ -72,9 +72,11 @@ def _rank_plans(
     else:
         candidates = [num_layers]
     if not candidates:
-        wanted = "" if settings.rank_multiple == "auto" else f"rank_multiple {settings.rank_multiple} and "
+        multiple_text = (
+            "" if settings.rank_multiple == "auto" else f"rank_multiple {settings.rank_multiple} and "
+        )
         raise RankError(
-            f"no number of layers can reach compression_ratio {ratio:g} with {wanted}beta {beta}: "
+            f"no number of layers can reach compression_ratio {ratio:g} with {multiple_text}beta {beta}: "
             "lower one of them"
         )
     return {
@@ -92,9 +94,9 @@ def _rank_plans(
 
 
 def _planned_ratio(recipe: Recipe, architecture: Architecture, element: int) -> float | None:
-    """Return the share of parameters to remove; for a target, which leaves it open, about what it takes.
+    """Return the share of parameters to remove; for a target, an estimate of it.
 
-    None: the target is met without removing any.
+    None if the target is met without removing parameters.
     """
     assert recipe.factorize is not None
     if recipe.factorize.compression_ratio is not None:
@@ -109,14 +111,14 @@ def _planned_ratio(recipe: Recipe, architecture: Architecture, element: int) -> 
 
 
 def plan_allocation(recipe: Recipe, architecture: Architecture, element: int) -> AllocationTask:
-    """Return options and budget of error-controlled allocation; `element` is a plain value's bytes.
+    """Return options and budget of error-controlled allocation; unquantized values have `element` bytes.
 
     Raises:
         PlanError: even the cheapest options do not fit the budget.
     """
-    storing = quantize_plan_of(recipe, architecture)
+    quantize_plan = quantize_plan_of(recipe, architecture)
     for steps in resolve_rank_steps(recipe, architecture).coarse_to_fine():
-        task = allocation_task(recipe, architecture, storing, {}, rank_steps=steps, element=element)
+        task = allocation_task(recipe, architecture, quantize_plan, {}, rank_steps=steps, element=element)
         if task.least <= task.budget:
             return task
     unit = "bits" if task.is_in_bits else "parameters"
@@ -124,7 +126,7 @@ def plan_allocation(recipe: Recipe, architecture: Architecture, element: int) ->
     remedy = "" if recipe.factorize.rank_multiple == "auto" else ", or a smaller rank_multiple"
     if not recipe.may_factorize:
         remedy = ", fewer bits in target.bits, or ranks by a factorize stage"
-    if recipe.target is not None and recipe.target.overall_bits is None and not storing.vocabulary:
+    if recipe.target is not None and recipe.target.overall_bits is None and not quantize_plan.vocabulary:
         remedy += ", or fewer bits for what is outside the layers (quantize.lm_head, quantize.embeddings)"
     raise PlanError(
         f"the budget is {task.budget:,} {unit} for all decoder Linears, and the least that is possible "
@@ -135,17 +137,17 @@ def plan_allocation(recipe: Recipe, architecture: Architecture, element: int) ->
 def plan_vision_ranks(
     vision: Vision | None, settings: Factorize | None, architecture: Architecture, rank_steps: RankSteps
 ) -> dict[str, int]:
-    """Return the rank of every vision Linear to factorize; empty if the recipe leaves vision alone.
+    """Return the rank of every vision Linear to factorize; empty if the recipe compresses no vision part.
 
     Raises:
         RankError: a part cannot reach the compression ratio; the message names it.
     """
     if vision is None or settings is None:
         return {}
-    wanted = {TOWER_PART: vision.compress_tower, PROJECTOR_PART: vision.compress_projector}
+    is_compressed = {TOWER_PART: vision.compress_tower, PROJECTOR_PART: vision.compress_projector}
     ranks: dict[str, int] = {}
     for part, layers in architecture.vision_layers.items():
-        if not wanted[part]:
+        if not is_compressed[part]:
             continue
         assert settings.compression_ratio is not None, "the schema refuses a target with vision parts"
         refusal = None

@@ -1,4 +1,4 @@
-"""How finely a recipe chooses the rank of each matrix of a model."""
+"""The rank steps of a recipe for each matrix of a model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def resolve_rank_steps(recipe: Recipe, architecture: Architecture) -> RankSteps:
     """Return the steps of the decoder's ranks.
 
-    With a target, groups smaller than the stage's are among what is weighed, so that a step need not be a
-    whole one of those.
+    With a target, groups smaller than the stage's are among the options, so that a step need not be a
+    multiple of the stage's group size.
 
     Raises:
         QuantizePlanError: the quantize stage cannot work on this model.
@@ -39,16 +39,16 @@ def _steps(
     linears: Iterable[tuple[LinearShape, WeightQuantization | None]],
 ) -> RankSteps:
     assert recipe.factorize is not None
-    wanted, layout = recipe.factorize.rank_multiple, recipe.factorize.layout
-    if wanted != "auto":
-        return fixed_steps([linear for linear, _ in linears], wanted)
+    rank_multiple, layout = recipe.factorize.rank_multiple, recipe.factorize.layout
+    if rank_multiple != "auto":
+        return fixed_steps([linear for linear, _ in linears], rank_multiple)
     preferred, finest = {}, {}
     for linear, storage in linears:
         group_size, whole_words = None, 1
         if storage is not None:
             group_size = storage.group_size if recipe.target is None else SMALLEST_GROUP
-            offered = recipe.target.factor_bits if recipe.target else None
-            whole_words = max(values_in_whole_words(bits) for bits in offered or (storage.bits,))
+            factor_bits = recipe.target.factor_bits if recipe.target else None
+            whole_words = max(values_in_whole_words(bits) for bits in factor_bits or (storage.bits,))
         finest[linear.name] = _pivot_blocks(linear, recipe, architecture)
         preferred[linear.name] = automatic_step(
             linear,
@@ -61,7 +61,7 @@ def _steps(
 
 
 def _pivot_blocks(linear: LinearShape, recipe: Recipe, architecture: Architecture) -> int:
-    """Return what every rank of a Linear must be a multiple of for its pivots to be cut evenly."""
+    """Return the divisor that every rank of a Linear must have so that its pivots can be cut evenly."""
     assert recipe.factorize is not None
     is_fused = len(architecture.output_blocks(linear.name, linear.out_features)) > 1
     if recipe.factorize.layout != "pivoted" or architecture.is_row_parallel(linear.name) or is_fused:
@@ -69,6 +69,6 @@ def _pivot_blocks(linear: LinearShape, recipe: Recipe, architecture: Architectur
     shards = [
         architecture.num_output_shards(linear.name, size) for size in recipe.serving.tensor_parallel_sizes
     ]
-    # Others cannot be had by any rank, and are refused where the shapes are checked.
+    # Other numbers of shards are impossible at any rank, and are refused by the check of shapes.
     possible = count_pivot_blocks(linear.out_features, 0)
     return max(count for count in (1, *shards) if possible % count == 0)
