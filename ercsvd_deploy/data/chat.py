@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # A processor's outputs for the text, without padding; all other tensors are for the pictures.
 _TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "labels"})
 _TOKEN_TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})
-# Which of a processor's parts is in which files of a model directory; one of them is enough.
+# Files of a model directory that describe its processor, and its chat template; one of each is enough.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json")
 # Placeholder for an answer, to learn what the chat template puts around one.
@@ -75,15 +75,15 @@ def load_processor(path: str, *, revision: str | None = None, trust_remote_code:
 
 
 def check_processor(processor: Any, config: Any) -> None:
-    """Refuse a processor that makes other pictures, or other numbers of image tokens, than the model takes.
+    """Refuse a processor whose picture sizes or numbers of image tokens are not those of the model.
 
     Raises:
         CalibrationError: names every setting that differs.
     """
     vision, pictures = config.vision_config, processor.image_processor
     settings: dict[str, tuple[Any, Any]] = {
-        name: (getattr(owner, name, None), getattr(asking, needed, None))
-        for name, owner, asking, needed in (
+        name: (getattr(processor_part, name, None), getattr(component, model_setting, None))
+        for name, processor_part, component, model_setting in (
             ("patch_size", processor if hasattr(processor, "patch_size") else pictures, vision, "patch_size"),
             ("vision_feature_select_strategy", processor, config, "vision_feature_select_strategy"),
             ("merge_size", pictures, vision, "spatial_merge_size"),
@@ -101,9 +101,9 @@ def check_processor(processor: Any, config: Any) -> None:
         if crop is not None and getattr(pictures, "do_center_crop", False):
             settings["crop_size"] = ((crop["height"], crop["width"]), (vision.image_size, vision.image_size))
     wrong = [
-        f"{name} is {setting}, the model needs {needed}"
-        for name, (setting, needed) in settings.items()
-        if setting is not None and needed is not None and setting != needed
+        f"{name} is {setting}, the model needs {model_setting}"
+        for name, (setting, model_setting) in settings.items()
+        if setting is not None and model_setting is not None and setting != model_setting
     ]
     if wrong:
         raise CalibrationError(f"processor and model do not belong together: {'; '.join(wrong)}")
@@ -113,10 +113,10 @@ def render(processor: Any, turns: Sequence[Turn], where: str, *, for_generation:
     """Return the text of the turns, with one image token for each picture.
 
     Args:
-        processor: As from `load_processor`.
+        processor: The model's processor, see `load_processor`.
         turns: A conversation, or its beginning.
-        where: Where it was read, for messages.
-        for_generation: Whether the assistant is to speak next.
+        where: Place of the conversation in its file, for error messages.
+        for_generation: Whether to end the text with the prompt for an answer of the assistant.
 
     Raises:
         CalibrationError: the chat template refuses the turns, or does not show every picture once.
@@ -148,95 +148,95 @@ def encode_with_images(processor: Any, text: str, images: Sequence[Image], where
     """Return tokens and image tensors, as `apply_chat_template(..., tokenize=True)` gives them.
 
     Args:
-        processor: As from `load_processor`.
-        text: From `render`.
+        processor: The model's processor, see `load_processor`.
+        text: The rendered conversation, see `render`.
         images: As many pictures as the text has image tokens.
-        where: Where the conversation was read, for messages.
+        where: Place of the conversation in its file, for error messages.
 
     Raises:
         DamagedImageError: the processor cannot make its tensors of a picture.
     """
     options = _special_tokens(processor, text)
     try:
-        encoded = processor(text=[text], images=list(images) or None, return_tensors="pt", **options)
+        outputs = processor(text=[text], images=list(images) or None, return_tensors="pt", **options)
     except (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
         raise DamagedImageError(
             f"{where}: the processor does not take its pictures ({sizes} pixels): {first_line(error)}"
         ) from error
-    tensors = {name: tensor for name, tensor in encoded.items() if isinstance(tensor, torch.Tensor)}
+    tensors = {name: tensor for name, tensor in outputs.items() if isinstance(tensor, torch.Tensor)}
     return Sample(
-        encoded["input_ids"][0],
+        outputs["input_ids"][0],
         {name: tensor for name, tensor in tensors.items() if name not in _TEXT_INPUTS | _TOKEN_TYPES},
         token_types={name: tensor[0] for name, tensor in tensors.items() if name in _TOKEN_TYPES},
     )
 
 
 def encode_placeholders(processor: Any, text: str) -> list[int]:
-    """Return the tokens of a text with one image token for each picture, as a server is given them.
+    """Return the tokens of a text with one image token for each picture, the form in which vLLM takes them.
 
     Args:
-        processor: As from `load_processor`.
-        text: From `render`.
+        processor: The model's processor, see `load_processor`.
+        text: The rendered conversation, see `render`.
     """
     return list(processor.tokenizer(text, **_special_tokens(processor, text))["input_ids"])
 
 
 def _special_tokens(processor: Any, text: str) -> dict[str, bool]:
-    """Return what a tokenizer has to be told if the template has put the first token there already."""
-    start = processor.tokenizer.bos_token
-    return {"add_special_tokens": False} if start is not None and text.startswith(start) else {}
+    """Return arguments of the tokenizer: no special tokens if the text starts with one already."""
+    first_token = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if first_token is not None and text.startswith(first_token) else {}
 
 
 def reply_tokens(processor: Any, context: Sequence[Turn], prompt: str, answer: str, where: str) -> list[int]:
-    """Return the tokens that a decoder has to generate after `prompt` to give the answer and end its turn.
+    """Return the tokens of the answer and of the end of its turn, as a decoder generates them after `prompt`.
 
     Raises:
-        CalibrationError: the answer has no tokens, or some that end a turn or show an image.
+        CalibrationError: the answer has no tokens, or contains an end-of-turn token or an image token.
     """
     tokenizer = processor.tokenizer
-    before, after = _around_answer(processor, context, prompt, where)
-    reply = _continuation(tokenizer, prompt, before + answer)
-    end = _end_of_turn(tokenizer, after, where)
-    if not reply or {end, tokenizer.convert_tokens_to_ids(processor.image_token)} & set(reply):
+    prefix, suffix = _around_answer(processor, context, prompt, where)
+    reply_ids = _continuation(tokenizer, prompt, prefix + answer)
+    end_id = _end_of_turn(tokenizer, suffix, where)
+    if not reply_ids or {end_id, tokenizer.convert_tokens_to_ids(processor.image_token)} & set(reply_ids):
         raise CalibrationError(f"{where}: the answer {answer!r} is no text that can be generated")
-    return [*reply, end]
+    return [*reply_ids, end_id]
 
 
 def _around_answer(processor: Any, context: Sequence[Turn], prompt: str, where: str) -> tuple[str, str]:
-    """Return what the chat template puts between prompt and answer, and behind the answer."""
+    """Return the text that the chat template writes between prompt and answer, and after the answer."""
     rendered = render(processor, [*context, Turn("assistant", _ANSWER)], where)
-    before, separator, after = rendered[len(prompt) :].partition(_ANSWER)
+    prefix, separator, suffix = rendered[len(prompt) :].partition(_ANSWER)
     # Some templates end prompts with text that they do not put in front of answers.
-    return (before, after) if separator and rendered.startswith(prompt) else ("", "")
+    return (prefix, suffix) if separator and rendered.startswith(prompt) else ("", "")
 
 
-def _end_of_turn(tokenizer: Any, after: str, where: str) -> int:
+def _end_of_turn(tokenizer: Any, suffix: str, where: str) -> int:
     """Return the token that the chat template ends an answer with, or the end of sequence if it has none.
 
-    White space in front of it does not count, nor does anything behind it.
+    White space before the token and all text after it are ignored.
     """
-    after = after.lstrip()
-    special = [token for token in tokenizer.get_added_vocab() if token and after.startswith(token)]
-    token = max(special, key=len, default=tokenizer.eos_token)
+    suffix = suffix.lstrip()
+    special_tokens = [token for token in tokenizer.get_added_vocab() if token and suffix.startswith(token)]
+    token = max(special_tokens, key=len, default=tokenizer.eos_token)
     if token is None:
         raise CalibrationError(f"{where}: the tokenizer has no end-of-sequence token to end an answer with")
-    end = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(end, int)
-    return end
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(token_id, int)
+    return token_id
 
 
 def _continuation(tokenizer: Any, prompt: str, text: str) -> list[int]:
-    """Return the tokens of `text` behind those of `prompt`, which stay as they are."""
+    """Return the tokens of `text` when it follows `prompt`; the tokens of `prompt` do not change."""
 
     def encode(string: str) -> list[int]:
         return list(tokenizer(string, add_special_tokens=False)["input_ids"])
 
-    # Each picture is one placeholder here: text so far from the border does not move it.
+    # Each picture is one placeholder here: text that far from the boundary does not change its tokens.
     for context in (prompt, "\n"):
-        together, alone = encode(context + text), encode(context)
-        if together[: len(alone)] == alone:
-            return together[len(alone) :]
-        # A token crosses the border: the text is tokenized as a new one. The line break keeps tokenizers from
+        joined_ids, context_ids = encode(context + text), encode(context)
+        if joined_ids[: len(context_ids)] == context_ids:
+            return joined_ids[len(context_ids) :]
+        # A token crosses the boundary: the text is tokenized alone. The line break keeps tokenizers from
         # putting a space in front of the first word, as many do at the beginning of a text.
     return encode(text)

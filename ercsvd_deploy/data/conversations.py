@@ -38,20 +38,25 @@ _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True)
 class Conversations(Sequence[Conversation]):
-    """All conversations of a dataset, and how many records were left out because they have no picture."""
+    """All conversations of a dataset.
 
-    kept: tuple[Conversation, ...]
+    Attributes:
+        with_images: The conversations, each with at least one picture.
+        without_image: Number of records left out because they have no picture.
+    """
+
+    with_images: tuple[Conversation, ...]
     without_image: int = 0
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.with_images)
 
     @overload
     def __getitem__(self, index: int) -> Conversation: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Conversation]: ...
     def __getitem__(self, index: int | slice) -> Conversation | Sequence[Conversation]:
-        return self.kept[index]
+        return self.with_images[index]
 
 
 def read_conversations(
@@ -60,11 +65,11 @@ def read_conversations(
     image_field: str = "image",
     conversation_field: str | None = None,
 ) -> Conversations:
-    """Read a file of one JSON object a line, or of one JSON array of them.
+    """Read conversations from a file of JSON lines, or of one JSON array of objects.
 
     Args:
         path: The file.
-        image_root: Folder that image paths are relative to and may not leave; None: the file's own.
+        image_root: Folder that has all images, and that their paths are relative to; None: the file's folder.
         image_field: Key of an image path, or of a list of them.
         conversation_field: Key of the turns; None: `conversations`, `messages`, or `question` and `answer`.
 
@@ -87,9 +92,9 @@ def read_conversations(
 
 
 def read_image_folder(path: Path, prompt: str) -> Conversations:
-    """Return one conversation for every picture in a folder, by name: the prompt, without an answer.
+    """Return one conversation for every picture in a folder, sorted by name: the prompt, without an answer.
 
-    Subfolders and hidden files are left alone.
+    Subfolders and hidden files are ignored.
 
     Raises:
         CalibrationError: there is no such folder, or no picture in it.
@@ -117,16 +122,16 @@ def read_hub_conversations(
     conversation_field: str | None = None,
     max_records: int | None = None,
 ) -> Conversations:
-    """Read a dataset of the Hugging Face Hub, streamed; its pictures are kept as they are encoded.
+    """Stream a dataset of the Hugging Face Hub; its pictures stay encoded until they are opened.
 
     Args:
         name: Name of the dataset.
-        config: Its configuration (subset).
-        split: Its split.
+        config: Name of its configuration (subset).
+        split: Name of the split.
         revision: Branch, tag or commit.
         image_field: Column of a picture, or of a list of them.
         conversation_field: Column of the turns; None: `conversations`, `messages`, or `question`, `answer`.
-        max_records: Rows to read, with and without a picture; None: all.
+        max_records: Number of rows to read, with and without a picture; None: all.
 
     Raises:
         CalibrationError: the `hub` extra is not installed, or as for `read_conversations`.
@@ -177,7 +182,7 @@ def open_images(conversation: Conversation) -> list[Image]:
 
 
 def _read_records(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield the place of each record, for messages, and the record."""
+    """Yield each record with its place in the file, for error messages."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             is_array = file.read(4096).lstrip().startswith("[")
@@ -198,7 +203,7 @@ def _lines(path: Path, file: TextIO) -> Iterator[tuple[str, object]]:
 
 
 def _array_elements(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    """Decode one element after the other: LLaVA's file has a gigabyte, and several as Python objects."""
+    """Yield the array's elements one by one: LLaVA's file has 1 GB, and takes several as Python objects."""
     decoder = json.JSONDecoder()
     index, position = 0, _skip_space(text, _skip_space(text, 0) + 1)
     is_empty = text.startswith("]", position)
@@ -232,9 +237,9 @@ def _collect(
     conversation_field: str | None,
     image_of: Callable[[object, str], ImageSource],
 ) -> Conversations:
-    kept: list[Conversation] = []
+    with_images: list[Conversation] = []
     without_image = 0
-    keys = ""
+    example = ""
     for where, record in records:
         conversation = read_record(
             record,
@@ -245,10 +250,10 @@ def _collect(
         )
         if conversation is None:
             without_image += 1
-            keys = keys or describe(record)
+            example = example or describe(record)
         else:
-            kept.append(conversation)
-    if not kept:
-        first = f"; the first is {keys}" if keys else ""
-        raise CalibrationError(f"{source}: no record with an image in {image_field!r}{first}")
-    return Conversations(tuple(kept), without_image)
+            with_images.append(conversation)
+    if not with_images:
+        hint = f"; the first is {example}" if example else ""
+        raise CalibrationError(f"{source}: no record with an image in {image_field!r}{hint}")
+    return Conversations(tuple(with_images), without_image)

@@ -24,13 +24,13 @@ Renderer = Callable[[list[dict[str, Any]]], str]
 
 @dataclass
 class Documents:
-    """Documents read so far, and the rows that gave none.
+    """Documents of a dataset, and the number of rows without text.
 
     Attributes:
-        texts: One string a row.
-        are_conversations: Whether they were rendered by a chat template, special tokens included.
-        num_empty: Rows without text.
-        characters: Of all documents.
+        texts: One string per row.
+        are_conversations: Whether the texts were rendered by a chat template, special tokens included.
+        num_empty: Number of rows without text.
+        characters: Total length of all texts.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Documents:
 
     @property
     def num_rows(self) -> int:
-        """Rows that were looked at."""
+        """Number of rows read, with and without text."""
         return len(self.texts) + self.num_empty
 
 
@@ -54,15 +54,15 @@ def read_documents(
     """Turn rows into documents, until there are enough characters.
 
     Args:
-        source: What the dataset is called in messages.
-        rows: Rows with the place that each was read from.
+        source: Name of the dataset in error messages.
+        rows: The rows of the dataset, each with its place.
         column: The column of the text or conversation; None: `text`, else `messages` or `conversations`.
         render: Applies the model's chat template to messages of `role` and `content`.
-        max_characters: How many characters are enough; None: all rows.
+        max_characters: Stop once the texts have this many characters; None: read all rows.
 
     Raises:
-        CalibrationError: a row lacks the column, holds something else there, or cannot be rendered; there
-            is no text at all.
+        CalibrationError: a row lacks the column, has neither text nor messages in it, or cannot be rendered;
+            no row has text.
     """
     documents = Documents()
     for where, row in rows:
@@ -123,7 +123,9 @@ def _rendered(value: Any, where: str, render: Renderer) -> str:
         raise CalibrationError(
             f"{where}: the field holds {type(value).__name__}; it must be text or a list of messages"
         )
-    messages = [_message(each, f"{where}, message {number}") for number, each in enumerate(value, start=1)]
+    messages = [
+        _message(message, f"{where}, message {number}") for number, message in enumerate(value, start=1)
+    ]
     try:
         return render(messages)
     except CalibrationError as error:
@@ -131,23 +133,23 @@ def _rendered(value: Any, where: str, render: Renderer) -> str:
 
 
 def _message(value: Any, where: str) -> dict[str, Any]:
-    """Return a message with `role` and `content`, a text; other keys, tool calls for example, as they are."""
+    """Return a message with `role` and `content` (text); other keys, such as tool calls, are unchanged."""
     if not isinstance(value, Mapping):
         raise CalibrationError(f"{where}: is {type(value).__name__}; a message has role and content")
     role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
     if not isinstance(role, str):
         raise CalibrationError(f"{where}: no role; it has: {_columns(value)}")
-    others = {
-        key: each
-        for key, each in value.items()
-        if key not in ("role", "from", "content", "value") and each is not None
+    extra_fields = {
+        key: field_value
+        for key, field_value in value.items()
+        if key not in ("role", "from", "content", "value") and field_value is not None
     }
-    return {**others, "role": _ROLES.get(role, role), "content": _content(content, where)}
+    return {**extra_fields, "role": _ROLES.get(role, role), "content": _content(content, where)}
 
 
 def _content(content: Any, where: str) -> str:
     if content is None:
-        return ""  # of a message that only calls tools
+        return ""  # the message only calls tools
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

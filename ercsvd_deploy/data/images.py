@@ -1,7 +1,7 @@
-"""Pictures that are opened when they are needed, from untrusted files and bytes.
+"""Pictures from untrusted files and bytes, opened only when they are used.
 
-A hostile or broken picture ends in a `DamagedImageError` that names it: formats whose decoders run other
-programs are not tried, sizes are judged before anything is decoded, only regular files are read.
+A hostile or broken picture raises a `DamagedImageError` that names it: formats whose decoders run other
+programs are not tried, sizes are checked before anything is decoded, only regular files are read.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class ImageFile:
 
     Attributes:
         path: The file.
-        root: Folder that the file has to be in once links are followed; None: anywhere.
-        named_by: Who asked for the file, for the message if it lies elsewhere.
+        root: Folder that has to contain the file once links are followed; None: any folder.
+        named_by: Place of the record that names the file, for the error message if it lies outside `root`.
     """
 
     path: Path
@@ -89,7 +89,12 @@ class ImageFile:
 
 @dataclass(frozen=True, slots=True)
 class ImageContent:
-    """A picture that is in memory, encoded or already decoded."""
+    """A picture in memory.
+
+    Attributes:
+        name: Name for error messages.
+        content: The encoded bytes, or the decoded picture.
+    """
 
     name: str
     content: bytes | Image
@@ -107,26 +112,26 @@ ImageSource = ImageFile | ImageContent
 
 
 def image_below(root: Path, name: str, named_by: str) -> ImageFile:
-    """Return the file `name` in the folder `root`; links are judged when it is opened.
+    """Return the file `name` in the folder `root`; links are checked when the file is opened.
 
     Raises:
-        CalibrationError: the name is that of a place outside the folder, or of no file at all.
+        CalibrationError: the name is a path outside the folder, or no path of a file.
     """
     if not name or "\0" in name or "://" in name or name.startswith("data:"):
         raise CalibrationError(
             f"{named_by}: image '{printable(name)}' is not the path of a file; addresses are not fetched"
         )
     # Not Path.resolve: following the links of a million paths takes a minute.
-    inside, path = os.path.abspath(root), os.path.abspath(root / name)  # noqa: PTH100
-    if os.path.commonpath([inside, path]) != inside:
+    folder, path = os.path.abspath(root), os.path.abspath(root / name)  # noqa: PTH100
+    if os.path.commonpath([folder, path]) != folder:
         raise CalibrationError(f"{named_by}: image '{printable(name)}' lies outside {root}")
     return ImageFile(root / name, root, named_by)
 
 
-def printable(text: str, most: int = 200) -> str:
-    """Return text from a file so that it can be shown: no control characters, not endless."""
-    short = text if len(text) <= most else f"{text[:most]}..."
-    return short if short.isprintable() else ascii(short)[1:-1]
+def printable(text: str, max_characters: int = 200) -> str:
+    """Return text from a file in a form fit for messages: no control characters, at most that long."""
+    shortened = text if len(text) <= max_characters else f"{text[:max_characters]}..."
+    return shortened if shortened.isprintable() else ascii(shortened)[1:-1]
 
 
 def _decode(source: Path | BytesIO | Image, name: str) -> Image:
@@ -134,7 +139,7 @@ def _decode(source: Path | BytesIO | Image, name: str) -> Image:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata, and about sizes, which are judged here
+            warnings.simplefilter("ignore")  # about odd metadata, and about sizes, which are checked here
             if isinstance(source, Image.Image):
                 return _in_rgb(source)
             with Image.open(source, formats=_FORMATS) as image:
@@ -144,10 +149,10 @@ def _decode(source: Path | BytesIO | Image, name: str) -> Image:
 
 
 def _in_rgb(image: Image) -> Image:
-    """Return the picture upright, on white where it is transparent, as vLLM shows it to a model.
+    """Return the picture upright and in RGB, transparent parts on white, as vLLM gives it to a model.
 
     Raises:
-        ValueError: the size is absurd; nothing has been decoded then.
+        ValueError: the size is absurd; raised before anything is decoded.
     """
     from PIL import Image, ImageOps
 

@@ -1,4 +1,4 @@
-"""Turn conversations about pictures into sequences: to calibrate on, and as questions to be answered."""
+"""Turn conversations about pictures into token sequences: calibration samples, and questions with answers."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ __all__ = [
     "question_samples",
 ]
 
-_MOST_NAMED = 5
-_MOST_USELESS = 100  # conversations: if none of so many can be used, the rest of a dataset is not tried
+_MAX_LISTED = 5
+_MAX_FAILURES = 100  # if none of so many conversations can be used, the rest of the dataset is not tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +44,19 @@ class LeftOut:
 
     Attributes:
         damaged: A line for each conversation left out because of a damaged picture, with the reason.
-        too_long: Conversations, or questions, left out because they have too many tokens.
+        too_long: Number of conversations, or questions, left out because they have too many tokens.
     """
 
     damaged: tuple[str, ...] = ()
     too_long: int = 0
 
     def warnings(self, field: str) -> list[str]:
-        """Return a line for each kind of omission, beginning with the field of the recipe."""
+        """Return a line for each reason of omission; each begins with the field of the recipe."""
         lines = []
         if self.damaged:
-            named = "; ".join(self.damaged[:_MOST_NAMED])
-            more = f"; and {len(self.damaged) - _MOST_NAMED} more" if len(self.damaged) > _MOST_NAMED else ""
-            lines.append(f"{field}: {len(self.damaged)} left out because a picture is damaged: {named}{more}")
+            count, listed = len(self.damaged), "; ".join(self.damaged[:_MAX_LISTED])
+            rest = f"; and {count - _MAX_LISTED} more" if count > _MAX_LISTED else ""
+            lines.append(f"{field}: {count} left out because a picture is damaged: {listed}{rest}")
         if self.too_long:
             lines.append(f"{field}: {self.too_long} left out because they are too long")
         return lines
@@ -64,26 +64,26 @@ class LeftOut:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSamples(LeftOut):
-    """Calibration samples with pictures, at least one, in the order they were drawn."""
+    """At least one calibration sample with pictures, in the order of drawing."""
 
     samples: tuple[Sample, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureQuestions(LeftOut):
-    """Questions about pictures, at least one, in the order of the dataset."""
+    """At least one question about pictures, in the order of the dataset."""
 
     questions: tuple[QuestionSample, ...]
 
 
 @dataclass(frozen=True)
 class PicturePrompt:
-    """A question about pictures without its answer, for this package and for a server.
+    """A question about pictures without its answer, in the forms that this package and vLLM take.
 
     Attributes:
         sample: Prompt with a token for each image feature, and the pictures' tensors.
-        tokens: The same with one image token for each picture.
-        pictures: The pictures themselves, in the order of their tokens.
+        tokens: Token ids of the prompt with one image token for each picture.
+        pictures: The decoded pictures, in the order of their tokens.
     """
 
     sample: Sample
@@ -104,18 +104,18 @@ def calibration_samples(
 ) -> PictureSamples:
     """Draw conversations, the same ones for the same seed, and render them, answers included.
 
-    A conversation that cannot be used is replaced by the next one in the drawn order. There are fewer than
-    `num_samples` samples if the dataset has no more that can be used.
+    A conversation that cannot be used is replaced by the next one in the drawn order. Fewer than
+    `num_samples` samples are returned if the dataset has no more usable ones.
 
     Args:
-        conversations: Where to draw from.
-        processor: As from `load_processor`.
-        num_samples: Conversations to draw.
-        sequence_length: Most tokens of a sample; a longer conversation is cut there, but left out if an image
-            lies beyond.
-        seed: Of the order.
-        image_token_id: The token in whose places the model puts image features.
-        vocab_size: The model's.
+        conversations: The conversations to draw from.
+        processor: The model's processor, see `load_processor`.
+        num_samples: Number of conversations to draw.
+        sequence_length: Maximum number of tokens of a sample; longer conversations are cut, or left out if an
+            image lies beyond.
+        seed: Seed of the drawn order.
+        image_token_id: Token that the model replaces by image features.
+        vocab_size: Number of tokens in the model's vocabulary.
         token_weight: Weight of an image token in a Gram; other tokens have weight 1.
 
     Raises:
@@ -132,7 +132,7 @@ def calibration_samples(
     too_long = 0
     order = torch.randperm(len(conversations), generator=torch.Generator().manual_seed(seed)).tolist()
     for num_tried, index in enumerate(order):
-        if len(samples) == num_samples or (not samples and num_tried == max(num_samples, _MOST_USELESS)):
+        if len(samples) == num_samples or (not samples and num_tried == max(num_samples, _MAX_FAILURES)):
             break
         conversation = conversations[index]
         text = render(processor, conversation.turns, conversation.where)
@@ -163,18 +163,18 @@ def question_samples(
     max_questions: int | None = None,
     max_tokens: int | None = None,
 ) -> PictureQuestions:
-    """Turn every answer into a question, with the turns before it as its context.
+    """Return one question for every answer, with all earlier turns as its context.
 
-    A greedy decoder gives the reference answer if and only if, at each place from `answer_start - 1` up to
-    the last but one, its most likely next token is the one that follows.
+    A greedy decoder gives the reference answer if and only if its most likely next token is the token that
+    follows, at every position from `answer_start - 1` to the last but one.
 
     Args:
         conversations: Each has at least one turn of the assistant, which is a reference answer.
-        processor: As from `load_processor`.
-        image_token_id: The token in whose places the model puts image features.
-        vocab_size: The model's.
-        max_questions: How many to return, the first ones; None: all.
-        max_tokens: Questions that are longer, answer included, are left out; None: none is.
+        processor: The model's processor, see `load_processor`.
+        image_token_id: Token that the model replaces by image features.
+        vocab_size: Number of tokens in the model's vocabulary.
+        max_questions: Maximum number of questions, taken from the beginning; None: all.
+        max_tokens: Questions that are longer, answer included, are left out; None: no limit.
 
     Raises:
         CalibrationError: a conversation has no answer, no question can be used, or processor and model do not
@@ -208,35 +208,35 @@ def picture_prompts(
     vocab_size: int,
     max_tokens: int | None = None,
 ) -> list[PicturePrompt]:
-    """Return the first questions of conversations from all over a dataset; fewer if no more can be used.
+    """Return the first questions of conversations spread over a dataset; fewer if too few can be used.
 
     Args:
-        conversations: Where to take them from.
-        processor: As from `load_processor`.
-        num_prompts: How many to return.
-        image_token_id: The token in whose places the model puts image features.
-        vocab_size: The model's.
-        max_tokens: Questions that are longer are left out; None: none is.
+        conversations: The conversations of the dataset.
+        processor: The model's processor, see `load_processor`.
+        num_prompts: Number of prompts to return.
+        image_token_id: Token that the model replaces by image features.
+        vocab_size: Number of tokens in the model's vocabulary.
+        max_tokens: Questions that are longer are left out; None: no limit.
 
     Raises:
         CalibrationError: processor and model do not belong together, or the chat template refuses a turn.
     """
-    spread = [index * len(conversations) // num_prompts for index in range(num_prompts)]
-    order = dict.fromkeys([*spread, *range(min(len(conversations), _MOST_USELESS))])
+    spread_indices = [index * len(conversations) // num_prompts for index in range(num_prompts)]
+    order = dict.fromkeys([*spread_indices, *range(min(len(conversations), _MAX_FAILURES))])
     prompts: list[PicturePrompt] = []
     for index in order if conversations else ():
         if len(prompts) == num_prompts:
             break
         conversation = conversations[index]
         turns, where = conversation.turns, conversation.where
-        answered = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
-        asked = turns[: answered[0]] if answered else turns
-        text = render(processor, asked, where, for_generation=True)
+        answer_indices = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
+        question_turns = turns[: answer_indices[0]] if answer_indices else turns
+        text = render(processor, question_turns, where, for_generation=True)
         try:
-            pictures = open_images(conversation)[: sum(turn.num_images for turn in asked)]
+            pictures = open_images(conversation)[: sum(turn.num_images for turn in question_turns)]
             sample = encode_with_images(processor, text, pictures, where)
         except DamagedImageError:
-            continue  # named where the dataset's samples are made
+            continue  # `question_samples` lists the damaged ones
         _check_tokens(sample.tokens, len(pictures), image_token_id, vocab_size, where)
         if pictures and (max_tokens is None or len(sample.tokens) <= max_tokens):
             prompts.append(
@@ -249,33 +249,33 @@ def _questions_of(
     conversation: Conversation, processor: Any, image_token_id: int, vocab_size: int
 ) -> Iterator[QuestionSample]:
     turns, where = conversation.turns, conversation.where
-    answered = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-    if not answered:
+    answer_indices = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    if not answer_indices:
         raise CalibrationError(f"{where}: the conversation has no answer to compare with")
     images = open_images(conversation)
-    # Questions about the same pictures share their tensors.
-    inputs: dict[int, Mapping[str, torch.Tensor]] = {}
-    for index in answered:
+    # Questions about the same pictures share the tensors of these.
+    tensors_by_num_images: dict[int, Mapping[str, torch.Tensor]] = {}
+    for index in answer_indices:
         answer = turns[index].text.strip()
         if not answer:
             raise CalibrationError(f"{where}: turn {index + 1}: the answer is empty")
-        shown = images[: sum(turn.num_images for turn in turns[:index])]
+        prompt_images = images[: sum(turn.num_images for turn in turns[:index])]
         prompt = render(processor, turns[:index], where, for_generation=True)
-        prompted = encode_with_images(processor, prompt, shown, where)
+        prompt_sample = encode_with_images(processor, prompt, prompt_images, where)
         reply = reply_tokens(processor, turns[:index], prompt, answer, where)
-        shared = replace(prompted, images=inputs.setdefault(len(shown), prompted.images))
-        sample = shared.continued(reply)
-        _check_tokens(sample.tokens, len(shown), image_token_id, vocab_size, where)
-        yield QuestionSample(sample, len(prompted.tokens), turns[index - 1].text, answer, where)
+        tensors = tensors_by_num_images.setdefault(len(prompt_images), prompt_sample.images)
+        sample = replace(prompt_sample, images=tensors).continued(reply)
+        _check_tokens(sample.tokens, len(prompt_images), image_token_id, vocab_size, where)
+        yield QuestionSample(sample, len(prompt_sample.tokens), turns[index - 1].text, answer, where)
 
 
 def _check_tokens(
     tokens: torch.Tensor, num_images: int, image_token_id: int, vocab_size: int, where: str
 ) -> torch.Tensor:
-    """Return which tokens are an image's, [tokens].
+    """Return a mask [tokens] of the image tokens.
 
     Raises:
-        CalibrationError: none is, although there are images, or a token is beyond the model's vocabulary.
+        CalibrationError: there are images but no image token, or a token is not in the model's vocabulary.
     """
     is_image = tokens == image_token_id
     if num_images and not is_image.any():
@@ -291,10 +291,10 @@ def _check_tokens(
     return is_image
 
 
-def _none_usable(what: str, damaged: Sequence[str], too_long: int, most_tokens: int | None) -> str:
+def _none_usable(kind: str, damaged: Sequence[str], too_long: int, max_tokens: int | None) -> str:
     reasons = []
     if damaged:
         reasons.append(f"{len(damaged)} have a damaged picture (the first: {damaged[0]})")
     if too_long:
-        reasons.append(f"{too_long} are too long for {most_tokens} tokens (allow longer sequences)")
-    return f"no {what} can be used: {' and '.join(reasons) or 'there are none'}"
+        reasons.append(f"{too_long} are too long for {max_tokens} tokens (allow longer sequences)")
+    return f"no {kind} can be used: {' and '.join(reasons) or 'there are none'}"

@@ -1,7 +1,7 @@
-"""One record of image-text data, in LLaVA's or OpenAI's format, turned into a conversation.
+"""Parse a record of image-text data, in LLaVA's or OpenAI's format, into a conversation.
 
 LLaVA's data mark the place of a picture by `<image>`. As in LLaVA's code, the mark is removed from the text,
-and the pictures of a turn are put in front of it.
+and the pictures of a turn are put before its text.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Turn:
     """One message of a conversation.
 
     Attributes:
-        role: Who speaks.
-        text: The words, placeholders of pictures taken out.
-        num_images: Pictures shown in front of the text.
+        role: The speaker.
+        text: The text without placeholders of pictures.
+        num_images: Number of pictures, all before the text.
     """
 
     role: Role
@@ -42,12 +42,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns of user and assistant, after at most one of the system.
+    """A conversation about pictures: turns of user and assistant, after at most one of the system.
 
     Attributes:
-        where: The place it was read from, for messages: `file:line`, `file[index]` or the picture's path.
+        where: Its place for error messages: `file:line`, `file[index]` or the picture's path.
         turns: At least one; the first that is not the system's is the user's.
-        images: As many pictures as the turns show, in their order, opened by `open_images`.
+        images: The pictures of all turns, in their order, opened by `open_images`.
     """
 
     where: str
@@ -66,11 +66,11 @@ def read_record(
     """Return the conversation of a record; None if it has no image.
 
     Args:
-        record: A decoded JSON object, or the row of a dataset.
-        where: Where it stands, for messages.
+        record: A decoded JSON object, or a row of a dataset.
+        where: Its place for error messages.
         image_field: Key of an image, or of a list of them.
         conversation_field: Key of the turns; None: `conversations`, `messages`, or `question` and `answer`.
-        image_of: Turns what the record says of an image, and `where`, into its source.
+        image_of: Returns the source of an image, given its value in the record and `where`.
 
     Raises:
         CalibrationError: the record is not a conversation, or its placeholders do not match its images.
@@ -81,25 +81,25 @@ def read_record(
         )
     images = _as_list(record.get(image_field))
     messages = _messages_of(record, conversation_field, len(images), where)
-    if not images and not _show_images(messages):
+    if not images and not _have_image_parts(messages):
         return None
     turns, places = _turns_of(messages, where)
-    num_unnamed = sum(place is None for place in places)
-    if num_unnamed != len(images):
+    num_placeholders = sum(place is None for place in places)
+    if num_placeholders != len(images):
         raise CalibrationError(
-            f"{where}: {num_unnamed} places for images ({PLACEHOLDER}) in the conversation, but "
+            f"{where}: {num_placeholders} places for images ({PLACEHOLDER}) in the conversation, but "
             f"{len(images)} images in {image_field!r}"
         )
-    unnamed = iter(images)
-    values = [next(unnamed) if place is None else place for place in places]
+    field_images = iter(images)
+    values = [next(field_images) if place is None else place for place in places]
     return Conversation(where, turns, tuple(image_of(value, where) for value in values))
 
 
 def encodable(text: str, where: str) -> str:
-    """Return the text if it is Unicode; JSON can also spell halves of characters, which no tokenizer takes.
+    """Return the text if it can be encoded; JSON can contain lone surrogates, which no tokenizer takes.
 
     Raises:
-        CalibrationError: it has such a half.
+        CalibrationError: the text has a lone surrogate.
     """
     try:
         text.encode("utf-8")
@@ -111,7 +111,7 @@ def encodable(text: str, where: str) -> str:
 
 
 def describe(value: object) -> str:
-    """Return the kind of a value, with its keys or the beginning of its text."""
+    """Return a short description of a JSON value: its kind, with its keys or the beginning of its text."""
     if isinstance(value, dict):
         return f"an object with {printable(', '.join(map(str, value))) or 'nothing in it'}"
     if isinstance(value, list):
@@ -125,8 +125,9 @@ def _messages_of(record: dict[str, Any], field: str | None, num_images: int, whe
     value = next((record[name] for name in names if record.get(name) is not None), None)
     question, answer = record.get("question"), record.get("answer")
     if value is None and field is None and isinstance(question, str) and isinstance(answer, str):
-        shown = "" if PLACEHOLDER in question else PLACEHOLDER * num_images
-        return [{"role": "user", "content": shown + question}, {"role": "assistant", "content": answer}]
+        placeholders = "" if PLACEHOLDER in question else PLACEHOLDER * num_images
+        question = placeholders + question
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     if not isinstance(value, list):
         raise CalibrationError(
             f"{where}: no list of turns in {' or '.join(map(repr, names))}; "
@@ -135,8 +136,8 @@ def _messages_of(record: dict[str, Any], field: str | None, num_images: int, whe
     return value
 
 
-def _show_images(messages: Iterable[Any]) -> bool:
-    """Whether some part of a message is an image; a placeholder in a text does not count."""
+def _have_image_parts(messages: Iterable[Any]) -> bool:
+    """Whether a part of some message is an image; placeholders in texts do not count."""
     parts = [part for message in messages if isinstance(message, dict) for part in _parts(message)]
     return any(isinstance(part, dict) and part.get("type") in ("image", "image_url") for part in parts)
 
@@ -147,12 +148,12 @@ def _parts(message: dict[str, Any]) -> list[Any]:
 
 
 def _turns_of(messages: Sequence[Any], where: str) -> tuple[tuple[Turn, ...], list[object]]:
-    """Return the turns, and a value for each place of an image; None for an image of `image_field`."""
+    """Return the turns, and for each image place its value; None for an image of `image_field`."""
     turns: list[Turn] = []
     places: list[object] = []
     for position, message in enumerate(messages):
-        role, text, shown = _turn_of(message, f"{where}: turn {position + 1}")
-        if shown and role != "user":
+        role, text, image_places = _turn_of(message, f"{where}: turn {position + 1}")
+        if image_places and role != "user":
             raise CalibrationError(f"{where}: turn {position + 1}: an image in a turn of the {role}")
         previous = turns[-1].role if turns else None
         allowed = {None: ("system", "user"), "user": ("assistant",)}.get(previous, ("user",))
@@ -161,8 +162,8 @@ def _turns_of(messages: Sequence[Any], where: str) -> tuple[tuple[Turn, ...], li
                 f"{where}: turn {position + 1} is the {role}'s; user and assistant have to take turns, the "
                 "user first, after at most one turn of the system"
             )
-        turns.append(Turn(role, text, len(shown)))
-        places += shown
+        turns.append(Turn(role, text, len(image_places)))
+        places += image_places
     if not any(turn.role == "user" for turn in turns):
         raise CalibrationError(f"{where}: the conversation has no turn of the user")
     return tuple(turns), places
@@ -189,26 +190,26 @@ def _turn_of(message: Any, where: str) -> tuple[Role, str, list[object]]:
             f"{where}: has to be text{'' if is_llava else ' or parts'}, is {describe(content)}"
         )
     texts: list[str] = []
-    shown: list[object] = []
+    image_places: list[object] = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             text = encodable(part["text"], where)
             marks = text.count(PLACEHOLDER)
             texts.append(text.replace(PLACEHOLDER, "").strip() if marks else text)
-            shown += [None] * marks
+            image_places += [None] * marks
         elif kind in ("image", "image_url"):
-            shown.append(_image_value(part))
+            image_places.append(_image_value(part))
         else:
             videos = "; videos cannot be used, pictures can" if str(kind).startswith("video") else ""
             raise CalibrationError(
                 f"{where}: a part has to be a text, image or image_url, it is {describe(part)}{videos}"
             )
-    return role, "\n".join(texts), shown
+    return role, "\n".join(texts), image_places
 
 
 def _image_value(part: dict[str, Any]) -> object:
-    """Return the image of an image part; None if it only marks the place of one."""
+    """Return the value of an image part; None if the part only marks the place of an image."""
     for name in ("image_url", "image", "url", "path"):
         value = part.get(name)
         if isinstance(value, dict) and "url" in value:
@@ -219,7 +220,7 @@ def _image_value(part: dict[str, Any]) -> object:
 
 
 def _as_list(value: object) -> list[object]:
-    """Return the images of a record's field: none, one or several."""
+    """Return the images in a field of a record, as a list."""
     if value is None or value == "":
         return []
     return value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""Rows of text datasets as people have them: JSON lines, parquet, saved `datasets` folders, the hub."""
+"""Rows of text datasets in the usual forms: JSON lines, parquet, saved `datasets` folders, the hub."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ercsvd_deploy.format.data_files import DATA_FILES
 
 _ROWS_AT_ONCE = 256  # of a parquet file
 
-Row = tuple[str, Mapping[str, Any]]  # where it was read, for messages, and its cells by column
+Row = tuple[str, Mapping[str, Any]]  # its place for error messages, and its cells by column
 
 
-def files_of(path: Path, names: Sequence[str]) -> list[Path]:
-    """Return the file itself, or the files of a folder with such names, in the order of their paths.
+def files_of(path: Path, patterns: Sequence[str]) -> list[Path]:
+    """Return the file itself, or the files in a folder that match one of the patterns, sorted by path.
 
     Raises:
-        CalibrationError: the folder has none.
+        CalibrationError: the folder has no such file.
     """
     if not path.is_dir():
         return [path]
-    files = sorted({file for name in names for file in path.rglob(name) if file.is_file()})
+    files = sorted({file for pattern in patterns for file in path.rglob(pattern) if file.is_file()})
     if not files:
-        raise CalibrationError(f"{path}: the folder has no file named {', '.join(names)}")
+        raise CalibrationError(f"{path}: the folder has no file named {', '.join(patterns)}")
     return files
 
 
@@ -44,17 +44,17 @@ def read_text(path: Path, max_characters: int | None = None) -> str:
         CalibrationError: missing, not UTF-8, or blank.
     """
     texts: list[str] = []
-    missing = max_characters
+    remaining = max_characters
     for file in files_of(path, DATA_FILES["text"]):
-        if missing is not None and missing <= 0:
+        if remaining is not None and remaining <= 0:
             break
         try:
-            with open_text(file) as opened:
-                texts.append(opened.read(-1 if missing is None else missing))
+            with open_text(file) as stream:
+                texts.append(stream.read(-1 if remaining is None else remaining))
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise CalibrationError(f"{file}: cannot be read as UTF-8 text ({error})") from error
-        if missing is not None:
-            missing -= len(texts[-1])
+        if remaining is not None:
+            remaining -= len(texts[-1])
     text = "\n\n".join(texts)
     if not text.strip():
         raise CalibrationError(f"{path}: the text is empty")
@@ -69,8 +69,8 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
     """
     for file in files_of(path, DATA_FILES["jsonl"]):
         try:
-            with open_text(file) as opened:
-                for number, line in enumerate(opened, start=1):
+            with open_text(file) as stream:
+                for number, line in enumerate(stream, start=1):
                     if line.strip():
                         yield f"{file}:{number}", _object(line, f"{file}:{number}")
         except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -98,13 +98,13 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     except ImportError:
         raise CalibrationError(f"{path}: needs the hub extra: pip install 'ercsvd-deploy[hub]'") from None
     for file in files_of(path, DATA_FILES["parquet"]):
-        number = 0
+        num_rows = 0
         try:
-            with parquet.ParquetFile(file) as opened:
-                for batch in opened.iter_batches(batch_size=_ROWS_AT_ONCE):
+            with parquet.ParquetFile(file) as table:
+                for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
                     for row in batch.to_pylist():
-                        number += 1
-                        yield f"{file}: row {number}", row
+                        num_rows += 1
+                        yield f"{file}: row {num_rows}", row
         except (OSError, ArrowException) as error:
             raise CalibrationError(f"{file}: cannot be read as parquet ({first_line(error)})") from error
 
@@ -114,7 +114,7 @@ def saved_rows(path: Path, split: str | None) -> Iterator[Row]:
 
     Args:
         path: The folder.
-        split: Which split of a `DatasetDict`; None: its only one, or "train".
+        split: Name of the split of a `DatasetDict`; None: its only one, or "train".
 
     Raises:
         CalibrationError: the `hub` extra is not installed, or the folder or split is not there.
@@ -124,19 +124,19 @@ def saved_rows(path: Path, split: str | None) -> Iterator[Row]:
     except ImportError:
         raise CalibrationError(f"{path}: needs the hub extra: pip install 'ercsvd-deploy[hub]'") from None
     try:
-        loaded = load_from_disk(str(path))
+        dataset = load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
             f"{path}: no folder that `save_to_disk` of datasets wrote ({first_line(error)})"
         ) from error
-    if isinstance(loaded, DatasetDict):
-        name = split or (next(iter(loaded)) if len(loaded) == 1 else "train")
-        if name not in loaded:
-            raise CalibrationError(f"{path}: no split {name!r}; it has: {', '.join(loaded)}")
-        loaded = loaded[name]
+    if isinstance(dataset, DatasetDict):
+        name = split or (next(iter(dataset)) if len(dataset) == 1 else "train")
+        if name not in dataset:
+            raise CalibrationError(f"{path}: no split {name!r}; it has: {', '.join(dataset)}")
+        dataset = dataset[name]
     elif split is not None:
         raise CalibrationError(f"{path}: holds one dataset without splits: remove split {split!r}")
-    for number, row in enumerate(loaded, start=1):
+    for number, row in enumerate(dataset, start=1):
         yield f"{path}: row {number}", row
 
 

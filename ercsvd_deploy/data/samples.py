@@ -1,4 +1,4 @@
-"""Inputs of a decoder: sequences of token ids, some with pictures, batched without padding.
+"""Inputs of a decoder: sequences of token ids, with or without pictures, batched without padding.
 
 Without padding every position counts in a Gram, and what a model computes of text depends on a batch's shape
 alone. Sequences of different lengths therefore never share a batch.
@@ -14,15 +14,15 @@ import torch
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence.
+    """One token sequence.
 
     Attributes:
-        tokens: Token ids [tokens], the places of image features included.
+        tokens: Token ids [tokens], image tokens included.
         images: The model's inputs for the sequence's pictures, such as `pixel_values` [pictures, ...] and
             `image_sizes` [pictures, 2]; empty for text.
-        token_weights: How much each token counts in a Gram, [tokens]; None: all count one.
-        token_types: What kind of token stands where, as the processor says it, such as `mm_token_type_ids`
-            [tokens]; zero is text.
+        token_weights: Weight of each token in a Gram, [tokens]; None: all weights are 1.
+        token_types: Kinds of tokens as the processor gives them, such as `mm_token_type_ids` [tokens]; 0 is
+            text.
     """
 
     tokens: torch.Tensor
@@ -31,15 +31,15 @@ class Sample:
     token_types: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def continued(self, tokens: Sequence[int]) -> Sample:
-        """Return the sequence with tokens of text behind it; weights are left out."""
-        more = torch.tensor(tokens, dtype=self.tokens.dtype)
+        """Return the sequence with text tokens appended; the weights are dropped."""
+        appended = torch.tensor(tokens, dtype=self.tokens.dtype)
         types = {
             name: torch.cat([kinds, kinds.new_zeros(len(tokens))]) for name, kinds in self.token_types.items()
         }
-        return Sample(torch.cat([self.tokens, more]), self.images, token_types=types)
+        return Sample(torch.cat([self.tokens, appended]), self.images, token_types=types)
 
     def cut(self, length: int) -> Sample:
-        """Return the first tokens; the places of all image features have to be among them."""
+        """Return the first `length` tokens, which have to include all image tokens."""
         weights = None if self.token_weights is None else self.token_weights[:length]
         types = {name: kinds[:length] for name, kinds in self.token_types.items()}
         return Sample(self.tokens[:length], self.images, weights, types)
@@ -51,10 +51,10 @@ class QuestionSample:
 
     Attributes:
         sample: Prompt, reference answer and end of turn.
-        answer_start: Index of the answer's first token; it and all tokens after it are to be predicted.
+        answer_start: Index of the answer's first token; this and all later tokens are predicted.
         question: The question as text.
         answer: The reference answer as text.
-        where: The record that it was read from, for messages.
+        where: Place of its record, for error messages.
     """
 
     sample: Sample
@@ -66,14 +66,14 @@ class QuestionSample:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Sequences of equal length; as `Sample`, with rows in front. Two batches are never equal.
+    """Sequences of equal length: a `Sample` with a row dimension. Two batches are never equal.
 
     Attributes:
         tokens: Token ids [rows, tokens].
-        images: Inputs of all rows' pictures, in the order of the rows.
+        images: The model's inputs for the pictures of all rows, in the order of the rows.
         token_weights: [rows, tokens] or None.
         rows: Position of each row in the list of samples.
-        token_types: Each [rows, tokens].
+        token_types: Kinds of tokens, [rows, tokens] each.
     """
 
     tokens: torch.Tensor
@@ -83,7 +83,7 @@ class Batch:
     token_types: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Return the arguments of a model's forward, pixels in the precision the model computes in."""
+        """Return the arguments of a model's forward pass, with pixels in `dtype`."""
         images = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else None)
             for name, tensor in self.images.items()
@@ -98,18 +98,18 @@ def text_samples(windows: torch.Tensor) -> list[Sample]:
 
 
 def make_batches(samples: Sequence[Sample], max_tokens: int) -> list[Batch]:
-    """Return all samples in batches of at most `max_tokens` tokens, or of one sample.
+    """Return all samples in batches of at most `max_tokens` tokens; a longer sample is a batch alone.
 
     Samples of equal shape share a batch even if they are not neighbours in the list.
     """
-    alike: dict[object, list[int]] = {}
+    rows_by_shape: dict[object, list[int]] = {}
     for index, sample in enumerate(samples):
         # Pictures of one batch are concatenated: whatever follows their first dimension has to agree.
         shapes = tuple((name, tuple(tensor.shape[1:])) for name, tensor in sorted(sample.images.items()))
-        kind = (len(sample.tokens), shapes, sample.token_weights is None, tuple(sorted(sample.token_types)))
-        alike.setdefault(kind, []).append(index)
+        key = (len(sample.tokens), shapes, sample.token_weights is None, tuple(sorted(sample.token_types)))
+        rows_by_shape.setdefault(key, []).append(index)
     batches = []
-    for rows in alike.values():
+    for rows in rows_by_shape.values():
         size = max(1, max_tokens // max(1, len(samples[rows[0]].tokens)))
         batches += [_stack(samples, rows[start : start + size]) for start in range(0, len(rows), size)]
     return batches

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-# Characters given to a tokenizer for each token that is needed: a huge file would only make the start slow.
-# Ordinary tokenizers need three to six.
+# Characters read for each token needed: reading all of a huge file would only make the start slow. Ordinary
+# tokenizers need three to six.
 _CHARACTERS_PER_TOKEN = 64
 _CHARACTERS_AT_ONCE = (
     1_000_000  # a tokenizer takes many times the memory and time for a text of many times the size
@@ -26,22 +26,22 @@ class CalibrationError(ValueError):
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
+    """The methods of a transformers tokenizer that this package uses."""
 
     bos_token_id: int | None
     chat_template: Any
 
     def __call__(self, text: str, *, verbose: bool = True, add_special_tokens: bool = True) -> Any:
-        """Return a mapping with `input_ids`, a list of token ids; warn of a long text if `verbose`."""
+        """Return a mapping with `input_ids`, a list of token ids; `verbose` warns of long texts."""
         ...
 
     def apply_chat_template(self, messages: list[dict[str, Any]], *, tokenize: bool) -> Any:
-        """Return messages as the model reads them: a text, unless it is to be tokenized."""
+        """Return messages in the model's format: text, or token ids if `tokenize`."""
         ...
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or what kind of error it is."""
+    """Return the first line of an error's message, or the name of its class if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -50,7 +50,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     """Return the tokenizer of a hub id or directory.
 
     Raises:
-        CalibrationError: there is none, or it is broken.
+        CalibrationError: there is no tokenizer, or it is broken.
     """
     from transformers import AutoTokenizer
 
@@ -58,7 +58,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
         )
-        tokenizer("a")  # some damage shows at the first text only
+        tokenizer("a")  # some broken tokenizers load, and fail at the first text
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the tokenizers library raises Exception itself, and its panics are none
@@ -67,9 +67,9 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
 
 
 def render_conversation(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> str:
-    """Return messages of `role` and `content` as the model's chat template writes them.
+    """Return messages of `role` and `content` rendered by the model's chat template.
 
-    A template that knows no system message gets its words in front of the first of the user's.
+    For a template without system messages the system's text is put before the user's first message.
 
     Raises:
         CalibrationError: the model has no chat template, or it refuses the messages.
@@ -95,12 +95,12 @@ def read_built_in_prose(max_characters: int | None = None) -> str:
 
 
 def character_limit(num_tokens: int) -> int:
-    """Return how many characters of a text are enough to give `num_tokens` tokens."""
+    """Return a number of characters that is sure to give `num_tokens` tokens."""
     return max(1_000_000, num_tokens * _CHARACTERS_PER_TOKEN)
 
 
 def tokenize(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool = True) -> list[int]:
-    """Return the token ids of a text; a long one is given to the tokenizer in pieces, cut at white space."""
+    """Return the token ids of a text; long texts are tokenized in pieces, cut at white space."""
     ids: list[int] = []
     for piece in _pieces(text):
         # Not verbose: that a text is longer than the model's context means nothing to its windows.
@@ -120,25 +120,30 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def token_windows(
-    text: str, tokenizer: Tokenizer, sequence_length: int, vocab_size: int, *, each_begins: bool = False
+    text: str,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    vocab_size: int,
+    *,
+    bos_in_every_window: bool = False,
 ) -> torch.Tensor:
     """Tokenize `text` and cut it into windows [windows, sequence_length]; a shorter rest is dropped.
 
     Args:
         text: The text.
-        tokenizer: The model's.
-        sequence_length: Tokens of a window.
-        vocab_size: The model's.
-        each_begins: Put the token that begins a sequence, if the tokenizer begins texts with one, in front
-            of every window, as in use, instead of the first one alone.
+        tokenizer: The model's tokenizer.
+        sequence_length: Number of tokens of a window.
+        vocab_size: Number of tokens in the model's vocabulary.
+        bos_in_every_window: Begin every window, not only the first, with the beginning-of-sequence token, if
+            the tokenizer has one.
 
     Raises:
-        CalibrationError: not one window comes out, or a token id is not below `vocab_size`.
+        CalibrationError: the text does not fill one window, or a token id is not below `vocab_size`.
     """
     ids = tokenize(text, tokenizer)
-    beginning = ids[:1] if each_begins and ids and ids[0] == tokenizer.bos_token_id else []
-    body = ids[len(beginning) :]
-    length = sequence_length - len(beginning)
+    bos_ids = ids[:1] if bos_in_every_window and ids and ids[0] == tokenizer.bos_token_id else []
+    body = ids[len(bos_ids) :]
+    length = sequence_length - len(bos_ids)
     count = len(body) // length
     if count == 0:
         raise CalibrationError(
@@ -147,7 +152,7 @@ def token_windows(
         )
     _check_vocabulary(ids, vocab_size)
     windows = torch.tensor(body[: count * length], dtype=torch.long).view(count, length)
-    return torch.cat([torch.tensor([beginning] * count, dtype=torch.long).view(count, -1), windows], 1)
+    return torch.cat([torch.tensor([bos_ids] * count, dtype=torch.long).view(count, -1), windows], 1)
 
 
 def conversation_windows(
@@ -155,17 +160,17 @@ def conversation_windows(
 ) -> torch.Tensor:
     """Tokenize conversations and pack them into windows [windows, sequence_length].
 
-    A window begins with a conversation and is filled up by those after it; what of the last one does not fit
-    is left out. Of a conversation that is too long for a window the beginning is taken.
+    A window begins with a conversation and is filled up by the next ones; the rest of the last one is
+    dropped. A conversation that is too long for a window is cut.
 
     Args:
         conversations: Rendered by the chat template, special tokens included.
-        tokenizer: The model's.
-        sequence_length: Tokens of a window.
-        vocab_size: The model's.
+        tokenizer: The model's tokenizer.
+        sequence_length: Number of tokens of a window.
+        vocab_size: Number of tokens in the model's vocabulary.
 
     Raises:
-        CalibrationError: not one window comes out, or a token id is not below `vocab_size`.
+        CalibrationError: the conversations fill no window, or a token id is not below `vocab_size`.
     """
     windows, packed, num_tokens = [], [], 0
     for conversation in conversations:

@@ -53,7 +53,7 @@ def read_windows(
     vocab_size: int,
     *,
     max_characters: int | None = None,
-    each_begins: bool = False,
+    bos_in_every_window: bool = False,
 ) -> Windows:
     """Read a dataset and cut it into windows.
 
@@ -63,7 +63,7 @@ def read_windows(
         sequence_length: Tokens of a window.
         vocab_size: The model's number of token ids.
         max_characters: Characters to read at most; None: all.
-        each_begins: Whether every window of plain text starts with the tokenizer's initial tokens.
+        bos_in_every_window: Whether every window of plain text starts with the tokenizer's initial tokens.
 
     Raises:
         CalibrationError: it cannot be read or is too short; the message names the place.
@@ -84,7 +84,9 @@ def read_windows(
         tokens = conversation_windows(documents.texts, tokenizer, sequence_length, vocab_size)
     else:
         text = "\n\n".join(documents.texts)
-        tokens = token_windows(text, tokenizer, sequence_length, vocab_size, each_begins=each_begins)
+        tokens = token_windows(
+            text, tokenizer, sequence_length, vocab_size, bos_in_every_window=bos_in_every_window
+        )
     return Windows(tokens, documents.are_conversations, notes)
 
 
@@ -146,7 +148,7 @@ def calibration_windows(
                 calibration.sequence_length,
                 vocab_size,
                 max_characters=character_limit(count * calibration.sequence_length),
-                each_begins=True,
+                bos_in_every_window=True,
             )
             sampled.append(sample_windows(windows.tokens, count, calibration.seed))
         except CalibrationError as error:
