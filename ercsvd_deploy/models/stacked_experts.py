@@ -36,7 +36,10 @@ def unstack_experts(
     places: dict[str, Place] = {}
     named = dict(stored_names)
     for name, experts in model.named_modules():
-        if not isinstance(experts, SeparateExperts):
+        if not isinstance(experts, SeparateExperts) or not named.keys() & {
+            f"{name}.{GATE_UP}",
+            f"{name}.{DOWN}",
+        }:
             continue
         linears = [
             [(f"{name}.{number}.{leaf}.weight", *expert.shape_of(leaf)) for leaf in expert.names]
