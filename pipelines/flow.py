@@ -205,7 +205,7 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
         check_weights(opened)  # a stale vocab_size shows in the texts first
         raise
     token_weight = recipe.calibration.token_weight if recipe.calibration is not None else "uniform"
-    original = stream(opened, device, token_weight=token_weight)
+    original = stream(opened, device, token_weight=token_weight, described=plan.architecture)
     calibration = [warning for stage in plan.stages for warning in stage.check_data(data)]
     model_notes = (*opened.notes(), *original.surplus_warnings())
     warnings = (*data.warnings, *model_notes, *calibration, *plan.warnings, *short)

@@ -37,7 +37,7 @@ class LayerLinears:
     groups: tuple[tuple[LinearShape, ...], ...]
     experts: RoutedExperts | None = None
 
-    @property
+    @cached_property
     def linears(self) -> tuple[LinearShape, ...]:
         """Every Linear of the layer, group by group, each group where its input is read first."""
         return tuple(linear for group in self.groups for linear in group)
@@ -47,7 +47,7 @@ class LayerLinears:
         """Every Linear of the layer, those of its routed experts included."""
         return self.linears + (() if self.experts is None else self.experts.linears)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Weights of its Linears and routed experts."""
         routed = 0 if self.experts is None else self.experts.parameters
@@ -102,7 +102,7 @@ class Architecture:
         """Number of decoder layers."""
         return len(self.layers)
 
-    @property
+    @cached_property
     def linears(self) -> tuple[LinearShape, ...]:
         """Every decoder Linear, layer by layer, those of routed experts left out."""
         return tuple(linear for layer in self.layers for linear in layer.linears)

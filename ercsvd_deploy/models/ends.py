@@ -65,6 +65,7 @@ class ModelEnds:
         device: Where the model runs.
         dtype: Precision in which it runs, whatever the stored one is.
         token_weight: How tokens count in statistics of inputs, see `InputStatistics`.
+        described: What has been found in a model of the same config; None: it is looked for.
     """
 
     config: Any
@@ -73,6 +74,7 @@ class ModelEnds:
     dtype: torch.dtype
     trust_remote_code: bool = False
     token_weight: TokenWeight = "uniform"
+    described: Architecture | None = None
     model: nn.Module = field(init=False)
     surplus_tensors: tuple[str, ...] = field(init=False)
     architecture: Architecture = field(init=False)
@@ -92,7 +94,7 @@ class ModelEnds:
             del config.quantization_config
         config.use_cache = False
         self.model = build_meta_model(config, trust_remote_code=self.trust_remote_code)
-        self.architecture = describe(self.model, config)
+        self.architecture = self.described or describe(self.model, config)
         separate_experts(self.model)
         if compressed is not None:
             replace_linears(self.model, compressed)

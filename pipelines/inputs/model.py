@@ -21,6 +21,7 @@ from ercsvd_deploy.pipelines.inputs.refusals import refuse_unsuitable
 from ercsvd_deploy.recipe.sections import ModelSource
 
 if TYPE_CHECKING:
+    from ercsvd_deploy.models.architecture import Architecture
     from ercsvd_deploy.models.statistics import TokenWeight
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
@@ -179,6 +180,7 @@ def stream(
     store: TensorStore | None = None,
     *,
     token_weight: TokenWeight = "uniform",
+    described: Architecture | None = None,
 ) -> LayerwiseModel:
     """Return the model ready to run layer by layer.
 
@@ -187,6 +189,7 @@ def stream(
         device: Where layers run.
         store: Weights that replace its own.
         token_weight: How tokens count in statistics of inputs.
+        described: What has been found in it, or in the model that it was compressed from.
     """
     return LayerwiseModel(
         opened.config,
@@ -195,4 +198,5 @@ def stream(
         compute_dtype(opened.config, device),
         trust_remote_code=opened.source.trust_remote_code,
         token_weight=token_weight,
+        described=described,
     )

@@ -54,6 +54,7 @@ class CompressedModel:
             self.device,
             self.store,
             token_weight=self.original.token_weight,
+            described=self.original.architecture,
         )
 
 

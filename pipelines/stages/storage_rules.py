@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP
@@ -57,7 +58,7 @@ class StorageRules:
             return self._corrected(linear, first, correction)
         if rank is None:
             return Storage.dense(shape, first)
-        second = self._fit(quantization, [rank])
+        second = self._fit(quantization, (rank,))
         if first is None or second is None:  # both or none: the second one is re-fitted to the first
             first = second = None
         return Storage.of_rank(shape, rank, self._pivot_blocks(linear, rank), first, second)
@@ -78,7 +79,7 @@ class StorageRules:
         if correction.bits == 16:
             return Storage.corrected(shape, weight, rank)
         wanted = WeightQuantization(bits=correction.bits, group_size=weight.group_size)
-        first, second = _fitting(wanted, self._columns_on_ranks(linear)), _fitting(wanted, [rank])
+        first, second = _fitting(wanted, self._columns_on_ranks(linear)), _fitting(wanted, (rank,))
         if first is None or second is None:
             first = second = None
         return Storage.corrected(shape, weight, rank, first, second)
@@ -93,14 +94,14 @@ class StorageRules:
         )
         return 1 if is_whole else count_pivot_blocks(linear.out_features, rank)
 
-    def _columns_on_ranks(self, linear: LinearShape) -> list[int]:
+    def _columns_on_ranks(self, linear: LinearShape) -> tuple[int, ...]:
         """Return how many inputs of a Linear a rank holds at every tensor parallel size."""
         if not self.architecture.is_row_parallel(linear.name):
-            return [linear.in_features]
-        return [linear.in_features // size for size in {1, *(self.fitted_to or ())}]
+            return (linear.in_features,)
+        return tuple(linear.in_features // size for size in {1, *(self.fitted_to or ())})
 
     def _fit(
-        self, quantization: WeightQuantization | None, columns: Iterable[int]
+        self, quantization: WeightQuantization | None, columns: tuple[int, ...]
     ) -> WeightQuantization | None:
         """Return integers that fit these numbers of columns, where groups are made to fit."""
         if quantization is None or self.fitted_to is None:
@@ -108,9 +109,9 @@ class StorageRules:
         return _fitting(quantization, columns)
 
 
-def _fitting(quantization: WeightQuantization, columns: Iterable[int]) -> WeightQuantization | None:
+@lru_cache(maxsize=4096)
+def _fitting(quantization: WeightQuantization, columns: tuple[int, ...]) -> WeightQuantization | None:
     """Return integers whose groups and words are whole in all of these numbers of columns."""
-    columns = list(columns)
     if any(count % values_in_whole_words(quantization.bits) for count in columns):
         return None
     size = quantization.group_size

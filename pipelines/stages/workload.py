@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ercsvd_deploy.models.architecture import Architecture, LayerLinears
 from ercsvd_deploy.models.ends import MAX_LOGITS_AT_ONCE, MAX_TOKENS_PER_BATCH
@@ -96,7 +97,7 @@ class Workload:
         assert self.calibration is not None, "the schema asks for calibration where a stage needs it"
         return self.calibration
 
-    @property
+    @cached_property
     def largest_layer(self) -> LayerLinears:
         """The decoder layer with the most weights; in most families all are alike."""
         return max(self.architecture.layers, key=lambda layer: layer.parameters)

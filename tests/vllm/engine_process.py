@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -119,9 +120,22 @@ def _num_accepted(llm: Any) -> int:
     return sum(metric.value for metric in llm.get_metrics() if metric.name == accepted)
 
 
+def _fork_workers() -> None:
+    """Fork workers off a process that has imported vLLM once; spawned, each would import it for itself."""
+    from vllm.v1.executor import multiproc_executor
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["vllm", "vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker"]
+    )
+    multiproc_executor.get_mp_context = lambda: context
+
+
 def main() -> None:
     """Answer the request on stdin."""
     request = json.load(sys.stdin)
+    if any(engine.get("distributed_executor_backend") == "mp" for engine in request["engines"]):
+        _fork_workers()
     answers = []
     for engine in request["engines"]:
         try:
