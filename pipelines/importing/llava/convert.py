@@ -1,7 +1,7 @@
-"""Convert an original-format LLaVA checkpoint, once, to the layout of the hub, which everything else reads.
+"""Convert an original-format LLaVA checkpoint to the hub's layout, which everything else reads.
 
-Config, tensor names, vocabulary and processor change; no weight does. Memory holds one shard at a time, and
-everything that can be refused is refused before the first tensor is read.
+Config, tensor names, vocabulary and processor change; the weights do not. Memory holds one shard at a time,
+and an unsupported checkpoint is refused before the first tensor is read.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class ImportedLlava:
     """A finished directory.
 
     Attributes:
-        directory: Where it is.
-        model_type: What transformers calls such a model.
-        conversation: The form of conversations that its chat template writes.
-        vision_tower: Where the tower's weights came from.
-        parameters: Of the whole model.
-        num_bytes: Of all tensors.
+        directory: The directory.
+        model_type: transformers' model type.
+        conversation: The conversation format of its chat template.
+        vision_tower: The origin of the tower's weights.
+        parameters: Parameters of the whole model.
+        num_bytes: Bytes of all tensors.
     """
 
     directory: Path
@@ -75,7 +75,7 @@ def import_llava(
 
     Args:
         source: Its directory or hub name.
-        target: The directory to appear when it is complete.
+        target: The directory to create; it appears when it is complete.
         vision_tower: Directory or hub name of the CLIP model, instead of the one the checkpoint names.
         max_shard_bytes: Upper size of a safetensors file.
 
@@ -121,9 +121,9 @@ def import_llava(
         _write_generation_config(partial, original, tokenizer.pad_token_id)
         for name in licences(directory, with_notices=True):
             shutil.copyfile(directory / name, partial / name)
-        # Last: without a config no loader takes the directory for a model.
+        # Last: without a config.json no loader treats the directory as a model.
         config.save_pretrained(partial)
-        partial.rename(target)  # which does not exist, or is empty
+        partial.rename(target)  # the target does not exist, or is empty
     return ImportedLlava(
         directory=target,
         model_type=config.model_type,
@@ -135,10 +135,10 @@ def import_llava(
 
 
 def _check_target(target: Path, source: Path) -> None:
-    """Refuse a target that is there already.
+    """Refuse a target that exists and is not empty.
 
     Raises:
-        LlavaImportError, ExportError: it is, or nothing can be written there.
+        LlavaImportError, ExportError: the target is not empty, or cannot be written to.
     """
     if target.is_dir() and any(target.iterdir()):
         raise LlavaImportError(f"{target} exists and is not empty: remove it or choose another directory")

@@ -34,6 +34,7 @@ class Factorization:
         sensitivity: Fisher information of the Linears' outputs, where it is used.
         token_sensitivity: How much the samples' tokens count, where that was measured.
         on_layer: Called after every decoder layer of a pass.
+        decomposed_in: Folder of the stage that has left the decompositions; None: it is this one.
     """
 
     model: LayerwiseModel
@@ -43,6 +44,7 @@ class Factorization:
     sensitivity: Sensitivity | None = None
     token_sensitivity: TokenSensitivity | None = None
     on_layer: Callable[[], None] = lambda: None
+    decomposed_in: FinishedWork | None = None
 
     @property
     def rules(self) -> StorageRules:
