@@ -177,9 +177,7 @@ def test_work_directory_grows_as_planned(write_recipe: RecipeWriter, monkeypatch
         for each in make_plan(recipe, device=torch.device("cpu")).estimate.stages
         if each.stage == "factorize"
     )
-    told = 8192 * sum(
-        len(layer.ranks) for layer in make_plan(recipe).candidates[0].layers
-    )  # findings, as JSON
+    told = 8192 * sum(len(layer.ranks) for layer in make_plan(recipe).candidates[0].layers)  # entry, as JSON
     assert stage.scratch_bytes - told == pytest.approx(seen[0], rel=0.02)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs
 from ercsvd_deploy.pipelines.stages.factorize.decomposition_needs import (
-    FINDINGS_OF_LINEAR,
+    ENTRY_OF_LINEAR,
     decomposing_flops,
     decomposition_bytes,
     decomposition_bytes_of,
@@ -97,7 +97,7 @@ def _last_layers_needs(
     return Needs(
         working_bytes=max(pass_bytes(work, num_parts, step, states), 2 * waiting + weights + solving),
         beside_bytes=2 * waiting + weights,
-        scratch_bytes=sum(decompositions) + len(layers) * len(layers[0].linears) * FINDINGS_OF_LINEAR + kept,
+        scratch_bytes=sum(decompositions) + len(layers) * len(layers[0].linears) * ENTRY_OF_LINEAR + kept,
         kept_bytes=kept,
         flops=flops,
     )
