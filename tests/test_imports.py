@@ -59,11 +59,9 @@ def imports_of_pipelines() -> Mapping[str, frozenset[str]]:
     for file in PIPELINES.rglob("*.py"):
         parts = file.relative_to(TESTS.parent).with_suffix("").parts
         files[".".join(("ercsvd_deploy", *parts)).removesuffix(".__init__")] = file
-    imported = {
-        name: imported_when_loaded(ast.parse(file.read_text(encoding="utf-8")))
-        for name, file in files.items()
-    }
-    return {name: frozenset(names) & (files.keys() - {name}) for name, names in imported.items()}
+    trees = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    imported = {name: frozenset(imported_when_loaded(tree)) for name, tree in trees.items()}
+    return {name: names & (files.keys() - {name}) for name, names in imported.items()}
 
 
 def test_chains_of_imports_are_short_and_none_is_a_circle() -> None:
