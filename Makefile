@@ -54,13 +54,14 @@ demo-real: $(READY)
 	$(call compress_and_ask,recipes/demo-real.yaml,out/SmolLM2-135M-Instruct-int4 \
 	  --question 'What is the capital of France?')
 
-# Files side by side, on up to four cores: each of the slowest waits for an engine of its own.
+# Files side by side, on up to four cores, in the order that tests/conftest.py gives them.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # What needs neither an engine nor many seconds.
 test-fast: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not vllm and not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not vllm and not slow"
 
 # A tiny model of every family, compressed and served; three quarters of an hour. Processors of pictures need torchvision,
 # which is put on the path of these tests alone.

@@ -34,13 +34,15 @@ DENSE = "the model itself"
 REFERENCE = "ours, GPTQ-4"
 
 
-def calibration_section(samples: int) -> dict[str, Any]:
+def calibration_section(samples: int, text: Path) -> dict[str, Any]:
     """Return the recipe's section; the peers get the tokens that it draws."""
-    dataset = {"text": "examples/text/calibration_prose.txt"}
+    dataset = {"text": str(text.resolve())}
     return {"dataset": dataset, "num_samples": samples, "sequence_length": LENGTH, "seed": 3}
 
 
-def read_tokens(model: Path, samples: int) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+def read_tokens(
+    model: Path, calibration: Mapping[str, Any]
+) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
     """Return calibration tokens [samples, tokens], and held-out windows of every text."""
     import yaml
 
@@ -50,8 +52,9 @@ def read_tokens(model: Path, samples: int) -> tuple[torch.Tensor, Mapping[str, t
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "recipe.yaml")
-        evaluation = {"perplexity": TEXTS, "max_sequences": WINDOWS, "sequence_length": LENGTH}
-        recipe = {"model": {"path": str(model)}, "calibration": calibration_section(samples)}
+        held_out = {name: str(Path(text).resolve()) for name, text in TEXTS.items()}
+        evaluation = {"perplexity": held_out, "max_sequences": WINDOWS, "sequence_length": LENGTH}
+        recipe = {"model": {"path": str(model)}, "calibration": dict(calibration)}
         recipe |= {"stages": [{"quantize": {"bits": 4}}], "evaluation": evaluation}
         file.write_text(yaml.safe_dump(recipe))
         loaded = load_recipe(file)
@@ -213,11 +216,10 @@ def main() -> None:
         return
     torch.set_num_threads(arguments.threads)
     arguments.environments.mkdir(parents=True, exist_ok=True)
-    calibration, texts = read_tokens(arguments.model, arguments.samples)
+    section = calibration_section(arguments.samples, Path("examples/text/calibration_prose.txt"))
+    calibration, texts = read_tokens(arguments.model, section)
     tokens = arguments.environments.resolve() / f"tokens-{arguments.samples}.json"
     tokens.write_text(json.dumps(calibration.tolist()))
-    section = calibration_section(arguments.samples)
-    section["dataset"] = {"text": str(Path(section["dataset"]["text"]).resolve())}
     rows: dict[str, dict[str, Any]] = {}
     if arguments.rows.exists():
         rows = {row["name"]: row for row in map(json.loads, arguments.rows.read_text().splitlines())}

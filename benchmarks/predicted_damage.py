@@ -55,7 +55,7 @@ KINDS = (
     Kind(
         "all",
         [FACTORIZE, QUANTIZE],
-        {"bits": ALL_BITS, "factor_bits": [3, 4], "corrections": CORRECTIONS},
+        {"bits": [2, 3, 4, 6], "factor_bits": [3, 4], "corrections": CORRECTIONS[:1]},
         (2.25, 2.5, 3.0, 4.0, 5.0),
     ),
 )
@@ -181,7 +181,8 @@ predicted damages of what was chosen, and the KL divergence from the dense model
 Calibrated on {arguments.samples} sequences of 256 tokens; the divergence is over {arguments.windows} windows
 of held-out text of the same kind ("held out"), and of text of another ("other"). Groups of {GROUP}. On offer:
 dense integers of 2 to 8 bits; factors of 3, 4 and 6 bits beside dense int8; integers of 2 to 4 bits with
-corrections of rank 16 and 32 in 4 bits; and all of them, factors in 3 and 4 bits.
+corrections of rank 16 and 32 in 4 bits; and all of them together, integers of 2, 3, 4 and 6 bits, factors
+in 3 and 4 bits, and corrections of rank 16.
 
 Rank correlation (Spearman) of the divergence with the prediction and, to compare, with the number of bits
 alone, which ranks the sizes of one kind by itself:

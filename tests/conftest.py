@@ -20,21 +20,22 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests.recipe_runs import FACTORIZE, RecipeWriter, recipe_writer
 from tests.tiny_models import compress_at_random, materialise, save_tiny_model
 
 if TYPE_CHECKING:
     from tests.fuzz.strategies import FuzzLog
-    from tests.recipe_runs import RecipeWriter
 
 _TEXT = Path(__file__).parents[1] / "examples" / "text"
-_FACTORIZE = {"method": "svd_llm", "compression_ratio": 0.3, "num_search_samples": 4}
+_EXCERPT = 60_000  # characters, many times what the runs here read; all of a text takes a tokenizer longer
 ModelDirectory = Callable[[str], Path]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out GPU tests where there is no GPU, and those of all families or a real model unless asked for.
 
-    They are deselected, and the summary line counts them.
+    They are deselected, and the summary line counts them. Files with engines come first, then those with
+    whole runs: what takes minutes must not begin when all other workers have ended.
     """
     left_out = [] if torch.cuda.is_available() else ["gpu"]
     left_out += [name for name in ("real", "families") if name not in config.getoption("markexpr")]
@@ -42,6 +43,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
+    slow, engines = (
+        {item.path for item in items if item.get_closest_marker(name)} for name in ("slow", "vllm")
+    )
+    items.sort(key=lambda item: (item.path not in engines, item.path not in slow))
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +54,21 @@ def _only_vllm_tests_ask_vllm(request: pytest.FixtureRequest, monkeypatch: pytes
     """Let `ercsvd plan` find no vLLM: asking it for kernels costs its import, ten seconds of a core."""
     if request.node.get_closest_marker("vllm") is None:
         monkeypatch.setattr("ercsvd_deploy.exporters.vllm.kernels.choice.find_spec", lambda _name: None)
+
+
+@pytest.fixture(autouse=True)
+def _only_tests_of_pages_draw(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let reports have no pictures: drawing those of a run takes as long as its decompositions."""
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr("ercsvd_deploy.pipelines.reporting.html.plots.draw_plots", lambda _report: [])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _disks_need_not_settle() -> Iterator[None]:
+    """Do not wait for disks: no test cuts the power, and a run writes a hundred files."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda _file: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -96,43 +116,30 @@ def heeded_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGHUP, hang_up)
 
 
+@pytest.fixture(scope="session")
+def excerpts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the beginnings of two of the example texts, under their names."""
+    folder = tmp_path_factory.mktemp("excerpts")
+    for name in ("calibration.txt", "in_domain.txt"):
+        (folder / name).write_text((_TEXT / name).read_text()[:_EXCERPT])
+    return folder
+
+
 @pytest.fixture
-def write_recipe(tmp_path: Path, llama: Path) -> RecipeWriter:
+def write_recipe(tmp_path: Path, llama: Path, excerpts: Path) -> RecipeWriter:
     """Return a writer of recipes for `llama`: stages and sections -> recipe file."""
-    return _recipe_writer(tmp_path, llama)
+    return recipe_writer(tmp_path, llama, excerpts)
 
 
 @pytest.fixture(scope="session")
-def finished_export(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+def finished_export(tmp_path_factory: pytest.TempPathFactory, llama: Path, excerpts: Path) -> Path:
     """Return an export of `llama` with all layers factorized, to be copied before it is changed."""
     from ercsvd_deploy.pipelines.flow import run_recipe
     from ercsvd_deploy.recipe.load import load_recipe
 
-    stage = {"factorize": _FACTORIZE | {"method": "erc_svd", "num_compressed_layers": "all"}}
-    write = _recipe_writer(tmp_path_factory.mktemp("finished"), llama)
+    stage = {"factorize": FACTORIZE | {"method": "erc_svd", "num_compressed_layers": "all"}}
+    write = recipe_writer(tmp_path_factory.mktemp("finished"), llama, excerpts)
     return run_recipe(load_recipe(write(stage)))[1]
-
-
-def _recipe_writer(directory: Path, model: Path) -> RecipeWriter:
-    import yaml
-
-    def write(*stages: dict[str, Any], **sections: Any) -> Path:
-        recipe = {
-            "model": {"path": str(model)},
-            "calibration": {
-                "dataset": {"text": str(_TEXT / "calibration.txt")},
-                "num_samples": 12,
-                "sequence_length": 48,
-            },
-            "stages": list(stages) or [{"factorize": _FACTORIZE | {"method": "erc_svd"}}],
-            "evaluation": {"perplexity": {"held_out": str(_TEXT / "in_domain.txt")}, "max_sequences": 4},
-            "export": {"path": str(directory / "out")},
-        }
-        path = directory / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe | sections))
-        return path
-
-    return write
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +167,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def write_picture_recipe(tmp_path: Path, tiny_model: ModelDirectory, pictures: Path) -> RecipeWriter:
+def write_picture_recipe(
+    tmp_path: Path, tiny_model: ModelDirectory, pictures: Path, excerpts: Path
+) -> RecipeWriter:
     """Return a writer of recipes for `llava` or another `model`, calibrated on pictures too."""
     import yaml
 
@@ -169,13 +178,13 @@ def write_picture_recipe(tmp_path: Path, tiny_model: ModelDirectory, pictures: P
         recipe = {
             "model": {"path": str(model or tiny_model("llava"))},
             "calibration": {
-                "dataset": {"text": str(_TEXT / "calibration.txt")},
+                "dataset": {"text": str(excerpts / "calibration.txt")},
                 "num_samples": 16,
                 "sequence_length": 120,
             },
             "vision": {"calibration": dataset, "share": 0.75},
             "stages": list(stages)
-            or [{"factorize": _FACTORIZE | {"num_compressed_layers": "all", "rank_multiple": 8}}],
+            or [{"factorize": FACTORIZE | {"num_compressed_layers": "all", "rank_multiple": 8}}],
             "evaluation": {"visual_questions": {"noise": {"dataset": dataset}}},
             "export": {"path": str(tmp_path / "out")},
         }

@@ -7,19 +7,48 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from typer.testing import CliRunner
 
 from ercsvd_deploy.format.schema import CheckpointConfig, Storage
 from ercsvd_deploy.pipelines.cli.app import app
 
 TEXT = Path(__file__).parents[1] / "examples" / "text"
+FACTORIZE = {"method": "svd_llm", "compression_ratio": 0.3, "num_search_samples": 4}
 RecipeWriter = Callable[..., Path]  # stages and sections -> recipe file; fixtures `write_recipe` and others
+
+
+def recipe_writer(directory: Path, model: Path, texts: Path) -> RecipeWriter:
+    """Return a writer of recipes: stages and sections -> recipe file.
+
+    Args:
+        directory: Where recipes and what they export go.
+        model: The model, unless a recipe has another.
+        texts: A folder with `calibration.txt` and `in_domain.txt`.
+    """
+
+    def write(*stages: dict[str, Any], **sections: Any) -> Path:
+        recipe = {
+            "model": {"path": str(model)},
+            "calibration": {
+                "dataset": {"text": str(texts / "calibration.txt")},
+                "num_samples": 12,
+                "sequence_length": 48,
+            },
+            "stages": list(stages) or [{"factorize": FACTORIZE | {"method": "erc_svd"}}],
+            "evaluation": {"perplexity": {"held_out": str(texts / "in_domain.txt")}, "max_sequences": 4},
+            "export": {"path": str(directory / "out")},
+        }
+        path = directory / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe | sections))
+        return path
+
+    return write
 
 
 def factorize(**settings: Any) -> dict[str, Any]:
     """Return a factorize stage as a recipe has it."""
-    defaults = {"method": "svd_llm", "compression_ratio": 0.3, "num_search_samples": 4, "rank_multiple": 8}
-    return {"factorize": defaults | settings}
+    return {"factorize": FACTORIZE | {"rank_multiple": 8} | settings}
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:

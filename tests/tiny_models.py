@@ -258,6 +258,8 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("bias"):
             parameter.copy_(0.2 * noise)
+        elif name.endswith("A_log"):
+            parameter.copy_(noise - 3)  # else the states of a linear attention last for a token or two
         elif parameter.ndim == 1:
             parameter.copy_(1 + 0.1 * noise)
         elif "embed" in name:
@@ -467,7 +469,9 @@ def _write_like(
     """Write `tensors` beside copies of everything else in `source`, with `config` as quantization_config."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if file.name not in (WEIGHTS_FILE, "config.json"):
+        if file.is_dir():
+            shutil.copytree(file, target / file.name)
+        elif file.name not in (WEIGHTS_FILE, "config.json"):
             shutil.copy(file, target / file.name)
     raw_config = json.loads((source / "config.json").read_text())
     raw_config.pop("quantization_config", None)

@@ -1,7 +1,8 @@
-"""This package, through `run_recipe`; options: calibration, stages, and token_weight and target if named."""
+"""This package, through `run_recipe`; options: calibration, stages; token_weight, target, cache if named."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from peer_job import Job, answer, linear_names, read_job, stored_bytes
 from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the format
-from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.flow import RunOptions, run_recipe
 from ercsvd_deploy.recipe.load import load_recipe
 
 
@@ -21,7 +22,8 @@ def main() -> None:
     file = job.folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe_of(job)))
     with job.timed():
-        run_recipe(load_recipe(file))
+        cache = job.options.get("cache")
+        run_recipe(load_recipe(file), options=RunOptions(cache=Path(cache) if cache else None))
     loaded = AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype=torch.float32)
     dense = {}
     with torch.no_grad():

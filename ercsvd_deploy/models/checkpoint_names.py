@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.format.llava_names import to_module
+from ercsvd_deploy.models.experts import puts_together
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,10 +22,12 @@ def module_names(model: nn.Module) -> Callable[[str], str]:
     from transformers.core_model_loading import rename_source_key
 
     renamings, converters = _split(_transforms(model))
+    was_moved = any(name == "model" for name, _ in model.named_children())  # unlike Llama 4's parts
 
     def module_name(stored: str) -> str:
         # some releases wrote a mixture of two layouts, which the tables leave half translated
-        return str(rename_source_key(to_module(stored), renamings, converters)[0])
+        read = to_module(stored) if was_moved else stored
+        return str(rename_source_key(read, renamings, converters)[0])
 
     return module_name
 
@@ -90,11 +93,14 @@ def _length_of_common_end(one: Iterable[str], other: Iterable[str]) -> int:
 
 
 def _transforms(model: nn.Module) -> list[Any]:
-    """Return transformers' renamings of a model's tensors, in the order in which it applies them."""
+    """Return transformers' renamings of a model's tensors, in the order in which it applies them.
+
+    Matrices of routed experts keep the names by which they are apart (`experts`).
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    transforms: list[Any] = get_model_conversion_mapping(model, add_legacy=False)
-    return transforms
+    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    return [transform for transform in transforms if not puts_together(transform)]
 
 
 def _split(transforms: Iterable[Any]) -> tuple[list[Any], list[Any]]:

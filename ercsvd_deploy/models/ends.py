@@ -65,6 +65,7 @@ class ModelEnds:
         device: Where the model runs.
         dtype: Precision in which it runs, whatever the stored one is.
         token_weight: How tokens count in statistics of inputs, see `InputStatistics`.
+        described: What has been found in a model of the same config; None: it is looked for.
     """
 
     config: Any
@@ -73,6 +74,7 @@ class ModelEnds:
     dtype: torch.dtype
     trust_remote_code: bool = False
     token_weight: TokenWeight = "uniform"
+    described: Architecture | None = None
     model: nn.Module = field(init=False)
     surplus_tensors: tuple[str, ...] = field(init=False)
     architecture: Architecture = field(init=False)
@@ -92,7 +94,7 @@ class ModelEnds:
             del config.quantization_config
         config.use_cache = False
         self.model = build_meta_model(config, trust_remote_code=self.trust_remote_code)
-        self.architecture = describe(self.model, config)
+        self.architecture = self.described or describe(self.model, config)
         separate_experts(self.model)
         if compressed is not None:
             replace_linears(self.model, compressed)
@@ -242,8 +244,8 @@ class ModelEnds:
 
     def _layers_replaced(self, on_call: OnCall) -> AbstractContextManager[None]:
         """Replace the decoder layers by calls of `on_call` while the context lasts."""
-        return_tuples = self.architecture.layers_return_tuples
-        return layers_replaced(self._stack, self._layers, on_call, return_tuples=return_tuples)
+        num_returned = self.architecture.num_layer_outputs
+        return layers_replaced(self._stack, self._layers, on_call, num_returned=num_returned)
 
     @contextmanager
     def _outside_layers(self, *, with_head: bool) -> Iterator[None]:

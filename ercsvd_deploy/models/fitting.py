@@ -16,6 +16,7 @@ from torch import nn
 from ercsvd_deploy.format.store_views import RenamedStore
 from ercsvd_deploy.format.stored_names import match_names
 from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore, enumerate_names
+from ercsvd_deploy.models.stacked_experts import unstack_experts
 
 _FLOATS = ("F32", "F16", "BF16")
 _MOST_TOLD = 5
@@ -42,6 +43,7 @@ def fit_store(
     expected = model.state_dict()
     prefix = f"{getattr(model, 'base_model_prefix', 'model')}."
     named = dict(match_names(store.names(), frozenset(expected), base_prefix=prefix, translate=translate))
+    store, named = unstack_experts(model, store, named)
     tied = _tied_names(model)
     output, embedding = _output_and_embedding(model)
     if output in tied and output in named and embedding not in named:
@@ -68,8 +70,15 @@ def _tied_names(model: nn.Module) -> frozenset[str]:
 
 
 def _is_tied_somewhere(config: Any) -> bool:
-    """Whether the config of the model or of its language model says so: of the two vLLM reads the second."""
-    return any(getattr(each, "tie_word_embeddings", False) for each in (config, config.get_text_config()))
+    """Whether the config of the model or of its language model says so: of the two vLLM reads the second.
+
+    What a language model's class says where config.json says nothing does not count: some classes of
+    transformers tie by default, although the models that they are parts of are not tied (Qwen3-VL's mixture).
+    """
+    text_config = config.get_text_config()
+    is_default = text_config is not config and getattr(type(text_config), "tie_word_embeddings", False)
+    parts = (config,) if is_default else (config, text_config)
+    return any(getattr(each, "tie_word_embeddings", False) for each in parts)
 
 
 def _output_and_embedding(model: nn.Module) -> tuple[str | None, str]:

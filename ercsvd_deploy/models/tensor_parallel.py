@@ -14,6 +14,7 @@ _ENDS_OF_MLP = frozenset({"down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out", "
 _KEY_VALUES = frozenset({"k_proj", "v_proj"})
 # Several projections that transformers keep as one Linear.
 _FUSED_ATTENTION = frozenset({"qkv_proj", "query_key_value", "Wqkv", "wqkv"})
+_FUSED_DELTA_NET = frozenset({"in_proj_qkv"})  # of a linear attention: its queries, keys and values
 _SORTED_WHEN_LOADED = frozenset({"query_key_value"})  # files have the heads' queries, keys and values mixed
 _FUSED_GATE = frozenset({"gate_up_proj"})
 
@@ -42,10 +43,21 @@ def is_sorted_when_loaded(name: str) -> bool:
 
 
 def output_blocks(
-    name: str, out_features: int, num_heads: int, num_key_value_heads: int
+    name: str, out_features: int, num_heads: int, num_key_value_heads: int, linear_key_size: int = 0
 ) -> tuple[OutputBlock, ...]:
-    """Return the blocks of outputs of a decoder's column-parallel Linear, in vLLM's order."""
+    """Return the blocks of outputs of a decoder's column-parallel Linear, in vLLM's order.
+
+    Args:
+        name: Of the Linear.
+        out_features: Its outputs.
+        num_heads: Query heads of the decoder's attention.
+        num_key_value_heads: Key-value heads of it.
+        linear_key_size: Outputs of all keys of its linear attention, and of all queries, if it has such.
+    """
     leaf = _leaf(name)
+    if leaf in _FUSED_DELTA_NET:
+        keys = OutputBlock(linear_key_size)
+        return (keys, keys, OutputBlock(out_features - 2 * linear_key_size))
     if leaf in _FUSED_ATTENTION:
         head_size = out_features // (num_heads + 2 * num_key_value_heads)
         key_values = OutputBlock(num_key_value_heads * head_size, is_key_value=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -30,7 +31,7 @@ class Vocabulary:
         """The matrix that gives the logits, under the name that files have it by."""
         return self.embedding if self.is_tied else self.output_layer
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         """The modules that have a matrix of their own in files."""
         return frozenset(each.name for each in (self.embedding, self.multiplied) if each is not None)

@@ -3,9 +3,9 @@
 The errors arise in the order of the forward pass (h = V' x, o = C h), as in a pair of factors. V' is
 quantized under the Gram G of the inputs; its rows are outputs themselves, whose errors nothing makes up for.
 C is then re-fitted in closed form to the original weight's rows given the quantized V'_q, and quantized under
-V'_q G V'_q^T. How small the re-fit is to be is tried out: the fewer bits it gets, the more its size costs.
-Pivot outputs are as correlated as a layer's outputs are, so GPTQ has enough to work with in C: the turn that
-a pair of factors needs first has no counterpart here.
+V'_q G V'_q^T. The damping of the re-fit is chosen by trying: the fewer bits C gets, the more its size costs.
+Pivot outputs are as correlated as a layer's outputs, so GPTQ works well on C without the rotation that a pair
+of factors needs.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ REFIT_DAMPINGS = (1e-2, 1e-3, 1e-4, 1e-5)
 class PivotedTask:
     """A pivoted Linear whose pivot rows are about to be quantized (`start_pivoted`)."""
 
-    weight: Tensor  # to come near to, [out, in]
+    weight: Tensor  # the original weight, [out, in]
     pivoted: PivotedFactors  # float32
-    first: GriddedWeight  # pivot rows, [rank, in]
+    first: GriddedWeight  # the pivot rows on their grid, [rank, in]
     settings_others: QuantizationSettings
     refit: bool
     method: RoundingMethod
@@ -67,10 +67,10 @@ class PivotedTask:
         gram: Tensor,
         held_out: HeldOutGrams | None = None,
     ) -> QuantizedFactors:
-        """Re-fit the other rows to the quantized pivot rows, and quantize them on those ones' outputs.
+        """Re-fit the other rows to the quantized pivot rows, and quantize them on the pivot rows' outputs.
 
         Args:
-            first: What `first` was quantized to.
+            first: The quantized pivot rows.
             report: Its losses.
             gram: Of the layer's inputs, [in, in].
             held_out: The same tokens in two parts, see `quantize_together`.
@@ -83,7 +83,7 @@ class PivotedTask:
         pivot_rows, other_rows = first.dequantize(), self.pivoted.other_rows
         loss_first_quantized = loss_refitted = loss_of(pivot_rows, other_rows)
         energy = transform_gram(pivot_rows, gram)
-        if self.refit and bool((energy.diagonal() > 0).any()):  # else there is nothing to fit by
+        if self.refit and bool((energy.diagonal() > 0).any()):  # without energy there is nothing to fit to
             is_other = torch.ones(len(self.weight), dtype=torch.bool, device=self.weight.device)
             is_other[self.pivoted.pivots] = False
             rows = self.weight[is_other]
@@ -212,7 +212,7 @@ def quantize_pivoted(
         method: "rtn", the baseline, rounds both to nearest.
 
     Returns:
-        The pivot rows as `factor_a`, the other rows as `factor_b`; losses are the whole Linear's.
+        The pivot rows as `factor_a`, the other rows as `factor_b`; losses are those of the whole Linear.
 
     Raises:
         ValueError: as `gptq.quantize_weight`, before any work for either matrix's shape and group size.
@@ -240,7 +240,7 @@ def refit_other_rows(
     in proportion to its size: the smallest that fits well is the one to quantize, hence the damping.
 
     Args:
-        other_rows_of_weight: the original weight's rows that are no pivots, W_o: [out - rank, in].
+        other_rows_of_weight: the original weight's rows that are not pivots, W_o: [out - rank, in].
         pivot_rows: as they will be served, V: [rank, in].
         gram: [in, in], at any scale; the pivot rows must not all be zeros by it.
         damping: share of the mean energy of the pivot outputs.
@@ -250,6 +250,6 @@ def refit_other_rows(
     """
     energy = transform_gram(pivot_rows, gram)
     energy.diagonal().add_(damping * energy.diagonal().mean())
-    crossed = other_rows_of_weight.double() @ (gram.double() @ pivot_rows.double().T)
-    refitted: Tensor = torch.linalg.solve(energy, crossed, left=False)
+    cross_moment = other_rows_of_weight.double() @ (gram.double() @ pivot_rows.double().T)
+    refitted: Tensor = torch.linalg.solve(energy, cross_moment, left=False)
     return refitted

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, combinations, pairwise, starmap
 
 from ercsvd_deploy.exporters.vllm.cutting import BLOCK
 from ercsvd_deploy.format.schema import (
@@ -200,6 +200,27 @@ def keep_of_fused(full: Sequence[int], local: Sequence[int], tp_rank: int, tp_si
     return tuple(
         slice(start + block.start, start + block.stop) for start, block in zip(starts, blocks, strict=False)
     )
+
+
+def share_out_outputs(sizes: Sequence[int], rows: Sequence[int | None]) -> tuple[slice, ...] | None:
+    """Return which of vLLM's projections each Linear of the checkpoint is; None: that cannot be said.
+
+    vLLM may cut apart what the checkpoint stores as one matrix: all of a layer's projections (Phi-3), or some
+    of them, one behind the other (queries, keys and values of Qwen3.5's linear attention, beside its gate).
+
+    Args:
+        sizes: Outputs of vLLM's projections, in order.
+        rows: Outputs of the checkpoint's Linears, in the same order; None: not known.
+    """
+    cuts = combinations(range(1, len(sizes)), len(rows) - 1)
+    candidates = [tuple(starmap(slice, pairwise((0, *inner, len(sizes))))) for inner in cuts]
+    if len(candidates) > 1:
+        candidates = [
+            runs
+            for runs in candidates
+            if all(known in (None, sum(sizes[run])) for run, known in zip(runs, rows, strict=True))
+        ]
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def _length(block: slice) -> int:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 # vLLM's names of the projections in a fused layer: numbers, except for query, key and value
 _ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}
-ShardId = int | str | None
+ShardId = int | str | tuple[int, ...] | None
 _OUTPUT_PARTS = ("", FACTOR_B)  # a row of their matrices is an output of the projection
 
 
@@ -190,16 +190,23 @@ def add_gates(
             owner.register_parameter(leaf, gate)
 
 
-def shard_index(shard_id: ShardId, names: Sequence[str]) -> int:
+def shard_index(shard_id: ShardId, names: Sequence[str], runs: Sequence[slice] = ()) -> int:
     """Return which of a layer's projections vLLM means.
+
+    Args:
+        shard_id: vLLM's name of a projection, or of several that are one in the checkpoint.
+        names: Of the projections in the checkpoint.
+        runs: Which of vLLM's projections each of them is; empty: as many as there are names.
 
     Raises:
         ValueError: the checkpoint stores a fused matrix that the description names apart.
     """
-    if isinstance(shard_id, str):
-        return _ATTENTION_SHARDS[shard_id]
     if shard_id is not None:
-        return shard_id
+        first = shard_id[0] if isinstance(shard_id, tuple) else shard_id
+        number = _ATTENTION_SHARDS[first] if isinstance(first, str) else first
+        if len(runs) > 1:
+            return next(index for index, run in enumerate(runs) if run.start <= number < run.stop)
+        return number
     if len(names) == 1:
         return 0
     raise ValueError(

@@ -21,7 +21,12 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
     register_weight_loader_v2_supported_method,
 )
 from ercsvd_deploy.exporters.vllm.layer import StackedLinear
-from ercsvd_deploy.exporters.vllm.layer_plan import Projection, keep_of_fused, keep_of_rank
+from ercsvd_deploy.exporters.vllm.layer_plan import (
+    Projection,
+    keep_of_fused,
+    keep_of_rank,
+    share_out_outputs,
+)
 from ercsvd_deploy.exporters.vllm.loading import (
     ProjectionLoader,
     ShardId,
@@ -61,6 +66,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
         self._record = record
         self._check_model = check_model
         self._tell_ready = tell_ready
+        self._runs: tuple[slice, ...] = ()  # of vLLM's projections that are one of ours
         self._loaders: list[ProjectionLoader] = []
         self._stacked: StackedLinear | None = None
 
@@ -81,35 +87,37 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
             ValueError: this rank's columns cut a group of an integer matrix, or kernels are required and vLLM
                 has none for one.
         """
-        full_sizes = _full_output_sizes(layer, output_size)
+        full_sizes, local_sizes = _full_output_sizes(layer, output_size), output_partition_sizes
         names = [name for name, _ in self._described]
-        local_sizes = output_partition_sizes
-        gathered: tuple[slice, ...] = ()
-        is_fused = len(names) == 1 and len(full_sizes) > 1  # one matrix in the checkpoint (Phi-3, Falcon)
-        if is_fused:
-            if sum(local_sizes) != sum(full_sizes):
-                gathered = keep_of_fused(full_sizes, local_sizes, layer.tp_rank, layer.tp_size)
-            full_sizes, local_sizes = [sum(full_sizes)], [sum(local_sizes)]
-        if not len(names) == len(full_sizes) == len(local_sizes):
+        rows = [None if storage is None else storage.shape[0] for _, storage in self._described]
+        runs = share_out_outputs(full_sizes, rows)
+        if runs is None or len(full_sizes) != len(local_sizes):
             raise CheckpointFormatError(
                 f"{', '.join(names)}: vLLM computes {len(full_sizes)} projections here, the checkpoint "
                 f"describes {len(names)}; all of them have to be stored apart, or as one matrix"
             )
+        self._runs = runs
         columns = keep_of_rank(input_size, input_size_per_partition, layer.tp_rank, layer.tp_size)
         projections = []
-        for (name, described), full, local in zip(self._described, full_sizes, local_sizes, strict=True):
+        for (name, described), run in zip(self._described, runs, strict=True):
+            full, local = sum(full_sizes[run]), sum(local_sizes[run])
             description = described or Storage(layout="dense", shape=(full, input_size))
             if description.shape != (full, input_size):
                 raise CheckpointFormatError(
                     f"{name}: config.json describes shape {list(description.shape)}, "
                     f"the model has {[full, input_size]}"
                 )
-            rows = slice(0, local)
-            if not gathered:
-                rows = keep_of_rank(full, local, layer.tp_rank, layer.tp_size)
-            projection = Projection(name, description, rows, columns, gathered)
+            kept = slice(0, local)
+            gathered: tuple[slice, ...] = ()
+            if len(full_sizes[run]) == 1:
+                kept = keep_of_rank(full, local, layer.tp_rank, layer.tp_size)
+            elif local != full:
+                gathered = keep_of_fused(full_sizes[run], local_sizes[run], layer.tp_rank, layer.tp_size)
+            projection = Projection(name, description, kept, columns, gathered)
             projection.check_pivots()
             projections.append(projection)
+        # one matrix in the checkpoint (Phi-3, Falcon)
+        is_fused = len(names) == 1 and len(full_sizes) > 1
         stacked = StackedLinear(
             projections, params_dtype, self._record, allow_op=not envs.VLLM_BATCH_INVARIANT
         )
@@ -139,7 +147,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
 
     def _load(self, leaf: str, tensor: torch.Tensor, shard_id: ShardId) -> None:
         names = [name for name, _ in self._described]
-        index = shard_index(shard_id, names)
+        index = shard_index(shard_id, names, self._runs)
         if not self._loaders:
             raise RuntimeError(
                 f"{names[index]}.{leaf}: weights of an ercsvd model that is being served cannot be replaced; "
@@ -163,6 +171,7 @@ class UnalteredLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]  # v
         super().__init__()
         self._names = list(names)
         self._check_model = check_model
+        self._num_projections = len(names)  # of vLLM's, which may be more
         self._surplus: list[str] = []
 
     def create_weights(
@@ -178,6 +187,7 @@ class UnalteredLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]  # v
             else:
                 weight_loader(param, tensor, shard_id)
 
+        self._num_projections = len(getattr(layer, "output_sizes", self._names))
         super().create_weights(layer, *sizes, weight_loader=load_unless_guard, **options)
         add_gates(layer, layer.params_dtype, self._note)
 
@@ -191,7 +201,8 @@ class UnalteredLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]  # v
         super().process_weights_after_loading(layer)
 
     def _note(self, leaf: str, tensor: torch.Tensor, shard_id: ShardId) -> None:
-        name = ", ".join(self._names) if shard_id is None else self._names[shard_index(shard_id, self._names)]
+        is_whole = shard_id is None or len(self._names) != self._num_projections
+        name = ", ".join(self._names) if is_whole else self._names[shard_index(shard_id, self._names)]
         self._surplus.append(f"surplus: {name}.{leaf} {list(tensor.shape)}, not described in config.json")
 
 

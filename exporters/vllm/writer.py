@@ -22,6 +22,7 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.format.shards import write_sharded
 from ercsvd_deploy.format.sidecars import sidecars
 from ercsvd_deploy.format.store_views import RenamedStore
+from ercsvd_deploy.models.stacked_experts import stack_experts
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.tensor_store import TensorStore
@@ -83,6 +84,7 @@ def write_export(
     partial.mkdir()
     if not needs_plugin:
         store = RenamedStore(store, {name: name for name in store.names() - guards_of(compressed.modules)})
+    store = stack_experts(store, architecture, compressed.modules)
     num_bytes = write_weights(partial, store, architecture, max_shard_bytes)
     modules = {architecture.checkpoint_name(name): module for name, module in compressed.modules.items()}
     description = (

@@ -14,6 +14,7 @@ from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.meta import compressed_config, own_dtype, read_architecture
 from ercsvd_deploy.models.tested_families import serving_doubts
 from ercsvd_deploy.models.vision import lacks_conversations, reads_images
+from ercsvd_deploy.pipelines.importing.llava.planned import import_note
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidates
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine
@@ -185,7 +186,11 @@ def make_plan(
         kernels=plan_matrices(candidates[-1].modules, architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=storing.matches,
-        notes=(*_allocation_note(recipe), *_expert_notes(recipe, architecture)),
+        notes=(
+            *import_note(config, recipe.model.path),
+            *_allocation_note(recipe),
+            *_expert_notes(recipe, architecture),
+        ),
         warnings=(
             *serving_warnings(
                 storing,

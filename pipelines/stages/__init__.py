@@ -1,4 +1,4 @@
-"""What can be done to a model, in order: the one place where stages are listed."""
+"""The stages in the order in which they run: the only list of them."""
 
 from __future__ import annotations
 

@@ -151,8 +151,8 @@ def _value_digest(value: Any) -> str:
 def _differences(earlier: Any, now: Any, name: str = "") -> list[str]:
     """Return the dotted names of the values that differ."""
     if isinstance(earlier, dict) and isinstance(now, dict):
-        found = []
+        names = []
         for key in sorted({*earlier, *now}):
-            found += _differences(earlier.get(key), now.get(key), f"{name}.{key}" if name else key)
-        return found
+            names += _differences(earlier.get(key), now.get(key), f"{name}.{key}" if name else key)
+        return names
     return [] if earlier == now else [name or "everything"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +20,11 @@ from ercsvd_deploy.models.tested_families import NOT_RUN
 from ercsvd_deploy.models.vision import reads_images
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.recipe.load import load_recipe
+from tests.families.dense import materialise
 from tests.recipe_runs import TEXT, factorize
-from tests.tiny_models import materialise
 from tests.vllm.engines import PROMPTS, REPOSITORY, compare, engine, run_engines
 
-TOLERANCES = {"float32": 1e-4, "float16": 0.03}
+TOLERANCES = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.24}  # which rounds by eight times as much
 # Factors of all Linears; or int4, in half of the layers of factors, in the others of dense matrices.
 STAGES: Mapping[str, list[dict[str, Any]]] = {
     "float32": [factorize(num_compressed_layers="all")],
@@ -35,10 +36,11 @@ STAGES: Mapping[str, list[dict[str, Any]]] = {
 
 
 # vLLM's LLaVA imports a module that needs torchvision, for a class that it does not use
-_VARIABLES: dict[str, Any] = (
-    {} if find_spec("torchvision") else {"PYTHONPATH": str(REPOSITORY / "examples/without_torchvision")}
-)
-NO_FLOAT16 = "does not support float16"  # vLLM says so of a few families
+_WITHOUT_TORCHVISION = [str(REPOSITORY / "examples/without_torchvision")]
+_PATHS = [*_WITHOUT_TORCHVISION, *filter(None, [os.environ.get("PYTHONPATH")])]
+_VARIABLES: dict[str, Any] = {} if find_spec("torchvision") else {"PYTHONPATH": os.pathsep.join(_PATHS)}
+# What vLLM says of a few families' dtypes -> one that it runs them in.
+_OTHER_DTYPES = {"does not support float16": "float32", "CPU GDN attention requires BF16": "bfloat16"}
 _TEXTS = tuple(Sample(torch.tensor(tokens)) for tokens in PROMPTS)
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -75,14 +77,14 @@ def reference(directory: Path) -> PreTrainedModel:
 
 
 def run_in_their_dtypes(jobs: Mapping[_Key, dict[str, Any]], work: Path) -> dict[_Key, dict[str, Any]]:
-    """Run engines as `run_all` does, those of families that do not support float16 in float32."""
+    """Run engines as `run_all` does, those of families that do not support a dtype in another one."""
     found = run_all(jobs, work / "first")
-    in_float32 = {
-        key: jobs[key] | {"dtype": "float32"}
+    again = {
+        key: jobs[key] | {"dtype": other}
         for key, answer in found.items()
-        if NO_FLOAT16 in answer.get("error", "")
+        if (other := _other_dtype(answer)) is not None
     }
-    return found | (run_all(in_float32, work / "float32") if in_float32 else {})
+    return found | (run_all(again, work / "again") if again else {})
 
 
 def run_all(jobs: Mapping[_Key, dict[str, Any]], work: Path) -> dict[_Key, dict[str, Any]]:
@@ -96,14 +98,18 @@ def run_all(jobs: Mapping[_Key, dict[str, Any]], work: Path) -> dict[_Key, dict[
     status, _ = run_engines(list(jobs.values()), work / "all.json", goes_on=True, **_VARIABLES)
     answers = [{"error": ""}] * len(jobs) if status else json.loads((work / "all.json").read_text())
     by_key = dict(zip(jobs, answers, strict=True))
-    failed = [
-        key for key, answer in by_key.items() if "error" in answer and NO_FLOAT16 not in answer["error"]
-    ]
+    failed = [key for key, answer in by_key.items() if "error" in answer and _other_dtype(answer) is None]
     for number, key in enumerate(failed):  # an engine may fail for what another has left behind
         alone = work / f"{number}.json"
         status, printed = run_engines([jobs[key]], alone, **_VARIABLES)
         by_key[key] = {"error": _last_error(printed)} if status else json.loads(alone.read_text())[0]
     return {key: answer | {"dtype": jobs[key]["dtype"]} for key, answer in by_key.items()}
+
+
+def _other_dtype(answer: Mapping[str, Any]) -> str | None:
+    """Return the dtype in which a family can be run whose engine refused one; None: that was not why."""
+    error = answer.get("error", "")
+    return next((other for said, other in _OTHER_DTYPES.items() if said in error), None)
 
 
 def largest_difference(directory: Path, answer: Mapping[str, Any], asked: Sequence[Sample] = _TEXTS) -> float:

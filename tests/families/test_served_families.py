@@ -23,6 +23,7 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.models.families import attention_implementation
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.tensor_parallel import cuts_inputs
+from tests.families.dense import materialise
 from tests.families.served import (
     STAGES,
     TOLERANCES,
@@ -35,7 +36,6 @@ from tests.families.served import (
 )
 from tests.families.table import RESULTS
 from tests.families.tiny_families import FAMILIES, save_tiny_family
-from tests.tiny_models import materialise
 from tests.vllm.engines import engine
 
 pytestmark = [pytest.mark.families, pytest.mark.slow, pytest.mark.timeout(3600)]

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
@@ -23,14 +22,15 @@ from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.models.families import attention_implementation
 from ercsvd_deploy.models.meta import load_config
 from ercsvd_deploy.models.tensor_parallel import cuts_inputs
+from tests.families.dense import materialise
 from tests.families.served import STAGES, compress, judge, reference, run_in_their_dtypes
 from tests.families.shown import Questions, conversation_file, samples
 from tests.families.table import RESULTS
 from tests.families.tiny_vision_families import FAMILIES, save_tiny_family
 from tests.families.vision_processors import make_processor
 from tests.families.without_videos import leave_out_videos
+from tests.models.streamed import streamed
 from tests.recipe_runs import TEXT
-from tests.tiny_models import WEIGHTS_FILE, materialise
 from tests.vllm.engines import engine
 
 pytestmark = [pytest.mark.families, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -111,12 +111,12 @@ def test_transformers_loads_what_was_written(
     family: str, originals: Callable[[str], Path], exports: Exports, tmp_path: Path
 ) -> None:
     given = samples(family, originals(family))
-    before = load_file(originals(family) / WEIGHTS_FILE)
+    before = tensors_of(originals(family))
     for dtype, directory in exports(family).items():
         raw = json.loads((directory / "config.json").read_text())
         described = CheckpointConfig.read(raw["quantization_config"]).modules
         # Nothing but Linears of the language model has changed, not one bit of tower and projector.
-        tensors = load_file(directory / WEIGHTS_FILE)
+        tensors = tensors_of(directory)
         kept = {name for name in before if name.rpartition(".")[0] not in described or name.endswith("bias")}
         assert len(before) - len(kept) == len([each for each in described.values() if each.is_altered])
         assert all(torch.equal(tensors[name], before[name]) for name in kept)
@@ -133,6 +133,15 @@ def test_transformers_loads_what_was_written(
             assert float((found - expected).abs().max()) <= 1e-4 * max(1.0, float(expected.abs().max()))
         if make_processor(family) is not None:
             assert samples_are_the_same(given, samples(family, directory))
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint, those of experts one by one, under the names of the hub."""
+    model = streamed(directory)
+    return {
+        model.architecture.checkpoint_name(name): tensor
+        for name, tensor in model.store.read(model.store.names()).items()
+    }
 
 
 def samples_are_the_same(one: list[Sample], other: list[Sample]) -> bool:

@@ -335,14 +335,17 @@ def readable_by_all() -> Iterator[Path]:
         yield Path(directory)
 
 
-def test_read_only_output(readable_by_all: Path, llama: Path, write_recipe: RecipeWriter) -> None:
+def test_read_only_output(
+    readable_by_all: Path, llama: Path, excerpts: Path, write_recipe: RecipeWriter
+) -> None:
     model = shutil.copytree(llama, readable_by_all / "model")
+    texts = shutil.copytree(excerpts, readable_by_all / "texts")
     raw = yaml.safe_load(write_recipe(factorize(), model={"path": str(model)}).read_text())
     recipe = readable_by_all / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(raw))
+    recipe.write_text(yaml.safe_dump(raw).replace(str(excerpts), str(texts)))
     code, _, error = invoke("run", recipe)
     assert code == 0, error  # imports everything, as root if need be
-    for path in [model, *model.iterdir(), recipe]:
+    for path in [model, *model.iterdir(), texts, *texts.iterdir(), recipe]:
         path.chmod(0o755 if path.is_dir() else 0o644)
     read_only = readable_by_all / "read-only"
     read_only.mkdir(mode=0o555)

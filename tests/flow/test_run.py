@@ -200,6 +200,7 @@ def test_output_is_never_an_unrelated_directory(
     assert (precious / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.draws
 def test_run_prints_the_table_and_json(write_recipe: RecipeWriter) -> None:
     recipe = write_recipe()
     code, output, _ = invoke("run", recipe)

@@ -128,6 +128,7 @@ def test_tensor_under_two_names_is_refused(
     assert "lm_head.weight under two names" in error
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize("layout", ["low_rank", "pivoted"])
 def test_compressed_vision_parts(
     layout: str, write_picture_recipe: RecipeWriter, tiny_model: ModelDirectory

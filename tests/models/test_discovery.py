@@ -89,6 +89,43 @@ def test_groups_are_by_the_tensor_that_is_read(family: str) -> None:
     assert [groups(layer) for layer in architecture.layers] == [OTHER_GROUPS[family]] * 4
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
+def test_layers_of_linear_attention_and_of_attention(family: str) -> None:
+    """Both read the block's input; what gates the states of a linear attention is left alone."""
+    architecture = read_architecture(tiny_config(family))
+    delta_net = [["linear_attn.in_proj_qkv", "linear_attn.in_proj_z"], ["linear_attn.out_proj"]]
+    if family == "qwen3_next":
+        delta_net[0] = ["linear_attn.in_proj_qkvz"]
+    blocks = [groups(layer)[:2] for layer in architecture.layers]
+    assert blocks == [delta_net, LLAMA_GROUPS[:2]] * 2
+    gates = {"qwen3_next": {"in_proj_ba"}, "qwen3_5_text": {"in_proj_b", "in_proj_a"}}[family]
+    left = {f"model.layers.0.linear_attn.{leaf}.weight" for leaf in (*gates, "conv1d")}
+    assert left <= architecture.other_tensors.keys()
+    assert architecture.linear_key_size == 64
+
+
+@pytest.mark.parametrize(("size", "held"), [(1, 256), (2, 128)])
+def test_shares_of_a_linear_attention(size: int, held: int) -> None:
+    """Two heads of 32 for queries, two for keys, and four for values: each is cut by itself."""
+    architecture = read_architecture(tiny_config("qwen3_5_text"))
+    name = "model.layers.0.linear_attn.in_proj_qkv"
+    assert [block.size for block in architecture.output_blocks(name, 256)] == [64, 64, 128]
+    assert architecture.outputs_on_rank(name, 256, size) == held
+
+
+@pytest.mark.parametrize(("layer", "head_size", "sizes"), [(0, 32, {1: 64, 2: 32}), (1, 64, {1: 64, 2: 64})])
+def test_heads_are_those_of_the_layer(layer: int, head_size: int, sizes: dict[int, int]) -> None:
+    """Gemma 4 has two heads of 32 for keys where attention slides, and one of 64 where it is full."""
+    architecture = read_architecture(tiny_config("gemma4_text"))
+    linears = {linear.name.rpartition(".")[2]: linear for linear in architecture.layers[layer].linears}
+    assert linears["q_proj"].out_features == 4 * head_size
+    assert ("v_proj" in linears) is (layer == 0)
+    keys = linears["k_proj"]
+    for size, held in sizes.items():
+        assert architecture.outputs_on_rank(keys.name, keys.out_features, size) == held
+        assert architecture.num_output_shards(keys.name, size) == min(size, keys.out_features // head_size)
+
+
 def reads_the_same(model: nn.Module, layer: LayerLinears, kwargs: dict[str, Any]) -> dict[str, list[str]]:
     """Return, by a real pass, Linear -> those of its layer whose inputs have the same values."""
     inputs: dict[str, torch.Tensor] = {}
@@ -155,8 +192,8 @@ def refused(config: Any) -> str:
         ("gpt2", "transformer.h.0.mlp.c_fc.weight is a weight of Conv1D, which is no Linear"),
         ("granitemoeshared", "a mixture of experts: model.layers.0.block_sparse_moe.experts is a GraniteMoe"),
         ("aria_text", "AriaExperts, whose checkpoints are not known here"),
-        ("qwen3_5_text", "layers of another kind than attention: linear_attention"),
-        ("gemma4_text", "its layers have heads of different sizes"),
+        ("minimax", "layers of another kind than attention: linear_attention without keys, such as Mamba"),
+        ("gemma4_text", "layers that read embeddings of their own"),
         ("bart", "an encoder with a decoder"),
         ("t5", "an encoder with a decoder"),
         ("mllama", "layers that attend to the features of pictures"),

@@ -179,16 +179,13 @@ def test_natural_recipe_is_planned_for_public_models(
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)
     config = load_config(str(directory))
-    linears = {each.name: each for each in describe(build_meta_model(config), config).linears}
+    layers = describe(build_meta_model(config), config).layers
+    linears = {(layer.index, layer.local_name(each)): each for layer in layers for each in layer.linears}
     for candidate in plan["candidates"]:
         assert 5 * candidate["linear_parameters"] <= 4 * plan["linear_parameters"]
         for layer in candidate["layers"]:
             for local_name, rank in layer["ranks"].items():
-                [linear] = [
-                    each
-                    for each in linears.values()
-                    if each.layer == layer["index"] and each.name.endswith(f".{local_name}")
-                ]
+                linear = linears[layer["index"], local_name]
                 best = 128 if linear.break_even_rank >= 768 else 64
                 assert rank is None or rank % best == 0, (linear, rank)
     assert not any("no multiple" in warning for warning in plan["warnings"])

@@ -15,7 +15,7 @@ from ercsvd_deploy.pipelines.stages.export import REPORT_FILE
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 
-pytestmark = pytest.mark.slow  # whole runs
+pytestmark = [pytest.mark.slow, pytest.mark.draws]  # whole runs
 
 GATES = {"max_size_ratio": 1.0, "built_in_text": False}
 

@@ -22,6 +22,7 @@ from tests.recipe_runs import RecipeWriter, invoke
 from tests.reporting.page_reader import Page
 from tests.reporting.sample_reports import HOSTILE, MINUS, everywhere_hostile, sample_document, sample_report
 
+pytestmark = pytest.mark.draws
 OUTSIDE = Path("/srv/models/small")
 
 

@@ -24,7 +24,7 @@ from ercsvd_deploy.pipelines.reporting.document import Report
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.linalg.references import random_inputs, random_weight
 from tests.models.streamed import CPU, streamed
-from tests.recipe_runs import RecipeWriter, factorize
+from tests.recipe_runs import TEXT, RecipeWriter, factorize
 from tests.stages.naive_factors import inputs_of, naive_erc, unit_rows
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 
@@ -115,10 +115,12 @@ def test_the_last_layers_error_on_calibration_data_falls(
             model(tokens)
         return seen[0].double()
 
+    dataset = {"text": str(TEXT / "calibration.txt")}
+    calibration = {"dataset": dataset, "num_samples": 12, "sequence_length": 48}
     errors, kept = {}, {}
     for prefix in (False, True):
         stage = settings | {"layout": layout, "compressed_prefix_inputs": prefix}
-        recipe = load_recipe(write_recipe({"factorize": stage}, *further))
+        recipe = load_recipe(write_recipe({"factorize": stage}, *further, calibration=calibration))
         report, directory = run_recipe(recipe)
         assert recipe.calibration is not None
         assert report.results["factorize"] is not None

@@ -329,12 +329,12 @@ def test_recipes_that_cannot_recover_are_refused(
 def test_vllm_serves_recovered_factors_and_scales(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     recipe = write_recipe(
         factorize(compression_ratio=0.4, num_compressed_layers="all", layout="pivoted", rank_multiple=64),
-        recover(steps=15, batch_size=8, learning_rate=5e-4),
+        recover(steps=10, batch_size=8, learning_rate=5e-4),
         {"quantize": {"bits": 4, "group_size": 64}},
-        recover(steps=15, batch_size=8),
+        recover(steps=10, batch_size=8),
         model={"path": TINY_LLAMA},
         gates={"serving_parity": {"mean_difference": 0.05, "eager": True}},
-        calibration=CALIBRATION | {"num_samples": 128, "sequence_length": 128},
+        calibration=CALIBRATION | {"num_samples": 64, "sequence_length": 64},
     )
     code, _, err = invoke("run", recipe)
     assert code == 0, err

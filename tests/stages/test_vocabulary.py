@@ -23,9 +23,8 @@ from ercsvd_deploy.pipelines.stages.quantize.vocabulary_plan import plan_vocabul
 from ercsvd_deploy.quantization.losses import proxy_loss
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.quantize import Quantize, VocabularyIntegers
-from tests.conftest import _recipe_writer
 from tests.families import tiny_vision_families
-from tests.recipe_runs import RecipeWriter, factorize, modules_of
+from tests.recipe_runs import RecipeWriter, factorize, modules_of, recipe_writer
 from tests.stages.naive_factors import inputs_of
 from tests.stages.vocabulary_runs import EMBEDDING, OUTPUT_LAYER, quantize
 from tests.state.interrupted_runs import half_run, hashes, whole_run
@@ -35,10 +34,10 @@ pytestmark = pytest.mark.slow  # whole runs
 
 
 @pytest.fixture
-def write_tied(tmp_path: Path) -> RecipeWriter:
+def write_tied(tmp_path: Path, excerpts: Path) -> RecipeWriter:
     """Return a writer of recipes for a model that ties its output layer."""
     model = save_tiny_model(tmp_path / "tied", "llama", tie_word_embeddings=True)
-    return _recipe_writer(tmp_path, model)
+    return recipe_writer(tmp_path, model, excerpts)
 
 
 def restored(directory: Path, name: str) -> torch.Tensor:
@@ -169,10 +168,10 @@ def test_plan_counts_them_and_says_what_a_tied_one_costs(
     assert [line for line in tied.warnings if "tied to the input embedding" in line]
 
 
-def test_what_cannot_be_is_refused(write_tied: RecipeWriter, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused(write_tied: RecipeWriter, tmp_path: Path, excerpts: Path) -> None:
     with pytest.raises(PlanError, match="are one matrix; remove one of the two keys"):
         make_plan(load_recipe(write_tied(quantize(lm_head={"bits": 8}, embeddings={"bits": 4}))))
-    write_opt = _recipe_writer(tmp_path, save_tiny_model(tmp_path / "opt", "opt"))
+    write_opt = recipe_writer(tmp_path, save_tiny_model(tmp_path / "opt", "opt"), excerpts)
     with pytest.raises(PlanError, match="no integers for the input embeddings of opt models"):
         make_plan(load_recipe(write_opt(quantize(embeddings={"bits": 8}))))
 

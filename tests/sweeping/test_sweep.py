@@ -290,7 +290,7 @@ def test_a_disk_or_a_memory_too_small_for_a_sweep_is_told(
     assert "4 points at a time need" in check_needs(needs, tmp_path, 4)[0]
     monkeypatch.setattr(f"{module}.free_disk", lambda _path: 500)
     assert "the sweep writes up to" in check_needs(needs, tmp_path, 1)[0]
-    assert check_needs(needs, tmp_path, 1, written=600) == []
+    assert check_needs(needs, tmp_path, 1, reusable_bytes=600) == []
     monkeypatch.setattr(f"{module}.free_disk", lambda _path: 300)
     with pytest.raises(TooLittleDiskError, match="nothing has been computed yet"):
         check_needs(needs, tmp_path, 1)

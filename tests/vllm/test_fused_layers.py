@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from ercsvd_deploy.exporters.vllm.layer_plan import share_out_outputs
 from ercsvd_deploy.exporters.vllm.plugin import register
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError, Storage, WeightQuantization
 from ercsvd_deploy.models.tensor_parallel import output_blocks
@@ -18,6 +19,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_in_process")]
 HEADS, KV_HEADS = 4, 2
 NAMES = {"qkv_proj": "model.layers.0.self_attn.qkv_proj", "gate_up_proj": "model.layers.0.mlp.gate_up_proj"}
 OUTPUTS = {"qkv_proj": (HEADS + 2 * KV_HEADS) * HEAD_DIM, "gate_up_proj": 2 * INTERMEDIATE_SIZE}
+DELTA_NET, KEYS, VALUES = "model.layers.0.linear_attn", 64, 128
 INT4 = WeightQuantization(bits=4, group_size=32, sym=True)
 ZERO_POINTS = WeightQuantization(bits=4, group_size=32, sym=False)
 STORED: dict[str, tuple[str, int | None, WeightQuantization | None]] = {
@@ -101,6 +103,81 @@ def test_a_rank_holds_its_share_of_every_projection(
         held = output.shape[1]
     blocks = output_blocks(NAMES[kind], OUTPUTS[kind], HEADS, KV_HEADS)
     assert held == sum(block.size // min(size, KV_HEADS if block.is_key_value else size) for block in blocks)
+
+
+def build_delta_net(
+    storages: dict[str, Storage], dtype: torch.dtype, rank: int, size: int, patch: pytest.MonkeyPatch
+) -> Any:
+    """Return vLLM's layer of queries, keys, values and gate of Qwen3.5's linear attention."""
+    from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    register()
+    patch.setattr(linear, "get_tensor_model_parallel_rank", lambda: rank)
+    patch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: size)
+    described = CheckpointConfig(modules={f"{DELTA_NET}.{leaf}": each for leaf, each in storages.items()})
+    config = get_quantization_config("ercsvd").from_config(described.write())
+    config.packed_modules_mapping = {"in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
+    return linear.MergedColumnParallelLinear(
+        HIDDEN_SIZE,
+        [KEYS, KEYS, VALUES, VALUES],
+        bias=False,
+        params_dtype=dtype,
+        quant_config=config,
+        prefix=f"{DELTA_NET}.in_proj_qkvz",
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"in_proj_qkv": "int4, zero points", "in_proj_z": "low rank, int4"},
+        {"in_proj_qkv": "low rank", "in_proj_z": "low rank"},
+        {"in_proj_qkv": "int4, corrected"},
+        {"in_proj_z": "low rank"},
+    ],
+    ids=str,
+)
+def test_three_projections_in_one_matrix_beside_a_fourth(
+    stored: dict[str, str], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3.5 stores queries, keys and values of a linear attention as one matrix, and its gate apart."""
+    generator = torch.Generator().manual_seed(0)
+    widths = {"in_proj_qkv": 2 * KEYS + VALUES, "in_proj_z": VALUES}
+    shards: dict[str, Any] = {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}  # as vLLM's model names them
+    is_integer = any("int4" in kind for kind in stored.values())
+    dtype = torch.float16 if is_integer else torch.float32
+    storages = {leaf: storage_of(kind, widths[leaf]) for leaf, kind in stored.items()}
+    tensors, restored = {}, []
+    for leaf, rows in widths.items():
+        weight = (torch.randn(rows, HIDDEN_SIZE, generator=generator) / HIDDEN_SIZE**0.5).to(dtype)
+        tensors[leaf] = store_linear(weight, storages[leaf]) if leaf in stored else {"weight": weight}
+        restored.append(restore_linear(tensors[leaf], storages[leaf]) if leaf in stored else weight)
+    x = torch.randn(5, HIDDEN_SIZE, generator=generator).to(dtype)
+    full = x.double() @ torch.cat(restored).double().T
+    for rank in range(size):
+        layer = build_delta_net(storages, dtype, rank, size, monkeypatch)
+        parameters = dict(layer.named_parameters())
+        for leaf, each in tensors.items():
+            for name, tensor in each.items():
+                parameters[name].weight_loader(parameters[name], tensor, shards[leaf])
+        layer.quant_method.process_weights_after_loading(layer)
+        parts = torch.split(full, [KEYS, KEYS, VALUES, VALUES], dim=-1)
+        expected = torch.cat([part.chunk(size, dim=-1)[rank] for part in parts], dim=-1)
+        tolerance = 2e-2 if is_integer else 2e-5
+        torch.testing.assert_close(layer(x)[0].double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_which_of_vllms_projections_a_linear_is() -> None:
+    apart = tuple(slice(start, start + 1) for start in range(3))
+    assert share_out_outputs([4, 2, 2], [None, 2, None]) == apart
+    assert share_out_outputs([4, 2, 2], [8]) == (slice(0, 3),)
+    assert share_out_outputs([2, 2, 4, 4], [None, 4]) == (slice(0, 3), slice(3, 4))
+    assert share_out_outputs([2, 2, 4, 4], [8, None]) == (slice(0, 3), slice(3, 4))
+    assert share_out_outputs([2, 2, 4, 4], [None, None]) is None  # nothing says where to cut
+    assert share_out_outputs([2, 2, 4, 4], [9, None]) is None
+    assert share_out_outputs([2, 2], [2, 1, 1]) is None
 
 
 def test_pivoted_ones_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,10 +27,11 @@ def plan_vocabulary(settings: Quantize, architecture: Architecture) -> dict[str,
     vocabulary = architecture.vocabulary
     if vocabulary.is_tied and settings.lm_head and settings.embeddings:
         _check_same(settings.lm_head, settings.embeddings)
+    lacks_head = "output layer is no Linear" if architecture.predicts_tokens else "output layer is missing"
     rules = StorageRules(architecture, fitted_to=(1,))
     storages = {}
     for key, what, matrix, integers in (
-        ("lm_head", "output layer is no Linear", vocabulary.multiplied, settings.lm_head),
+        ("lm_head", lacks_head, vocabulary.multiplied, settings.lm_head),
         ("embeddings", "input embedding is none of torch's", vocabulary.embedding, settings.embeddings),
     ):
         if integers is None:

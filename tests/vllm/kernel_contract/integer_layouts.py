@@ -27,9 +27,11 @@ def pack_last(values: Tensor, bits: int) -> Tensor:
 
 def unpack_last(words: Tensor, bits: int) -> Tensor:
     """Unpack int32 words [..., m] into unsigned values [..., m * 32 / bits], int64."""
-    if 32 % bits:
-        single = unpack_last(words, 1).reshape(*words.shape[:-1], -1, bits)
-        together: Tensor = (single << torch.arange(bits, device=words.device)).sum(-1)
+    if 32 % bits:  # values go on in the next word: every bit by itself, in as few bytes as that takes
+        octets = words.contiguous().view(torch.uint8)
+        single = (octets[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
+        values = single.reshape(*words.shape[:-1], -1, bits) << torch.arange(bits, dtype=torch.uint8)
+        together: Tensor = values.sum(-1)
         return together
     shifts = torch.arange(32 // bits, dtype=torch.int64, device=words.device) * bits
     values = (words.long()[..., None] >> shifts) & (2**bits - 1)

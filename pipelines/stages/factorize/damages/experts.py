@@ -22,7 +22,7 @@ from ercsvd_deploy.quantization.grid import GriddedWeight, put_on_grid
 
 if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import LayerLinears
-    from ercsvd_deploy.models.experts import Expert
+    from ercsvd_deploy.models.expert_modules import Expert
     from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
     from ercsvd_deploy.recipe.quantize import Quantize
 

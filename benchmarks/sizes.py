@@ -1,0 +1,144 @@
+"""Every size beside every method, on one model: what the options of a budget are worth.
+
+As in `peers.py`, from which the peers' environments come: the same calibration tokens, the dense matrices
+that a compressed checkpoint stands for, one judge.
+
+    python benchmarks/sizes.py --environments out/peers --model examples/tiny-llama
+
+Rows are kept as JSON lines as they are measured; a run that was stopped goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peer_runs.judge import Judge, paired
+from peer_runs.size_contenders import ALL, METHODS, MIXED, RECOVERED, size_contenders
+from peers import DENSE, LENGTH, TEXTS, WINDOWS, append, calibration_section, measure, read_tokens
+from results_file import environment, markdown_table, write_results
+
+SIZES = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25)
+
+
+def table(rows: Mapping[tuple[str, float], Mapping[str, Any]], dense: Mapping[str, Any], text: str) -> str:
+    """Return ln(perplexity / dense) on a text: a row a method, a column a size; intervals are of 95 %."""
+    cells = []
+    for method in METHODS:
+        cell = [method]
+        for size in SIZES:
+            row = rows.get((method, size))
+            if row is None or "losses" not in row:
+                cell.append("")
+                continue
+            mean, half = paired(row["losses"][text], dense[text])
+            cell.append(f"{mean:.3f} ± {half:.3f}")
+        if any(cell[1:]):
+            cells.append(cell)
+    return markdown_table(["", *(f"{size} bits" for size in SIZES)], cells)
+
+
+def comparison(rows: Mapping[tuple[str, float], Mapping[str, Any]], method: str, other: str) -> str:
+    """Return how a method differs from another at each size, on the same windows."""
+    cells = []
+    for text in TEXTS:
+        cell = [text]
+        for size in SIZES:
+            pair = [rows.get((name, size), {}).get("losses") for name in (method, other)]
+            if None in pair:
+                cell.append("")
+                continue
+            mean, half = paired(pair[0][text], pair[1][text])
+            cell.append(f"{mean:+.3f} ± {half:.3f}")
+        cells.append(cell)
+    return markdown_table([f"{method}, against {other}", *(f"{size} bits" for size in SIZES)], cells)
+
+
+def write_report(
+    rows: Mapping[tuple[str, float], Mapping[str, Any]],
+    dense: Mapping[str, Any],
+    unmeasured: Sequence[str],
+    arguments: argparse.Namespace,
+) -> None:
+    """Write the results files."""
+    errors = [f"- {row['name']}: {row['error']}" for row in rows.values() if "error" in row]
+    errors += [f"- {name}: not run yet" for name in unmeasured]
+    spread = [abs(row["bits"] - size) for (_, size), row in rows.items() if "bits" in row]
+    tables = "\n\n".join(f"On {text}:\n\n{table(rows, dense, text)}" for text in TEXTS)
+    text = f"""# Sizes: {arguments.model.name}
+
+ln(perplexity / dense) on {WINDOWS} windows of {LENGTH} tokens of each held-out text, with 95 % intervals
+over windows. Sizes are bits per weight of the decoder's Linears, scales included; what was stored is within
+{max(spread, default=0):.2f} bits of its column. Calibrated on {arguments.samples} sequences of {LENGTH}
+tokens of {arguments.text.name}, the same tokens for all. What trains, trains 50 steps of 4 sequences,
+AutoRound too.
+"All options": dense matrices of 2 to 8 bits, factors of 3, 4 and 8 bits, and low-rank corrections.
+
+{tables}
+
+The same, paired by window:
+
+{comparison(rows, ALL, MIXED)}
+
+{comparison(rows, RECOVERED, ALL)}
+
+## What is not measured
+
+{chr(10).join(errors) or "Nothing."}
+"""
+    command = f".venv/bin/python benchmarks/sizes.py --environments out/peers --model {arguments.model}"
+    made_by = environment(command, threads=arguments.threads)
+    figures = [{"name": DENSE, "losses": dense}, *rows.values()]
+    write_results(f"sizes-{arguments.model.name.lower()}", made_by=made_by, figures=figures, text=text)
+
+
+def main() -> None:
+    """Measure what is missing and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--environments", type=Path, required=True, help="folder of the peers' environments")
+    parser.add_argument("--model", type=Path, default=Path("examples/tiny-llama"))
+    parser.add_argument("--text", type=Path, default=Path("examples/text/calibration_prose.txt"))
+    parser.add_argument("--correction-ranks", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--rows", type=Path, help="rows measured so far; default out/sizes-MODEL.jsonl")
+    arguments = parser.parse_args()
+    arguments.rows = arguments.rows or Path(f"out/sizes-{arguments.model.name.lower()}.jsonl")
+    torch.set_num_threads(arguments.threads)
+    section = calibration_section(arguments.samples, arguments.text)
+    calibration, texts = read_tokens(arguments.model, section)
+    arguments.environments.mkdir(parents=True, exist_ok=True)
+    tokens = arguments.rows.with_suffix(".tokens.json").resolve()
+    tokens.write_text(json.dumps(calibration.tolist()))
+    measured: dict[str, dict[str, Any]] = {}
+    if arguments.rows.exists():
+        measured = {row["name"]: row for row in map(json.loads, arguments.rows.read_text().splitlines())}
+    judge = Judge(arguments.model, texts)
+    if DENSE not in measured:
+        measured[DENSE] = {"name": DENSE, "losses": judge.losses(None)}
+        append(measured[DENSE], arguments.rows)
+    cache = arguments.rows.with_suffix(".stages").resolve()
+    wanted = list(size_contenders(section, SIZES, arguments.correction_ranks, cache))
+    for method, size, contender in wanted:
+        is_asked = method in arguments.methods and size in arguments.sizes
+        if is_asked and contender.name not in measured:
+            print(f"{contender.name} ...", flush=True)
+            measured[contender.name] = measure(contender, arguments, judge, tokens)
+            append(measured[contender.name], arguments.rows)
+    rows = {
+        (method, size): measured[contender.name]
+        for method, size, contender in wanted
+        if contender.name in measured
+    }
+    unmeasured = [contender.name for _, _, contender in wanted if contender.name not in measured]
+    write_report(rows, measured[DENSE]["losses"], unmeasured, arguments)
+
+
+if __name__ == "__main__":
+    main()
