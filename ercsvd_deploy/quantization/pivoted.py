@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.format.packing import QuantizedWeight
 
 # Shares of the mean energy of the pivot outputs that the re-fit may be damped by. Which is best depends on
-# the bits, and on how much of the energy is in few directions (docs/decisions/0028). The largest comes first:
+# the bits, and on how much of the energy is in few directions (docs/decisions/0029). The largest comes first:
 # it is the safest where losses are equal.
 REFIT_DAMPINGS = (1e-2, 1e-3, 1e-4, 1e-5)
 
