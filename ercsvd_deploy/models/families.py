@@ -140,7 +140,10 @@ def _obstacles(text_config: Any) -> Iterator[str]:
     taken = _ATTENTION_LAYERS | ({_LINEAR_ATTENTION} if _linear_key_size(text_config) else set())
     others = sorted(set(getattr(text_config, "layer_types", None) or ()) - taken)
     if others:
-        yield f"it has layers of another kind than attention: {', '.join(others)}"
+        named = (
+            f"{each} without keys, such as Mamba" if each == _LINEAR_ATTENTION else each for each in others
+        )
+        yield f"it has layers of another kind than attention: {', '.join(named)}"
     if getattr(text_config, "cross_attention_layers", None):
         yield (
             "layers that attend to the features of pictures, beside those that attend to tokens; vLLM has "

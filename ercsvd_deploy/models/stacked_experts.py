@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ercsvd_deploy.format.tensor_store import TensorStore
     from ercsvd_deploy.models.architecture import Architecture
 
+# Name, outputs and inputs of the matrices that lie in one tensor, expert by expert.
+_Linears = list[list[tuple[str, int, int]]]
+
 
 def unstack_experts(
     model: nn.Module, store: TensorStore, stored_names: Mapping[str, str]
@@ -37,31 +40,24 @@ def unstack_experts(
     places: dict[str, Place] = {}
     named = dict(stored_names)
     stacking = stacking_of(cast(Any, model).config.get_text_config())
-    is_transposed = stacking is not None and stacking.is_transposed_in_module
+    is_turned = stacking is not None and stacking.is_transposed_in_module
     for name, experts in model.named_modules():
         if not isinstance(experts, SeparateExperts) or f"{name}.{DOWN}" not in named:
             continue
-        linears = [
-            [(f"{name}.{number}.{leaf}.weight", *expert.shape_of(leaf)) for leaf in expert.names]
-            for number, expert in enumerate(experts.experts())
-        ]
-        for tensor, kept in ((GATE_UP, slice(0, 2)), (DOWN, slice(2, 3))):
+        for tensor, projections in ((GATE_UP, slice(0, 2)), (DOWN, slice(2, 3))):
             stored = named.pop(f"{name}.{tensor}", None)
             if stored is None:
                 continue
-            rows, columns = sum(each[1] for each in linears[0][kept]), linears[0][kept][0][2]
-            shape, plain = store.info(stored).shape, (len(experts), rows, columns)
-            turned = (len(experts), columns, rows)
-            # as transformers does, which turns what has another shape than its own parameter
-            expected = turned if is_transposed else plain
-            if shape not in (plain, turned):
-                raise CheckpointError(
-                    f"weights and config.json disagree: {name}.{tensor} has shape {list(shape)}, the config "
-                    f"asks for {list(expected)}"
-                )
-            places |= _places(
-                [each[kept] for each in linears], stored, is_transposed=is_transposed ^ (shape != expected)
-            )
+            linears = [
+                [
+                    (f"{name}.{number}.{leaf}.weight", *expert.shape_of(leaf))
+                    for leaf in expert.names[projections]
+                ]
+                for number, expert in enumerate(experts.experts())
+            ]
+            shape = store.info(stored).shape
+            is_transposed = _is_transposed(f"{name}.{tensor}", shape, linears, is_turned=is_turned)
+            places |= _places(linears, stored, is_transposed=is_transposed)
     return (UnstackedStore(store, places) if places else store), named | {each: each for each in places}
 
 
@@ -93,10 +89,27 @@ def stack_experts(
     return StackedStore(store, places) if places else store
 
 
-def _places(
-    linears: list[list[tuple[str, int, int]]], tensor: str, *, is_transposed: bool
-) -> dict[str, Place]:
-    """Return the places of matrices, given by name and shape, of every expert in one tensor."""
+def _is_transposed(tensor: str, shape: tuple[int, ...], linears: _Linears, *, is_turned: bool) -> bool:
+    """Whether a tensor has inputs before outputs; a square one has them as transformers' module does.
+
+    As transformers does it: what has another shape than the module's parameter is turned.
+
+    Raises:
+        CheckpointError: it fits neither way.
+    """
+    rows, columns = sum(rows for _, rows, _ in linears[0]), linears[0][0][2]
+    plain, turned = (len(linears), rows, columns), (len(linears), columns, rows)
+    expected = turned if is_turned else plain
+    if shape not in (plain, turned):
+        raise CheckpointError(
+            f"weights and config.json disagree: {tensor} has shape {list(shape)}, the config asks for "
+            f"{list(expected)}"
+        )
+    return is_turned ^ (shape != expected)
+
+
+def _places(linears: _Linears, tensor: str, *, is_transposed: bool) -> dict[str, Place]:
+    """Return the places of all matrices of every expert in one tensor."""
     places = {}
     for number, matrices in enumerate(linears):
         start = 0

@@ -192,7 +192,7 @@ def refused(config: Any) -> str:
         ("gpt2", "transformer.h.0.mlp.c_fc.weight is a weight of Conv1D, which is no Linear"),
         ("granitemoeshared", "a mixture of experts: model.layers.0.block_sparse_moe.experts is a GraniteMoe"),
         ("aria_text", "AriaExperts, whose checkpoints are not known here"),
-        ("minimax", "layers of another kind than attention: linear_attention"),  # which has no keys
+        ("minimax", "layers of another kind than attention: linear_attention without keys, such as Mamba"),
         ("gemma4_text", "layers that read embeddings of their own"),
         ("bart", "an encoder with a decoder"),
         ("t5", "an encoder with a decoder"),

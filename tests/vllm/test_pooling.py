@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.families.served import STAGES, compress
-from tests.tiny_models import materialise
+from tests.tiny_models import materialise, save_tiny_model
 from tests.tiny_pooling import KINDS, last_hidden_states, save_tiny_pooling_model
 from tests.vllm.engines import PROMPTS, engine, generate
 
@@ -56,6 +56,32 @@ def test_vectors_are_those_of_transformers(
         expected = _expected(kind, dense, torch.tensor([prompt]))
         assert torch.tensor(found).shape == expected.shape
         assert float((torch.tensor(found) - expected).abs().max()) <= _TOLERANCES[dtype]
+
+
+@torch.no_grad()
+def test_a_language_model_that_is_asked_for_yes_or_no(tmp_path: Path) -> None:
+    """Qwen3-Reranker: vLLM makes its score of two rows of the output layer, which stays as it is."""
+    no, yes = "a", "b"
+    model = save_tiny_model(tmp_path / "model", "qwen3", num_layers=4)
+    exported = {dtype: compress(model, tmp_path / dtype, dtype) for dtype in STAGES}
+    overrides = {
+        "architectures": ["Qwen3ForSequenceClassification"],
+        "classifier_from_token": [no, yes],
+        "is_original_qwen3_reranker": True,
+    }
+    jobs = [
+        engine(directory, dtype) | {"runner": "pooling", "hf_overrides": overrides}
+        for dtype, directory in exported.items()
+    ]
+    found = generate(jobs, tmp_path / "answer.json")
+    for (dtype, directory), answer in zip(exported.items(), found, strict=True):
+        dense = materialise(directory, tmp_path / f"{dtype}-dense")
+        reference = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+        rows = AutoTokenizer.from_pretrained(dense).convert_tokens_to_ids([no, yes])
+        for prompt, scores in zip(PROMPTS, answer["outputs"], strict=True):
+            logits = reference(torch.tensor([prompt])).logits[0, -1, rows]
+            expected = float(logits.softmax(-1)[1])
+            assert scores == pytest.approx([expected], abs=_TOLERANCES[dtype])
 
 
 @torch.no_grad()

@@ -61,11 +61,11 @@ def write_on_compressed_prefix(work: Factorization, decision: RankDecision) -> l
         FactorizationError: for example, a weight or its inputs are not finite; the message names the Linear.
     """
     layers = work.model.architecture.layers[decision.chosen.first_layer :]
-    findings = {layer.index: work.cache.findings(factors_piece(layer.index)) for layer in layers}
-    uncached = [index for index, entry in findings.items() if entry is None]
+    entries = {layer.index: work.cache.entry(factors_piece(layer.index)) for layer in layers}
+    uncached = [index for index, entry in entries.items() if entry is None]
     if uncached:
-        findings |= _Trajectories(work, decision).write(findings, max(uncached))
-    return [linear for entry in findings.values() for linear in LINEARS.validate_python(entry)]
+        entries |= _Trajectories(work, decision).write(entries, max(uncached))
+    return [linear for entry in entries.values() for linear in LINEARS.validate_python(entry)]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Trajectories:
     work: Factorization
     decision: RankDecision
 
-    def write(self, findings: Mapping[int, object], last: int) -> dict[int, object]:
+    def write(self, entries: Mapping[int, object], last: int) -> dict[int, object]:
         """Pass through the layers up to `last`; return layer index -> entry of those that were not cached."""
         model, cache = self.work.model, self.work.cache
         assert self.work.samples is not None, "the schema asks for calibration where a stage needs it"
@@ -101,10 +101,10 @@ class _Trajectories:
                 shared = {id(parameter): parameter for parameter in module.parameters()}
                 twin = copy.deepcopy(module, shared)
                 piece = factors_piece(layer.index)
-                if findings[layer.index] is None:
+                if entries[layer.index] is None:
                     tensors, linears = self._compress(layer, (module, twin), (original, compressed), divided)
                     new_entries[layer.index] = LINEARS.dump_python(linears)
-                    cache.finish(piece, new_entries[layer.index], tensors)
+                    cache.write(piece, new_entries[layer.index], tensors)
                 elif layer.index < last:
                     store = FileStore([cache.tensors_file(piece)])
                     tensors = store.read(store.names())

@@ -20,7 +20,7 @@ import torch
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.pipelines.stages.sensitivity.passes import measure_layers, measured_piece
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 
 if TYPE_CHECKING:
     from ercsvd_deploy.data.samples import Batch, Sample
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class TokenSensitivity:
     """The weights of the calibration tokens for the Linears of every layer, on disk."""
 
-    work: FinishedWork
+    work: CacheFolder
 
     def weights(self, layer: LayerLinears, batches: Sequence[Batch]) -> list[TokenWeights]:
         """Return for each batch: local name of a group's first Linear -> token weights [rows, tokens].
@@ -59,7 +59,7 @@ class TokenSensitivity:
 def measure_token_sensitivity(
     model: LayerwiseModel,
     samples: Sequence[Sample],
-    work: FinishedWork,
+    work: CacheFolder,
     on_layer: Callable[[], None] = lambda: None,
 ) -> TokenSensitivity:
     """Measure all tokens of all samples; layers with a cache entry in `work` are not measured again.
