@@ -1,7 +1,7 @@
-"""Find a model's layers, and which of their Linears read the same tensor, by watching it run without weights.
+"""Find a model's layers, and which of their Linears read the same tensor, by running it without weights.
 
-The model runs once, with two tokens, on the meta device: shapes are computed, values never. Nothing is
-therefore listed by name: whatever runs as a stack of layers with Linears can be compressed.
+The model runs once, with two tokens, on the meta device, which computes shapes and no values. Therefore no
+list of names is needed: any model that runs as a stack of layers with Linears can be compressed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.models.architecture import ArchitectureError, LayerLinears
 from ercsvd_deploy.models.experts import EXPERTS, UnknownExpertsError, find_experts, routers_beside
 
-_FEWEST_TOKENS = 2  # models branch on a single one, the usual step of a generation
+_FEWEST_TOKENS = 2  # models treat a single token, the usual step of a generation, differently
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class DecoderStack:
     """The decoder layers of a language model.
 
     Attributes:
-        prefix: Module name of the stack.
-        layers: Their Linears.
-        num_outputs: Length of the tuple, hidden states first, that a layer returns; 0: these alone.
+        prefix: Module name of the list of layers.
+        layers: The Linears of each layer.
+        num_outputs: Length of the tuple that a layer returns, hidden states first; 0: it returns only these.
     """
 
     prefix: str
@@ -39,11 +39,12 @@ class DecoderStack:
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """Return a copy of a model on the meta device; of its tensors nothing is copied but the shapes."""
+    """Return a copy of a model on the meta device: tensors have shapes but no values."""
     tensors: dict[int, Any] = {
-        id(each): nn.Parameter(each.to("meta"), requires_grad=False) for each in model.parameters()
+        id(parameter): nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for parameter in model.parameters()
     }
-    tensors |= {id(each): each.to("meta") for each in model.buffers()}
+    tensors |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     return copy.deepcopy(model, tensors)
 
 
@@ -51,16 +52,16 @@ def find_decoder(model: nn.Module, left_alone: frozenset[str] = frozenset()) -> 
     """Return the decoder layers of a language model, or of the language part of another model.
 
     Args:
-        model: On the meta device, with all its buffers, and stand-ins for routed experts.
-        left_alone: Modules of a layer whose Linears nobody compresses, by name within it.
+        model: A model on the meta device, with all its buffers, and stand-ins for routed experts.
+        left_alone: Names within a layer of the modules whose Linears are not compressed.
 
     Raises:
-        ArchitectureError: it has no stack of layers whose weights are Linears, or cannot run.
+        ArchitectureError: the model has no list of layers whose weights are Linears, or cannot run.
     """
     prefix = _find_stack(model)
-    returned: list[object] = []
+    layer_outputs: list[object] = []
     handles = [
-        layer.register_forward_hook(lambda _layer, _inputs, output: returned.append(output))
+        layer.register_forward_hook(lambda _layer, _inputs, output: layer_outputs.append(output))
         for layer in model.get_submodule(prefix).children()
     ]
     tokens = torch.zeros(1, _FEWEST_TOKENS, dtype=torch.long, device="meta")
@@ -73,7 +74,7 @@ def find_decoder(model: nn.Module, left_alone: frozenset[str] = frozenset()) -> 
             handle.remove()
     _refuse_shared_weights(model, layers)
     layers = tuple(_with_experts(layer, model) for layer in layers)
-    num_outputs = max((len(output) for output in returned if isinstance(output, tuple)), default=0)
+    num_outputs = max((len(output) for output in layer_outputs if isinstance(output, tuple)), default=0)
     return DecoderStack(prefix, layers, num_outputs)
 
 
@@ -88,11 +89,11 @@ def watch_stack(
     """Return the Linears of each layer of a stack, grouped by the tensor that they read.
 
     Args:
-        model: On the meta device.
+        model: A model on the meta device.
         prefix: Name of a ModuleList in it.
-        run: Runs the part of the model that the layers belong to.
-        num_layers: How many of them count; None: all.
-        left_alone: Modules of a layer whose Linears do not count, by name within it.
+        run: Runs the part of the model that has the layers.
+        num_layers: Number of layers to describe, from the first; None: all.
+        left_alone: Names within a layer of the modules whose Linears are not compressed.
 
     Raises:
         ArchitectureError: a layer's weights are not Linears that run once each, or the model cannot run.
@@ -112,14 +113,14 @@ def watch_module(model: nn.Module, prefix: str, run: Callable[[], object]) -> La
 
 
 def decoder_name(model: nn.Module) -> str:
-    """Return the name of the module that has the decoder layers, and of a language model nothing else."""
+    """Return the name of the module of the language model's layers, without its output layer."""
     decoder = model.get_decoder()  # type: ignore[operator]
     names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
     return names[id(decoder)]
 
 
 def _find_stack(model: nn.Module) -> str:
-    """Return the name of the decoder's list of layers: of its outermost lists of modules the longest."""
+    """Return the name of the decoder's list of layers: the longest of its outermost lists of modules."""
     name_of_decoder = decoder_name(model)
     decoder = model.get_submodule(name_of_decoder)
     lists = {
@@ -133,7 +134,7 @@ def _find_stack(model: nn.Module) -> str:
     return min(lists, key=lambda name: (name.count("."), -lists[name]))
 
 
-_Calls = list[tuple[str, torch.Tensor]]  # of Linears, by name within the layer, with the tensor each reads
+_Calls = list[tuple[str, torch.Tensor]]  # name of a Linear within its layer, and the tensor that it reads
 
 
 def _watch(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, _Calls]:
@@ -141,15 +142,15 @@ def _watch(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[s
     calls: dict[str, _Calls] = {name: [] for name in layers}
     handles = [
         module.register_forward_pre_hook(
-            # the tensors are kept: an identity is nobody else's as long as its owner lives
-            lambda _module, inputs, name=name, noted=calls[layer_name]: noted.append((name, inputs[0]))
+            # keeping the tensors makes sure that no two of them have the same id
+            lambda _module, inputs, name=name, reads=calls[layer_name]: reads.append((name, inputs[0]))
         )
         for layer_name, layer in layers.items()
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear)
     ]
     try:
-        with torch.no_grad(), _AnswersNo():  # type: ignore[no-untyped-call]
+        with torch.no_grad(), _ValuesAreZero():  # type: ignore[no-untyped-call]
             run()
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -163,27 +164,29 @@ def _watch(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[s
 def _describe_layer(
     prefix: str, index: int, layer: nn.Module, calls: _Calls, left_alone: frozenset[str] = frozenset()
 ) -> LayerLinears:
-    every_linear = {name: each for name, each in layer.named_modules() if isinstance(each, nn.Linear)}
+    every_linear = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     _refuse_other_weights(prefix, layer, every_linear)
     untouched = routers_beside(layer) | left_alone
-    linears = {name: each for name, each in every_linear.items() if untouched.isdisjoint(_owners(name))}
+    linears = {
+        name: linear for name, linear in every_linear.items() if untouched.isdisjoint(_self_and_parents(name))
+    }
     names = [name for name, _ in calls]
     for name in linears:
         if names.count(name) != 1:
             times = "never" if name not in names else f"{names.count(name)} times"
             raise ArchitectureError(f"{prefix}.{name} runs {times} in a pass, not once")
     groups: dict[int, list[LinearShape]] = {}
-    for name, read in calls:
+    for name, input_tensor in calls:
         if name not in linears:
             continue
         out_features, in_features = linears[name].weight.shape
         shape = LinearShape(f"{prefix}.{name}", index, out_features, in_features)
-        groups.setdefault(id(read), []).append(shape)
+        groups.setdefault(id(input_tensor), []).append(shape)
     return LayerLinears(index, prefix, tuple(map(tuple, groups.values())))
 
 
-def _owners(name: str) -> Iterator[str]:
-    """Yield a module's name and those of all that it is a part of."""
+def _self_and_parents(name: str) -> Iterator[str]:
+    """Yield a module's name and the names of all modules that contain it."""
     yield name
     while "." in name:
         name = name.rpartition(".")[0]
@@ -194,7 +197,7 @@ def _with_experts(layer: LayerLinears, model: nn.Module) -> LayerLinears:
     """Return a layer with its routed experts, if it has any.
 
     Raises:
-        ArchitectureError: it has, in a form that is not known here.
+        ArchitectureError: its experts have an unsupported form.
     """
     module, config = model.get_submodule(layer.prefix), cast(Any, model).config.get_text_config()
     try:
@@ -204,10 +207,10 @@ def _with_experts(layer: LayerLinears, model: nn.Module) -> LayerLinears:
 
 
 def _refuse_shared_weights(model: nn.Module, layers: Sequence[LayerLinears]) -> None:
-    """Refuse Linears that are two names of one weight: each would be stored in a way of its own.
+    """Refuse two Linears that share one weight: each would be compressed on its own.
 
     Raises:
-        ArchitectureError: names two.
+        ArchitectureError: names the first two such Linears.
     """
     owners: dict[int, str] = {}
     for linear in (linear for layer in layers for linear in layer.linears):
@@ -217,28 +220,29 @@ def _refuse_shared_weights(model: nn.Module, layers: Sequence[LayerLinears]) -> 
 
 
 def _refuse_other_weights(prefix: str, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
-    """Refuse a layer most of whose weights are not those of Linears or routed experts.
+    """Refuse a layer whose Linears hold fewer weights than its other modules, routed experts not counted.
 
     Raises:
-        ArchitectureError: names the largest other tensor and the module that has it.
+        ArchitectureError: names the largest other parameter and the class of its module.
     """
-    in_linears = {f"{name}.{leaf}" for name, each in linears.items() for leaf, _ in each.named_parameters()}
-    others = {
-        name: each
-        for name, each in layer.named_parameters()
-        if name not in in_linears and EXPERTS not in name.split(".")
+    of_linears = {
+        f"{name}.{leaf}" for name, linear in linears.items() for leaf, _ in linear.named_parameters()
     }
-    total = sum(math.prod(each.shape) for each in others.values())
-    if total > sum(math.prod(linear.weight.shape) for linear in linears.values()):
-        name = max(others, key=lambda each: math.prod(others[each].shape))
+    sizes = {
+        name: math.prod(parameter.shape)
+        for name, parameter in layer.named_parameters()
+        if name not in of_linears and EXPERTS not in name.split(".")
+    }
+    if sum(sizes.values()) > sum(math.prod(linear.weight.shape) for linear in linears.values()):
+        name = max(sizes, key=lambda name: sizes[name])
         owner = type(layer.get_submodule(name.rpartition(".")[0])).__name__
         raise ArchitectureError(f"{prefix}.{name} is a weight of {owner}, which is no Linear")
 
 
-class _AnswersNo(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers a model that asks for a value, of which there are none, with zero or False.
+class _ValuesAreZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives zero or False for every value that a model reads from a tensor: meta tensors have none.
 
-    Models ask whether sequences are padded or packed, or longer than the original context.
+    Models read whether sequences are padded or packed, or longer than the original context.
     """
 
     def __torch_dispatch__(

@@ -1,8 +1,8 @@
-"""All of a decoder but its layers: what the model does before the first and behind the last.
+"""Everything in a decoder but its layers: what the model computes before the first and after the last.
 
 The model is built on the meta device. Its own forward pass, with every decoder layer replaced by a recorder,
-turns token ids into the first layer's input and shows with which keyword arguments (masks, rotary embeddings)
-each layer is called; the same pass, given the last layer's output, computes the logits. Everything outside
+turns token ids into the first layer's input and records the keyword arguments (masks, rotary embeddings) of
+each layer; the same pass, given the last layer's output, computes the logits. Everything outside
 the layers is therefore the code of the model itself, whatever the architecture.
 """
 
@@ -44,28 +44,28 @@ MAX_LOGITS_AT_ONCE = 2**28
 
 
 def passes_side_by_side(architecture: Architecture, device: torch.device) -> bool:
-    """Whether batches pass through a layer side by side, each on one core, see `side_by_side`."""
+    """Whether batches pass through a layer in parallel, each on one core, see `side_by_side`."""
     linears = architecture.linears
     return is_small((max(linear.out_features, linear.in_features) for linear in linears), device)
 
 
 def max_tokens_per_batch(architecture: Architecture, device: torch.device) -> int:
-    """Return how many tokens pass through a layer at once, unless one sequence has more."""
+    """Return the maximum number of tokens in a batch; a single longer sequence may exceed it."""
     return _MAX_TOKENS_SIDE_BY_SIDE if passes_side_by_side(architecture, device) else MAX_TOKENS_PER_BATCH
 
 
 @dataclass
 class ModelEnds:
-    """The parts of a decoder around its layers, loaded while they are used.
+    """The modules of a decoder outside its layers, loaded only while they are used.
 
     Attributes:
-        config: The transformers config; if it describes a compressed checkpoint, so must `store`.
+        config: The transformers config; of a compressed checkpoint if `store` holds one.
         store: The weights, under the names of transformers' modules. Tensors that the model does not have (a
             stored copy of a tied output layer, for example) are hidden and listed in `surplus_tensors`.
-        device: Where the model runs.
-        dtype: Precision in which it runs, whatever the stored one is.
-        token_weight: How tokens count in statistics of inputs, see `InputStatistics`.
-        described: What has been found in a model of the same config; None: it is looked for.
+        device: The device that the model runs on.
+        dtype: Precision of the computation; stored weights are converted to it.
+        token_weight: Weighting of tokens in input statistics, see `InputStatistics`.
+        described: The architecture, if a model of the same config has been described already.
     """
 
     config: Any
@@ -110,12 +110,12 @@ class ModelEnds:
         return stack
 
     def surplus_warnings(self) -> list[str]:
-        """Return a warning about stored tensors that the model does not have; an export leaves them out."""
+        """Return warnings about stored tensors that the model does not have and the export leaves out."""
         surplus = self.surplus_tensors
         if not surplus:
             return []
-        named = ", ".join(surplus[:3]) + (f" and {len(surplus) - 3} more" if surplus[3:] else "")
-        return [f"stored tensors that the model does not use are left out of the export: {named}"]
+        listed = ", ".join(surplus[:3]) + (f" and {len(surplus) - 3} more" if surplus[3:] else "")
+        return [f"stored tensors that the model does not use are left out of the export: {listed}"]
 
     @property
     def num_layers(self) -> int:
@@ -124,7 +124,7 @@ class ModelEnds:
 
     @property
     def is_small(self) -> bool:
-        """Whether batches and Linears are worked on side by side, each on one core, see `side_by_side`."""
+        """Whether batches and Linears are processed in parallel, each on one core, see `side_by_side`."""
         return passes_side_by_side(self.architecture, self.device)
 
     def stored_dtype(self, name: str) -> torch.dtype:
@@ -132,7 +132,7 @@ class ModelEnds:
         return torch_dtype(self.store.info(name).dtype)
 
     def batches(self, samples: Sequence[Sample]) -> list[Batch]:
-        """Return samples in batches that one layer takes at once."""
+        """Return the samples in batches of at most `max_tokens_per_batch` tokens."""
         return make_batches(samples, max_tokens_per_batch(self.architecture, self.device))
 
     @torch.no_grad()
@@ -143,8 +143,8 @@ class ModelEnds:
 
         Args:
             batches: Sequences with or without pictures.
-            observe: Name of a module that runs before the layers, such as a Linear of the vision tower ->
-                statistics of its input to accumulate.
+            observe: Input statistics to accumulate, by the name of a module that runs before the layers, such
+                as a Linear of the vision tower.
         """
         hidden: list[torch.Tensor] = []
         with self._outside_layers(with_head=False), observing(self.model, observe or {}, None):
@@ -153,26 +153,27 @@ class ModelEnds:
                 with self._layers_replaced(recorder), suppress(EmbeddingDone):
                     self.model(**self._model_inputs(batch), use_cache=False)
                 hidden.append(recorder.first_input)
-                self._calls.note(batch, recorder.calls)
+                self._calls.record(batch, recorder.calls)
         return hidden
 
     def _model_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return the arguments of the model's forward pass; of token types, those that it asks for."""
-        taken = signature(self.model.forward).parameters
+        """Return the arguments of the model's forward pass; token types only if the model takes them."""
+        parameters = signature(self.model.forward).parameters
         inputs = batch.model_inputs(self.device, self.dtype)
-        return {name: each for name, each in inputs.items() if name in taken or name not in batch.token_types}
+        ignored = batch.token_types.keys() - parameters
+        return {name: value for name, value in inputs.items() if name not in ignored}
 
     def forget_inputs(self) -> None:
-        """Let go of what `embed` noted for the layers: masks and rotary embeddings on the device.
+        """Free the layers' arguments that `embed` recorded: masks and rotary embeddings on the device.
 
-        Nothing on the device is held between passes but these; the next `embed` notes them again.
+        Nothing else stays on the device between passes; the next `embed` records them again.
         """
         self._calls.clear()
 
     def sampled_loss_gradients(
         self, batches: Sequence[Batch], hidden: Sequence[torch.Tensor], seed: int
     ) -> list[torch.Tensor]:
-        """Return gradients [rows, tokens, hidden] of a loss by the last layer's outputs.
+        """Return gradients [rows, tokens, hidden] of a loss with respect to the last layer's outputs.
 
         The loss is the negative log-likelihood, summed over all positions, of next tokens that are drawn from
         the model's own predictions: the expected outer product of its gradients is the Fisher information.
@@ -181,16 +182,16 @@ class ModelEnds:
         gradients = [torch.empty_like(states) for states in hidden]
         with self._outside_layers(with_head=True):
             for position, batch in enumerate(batches):
-                for part in self._parts(batch):
-                    last = hidden[position][part].detach().requires_grad_()
+                for row_slice in self._row_slices(batch):
+                    last_states = hidden[position][row_slice].detach().requires_grad_()
                     with torch.enable_grad():
-                        logits = self._head(batch.tokens[part], last).flatten(0, 1)
+                        logits = self._head(batch.tokens[row_slice], last_states).flatten(0, 1)
                         tokens = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
                         loss = functional.cross_entropy(logits, tokens[:, 0], reduction="sum")
-                        [gradients[position][part]] = torch.autograd.grad(loss, last)
+                        [gradients[position][row_slice]] = torch.autograd.grad(loss, last_states)
         return gradients
 
-    def _parts(self, batch: Batch) -> Iterator[slice]:
+    def _row_slices(self, batch: Batch) -> Iterator[slice]:
         """Yield slices of a batch's rows whose logits fit into memory."""
         size = max(1, MAX_LOGITS_AT_ONCE // (self.architecture.vocab_size * batch.tokens.shape[1]))
         for start in range(0, len(batch.rows), size):
@@ -202,21 +203,21 @@ class ModelEnds:
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield the position of each sample, its token ids [tokens] and logits [tokens, vocabulary].
 
-        They are computed a few rows at a time, so that large vocabularies do not fill the memory.
+        Logits are computed a few rows at a time: those of large vocabularies would fill the memory.
         """
         with self._outside_layers(with_head=True):
             for batch, states in zip(batches, hidden, strict=True):
-                for part in self._parts(batch):
-                    logits = self._head(batch.tokens[part], states[part])
-                    yield from zip(batch.rows[part], batch.tokens[part], logits, strict=True)
+                for row_slice in self._row_slices(batch):
+                    logits = self._head(batch.tokens[row_slice], states[row_slice])
+                    yield from zip(batch.rows[row_slice], batch.tokens[row_slice], logits, strict=True)
 
     @torch.no_grad()
     def output_layer_inputs(
         self, batches: Sequence[Batch], hidden: Sequence[torch.Tensor]
     ) -> Iterator[torch.Tensor]:
-        """Yield what the output layer reads, [rows, tokens, hidden], for the last layer's outputs of batches.
+        """Yield the output layer's input [rows, tokens, hidden] for the last layer's output of every batch.
 
-        The layer itself is not loaded: the model runs no further than to it.
+        The output layer is not loaded: the forward pass stops there.
         """
         output_layer = self.architecture.vocabulary.output_layer
         assert output_layer is not None, "a plan refuses to quantize what is no Linear"
@@ -225,18 +226,18 @@ class ModelEnds:
                 run = partial(self._head, batch.tokens, states)
                 yield capture_input(self.model, output_layer.name, run)
 
-    def _head(self, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """Return logits, float32, from the last layer's output `last` [rows, tokens, hidden].
+    def _head(self, tokens: torch.Tensor, last_states: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [rows, tokens, vocabulary] of the last layer's output `last_states`.
 
-        The model's own forward pass computes them. It runs without pictures: what it computes before the
-        layers is not used.
+        The model's own forward pass computes them. It runs without pictures: the results of the modules
+        before the layers are not used.
         """
-        calls = 0
+        num_calls = 0
 
-        def replay(passed: torch.Tensor, _kwargs: dict[str, Any]) -> torch.Tensor:
-            nonlocal calls
-            calls += 1
-            return last if calls == len(self._layers) else passed
+        def replay(states: torch.Tensor, _kwargs: dict[str, Any]) -> torch.Tensor:
+            nonlocal num_calls
+            num_calls += 1
+            return last_states if num_calls == len(self._layers) else states
 
         with self._layers_replaced(replay):
             logits: torch.Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
@@ -249,20 +250,22 @@ class ModelEnds:
 
     @contextmanager
     def _outside_layers(self, *, with_head: bool) -> Iterator[None]:
-        """Load all but the decoder layers, and the output layer only `with_head`, while the context lasts."""
+        """Load all modules outside the layers while the context lasts; the output layer only `with_head`."""
         layers_prefix = f"{self.architecture.layers_prefix}."
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        outside = [
+        outside_modules = [
             (name, module)
             for name, module in self.model.named_modules()
             if not f"{name}.".startswith(layers_prefix) and (with_head or module is not head)
         ]
-        saved = [(module, dict(module._parameters), dict(module._buffers)) for _, module in outside]
+        saved = [(module, dict(module._parameters), dict(module._buffers)) for _, module in outside_modules]
         try:
-            for name, module in outside:
+            for name, module in outside_modules:
                 # A tied output layer has no tensor of its own in the store.
-                stored = [n for n in own_state(module) if f"{name}.{n}".lstrip(".") in self.store.names()]
-                if stored or module is not head:
+                stored_names = {
+                    f"{name}.{leaf}".lstrip(".") for leaf in own_state(module)
+                } & self.store.names()
+                if stored_names or module is not head:
                     prefix = f"{name}." if name else ""
                     load_tensors(module, prefix, self.store, self.device, self.dtype, recurse=False)
             if with_head:

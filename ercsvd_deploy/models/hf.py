@@ -48,7 +48,7 @@ from ercsvd_deploy.models.packed_embedding import PackedEmbedding, TiedOutputLay
 from ercsvd_deploy.models.replacement import canonical_name, replace_linears
 
 _PACKED_LEAVES = (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE, WEIGHT_ZERO_POINT)
-# The module a tensor of the compressed format belongs to, whether or not the module is described.
+# Matches tensor names of the compressed format, and captures the module's name.
 _FORMAT_TENSOR = re.compile(
     rf"^(?P<module>.+?)\.(?:(?:{'|'.join(FACTOR_PARTS)})\.[^.]+|{'|'.join((*_PACKED_LEAVES, ROW_ORDER))})$"
 )
@@ -56,10 +56,10 @@ _INTEGER_LEAVES = (WEIGHT_PACKED, WEIGHT_SHAPE, WEIGHT_ZERO_POINT, ROW_ORDER)
 
 
 class ErcSvdConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
-    """transformers' view of a `CheckpointConfig`: the `quantization_config` of a loaded model's config.
+    """A `CheckpointConfig` for transformers: the `quantization_config` of a loaded model's config.
 
     Args:
-        fields: the keys of `quantization_config` in config.json.
+        fields: the entries of `quantization_config` in config.json.
 
     Raises:
         CheckpointFormatError: another format version, or a broken description.
@@ -70,12 +70,12 @@ class ErcSvdConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transforme
         self.quant_method = QUANT_METHOD
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object that config.json holds."""
+        """Return the JSON object of `quantization_config` in config.json."""
         return self.checkpoint.write()
 
 
 class ErcSvdQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped
-    """Swaps the altered Linears in before loading, and refuses a checkpoint whose tensors do not fit."""
+    """Puts in the modules of compressed Linears before loading, and refuses tensors that do not fit them."""
 
     requires_calibration = True  # transformers' name for: only loads checkpoints that are already compressed
     quantization_config: ErcSvdConfig
@@ -114,9 +114,9 @@ class ErcSvdQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
                 _cast_in_place(model, name, dtype)
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear | PackedEmbedding) and not module.weight_shape.is_meta:
-                stored, expected = module.weight_shape.tolist(), _described_shape(module)
-                if stored != expected:
-                    problems.append(f"{name}.{WEIGHT_SHAPE}: says {stored}, expected {expected}")
+                stored_shape, expected_shape = module.weight_shape.tolist(), _described_shape(module)
+                if stored_shape != expected_shape:
+                    problems.append(f"{name}.{WEIGHT_SHAPE}: says {stored_shape}, expected {expected_shape}")
             if isinstance(module, PivotedLinear) and not module.row_order.is_meta:
                 problem = module.row_order_problem()
                 problems += [f"{name}.{ROW_ORDER}: {problem}"] if problem else []
@@ -125,28 +125,28 @@ class ErcSvdQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Return how transformers renames and converts what it loads: experts of integers stay apart."""
+        """Return transformers' conversions of loaded tensors without those that stack separate experts."""
         if not self._has_separate_experts:
             return weight_conversions
-        return [each for each in weight_conversions if not puts_together(each)]
+        return [conversion for conversion in weight_conversions if not puts_together(conversion)]
 
     @property
     def _has_separate_experts(self) -> bool:
         return are_separate(self.quantization_config.checkpoint.modules)
 
     def is_serializable(self) -> bool:
-        """Whether `save_pretrained` works: the modules' state dict is the format itself."""
+        """Whether `save_pretrained` works: yes, the modules' state dict has the tensors of the format."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Whether gradients reach every matrix: only if none is stored as integers."""
+        """Whether all matrices get gradients: only if none is stored as integers."""
         modules = self.quantization_config.checkpoint.modules.values()
         return all(quantization is None for module in modules for _, quantization in module.parts.values())
 
 
 def register() -> None:
-    """Make transformers read quant_method "ercsvd"; a second call changes nothing."""
+    """Register quant_method "ercsvd" with transformers, unless it is registered already."""
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(ErcSvdConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -154,11 +154,11 @@ def register() -> None:
 
 
 def find_tensor_problems(modules: Mapping[str, nn.Module], stored: Mapping[str, TensorInfo]) -> list[str]:
-    """Return one line for every missing, surplus, mis-shaped or mistyped tensor of the compressed modules.
+    """Return a line for every missing, surplus, wrongly shaped or wrongly typed tensor of compressed modules.
 
     Args:
-        modules: checkpoint name of every altered Linear -> the module that takes its tensors, bias included.
-        stored: tensor name -> header of the whole checkpoint.
+        modules: module that takes the tensors, bias included, by its checkpoint name.
+        stored: shape and dtype of every tensor in the checkpoint, by name.
     """
     expected = {
         f"{module_name}.{name}": tuple(tensor.shape)
@@ -191,7 +191,7 @@ def find_tensor_problems(modules: Mapping[str, nn.Module], stored: Mapping[str, 
 
 
 def _leave_tied_output_layer(model: PreTrainedModel) -> None:
-    """Keep transformers from tying an output layer that multiplies an embedding's integers already."""
+    """Stop transformers from tying an output layer that uses the embedding's integers already."""
     output_layer = model.get_output_embeddings()
     if isinstance(output_layer, TiedOutputLayer):
         [name] = [name for name, module in model.named_modules() if module is output_layer]

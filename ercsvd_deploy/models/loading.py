@@ -1,4 +1,4 @@
-"""Give the modules of a meta model their tensors from a store."""
+"""Load tensors from a store into the modules of a model on the meta device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore
 
-# What a router adds to its scores: in 16 bits it would send tokens to other experts.
+# A router's correction of its scores: rounded to 16 bits it would send tokens to other experts.
 _ALWAYS_FLOAT32 = "e_score_correction_bias"
 
 
@@ -23,15 +23,15 @@ def load_tensors(
     """Load a module's tensors from a store.
 
     Args:
-        module: Of a meta model; its buffers that no checkpoint holds are moved to the device.
-        prefix: In front of its tensors' names, up to the last dot.
-        store: Holds them.
-        device: Where they are put.
-        dtype: Precision of floating-point tensors, but for what transformers keeps in float32 as well.
-        recurse: Whether submodules are loaded too.
+        module: Module of a meta model; its buffers that no checkpoint holds are moved to the device.
+        prefix: Prefix of its tensors' names in the store, with the last dot.
+        store: The store to read from.
+        device: Device of the loaded tensors.
+        dtype: Precision of floating-point tensors; those that transformers keeps in float32 stay so.
+        recurse: Whether to load submodules too.
 
     Raises:
-        CheckpointError: a tensor is not finite.
+        CheckpointError: a tensor has NaN or infinite values.
     """
     names = list(module.state_dict() if recurse else own_state(module))
     stored = store.read(prefix + name for name in names)
@@ -60,7 +60,7 @@ def load_tensors(
 
 
 def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors of `module` itself that a checkpoint holds."""
+    """Return the parameters and persistent buffers of `module` itself, without those of its submodules."""
     parameters = {name: value for name, value in module._parameters.items() if value is not None}
     buffers = {
         name: value

@@ -50,7 +50,7 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
 
 
 def _unknown_type(raw: Mapping[str, Any]) -> str | None:
-    """Say that transformers has no models of a config's type; None if it has."""
+    """Return an error message if transformers has no models of a config's type, otherwise None."""
     import transformers
 
     model_type = raw.get("model_type")
@@ -60,24 +60,24 @@ def _unknown_type(raw: Mapping[str, Any]) -> str | None:
     text = f"model_type {model_type!r} is not supported: transformers {release} has no such models"
     if raw.get("auto_map"):
         return f"{text}, and this one brings its own code: set model.trust_remote_code to true to run that"
-    near = difflib.get_close_matches(model_type, list(transformers.CONFIG_MAPPING), n=1, cutoff=0.8)
-    return text + (f" (did you mean {near[0]}?)" if near else "")
+    suggestions = difflib.get_close_matches(model_type, list(transformers.CONFIG_MAPPING), n=1, cutoff=0.8)
+    return text + (f" (did you mean {suggestions[0]}?)" if suggestions else "")
 
 
 def read_architecture(config: Any, *, trust_remote_code: bool = False) -> Architecture:
-    """Return what a config says of a model's Linears and of the sizes of the rest; nothing is allocated.
+    """Return the Linears of a config's model and the sizes of its other tensors, without allocating any.
 
     Raises:
         ArchitectureError: the architecture is not supported, or no model can be built from the config.
     """
-    # Some models make a parameter in memory before a library moves it away; here it never is there.
+    # accelerate lets models allocate a parameter before it moves it to the meta device; this does not.
     return describe(_build(config, torch.device("meta"), trust_remote_code=trust_remote_code), config)
 
 
 def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     """Build the model on the meta device: shapes and module tree, no weights.
 
-    Buffers that a checkpoint does not hold (rotary frequencies) are real.
+    Buffers that no checkpoint holds (rotary frequencies) have values.
 
     Raises:
         ArchitectureError: the architecture is not supported, or no model can be built from the config.
@@ -95,7 +95,7 @@ def _build(
     try:
         with without_weights:
             model: nn.Module = auto_class(config).from_config(
-                copy.deepcopy(config),  # it may forget the precision that a part of it names
+                copy.deepcopy(config),  # from_config may drop the dtype of a nested config
                 trust_remote_code=trust_remote_code,
                 attn_implementation=attention_implementation(config),
             )
@@ -107,7 +107,7 @@ def _build(
 
 
 def own_dtype(config: Any) -> torch.dtype | None:
-    """Return the precision of a model's weights; some vision-language models name it in a part alone."""
+    """Return the precision of a model's weights; some vision-language configs give it for the text only."""
     for part in (config, config.get_text_config()):
         dtype = getattr(part, "dtype", None)
         if isinstance(dtype, torch.dtype):
@@ -116,7 +116,7 @@ def own_dtype(config: Any) -> torch.dtype | None:
 
 
 def compressed_config(config: Any) -> CheckpointConfig | None:
-    """Return the description of a compressed checkpoint that a config has; None for an ordinary model.
+    """Return the config's description of a compressed checkpoint; None for an ordinary model.
 
     Raises:
         ArchitectureError: the model is already quantized by another tool.
@@ -133,17 +133,17 @@ def compressed_config(config: Any) -> CheckpointConfig | None:
 
 
 def tie_weights(model: nn.Module) -> None:
-    """Share the embedding with the output layer where the config says so; a no-op otherwise."""
+    """Make the output layer share the embedding's weight if the config ties them."""
     if getattr(model.config, "tie_word_embeddings", False):
         source = model.get_input_embeddings()  # type: ignore[operator]
         target = model.get_output_embeddings()  # type: ignore[operator]
-        if isinstance(target, TiedOutputLayer):  # which has no weight of its own
+        if isinstance(target, TiedOutputLayer):  # has no weight
             return
         if target is not None and isinstance(source.weight, torch.Tensor):
             target.weight = source.weight
 
 
 def _first_lines(error: Exception) -> str:
-    """Return the first two lines of a library's message: transformers names the field, then the reason."""
+    """Return the first two lines of an error's message: transformers gives the field, then the reason."""
     lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
     return " ".join(lines) or type(error).__name__

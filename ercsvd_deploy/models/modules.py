@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
         out_features: rows of the weight.
         quantization: how the weight is stored.
         bias: whether there is a bias.
-        guard: whether to hold the empty guard tensor (a module of its own does, a factor does not).
+        guard: whether to have the empty guard tensor: a compressed Linear has it, a factor has not.
         device: of all tensors.
         dtype: of scales, bias and result.
 
@@ -74,7 +74,7 @@ class PackedLinear(nn.Module):
         if guard:
             self.register_buffer(GUARD, torch.empty(GUARD_SHAPE, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.rounding: LearnedRounding | None = None  # stands for the integers while they are trained
+        self.rounding: LearnedRounding | None = None  # replaces the integers while they are trained
 
     def dequantize(self) -> torch.Tensor:
         """Return the weight [out, in] in the dtype of the scales."""
@@ -91,10 +91,10 @@ class PackedLinear(nn.Module):
         return unpack_rows(self.weight_zero_point, self.quantization.bits, self.out_features)
 
     def train_rounding(self, weight: torch.Tensor) -> LearnedRounding:
-        """Let levels that are trained stand for the integers; see `LearnedRounding`, `keep_rounding`.
+        """Replace the integers by trainable levels until `keep_rounding`; see `LearnedRounding`.
 
         Args:
-            weight: What the whole Linear stands for, [out, in].
+            weight: The original weight of the whole Linear, [out, in].
         """
         bits, zero_point = self.quantization.bits, self._zero_point()
         self.rounding = LearnedRounding(
@@ -102,17 +102,17 @@ class PackedLinear(nn.Module):
             self.weight_scale,
             2.0 ** (bits - 1) if zero_point is None else zero_point,
             bits=bits,
-            dense=self._rounded_part(weight),
+            dense=self._quantized_part(weight),
         )
         return self.rounding
 
-    def _rounded_part(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return what the integers stand for where the whole Linear stands for `weight` [out, in]."""
+    def _quantized_part(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the part of the original `weight` [out, in] that the integers approximate."""
         return weight
 
     def keep_rounding(self) -> None:
         """Store the trained levels as integers."""
-        assert self.rounding is not None, "levels are trained"
+        assert self.rounding is not None, "train_rounding has been called"
         self.weight_packed = pack_columns(self.rounding.decided(), self.quantization.bits)
         self.rounding = None
 
@@ -136,7 +136,7 @@ def register_integers(
     device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> None:
-    """Give a module the buffers of a matrix [rows, columns] of integers, all zeros."""
+    """Register the buffers of an integer matrix [rows, columns] with a module, filled with zeros."""
     for leaf, leaf_shape in quantization.leaf_shapes(*shape).items():
         zeros = torch.zeros(leaf_shape, device=device, dtype=_LEAF_DTYPES.get(leaf, dtype))
         module.register_buffer(leaf, zeros)
@@ -144,7 +144,7 @@ def register_integers(
 
 
 class CorrectedLinear(PackedLinear):
-    """A Linear of integers Q, whose outputs a low-rank pair corrects: y = Q x + `factor_b` (`factor_a` x).
+    """An integer Linear Q with a low-rank correction: y = Q x + `factor_b` (`factor_a` x).
 
     Args:
         storage: shape, integers, and rank and quantization of the pair; its layout is corrected.
@@ -176,8 +176,8 @@ class CorrectedLinear(PackedLinear):
         return super().forward(inputs) + correction
 
     @torch.no_grad()
-    def _rounded_part(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return what the integers stand for where the whole Linear stands for `weight` [out, in]."""
+    def _quantized_part(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the part of the original `weight` [out, in] that the integers approximate."""
         columns = torch.eye(self.in_features, device=weight.device, dtype=self.weight_scale.dtype)
         correction: torch.Tensor = self.get_submodule(FACTOR_B)(self.get_submodule(FACTOR_A)(columns))
         return weight.float() - correction.T.float()
@@ -230,7 +230,7 @@ class LowRankLinear(nn.Module):
 
 
 class PivotedLinear(nn.Module):
-    """A Linear whose outputs are `pivot_rows` x and `other_rows` of that, in the order of `row_order`.
+    """A Linear with outputs p = `pivot_rows` x and `other_rows` p, in the order of `row_order`.
 
     Args:
         storage: shape, rank and quantization of the matrices; its layout is pivoted.
@@ -262,13 +262,13 @@ class PivotedLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]."""
-        pivots: torch.Tensor = self.get_submodule(PIVOT_ROWS)(inputs)
-        others: torch.Tensor = self.get_submodule(OTHER_ROWS)(pivots)
-        outputs = torch.cat([pivots, others], dim=-1).index_select(-1, self.row_order)
+        pivot_outputs: torch.Tensor = self.get_submodule(PIVOT_ROWS)(inputs)
+        other_outputs: torch.Tensor = self.get_submodule(OTHER_ROWS)(pivot_outputs)
+        outputs = torch.cat([pivot_outputs, other_outputs], dim=-1).index_select(-1, self.row_order)
         return outputs if self.bias is None else outputs + self.bias
 
     def row_order_problem(self) -> str | None:
-        """Return what is wrong with the loaded row order; None if it is valid."""
+        """Return an error message about the loaded row order; None if it is valid."""
         return row_order_problem(self.row_order, self.rank, self.pivot_blocks)
 
     def extra_repr(self) -> str:
@@ -286,7 +286,7 @@ def _add_matrices(
     device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> None:
-    """Add two matrices of a storage to a module, under their names."""
+    """Add the two named matrices of a storage to a module."""
     for part in parts:
         (rows, columns), quantization = storage.parts[part]
         matrix: nn.Module = (

@@ -1,4 +1,4 @@
-"""An input embedding of integers, and an output layer that is tied to it.
+"""An input embedding stored as integers, and an output layer that is tied to it.
 
 As in `modules`: the state dict has the tensor names of `format.schema`, and nothing dequantized is kept.
 """
@@ -37,24 +37,24 @@ class PackedEmbedding(nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Embedding's name
         """Return the rows [..., hidden] of tokens [...]."""
         tokens = input.flatten()
-        words, scales = (F.embedding(tokens, each) for each in (self.weight_packed, self.weight_scale))
+        words, scales = F.embedding(tokens, self.weight_packed), F.embedding(tokens, self.weight_scale)
         rows = dequantize(words, scales, None, self.quantization.bits, self.embedding_dim)
         return rows.view(*input.shape, self.embedding_dim)
 
 
 class TiedOutputLayer(nn.Module):
-    """An output layer without tensors of its own, which multiplies an embedding's integers.
+    """An output layer that multiplies by the integer matrix of an embedding.
 
     Args:
-        embedding: What it is tied to.
-        bias: Its bias, if it has one.
+        embedding: The embedding that it is tied to.
+        bias: The output layer's bias, if it has one.
     """
 
     weight: torch.Tensor
 
     def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self._embedding = (embedding,)  # in a tuple: it is no part of this module
+        self._embedding = (embedding,)  # in a tuple: not a submodule of this one
         self.bias = bias
         # transformers ties weights by assigning to this name; files hold nothing under it
         guard = torch.empty(GUARD_SHAPE, device="cpu", dtype=embedding.weight_scale.dtype)
@@ -66,11 +66,11 @@ class TiedOutputLayer(nn.Module):
 
 
 def pack_embedding(embedding: nn.Embedding, storage: Storage) -> None:
-    """Make an embedding one of integers, uninitialised; what its class does beside looking up, it still does.
+    """Turn an embedding into one of uninitialised integers; its class's other computations stay.
 
     Args:
-        embedding: Changed in place.
-        storage: How its matrix is stored.
+        embedding: The embedding, changed in place.
+        storage: Storage of its matrix.
 
     Raises:
         CheckpointFormatError: the storage is not one matrix of symmetric integers.
@@ -80,11 +80,13 @@ def pack_embedding(embedding: nn.Embedding, storage: Storage) -> None:
         raise CheckpointFormatError(
             f"an embedding is stored as {storage.label}; it has to be one matrix of symmetric integers"
         )
-    device, dtype, kind = embedding.weight.device, embedding.weight.dtype, type(embedding)
-    is_plain = kind is nn.Embedding
-    # Gemma's scales what was looked up: its own `forward` then calls the one above
+    device, dtype, embedding_class = embedding.weight.device, embedding.weight.dtype, type(embedding)
+    is_plain = embedding_class is nn.Embedding
+    # Gemma's embedding scales the rows: its own `forward` then calls the one above
     embedding.__class__ = (
-        PackedEmbedding if is_plain else type(f"Packed{kind.__name__}", (kind, PackedEmbedding), {})
+        PackedEmbedding
+        if is_plain
+        else type(f"Packed{embedding_class.__name__}", (embedding_class, PackedEmbedding), {})
     )
     assert isinstance(embedding, PackedEmbedding)
     del embedding.weight

@@ -1,4 +1,4 @@
-"""Stand-ins and hooks that interrupt a model's own forward pass at its decoder layers, or within one."""
+"""Replacements of layers, and hooks, that interrupt a model's own forward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Receives the hidden states and keyword arguments of a call of a decoder layer; returns its output.
+# Called in place of a decoder layer with hidden states and keyword arguments; returns the layer's output.
 OnCall = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
 
 
@@ -23,11 +23,11 @@ class _InputCaptured(Exception):  # noqa: N818 - not an error: it ends a layer's
 
 
 class _RecordingLayer(nn.Module):
-    """Replaces a decoder layer: calls `on_call` in its place, and returns what the layer would return."""
+    """Replaces a decoder layer: calls `on_call`, and returns its result in the form that the layer has."""
 
     def __init__(self, layer: nn.Module, on_call: OnCall, *, num_returned: int) -> None:
         super().__init__()
-        # Models ask their layers for plain attributes (attention_type) to choose a mask.
+        # Models read plain attributes of their layers (attention_type) to choose a mask.
         object.__setattr__(self, "_layer", layer)
         object.__setattr__(self, "_on_call", on_call)
         object.__setattr__(self, "_num_returned", num_returned)
@@ -52,10 +52,10 @@ def layers_replaced(
     """Replace the decoder layers of a model by calls of `on_call` while the context lasts.
 
     Args:
-        stack: Holds the layers.
-        layers: The layers.
+        stack: The model's list of layers.
+        layers: The layers in this list.
         on_call: Takes a layer's input and keyword arguments, and returns its output.
-        num_returned: Length of the tuple, their output first, that the layers return; 0: this alone.
+        num_returned: Length of the tuple that a layer returns, its output first; 0: it returns no tuple.
     """
     for index, layer in enumerate(layers):
         stack[index] = _RecordingLayer(layer, on_call, num_returned=num_returned)
@@ -72,12 +72,12 @@ def capture_input(module: nn.Module, name: str, run: Callable[[], object]) -> to
 
 
 def capture_arguments(module: nn.Module, name: str, run: Callable[[], object]) -> tuple[torch.Tensor, ...]:
-    """Return what the submodule `name` is called with in a forward pass, which is ended there.
+    """Return the positional arguments of the submodule `name` in a forward pass, which ends there.
 
     Args:
-        module: The layer.
-        name: A submodule of it.
-        run: Runs the layer.
+        module: The module that contains the submodule, such as a layer.
+        name: Name of the submodule within it.
+        run: Starts the forward pass.
     """
     captured: list[tuple[torch.Tensor, ...]] = []
 

@@ -29,33 +29,33 @@ def canonical_name(name: str) -> str:
 def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.Module]:
     """Replace every altered Linear or embedding by an uninitialised module of the same device and dtype.
 
-    Nothing is replaced unless everything can be.
+    Either all are replaced or none.
 
     Args:
-        model: the original architecture.
-        config: names every altered Linear and embedding, by its checkpoint name.
+        model: a model of the original architecture.
+        config: the description of the checkpoint: storage of every altered Linear and embedding.
 
     Returns:
-        Checkpoint name -> the module now in its place.
+        The new modules by their names in the checkpoint.
 
     Raises:
         CheckpointFormatError: names that match no Linear of the model, or other shapes; all are listed.
     """
-    linears: dict[str, list[str]] = {}
+    names_by_canonical: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            linears.setdefault(canonical_name(name), []).append(name)
+            names_by_canonical.setdefault(canonical_name(name), []).append(name)
     problems = []
     targets: dict[str, tuple[str, nn.Linear | nn.Embedding]] = {}
     for checkpoint_name, storage in config.modules.items():
-        candidates = linears.get(canonical_name(checkpoint_name), [])
-        # An exact name settles what would otherwise be ambiguous.
+        candidates = names_by_canonical.get(canonical_name(checkpoint_name), [])
+        # An exact match wins over several candidates.
         names = [checkpoint_name] if checkpoint_name in candidates else candidates
         if len(names) != 1:
             if names:
                 problem = f"matches each of {', '.join(names)}"
             else:
-                problem = f"is no Linear of the model{_did_you_mean(checkpoint_name, linears)}"
+                problem = f"is no Linear of the model{_did_you_mean(checkpoint_name, names_by_canonical)}"
             problems.append(f"{checkpoint_name} {problem}")
             continue
         linear = model.get_submodule(names[0])
@@ -84,23 +84,23 @@ def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.
 
 
 def _replace(model: nn.Module, name: str, module: nn.Linear | nn.Embedding, storage: Storage) -> nn.Module:
-    """Return what stands in the place of a module afterwards; an embedding is changed where it stands."""
+    """Replace a module and return the new one; an embedding is changed in place."""
     if isinstance(module, nn.Embedding):
         pack_embedding(module, storage)
         return module
-    replaced = build_linear(
+    replacement = build_linear(
         storage, bias=module.bias is not None, device=module.weight.device, dtype=module.weight.dtype
     )
-    model.set_submodule(name, replaced)
-    return replaced
+    model.set_submodule(name, replacement)
+    return replacement
 
 
 def _tied_output_layer(model: nn.Module, described: set[str]) -> tuple[str, nn.Linear] | None:
     """Return the Linear that multiplies the embedding's matrix, and its name; None if there is none.
 
     Args:
-        model: Its weights may be tied already; where transformers loads it, it only knows which will be.
-        described: Names of modules that have tensors of their own.
+        model: A model whose weights are tied already, or listed as to be tied while transformers loads it.
+        described: Names of modules that the checkpoint describes: these have tensors of their own.
     """
     output_layer = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(output_layer, nn.Linear):
@@ -112,9 +112,9 @@ def _tied_output_layer(model: nn.Module, described: set[str]) -> tuple[str, nn.L
     return (name, output_layer) if (is_one_tensor or will_be) and name not in described else None
 
 
-def _did_you_mean(name: str, linears: dict[str, list[str]]) -> str:
-    near = difflib.get_close_matches(canonical_name(name), linears, n=3)
-    suggestions = [actual for canonical in near for actual in linears[canonical]]
+def _did_you_mean(name: str, names_by_canonical: dict[str, list[str]]) -> str:
+    close_matches = difflib.get_close_matches(canonical_name(name), names_by_canonical, n=3)
+    suggestions = [actual for canonical in close_matches for actual in names_by_canonical[canonical]]
     return f" (did you mean {' or '.join(suggestions)}?)" if suggestions else ""
 
 

@@ -1,4 +1,4 @@
-"""Statistics of the inputs of Linears, or of gradients by their outputs, and hooks that accumulate them."""
+"""Statistics of Linears' inputs, or of the gradients of their outputs, and hooks that collect them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch import nn
 
 from ercsvd_deploy.linalg.symmetric import add_symmetric_product
 
-_LEAST_ENERGY = torch.finfo(torch.float32).tiny  # of a token whose input is all zeros
+_LEAST_ENERGY = torch.finfo(torch.float32).tiny  # replaces the energy of a token whose input is all zeros
 
 TokenWeight = Literal["uniform", "unit_norm", "sensitivity"]
-# How much each token of a batch counts, [rows, tokens]: for all Linears, or by the name of one; None: one.
+# Weight of each token in a batch, [rows, tokens]: for all Linears, or by Linear's name; None: all are 1.
 TokenWeights = torch.Tensor | Mapping[str, torch.Tensor] | None
 
 
 @dataclass
 class InputStatistics:
-    """Sums over the inputs that some Linears share, or over gradients; accumulated in float32.
+    """Sums over the shared input of some Linears, or over gradients, accumulated in float32.
 
     Attributes:
         products: Sum of w x x^T over tokens, [in, in]; w is 1, or 1 / |x|^2 for `unit_norm`.
         absolute_sum: Sum of |x| over tokens, [in].
-        num_tokens: Tokens in the sums, each counted by the weight that its batch gives it.
-        token_weight: How tokens count beside each other. `uniform`: by their energy, as in GPTQ and SVD-LLM.
-            `unit_norm`: all alike, whatever their norm: a few tokens of a trained model, often the first of
+        num_tokens: Sum of the weights of all tokens.
+        token_weight: Weighting of tokens. `uniform`: by their energy |x|^2, as in GPTQ and SVD-LLM.
+            `unit_norm`: all equal, whatever their norm: a few tokens of a trained model, often the first of
             a window, have inputs a hundred times as long as all others ("massive activations", arXiv
-            2402.17762), and a sum of x x^T sees no others. `sensitivity`: by their energy, times weights that
-            come with every batch.
+            2402.17762), and would dominate the sum of x x^T. `sensitivity`: by their energy, times the
+            weights of each batch.
         log_energy_sum: Sum of log |x|^2 over tokens, for `unit_norm`.
     """
 
@@ -46,7 +46,7 @@ class InputStatistics:
     def zeros(
         cls, in_features: int, device: torch.device, token_weight: TokenWeight = "uniform"
     ) -> InputStatistics:
-        """Return sums over no tokens."""
+        """Return empty sums."""
         return cls(
             torch.zeros(in_features, in_features, device=device),
             torch.zeros(in_features, device=device),
@@ -64,13 +64,13 @@ class InputStatistics:
 
     @property
     def energy_scale(self) -> float:
-        """What `products` are multiplied by to give `gram`: 1, or the geometric mean of |x|^2."""
+        """Factor between `products` and `gram`: 1, or the geometric mean of |x|^2."""
         if self.token_weight != "unit_norm" or not self.num_tokens:
             return 1.0
         return math.exp(self.log_energy_sum / self.num_tokens)
 
     def add(self, inputs: torch.Tensor, token_weights: torch.Tensor | None = None) -> None:
-        """Add activations [..., in], each token counted once or by `token_weights` [...]."""
+        """Add activations [..., in], weighted by `token_weights` [...]; None: all weights are 1."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         weights = None if token_weights is None else token_weights.reshape(-1, 1).to(rows)
         self.absolute_sum += (rows.abs() if weights is None else weights * rows.abs()).sum(0)
@@ -82,12 +82,12 @@ class InputStatistics:
             weights = 1 / energies if weights is None else weights / energies
         add_symmetric_product(self.products, (rows if weights is None else weights * rows).T, rows)
 
-    def at_zero(self) -> InputStatistics:
-        """Return sums over no tokens, for the same inputs."""
+    def zeros_like(self) -> InputStatistics:
+        """Return empty sums of the same size, device and weighting."""
         return InputStatistics.zeros(len(self.absolute_sum), self.products.device, self.token_weight)
 
-    def include(self, other: InputStatistics) -> None:
-        """Add the sums over other tokens."""
+    def merge(self, other: InputStatistics) -> None:
+        """Add the sums of `other`, in place."""
         self.products += other.products
         self.absolute_sum += other.absolute_sum
         self.num_tokens += other.num_tokens
@@ -100,15 +100,15 @@ class InputStatistics:
 
     def __add__(self, other: InputStatistics) -> InputStatistics:
         """Return the sums over the tokens of both."""
-        total = self.at_zero()
-        total.include(self)
-        total.include(other)
+        total = self.zeros_like()
+        total.merge(self)
+        total.merge(other)
         return total
 
 
 @dataclass(frozen=True)
 class PairedStatistics:
-    """Sums over the inputs x of a Linear in the original model and x' in another; accumulated in float32."""
+    """Sums over a Linear's inputs x in the original model and x' in another, accumulated in float32."""
 
     original: torch.Tensor  # sum of x x^T over tokens, [in, in]
     gram: torch.Tensor  # sum of x' x'^T
@@ -119,14 +119,14 @@ class PairedStatistics:
     def zeros(
         cls, in_features: int, device: torch.device, token_weight: TokenWeight = "uniform"
     ) -> PairedStatistics:
-        """Return sums over no tokens."""
+        """Return empty sums."""
         original, gram, cross_moment = (
             torch.zeros(in_features, in_features, device=device) for _ in range(3)
         )
         return cls(original, gram, cross_moment, token_weight)
 
     def add(self, original: torch.Tensor, other: torch.Tensor, token_weights: torch.Tensor | None) -> None:
-        """Add both activations [..., in] of the same tokens, weighted as in `InputStatistics.add`."""
+        """Add activations [..., in] of the same tokens in both models, weighted as `InputStatistics.add`."""
         rows, others = (inputs.detach().flatten(0, -2).float() for inputs in (original, other))
         weighted, weighted_others = rows, others
         weights = None if token_weights is None else token_weights.reshape(-1, 1).to(rows)
@@ -141,12 +141,12 @@ class PairedStatistics:
 
 
 def _energies(rows: torch.Tensor) -> torch.Tensor:
-    """Return |x|^2 of every token of [tokens, in], [tokens, 1]; never zero."""
+    """Return |x|^2 [tokens, 1] of all rows [tokens, in], never zero."""
     return rows.square().sum(1, keepdim=True).clamp_(min=_LEAST_ENERGY)
 
 
 def weights_for(name: str, token_weights: TokenWeights) -> torch.Tensor | None:
-    """Return how much the tokens of a batch count for the Linear of that name, [rows, tokens]."""
+    """Return the token weights [rows, tokens] of a batch for the Linear `name`."""
     return token_weights[name] if isinstance(token_weights, Mapping) else token_weights
 
 
@@ -154,7 +154,7 @@ def weights_for(name: str, token_weights: TokenWeights) -> torch.Tensor | None:
 def observing(
     module: nn.Module, observe: Mapping[str, InputStatistics], token_weights: TokenWeights
 ) -> Iterator[None]:
-    """Add the inputs of the named submodules to their statistics while the context lasts."""
+    """Add the inputs of named submodules to their statistics while the context lasts."""
     handles = [
         module.get_submodule(name).register_forward_pre_hook(
             lambda _module, inputs, name=name, statistics=statistics: statistics.add(
@@ -171,7 +171,7 @@ def observing(
 
 
 class GradientStatistics(Protocol):
-    """What gradients by a Linear's outputs are added to."""
+    """Statistics of gradients with respect to a Linear's outputs."""
 
     def add(self, gradients: torch.Tensor, token_weights: torch.Tensor | None, /) -> None:
         """Add the gradients [rows, tokens, out] of a batch."""
@@ -181,7 +181,7 @@ class GradientStatistics(Protocol):
 def observing_gradients(
     module: nn.Module, observe: Mapping[str, GradientStatistics], token_weights: torch.Tensor | None
 ) -> Iterator[None]:
-    """Add gradients by the outputs of the named submodules to their statistics while the context lasts."""
+    """Add the gradients of named submodules' outputs to their statistics while the context lasts."""
 
     def on_output(statistics: GradientStatistics, output: torch.Tensor) -> None:
         output.register_hook(  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """Run a decoder one layer at a time: weights are read from disk, activations stay in memory.
 
-A model of any size runs in the memory of one layer and the activations; what it does outside its layers is
-its own code (`ends`).
+A model of any size runs in the memory of one layer and the activations; modules outside the layers are in
+`ends`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LayerwiseModel(ModelEnds):
         """Load decoder layer `index` while the context lasts.
 
         Raises:
-            CheckpointError: a weight is not finite.
+            CheckpointError: a weight is NaN or infinite.
         """
         module = copy.deepcopy(self._layers[index])
         prefix = f"{self.architecture.layers_prefix}.{index}."
@@ -56,9 +56,9 @@ class LayerwiseModel(ModelEnds):
         return states
 
     def input_statistics(self, layer: LayerLinears) -> dict[str, InputStatistics]:
-        """Return empty statistics for `advance` to fill: one for each group of Linears with a shared input.
+        """Return empty statistics for `advance`: one for each group of Linears with a shared input.
 
-        The key is the name of the group's first Linear within the layer.
+        Keys are the names, within the layer, of each group's first Linear.
         """
         return {
             layer.local_name(group[0]): InputStatistics.zeros(
@@ -83,12 +83,12 @@ class LayerwiseModel(ModelEnds):
 
         Args:
             index: The decoder layer.
-            batches: What was embedded.
-            hidden: Activations of every batch, replaced one by one so that both never exist in full.
-            observe: Linear's name within the layer -> statistics of its input to accumulate.
-            token_weights: How much each token of every batch counts in them; None: all count one.
+            batches: The embedded batches.
+            hidden: Activations of every batch, replaced one by one to save memory.
+            observe: Input statistics to accumulate, by Linear's name within the layer.
+            token_weights: Token weights of every batch in these statistics; None: all are 1.
             module: The layer, if it is loaded already.
-            positions: Of the batches to advance; None: all.
+            positions: Positions of the batches to advance; None: all.
         """
         if module is None:
             with self.layer(index) as loaded:
@@ -112,17 +112,17 @@ class LayerwiseModel(ModelEnds):
             return
 
         def run(position: int) -> dict[str, InputStatistics]:
-            """Pass one batch through a copy of the layer; return the statistics of its inputs alone."""
-            statistics_by_name = {name: total.at_zero() for name, total in totals.items()}
-            copied = _sharing_tensors(module)
-            with observing(copied, statistics_by_name, weights[position]):
-                hidden[position] = self.run_layer(copied, index, batches[position], hidden[position])
+            """Pass one batch through a copy of the layer, and return the statistics of its inputs."""
+            statistics_by_name = {name: total.zeros_like() for name, total in totals.items()}
+            layer_copy = _copy_sharing_tensors(module)
+            with observing(layer_copy, statistics_by_name, weights[position]):
+                hidden[position] = self.run_layer(layer_copy, index, batches[position], hidden[position])
             return statistics_by_name
 
-        # Added up in the order of the batches, whichever is ready first.
+        # Merged in the order of the batches: sums are the same in every run.
         for statistics_by_name in map_side_by_side(run, positions, small=True):
             for name, statistics in statistics_by_name.items():
-                totals[name].include(statistics)
+                totals[name].merge(statistics)
 
     @torch.no_grad()
     def linear_inputs(
@@ -130,12 +130,12 @@ class LayerwiseModel(ModelEnds):
     ) -> torch.Tensor:
         """Return the inputs [batch, tokens, in] of the submodule `name` of a loaded layer.
 
-        The layer runs no further than to that submodule.
+        The forward pass stops there.
 
         Args:
             module: The layer.
             index: Its index.
-            batch: What was embedded.
+            batch: The embedded batch.
             hidden: The layer's inputs of the batch.
             name: Name of a Linear within the layer.
         """
@@ -152,16 +152,16 @@ class LayerwiseModel(ModelEnds):
         observe: Mapping[str, GradientStatistics],
         token_weights: Sequence[torch.Tensor | None],
     ) -> None:
-        """Turn gradients of a loss by the outputs of layer `index` into gradients by its inputs.
+        """Backpropagate gradients of a loss through layer `index`, from its outputs to its inputs.
 
         Args:
             index: The decoder layer.
             module: That layer, loaded.
-            batches: What was embedded.
+            batches: The embedded batches.
             hidden: The layer's inputs of every batch.
-            gradients: Gradients by its outputs, in the same order; replaced one by one.
-            observe: Linear's name within the layer -> statistics of gradients by its output to accumulate.
-            token_weights: How much each token of every batch counts in them.
+            gradients: Gradients of every batch with respect to the layer's outputs; replaced one by one.
+            observe: Gradient statistics to accumulate, by Linear's name within the layer.
+            token_weights: Token weights of every batch in these statistics.
         """
         module.requires_grad_(False)
         for position, states in enumerate(hidden):
@@ -171,7 +171,7 @@ class LayerwiseModel(ModelEnds):
                 [gradients[position]] = torch.autograd.grad(outputs, inputs, gradients[position])
 
 
-def _sharing_tensors(module: nn.Module) -> nn.Module:
-    """Return a copy of a module that has its tensors but can be observed for itself."""
+def _copy_sharing_tensors(module: nn.Module) -> nn.Module:
+    """Return a copy of a module that shares its tensors but has hooks of its own."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

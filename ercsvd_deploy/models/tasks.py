@@ -1,7 +1,7 @@
-"""What a decoder is made for: to predict tokens, to embed a text as a vector, or to score it.
+"""The task of a decoder: to generate text, to embed texts as vectors, or to classify them.
 
-config.json names the class of the model. sentence-transformers runs language models without their output
-layer, whatever class that is; a file beside the config says so.
+The class that config.json names decides. sentence-transformers runs language models without their output
+layer, whatever their class is; its file next to config.json is the sign of that.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 Task = Literal["generate", "embed", "classify"]
-# How the classes of models that predict tokens end, in transformers and in vLLM.
+# Ends of class names of models that generate text, in transformers and in vLLM.
 _GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _SENTENCE_TRANSFORMERS_MODULES = "modules.json"
-_POOLING = "Pooling"  # how the class of the module ends that makes one vector of those of all tokens
+_POOLING = "Pooling"  # end of the class name of the module that pools the tokens' vectors
 
 
 def find_task(model_type: object, architectures: object) -> Task | None:
-    """Return what a model is made for, by what config.json says; None: nothing that is known here.
+    """Return the task of a model by the contents of config.json; None if it is not supported.
 
     Args:
-        model_type: As config.json has it.
-        architectures: Names of classes; a config that has none is that of a model that predicts tokens.
+        model_type: The field of config.json.
+        architectures: The field of config.json: class names; without any the model generates text.
     """
     if not isinstance(architectures, list) or not architectures:
         return "generate"
@@ -41,12 +41,12 @@ def find_task(model_type: object, architectures: object) -> Task | None:
 
 
 def task_of(config: Any) -> Task:
-    """Return what the model of a config is made for."""
+    """Return the task of a config's model."""
     return find_task(config.model_type, getattr(config, "architectures", None)) or "generate"
 
 
 def auto_class(config: Any) -> Any:
-    """Return the class of transformers that builds and loads the model of a config."""
+    """Return the class of transformers that builds and loads a config's model."""
     import transformers
 
     from ercsvd_deploy.models.vision import reads_images
@@ -64,11 +64,11 @@ def auto_class(config: Any) -> Any:
 
 
 def mark_embedding_model(config: Any, path: str, revision: str | None) -> None:
-    """Let a config name the class that sentence-transformers runs, if its files lie beside it.
+    """Set the config's class to that of an embedding model if sentence-transformers' files are next to it.
 
     Args:
-        config: Of the model.
-        path: Hub id or directory.
+        config: The model's config, changed in place.
+        path: Hub id or directory of the model.
         revision: Branch, tag or commit on the hub.
     """
     if _is_text_decoder(str(config.model_type)) and _is_pooled(path, revision):
@@ -78,15 +78,15 @@ def mark_embedding_model(config: Any, path: str, revision: str | None) -> None:
 
 
 def _is_text_decoder(model_type: str) -> bool:
-    """Whether transformers has causal language models of a type, and no vision-language models."""
+    """Whether transformers has causal language models of a type, but no vision-language models."""
     from transformers.models.auto import modeling_auto
 
-    sees = model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not sees
+    reads_images = model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not reads_images
 
 
 def _is_pooled(path: str, revision: str | None) -> bool:
-    """Whether the files beside a model say that its tokens' vectors are pooled."""
+    """Whether sentence-transformers' files next to a model have a module that pools the tokens' vectors."""
     from transformers.utils import cached_file
 
     file: str | None = cached_file(

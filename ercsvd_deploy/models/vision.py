@@ -1,7 +1,7 @@
-"""What a vision-language model has beside its decoder: the parts that see, and which of them are run.
+"""The parts of a vision-language model outside its decoder: tower and projector, and their layers.
 
-The parts are found in the model: whatever lies beside the decoder, and is not the output layer, sees. Tower
-and projector of a LLaVA with CLIP can be compressed too; those of all others stay as they are to the bit.
+The parts are found in the model: all modules outside the decoder but the output layer. Tower and projector of
+a LLaVA with CLIP can be compressed; those of all other models stay unchanged to the bit.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def reads_images(config: Any) -> bool:
 
 
 def lacks_conversations(config: Any) -> bool:
-    """Whether a vision-language model's processor has no way to write a conversation."""
+    """Whether a vision-language model's processor cannot render conversations."""
     return str(config.model_type) in _WITHOUT_CONVERSATIONS
 
 
 def image_token_id(config: Any) -> int:
-    """Return the token that marks the places of image features.
+    """Return the token that the model replaces by image features.
 
     Raises:
         ArchitectureError: the config names none.
@@ -55,10 +55,10 @@ def image_token_id(config: Any) -> int:
 
 
 def find_vision_parts(model: nn.Module) -> dict[str, str]:
-    """Return module or parameter outside the decoder -> the part that it belongs to.
+    """Return the part, tower or projector, of every module and parameter outside the decoder, by name.
 
-    A module with a stack of layers of its own is a tower; all others, and parameters that stand alone, are of
-    the projector.
+    A module with a list of layers is a tower; all other modules, and parameters outside them, belong to the
+    projector.
 
     Args:
         model: A vision-language model.
@@ -67,7 +67,7 @@ def find_vision_parts(model: nn.Module) -> dict[str, str]:
     parent = model.get_submodule(parent_name)
     parts = {
         name: TOWER_PART
-        if any(isinstance(each, nn.ModuleList) for each in child.modules())
+        if any(isinstance(module, nn.ModuleList) for module in child.modules())
         else PROJECTOR_PART
         for name, child in parent.named_children()
         if name != decoder and any(True for _ in child.parameters())
@@ -84,10 +84,10 @@ def find_vision_parts(model: nn.Module) -> dict[str, str]:
 
 
 def describe_vision(model: nn.Module, config: Any) -> dict[str, tuple[LayerLinears, ...]]:
-    """Return the layers of tower and projector that are run and can be compressed, by part.
+    """Return the Linears of the layers that run and can be compressed, by part: tower and projector.
 
     Args:
-        model: On the meta device.
+        model: A vision-language model on the meta device.
         config: Its config.
 
     Raises:
@@ -96,7 +96,7 @@ def describe_vision(model: nn.Module, config: Any) -> dict[str, tuple[LayerLinea
     tower = config.vision_config
     if config.model_type not in _LLAVA or tower.model_type not in _COMPRESSIBLE_TOWERS:
         return {}
-    # Layers behind the one whose output the projector reads are not run, and vLLM does not even build them.
+    # Layers after the one whose output the projector reads do not run, and vLLM does not build them.
     num_hidden = tower.num_hidden_layers
     feature_layer = config.vision_feature_layer
     indices = list(feature_layer) if isinstance(feature_layer, list | tuple) else [feature_layer]

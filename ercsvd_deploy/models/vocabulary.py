@@ -1,4 +1,4 @@
-"""The matrices of a model that have a row for every token: the input embedding and the output layer."""
+"""Matrices of a model with a row for every token: input embedding and output layer."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
 
-_IN_FRONT = -1  # of all layers
+_BEFORE_LAYERS = -1  # layer index of the embedding
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Names and shapes [tokens, hidden] of both matrices, which are one where the model ties them.
+    """Names and shapes [tokens, hidden] of the input embedding and the output layer.
 
     Attributes:
-        embedding: Whose rows are looked up; None: it is no ordinary embedding.
-        output_layer: Whose rows give the logits; None: it is no Linear.
-        is_tied: Whether the output layer multiplies the embedding's matrix, and has none of its own.
+        embedding: The input embedding; None if it is no nn.Embedding.
+        output_layer: The output layer, which gives the logits; None if it is no nn.Linear.
+        is_tied: Whether the output layer uses the embedding's matrix.
     """
 
     embedding: LinearShape | None
@@ -28,36 +28,37 @@ class Vocabulary:
 
     @property
     def multiplied(self) -> LinearShape | None:
-        """The matrix that gives the logits, under the name that files have it by."""
+        """The output layer's matrix, under its name in checkpoint files."""
         return self.embedding if self.is_tied else self.output_layer
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The modules that have a matrix of their own in files."""
-        return frozenset(each.name for each in (self.embedding, self.multiplied) if each is not None)
+        """Names of the modules whose matrix is in checkpoint files."""
+        return frozenset(matrix.name for matrix in (self.embedding, self.multiplied) if matrix is not None)
 
     def has(self, name: str) -> bool:
-        """Whether a module is one of them."""
+        """Whether a module is one of these."""
         return name in self.names
 
 
 def find_vocabulary(model: nn.Module, num_layers: int) -> Vocabulary:
-    """Return the matrices of a model with a row for every token.
+    """Return the input embedding and the output layer of a model.
 
     Args:
-        model: A language model, or one with a language model in it; tied weights are one tensor.
-        num_layers: Of the decoder.
+        model: A language or vision-language model whose tied weights are one tensor.
+        num_layers: Number of decoder layers.
     """
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     output_layer = model.get_output_embeddings()  # type: ignore[operator]
     names = {id(module): name for name, module in model.named_modules()}
-    looked_up, multiplied = None, None
+    embedding_shape, output_shape = None, None
     if isinstance(embedding, nn.Embedding):
-        looked_up = _shape(names[id(embedding)], _IN_FRONT, embedding)
+        embedding_shape = _shape(names[id(embedding)], _BEFORE_LAYERS, embedding)
     if isinstance(output_layer, nn.Linear):
-        multiplied = _shape(names[id(output_layer)], num_layers, output_layer)
-    is_tied = looked_up is not None and multiplied is not None and output_layer.weight is embedding.weight
-    return Vocabulary(looked_up, multiplied, is_tied)
+        output_shape = _shape(names[id(output_layer)], num_layers, output_layer)
+    have_matrices = embedding_shape is not None and output_shape is not None
+    is_tied = have_matrices and output_layer.weight is embedding.weight
+    return Vocabulary(embedding_shape, output_shape, is_tied)
 
 
 def _shape(name: str, layer: int, module: nn.Linear | nn.Embedding) -> LinearShape:

@@ -12,7 +12,7 @@ from ercsvd_deploy.exporters.vllm.cutting import find_uncuttable
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, ask_kernels, plan_matrices
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.meta import compressed_config, own_dtype, read_architecture
-from ercsvd_deploy.models.tested_families import serving_doubts
+from ercsvd_deploy.models.tested_families import family_warnings
 from ercsvd_deploy.models.vision import lacks_conversations, reads_images
 from ercsvd_deploy.pipelines.importing.llava.planned import import_note
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
@@ -203,7 +203,7 @@ def make_plan(
                 dtype,
                 has_plugin=recipe.export.format == "vllm",
             ),
-            *serving_doubts(architecture.model_type),
+            *family_warnings(architecture.model_type),
             *gpu_warnings(
                 dense_on_gpu,
                 [candidate.gpu_bytes for candidate in candidate_plans],

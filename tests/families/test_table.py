@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ercsvd_deploy.models.tested_families import read_results, serving_doubts
+from ercsvd_deploy.models.tested_families import read_results, family_warnings
 from tests.families import tiny_families, tiny_vision_families
 from tests.families.table import README, with_tables
 
@@ -16,8 +16,8 @@ def test_every_family_has_been_served() -> None:
 
 
 def test_doubts_are_told_of_types_that_nobody_has_served() -> None:
-    assert serving_doubts("llama") == serving_doubts("phi3") == serving_doubts("llava") == []
-    [doubt] = serving_doubts("apertus")
+    assert family_warnings("llama") == family_warnings("phi3") == family_warnings("llava") == []
+    [doubt] = family_warnings("apertus")
     assert "models of type apertus: vLLM does not run the original" in doubt
-    [doubt] = serving_doubts("xglm")
+    [doubt] = family_warnings("xglm")
     assert "no test has served a compressed model of type xglm with vLLM" in doubt

@@ -25,7 +25,7 @@ def test_batches_that_are_called_alike_share_a_record() -> None:
     kept = LayerCalls()
     first, alike, other, longer = batch(2, 4), batch(2, 4), batch(2, 4), batch(2, 5)
     for each, mask in ((first, [1]), (alike, [1]), (other, [2]), (longer, [1])):
-        kept.note(each, calls(torch.tensor(mask)))
+        kept.record(each, calls(torch.tensor(mask)))
     assert kept.find(alike, 1) is kept.find(first, 1)
     assert kept.find(other, 1) is not kept.find(first, 1)
     assert kept.find(other, 1).arguments["mask"].item() == 2
@@ -35,7 +35,7 @@ def test_batches_that_are_called_alike_share_a_record() -> None:
 def test_a_record_goes_with_its_last_batch() -> None:
     kept, first, alike = LayerCalls(), batch(1, 3), batch(1, 3)
     for each in (first, alike):
-        kept.note(each, calls(torch.tensor([1])))
+        kept.record(each, calls(torch.tensor([1])))
     record = weakref.ref(kept.find(first, 0))
     del first, each
     gc.collect()
