@@ -1,9 +1,9 @@
-"""Everything that this package uses of vLLM's internals, and the releases it was tested with.
+"""All names of vLLM's internals that this package uses, and the releases that it was tested with.
 
 `vllm.LLM` and `vllm.SamplingParams` are public and used where they are needed; all other names of vLLM are
-imported from this module. They are looked up when they are first asked for, since processes that only read a
-model's config need few of them, and some are slow to import. Where a name has moved between releases, the
-places are tried in order. To take in a new release, run `make test-vllm-matrix` with it and mend this file.
+imported from this module. They are imported on first use, since processes that only read a model's config
+need few of them, and some are slow to import. Where a name has moved between releases, the modules are tried
+in order. To support a new release, run `make test-vllm-matrix` with it and repair this file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TESTED_RELEASES = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
 
 _LAYERS = "vllm.model_executor.layers"
-# name -> the modules that may hold it, the newest release's first
+# name -> the modules that may define it, the newest release's first
 _MODULES: dict[str, tuple[str, ...]] = {
     # plugin: registration
     "QUANTIZATION_METHODS": (f"{_LAYERS}.quantization",),
@@ -66,7 +66,7 @@ def __getattr__(name: str) -> Any:
     """Import one of vLLM's names.
 
     Raises:
-        ImportError: this vLLM has it in none of the known places; says which releases were tested.
+        ImportError: this vLLM has it in none of the modules; the message names the tested releases.
     """
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -74,7 +74,7 @@ def __getattr__(name: str) -> Any:
         try:
             return getattr(import_module(module), name)
         except ModuleNotFoundError as error:
-            # what a module of vLLM's needs and does not find is not a name that has moved
+            # a missing dependency of a vLLM module is an error of its own, not a moved name
             if not f"{module}.".startswith(f"{error.name}."):
                 raise
         except AttributeError:
@@ -90,14 +90,14 @@ def names() -> Iterable[str]:
 
 
 def installed_version() -> str:
-    """Return the version of the installed vLLM, whatever its package is called."""
+    """Return the version of the installed vLLM, under whichever package name it is installed."""
     import vllm
 
     return str(vllm.__version__)
 
 
 def untested_release() -> str | None:
-    """Return a sentence if the installed vLLM is none of the releases that were tested, else None."""
+    """Return a warning if the installed vLLM is none of the tested releases, else None."""
     version = installed_version()
     if ".".join(version.split("+")[0].split(".")[:3]) in TESTED_RELEASES:
         return None
@@ -115,13 +115,13 @@ def kernel_config(
     sym: bool,
     act_dtype: Any,
 ) -> Any:
-    """Return vLLM's description of an integer matrix, by which it chooses a kernel.
+    """Return vLLM's description of an integer matrix, from which it chooses a kernel.
 
     Args:
         shape: [rows, columns] on this rank.
         full_shape: [rows, columns] over all tensor-parallel ranks.
-        bits: Of a stored value.
-        group_size: Columns that share a scale; -1 for one scale a row.
+        bits: Bits of a stored value.
+        group_size: Number of columns that share a scale; -1 for one scale per row.
         sym: Whether there is no zero point.
         act_dtype: torch dtype of the activations.
 
@@ -130,43 +130,43 @@ def kernel_config(
     """
     scalar_types = __getattr__("scalar_types")
     # stored values are unsigned; symmetric ones carry a fixed offset of half the range
-    kind = f"uint{bits}b{2 ** (bits - 1)}" if sym else f"uint{bits}"
-    if not hasattr(scalar_types, kind):
+    type_name = f"uint{bits}b{2 ** (bits - 1)}" if sym else f"uint{bits}"
+    if not hasattr(scalar_types, type_name):
         raise ValueError(f"vLLM knows no {bits}-bit integers {'without' if sym else 'with'} zero points")
     fields = {
         "full_weight_shape": full_shape[::-1],
         "partition_weight_shape": shape[::-1],
-        "weight_type": getattr(scalar_types, kind),
+        "weight_type": getattr(scalar_types, type_name),
         "act_type": act_dtype,
         "group_size": group_size,
         "zero_points": not sym,
         "has_g_idx": False,  # a field up to vLLM 0.29
     }
     config_class = __getattr__("MPLinearLayerConfig")
-    known = {field.name for field in dataclasses.fields(config_class)}
-    return config_class(**{name: value for name, value in fields.items() if name in known})
+    field_names = {field.name for field in dataclasses.fields(config_class)}
+    return config_class(**{name: value for name, value in fields.items() if name in field_names})
 
 
 def compressed_tensors_arguments(quantization: WeightQuantization) -> Any:
-    """Return compressed-tensors' description of integers, as vLLM's methods for its checkpoints take it."""
+    """Return compressed-tensors' description of integers, which vLLM's methods for such checkpoints take."""
     from compressed_tensors.quantization import QuantizationArgs
 
     return QuantizationArgs(**weight_arguments(quantization))
 
 
 def padded_shape(kernel: str, shape: tuple[int, int], group_size: int) -> tuple[int, int]:
-    """Return the [rows, columns] to which a kernel fills a matrix up with zeros.
+    """Return the shape [rows, columns] to which a kernel pads a matrix with zeros.
 
     Args:
         kernel: name of its class.
         shape: [rows, columns] on a rank.
-        group_size: Columns that share a scale; -1 for one scale a row.
+        group_size: Number of columns that share a scale; -1 for one scale per row.
     """
     rows, columns = shape
     if kernel == "MarlinLinearKernel":
         try:
             pad = __getattr__("marlin_padded_nk")
-        except ImportError:  # up to the release that taught Marlin to pad
+        except ImportError:  # releases before Marlin padded
             return shape
         padded: tuple[int, int] = pad(rows, columns, group_size)
         return padded
@@ -176,7 +176,7 @@ def padded_shape(kernel: str, shape: tuple[int, int], group_size: int) -> tuple[
 
 
 def missing_operator(kernel: str) -> str | None:
-    """Return the name of an operator that a CPU kernel calls and this build of vLLM lacks, else None."""
+    """Return the name of the operator of a CPU kernel that this build of vLLM lacks, else None."""
     import torch
 
     operator = {"CPUWNA16LinearKernel": "cpu_gemm_wna16"}.get(kernel)
@@ -184,10 +184,10 @@ def missing_operator(kernel: str) -> str | None:
 
 
 def replace_platform(platform: Any) -> None:
-    """Put an object in the place of vLLM's platform, in every module that has it or will ask for it.
+    """Replace vLLM's platform object in every module that has imported it or will import it.
 
-    `has_humming` is replaced with it, since the CUDA wheel always brings that package: it then is true where
-    `platform.is_cuda()` is.
+    `has_humming` is replaced too, since the CUDA wheel always has that package: it then returns
+    `platform.is_cuda()`.
     """
     import vllm.platforms
 
@@ -205,7 +205,7 @@ def replace_platform(platform: Any) -> None:
 
 
 def platform_of(kind: str, capability: tuple[int, int] | None) -> Any:
-    """Return a platform of vLLM's that says what a machine with such an accelerator would say.
+    """Return a vLLM platform object that answers like a machine with the given accelerator.
 
     Args:
         kind: vLLM's name of the platform: CUDA, ROCM or CPU.
@@ -218,10 +218,10 @@ def platform_of(kind: str, capability: tuple[int, int] | None) -> Any:
 
         return CpuPlatform()
     if kind == "ROCM":
-        # kernels ask this module for the chip, and it asks the driver: here it is a data-centre one (MI300)
-        chip = ModuleType("vllm.platforms.rocm")
-        vars(chip)["__getattr__"] = lambda name: lambda *_: name == "on_mi3xx"
-        sys.modules[chip.__name__] = chip
+        # kernels ask this module for the chip, and it asks the driver: this one answers for MI300
+        rocm_module = ModuleType("vllm.platforms.rocm")
+        vars(rocm_module)["__getattr__"] = lambda name: lambda *_: name == "on_mi3xx"
+        sys.modules[rocm_module.__name__] = rocm_module
 
     class StubbedPlatform(Platform):  # type: ignore[misc]  # vLLM's classes are Any to mypy
         _enum = PlatformEnum[kind]

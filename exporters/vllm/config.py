@@ -1,9 +1,9 @@
-"""vLLM's view of a compressed model: which layers are ours, and whether the checkpoint was complete.
+"""The quantization config that vLLM uses: methods for compressed layers, and the check of loaded tensors.
 
-A layer is found in config.json by its *canonical* name, its path without the parts that name the whole
-decoder (`model`, `language_model`, `transformer` ...): vLLM and the checkpoint place those differently, how
-vLLM maps one to the other has changed from release to release, and a model that drafts for another is named
-`draft_model` as a whole. Fused layers are looked up projection by projection.
+A layer is looked up in config.json by its *canonical* name, its path without the parts that name the whole
+decoder (`model`, `language_model`, `transformer` ...): these differ between vLLM and checkpoints, vLLM's
+mapping has changed from release to release, and the path of a draft model begins with `draft_model`. Fused
+layers are looked up projection by projection.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
     _Method = LowRankLinearMethod | UnalteredLinearMethod | VocabularyMethod | _ExpertsMethod
 
 _WRAPPER_PARTS = frozenset({"model", "language_model", "transformer", "gpt_neox", "draft_model"})
-_RENAMED_PARTS = {"attn": "self_attn"}  # of gpt-oss in vLLM, in its checkpoints
+_RENAMED_PARTS = {"attn": "self_attn"}  # vLLM's name in gpt-oss -> the checkpoint's name
 _LAYER_PATH = re.compile(r"^.*?\b(?:layers|h)\.\d+\b")
-_OUTPUT_LAYERS = frozenset({"lm_head", "embed_out"})  # what checkpoints call them
-_MOST_PROBLEMS_SHOWN = 40
-# its PyTorch operators take -1, which means no adapter, for an index (0.32)
+_OUTPUT_LAYERS = frozenset({"lm_head", "embed_out"})  # in checkpoints
+_MAX_PROBLEMS = 40
+# vLLM 0.32's PyTorch operators use -1, which means no adapter, as an index
 _ADAPTERS_ON_CPUS = (
     "vLLM's CPU engine applies the LoRA adapter in its last slot to requests without one that run beside "
     "requests with one, whatever the model: start it with --max-loras one larger than the number of "
     "adapters, so that this slot stays empty"
 )
-_LOGGER = "vllm.ercsvd"  # below vLLM's own, so that its level and format hold
+_LOGGER = "vllm.ercsvd"  # a child of vLLM's logger, for its level and format
 
 
 class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes are Any to mypy
-    """The `quantization_config` of a compressed checkpoint, as vLLM asks for it.
+    """vLLM's quantization config of a compressed checkpoint.
 
     Raises:
         CheckpointFormatError: two modules of the description would be the same layer of the served model.
@@ -64,10 +64,10 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         for name, storage in checkpoint.modules.items():
             if not storage.is_altered:
                 continue
-            other, _ = self._modules.setdefault(canonical_name(name), (name, storage))
-            if other != name:
+            first_name, _ = self._modules.setdefault(canonical_name(name), (name, storage))
+            if first_name != name:
                 raise CheckpointFormatError(
-                    f"quantization_config.modules: {other} and {name} are one layer to vLLM"
+                    f"quantization_config.modules: {first_name} and {name} are one layer to vLLM"
                 )
         self._unchecked: list[_Method] = []
         self._has_experts = any(".experts." in name for name in self._modules)
@@ -84,7 +84,7 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Return the activation dtypes; in float32 integer matrices are served as plain ones."""
+        """Return the supported activation dtypes; with float32, integer matrices are dequantized."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
@@ -107,12 +107,12 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         return cls(CheckpointConfig.read(config))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Return a method for a Linear: ours if a projection is altered, else vLLM's own, which watches only.
+        """Return a layer's method: for a Linear ours if a projection is altered, else vLLM's with checks.
 
-        Routed experts get ours if one of them is altered, an input embedding and an output layer if they are
-        integers. Attention gets None, vLLM's sign for "not quantized".
+        Routed experts get our method if one of them is altered, an input embedding and an output layer if
+        they are integers. Attention gets None, which means "not quantized" in vLLM.
         """
-        # Imported here: they load vLLM's kernels, which the processes that only read the config do not need.
+        # Imported here: they load vLLM's kernels, which processes that only read the config do not need.
         from ercsvd_deploy.exporters.vllm.compatibility import LinearBase, VocabParallelEmbedding
         from ercsvd_deploy.exporters.vllm.method import LowRankLinearMethod, UnalteredLinearMethod
 
@@ -120,13 +120,13 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
             return self._vocabulary_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return self._experts_method(layer, prefix) if self._has_experts else None
-        self._note_layer(prefix)
+        self._record_layer(prefix)
         names = self._projection_names(prefix)
         described = [self._modules.get(canonical_name(name)) for name in names]
-        self._matched.update(found[0] for found in described if found)
+        self._matched.update(entry[0] for entry in described if entry)
         method: LowRankLinearMethod | UnalteredLinearMethod
         if any(described):
-            projections = [found or (name, None) for name, found in zip(names, described, strict=True)]
+            projections = [entry or (name, None) for name, entry in zip(names, described, strict=True)]
             method = LowRankLinearMethod(
                 projections, self._kernels, check_model=self.check_loaded, tell_ready=self._layer_is_ready
             )
@@ -136,8 +136,8 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         self._unchecked.append(method)
         return method
 
-    def _note_layer(self, prefix: str) -> None:
-        """Note which decoder layer is here, and how the engine loads it."""
+    def _record_layer(self, prefix: str) -> None:
+        """Record that a decoder layer is on this rank, and how the engine loads weights."""
         layer_path = _LAYER_PATH.match(canonical_name(prefix))
         if layer_path:
             self._layers_here.add(layer_path[0])
@@ -147,7 +147,7 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         self._serves_adapters = engine is not None and engine.lora_config is not None
 
     def _experts_method(self, layer: Any, prefix: str) -> Any:
-        """Return a method for a layer's routed experts; None if none of them is altered, or it has none."""
+        """Return a method for routed experts; None for other layers, or if no expert is altered."""
         from ercsvd_deploy.exporters.vllm.compatibility import RoutedExperts
 
         if not isinstance(layer, RoutedExperts):
@@ -155,7 +155,7 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         from ercsvd_deploy.exporters.vllm.experts.choice import choose_experts_method
         from ercsvd_deploy.exporters.vllm.experts.tensors import ExpertTensors
 
-        self._note_layer(prefix)
+        self._record_layer(prefix)
         leaves = {
             "w1": layer.ckpt_gate_proj_name,
             "w2": layer.ckpt_down_proj_name,
@@ -181,7 +181,7 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         return method
 
     def _vocabulary_method(self, layer: Any, prefix: str) -> Any:
-        """Return a method for an input embedding or an output layer; None if vLLM's own will do."""
+        """Return a method for an input embedding or an output layer; None for vLLM's own method."""
         from ercsvd_deploy.exporters.vllm.compatibility import ParallelLMHead
         from ercsvd_deploy.exporters.vllm.vocabulary import (
             EmbeddingMethod,
@@ -190,39 +190,39 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         )
 
         is_output = isinstance(layer, ParallelLMHead)
-        found = self._find_vocabulary(layer, prefix, is_output=is_output)
-        if found is None:
+        entry = self._find_vocabulary(layer, prefix, is_output=is_output)
+        if entry is None:
             return TiableOutputLayerMethod() if is_output else None
-        self._matched.add(found[0])
+        self._matched.add(entry[0])
         method = (OutputLayerMethod if is_output else EmbeddingMethod)(
-            *found, self._kernels, check_model=self.check_loaded, tell_ready=self._layer_is_ready
+            *entry, self._kernels, check_model=self.check_loaded, tell_ready=self._layer_is_ready
         )
         self._num_unready += 1
         self._unchecked.append(method)
         return method
 
     def _find_vocabulary(self, layer: Any, prefix: str, *, is_output: bool) -> tuple[str, Storage] | None:
-        """Return checkpoint name and description of a layer with a row for every token; None if it has none.
+        """Return checkpoint name and storage of an embedding or output layer; None if it is not altered.
 
-        Many of vLLM's models do not tell the embedding its name, and some have another for the output layer
-        than checkpoints: then it is the only one of its kind and shape outside the decoder layers.
+        In many of vLLM's models the embedding has no name, and in some the output layer's name differs from
+        the checkpoint's: then it is the only entry of its kind and shape outside the decoder layers.
         """
-        if named := self._modules.get(canonical_name(prefix)):
-            return named
+        if entry := self._modules.get(canonical_name(prefix)):
+            return entry
         shape = (layer.org_vocab_size, layer.embedding_dim)
-        alike = [
-            found
-            for canonical, found in self._modules.items()
+        candidates = [
+            entry
+            for canonical, entry in self._modules.items()
             if not _LAYER_PATH.match(canonical)
-            and found[1].shape == shape
+            and entry[1].shape == shape
             and (canonical.rpartition(".")[2] in _OUTPUT_LAYERS) is is_output
         ]
-        return alike[0] if len(alike) == 1 else None
+        return candidates[0] if len(candidates) == 1 else None
 
     def check_loaded(self) -> None:
-        """Raise one error that names every tensor of the model that did not come as described.
+        """Raise one error that names every tensor that was not loaded as config.json describes it.
 
-        The linear methods call it when vLLM has loaded all weights; further calls do nothing.
+        The layers' methods call it when vLLM has loaded all weights; only the first call has an effect.
 
         Raises:
             CheckpointFormatError: tensors were missing, surplus or mis-shaped, or config.json describes
@@ -239,16 +239,16 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
             problems += [problem for method in self._unchecked for problem in method.problems()]
         self._unchecked = []
         if problems:
-            hidden = len(problems) - _MOST_PROBLEMS_SHOWN
+            hidden = len(problems) - _MAX_PROBLEMS
             more = [f"... and {hidden} more"] if hidden > 0 else []
             raise CheckpointFormatError(
                 f"the checkpoint does not hold what its config.json describes ({len(problems)} problems):\n  "
-                + "\n  ".join(problems[:_MOST_PROBLEMS_SHOWN] + more)
+                + "\n  ".join(problems[:_MAX_PROBLEMS] + more)
                 + "\nThe directory is incomplete or was edited: export or copy it again."
             )
 
     def _layer_is_ready(self) -> None:
-        """Say behind the last layer, in a line each, what is served without a kernel or at a risk."""
+        """Count the finished layers; after the last one, log warnings about missing kernels and adapters."""
         from ercsvd_deploy.exporters.vllm.compatibility import current_platform
 
         self._num_unready -= 1
@@ -265,13 +265,13 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         return projection_names(prefix, self.packed_modules_mapping.get(prefix.rpartition(".")[2]))
 
     def _may_be_elsewhere(self, canonical: str) -> bool:
-        """Whether a module may live on another pipeline-parallel rank."""
+        """Whether a module may be on another pipeline-parallel rank."""
         layer_path = _LAYER_PATH.match(canonical)
         is_absent = layer_path is None or layer_path[0] not in self._layers_here
         return get_pp_group().world_size > 1 and is_absent
 
 
 def canonical_name(name: str) -> str:
-    """Return a module path without the parts that vLLM and checkpoints place differently."""
+    """Return a module path without the parts in which vLLM and checkpoints differ."""
     parts = (part for part in name.split(".") if part not in _WRAPPER_PARTS)
     return ".".join(_RENAMED_PARTS.get(part, part) for part in parts)

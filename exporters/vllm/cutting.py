@@ -1,14 +1,14 @@
-"""Which matrices vLLM can load at every tensor parallel size, and which its kernels take; no vLLM needed.
+"""Check which matrices vLLM can load at every tensor parallel size; no vLLM needed.
 
-A plan must work on the machine it is served on, which is seldom the one it is made on. At tensor parallel
-size t a column-parallel Linear has out/t rows on a rank and a row-parallel one in/t columns. Of a factor
-pair, the first factor of a row-parallel Linear and the second of a column-parallel one are cut; the pivoted
-layout is cut in the same places, and so is the pair that corrects integers, beside these. What cannot be cut
-evenly, or would have a scale group or a packed 32-bit word on two ranks, cannot be loaded.
+A plan is seldom made on the machine that serves the model. At tensor parallel size t a column-parallel
+Linear has out/t rows on a rank and a row-parallel one in/t columns. Of a factor
+pair, the first factor of a row-parallel Linear and the second of a column-parallel one are cut; the matrices
+of the pivoted layout and the pair that corrects integers are cut likewise. A matrix cannot be loaded if it
+cannot be cut evenly, or if a scale group or a packed 32-bit word would lie on two ranks.
 
-Everything else is served, but not equally fast: integer kernels work on whole blocks of 32 rows and 32
-columns. Other matrices are padded on GPUs, or brought into plain ones when they are loaded. (Other rows of
-the pivoted layout are padded to whole blocks when they are loaded, so any number of them will do.)
+All others can be served, but not equally fast: integer kernels work on whole blocks of 32 rows and 32
+columns. Other matrices are padded on GPUs, or dequantized when they are loaded. (Rows of `other_rows` in the
+pivoted layout are padded to whole blocks when they are loaded, so any number of them works.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import Architecture
 
 BLOCK = 32
-_TOKENS = 64  # vLLM fills a vocabulary up to a multiple of them
+_VOCABULARY_MULTIPLE = 64  # vLLM pads a vocabulary to a multiple of this
 GROUP_SIZES = (-1, 32, 64, 128)
 _FIRST_PARTS = (FACTOR_A, PIVOT_ROWS)
 _SECOND_PARTS = (FACTOR_B, OTHER_ROWS)
@@ -40,30 +40,30 @@ _SECOND_PARTS = (FACTOR_B, OTHER_ROWS)
 
 @dataclass(frozen=True)
 class UnalignedMatrix:
-    """An integer matrix that is no whole number of the kernels' blocks on a rank."""
+    """An integer matrix whose shape on a rank is not a multiple of the kernels' blocks."""
 
     name: str
-    tensor_parallel_size: int  # the smallest at which it is so
+    tensor_parallel_size: int  # the smallest one with such a shape
     rows: int  # on a rank
     columns: int
 
 
 def find_uncuttable(architecture: Architecture, tensor_parallel_sizes: Iterable[int]) -> list[str]:
-    """Return one line for every tensor parallel size that vLLM refuses for this model, compressed or not."""
+    """Return one line for every tensor parallel size that vLLM refuses for the original model."""
     problems = []
     for size in sorted(set(tensor_parallel_sizes)):
         heads = architecture.num_attention_heads
-        key_value = {architecture.num_key_value_heads, *architecture.other_key_value_heads.values()}
-        fitting = [
-            other
-            for other in range(1, heads + 1)
-            if all(_heads_fit(heads, each, other) for each in key_value)
+        head_counts = {architecture.num_key_value_heads, *architecture.other_key_value_heads.values()}
+        possible_sizes = [
+            candidate
+            for candidate in range(1, heads + 1)
+            if all(_heads_fit(heads, key_value, candidate) for key_value in head_counts)
         ]
-        if size not in fitting:
-            listed = " or ".join(map(str, sorted(key_value)))
+        if size not in possible_sizes:
+            listed = " or ".join(map(str, sorted(head_counts)))
             problems.append(
                 f"tensor parallel size {size}: {heads} attention heads, {listed} of them for keys and "
-                f"values, cannot be shared out evenly; sizes that work: {', '.join(map(str, fitting))}"
+                f"values, cannot be shared out evenly; sizes that work: {', '.join(map(str, possible_sizes))}"
             )
             continue
         for linear in architecture.linears:
@@ -84,7 +84,7 @@ def find_unservable(
     architecture: Architecture,
     tensor_parallel_sizes: Iterable[int],
 ) -> list[str]:
-    """Return one line for every matrix that cannot be loaded at some tensor parallel size."""
+    """Return one line for every matrix that cannot be loaded at one of the tensor parallel sizes."""
     problems = []
     tensor_parallel_sizes = sorted(set(tensor_parallel_sizes))
     for name, description in modules.items():
@@ -112,8 +112,8 @@ def find_unaligned(
     architecture: Architecture,
     tensor_parallel_sizes: Iterable[int],
 ) -> list[UnalignedMatrix]:
-    """Return the integer matrices that integer kernels pad or do not take, though they can be loaded."""
-    found = []
+    """Return the integer matrices that can be loaded, but that kernels pad or do not support."""
+    unaligned = []
     sizes = sorted(set(tensor_parallel_sizes))
     for name, description in modules.items():
         for part, ((rows, columns), storage) in description.parts.items():
@@ -123,9 +123,9 @@ def find_unaligned(
                 local = local_shape(name, part, rows, columns, architecture, size)
                 if local is None or ((local[0] % BLOCK == 0 or part == OTHER_ROWS) and local[1] % BLOCK == 0):
                     continue
-                found.append(UnalignedMatrix(f"{name}.{part}" if part else name, size, *local))
+                unaligned.append(UnalignedMatrix(f"{name}.{part}" if part else name, size, *local))
                 break
-    return found
+    return unaligned
 
 
 def local_shape(
@@ -133,7 +133,7 @@ def local_shape(
 ) -> tuple[int, int] | None:
     """Return (rows, columns) of a matrix on one rank; None if it cannot be cut evenly."""
     if architecture.vocabulary.has(name):
-        tokens = -(-rows // _TOKENS) * _TOKENS
+        tokens = -(-rows // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
         return (tokens // size, columns) if tokens % size == 0 else None
     if architecture.is_row_parallel(name):
         if part in _SECOND_PARTS:
@@ -141,8 +141,8 @@ def local_shape(
         return (rows, columns // size) if columns % size == 0 else None
     if part in _FIRST_PARTS:
         return rows, columns
-    held = architecture.outputs_on_rank(name, rows, size)
-    return None if held is None else (held, columns)
+    local_rows = architecture.outputs_on_rank(name, rows, size)
+    return None if local_rows is None else (local_rows, columns)
 
 
 def _uncuttable_pivots(
@@ -151,7 +151,7 @@ def _uncuttable_pivots(
     architecture: Architecture,
     tensor_parallel_sizes: Iterable[int],
 ) -> list[str]:
-    """Return a line if some rank would hold another number of pivots than the others."""
+    """Return an error message if the ranks would have different numbers of pivots."""
     if description.pivot_blocks is None or architecture.is_row_parallel(name):
         return []
     if is_sorted_when_loaded(name):
@@ -160,44 +160,45 @@ def _uncuttable_pivots(
             "do with pivots; layout low_rank can"
         ]
     for size in tensor_parallel_sizes:
-        parts = architecture.num_output_shards(name, size)
+        shards = architecture.num_output_shards(name, size)
         if size > 1 and len(architecture.output_blocks(name, description.shape[0])) > 1:
             return [
                 f"{name} at tensor parallel size {size}: it is several projections in one matrix, and pivots "
                 "cannot be shared out among ranks in each of them; layout low_rank can"
             ]
-        if description.pivot_blocks % parts:
+        if description.pivot_blocks % shards:
             return [
                 f"{name} at tensor parallel size {size}: its {description.rank} pivots lie in "
-                f"{description.pivot_blocks} equal blocks, which cannot be cut into {parts}; tensor parallel "
-                "sizes 1, 2, 4 and 8 can be had by rank_multiple auto or 8, others by layout low_rank"
+                f"{description.pivot_blocks} equal blocks, which cannot be cut into {shards}; tensor "
+                "parallel sizes 1, 2, 4 and 8 can be had by rank_multiple auto or 8, others by layout "
+                "low_rank"
             ]
     return []
 
 
 def _heads_fit(heads: int, key_value: int, size: int) -> bool:
-    """Whether vLLM can share out heads: key-value heads are repeated where there are fewer than ranks."""
+    """Whether vLLM can divide heads among ranks; fewer key-value heads than ranks are repeated."""
     return heads % size == 0 and (key_value % size == 0 if key_value >= size else size % key_value == 0)
 
 
 def _refusal(columns: int, part: str, storage: WeightQuantization | None) -> str | None:
-    """Say why a matrix with so many columns on a rank cannot be loaded."""
+    """Return why a matrix with `columns` columns on a rank cannot be loaded; None if it can."""
     if storage is None:
         return None
     is_second_factor = part in _SECOND_PARTS
     if storage.group_size != -1 and columns % storage.group_size:
-        fitting = ", ".join(str(size) for size in GROUP_SIZES if size == -1 or columns % size == 0)
-        remedy = f"group_size {fitting} would" + (
+        possible_sizes = ", ".join(str(size) for size in GROUP_SIZES if size == -1 or columns % size == 0)
+        remedy = f"group_size {possible_sizes} would" + (
             f", or rank_multiple {storage.group_size} or auto" if is_second_factor else ""
         )
         return f"group_size {storage.group_size} does not divide its {columns} columns on a rank; {remedy}"
-    whole = values_in_whole_words(storage.bits)
-    if columns % whole:
+    multiple = values_in_whole_words(storage.bits)
+    if columns % multiple:
         remedy = "leave it out with ignore"
         if is_second_factor:
-            remedy = f"rank_multiple {whole} or auto would do"
+            remedy = f"rank_multiple {multiple} or auto would do"
         return (
-            f"its {columns} columns on a rank are no multiple of {whole}, so that {storage.bits}-bit "
+            f"its {columns} columns on a rank are no multiple of {multiple}, so that {storage.bits}-bit "
             f"integers do not fill whole words; {remedy}"
         )
     return None

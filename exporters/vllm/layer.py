@@ -1,11 +1,11 @@
 """The computation of one layer: first matrices stacked into as few GEMMs as possible, then second factors.
 
-All projections of a layer read the same input, so their first matrices (a dense weight, `factor_a`, or
-`pivot_rows`) that are stored alike - plain, or integers of one kind - are rows of one matrix. What comes out
-is split by projection; low-rank ones go through their `factor_b`. Corrected ones have two first matrices,
-and what their `factor_b` makes of the second's outputs is added to the first's. Of pivoted ones it is part of
-the output already, and `other_rows` makes the rest of it; one gather then puts all outputs of the layer in
-order.
+All projections of a layer read the same input. Therefore those first matrices (a dense weight, `factor_a`, or
+`pivot_rows`) that have the same storage - plain, or integers of one kind - are stacked into one. Its outputs
+are split by projection. For a low-rank projection `factor_b` is applied to them. A corrected projection has
+two first matrices: `factor_b` is applied to the outputs of the second, and the result is added to those of
+the first. For a pivoted projection they are part of the outputs, and `other_rows` gives the others; one
+gather then puts all outputs of the layer in order.
 
 Under tensor parallelism the blocks of A and B follow from the projection's block of W = B A. Column-parallel
 layers hold all of A and a block of B's rows; row-parallel ones a block of A's columns and all of B, and vLLM
@@ -35,22 +35,22 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class _Stack:
     matrix: Matrix
-    members: tuple[tuple[int, str], ...]  # number of the projection, name of the part
+    members: tuple[tuple[int, str], ...]  # index of the projection, name of the part
     widths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Second:
     matrix: Matrix
-    width: int  # of its outputs, those of padding rows included
-    reads: str  # name of the first part whose outputs it multiplies
-    adds_to: str | None  # of the one that its own outputs are added to
+    width: int  # number of outputs, those of padding rows included
+    reads: str  # name of the first part whose outputs are its inputs
+    adds_to: str | None  # name of the first part to whose outputs its own are added
 
-    def output(self, firsts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the outputs of a projection, given those of its first parts."""
-        # not every kernel takes strided rows; copying `rank` columns is nothing beside the GEMM
-        output: torch.Tensor = self.matrix(firsts[self.reads].contiguous())
-        return output if self.adds_to is None else firsts[self.adds_to] + output
+    def output(self, first_outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the outputs of a projection, given the outputs of its first parts."""
+        # not every kernel takes strided rows; copying `rank` columns is cheap compared to the GEMM
+        output: torch.Tensor = self.matrix(first_outputs[self.reads].contiguous())
+        return output if self.adds_to is None else first_outputs[self.adds_to] + output
 
 
 class StackedLinear(nn.Module):
@@ -58,8 +58,8 @@ class StackedLinear(nn.Module):
 
     Args:
         projections: the layer's projections, in output order.
-        dtype: of the activations.
-        record: of the model's kernels.
+        dtype: dtype of the activations.
+        record: the record of the model's kernels.
         allow_op: whether the registered operator may be used.
 
     Raises:
@@ -89,14 +89,14 @@ class StackedLinear(nn.Module):
         ]
 
     def finalize(self) -> None:
-        """Bring every loaded matrix into its kernel's layout, or into a plain one where no kernel works."""
+        """Convert every loaded matrix into its kernel's layout, or dequantize it if no kernel works."""
         self._stacks = [replace(stack, matrix=stack.matrix.finalize()) for stack in self._stacks]
         self._seconds = [
             None if second is None else replace(second, matrix=second.matrix.finalize())
             for second in self._seconds
         ]
         self._register_matrices()
-        self.loaders = []  # they hold the matrices that plain ones have replaced
+        self.loaders = []  # they refer to matrices that plain ones may have replaced
         self._uses_op = (
             self._allow_op
             and len(self._stacks) == 1
@@ -114,13 +114,14 @@ class StackedLinear(nn.Module):
             )
             return output
         results = [stack.matrix(x) for stack in self._stacks]
-        firsts: list[dict[str, torch.Tensor]] = [{} for _ in self._seconds]
+        first_outputs: list[dict[str, torch.Tensor]] = [{} for _ in self._seconds]
         for stack, result in zip(self._stacks, results, strict=True):
-            for (index, part), first in zip(stack.members, result.split(stack.widths, dim=-1), strict=True):
-                firsts[index][part] = first
+            split_result = result.split(stack.widths, dim=-1)
+            for (index, part), part_outputs in zip(stack.members, split_result, strict=True):
+                first_outputs[index][part] = part_outputs
         outputs = [
-            first[""] if second is None else second.output(first)
-            for first, second in zip(firsts, self._seconds, strict=True)
+            part_outputs[""] if second is None else second.output(part_outputs)
+            for part_outputs, second in zip(first_outputs, self._seconds, strict=True)
         ]
         if self.order is not None:
             results += [
@@ -129,7 +130,7 @@ class StackedLinear(nn.Module):
             joined = torch.cat(results, dim=-1).index_select(-1, self.order)
         else:
             joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        # added here rather than by a GEMM: vLLM's repacking changes the dtype of a bias it is told of
+        # added here rather than by a GEMM: vLLM's repacking changes the dtype of a bias
         return joined if bias is None else joined + bias
 
     def _matrices(self) -> list[Matrix]:
@@ -140,9 +141,9 @@ class StackedLinear(nn.Module):
         self.matrices = nn.ModuleList(self._matrices())
 
     def _order_outputs(self, projections: Sequence[Projection]) -> list[OrderPlacement | None]:
-        """Make `order`, unless no projection is pivoted; return where their row orders go.
+        """Create `order` if a projection is pivoted; return the placement of each projection's row order.
 
-        Until those are loaded, pivoted outputs are all taken from place 0: a place that exists.
+        Until row orders are loaded, all pivoted outputs are taken from index 0, which exists.
         """
         first_starts: dict[int, int] = {}
         start = 0

@@ -1,7 +1,7 @@
-"""One integer matrix of a linear layer, in the form that vLLM's kernels want it.
+"""One integer matrix of a linear layer for vLLM's kernels.
 
-It lives as a plain one does (`plain_matrix`): `finalize` hands the loaded integers to the kernel that vLLM
-chooses, or returns a plain matrix of the same numbers where there is none.
+It has the interface of a plain one (`plain_matrix`): `finalize` passes the loaded integers to the kernel that
+vLLM chooses, or returns a plain matrix of the same numbers if there is no kernel.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from ercsvd_deploy.format.schema import (
 if TYPE_CHECKING:
     from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
 
-_TRIED_ROWS = 256  # of a kernel's first product are compared with the stored integers
-_TOLERANCE = 0.05  # of their norm: kernels that round activations to 8 bits are off by about a hundredth
+_TRIAL_OUTPUTS = 256  # outputs of a kernel that its trial compares with those of the dequantized matrix
+_TOLERANCE = 0.05  # relative to their norm: kernels that round activations to 8 bits are off by about 0.01
 _ROUNDING = 1e-3
-_ROWS_AT_ONCE = 4096  # are unpacked to 32 bits a value
+_ROWS_AT_ONCE = 4096  # rows dequantized at once, to 32 bits a value
 
 
 class PackedMatrix(nn.Module):
@@ -46,16 +46,16 @@ class PackedMatrix(nn.Module):
     `PlainMatrix` of the same numbers instead, unless kernels are required.
 
     Args:
-        name: of the matrix in the checkpoint, for messages.
+        name: name of the matrix in the checkpoint, for error messages.
         shape: [rows, columns] on this rank; rows that are never loaded stay zero.
         full_shape: [rows, columns] over all tensor-parallel ranks.
         quantization: how the checkpoint stores it.
-        dtype: of the activations and the scales.
-        record: of the model's kernels.
+        dtype: dtype of the activations and the scales.
+        record: the record of the model's kernels.
 
     Raises:
-        ValueError: this rank's columns are not whole groups, or a kernel is required and there is none;
-            vLLM's reasons follow.
+        ValueError: this rank's columns are not whole groups, or a kernel is required and there is none; the
+            message gives vLLM's reasons.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class PackedMatrix(nn.Module):
         rows, columns = shape
         self._name, self._shape, self._full_shape = name, shape, full_shape
         self._quantization, self._dtype, self._record = quantization, dtype, record
-        per_word = Fraction(WORD_BITS, quantization.bits)  # as vLLM's own scheme tells kernels
+        per_word = Fraction(WORD_BITS, quantization.bits)  # in the form of vLLM's own scheme
         self._per_word = per_word if per_word.denominator > 1 else int(per_word)
-        cut = cut_group(columns, quantization)
-        if cut:
-            raise ValueError(self._describe(cut))
+        problem = cut_group(columns, quantization)
+        if problem:
+            raise ValueError(self._describe(problem))
         self._reason, self._kernel = self._choose_kernel()
         if self._kernel is None:
             record.require(self._describe(self._reason))
-        # what kernels read off the layer they are given, as vLLM's own WNA16 scheme sets it
+        # attributes of a layer that kernels read, as vLLM's own WNA16 scheme sets them
         self.input_size = self.input_size_per_partition = columns
         self.output_size = self.output_size_per_partition = rows
         self.output_partition_sizes = self.logical_widths = [rows]
@@ -119,26 +119,26 @@ class PackedMatrix(nn.Module):
         elif leaf == WEIGHT_SCALE:
             copy_rows(self.weight_scale, tensor[rows, groups], first_row)
         elif leaf == WEIGHT_ZERO_POINT and self._zero_points is not None:
-            one_a_word = unpack_rows(tensor, self._quantization.bits, rows.stop)
-            copy_rows(self._zero_points, one_a_word[rows, groups], first_row)
+            unpacked = unpack_rows(tensor, self._quantization.bits, rows.stop)
+            copy_rows(self._zero_points, unpacked[rows, groups], first_row)
 
     def finalize(self) -> Matrix:
-        """Bring the loaded tensors into the kernel's layout; return what is to be multiplied from now on.
+        """Convert the loaded tensors into the kernel's layout; return the matrix to multiply from now on.
 
         Raises:
-            KernelError: the kernel does not work in this build, and one is required.
+            KernelError: the kernel does not work in this build, and kernels are required.
         """
-        if self.weight_packed.is_meta:  # vLLM builds what it will not run without storage
+        if self.weight_packed.is_meta:  # vLLM builds layers that it will not run on the meta device
             return self
         if self._kernel is not None:
             kind = (type(self._kernel), self._shape, self._full_shape, self._quantization, self._dtype)
             if not self._record.was_tried(kind):
-                stored = self._stored()
-                self._record.tried(kind, self._try_kernel(*stored))
+                loaded = self._copy_loaded()
+                self._record.record_trial(kind, self._try_kernel(*loaded))
                 if self._record.failure(kind) is not None:
-                    self.weight_packed, self.weight_scale, self._zero_points = stored
+                    self.weight_packed, self.weight_scale, self._zero_points = loaded
             elif self._record.failure(kind) is None:
-                self._hand_to_kernel()
+                self._convert_for_kernel()
             self._reason = self._record.failure(kind)
         if self._reason is None:
             self._record.served_by_kernel()
@@ -153,7 +153,7 @@ class PackedMatrix(nn.Module):
         return product
 
     def _choose_kernel(self) -> tuple[str | None, Any]:
-        """Return (None, kernel), or why there is none and None."""
+        """Return (None, kernel), or (the reason why there is none, None)."""
         if self._dtype == torch.float32:  # not every kernel says so itself
             return (
                 "integer kernels need 16-bit activations: start vLLM with --dtype float16 or bfloat16",
@@ -179,7 +179,7 @@ class PackedMatrix(nn.Module):
             return f"vLLM has no kernel for {_label(quantization)} here:\n{error}", None
         return None, kernel
 
-    def _hand_to_kernel(self) -> None:
+    def _convert_for_kernel(self) -> None:
         if self._zero_points is not None:
             self.weight_zero_point = PackedvLLMParameter(
                 data=pack_rows(self._zero_points, self._quantization.bits),
@@ -196,30 +196,30 @@ class PackedMatrix(nn.Module):
     def _try_kernel(
         self, words: torch.Tensor, scale: torch.Tensor, zero_points: torch.Tensor | None
     ) -> str | None:
-        """Hand the tensors to the kernel and multiply one row; return what is wrong with the product."""
+        """Convert the tensors for the kernel and multiply one row; return why it failed, or None."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, self._shape[1], generator=generator).to(words.device, self._dtype)
         name = type(self._kernel).__name__
         try:
-            self._hand_to_kernel()
-            product = self._kernel.apply_weights(self, x, None)[..., :_TRIED_ROWS].float()
+            self._convert_for_kernel()
+            product = self._kernel.apply_weights(self, x, None)[..., :_TRIAL_OUTPUTS].float()
         except torch.OutOfMemoryError:
-            raise  # a plain matrix takes more
+            raise  # a plain matrix takes even more
         except Exception as error:  # noqa: BLE001 - whatever another package's kernel raises
             return f"vLLM's {name} does not work here: {type(error).__name__}: {error}"
-        rows = slice(0, _TRIED_ROWS)
+        rows = slice(0, _TRIAL_OUTPUTS)
         offsets = None if zero_points is None else zero_points[rows]
         matrix = dequantize(words[rows], scale[rows], offsets, self._quantization.bits, self._shape[1])
         expected = x.float() @ matrix.float().t()
         deviation, size = (product - expected).norm(), expected.norm()
-        # what is damaged or absent (load format dummy) has no finite product, and is no measure
+        # damaged or absent tensors (load format dummy) have no finite product, and cannot be compared
         if size.isfinite() and not deviation <= _TOLERANCE * size + _ROUNDING:
             label = _label(self._quantization)
             return f"vLLM's {name} multiplies {label} wrongly here: off by {deviation / size:.1%}"
         return None
 
-    def _stored(self) -> tuple[Any, Any, Any]:
-        """Return copies of what was loaded; kernels change or delete the originals."""
+    def _copy_loaded(self) -> tuple[Any, Any, Any]:
+        """Return copies of the loaded tensors; kernels change or delete the originals."""
         zero_points = None if self._zero_points is None else self._zero_points.clone()
         return _copy_parameter(self.weight_packed), _copy_parameter(self.weight_scale), zero_points
 
@@ -229,9 +229,9 @@ class PackedMatrix(nn.Module):
         with words.device:
             plain = PlainMatrix(rows, columns, self._dtype)
         for start in range(0, rows, _ROWS_AT_ONCE):
-            some = slice(start, start + _ROWS_AT_ONCE)
-            offsets = None if self._zero_points is None else self._zero_points[some]
-            matrix = dequantize(words[some], scale[some], offsets, self._quantization.bits, columns)
+            block = slice(start, start + _ROWS_AT_ONCE)
+            offsets = None if self._zero_points is None else self._zero_points[block]
+            matrix = dequantize(words[block], scale[block], offsets, self._quantization.bits, columns)
             plain.load(WEIGHT, matrix, slice(None), slice(None), start)
         extra_bytes = rows * columns * self._dtype.itemsize - words.nbytes - scale.nbytes
         assert self._reason is not None

@@ -1,8 +1,8 @@
-"""One floating-point matrix of a linear layer, in the form that vLLM wants it.
+"""One floating-point matrix of a linear layer, multiplied by vLLM's method for unquantized weights.
 
-A matrix here is what one GEMM multiplies: a second factor, or several first matrices stacked by rows. Plain
-and packed ones (`packed_matrix`) live alike: allocate, `load` blocks of checkpoint tensors, `finalize` once,
-which returns the matrix to multiply from then on (vLLM repacks it, or has no kernel for its integers),
+One GEMM multiplies it: it is a second factor, or several first matrices stacked by rows. Plain and packed
+matrices (`packed_matrix`) have the same interface: allocate, `load` blocks of checkpoint tensors, `finalize`
+once, which returns the matrix to use from then on (vLLM may repack it, or have no kernel for its integers),
 `forward`.
 """
 
@@ -17,7 +17,7 @@ from ercsvd_deploy.exporters.vllm.compatibility import UnquantizedLinearMethod, 
 
 
 class PlainMatrix(nn.Module):
-    """A floating-point matrix [rows, columns], multiplied the way vLLM multiplies unquantized weights."""
+    """A floating-point matrix [rows, columns], multiplied by vLLM's method for unquantized weights."""
 
     weight: nn.Parameter
 
@@ -32,7 +32,7 @@ class PlainMatrix(nn.Module):
 
     @property
     def is_plain_tensor(self) -> bool:
-        """Whether `weight` may be multiplied as it is: not repacked, and no better kernel exists (ROCm's)."""
+        """Whether to multiply `weight` by a plain GEMM: it is not repacked, and this is not ROCm."""
         return self.weight.shape == self._shape and not current_platform.is_rocm()
 
     def load(self, leaf: str, tensor: torch.Tensor, rows: slice, columns: slice, first_row: int) -> None:
@@ -41,7 +41,7 @@ class PlainMatrix(nn.Module):
         copy_rows(self.weight, tensor[rows, columns], first_row)
 
     def finalize(self) -> PlainMatrix:
-        """Let vLLM repack the loaded weight where its backend does (CPU); return this matrix."""
+        """Let vLLM repack the loaded weight if its backend does so (CPU); return this matrix."""
         self._method.process_weights_after_loading(self)
         # vLLM's parameter class intercepts every call of torch it takes part in; a plain one costs nothing
         self.weight = nn.Parameter(self.weight.data, requires_grad=False)
@@ -59,7 +59,7 @@ def copy_rows(target: torch.Tensor, source: torch.Tensor, first_row: int) -> Non
 
 
 def refuse_stock_loading(*_: Any) -> None:
-    """Stand in for vLLM's weight loaders, which would not know where a factor belongs.
+    """Replace vLLM's weight loaders, which do not know the position of a factor.
 
     Raises:
         RuntimeError: always.

@@ -1,4 +1,4 @@
-"""The entry point through which stock vLLM learns the quantization method `ercsvd`.
+"""The entry point that registers the quantization method `ercsvd` with stock vLLM.
 
 vLLM calls `register` in every process it starts (front end, engine core, workers, the one that inspects the
 model class), several times in some: it only adds a class to a table, and imports vLLM inside the call
@@ -15,9 +15,9 @@ from ercsvd_deploy.format.schema import QUANT_METHOD
 
 
 def register() -> None:
-    """Make `quant_method: ercsvd` known to vLLM; further calls change nothing.
+    """Register `quant_method: ercsvd` with vLLM, unless it is registered already.
 
-    A release of vLLM that was not tested is told once, in one line, and tried all the same.
+    If this release of vLLM was not tested, log one warning and continue.
     """
     from ercsvd_deploy.exporters.vllm import compatibility
 

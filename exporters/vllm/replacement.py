@@ -1,8 +1,8 @@
-"""Put a new export in an earlier one's place, and keep what no export has written: notes, `.git`, adapters.
+"""Replace an earlier export by a new one, and keep files that no export has written: notes, `.git`, adapters.
 
-The earlier directory steps aside under a hidden name until the new one stands in its place; then the files
-that are kept move over, and the rest goes. Whatever ends the process in between, `finish_replacement` puts
-things right before the next run.
+The earlier directory gets a hidden name until the new one is in its place; then the kept files are moved, and
+the rest is deleted. If the process is killed in between, `finish_replacement` completes the work before the
+next run.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ _ASIDE = "replaced"
 
 
 def replace_export(partial: Path, target: Path, *, is_forced: bool = False) -> None:
-    """Put a complete directory in the place of an earlier export, or of nothing.
+    """Move a complete export to its target, which may have an earlier export.
 
     Args:
-        partial: The new export, on the target's disk.
-        target: Where it is to be.
-        is_forced: Whether files of somebody else that are in the way of new ones are replaced.
+        partial: The directory of the new export, on the target's disk.
+        target: The directory to replace or create.
+        is_forced: Whether the new export may replace files that no export has written.
 
     Raises:
-        ExportError: files that no export has written have names of the new one's.
+        ExportError: files that no export has written have the same names as new ones.
     """
     if not target.exists():
         partial.rename(target)
         return
     if not is_forced:
-        _check_nothing_in_the_way(partial, target)
+        _check_no_clashes(partial, target)
     aside = target.with_name(f".{target.name}.{_ASIDE}-{uuid.uuid4().hex[:8]}")
     target.rename(aside)
     try:
@@ -46,10 +46,10 @@ def replace_export(partial: Path, target: Path, *, is_forced: bool = False) -> N
 
 
 def finish_replacement(target: Path) -> None:
-    """Finish what a killed process began: an earlier export that steps aside, and files that move over.
+    """Complete a replacement that a killed process began.
 
     Raises:
-        ExportError: a file that is to be kept has the name of one that is there now.
+        ExportError: a file to keep has the same name as a file of the new export.
     """
     if not target.parent.is_dir():
         return
@@ -58,7 +58,7 @@ def finish_replacement(target: Path) -> None:
         if not target.exists():
             aside.rename(target)
             continue
-        clashes = [name for name in kept_files(aside) if _is_there(target / name)]
+        clashes = [name for name in kept_files(aside) if _exists(target / name)]
         if clashes:
             raise ExportError(
                 f"{aside} holds what was kept of an earlier export, and {clashes[0]} is in {target} too: "
@@ -69,7 +69,7 @@ def finish_replacement(target: Path) -> None:
 
 
 def kept_files(directory: Path) -> list[str]:
-    """Return what no export has written, as paths within a directory: files, links and empty folders."""
+    """Return the files, links and empty folders that no export has written, as relative paths."""
     exported = _exported(directory)
     return [name for name in _entries(directory, directory) if name not in exported]
 
@@ -78,16 +78,18 @@ def _exported(directory: Path) -> frozenset[str]:
     try:
         return exported_files(directory)
     except ManifestError:
-        return frozenset()  # nobody knows: all is kept that is not in the way
+        return frozenset()  # without a manifest all files are kept that the new export does not replace
 
 
-def _check_nothing_in_the_way(partial: Path, target: Path) -> None:
-    new = set(_entries(partial, partial))
-    folders = {str(parent) for name in new for parent in Path(name).parents}
+def _check_no_clashes(partial: Path, target: Path) -> None:
+    new_names = set(_entries(partial, partial))
+    folders = {str(parent) for name in new_names for parent in Path(name).parents}
     clashes = [
         name
         for name in kept_files(target)
-        if name in new or name in folders or any(str(parent) in new for parent in Path(name).parents)
+        if name in new_names
+        or name in folders
+        or any(str(parent) in new_names for parent in Path(name).parents)
     ]
     if clashes:
         raise ExportError(
@@ -107,7 +109,7 @@ def _entries(folder: Path, root: Path) -> Iterator[str]:
 
 
 def _move_kept(aside: Path, target: Path) -> None:
-    """Move what no export has written; what is in the way of it there stays."""
+    """Move the files that no export has written, except those whose names the target has already."""
     exported = _exported(aside)
     for path in sorted(aside.iterdir()):
         _move(path, target / path.name, aside, exported)
@@ -115,17 +117,17 @@ def _move_kept(aside: Path, target: Path) -> None:
 
 def _move(path: Path, destination: Path, root: Path, exported: frozenset[str]) -> None:
     is_folder = path.is_dir() and not path.is_symlink()
-    inside = list(_entries(path, root)) if is_folder else [path.relative_to(root).as_posix()]
-    if exported.isdisjoint(inside) and not _is_there(destination):
-        path.rename(destination)  # as one: a `.git` is never in two places
+    entry_names = list(_entries(path, root)) if is_folder else [path.relative_to(root).as_posix()]
+    if exported.isdisjoint(entry_names) and not _exists(destination):
+        path.rename(destination)  # in one step: a `.git` is never split between two folders
     elif is_folder and destination.is_dir() and not destination.is_symlink():
         for entry in sorted(path.iterdir()):
             _move(entry, destination / entry.name, root, exported)
-    elif is_folder and not exported.issuperset(inside) and not _is_there(destination):
+    elif is_folder and not exported.issuperset(entry_names) and not _exists(destination):
         destination.mkdir()
         for entry in sorted(path.iterdir()):
             _move(entry, destination / entry.name, root, exported)
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     return path.exists() or path.is_symlink()

@@ -1,8 +1,8 @@
-"""The matrix of an input embedding in integers: vLLM unpacks the rows that it looks up, and no others.
+"""The integer matrix of an input embedding: only rows that are looked up are dequantized.
 
-Kernels bring integers into an order of their own, in which a row is no longer to be found, so the words stay
-as the checkpoint has them. An output layer that is tied to the embedding multiplies the same words, unpacked
-a few rows at a time; on CPUs, where that would cost more than everything else, both share one plain matrix.
+Kernels reorder integers so that single rows cannot be read, so the words stay as in the checkpoint. An output
+layer that is tied to the embedding multiplies the same words, dequantized a few rows at a time; on CPUs,
+where that would be too slow, both share one plain matrix.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ercsvd_deploy.format.schema import WEIGHT_PACKED, WEIGHT_SCALE, WORD_BITS, 
 if TYPE_CHECKING:
     from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
 
-_ROWS_AT_ONCE = 8192  # are unpacked to 32 bits a value where the matrix is multiplied
+_ROWS_AT_ONCE = 8192  # rows dequantized at once, to 32 bits a value, when the matrix is multiplied
 NO_KERNEL = "no kernel multiplies an output layer whose rows are looked up as well (tie_word_embeddings)"
 
 
@@ -29,11 +29,11 @@ class RowsMatrix(nn.Module):
     """An integer matrix [rows, columns], as the checkpoint stores it, whose rows are looked up.
 
     Args:
-        name: of the matrix in the checkpoint, for messages.
+        name: name of the matrix in the checkpoint, for error messages.
         shape: [rows, columns] on this rank; rows that are never loaded stay zero.
         quantization: how the checkpoint stores it; symmetric.
-        dtype: of the scales, and of what is looked up.
-        record: of the model's kernels.
+        dtype: dtype of the scales and of the rows that `look_up` returns.
+        record: the record of the model's kernels.
 
     Raises:
         ValueError: the integers have zero points, or columns are not whole groups.
@@ -59,7 +59,7 @@ class RowsMatrix(nn.Module):
 
     def load(self, leaf: str, tensor: torch.Tensor, rows: slice, columns: slice, first_row: int) -> None:
         """Copy rows of the full matrix, stored as leaf `leaf`, to the rows from `first_row` on."""
-        del columns  # always all of them
+        del columns  # always all columns
         target = {WEIGHT_PACKED: self.weight_packed, WEIGHT_SCALE: self.weight_scale}[leaf]
         target.data[first_row : first_row + rows.stop - rows.start].copy_(tensor[rows])
 
@@ -67,10 +67,10 @@ class RowsMatrix(nn.Module):
         """Return the matrix to use from now on.
 
         Args:
-            is_multiplied: Whether it is the output layer's too.
+            is_multiplied: Whether the output layer is tied to it.
 
         Raises:
-            KernelError: it is, and kernels are required.
+            KernelError: the output layer is tied to it, and kernels are required.
         """
         if not is_multiplied or self.weight_packed.is_meta:
             return self
@@ -82,7 +82,7 @@ class RowsMatrix(nn.Module):
         return PlainRows(weight, self._record, self)
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return rows [..., columns] for their numbers [...]."""
+        """Return the rows [..., columns] of token ids [...]."""
         flat = ids.flatten()
         words, scale = F.embedding(flat, self.weight_packed), F.embedding(flat, self.weight_scale)
         return self._unpack(words, scale).view(*ids.shape, self._columns)
@@ -90,8 +90,8 @@ class RowsMatrix(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., columns] times the transposed matrix: [..., rows]."""
         starts = range(0, len(self.weight_packed), _ROWS_AT_ONCE)
-        some_rows = (slice(start, start + _ROWS_AT_ONCE) for start in starts)
-        matrices = (self._unpack(self.weight_packed[rows], self.weight_scale[rows]) for rows in some_rows)
+        blocks = (slice(start, start + _ROWS_AT_ONCE) for start in starts)
+        matrices = (self._unpack(self.weight_packed[rows], self.weight_scale[rows]) for rows in blocks)
         return torch.cat([F.linear(x, matrix) for matrix in matrices], dim=-1)
 
     def _unpack(self, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -99,12 +99,12 @@ class RowsMatrix(nn.Module):
 
 
 class PlainRows(nn.Module):
-    """A floating-point matrix whose rows are looked up and multiplied, as vLLM does with unquantized ones.
+    """A floating-point matrix for look-up and multiplication by vLLM's method for unquantized embeddings.
 
     Args:
         weight: [rows, columns].
-        record: of the model's kernels, which notes what it costs.
-        stored: the integers that it stands for.
+        record: the record of the model's kernels, which counts its extra memory.
+        stored: the integer matrix that it replaces.
     """
 
     weight: nn.Parameter
@@ -119,7 +119,7 @@ class PlainRows(nn.Module):
         record.served_plain(NO_KERNEL, str(weight.dtype).removeprefix("torch."), extra_bytes)
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return rows [..., columns] for their numbers [...]."""
+        """Return the rows [..., columns] of token ids [...]."""
         rows: torch.Tensor = self._method.embedding(self, ids)
         return rows
 

@@ -1,4 +1,4 @@
-"""Where an export may be written, and what of a user's it must not replace. No torch at import."""
+"""Check whether an export may be written to a directory. No torch at import."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from ercsvd_deploy.format import compressed_tensors
 from ercsvd_deploy.format.schema import CheckpointConfig
 
 CONFIG_FILE = "config.json"
-_MOST_NAMED = 5
+_MAX_LISTED = 5
 
 
 class ExportError(ValueError):
-    """The export cannot be written where the recipe says."""
+    """The export cannot be written to the directory that the recipe gives."""
 
 
 def check_target(target: Path, source: Path) -> None:
     """Refuse a target that would overwrite something, before any work is done.
 
     Raises:
-        ExportError: the target exists and is not an earlier export, or it lies inside the source model or
-            around it.
+        ExportError: the target exists and is not an earlier export, lies inside the source model, or contains
+            it.
     """
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise ExportError(f"output {target} lies inside the source model {source}: choose another directory")
@@ -41,22 +41,23 @@ def check_target(target: Path, source: Path) -> None:
         raise ExportError(
             f"output {target} exists and is not an earlier export of this tool: remove it or choose another"
         )
-    nearest = next(parent for parent in [target.absolute(), *target.absolute().parents] if parent.exists())
-    if target.absolute() != nearest and not nearest.is_dir():
-        raise ExportError(f"output {target} cannot be created: {nearest} is a file")
+    parents = [target.absolute(), *target.absolute().parents]
+    nearest_parent = next(parent for parent in parents if parent.exists())
+    if target.absolute() != nearest_parent and not nearest_parent.is_dir():
+        raise ExportError(f"output {target} cannot be created: {nearest_parent} is a file")
 
 
 def check_unchanged(target: Path, *, with_weights: bool = True) -> None:
-    """Refuse to replace an export in which somebody has changed what the export wrote.
+    """Refuse to replace an export whose files somebody has changed.
 
-    Files that no export has written are not looked at: they are kept.
+    Files that no export has written are not checked: they are kept.
 
     Args:
-        target: Where an export is to be written.
-        with_weights: Whether tensors are compared too, which reads all of them.
+        target: The directory of the export.
+        with_weights: Whether to compare tensors too, which reads all of them.
 
     Raises:
-        ExportError: files or tensors differ from the manifest, or there is none.
+        ExportError: files or tensors differ from the manifest, or there is no manifest.
     """
     from ercsvd_deploy.format.manifest import ManifestError, changed_files
 
@@ -70,16 +71,16 @@ def check_unchanged(target: Path, *, with_weights: bool = True) -> None:
             "away, choose another output, or replace it with --force"
         ) from error
     if changed:
-        more = f"\n  and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
-        listed = "\n  ".join(changed[:_MOST_NAMED])
+        rest = f"\n  and {len(changed) - _MAX_LISTED} more" if len(changed) > _MAX_LISTED else ""
+        listed = "\n  ".join(changed[:_MAX_LISTED])
         raise ExportError(
-            f"output {target} would be replaced, but somebody has changed it:\n  {listed}{more}\n"
+            f"output {target} would be replaced, but somebody has changed it:\n  {listed}{rest}\n"
             "move it away, choose another output, or replace it with --force"
         )
 
 
 def is_export(directory: Path) -> bool:
-    """Whether a directory is an earlier export, which a new one may replace, or empty."""
+    """Whether a directory may be replaced by a new export: it is an earlier export, or empty."""
     if not directory.is_dir():
         return False
     if not any(directory.iterdir()):

@@ -1,7 +1,7 @@
-"""How vLLM creates, loads and applies an input embedding and an output layer of integers.
+"""vLLM methods that create, load and apply an integer input embedding or output layer.
 
-vLLM cuts both by vocabulary, and fills the vocabulary up to a multiple of 64: rows that no token has stay
-zero, and what they give is cut off by vLLM.
+vLLM cuts both by vocabulary, and pads the vocabulary to a multiple of 64: padding rows stay zero, and vLLM
+drops their outputs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MATRIX = "ercsvd"  # the child module of the layer that holds its matrix
 
 
 class VocabularyMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM's classes are Any to mypy
-    """What embedding and output layer have in common: one integer matrix with a row for every token.
+    """Base of the methods of embedding and output layer: one integer matrix with a row for every token.
 
     Args:
         name: checkpoint prefix of the layer.
-        storage: how its matrix is stored.
-        record: of the model's kernels.
+        storage: storage of its matrix.
+        record: the record of the model's kernels.
         check_model: called before the first weight is processed; raises if the model lacks a tensor.
-        tell_ready: called when the matrix is as it will be used.
+        tell_ready: called when the matrix is in its final form.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class VocabularyMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM's clas
         return [] if self._loader is None else self._loader.problems()
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check the whole model once, then bring the matrix into the form in which it is used."""
+        """Check the whole model once, then convert the matrix into its final form."""
         self._check_model()
         self._loader = None
         layer.register_module(_MATRIX, self._finalize(getattr(layer, _MATRIX)))
@@ -109,11 +109,11 @@ class VocabularyMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM's clas
         dtype: torch.dtype,
         quantization: WeightQuantization,
     ) -> Any:
-        """Return the matrix [rows, columns] of this rank, with rows of zeros."""
+        """Return the matrix [rows, columns] of this rank, filled with zeros."""
 
     @abstractmethod
     def _finalize(self, matrix: Any) -> Any:
-        """Return the loaded matrix as it is used."""
+        """Return the loaded matrix in its final form."""
 
     def _load(self, leaf: str, tensor: torch.Tensor, _shard_id: ShardId) -> None:
         if self._loader is None:
@@ -125,7 +125,7 @@ class VocabularyMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM's clas
 
 
 class OutputLayerMethod(VocabularyMethod):
-    """An output layer with integers of its own, multiplied by the kernel that vLLM chooses for them."""
+    """Method of an output layer with its own integers, multiplied by the kernel that vLLM chooses."""
 
     def _allocate(
         self,
@@ -141,12 +141,12 @@ class OutputLayerMethod(VocabularyMethod):
 
 
 class EmbeddingMethod(VocabularyMethod):
-    """An input embedding of integers, which an output layer may be tied to."""
+    """Method of an integer input embedding, which an output layer may be tied to."""
 
     is_multiplied = False
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings [..., hidden] of tokens [...], numbered within this rank's rows."""
+        """Return the embeddings [..., hidden] of indices [...] of this rank's rows."""
         rows: torch.Tensor = getattr(layer, _MATRIX).look_up(input_)
         return rows
 
@@ -165,14 +165,14 @@ class EmbeddingMethod(VocabularyMethod):
 
 
 class TiableOutputLayerMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]  # vLLM's classes are Any to mypy
-    """vLLM's own method of an output layer, which may be tied to an embedding of integers."""
+    """vLLM's own method of an output layer, which may be tied to an integer embedding."""
 
     def __init__(self) -> None:
         super().__init__()
         self._embedding: Any = None
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
-        """Let the output layer multiply the embedding's matrix; its own is released."""
+        """Make the output layer use the embedding's matrix, and release its own."""
         if not isinstance(embed_tokens.quant_method, EmbeddingMethod):
             return super().tie_weights(layer, embed_tokens)
         embed_tokens.quant_method.is_multiplied = True
@@ -181,7 +181,7 @@ class TiableOutputLayerMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
         return layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Do as vLLM does, unless the matrix is the embedding's, which is processed there."""
+        """Process the weight with vLLM's method, unless it is the embedding's, which is processed there."""
         if self._embedding is None:
             super().process_weights_after_loading(layer)
 

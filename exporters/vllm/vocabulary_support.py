@@ -1,7 +1,7 @@
-"""Which of vLLM's models let an input embedding or an output layer be integers; no vLLM needed.
+"""Models whose input embedding or output layer vLLM cannot load as integers; no vLLM needed.
 
-The others do not hand it to a quantization method: it is built plain, and cannot load integers. Tests compare
-what is listed here with vLLM's sources.
+vLLM gives these layers no quantization method: they are built plain, and cannot load integers. Tests compare
+the lists with vLLM's sources.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import Architecture
 
-# Types of models, as transformers has them.
+# Values of transformers' model_type.
 PLAIN_EMBEDDINGS = frozenset(
     {
         *("bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "granitemoe", "gptj", "mixtral"),
@@ -26,8 +26,8 @@ def find_unservable_vocabulary(names: Iterable[str], architecture: Architecture)
     """Return one line for every embedding or output layer that vLLM would build plain.
 
     Args:
-        names: Those that are to become integers.
-        architecture: The model's.
+        names: Names of the layers that the plan quantizes.
+        architecture: The model's architecture.
     """
     vocabulary, model_type = architecture.vocabulary, architecture.text_model_type
     problems = []

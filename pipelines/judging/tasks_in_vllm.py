@@ -25,7 +25,7 @@ from ercsvd_deploy.pipelines.judging.tasks import TaskResults, TaskSettings, run
 _SETTINGS = TypeAdapter(TaskSettings)
 _RESULTS = TypeAdapter(TaskResults)
 _LONGEST = 8192  # tokens of a document with its examples; vLLM reserves memory for this length
-_PATIENCE = 24 * 3600.0  # seconds; whole suites of tasks take hours
+_TIMEOUT = 24 * 3600.0  # seconds; whole suites of tasks take hours
 
 
 def run_tasks_in_vllm(
@@ -52,7 +52,7 @@ def run_tasks_in_vllm(
         "engine": machine.engine_arguments(size, weight_bytes(directory)) | {"enforce_eager": eager},
     }
     answer = ask_engine(
-        __name__, request, environment=machine.environment(size, os.environ), log=log, patience=_PATIENCE
+        __name__, request, environment=machine.environment(size, os.environ), log=log, timeout=_TIMEOUT
     )
     return _RESULTS.validate_python(answer)
 

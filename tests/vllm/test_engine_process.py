@@ -45,10 +45,10 @@ Path(sys.argv[2]).write_text(str(worker.pid))
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Return what runs a program in place of vLLM."""
 
-    def run_it(program: str, *prompts: ServedPrompt, patience: float = 60.0) -> Any:
+    def run_it(program: str, *prompts: ServedPrompt, timeout: float = 60.0) -> Any:
         (tmp_path / "stand_in.py").write_text(program)
         monkeypatch.setattr(engine_process, "_SCORER", "stand_in")
-        monkeypatch.setattr(engine_process, "_PATIENCE", patience)
+        monkeypatch.setattr(engine_process, "_TIMEOUT", timeout)
         environment = os.environ | {"PYTHONPATH": str(tmp_path)}
         return score_with_vllm({"a": 1}, prompts, 3, environment=environment, log=tmp_path / "x.vllm.log")
 
@@ -94,7 +94,7 @@ def test_a_killed_process_is_told_by_its_signal(run: Any) -> None:
 
 def test_a_deadline(run: Any) -> None:
     start = time.monotonic()
-    failure = failure_of(run, WAITING, patience=2.0).failure
+    failure = failure_of(run, WAITING, timeout=2.0).failure
     assert time.monotonic() - start < 30
     assert failure.exception.startswith("no answer within 0 minutes")
     assert failure.excerpt == "still loading"

@@ -188,7 +188,7 @@ def test_a_child_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(kernel_choice, "find_spec", lambda _: object())
     monkeypatch.setattr(kernel_choice, "_SOURCE", "sleeper")
-    monkeypatch.setattr(kernel_choice, "_PATIENCE", 0.5)
+    monkeypatch.setattr(kernel_choice, "_TIMEOUT", 0.5)
     answered = ask_kernels([use(128, 128, PER_CHANNEL_INT4)], "bfloat16")
     assert answered.problem == "it gave no answer: it was not ready after 0 seconds"
 

@@ -1,11 +1,11 @@
-"""Find in what vLLM printed why it failed: the exception of the process that failed first.
+"""Find out from vLLM's output why it failed: the exception of the process that failed first.
 
-An engine is a tree of processes. When a worker fails, the engine core above it fails for want of a worker,
-and the process above that for want of an engine core; each prints a traceback, the last of which says nothing
-but that something failed further up. The first says why.
+An engine is a tree of processes. When a worker fails, its engine core fails because it has no worker, and the
+parent process because it has no engine core. Each prints a traceback; the last only says that another process
+has failed, the first says why.
 
-Lines come in two forms: records `(Worker_TP0 pid=7) ERROR 01-31 12:00:00 [file.py:1] text`, every line of a
-traceback with that prefix, and what goes to standard error as it is, which older releases put behind
+Lines have two forms: log records `(Worker_TP0 pid=7) ERROR 01-31 12:00:00 [file.py:1] text`, every line of a
+traceback with that prefix, and plain standard error, to which older releases add the prefix
 `(Worker_TP0 pid=7) `. Lines of several processes may alternate.
 """
 
@@ -24,8 +24,8 @@ _PREFIX = re.compile(
 )
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _TRACEBACK = "Traceback (most recent call last):"
-# A traceback that follows "the direct cause of" only passes the failure on; one that arose "during handling"
-# is the failure itself, and what was being handled an attempt that was expected to fail.
+# An exception after "the direct cause of" only passes the failure on; one that occurred "during handling" is
+# the failure itself, and the handled one was an expected exception.
 _ANOTHER_OCCURRED = "During handling of the above exception, another exception occurred:"
 _PASSED_ON = "The above exception was the direct cause of the following exception:"
 _DEATHS = (
@@ -41,12 +41,12 @@ _LONGEST_SUMMARY = 400  # characters
 
 @dataclass(frozen=True)
 class EngineFailure:
-    """Why vLLM failed.
+    """The reason of a failure of vLLM.
 
     Attributes:
-        process: Name of the process that failed first, as vLLM calls it; empty where that is not known.
-        exception: Type and message of its exception, or how it died; may have several lines.
-        excerpt: What it printed about that, its traceback say, as preformatted text.
+        process: vLLM's name of the process that failed first; empty if it is not known.
+        exception: Type and message of its exception, or how it ended; may have several lines.
+        excerpt: Its output about the failure, such as a traceback.
     """
 
     process: str
@@ -55,43 +55,44 @@ class EngineFailure:
 
     @property
     def summary(self) -> str:
-        """Process and exception on one line."""
+        """Process and exception in one line."""
         return one_line(self.process, self.exception)
 
 
 @dataclass(frozen=True)
 class _Line:
     process: str
-    record: str | None  # time and place of the record it belongs to; None: no record
-    is_error: bool  # or no record
+    record: str | None  # time and place of its log record; None: plain output
+    is_error: bool  # an error's record, or plain output
     text: str
 
 
-def find_failure(printed: str, status: int | None, patience: float) -> EngineFailure:
+def find_failure(output: str, status: int | None, timeout: float) -> EngineFailure:
     """Return why vLLM failed.
 
     Args:
-        printed: All that its processes printed.
-        status: Exit status of the process that was started; None: it was ended, because it took too long.
-        patience: How many seconds it was given.
+        output: The output of all its processes.
+        status: Exit status of the started process; None: it was killed at the timeout.
+        timeout: The timeout in seconds.
     """
-    lines = [_read(line) for line in printed.splitlines()]
-    found = next((failure for start in range(len(lines)) if (failure := _failure_at(lines, start))), None)
-    last = "\n".join(printed.strip().splitlines()[-_LAST_LINES:])
+    lines = [_read(line) for line in output.splitlines()]
+    failures = (_failure_at(lines, start) for start in range(len(lines)))
+    failure = next(filter(None, failures), None)
+    last_lines = "\n".join(output.strip().splitlines()[-_LAST_LINES:])
     if status is None:
-        late = f"no answer within {patience / 60:.0f} minutes"
-        if found is None:
-            return EngineFailure("", late, last)
-        return EngineFailure(found.process, f"{late}; {found.exception}", found.excerpt)
-    if found is not None:
-        return found
+        timeout_text = f"no answer within {timeout / 60:.0f} minutes"
+        if failure is None:
+            return EngineFailure("", timeout_text, last_lines)
+        return EngineFailure(failure.process, f"{timeout_text}; {failure.exception}", failure.excerpt)
+    if failure is not None:
+        return failure
     if status < 0:
-        return EngineFailure("", _describe_exit(status), last)
-    return EngineFailure("", f"exit code {status}, without a traceback", last)
+        return EngineFailure("", _describe_exit(status), last_lines)
+    return EngineFailure("", f"exit code {status}, without a traceback", last_lines)
 
 
 def one_line(process: str, exception: str) -> str:
-    """Return on one line, not too long, which process failed first and why."""
+    """Return in one line of limited length which process failed first, and why."""
     line = " ".join(exception.split())
     if len(line) > _LONGEST_SUMMARY:
         line = f"{line[:_LONGEST_SUMMARY]}..."
@@ -99,22 +100,22 @@ def one_line(process: str, exception: str) -> str:
 
 
 def _read(line: str) -> _Line:
-    found = _PREFIX.fullmatch(_COLOR.sub("", line))
-    if found is None:  # a line has no line break, so this is a character that `.` refuses
+    match = _PREFIX.fullmatch(_COLOR.sub("", line))
+    if match is None:  # a line has no line break, so this is a character that `.` refuses
         return _Line("", None, is_error=True, text=line)
-    level = found["level"]
+    level = match["level"]
     return _Line(
-        found["process"] or "", found["record"], level in (None, "ERROR", "CRITICAL"), found["text"].rstrip()
+        match["process"] or "", match["record"], level in (None, "ERROR", "CRITICAL"), match["text"].rstrip()
     )
 
 
 def _failure_at(lines: Sequence[_Line], start: int) -> EngineFailure | None:
-    """Return the failure that a line begins to tell of; None if it does not."""
+    """Return the failure that a line begins to report; None if it reports none."""
     line = lines[start]
     if line.is_error and line.text == _TRACEBACK:
-        mine = [belonging.text for belonging in _belonging(lines, start)]
-        excerpt = _shortened(mine)
-        exception = _root_cause(list(_tracebacks(mine)))
+        texts = [line.text for line in _same_output(lines, start)]
+        excerpt = _shortened(texts)
+        exception = _root_cause(list(_tracebacks(texts)))
         return _death(exception, excerpt) or EngineFailure(_name_of(lines, start), exception, excerpt)
     if fatal := _FATAL.search(line.text):
         return EngineFailure(line.process, fatal[0], _shortened([later.text for later in lines[start:]]))
@@ -122,39 +123,39 @@ def _failure_at(lines: Sequence[_Line], start: int) -> EngineFailure | None:
 
 
 def _death(text: str, excerpt: str) -> EngineFailure | None:
-    """Return what a text says of a process that died without an exception; None if nothing."""
+    """Return the failure of a process that died without an exception, if the text reports one."""
     for pattern in _DEATHS:
-        if said := pattern.search(text):
-            code = said.groupdict().get("code")
-            how = "died" if code is None else _describe_exit(int(code))
-            return EngineFailure(said["name"], how, excerpt)
+        if match := pattern.search(text):
+            code = match.groupdict().get("code")
+            description = "died" if code is None else _describe_exit(int(code))
+            return EngineFailure(match["name"], description, excerpt)
     return None
 
 
 def _shortened(texts: Sequence[str]) -> str:
-    shown = texts if len(texts) <= _LONGEST_EXCERPT else ["...", *texts[-_LONGEST_EXCERPT:]]
-    return "\n".join(shown).strip("\n")
+    excerpt = texts if len(texts) <= _LONGEST_EXCERPT else ["...", *texts[-_LONGEST_EXCERPT:]]
+    return "\n".join(excerpt).strip("\n")
 
 
-def _belonging(lines: Sequence[_Line], start: int) -> Iterator[_Line]:
+def _same_output(lines: Sequence[_Line], start: int) -> Iterator[_Line]:
     """Yield the lines of the record, or of the unbroken output, in which a traceback begins."""
     first = lines[start]
     for line in lines[start:]:
         if line.process == first.process and line.record == first.record:
             yield line
         elif line.process == first.process:
-            return  # the same process goes on to something else
+            return  # other output of the same process
 
 
 @dataclass(frozen=True)
 class _Traceback:
     exception: str
-    followed_by: str  # how the next one came about; empty for the last
+    followed_by: str  # the line between it and the next one; empty for the last
 
 
 def _tracebacks(texts: Sequence[str]) -> Iterator[_Traceback]:
-    """Yield the chain of exceptions in the lines from the first traceback on."""
-    message: list[str] | None = None  # of the exception whose lines are being read
+    """Yield the chained exceptions of the first failure in the lines."""
+    message: list[str] | None = None  # lines of the current exception's message
     for text in texts:
         if text in (_TRACEBACK, _ANOTHER_OCCURRED, _PASSED_ON):
             if message:
@@ -170,15 +171,15 @@ def _tracebacks(texts: Sequence[str]) -> Iterator[_Traceback]:
 
 
 def _root_cause(chain: Sequence[_Traceback]) -> str:
-    """Return the exception that a chain is about: what was handled before it, or what it only passes on."""
-    chosen = 0
-    while chosen + 1 < len(chain) and chain[chosen].followed_by == _ANOTHER_OCCURRED:
-        chosen += 1
-    return chain[chosen].exception
+    """Return the exception that caused a chain, see `_ANOTHER_OCCURRED` and `_PASSED_ON`."""
+    cause = 0
+    while cause + 1 < len(chain) and chain[cause].followed_by == _ANOTHER_OCCURRED:
+        cause += 1
+    return chain[cause].exception
 
 
 def _joined(message: Sequence[str]) -> str:
-    """Return an exception's first paragraph: what follows a blank line may be the next thing printed."""
+    """Return an exception's first paragraph; after a blank line other output may follow."""
     paragraph = list(takewhile(bool, message))
     return "\n".join(paragraph[:_LONGEST_EXCEPTION]).strip()
 
@@ -186,21 +187,25 @@ def _joined(message: Sequence[str]) -> str:
 def _name_of(lines: Sequence[_Line], start: int) -> str:
     """Return the name of the process that printed a traceback.
 
-    Python's multiprocessing says `Process NAME:` before the traceback of a process without such a prefix.
+    Python's multiprocessing prints `Process NAME:` before the traceback of a process without a prefix.
     """
     if lines[start].process or start == 0:
         return lines[start].process
-    announced = re.fullmatch(r"Process (\S+):", lines[start - 1].text)
-    return announced[1] if announced else ""
+    match = re.fullmatch(r"Process (\S+):", lines[start - 1].text)
+    return match[1] if match else ""
 
 
 def _describe_exit(status: int) -> str:
-    """Return in words how a process ended, of which nothing else is known."""
+    """Return in words how a process with an exit status ended."""
     if status >= 0:
         return f"ended with exit code {status}, without a traceback"
     try:
         name = signal.Signals(-status).name
     except ValueError:
         name = "unknown"
-    said = f"was ended by signal {-status} ({name})"
-    return f"{said}, as the system does when memory runs out" if -status == signal.SIGKILL else said
+    description = f"was ended by signal {-status} ({name})"
+    return (
+        f"{description}, as the system does when memory runs out"
+        if -status == signal.SIGKILL
+        else description
+    )

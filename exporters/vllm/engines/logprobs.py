@@ -1,8 +1,8 @@
-"""Score and continue prompts with vLLM, in a process of its own: `python -m MODULE REQUEST ANSWER`.
+"""Score and continue prompts with vLLM in a separate process: `python -m MODULE REQUEST ANSWER`.
 
 REQUEST is a JSON file {"engine": keyword arguments of `vllm.LLM`, "prompts": a list of {"tokens": ids, one
 image token for each picture, "images": files of pictures}, "num_decoded": tokens to generate for each}.
-ANSWER receives what `score` returns. vLLM keeps memory and processes until its own process ends, hence the
+ANSWER receives the return value of `score`. vLLM keeps memory and processes until its process ends, hence the
 separate one.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def score(engine: dict[str, Any], prompts: list[dict[str, Any]], num_decoded: int) -> dict[str, Any]:
-    """Return what vLLM thinks of every token of the prompts, and of their greedy continuations.
+    """Return vLLM's log-probabilities of all tokens of the prompts and of their greedy continuations.
 
     Returns:
         {"vllm": its version, "compiled": whether torch.compile is used, "cuda_graphs": whether they are,
@@ -27,13 +27,13 @@ def score(engine: dict[str, Any], prompts: list[dict[str, Any]], num_decoded: in
     """
     import vllm
 
-    gc.freeze()  # an engine collects garbage seven times: what is imported need not be searched
+    gc.freeze()  # an engine collects garbage seven times: imported objects need not be searched
     llm = vllm.LLM(disable_log_stats=True, **engine)
     sampling = vllm.SamplingParams(
         temperature=0.0,
         max_tokens=num_decoded,
-        ignore_eos=True,  # every step of decoding is to be compared
-        logprobs=0,  # of the token itself alone
+        ignore_eos=True,  # compare the same number of steps for every prompt
+        logprobs=0,  # of the chosen token only
         prompt_logprobs=0,
         detokenize=False,
     )
@@ -59,7 +59,7 @@ def score(engine: dict[str, Any], prompts: list[dict[str, Any]], num_decoded: in
 
 
 def _request(prompt: dict[str, Any]) -> dict[str, Any]:
-    """Return a prompt as vLLM takes it."""
+    """Return a prompt in vLLM's format."""
     if not prompt["images"]:
         return {"prompt_token_ids": prompt["tokens"]}
     from PIL import Image
@@ -69,16 +69,16 @@ def _request(prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def _logprobs(tokens: Any, positions: Any) -> list[float]:
-    """Return the log-probability of the token that stands at each position."""
+    """Return the log-probability of each position's token."""
     return [position[token].logprob for token, position in zip(tokens, positions, strict=True)]
 
 
 def main() -> None:
     """Answer one request."""
-    request, answer = (Path(argument) for argument in sys.argv[1:3])
-    asked = json.loads(request.read_text(encoding="utf-8"))
-    found = score(asked["engine"], asked["prompts"], asked["num_decoded"])
-    answer.write_text(json.dumps(found), encoding="utf-8")
+    request_file, answer_file = (Path(argument) for argument in sys.argv[1:3])
+    request = json.loads(request_file.read_text(encoding="utf-8"))
+    answer = score(request["engine"], request["prompts"], request["num_decoded"])
+    answer_file.write_text(json.dumps(answer), encoding="utf-8")
     os._exit(0)  # vLLM's exit handlers wait for processes that are gone already
 
 

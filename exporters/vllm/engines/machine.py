@@ -1,4 +1,4 @@
-"""What vLLM would run on here: which tensor-parallel sizes, with what share of a GPU, on which cores."""
+"""The hardware that vLLM runs on here: tensor-parallel sizes, share of GPU memory, cores."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ GIB = 1 << 30
 WITHOUT_TORCHVISION = Path(__file__).parent / "without_torchvision"
 
 LARGEST_SHARE = 0.9  # vLLM's own default, or a little less, by release
-# What a vLLM worker occupies before it asks what is free: its CUDA context, and with others NCCL's buffers.
+# Memory of a vLLM worker before it measures free memory: its CUDA context, and NCCL's buffers with several.
 _WORKER_BYTES = GIB
 _NCCL_BYTES = GIB
-_FEWEST_SPARE_BYTES = GIB // 4  # beside the weights: activations and a small KV cache
+_FEWEST_SPARE_BYTES = GIB // 4  # besides the weights: activations and a small KV cache
 _CPU_KV_CACHE = "1"  # GiB
 _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 class NotServableHereError(ValueError):
-    """This machine has not what vLLM needs now."""
+    """This machine cannot run vLLM now."""
 
 
 @dataclass(frozen=True)
 class ServingMachine:
-    """What vLLM runs on: GPUs, or cores if there is none or vLLM is built for CPUs."""
+    """GPUs that vLLM runs on, or cores if there is no GPU or vLLM is built for CPUs."""
 
     num_gpus: int
     cores: tuple[int, ...]
 
     def reason_against(self, size: int) -> str | None:
-        """Say why vLLM cannot run at a tensor-parallel size here; None if it can."""
-        there, noun = (self.num_gpus, "GPU") if self.num_gpus else (len(self.cores), "core")
-        if size <= there:
+        """Return why vLLM cannot run at a tensor-parallel size here; None if it can."""
+        available, noun = (self.num_gpus, "GPU") if self.num_gpus else (len(self.cores), "core")
+        if size <= available:
             return None
-        return f"it takes {size} {noun}s, and this machine has {there}"
+        return f"it takes {size} {noun}s, and this machine has {available}"
 
     def engine_arguments(
         self, size: int, weight_bytes: int, memory_of: Callable[[int], tuple[int, int]] | None = None
     ) -> dict[str, Any]:
-        """Return what `vllm.LLM` has to be told to run at a tensor-parallel size here and now.
+        """Return the arguments of `vllm.LLM` for a tensor-parallel size on this machine.
 
         Args:
-            size: One for which there is no reason against it.
-            weight_bytes: Of all tensors.
-            memory_of: Index of a GPU -> its free and its total bytes; None: as PyTorch says.
+            size: A tensor-parallel size without a `reason_against` it.
+            weight_bytes: Bytes of all tensors.
+            memory_of: Returns free and total bytes of a GPU, given its index; None: PyTorch's function.
 
         Raises:
             NotServableHereError: other work occupies the GPUs.
@@ -71,7 +71,7 @@ class ServingMachine:
 
         Args:
             size: Tensor-parallel size.
-            inherited: This process's variables; what the user has set for vLLM stays as far as it fits.
+            inherited: This process's variables; the user's settings for vLLM are kept if they fit.
         """
         variables = dict(inherited)
         if find_spec("torchvision") is None:
@@ -81,8 +81,8 @@ class ServingMachine:
             variables.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE)
             if variables.get(_BIND, "auto") != "nobind" and variables.get(_BIND, "").count("|") != size - 1:
                 variables.pop(_BIND, None)
-            # Left to itself vLLM gives every worker a NUMA node, of which small machines have one, and keeps
-            # a core of each free.
+            # By default vLLM gives every worker a NUMA node, of which small machines have one, and keeps a
+            # core of each free.
             variables.setdefault(_BIND, "|".join(_core_ranges(self.cores, size)))
         return variables
 
@@ -95,23 +95,22 @@ def weight_bytes(directory: Path) -> int:
 def memory_share(free: int, total: int, *, weight_bytes: int, num_devices: int = 1) -> float:
     """Return the `gpu_memory_utilization` with which vLLM starts on a GPU that is partly occupied.
 
-    vLLM refuses to start unless that share of the whole GPU is free once its worker is up. What is occupied
-    by others counts against it, so it is computed from what is free now, less what the worker itself takes
-    before it looks.
+    vLLM refuses to start unless that share of the whole GPU is free when its worker is up. Therefore it is
+    computed from the memory that is free now, less the memory that the worker takes before it measures.
 
     Args:
         free: Bytes that are free now.
         total: Bytes of the whole GPU.
-        weight_bytes: Of the weights that this GPU is to hold, at least.
-        num_devices: GPUs that work together.
+        weight_bytes: Bytes of the weights on this GPU, at least.
+        num_devices: Number of GPUs that work together.
 
     Raises:
         NotServableHereError: not even the weights would fit; the message says what is free.
     """
-    lost = _WORKER_BYTES + (_NCCL_BYTES if num_devices > 1 else 0)
-    share = int(1000 * min(LARGEST_SHARE, (free - lost) / total)) / 1000
+    worker_bytes = _WORKER_BYTES + (_NCCL_BYTES if num_devices > 1 else 0)
+    share = int(1000 * min(LARGEST_SHARE, (free - worker_bytes) / total)) / 1000
     if share * total < weight_bytes + _FEWEST_SPARE_BYTES:
-        needed = weight_bytes + _FEWEST_SPARE_BYTES + lost
+        needed = weight_bytes + _FEWEST_SPARE_BYTES + worker_bytes
         raise NotServableHereError(
             f"a GPU has {free / GIB:.1f} of {total / GIB:.1f} GiB free, and vLLM needs at least "
             f"{needed / GIB:.1f} for this model: end what else runs there, or measure on a larger GPU"
@@ -120,14 +119,14 @@ def memory_share(free: int, total: int, *, weight_bytes: int, num_devices: int =
 
 
 def find_machine() -> ServingMachine:
-    """Look at this machine as the installed vLLM would."""
+    """Return the hardware of this machine that the installed vLLM would use."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() and not _is_built_for_cpus() else 0
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return ServingMachine(num_gpus, tuple(sorted(cores)))
 
 
 def _is_built_for_cpus() -> bool:
-    """Whether the installed vLLM is a CPU build, which leaves GPUs alone."""
+    """Whether the installed vLLM is a CPU build, which uses no GPUs."""
     if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
         return True
     try:
@@ -137,6 +136,9 @@ def _is_built_for_cpus() -> bool:
 
 
 def _core_ranges(cores: tuple[int, ...], size: int) -> list[str]:
-    """Return an equal number of the cores for each worker, neighbours together, as vLLM takes them."""
-    each = len(cores) // size
-    return [",".join(map(str, cores[rank * each : (rank + 1) * each])) for rank in range(size)]
+    """Return each worker's cores in vLLM's format: equal numbers of neighbouring cores."""
+    cores_per_worker = len(cores) // size
+    return [
+        ",".join(map(str, cores[rank * cores_per_worker : (rank + 1) * cores_per_worker]))
+        for rank in range(size)
+    ]

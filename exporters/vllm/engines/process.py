@@ -1,4 +1,4 @@
-"""Run vLLM in a process of its own, with a log, a deadline and no survivors."""
+"""Run vLLM in a separate process with a log and a timeout, and end all its processes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SCORER = "ercsvd_deploy.exporters.vllm.engines.logprobs"
-_PATIENCE = 3600.0  # seconds for vLLM to load the model, compile it, and score a few thousand tokens
+_TIMEOUT = 3600.0  # seconds for vLLM to load the model, compile it, and score a few thousand tokens
 
 
 class EngineError(RuntimeError):
-    """vLLM did not do what it was asked to.
+    """vLLM failed.
 
     Attributes:
-        failure: What is known of the process that failed first.
+        failure: The failure of the process that failed first.
     """
 
     def __init__(self, failure: EngineFailure) -> None:
@@ -37,11 +37,11 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class ServedPrompt:
-    """What vLLM is given to read.
+    """A prompt for vLLM.
 
     Attributes:
         tokens: Token ids, with one image token for each picture.
-        pictures: In the order of their tokens.
+        pictures: The pictures, in the order of their tokens.
     """
 
     tokens: Sequence[int]
@@ -56,25 +56,25 @@ def score_with_vllm(
     environment: Mapping[str, str],
     log: Path,
 ) -> dict[str, Any]:
-    """Return what `served_logprobs.score` returns, from a process of its own that is gone afterwards.
+    """Return the result of `logprobs.score`, computed in a separate process.
 
     Args:
         engine: Keyword arguments of `vllm.LLM`.
-        prompts: What to score and continue.
-        num_decoded: Tokens to generate for each.
-        environment: The process's variables.
-        log: File to which everything it prints is added.
+        prompts: The prompts to score and continue.
+        num_decoded: Number of tokens to generate for each prompt.
+        environment: The environment variables of the process.
+        log: File to which its output is appended.
 
     Raises:
-        EngineError: it failed, or took more than an hour.
+        EngineError: vLLM failed, or took more than an hour.
     """
     with tempfile.TemporaryDirectory(prefix="ercsvd-parity-") as scratch:
-        asked = [
+        requests = [
             {"tokens": list(prompt.tokens), "images": _saved(prompt.pictures, Path(scratch), number)}
             for number, prompt in enumerate(prompts)
         ]
-        request = {"engine": dict(engine), "prompts": asked, "num_decoded": num_decoded}
-        return ask_engine(_SCORER, request, environment=environment, log=log, patience=_PATIENCE)
+        request = {"engine": dict(engine), "prompts": requests, "num_decoded": num_decoded}
+        return ask_engine(_SCORER, request, environment=environment, log=log, timeout=_TIMEOUT)
 
 
 def ask_engine(
@@ -83,40 +83,40 @@ def ask_engine(
     *,
     environment: Mapping[str, str],
     log: Path,
-    patience: float,
+    timeout: float,
 ) -> dict[str, Any]:
-    """Return what a module that starts vLLM answers, from a process of its own that is gone afterwards.
+    """Return the answer of a module that starts vLLM, run in a separate process.
 
     Args:
-        module: Run as `python -m MODULE REQUEST ANSWER`, two JSON files of which it writes the second.
-        request: What the first holds.
-        environment: The process's variables.
-        log: File to which everything it prints is added.
-        patience: Seconds that it may take.
+        module: Run as `python -m MODULE REQUEST ANSWER`; both are JSON files, and it writes the second.
+        request: Contents of the first file.
+        environment: The environment variables of the process.
+        log: File to which its output is appended.
+        timeout: Timeout in seconds.
 
     Raises:
-        EngineError: it failed, or took longer.
+        EngineError: the module failed, or took longer.
     """
     with tempfile.TemporaryDirectory(prefix="ercsvd-engine-") as scratch:
-        asked, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
-        asked.write_text(json.dumps(request), encoding="utf-8")
+        request_file, answer_file = Path(scratch, "request.json"), Path(scratch, "answer.json")
+        request_file.write_text(json.dumps(request), encoding="utf-8")
         with log.open("ab") as output:
             start = output.tell()
-            command = [sys.executable, "-P", "-m", module, str(asked), str(answer)]
-            status = _run(command, environment, output.fileno(), patience)
-        if not answer.is_file():
+            command = [sys.executable, "-P", "-m", module, str(request_file), str(answer_file)]
+            status = _run(command, environment, output.fileno(), timeout)
+        if not answer_file.is_file():
             with log.open("rb") as printed:
                 printed.seek(start)
                 text = printed.read().decode("utf-8", "replace")
-            raise EngineError(find_failure(text, status, patience))
-        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-        return found
+            raise EngineError(find_failure(text, status, timeout))
+        answer: dict[str, Any] = json.loads(answer_file.read_text(encoding="utf-8"))
+        return answer
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str], output: int, patience: float) -> int | None:
-    """Run a command to its end; return its exit status, or None if it ran out of time.
+def _run(command: Sequence[str], environment: Mapping[str, str], output: int, timeout: float) -> int | None:
+    """Run a command to its end; return its exit status, or None if the timeout expired.
 
-    Whatever happens, neither it nor a process it started is left: a worker that lives on holds GPU memory.
+    All its child processes are killed in any case: a worker that keeps running would occupy GPU memory.
     """
     process = subprocess.Popen(  # noqa: S603 - this interpreter, and files made here
         command,
@@ -127,7 +127,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str], output: int, pa
         start_new_session=True,
     )
     try:
-        return process.wait(timeout=patience)
+        return process.wait(timeout=timeout)
     except subprocess.TimeoutExpired:
         return None
     finally:
@@ -137,7 +137,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str], output: int, pa
 
 
 def _saved(pictures: Sequence[Image], folder: Path, number: int) -> list[str]:
-    """Write pictures into files without loss; return their names."""
+    """Write pictures into lossless files; return their names."""
     names = []
     for position, picture in enumerate(pictures):
         file = folder / f"{number}-{position}.png"

@@ -1,6 +1,6 @@
-"""Which way a layer's routed experts are served: as integers by vLLM's kernel, or as plain matrices.
+"""Choose how vLLM serves a layer's routed experts: as integers by its fused kernel, or as plain matrices.
 
-vLLM's fused kernels multiply all experts of a layer in one call: they take integers that are alike in all.
+vLLM's fused kernels multiply all experts of a layer in one call: all have to have the same quantization.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def choose_experts_method(
     """Return the method of a layer of experts, some of which are stored as integers.
 
     Args:
-        layer: vLLM's.
-        tensors: What the checkpoint holds of them.
-        record: Of the model's kernels.
+        layer: vLLM's layer of experts.
+        tensors: The experts' tensors in the checkpoint.
+        record: The record of the model's kernels.
         check_model: Called before the first weight is processed.
         tell_ready: Called when the layer's matrices are in their kernel's layout.
 
     Raises:
-        KernelError: kernels are required, and there is none.
+        KernelError: kernels are required, and vLLM has none for the experts.
     """
     moe = layer.moe_config
     quantization = tensors.common_quantization
@@ -50,7 +50,7 @@ def choose_experts_method(
             return PackedExpertsMethod(
                 moe, tensors, quantization, record, check_model=check_model, tell_ready=tell_ready
             )
-        # vLLM's ways to say that it has none
+        # vLLM raises these if it has no kernel
         except (ValueError, NotImplementedError, AssertionError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             reason = f"vLLM has no fused kernel for such experts here: {lines[0]}"
@@ -60,12 +60,12 @@ def choose_experts_method(
 def _obstacle_here(
     quantization: WeightQuantization | None, intermediate_size: int, dtype: torch.dtype
 ) -> str | None:
-    """Return why vLLM's fused kernels are not asked for integers; None if they are.
+    """Return why vLLM's fused kernels cannot be used for integers here; None if they can.
 
     Args:
-        quantization: Of all projections of all experts; None: they differ.
-        intermediate_size: Inputs of the last projection on this rank.
-        dtype: Of the activations.
+        quantization: Quantization of all projections of all experts; None if they differ.
+        intermediate_size: Number of inputs of the last projection on this rank.
+        dtype: Dtype of the activations.
     """
     obstacle = find_obstacle(quantization)
     if obstacle is not None or quantization is None:

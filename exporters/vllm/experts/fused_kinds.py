@@ -1,4 +1,4 @@
-"""Which integers of routed experts vLLM's fused kernels take; no vLLM needed."""
+"""Quantizations of routed experts that vLLM's fused kernels support; no vLLM needed."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage, WeightQuantization
     from ercsvd_deploy.models.architecture import Architecture, LayerLinears
 
-_BITS = (4, 8)  # of which compressed-tensors' words are ours, and which the kernels know
+_BITS = (4, 8)  # supported by the kernels, and packed alike by compressed-tensors and this package
 
 
 def common_kind(storages: Iterable[Storage | None]) -> WeightQuantization | None:
-    """Return the integers of all matrices of a layer's experts; None: they are not all of one kind."""
-    kinds = {None if storage is None else storage.weight for storage in storages}
-    return kinds.pop() if len(kinds) == 1 else None
+    """Return the common quantization of a layer's experts; None if they differ or are not integers."""
+    quantizations = {None if storage is None else storage.weight for storage in storages}
+    return quantizations.pop() if len(quantizations) == 1 else None
 
 
 def find_obstacle(quantization: WeightQuantization | None) -> str | None:
-    """Return why fused kernels do not take integers, wherever they are served; None if they do.
+    """Return why fused kernels support a quantization on no machine; None if they may support it.
 
     Args:
-        quantization: Of all matrices of a layer's experts; None: they differ.
+        quantization: Common quantization of a layer's experts; None if they differ.
     """
     if quantization is None:
         return "the experts of a layer are stored in several ways, and fused kernels take one"
@@ -33,11 +33,11 @@ def find_obstacle(quantization: WeightQuantization | None) -> str | None:
 
 
 def serving_notes(described: Mapping[str, Storage], architecture: Architecture) -> list[str]:
-    """Return in what memory routed experts of integers are served, where that is not what files suggest.
+    """Return notes about integer experts that vLLM holds in 16 bits, in more memory than the files take.
 
     Args:
-        described: What every altered Linear becomes.
-        architecture: The model's.
+        described: Storage of every altered Linear.
+        architecture: The model's architecture.
     """
     layers = [layer for layer in architecture.layers if _quantizes_experts(layer, described)]
     if not layers:
@@ -45,8 +45,8 @@ def serving_notes(described: Mapping[str, Storage], architecture: Architecture) 
     reasons = set()
     for layer in layers:
         assert layer.experts is not None
-        kind = common_kind(described.get(linear.name) for linear in layer.experts.linears)
-        if reason := find_obstacle(kind):
+        quantization = common_kind(described.get(linear.name) for linear in layer.experts.linears)
+        if reason := find_obstacle(quantization):
             reasons.add(reason)
     if reasons:
         return [

@@ -1,9 +1,9 @@
-"""How vLLM loads and applies the routed experts of a compressed model, all of a layer at once.
+"""vLLM methods that load and apply the routed experts of a compressed model, all of a layer at once.
 
-The checkpoint holds integers of every projection of every expert. Where vLLM has a fused kernel for them, its
-own method for compressed-tensors checkpoints is given them as they are. Elsewhere each becomes a plain matrix
-of vLLM's unquantized method as soon as its tensors are there: the numbers are the same, the memory is that
-of the original model.
+The checkpoint has integers of every projection of every expert. Where vLLM has a fused kernel for them, its
+method for compressed-tensors checkpoints loads them. Elsewhere each projection is dequantized for vLLM's
+unquantized method as soon as all its tensors are loaded: the numbers are the same, the memory is that of the
+original model.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ _SIDES = ("w13", "w2")  # vLLM's parameters: gate and up side by side, and down
 
 
 class PlainExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vLLM's classes are Any to mypy
-    """vLLM's unquantized method, whose matrices are made of integers while they are loaded.
+    """vLLM's unquantized method for experts whose integers are dequantized while they are loaded.
 
     Args:
         moe: vLLM's description of the layer.
-        tensors: What the checkpoint holds of its experts.
+        tensors: The experts' tensors in the checkpoint.
         reason: Why no kernel multiplies the integers.
-        record: Of the model's kernels.
+        record: The record of the model's kernels.
         check_model: Called before the first weight is processed; raises if the model lacks a tensor.
         tell_ready: Called when the layer's matrices are in their kernel's layout.
     """
 
-    supports_eplb = False  # experts would be copied to other places than the checkpoint's
+    supports_eplb = False  # it moves experts to other positions than the checkpoint's
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class PlainExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vL
         self._dtype = torch.get_default_dtype()
 
     def create_weights(self, layer: Any, *sizes: Any, **options: Any) -> None:
-        """Create vLLM's plain weights, and empty parameters under whose names integers arrive."""
+        """Create vLLM's plain weights, and empty parameters that receive the integers."""
         super().create_weights(layer, *sizes, **options)
         self._tensors.keep_local(layer._map_global_expert_id_to_local_expert_id)
         self._dtype = layer.w13_weight.dtype
@@ -83,7 +83,7 @@ class PlainExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vL
         return self._tensors.problems()
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check the whole model once, then do as vLLM does with its own weights."""
+        """Check the whole model once, then process the weights with vLLM's method."""
         self._check_model()
         for side in _SIDES:
             for leaf in _LEAVES:
@@ -108,7 +108,7 @@ class PlainExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vL
                 quantization = self._tensors.quantization(expert_id, shard_id)
                 if quantization is None:
                     matrix = loaded_weight if leaf == GUARD else None
-                elif (leaves := self._tensors.hand_over(expert_id, shard_id)) is not None:
+                elif (leaves := self._tensors.pop_if_complete(expert_id, shard_id)) is not None:
                     matrix = self._dequantize(leaves, quantization, layer)
             if matrix is not None:
                 side = "w2" if shard_id == "w2" else "w13"
@@ -122,7 +122,7 @@ class PlainExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vL
     def _dequantize(
         self, leaves: Mapping[str, torch.Tensor], quantization: WeightQuantization, layer: Any
     ) -> torch.Tensor:
-        """Return the matrix [out, in] that the tensors of a projection stand for, in the served dtype."""
+        """Return the dequantized matrix [out, in] of a projection in the served dtype."""
         device = layer.w13_weight.device
         words, scale = leaves[WEIGHT_PACKED].to(device), leaves[WEIGHT_SCALE].to(device, self._dtype)
         rows, columns = leaves[WEIGHT_SHAPE].tolist()
@@ -136,18 +136,18 @@ class PlainExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vL
 
 
 class PackedExpertsMethod(CompressedTensorsWNA16MoEMethod):  # type: ignore[misc]
-    """vLLM's method for experts of integers in compressed-tensors' words, which are ours at 4 and 8 bits.
+    """vLLM's method for integer experts in compressed-tensors' packing, which is ours at 4 and 8 bits.
 
     Args:
         moe: vLLM's description of the layer.
-        tensors: What the checkpoint holds of its experts: integers that are all alike.
-        quantization: Their bits and groups.
-        record: Of the model's kernels.
+        tensors: The experts' tensors in the checkpoint; all have the same quantization.
+        quantization: Bits and groups of the integers.
+        record: The record of the model's kernels.
         check_model: Called before the first weight is processed; raises if the model lacks a tensor.
         tell_ready: Called when the layer's matrices are in their kernel's layout.
 
     Raises:
-        ValueError: vLLM has no kernel for them here.
+        ValueError: vLLM has no kernel for the integers here.
     """
 
     supports_eplb = False
@@ -167,7 +167,7 @@ class PackedExpertsMethod(CompressedTensorsWNA16MoEMethod):  # type: ignore[misc
         self._check_model, self._tell_ready = check_model, tell_ready
 
     def create_weights(self, layer: Any, *sizes: Any, **options: Any) -> None:
-        """Create vLLM's packed weights, and empty parameters for guards and what should not come."""
+        """Create vLLM's packed weights, and empty parameters for guards and surplus tensors."""
 
         def load(
             param: nn.Parameter,
@@ -211,7 +211,7 @@ class PackedExpertsMethod(CompressedTensorsWNA16MoEMethod):  # type: ignore[misc
 
 
 def _add_gate(layer: Any, name: str, load: Callable[..., bool | None]) -> None:
-    """Give a layer an empty parameter of that name, whose loader takes what arrives under it."""
+    """Add an empty parameter to a layer, whose loader receives the checkpoint tensors of that name."""
     gate = nn.Parameter(torch.empty(0), requires_grad=False)
     gate.weight_loader = load  # type: ignore[attr-defined]
     layer.register_parameter(name, gate)

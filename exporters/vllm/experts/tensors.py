@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a layer's routed experts: the account of what came, and what has still to come.
+"""Tensors of a layer's routed experts: which are described, which were loaded, and which are missing.
 
 vLLM calls the projections of an expert w1 (gate), w3 (up) and w2 (down), whatever checkpoints call them.
 """
@@ -13,7 +13,7 @@ import torch
 from ercsvd_deploy.exporters.vllm.experts.fused_kinds import common_kind
 from ercsvd_deploy.format.schema import GUARD, WEIGHT_SHAPE, Storage, WeightQuantization
 
-Projection = tuple[int, str]  # number of the expert, vLLM's name of the projection
+Projection = tuple[int, str]  # index of the expert, vLLM's name of the projection
 
 
 @dataclass
@@ -21,56 +21,56 @@ class ExpertTensors:
     """The tensors of the experts of one layer.
 
     Attributes:
-        name: Of the layer, for messages.
-        described: Projection of an expert -> its name in the checkpoint, and how it is stored; None: as the
-            original model stores it.
+        name: Name of the layer for error messages.
+        described: Projection of an expert -> its name in the checkpoint and its storage; storage None means
+            that of the original model.
     """
 
     name: str
     described: Mapping[Projection, tuple[str, Storage | None]]
     _loaded: dict[Projection, set[str]] = field(init=False, default_factory=dict)
-    _kept: dict[Projection, dict[str, torch.Tensor]] = field(init=False, default_factory=dict)
+    _pending: dict[Projection, dict[str, torch.Tensor]] = field(init=False, default_factory=dict)
     _refused: list[str] = field(init=False, default_factory=list)
-    _elsewhere: set[int] = field(init=False, default_factory=set)
+    _on_other_ranks: set[int] = field(init=False, default_factory=set)
 
     @property
     def num_matrices(self) -> int:
-        """How many projections all experts have, those on other ranks left out."""
-        return sum(expert not in self._elsewhere for expert, _ in self.described)
+        """Number of projections of all experts on this rank."""
+        return sum(expert not in self._on_other_ranks for expert, _ in self.described)
 
     @property
     def common_quantization(self) -> WeightQuantization | None:
-        """The integers of all projections, if they are all alike; else None."""
+        """The common quantization of all projections; None if they differ."""
         return common_kind(storage for _, storage in self.described.values())
 
     def quantization(self, expert: int, projection: str) -> WeightQuantization | None:
-        """Return the integers of a projection; None if it is plain, or belongs to a fused shared expert."""
+        """Return a projection's quantization; None if it is plain or belongs to a fused shared expert."""
         _, storage = self.described.get((expert, projection), ("", None))
         return None if storage is None else storage.weight
 
     def keep_local(self, local_number: Callable[[int], int]) -> None:
-        """Leave out the experts that other ranks have.
+        """Ignore the experts on other ranks.
 
         Args:
-            local_number: Number of an expert -> its number on this rank; -1: it is on another.
+            local_number: Returns an expert's index on this rank, given its index; -1 if on another rank.
         """
-        self._elsewhere = {expert for expert, _ in self.described if local_number(expert) == -1}
+        self._on_other_ranks = {expert for expert, _ in self.described if local_number(expert) == -1}
 
     def is_here(self, expert: int) -> bool:
         """Whether an expert is on this rank."""
-        return expert not in self._elsewhere
+        return expert not in self._on_other_ranks
 
     def take(
         self, expert: int, projection: str, leaf: str, tensor: torch.Tensor, *, keep: bool = True
     ) -> bool:
-        """Note a tensor that arrives; return whether it is the one that is described.
+        """Record a loaded tensor; return whether it is as described.
 
         Args:
-            expert: Number of the expert.
-            projection: vLLM's name of it.
+            expert: Index of the expert.
+            projection: vLLM's name of the projection.
             leaf: Name of the tensor within the projection.
             tensor: The tensor.
-            keep: Whether it is kept for `hand_over`, if it belongs to integers.
+            keep: Whether to keep the tensor for `pop_if_complete`, if it is quantized.
         """
         key = (expert, projection)
         name, storage = self.described.get(key, ("", None))
@@ -97,23 +97,23 @@ class ExpertTensors:
             )
             return False
         if keep and leaf != GUARD:
-            self._kept.setdefault(key, {})[leaf] = tensor
+            self._pending.setdefault(key, {})[leaf] = tensor
         return True
 
-    def hand_over(self, expert: int, projection: str) -> Mapping[str, torch.Tensor] | None:
-        """Return the tensors of a projection of integers if all are there, and let go of them; else None."""
+    def pop_if_complete(self, expert: int, projection: str) -> Mapping[str, torch.Tensor] | None:
+        """Return and release the tensors of a quantized projection if all are loaded; otherwise None."""
         key = (expert, projection)
         _, storage = self.described[key]
         assert storage is not None
-        if self._kept.get(key, {}).keys() != storage.tensor_shapes.keys() - {GUARD}:
+        if self._pending.get(key, {}).keys() != storage.tensor_shapes.keys() - {GUARD}:
             return None
-        return self._kept.pop(key)
+        return self._pending.pop(key)
 
     def problems(self) -> list[str]:
         """Return a line for each tensor that was missing, surplus or mis-shaped."""
         missing = []
         for (expert, projection), (name, storage) in self.described.items():
-            if expert in self._elsewhere:
+            if expert in self._on_other_ranks:
                 continue
             shapes = {GUARD: ()} if storage is None else storage.tensor_shapes
             loaded = self._loaded.get((expert, projection), set())

@@ -1,1 +1,1 @@
-"""What multiplies matrices in vLLM: our operator, packed integers, and what is known of vLLM's kernels."""
+"""Kernels that multiply matrices in vLLM: our operator, vLLM's choice, and the record of a served model."""

@@ -1,11 +1,11 @@
-"""Ask vLLM which kernel it would use, in a process of its own: `python -m MODULE REQUEST ANSWER`.
+"""Ask vLLM in a separate process which kernel it would use: `python -m MODULE REQUEST ANSWER`.
 
 REQUEST is a JSON file {"matrices": [{"shape", "full_shape", "bits", "group_size", "sym"}, ...], "questions":
-[{"kind", "capability", "dtype"}, ...]}; ANSWER receives {"vllm": its version, "is_cpu_build": whether the CPU
-that was asked about is this machine's, "answers": for each question one object for each matrix, {"kernel":
-name or null, "padded": shape that it is filled up to or null, "reason": why there is none or null}}.
+[{"kind", "capability", "dtype"}, ...]}; ANSWER receives {"vllm": its version, "is_cpu_build": whether answers
+about CPUs are those of this machine, "answers": for each question one object for each matrix, {"kernel": name
+or null, "padded": shape after padding or null, "reason": why there is no kernel or null}}.
 
-vLLM is made to believe in other accelerators for it, which no process survives that does anything else.
+vLLM's platform is replaced by stubs of other accelerators; the process can do nothing else afterwards.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def _choose(matrix: dict[str, Any], dtype: Any, *, is_here: bool) -> dict[str, Any]:
     shape, full_shape = tuple(matrix["shape"]), tuple(matrix["full_shape"])
-    kind = {name: matrix[name] for name in ("bits", "group_size", "sym")}
+    fields = {name: matrix[name] for name in ("bits", "group_size", "sym")}
     try:
-        config = compatibility.kernel_config(shape, full_shape, **kind, act_dtype=dtype)
+        config = compatibility.kernel_config(shape, full_shape, **fields, act_dtype=dtype)
         kernel = compatibility.choose_mp_linear_kernel(config).__name__
     except Exception as error:  # noqa: BLE001 - kernels of other platforms fail in their own ways
         return {"kernel": None, "padded": None, "reason": str(error)}
-    missing = compatibility.missing_operator(kernel) if is_here else None
-    if missing:
-        return {"kernel": None, "padded": None, "reason": f"this build of vLLM has no {missing}"}
-    padded = compatibility.padded_shape(kernel, shape, kind["group_size"])
+    missing_operator = compatibility.missing_operator(kernel) if is_here else None
+    if missing_operator:
+        return {"kernel": None, "padded": None, "reason": f"this build of vLLM has no {missing_operator}"}
+    padded = compatibility.padded_shape(kernel, shape, fields["group_size"])
     return {"kernel": kernel, "padded": None if padded == shape else padded, "reason": None}
 
 
 def main() -> None:
     """Answer one request."""
-    request, reply = (Path(argument) for argument in sys.argv[1:3])
-    asked = json.loads(request.read_text(encoding="utf-8"))
-    reply.write_text(json.dumps(answer(asked)), encoding="utf-8")
-    os._exit(0)  # nothing of a misled vLLM is worth an orderly end
+    request_file, answer_file = (Path(argument) for argument in sys.argv[1:3])
+    request = json.loads(request_file.read_text(encoding="utf-8"))
+    answer_file.write_text(json.dumps(answer(request)), encoding="utf-8")
+    os._exit(0)  # vLLM's exit handlers may fail on a stubbed platform
 
 
 if __name__ == "__main__":

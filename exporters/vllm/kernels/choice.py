@@ -1,8 +1,8 @@
-"""Which of vLLM's kernels multiplies each matrix of a plan: vLLM itself is asked, once for all of them.
+"""Ask vLLM which of its kernels multiplies each matrix of a plan, once for all matrices.
 
-vLLM takes the first kernel of a list that its platform, the storage and the local shape allow. It is made to
-believe in each accelerator in turn, in a process of its own (`kernel_answers`). Where vLLM is not installed
-there is no answer. Matrices that no kernel takes are served as plain ones of 16 bits.
+vLLM takes the first kernel of a list that supports its platform, the storage and the local shape. A separate
+process stubs one accelerator after the other (`kernels.answers`). Without vLLM there is no answer. Matrices
+without a kernel are served as plain ones of 16 bits.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 PLAIN = "plain"
 NO_KERNEL = "none: served as plain 16-bit"
 _SOURCE = "ercsvd_deploy.exporters.vllm.kernels.answers"
-_PATIENCE = 300.0  # seconds; importing vLLM takes about ten
+_TIMEOUT = 300.0  # seconds; importing vLLM takes about ten
 _KERNEL_SUFFIX = "LinearKernel"
-# name -> what the child is asked about; Turing has no bfloat16
+# name -> question for the child process; Turing has no bfloat16
 ACCELERATORS: Mapping[str, Mapping[str, Any]] = {
     "Hopper": {"kind": "CUDA", "capability": (9, 0)},
     "Blackwell": {"kind": "CUDA", "capability": (10, 0)},
@@ -44,19 +44,19 @@ ACCELERATORS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class KernelUse:
-    """A kind of matrix on one rank, and what multiplies it.
+    """A kind of matrix on one rank, and the kernels that multiply it.
 
     Attributes:
-        tensor_parallel_size: On how many devices the model is served.
-        matrices: Names within the layer; several are stacked into one.
-        rows: Outputs on a rank.
-        columns: Inputs on a rank.
-        full_rows: Outputs over all ranks.
-        full_columns: Inputs over all ranks.
-        storage: How it is stored, in words.
+        tensor_parallel_size: Number of devices that serve the model.
+        matrices: Names within the layer of the matrices, which are stacked into one.
+        rows: Number of outputs on a rank.
+        columns: Number of inputs on a rank.
+        full_rows: Number of outputs over all ranks.
+        full_columns: Number of inputs over all ranks.
+        storage: Description of its storage, such as "int4, groups of 128".
         quantization: Bits, group size and symmetry; None for a plain matrix.
-        layers: In how many layers; an output layer counts as one.
-        kernels: Accelerator -> kernel, "plain" or why there is none; empty if vLLM was not asked.
+        layers: Number of layers with such a matrix; an output layer counts as one.
+        kernels: Accelerator -> kernel, "plain", or the reason for none; empty if vLLM was not asked.
     """
 
     tensor_parallel_size: int
@@ -73,12 +73,12 @@ class KernelUse:
 
 @dataclass(frozen=True)
 class KernelAnswers:
-    """What vLLM said.
+    """vLLM's answers about the matrices of a plan.
 
     Attributes:
-        uses: The matrices, with their kernels.
-        source: vLLM, its release, and whose CPU it spoke of; None if it was not asked.
-        problem: Why vLLM has not said it; None if it has.
+        uses: The matrices with their kernels.
+        source: vLLM's release, and whether "CPU" means this machine's; None if vLLM was not asked.
+        problem: Why there is no answer; None if there is one.
     """
 
     uses: tuple[KernelUse, ...]
@@ -91,11 +91,11 @@ def plan_matrices(
     architecture: Architecture,
     tensor_parallel_sizes: Iterable[int],
 ) -> tuple[KernelUse, ...]:
-    """Return every kind of decoder matrix, and an output layer of integers, at every tensor parallel size.
+    """Return every kind of decoder matrix, and an integer output layer, at every tensor parallel size.
 
-    Nobody is asked yet.
+    The kernels are not filled in.
     """
-    found: dict[tuple[Any, ...], KernelUse] = {}
+    uses: dict[tuple[Any, ...], KernelUse] = {}
     for size in sorted(set(tensor_parallel_sizes)):
         matrices = [
             matrix
@@ -105,52 +105,54 @@ def plan_matrices(
         ]
         for matrix in [*matrices, *_output_layer(described, architecture, size)]:
             key = (size, matrix)
-            stored = matrix.quantization
-            known = found.get(key) or KernelUse(
+            quantization = matrix.quantization
+            use = uses.get(key) or KernelUse(
                 size,
                 matrix.parts,
                 *matrix.shape,
                 *matrix.full_shape,
-                _label(stored),
-                None if stored is None else stored.model_dump(),
+                _label(quantization),
+                None if quantization is None else quantization.model_dump(),
                 layers=0,
             )
-            found[key] = replace(known, layers=known.layers + 1)
-    return tuple(found.values())
+            uses[key] = replace(use, layers=use.layers + 1)
+    return tuple(uses.values())
 
 
 def ask_kernels(uses: Sequence[KernelUse], dtype: str) -> KernelAnswers:
-    """Ask vLLM about the matrices; a plan of plain ones needs no answer.
+    """Return vLLM's answers about the matrices; it is not asked if all are plain.
 
     Args:
-        uses: From `plan_matrices`.
-        dtype: Of the activations; float32 stands for bfloat16, which vLLM serves such checkpoints in.
+        uses: The matrices, see `plan_matrices`.
+        dtype: Dtype of the activations; vLLM serves float32 checkpoints in bfloat16.
     """
-    packed = list({_asked_about(use): None for use in uses if use.quantization is not None})
-    if not packed:
+    packed_matrices = list({_question_about(use): None for use in uses if use.quantization is not None})
+    if not packed_matrices:
         plain = dict.fromkeys(ACCELERATORS, PLAIN)
         return KernelAnswers(tuple(replace(use, kernels=plain) for use in uses))
     if find_spec("vllm") is None:
         return KernelAnswers(tuple(uses), problem="it is not installed here")
-    served = "bfloat16" if dtype == "float32" else dtype
+    served_dtype = "bfloat16" if dtype == "float32" else dtype
     request = {
-        "matrices": [json.loads(matrix) for matrix in packed],
-        "questions": [{"dtype": served, **question} for question in ACCELERATORS.values()],
+        "matrices": [json.loads(matrix) for matrix in packed_matrices],
+        "questions": [{"dtype": served_dtype, **question} for question in ACCELERATORS.values()],
     }
     try:
         reply = _ask_vllm(request)
     except _NoAnswerError as error:
         return KernelAnswers(tuple(uses), problem=f"it gave no answer: {error}")
-    chosen: dict[str | None, dict[str, str]] = {None: dict.fromkeys(ACCELERATORS, PLAIN)}
-    for index, matrix in enumerate(packed):
-        chosen[matrix] = {
-            name: _in_words(answers[index])
+    kernels_by_matrix: dict[str | None, dict[str, str]] = {None: dict.fromkeys(ACCELERATORS, PLAIN)}
+    for index, matrix in enumerate(packed_matrices):
+        kernels_by_matrix[matrix] = {
+            name: _kernel_description(answers[index])
             for name, answers in zip(ACCELERATORS, reply["answers"], strict=True)
         }
     source = f"vLLM {reply['vllm']}" + (", on a CPU: this one" if reply["is_cpu_build"] else "")
     return KernelAnswers(
         tuple(
-            replace(use, kernels=chosen[None if use.quantization is None else _asked_about(use)])
+            replace(
+                use, kernels=kernels_by_matrix[None if use.quantization is None else _question_about(use)]
+            )
             for use in uses
         ),
         source=source,
@@ -158,16 +160,16 @@ def ask_kernels(uses: Sequence[KernelUse], dtype: str) -> KernelAnswers:
 
 
 def columns_that_agree(uses: Sequence[KernelUse]) -> dict[str, str]:
-    """Return heading -> accelerator whose answers stand for all that the heading names."""
-    alike: dict[tuple[str, ...], list[str]] = {}
+    """Return column heading -> one of the accelerators in the heading, whose answers are all equal."""
+    names_by_kernels: dict[tuple[str, ...], list[str]] = {}
     for name in ACCELERATORS:
         if all(name in use.kernels for use in uses):
-            alike.setdefault(tuple(use.kernels[name] for use in uses), []).append(name)
-    return {", ".join(names): names[0] for names in alike.values()}
+            names_by_kernels.setdefault(tuple(use.kernels[name] for use in uses), []).append(name)
+    return {", ".join(names): names[0] for names in names_by_kernels.values()}
 
 
 def without_shape(kernel: str) -> str:
-    """Return what a use says of a kernel, less the shape that it pads to."""
+    """Return a kernel's description without the shape that it pads to."""
     return kernel.split(" to ", maxsplit=1)[0]
 
 
@@ -198,7 +200,7 @@ def _matrices(
 def _output_layer(
     described: Mapping[str, Storage], architecture: Architecture, size: int
 ) -> list[PlannedMatrix]:
-    """Return an output layer's own integers on one rank; what it shares with an embedding has no kernel."""
+    """Return an output layer's integer matrix on one rank; one tied to the embedding has no kernel."""
     output_layer = architecture.vocabulary.output_layer
     storage = None if output_layer is None else described.get(output_layer.name)
     if output_layer is None or storage is None:
@@ -210,19 +212,19 @@ def _output_layer(
 
 
 def _share(length: int, parts: int) -> int:
-    """Return a rank's share; what vLLM cannot cut evenly it will not serve, whatever is planned here."""
+    """Return a rank's part of a length; the whole length if vLLM cannot cut it evenly."""
     return length // parts if length % parts == 0 else length
 
 
 def _label(quantization: WeightQuantization | None) -> str:
     if quantization is None:
         return PLAIN
-    size = quantization.group_size
-    groups = "one group a row" if size == -1 else f"groups of {size}"
+    group_size = quantization.group_size
+    groups = "one group a row" if group_size == -1 else f"groups of {group_size}"
     return f"int{quantization.bits}, {groups}" + ("" if quantization.sym else ", zero points")
 
 
-def _asked_about(use: KernelUse) -> str:
+def _question_about(use: KernelUse) -> str:
     assert use.quantization is not None
     question = {
         "shape": (use.rows, use.columns),
@@ -232,7 +234,7 @@ def _asked_about(use: KernelUse) -> str:
     return json.dumps(question, sort_keys=True)
 
 
-def _in_words(answer: Mapping[str, Any]) -> str:
+def _kernel_description(answer: Mapping[str, Any]) -> str:
     if answer["kernel"] is None:
         return NO_KERNEL
     name = str(answer["kernel"]).removesuffix(_KERNEL_SUFFIX)
@@ -240,32 +242,32 @@ def _in_words(answer: Mapping[str, Any]) -> str:
 
 
 class _NoAnswerError(RuntimeError):
-    """The child gave no answer; the message says why, in one line."""
+    """The child process gave no answer; the message says why in one line."""
 
 
 def _ask_vllm(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Let a child ask.
+    """Return the answer of the child process to a request.
 
     Raises:
-        _NoAnswerError: it failed or took too long.
+        _NoAnswerError: the process failed or took too long.
     """
     with tempfile.TemporaryDirectory(prefix="ercsvd-kernels-") as directory:
-        asked, reply = Path(directory, "request.json"), Path(directory, "answer.json")
-        asked.write_text(json.dumps(request), encoding="utf-8")
+        request_file, answer_file = Path(directory, "request.json"), Path(directory, "answer.json")
+        request_file.write_text(json.dumps(request), encoding="utf-8")
         try:
-            done = subprocess.run(  # noqa: S603 - this interpreter, and files made here
-                [sys.executable, "-m", _SOURCE, str(asked), str(reply)],
+            process = subprocess.run(  # noqa: S603 - this interpreter, and files made here
+                [sys.executable, "-m", _SOURCE, str(request_file), str(answer_file)],
                 env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=_PATIENCE,
+                timeout=_TIMEOUT,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise _NoAnswerError(f"it was not ready after {_PATIENCE:.0f} seconds") from None
-        if done.returncode == 0 and reply.is_file():
-            answer: dict[str, Any] = json.loads(reply.read_text(encoding="utf-8"))
+            raise _NoAnswerError(f"it was not ready after {_TIMEOUT:.0f} seconds") from None
+        if process.returncode == 0 and answer_file.is_file():
+            answer: dict[str, Any] = json.loads(answer_file.read_text(encoding="utf-8"))
             return answer
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise _NoAnswerError(lines[-1] if lines else f"it ended with status {done.returncode}")
+        lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+        raise _NoAnswerError(lines[-1] if lines else f"it ended with status {process.returncode}")

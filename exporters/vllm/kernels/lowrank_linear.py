@@ -1,15 +1,14 @@
 # No `from __future__ import annotations`, and the schema is written out: `torch.library` reads real types.
-"""The operator of a layer whose projections are low-rank, or partly so: `torch.ops.ercsvd.lowrank_linear`.
+"""The operator of a layer with low-rank projections: `torch.ops.ercsvd.lowrank_linear`.
 
-One GEMM applies the first matrices of all projections, which read the same input and are stored stacked by
-rows; one more GEMM per low-rank projection applies its second factor and writes straight into its slice of
-the output, so nothing is concatenated. With pivoted projections, whose first matrix gives outputs too, both
-are written side by side and one gather puts all of the layer's outputs in order. To torch.compile and to
-CUDA graphs the layer is one opaque node.
+One GEMM applies the first matrices of all projections, which read the same input and are stacked by rows. One
+more GEMM per low-rank projection applies its second factor and writes into its slice of the output, so that
+nothing is concatenated. The first matrix of a pivoted projection gives outputs too: then the results of both
+matrices are written side by side, and one gather puts all outputs of the layer in order. The layer is one
+opaque node for torch.compile and CUDA graphs.
 
-The linear method calls it wherever the weights are kept as plain matrices, CUDA above all. vLLM's CPU backend
-repacks every weight for its own GEMM, which is much faster there, and then no plain matrix is left to hand to
-this operator; the linear method calls those GEMMs instead.
+The linear method calls it where weights stay plain matrices, above all on CUDA. vLLM's CPU backend repacks
+every weight for its own GEMM, which is much faster there; the linear method then calls that GEMM instead.
 
 The operator is defined in a library fragment of our own: a call costs 3 us more than the plain Python
 function, against 19 us for `torch.library.custom_op`. The definition lives as long as the `Library` object,
@@ -42,11 +41,11 @@ def lowrank_linear(
         x: [..., in], any strides.
         first: [sum(widths), in], the stacked first matrices: a dense projection's weight, a low-rank one's
             `factor_a`, a pivoted one's `pivot_rows`.
-        seconds: one a projection: `factor_b` [out_i, widths[i]] or `other_rows`, or None for a dense one.
+        seconds: one per projection: `factor_b` [out_i, widths[i]] or `other_rows`; None for a dense one.
         widths: rows of each projection in `first`: its rank, or its out-dimension if dense.
         bias: [out] or None.
-        order: [out], the place of every output in the first matrices' results followed by the second ones';
-            needed if a projection is pivoted.
+        order: [out], index of every output in the results of the first matrices followed by those of the
+            second ones; needed if a projection is pivoted.
 
     Returns:
         [..., out], the projections' outputs side by side, contiguous.

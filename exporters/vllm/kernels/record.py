@@ -1,9 +1,9 @@
-"""Which integer matrices of a model have a working kernel, and what it costs to serve the others without one.
+"""Record which integer matrices of a model have a working kernel, and the extra memory of the others.
 
-vLLM says which kernel takes a matrix, but not whether what the kernel calls is there: its CPU builds share
-their Python and differ in their operators. So the first matrix of every kind is tried when it has been
-loaded, and a kind whose kernel fails, or gives other numbers than the stored integers stand for, is served as
-plain matrices. One record belongs to one served model.
+vLLM chooses a kernel for a matrix, but does not check whether the kernel's operators exist: its CPU builds
+have the same Python code and different operators. Therefore the first matrix of every kind is tried after
+loading; if its kernel fails or gives wrong numbers, all matrices of this kind are served as plain ones. One
+record belongs to one served model.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class KernelError(ValueError):
 
 
 class KernelRecord:
-    """What is known of a model's integer matrices.
+    """The record of a served model's integer matrices.
 
     Args:
-        is_required: Whether a matrix without a kernel is an error; the environment variable
-            `ERCSVD_REQUIRE_KERNELS` says so too.
+        is_required: Whether a matrix without a kernel is an error; it also is if the environment variable
+            `ERCSVD_REQUIRE_KERNELS` is set.
 
     Raises:
-        ValueError: the environment variable is neither 0 nor 1, nor a word for one of them.
+        ValueError: the environment variable is neither 0 nor 1, nor a word such as true or off.
     """
 
     def __init__(self, is_required: bool = False) -> None:
@@ -46,19 +46,19 @@ class KernelRecord:
         """Return why the kernel of this kind failed; None if it works or was not tried."""
         return self._trials.get(kind)
 
-    def tried(self, kind: Hashable, failure: str | None) -> None:
-        """Note how the trial of a kind ended."""
+    def record_trial(self, kind: Hashable, failure: str | None) -> None:
+        """Record the result of a kind's trial: why its kernel failed, or None."""
         self._trials[kind] = failure
 
     def served_by_kernel(self) -> None:
-        """Count a matrix that its kernel multiplies."""
+        """Count a matrix that is served by its kernel."""
         self._num_served += 1
 
     def require(self, reason: str) -> None:
         """Refuse a matrix without a kernel if kernels are required.
 
         Raises:
-            KernelError: they are.
+            KernelError: kernels are required.
         """
         if self._is_required:
             raise KernelError(
@@ -66,13 +66,13 @@ class KernelRecord:
             )
 
     def served_plain(self, reason: str, dtype: str, extra_bytes: int) -> None:
-        """Count a matrix that is served as a plain one of `dtype`, for `extra_bytes` more on this rank."""
+        """Count a matrix that is served as a plain one and takes `extra_bytes` more on this rank."""
         self._dtype = dtype
         self._reasons[reason.splitlines()[0].rstrip(":")] += 1
         self._extra_bytes += extra_bytes
 
     def summary(self) -> str | None:
-        """Return one line on the matrices that are served without their integers; None if there are none."""
+        """Return one line about the integer matrices served as plain ones; None if there are none."""
         num_plain = sum(self._reasons.values())
         if not num_plain:
             return None
@@ -85,10 +85,10 @@ class KernelRecord:
 
 
 def _requires_kernels(value: str) -> bool:
-    """Return what a value of the environment variable means.
+    """Return whether a value of the environment variable means yes.
 
     Raises:
-        ValueError: nobody can tell.
+        ValueError: the value is neither a word for yes nor one for no.
     """
     word = value.strip().lower()
     if word in ("", "0", "false", "no", "off"):

@@ -1,9 +1,9 @@
-"""Makes vLLM believe that it runs on another accelerator, in a process that serves nothing.
+"""Stubs of vLLM's platform for other accelerators, for a process that serves nothing.
 
-vLLM asks one object, `current_platform`, what the machine is, and its modules hold that object under their
-own names. `StubbedPlatform` stands in its place everywhere and can be told time and again which accelerator
-to play, so that one import of vLLM, which is slow, answers for all of them. Only questions can be answered:
-no operator of another accelerator exists here. Never use it in a process that serves a model.
+vLLM asks one object, `current_platform`, about the machine, and its modules import that object by name.
+`StubbedPlatform` replaces it in all of them and can switch between accelerators, so that one slow import of
+vLLM is enough for all. vLLM can only choose kernels then, not run them: operators of other accelerators do
+not exist here. Never use it in a process that serves a model.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ercsvd_deploy.exporters.vllm import compatibility
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What vLLM can be told to run on.
+    """An accelerator that a stub can imitate.
 
     Attributes:
         kind: vLLM's name: CUDA, ROCM or CPU.
-        capability: CUDA's compute capability as (major, minor); None where there is no such thing.
+        capability: CUDA's compute capability as (major, minor); None without CUDA.
     """
 
     kind: str
@@ -28,21 +28,21 @@ class Accelerator:
 
 
 class StubbedPlatform:
-    """Stands in the place of vLLM's `current_platform`; plays this machine's own until `become` is called."""
+    """Replaces vLLM's `current_platform`; imitates this machine's own until `become` is called."""
 
     def __init__(self) -> None:
-        """Import vLLM's kernels on the platform that is there, then take its place."""
-        _ = compatibility.choose_mp_linear_kernel  # what it imports may load operators of the real platform
-        self._played: Any = compatibility.current_platform
+        """Import vLLM's kernels on the real platform, then replace it."""
+        _ = compatibility.choose_mp_linear_kernel  # imports may load operators of the real platform
+        self._current: Any = compatibility.current_platform
         self._platforms: dict[Accelerator, Any] = {}
-        self.is_cpu_build: bool = self._played.is_cpu()
+        self.is_cpu_build: bool = self._current.is_cpu()
         compatibility.replace_platform(self)
 
     def become(self, accelerator: Accelerator) -> None:
-        """Play another accelerator from now on; a CPU is always this machine's own."""
+        """Imitate another accelerator from now on; a CPU is always this machine's own."""
         if accelerator not in self._platforms:
             self._platforms[accelerator] = compatibility.platform_of(accelerator.kind, accelerator.capability)
-        self._played = self._platforms[accelerator]
+        self._current = self._platforms[accelerator]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._played, name)
+        return getattr(self._current, name)

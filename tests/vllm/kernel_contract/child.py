@@ -174,7 +174,7 @@ class Runner:
             if key in self._handed_over:
                 return
             self._handed_over.add(key)
-            packed._hand_to_kernel()  # `finalize` leaves matrices without storage alone
+            packed._convert_for_kernel()  # `finalize` leaves matrices without storage alone
             product = packed(torch.empty(3, shape[1], dtype=dtype))
         assert product.shape == (3, shape[0]), f"{product.shape} is not {(3, shape[0])}"
         told = padded_shape(case.kernels[0], shape, storage.group_size)

@@ -8,8 +8,8 @@ vLLM's, where it answers an import of the first module with the contents of the 
 For demonstrations and tests on a CPU only: torchvision has no CPU build in the package index. On a machine
 with a GPU install torchvision, which vLLM requires there; then nothing here takes effect.
 
-It costs a process a millisecond: torchvision is looked for when the module is asked for, and transformers is
-imported by whoever asks.
+It costs a process a millisecond: torchvision is searched, and transformers imported, only when the module is
+imported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NEEDS_PIL = "transformers.models.pixtral.image_processing_pil_pixtral"
 
 
 class PilTwin:
-    """Finds and loads one module: as a copy of its twin."""
+    """Import hook for one module, which it loads as a copy of its twin."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG002
         """Return a spec for the one module, if torchvision is missing."""
@@ -37,7 +37,7 @@ class PilTwin:
         return ModuleSpec(name, self)  # type: ignore[arg-type] # a loader without its base class's import
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """Leave it to Python to make an empty module."""
+        """Return None: Python then creates an empty module."""
 
     def exec_module(self, module: ModuleType) -> None:
         """Give the module the twin's contents, under the module's own name."""
@@ -46,7 +46,7 @@ class PilTwin:
 
 
 def shadowed() -> ModuleSpec | None:
-    """Return the sitecustomize that Python would have run without this one."""
+    """Return the sitecustomize that this one hides, if there is one."""
     is_later = False
     for entry in sys.path:
         spec = PathFinder.find_spec("sitecustomize", [entry])
@@ -60,7 +60,7 @@ def shadowed() -> ModuleSpec | None:
 
 
 def run(spec: ModuleSpec) -> None:
-    """Execute a module that is not to be found under its name."""
+    """Execute a module that cannot be imported by its name."""
     from importlib.util import module_from_spec
 
     module = module_from_spec(spec)
@@ -69,5 +69,5 @@ def run(spec: ModuleSpec) -> None:
 
 
 sys.meta_path.insert(0, PilTwin())
-if other := shadowed():
-    run(other)
+if hidden := shadowed():
+    run(hidden)
