@@ -29,12 +29,12 @@ from ercsvd_deploy.pipelines.reporting.collect import collect_report
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, ReportError, parse_report
 from ercsvd_deploy.pipelines.reporting.files import write_report_files
 from ercsvd_deploy.pipelines.stages.cached import RunState, StageCache, run_stages
-from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.stage_run import CompressedModel
 from ercsvd_deploy.pipelines.state.fingerprint import HASHES_FILE, Fingerprints, take_fingerprints
 from ercsvd_deploy.pipelines.state.finished import finished_report
 from ercsvd_deploy.pipelines.state.lock import clear, has_pieces, resumable_directory
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.load import canonical, check_files
 from ercsvd_deploy.recipe.sections import Recipe
 

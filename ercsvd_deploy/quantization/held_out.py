@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3)
 DEFAULT_DAMPING = 0.1  # used if nothing is held out
-_ROWS_TRIED = 128  # of each matrix; rows are independent of each other, so a sample suffices
+ROWS_TRIED = 128  # of each matrix; rows are independent of each other, so a sample suffices
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ def choose_damping(
 
 def _some_rows(matrix: GriddedWeight) -> GriddedWeight:
     """Return evenly spread rows of a matrix, on their grid."""
-    step = max(1, len(matrix.dense) // _ROWS_TRIED)
+    step = max(1, len(matrix.dense) // ROWS_TRIED)
     grid = matrix.grid
     rows = slice(None, None, step)
     some = replace(grid, scale=grid.scale[rows], zero_point=grid.zero_point[rows], lowest=grid.lowest[rows])

@@ -3,8 +3,9 @@
 The errors arise in the order of the forward pass (h = V' x, o = C h), as in a pair of factors. V' is
 quantized under the Gram G of the inputs; its rows are outputs themselves, whose errors nothing makes up for.
 C is then re-fitted in closed form to the original weight's rows given the quantized V'_q, and quantized under
-V'_q G V'_q^T. Pivot outputs are as correlated as a layer's outputs, so GPTQ works well on C without the
-rotation that a pair of factors needs.
+V'_q G V'_q^T. The damping of the re-fit is chosen by trying: the fewer bits C gets, the more its size costs.
+Pivot outputs are as correlated as a layer's outputs, so GPTQ works well on C without the rotation that a pair
+of factors needs.
 """
 
 from __future__ import annotations
@@ -23,22 +24,29 @@ from ercsvd_deploy.quantization.gptq import (
     quantize_better,
     quantize_together,
 )
+from ercsvd_deploy.quantization.gptq_loop import factor_hessian
 from ercsvd_deploy.quantization.grid import (
     GriddedWeight,
     QuantizationSettings,
     check_weight,
     put_on_grid,
 )
-from ercsvd_deploy.quantization.held_out import HeldOutGrams, transform_gram
+from ercsvd_deploy.quantization.held_out import (
+    DEFAULT_DAMPING,
+    ROWS_TRIED,
+    HeldOutGrams,
+    transform_gram,
+)
 from ercsvd_deploy.quantization.losses import LossOf
 from ercsvd_deploy.quantization.pairs import FactorsReport, QuantizedFactors
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.packing import QuantizedWeight
 
-# Share of the mean energy of the pivot outputs. On the embedded model (docs/decisions/0008) the loss after
-# quantization is smallest about here, and half as large again without damping.
-_REFIT_DAMPING = 1e-3
+# Shares of the mean energy of the pivot outputs that the re-fit may be damped by. Which is best depends on
+# the bits, and on how much of the energy is in few directions (docs/decisions/0029). The largest comes first:
+# it is the safest where losses are equal.
+REFIT_DAMPINGS = (1e-2, 1e-3, 1e-4, 1e-5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +86,9 @@ class PivotedTask:
         if self.refit and bool((energy.diagonal() > 0).any()):  # without energy there is nothing to fit to
             is_other = torch.ones(len(self.weight), dtype=torch.bool, device=self.weight.device)
             is_other[self.pivoted.pivots] = False
-            other_rows = refit_other_rows(self.weight[is_other], pivot_rows, gram).float()
+            rows = self.weight[is_other]
+            damping = self._choose_damping(rows, pivot_rows, gram, held_out)
+            other_rows = refit_other_rows(rows, pivot_rows, gram, damping=damping).float()
             loss_refitted = loss_of(pivot_rows, other_rows)
         second, report_others = quantize_better(
             other_rows,
@@ -100,6 +110,36 @@ class PivotedTask:
                 loss=loss_of(pivot_rows, second.dequantize()),
             ),
         )
+
+    def _choose_damping(
+        self, rows: Tensor, pivot_rows: Tensor, gram: Tensor, held_out: HeldOutGrams | None
+    ) -> float:
+        """Return the damping of the re-fit with which quantized other rows lose least.
+
+        Args:
+            rows: The weight's rows that are no pivots, [out - rank, in].
+            pivot_rows: As they will be served, [rank, in].
+            gram: Of the inputs, [in, in].
+            held_out: The same tokens in two parts: to fit by and to judge by. None: all serve for both, which
+                still sees what quantizing costs.
+        """
+        fitting, judging = (gram, gram) if held_out is None else (held_out.fitting, held_out.held_out)
+        energy = transform_gram(pivot_rows, fitting)
+        if not bool((energy.diagonal() > 0).any()):  # few sequences, none of which reach the pivot rows
+            return REFIT_DAMPINGS[0]
+        settings = self.settings_others
+        damping_of_gptq = DEFAULT_DAMPING if settings.damping is None else settings.damping
+        factor = factor_hessian(energy, damping=damping_of_gptq, desc_act=settings.desc_act)
+        some = rows[:: max(1, len(rows) // ROWS_TRIED)]
+        loss_of = LossOf(some, judging)
+
+        def loss(damping: float) -> float:
+            refitted = refit_other_rows(some, pivot_rows, fitting, damping=damping).float()
+            matrix = put_on_grid(refitted, settings, self.first.scale_dtype)
+            [(quantized, _)] = quantize_together([matrix], energy, factor=factor, method=self.method)
+            return loss_of(quantized.dequantize() @ pivot_rows)
+
+        return min(REFIT_DAMPINGS, key=loss)
 
 
 def start_pivoted(
@@ -192,7 +232,7 @@ def quantize_pivoted(
 
 
 def refit_other_rows(
-    other_rows_of_weight: Tensor, pivot_rows: Tensor, gram: Tensor, *, damping: float = _REFIT_DAMPING
+    other_rows_of_weight: Tensor, pivot_rows: Tensor, gram: Tensor, *, damping: float
 ) -> Tensor:
     """Return the small C that best gives the other rows of a weight: tr((W_o - C V) G (W_o - C V)^T).
 

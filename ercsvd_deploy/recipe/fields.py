@@ -45,6 +45,10 @@ class RecipeError(ValueError):
         self.problems = tuple(problems)
 
 
+class PlanError(ValueError):
+    """The recipe cannot work on this model."""
+
+
 class Section(BaseModel):
     """A mapping of the recipe: frozen, unknown keys and implicit conversions refused."""
 

@@ -22,11 +22,12 @@ from ercsvd_deploy.pipelines.planning.machine import Machine, measure_flops
 from ercsvd_deploy.pipelines.planning.measured_workload import measure_workload
 from ercsvd_deploy.pipelines.planning.needs import PlannedStage
 from ercsvd_deploy.pipelines.stages import STAGES
-from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
 from ercsvd_deploy.pipelines.stages.quantize.serving_notes import gpu_warnings, serving_warnings
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank
+from ercsvd_deploy.recipe.fields import PlanError
 
 if TYPE_CHECKING:
     from ercsvd_deploy.recipe.sections import Recipe

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.pipelines.stages.stage_run import CompressedModel, StageRun
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.pipelines.state.fingerprint import short_digest
 from ercsvd_deploy.pipelines.state.lock import exclusive
 from ercsvd_deploy.pipelines.state.memory_errors import exhausted_memory, first_sentence
@@ -48,28 +48,28 @@ class StageCache:
     notes: list[str] = field(default_factory=list)
 
     @contextmanager
-    def open(self, stage: str) -> Iterator[FinishedWork]:
+    def open(self, stage: str) -> Iterator[CacheFolder]:
         """Open a stage's folder, with the cache entries of earlier runs with the same fingerprint."""
         fingerprint = self.fingerprints[stage]
         if self.shared is None:
-            yield self._noted(FinishedWork(self.directory / stage, fingerprint))
+            yield self._noted(CacheFolder(self.directory / stage, fingerprint))
             return
         folder = self._shared_folder(stage)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(lock_of(folder), stage):
-            yield self._noted(FinishedWork(folder, fingerprint))
+            yield self._noted(CacheFolder(folder, fingerprint))
 
-    def peek(self, stage: str) -> FinishedWork:
+    def peek(self, stage: str) -> CacheFolder:
         """Return a stage's folder for reading; nothing in it is removed, and no note is made."""
         folder = self.directory / stage if self.shared is None else self._shared_folder(stage)
-        return FinishedWork(folder, self.fingerprints[stage], is_reading=True)
+        return CacheFolder(folder, self.fingerprints[stage], is_reading=True)
 
     def discard(self, stage: str) -> None:
         """Remove the folder of a stage whose result is no longer needed; a shared folder stays."""
         if self.shared is None:
             shutil.rmtree(self.directory / stage, ignore_errors=True)
 
-    def _noted(self, finished: FinishedWork) -> FinishedWork:
+    def _noted(self, finished: CacheFolder) -> CacheFolder:
         self.notes += finished.notes
         for note in finished.notes:
             logger.info(note)

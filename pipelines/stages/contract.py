@@ -19,16 +19,13 @@ from pydantic import Field
 
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.architecture import Architecture
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.sections import Recipe
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.inputs.run_data import RunData
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun
     from ercsvd_deploy.pipelines.stages.workload import Workload
-
-
-class PlanError(ValueError):
-    """The recipe cannot work on this model."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from ercsvd_deploy.format.compressed_tensors import find_unreadable
 from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.models.experts import EXPERTS
-from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import expert_bytes, planned_bytes
+from ercsvd_deploy.recipe.fields import PlanError
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun

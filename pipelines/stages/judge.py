@@ -25,7 +25,7 @@ from ercsvd_deploy.evaluation.quality import Quality
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
-from ercsvd_deploy.pipelines.state.cache import OUTCOME, FinishedWork
+from ercsvd_deploy.pipelines.state.cache import OUTCOME, CacheFolder
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun
@@ -101,20 +101,20 @@ class JudgeOriginalStage(Stage):
     def run(self, run: StageRun) -> Quality:
         """Stream the original over all texts and questions."""
         original, cache = run.model.original, run.cache
-        quality_values = cache.findings(OUTCOME)
+        quality_values = cache.entry(OUTCOME)
         pieces = map(_outputs_piece, range(original.num_layers))
-        if quality_values is None or any(cache.findings(piece) is None for piece in pieces):
+        if quality_values is None or any(cache.entry(piece) is None for piece in pieces):
 
             def keep(index: int, outputs: Outputs) -> None:
                 piece = _outputs_piece(index)
-                if cache.findings(piece) is None:
+                if cache.entry(piece) is None:
                     tensors = {str(place): tensor.cpu() for place, tensor in enumerate(outputs.values())}
-                    cache.finish(piece, {}, tensors or None)
+                    cache.write(piece, {}, tensors or None)
 
             with run.progress(self.title, original.num_layers) as on_layer:
                 quality = judge_original(original, run.data.texts, run.data.questions, keep, on_layer)
             quality_values = _QUALITY.dump_python(quality)
-            cache.finish(OUTCOME, quality_values)
+            cache.write(OUTCOME, quality_values)
         return _QUALITY.validate_python(quality_values)
 
 
@@ -165,7 +165,7 @@ class JudgeStage(Stage):
 
     def run(self, run: StageRun) -> Comparison:
         """Stream the compressed model over all texts and questions."""
-        comparison_values = run.cache.findings(OUTCOME)
+        comparison_values = run.cache.entry(OUTCOME)
         if comparison_values is None:
             compressed = run.model.stream()
             original_outputs = _KeptOutputs(run.cache_of(JudgeOriginalStage.name), tuple(run.data.texts))
@@ -180,7 +180,7 @@ class JudgeStage(Stage):
                     on_layer,
                 )
             comparison_values = _COMPARISON.dump_python(comparison)
-            run.cache.finish(OUTCOME, comparison_values)
+            run.cache.write(OUTCOME, comparison_values)
         return _COMPARISON.validate_python(comparison_values)
 
 
@@ -188,7 +188,7 @@ class JudgeStage(Stage):
 class _KeptOutputs:
     """Reads the original's outputs that `JudgeOriginalStage` has written to disk."""
 
-    cache: FinishedWork
+    cache: CacheFolder
     texts: tuple[str, ...]
 
     def of_layer(self, index: int) -> dict[str, torch.Tensor]:

@@ -22,7 +22,8 @@ from ercsvd_deploy.pipelines.judging.tasks import (
     run_tasks,
 )
 from ercsvd_deploy.pipelines.judging.tasks_in_vllm import run_tasks_in_vllm
-from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.sections import LmEval
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, stream
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter
 from ercsvd_deploy.recipe.sections import Recipe
 
@@ -79,8 +79,8 @@ class StageRun:
     data: RunData
     model: CompressedModel
     results: Mapping[str, Any]
-    cache: FinishedWork
-    cache_of: Callable[[str], FinishedWork]
+    cache: CacheFolder
+    cache_of: Callable[[str], CacheFolder]
     progress: ProgressReporter
     directory: Path
     write_report: Callable[[Path], None]

@@ -78,7 +78,7 @@ def resumable_directory(target: Path) -> Iterator[Path]:
 
 def has_pieces(work: Path) -> bool:
     """Whether a directory holds cache entries of stages."""
-    return any(work.rglob("*.findings.json"))
+    return any(work.rglob("*.entry.json"))
 
 
 def clear(work: Path) -> None:

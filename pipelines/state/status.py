@@ -55,6 +55,6 @@ def output_status(output: Path) -> OutputStatus:
 def _stage_status(folder: Path) -> StageStatus:
     return StageStatus(
         folder.name,
-        len(list(folder.glob("*.findings.json"))),
+        len(list(folder.glob("*.entry.json"))),
         sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
     )

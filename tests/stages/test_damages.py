@@ -15,7 +15,7 @@ from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan
 from ercsvd_deploy.pipelines.stages.cached import StageCache
 from ercsvd_deploy.pipelines.stages.factorize.damages.stage import DamagesStage
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.pipelines.sweeping.file import load_sweep, sweep_points
 from ercsvd_deploy.pipelines.sweeping.needs import sweep_needs
 from ercsvd_deploy.pipelines.sweeping.points import run_point
@@ -53,13 +53,13 @@ def recipe_of(write_recipe: RecipeWriter, *stages: dict[str, Any], **sections: A
 def finished(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
     """Count the pieces that are computed: stage and piece -> how often."""
     counts: Counter[tuple[str, str]] = Counter()
-    finish = FinishedWork.finish
+    finish = CacheFolder.write
 
-    def counted(self: FinishedWork, piece: str, *args: Any) -> None:
+    def counted(self: CacheFolder, piece: str, *args: Any) -> None:
         counts[self._directory.name.partition("-")[0], piece] += 1
         finish(self, piece, *args)
 
-    monkeypatch.setattr(FinishedWork, "finish", counted)
+    monkeypatch.setattr(CacheFolder, "write", counted)
     return counts
 
 
@@ -156,7 +156,7 @@ def test_the_folder_is_as_large_as_planned_and_goes_with_the_choice(
     run_recipe(recipe)
     needs = declared(recipe)
     assert needs["damages"].kept_bytes == needs["damages"].scratch_bytes
-    told = 8192 * 4 * 7  # findings, as JSON
+    told = 8192 * 4 * 7  # entry, as JSON
     assert needs["damages"].kept_bytes - told == pytest.approx(sizes["damages"], rel=0.02)
     assert needs["sensitivity"].kept_bytes == pytest.approx(sizes["sensitivity"], rel=0.02)
 

@@ -15,12 +15,12 @@ from ercsvd_deploy.format.schema import Storage, WeightQuantization
 from ercsvd_deploy.models.meta import load_config, read_architecture
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
-from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.factorize.damages.vocabulary import VocabularyDamages
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_allocation
 from ercsvd_deploy.pipelines.stages.quantize.vocabulary import row_rounding
 from ercsvd_deploy.pipelines.stages.sensitivity.measure import measure_sensitivity
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.quantize import Quantize
 from tests.models.streamed import streamed
@@ -41,7 +41,7 @@ def test_predicted_damage_is_the_divergence(is_tied: bool, tmp_path: Path) -> No
     directory = save_tiny_model(tmp_path / "model", "llama", tie_word_embeddings=is_tied)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     tokens = torch.randint(3, 256, (32, 48), generator=torch.Generator().manual_seed(5))
-    work = FinishedWork(tmp_path / "work")
+    work = CacheFolder(tmp_path / "work")
     sensitivity = measure_sensitivity(streamed(directory), text_samples(tokens), work, with_vocabulary=True)
     stage = Quantize(method="rtn", group_size=32)
     damages = VocabularyDamages(streamed(directory), stage, sensitivity.vocabulary(CPU))

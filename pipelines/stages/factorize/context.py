@@ -14,7 +14,7 @@ from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
 from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.recipe.stages import Factorize
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ class Factorization:
     model: LayerwiseModel
     samples: Sequence[Sample] | None
     settings: Factorize
-    cache: FinishedWork
+    cache: CacheFolder
     sensitivity: Sensitivity | None = None
     token_sensitivity: TokenSensitivity | None = None
     on_layer: Callable[[], None] = lambda: None
-    decomposed_in: FinishedWork | None = None
+    decomposed_in: CacheFolder | None = None
 
     @property
     def rules(self) -> StorageRules:

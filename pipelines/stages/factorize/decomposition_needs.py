@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import LayerLinears
     from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
 
-FINDINGS_OF_LINEAR = 8192  # bytes of JSON that tell a Linear's errors and spectrum
+ENTRY_OF_LINEAR = 8192  # bytes of JSON that tell a Linear's errors and spectrum
 
 
 def offered_ranks(task: AllocationTask) -> dict[str, int]:

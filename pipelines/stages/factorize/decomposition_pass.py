@@ -82,9 +82,9 @@ class LayerVisitor(ABC):
         """Return what is found out about a layer during the pass, as JSON values."""
         del visited
 
-    def try_again(self, visited: VisitedLayer, findings: Any) -> None:
-        """Go through a layer that an earlier run has tried; `findings` is what `try_layer` returned."""
-        del visited, findings
+    def try_again(self, visited: VisitedLayer, entry: Any) -> None:
+        """Go through a layer that an earlier run has tried; `entry` is what `try_layer` returned."""
+        del visited, entry
 
 
 def decompose_decoder(
@@ -131,9 +131,9 @@ def _visit(
 ) -> Mapping[str, Spectrum]:
     """Advance `hidden` through a loaded layer, and decompose its Linears; return their spectra."""
     piece = decompositions_piece(layer.index)
-    findings = work.cache.findings(piece)
+    entry = work.cache.entry(piece)
     searched, entering = divided.batches[: divided.num_searched], hidden[: divided.num_searched]
-    if findings is not None:
+    if entry is not None:
         work.model.advance(layer.index, divided.batches, hidden, module=module)
         if visitor.tries_layers:
             decompositions = {
@@ -142,8 +142,8 @@ def _visit(
                 if (decomposition := read_decomposed(work, layer, linear).decomposition) is not None
             }
             visited = VisitedLayer(layer, module, searched, entering, decompositions, {})
-            visitor.try_again(visited, findings["tried"])
-        spectra: Mapping[str, Spectrum] = findings["spectra"]
+            visitor.try_again(visited, entry["tried"])
+        spectra: Mapping[str, Spectrum] = entry["spectra"]
         return spectra
     observed = advance_observed(work.model, layer, module, hidden, divided)
     decompositions, tensors = decompose_layer(
@@ -153,5 +153,5 @@ def _visit(
     if visitor.tries_layers:
         tried = visitor.try_layer(VisitedLayer(layer, module, searched, entering, decompositions, observed))
     spectra = {name: thinned(each.singular_values) for name, each in decompositions.items()}
-    work.cache.finish(piece, {"tried": tried, "spectra": spectra}, tensors)
+    work.cache.write(piece, {"tried": tried, "spectra": spectra}, tensors)
     return spectra

@@ -117,7 +117,7 @@ def read_decomposed(work: Factorization, layer: LayerLinears, linear: LinearShap
 def forget_decompositions(work: Factorization) -> None:
     """Remove what this stage has kept for the choice of ranks; another's folder goes with that stage."""
     for layer in work.model.architecture.layers:
-        work.cache.forget(decompositions_piece(layer.index))
+        work.cache.remove(decompositions_piece(layer.index))
 
 
 def _decomposition_tensors(name: str, decomposition: Decomposition) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs
 from ercsvd_deploy.pipelines.stages.factorize.decomposition_needs import (
-    FINDINGS_OF_LINEAR,
+    ENTRY_OF_LINEAR,
     decomposing_flops,
     decomposition_bytes,
     decomposition_bytes_of,
@@ -20,7 +20,7 @@ from ercsvd_deploy.pipelines.stages.sizes import module_bytes
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.budget.ranks import RankPlan
+    from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
     from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
     from ercsvd_deploy.recipe.stages import Factorize
 
@@ -75,7 +75,10 @@ def _last_layers_needs(
     num_parts = 2 if settings.beta == "auto" else 1  # of the sequences, each with its Grams
     decompositions = [decomposition_bytes(layer, ranks, has_metric=has_metric) for layer in layers]
     waiting, weights = max(decompositions), work.layer_weights
-    solving = _most_solving(work, ranks, has_metric=has_metric)
+    solving = max(
+        solving_bytes(linear, ranks[linear.name], has_metric=has_metric)
+        for linear in work.largest_layer.linears
+    )
     states, passing, trying = work.activations(work.calibration), 0, 0
     if work.calibration is not None:
         # Every candidate has activations of its own, beside the original's.
@@ -97,7 +100,7 @@ def _last_layers_needs(
     return Needs(
         working_bytes=max(pass_bytes(work, num_parts, step, states), 2 * waiting + weights + solving),
         beside_bytes=2 * waiting + weights,
-        scratch_bytes=sum(decompositions) + len(layers) * len(layers[0].linears) * FINDINGS_OF_LINEAR + kept,
+        scratch_bytes=sum(decompositions) + len(layers) * len(layers[0].linears) * ENTRY_OF_LINEAR + kept,
         kept_bytes=kept,
         flops=flops,
     )
@@ -109,18 +112,29 @@ def _chosen_needs(
     """Return what error control takes once damages are measured: a layer, and a Linear's decomposition."""
     if not task.offers_ranks:
         return Needs()
-    ranks, num_parts = offered_ranks(task), 2 if settings.beta == "auto" else 1
-    reading = max(
-        decomposition_bytes_of(linear, ranks[linear.name], has_metric=True)
-        + num_parts * FLOAT32 * linear.in_features**2
-        for linear in work.largest_layer.linears
+    ranks, is_divided = offered_ranks(task), settings.beta == "auto"
+    linears = work.largest_layer.linears
+    reading = {
+        linear.name: decomposition_bytes_of(linear, ranks[linear.name], has_metric=True)
+        + FLOAT32 * linear.in_features**2 * (2 if is_divided else 1)
+        for linear in linears
+    }
+    # A residual's share is chosen with a decomposition of its own.
+    step = max(
+        reading[linear.name]
+        + max(
+            _judging_bytes(linear, ranks[linear.name]),
+            solving_bytes(linear, ranks[linear.name], has_metric=True) if is_divided else 0,
+        )
+        for linear in linears
     )
     kept = max(_factor_bytes(work, each) for each in candidates)
     return Needs(
-        working_bytes=work.layer_weights + reading + _most_solving(work, ranks, has_metric=True),
-        beside_bytes=work.layer_weights + reading,
+        working_bytes=work.layer_weights + step,
+        beside_bytes=work.layer_weights + max(reading.values()),
         scratch_bytes=kept,
         kept_bytes=kept,
+        flops=min(_judging_flops(work, each) for each in candidates),
     )
 
 
@@ -154,11 +168,22 @@ def vision_needs(
     )
 
 
-def _most_solving(work: Workload, ranks: Mapping[str, int], *, has_metric: bool) -> int:
-    """Return the bytes of decomposing the Linear that takes most."""
-    return max(
-        solving_bytes(linear, ranks[linear.name], has_metric=has_metric)
-        for linear in work.largest_layer.linears
+def _judging_bytes(linear: LinearShape, rank: int) -> int:
+    """Return the bytes of truncating one Linear and judging that, in float64.
+
+    The weight and three matrices of its size, the Gram, and two factors.
+    """
+    rows, columns = linear.out_features, linear.in_features
+    return FLOAT64 * (4 * linear.parameters + columns**2 + rank * (rows + columns))
+
+
+def _judging_flops(work: Workload, candidate: Candidate) -> float:
+    """Return the operations of one product with the Gram for each Linear that is planned to get a rank."""
+    named = ((linear, candidate.modules.get(linear.name)) for linear in work.architecture.linears)
+    return sum(
+        2.0 * linear.parameters * linear.in_features
+        for linear, storage in named
+        if storage is not None and storage.truncated_rank
     )
 
 

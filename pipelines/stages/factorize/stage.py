@@ -15,14 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ercsvd_deploy.budget.ranks import RankPlan
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.models.architecture import Architecture
-from ercsvd_deploy.pipelines.stages.contract import (
-    Candidate,
-    Needs,
-    PlanError,
-    PlanningContext,
-    Stage,
-    Table,
-)
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.factorize.damages.stage import DamagesStage
 from ercsvd_deploy.pipelines.stages.factorize.needs import factorize_needs
 from ercsvd_deploy.pipelines.stages.factorize.outcome import (
@@ -38,8 +31,10 @@ from ercsvd_deploy.pipelines.stages.factorize.outcome import (
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import rank_plans
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.stages import Factorize
 
 if TYPE_CHECKING:
@@ -80,7 +75,8 @@ class FactorizeStage(Stage):
             return None
         # What ranks are multiples of follows from the quantize stage, and for pivots from tensor parallel
         # sizes; what else those say, factors do not depend on.
-        further: dict[str, Any] = {"rank_steps": digest_of(asdict(resolve_rank_steps(recipe, architecture)))}
+        steps = resolve_rank_steps(recipe, architecture, quantize_plan_of(recipe, architecture).integers)
+        further: dict[str, Any] = {"rank_steps": digest_of(asdict(steps))}
         if recipe.target is not None:
             # Ranks then depend on what quantization does, and on which shapes can be served.
             further |= {

@@ -53,23 +53,23 @@ def factorize_decoder(
         FactorizationError: a weight or its inputs are not finite, say.
         AllocationError: the cheapest that can be chosen does not fit the budget.
     """
-    findings = work.cache.findings(OUTCOME)
-    if findings is None:
+    entry = work.cache.entry(OUTCOME)
+    if entry is None:
         decision = choice.choose()
-        findings = {
+        entry = {
             "chosen": CHOSEN_RANKS.dump_python(decision.chosen, mode="json"),
             "linears": LINEARS.dump_python(_write_factors(work, decision, on_written)),
             "spectra": decision.spectra,
         }
-        work.cache.finish(OUTCOME, findings)
+        work.cache.write(OUTCOME, entry)
         forget_decompositions(work)
-    chosen = CHOSEN_RANKS.validate_python(findings["chosen"])
+    chosen = CHOSEN_RANKS.validate_python(entry["chosen"])
     layers = work.model.architecture.layers
     return FactorizeOutcome(
         chosen,
         work.rules.factorized(work.model.architecture.linears, chosen.plan.ranks),
-        LINEARS.validate_python(findings["linears"]),
-        findings["spectra"],
+        LINEARS.validate_python(entry["linears"]),
+        entry["spectra"],
         [work.cache.tensors_file(factors_piece(layer.index)) for layer in layers[chosen.first_layer :]],
     )
 
@@ -83,13 +83,13 @@ def _write_factors(
     linears: list[FactorizedLinear] = []
     for layer in work.model.architecture.layers[decision.chosen.first_layer :]:
         piece = factors_piece(layer.index)
-        findings = work.cache.findings(piece)
-        if findings is None:
+        entry = work.cache.entry(piece)
+        if entry is None:
             with work.model.layer(layer.index) as module:
                 tensors, written = _factorize_layer(work, decision, layer, module)
-            findings = LINEARS.dump_python(written)
-            work.cache.finish(piece, findings, tensors)
-        linears += LINEARS.validate_python(findings)
+            entry = LINEARS.dump_python(written)
+            work.cache.write(piece, entry, tensors)
+        linears += LINEARS.validate_python(entry)
         on_written()
     return linears
 

@@ -37,7 +37,7 @@ from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.recover.layer import Example, LayerTraining
 from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
 from ercsvd_deploy.pipelines.stages.recover.results import RecoveredLayer, RecoverOutcome
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.recipe.stages import Recover
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def recover_decoder(
     samples: Sequence[Sample],
     settings: Recover,
     modules: Mapping[str, Storage],
-    work: FinishedWork,
+    work: CacheFolder,
     on_layer: Callable[[], None] = lambda: None,
 ) -> RecoverOutcome:
     """Train every layer; layers with a cache entry in `work` are not trained again.
@@ -72,7 +72,7 @@ def recover_decoder(
     """
     stage = _RecoverStage(original, compressed, settings, modules, work)
     trained = [layer for layer in compressed.architecture.layers if stage.trainable(layer)]
-    results = {layer.index: work.findings(_piece(layer.index)) for layer in trained}
+    results = {layer.index: work.entry(_piece(layer.index)) for layer in trained}
     if None in results.values():
         results = stage.train(samples, on_layer)
     return RecoverOutcome(
@@ -94,7 +94,7 @@ class _RecoverStage:
     compressed: LayerwiseModel
     settings: Recover
     modules: Mapping[str, Storage]
-    work: FinishedWork
+    work: CacheFolder
 
     def trainable(self, layer: LayerLinears) -> list[LinearShape]:
         """Return the compressed Linears of a layer."""
@@ -113,7 +113,7 @@ class _RecoverStage:
             self.original.advance(layer.index, batches, targets)
             with self.compressed.layer(layer.index) as module:
                 if self.trainable(layer):
-                    result = self.work.findings(_piece(layer.index))
+                    result = self.work.entry(_piece(layer.index))
                     if result is None:
                         result = self._finish_layer(layer, module, _examples(batches, inputs, targets))
                     else:
@@ -166,9 +166,9 @@ class _RecoverStage:
         recovered = RecoveredLayer(
             layer.index, error_before, error_after, is_kept, _count_changed(rounded, integers)
         )
-        findings = _LAYER.dump_python(recovered)
-        self.work.finish(_piece(layer.index), findings, self._tensors(layer, module))
-        return findings
+        entry = _LAYER.dump_python(recovered)
+        self.work.write(_piece(layer.index), entry, self._tensors(layer, module))
+        return entry
 
     def _start_rounding(self, layer: LayerLinears, module: nn.Module) -> list[PackedLinear]:
         """Make the rounding of a loaded layer's integer matrices trainable; return these matrices."""

@@ -46,22 +46,22 @@ class ExpertDamages:
         model, cache = self.work.model, self.work.cache
         layers = model.architecture.layers
         offering = [layer for layer in layers if self._offers(layer)]
-        findings: dict[int, Any] = {layer.index: cache.findings(_piece(layer)) for layer in offering}
+        entries: dict[int, Any] = {layer.index: cache.entry(_piece(layer)) for layer in offering}
         damages: MeasuredDamages = {}
-        if None in findings.values():
+        if None in entries.values():
             samples = self.work.samples
             assert samples is not None, "error control measures damages on calibration data"
             divided = divide(model, samples, num_searched=0, num_fitting=len(samples))
             hidden = model.embed(divided.batches)
             for layer in layers:
                 with model.layer(layer.index) as module:
-                    if self._offers(layer) and findings[layer.index] is None:
+                    if self._offers(layer) and entries[layer.index] is None:
                         inputs = RoutedInputs.capture(model, layer, module, hidden, divided)
-                        findings[layer.index] = self._measure(layer, inputs)
-                        cache.finish(_piece(layer), findings[layer.index])
+                        entries[layer.index] = self._measure(layer, inputs)
+                        cache.write(_piece(layer), entries[layer.index])
                     model.advance(layer.index, divided.batches, hidden, module=module)
-        for found in findings.values():
-            damages |= found
+        for entry in entries.values():
+            damages |= entry
         return damages
 
     def _offers(self, layer: LayerLinears) -> bool:

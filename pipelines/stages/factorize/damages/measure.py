@@ -66,10 +66,10 @@ def _decompose(work: Factorization, offer: Offer) -> Mapping[str, Spectrum]:
     """Leave every decomposition on disk, without a pass if they are there; return the spectra."""
     spectra: dict[str, Spectrum] = {}
     for layer in work.model.architecture.layers:
-        findings = work.cache.findings(decompositions_piece(layer.index))
-        if findings is None:
+        entry = work.cache.entry(decompositions_piece(layer.index))
+        if entry is None:
             return decompose_decoder(work, _OfferedRanks(offer))[0]
-        spectra |= findings["spectra"]
+        spectra |= entry["spectra"]
     return spectra
 
 
@@ -78,9 +78,9 @@ def _of_layer(
 ) -> MeasuredDamages:
     """Return the damages of a layer's Linears."""
     piece = f"damages-{layer.index:05d}"
-    findings: MeasuredDamages | None = work.cache.findings(piece)
-    if findings is not None:
-        return findings
+    entry: MeasuredDamages | None = work.cache.entry(piece)
+    if entry is not None:
+        return entry
     measured: MeasuredDamages = {}
     with work.model.layer(layer.index) as module:
         for group in layer.groups:
@@ -91,7 +91,7 @@ def _of_layer(
                 factor = factor or prediction.hessian_factor()
                 damages = prediction.damages(storages, factor)
                 measured[linear.name] = [damages[storage] for storage in storages]
-    work.cache.finish(piece, measured)
+    work.cache.write(piece, measured)
     return measured
 
 
@@ -101,15 +101,15 @@ def _of_vocabulary(work: Factorization, offer: Offer, quantize: Quantize | None)
     names = [name for name in offer if name in outside]
     if not names:
         return {}
-    findings: MeasuredDamages | None = work.cache.findings(_VOCABULARY_PIECE)
-    if findings is not None:
-        return findings
+    entry: MeasuredDamages | None = work.cache.entry(_VOCABULARY_PIECE)
+    if entry is not None:
+        return entry
     assert quantize is not None, "the schema asks for a quantize stage"
     assert work.sensitivity is not None, "error control measures sensitivities"
     sensitivity = work.sensitivity.vocabulary(work.model.device)
     prediction = VocabularyDamages(work.model, quantize, sensitivity)
     measured = {name: prediction.damages(name, offer[name]) for name in names}
-    work.cache.finish(_VOCABULARY_PIECE, measured)
+    work.cache.write(_VOCABULARY_PIECE, measured)
     return measured
 
 

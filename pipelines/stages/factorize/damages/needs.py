@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.stages.contract import Needs
 from ercsvd_deploy.pipelines.stages.factorize.decomposition_needs import (
-    FINDINGS_OF_LINEAR,
+    ENTRY_OF_LINEAR,
     decomposing_flops,
     decomposition_bytes,
     decomposition_bytes_of,
@@ -52,7 +52,7 @@ def damages_needs(settings: Factorize, task: AllocationTask, work: Workload) -> 
         for linear in work.largest_layer.linears
     )
     on_disk = sum(decompositions) + len(layers) * (
-        len(layers[0].linears) * FINDINGS_OF_LINEAR + work.layer_grams * num_parts
+        len(layers[0].linears) * ENTRY_OF_LINEAR + work.layer_grams * num_parts
     )
     linears = work.architecture.linears
     return Needs(

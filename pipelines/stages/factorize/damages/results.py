@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.stages.factorize.linear import Spectrum
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
@@ -28,4 +28,4 @@ class Damages:
 
     by_matrix: MeasuredDamages
     spectra: Mapping[str, Spectrum]
-    folder: FinishedWork
+    folder: CacheFolder

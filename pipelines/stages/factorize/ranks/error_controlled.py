@@ -93,9 +93,9 @@ class ErrorControlled(RankChoice):
                 linear.name: planned_residual_rank(settings, linear, rank) for linear, rank in ranks.items()
             }
         piece = f"residual-ranks-{layer.index:05d}"
-        findings: dict[str, int | None] | None = work.cache.findings(piece)
-        if findings is not None:
-            return findings
+        entry: dict[str, int | None] | None = work.cache.entry(piece)
+        if entry is not None:
+            return entry
         residual_ranks: dict[str, int | None] = {}
         with work.model.layer(layer.index) as module:
             for linear, rank in ranks.items():
@@ -111,7 +111,7 @@ class ErrorControlled(RankChoice):
                     [rank],
                     metric,
                 )[rank]
-        work.cache.finish(piece, residual_ranks)
+        work.cache.write(piece, residual_ranks)
         return residual_ranks
 
     def _plan(self, storages: dict[str, Storage]) -> RankPlan:

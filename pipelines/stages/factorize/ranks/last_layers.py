@@ -87,10 +87,10 @@ class LastLayers(RankChoice, LayerVisitor):
             "residual_ranks": residual_ranks,
         }
 
-    def try_again(self, visited: VisitedLayer, findings: Any) -> None:
+    def try_again(self, visited: VisitedLayer, entry: Any) -> None:
         """Advance the trajectories once more; what Linears lose is known by now."""
-        self._try(visited, findings["residual_ranks"], None)
-        for k, linears in findings["candidates"].items():
+        self._try(visited, entry["residual_ranks"], None)
+        for k, linears in entry["candidates"].items():
             candidate = self._candidates[int(k)]
             candidate.linears |= {linear.name: linear for linear in LINEARS.validate_python(linears)}
 
