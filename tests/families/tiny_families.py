@@ -57,8 +57,8 @@ DELTA_NET: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"] * (NUM_LAYERS // 2),
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,  # as published models have it: vLLM's CPU engine has no kernel for 32
+    "linear_value_head_dim": 128,
 }
 _SHARED_EXPERT = {"shared_expert_intermediate_size": 96}
 # Family, with the variant where there are several -> (model type, what its config says beside `_SHARED`).

@@ -126,8 +126,14 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Mapping[
     ),
     "qwen3_vl_moe": (
         "qwen3_vl_moe",
-        # one layer without experts
-        {**_rope(6, 5, 5, mrope_interleaved=True), **_HEADS_OF_32, **_EXPERTS, "mlp_only_layers": [3]},
+        # one layer without experts; vLLM reads `norm_topk_prob`, transformers does not
+        {
+            **_rope(6, 5, 5, mrope_interleaved=True),
+            **_HEADS_OF_32,
+            **_EXPERTS,
+            "mlp_only_layers": [3],
+            "norm_topk_prob": True,
+        },
         _GRID | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]},
         {},
     ),

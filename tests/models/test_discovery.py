@@ -101,16 +101,16 @@ def test_layers_of_linear_attention_and_of_attention(family: str) -> None:
     gates = {"qwen3_next": {"in_proj_ba"}, "qwen3_5_text": {"in_proj_b", "in_proj_a"}}[family]
     left = {f"model.layers.0.linear_attn.{leaf}.weight" for leaf in (*gates, "conv1d")}
     assert left <= architecture.other_tensors.keys()
-    assert architecture.linear_key_size == 64
+    assert architecture.linear_key_size == 256
 
 
-@pytest.mark.parametrize(("size", "held"), [(1, 256), (2, 128)])
+@pytest.mark.parametrize(("size", "held"), [(1, 1024), (2, 512)])
 def test_shares_of_a_linear_attention(size: int, held: int) -> None:
-    """Two heads of 32 for queries, two for keys, and four for values: each is cut by itself."""
+    """Two heads of 128 for queries, two for keys, and four for values: each is cut by itself."""
     architecture = read_architecture(tiny_config("qwen3_5_text"))
     name = "model.layers.0.linear_attn.in_proj_qkv"
-    assert [block.size for block in architecture.output_blocks(name, 256)] == [64, 64, 128]
-    assert architecture.outputs_on_rank(name, 256, size) == held
+    assert [block.size for block in architecture.output_blocks(name, 1024)] == [256, 256, 512]
+    assert architecture.outputs_on_rank(name, 1024, size) == held
 
 
 @pytest.mark.parametrize(("layer", "head_size", "sizes"), [(0, 32, {1: 64, 2: 32}), (1, 64, {1: 64, 2: 64})])
