@@ -1,0 +1,1 @@
+"""Routed experts of a mixture: found, taken apart into Linears, put together again."""
