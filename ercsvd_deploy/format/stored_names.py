@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from ercsvd_deploy.format.tensor_store import CheckpointError
+from ercsvd_deploy.format.files.tensor_store import CheckpointError
 
 _MOST_SHARED_SEGMENTS = 3
 Naming = dict[str, str]  # stored name -> name of the model

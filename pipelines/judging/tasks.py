@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.models.families import attention_implementation
-from ercsvd_deploy.models.meta import load_config
-from ercsvd_deploy.models.vision import reads_images
+from ercsvd_deploy.models.description.families import attention_implementation
+from ercsvd_deploy.models.description.meta import load_config
+from ercsvd_deploy.models.description.vision import reads_images
 from ercsvd_deploy.pipelines.judging.uncertainty import Estimate, mean_of, share_drop, with_standard_error
 
 _PLAIN_FILTER = "none"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ercsvd_deploy.exporters.vllm.target import ExportError, check_target
+from ercsvd_deploy.exporters.vllm.directory.target import ExportError, check_target
 from ercsvd_deploy.pipelines.planning.machine import Machine, inspect_machine
 from ercsvd_deploy.pipelines.planning.needs import PlannedStage, StageNeeds, add_up_needs
 from ercsvd_deploy.pipelines.state.lock import work_path

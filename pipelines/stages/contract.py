@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.models.architecture import Architecture
+from ercsvd_deploy.models.description.architecture import Architecture
 from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.sections import Recipe
 

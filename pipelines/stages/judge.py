@@ -22,7 +22,7 @@ from ercsvd_deploy.evaluation.comparison import (
     judge_original,
 )
 from ercsvd_deploy.evaluation.quality import Quality
-from ercsvd_deploy.format.tensor_store import FileStore
+from ercsvd_deploy.format.files.tensor_store import FileStore
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 from ercsvd_deploy.pipelines.state.cache import OUTCOME, CacheFolder

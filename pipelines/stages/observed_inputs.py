@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.data.samples import Batch, Sample
-from ercsvd_deploy.models.statistics import InputStatistics, TokenWeights
+from ercsvd_deploy.models.streaming.statistics import InputStatistics, TokenWeights
 from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.architecture import LayerLinears
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.description.architecture import LayerLinears
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 
 _HELD_OUT_EVERY = 4  # one of so many sequences is held out
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.format.atomic_files import (
+from ercsvd_deploy.format.files.atomic_files import (
     read_json,
     remove_partial_files,
     write_atomically,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ercsvd_deploy.models import tested_families
+from ercsvd_deploy.models.description import tested_families
 from tests.families import tiny_families, tiny_vision_families
 
 README = Path(__file__).parents[2] / "README.md"

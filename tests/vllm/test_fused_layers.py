@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from ercsvd_deploy.exporters.vllm.layer_plan import share_out_outputs
+from ercsvd_deploy.exporters.vllm.layers.layer_plan import share_out_outputs
 from ercsvd_deploy.exporters.vllm.plugin import register
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError, Storage, WeightQuantization
-from ercsvd_deploy.models.tensor_parallel import output_blocks
+from ercsvd_deploy.models.description.tensor_parallel import output_blocks
 from tests.tiny_models import HEAD_DIM, HIDDEN_SIZE, INTERMEDIATE_SIZE, restore_linear, store_linear
 from tests.vllm.in_process import vllm_in_process  # noqa: F401 - a fixture of this module
 

@@ -20,10 +20,10 @@ import torch
 
 from ercsvd_deploy import __version__
 from ercsvd_deploy.format import compressed_tensors
-from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically, write_text_atomically
+from ercsvd_deploy.format.files.atomic_files import read_json, write_json_atomically, write_text_atomically
+from ercsvd_deploy.format.files.tensor_store import INDEX_FILE, CheckpointError, FileStore
+from ercsvd_deploy.format.files.weight_files import open_directory
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
-from ercsvd_deploy.format.tensor_store import INDEX_FILE, CheckpointError, FileStore
-from ercsvd_deploy.format.weight_files import open_directory
 
 MANIFEST_FILE = "ercsvd_manifest.json"
 REPORT_SUMS_FILE = "ercsvd_report.sha256"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ercsvd_deploy.format.atomic_files import write_atomically, write_json_atomically
-from ercsvd_deploy.format.tensor_store import INDEX_FILE, SINGLE_FILE, TensorStore
+from ercsvd_deploy.format.files.atomic_files import write_atomically, write_json_atomically
+from ercsvd_deploy.format.files.tensor_store import INDEX_FILE, SINGLE_FILE, TensorStore
 
 
 def write_sharded(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ercsvd_deploy.format.weight_files import is_followed
+from ercsvd_deploy.format.files.weight_files import is_followed
 
 # Patterns of file names in lower case.
 _LICENCES = ("*licen[cs]e*", "copying*")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ercsvd_deploy.format.tensor_store import TensorInfo, TensorStore, torch_dtype
+from ercsvd_deploy.format.files.tensor_store import TensorInfo, TensorStore, torch_dtype
 
 
 @dataclass(frozen=True)

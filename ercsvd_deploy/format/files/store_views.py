@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ercsvd_deploy.format.tensor_store import (
+from ercsvd_deploy.format.files.tensor_store import (
     CheckpointError,
     TensorInfo,
     TensorStore,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ercsvd_deploy.format.tensor_store import (
+from ercsvd_deploy.format.files.tensor_store import (
     INDEX_FILE,
     SINGLE_FILE,
     CheckpointError,

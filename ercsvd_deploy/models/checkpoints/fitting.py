@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ercsvd_deploy.format.store_views import RenamedStore
+from ercsvd_deploy.format.files.store_views import RenamedStore
+from ercsvd_deploy.format.files.tensor_store import CheckpointError, TensorStore, enumerate_names
 from ercsvd_deploy.format.stored_names import match_names
-from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore, enumerate_names
-from ercsvd_deploy.models.stacked_experts import unstack_experts
+from ercsvd_deploy.models.experts.stacked import unstack_experts
 
 _FLOATS = ("F32", "F16", "BF16")
 _MOST_TOLD = 5

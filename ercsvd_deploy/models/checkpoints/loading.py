@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore
+from ercsvd_deploy.format.files.tensor_store import CheckpointError, TensorStore
 
 # A router's correction of its scores: rounded to 16 bits it would send tokens to other experts.
 _ALWAYS_FLOAT32 = "e_score_correction_bias"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.format.llava_names import to_module
-from ercsvd_deploy.models.experts import puts_together
+from ercsvd_deploy.models.experts.routed import puts_together
 
 if TYPE_CHECKING:
     from torch import nn

@@ -29,6 +29,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ercsvd_deploy.format.files.tensor_store import TensorInfo, read_header
 from ercsvd_deploy.format.schema import (
     FACTOR_PARTS,
     QUANT_METHOD,
@@ -41,11 +42,10 @@ from ercsvd_deploy.format.schema import (
     CheckpointConfig,
     CheckpointFormatError,
 )
-from ercsvd_deploy.format.tensor_store import TensorInfo, read_header
-from ercsvd_deploy.models.experts import are_separate, puts_together, separate_experts
-from ercsvd_deploy.models.modules import PackedLinear, PivotedLinear
-from ercsvd_deploy.models.packed_embedding import PackedEmbedding, TiedOutputLayer
-from ercsvd_deploy.models.replacement import canonical_name, replace_linears
+from ercsvd_deploy.models.compressed.modules import PackedLinear, PivotedLinear
+from ercsvd_deploy.models.compressed.packed_embedding import PackedEmbedding, TiedOutputLayer
+from ercsvd_deploy.models.compressed.replacement import canonical_name, replace_linears
+from ercsvd_deploy.models.experts.routed import are_separate, puts_together, separate_experts
 
 _PACKED_LEAVES = (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE, WEIGHT_ZERO_POINT)
 # Matches tensor names of the compressed format, and captures the module's name.

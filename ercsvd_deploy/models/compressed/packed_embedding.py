@@ -17,7 +17,7 @@ from ercsvd_deploy.format.schema import (
     Storage,
     WeightQuantization,
 )
-from ercsvd_deploy.models.modules import register_integers
+from ercsvd_deploy.models.compressed.modules import register_integers
 
 
 class PackedEmbedding(nn.Embedding):

@@ -11,8 +11,13 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.format.schema import WEIGHT, CheckpointConfig, CheckpointFormatError, Storage
-from ercsvd_deploy.models.modules import CorrectedLinear, LowRankLinear, PackedLinear, PivotedLinear
-from ercsvd_deploy.models.packed_embedding import PackedEmbedding, TiedOutputLayer, pack_embedding
+from ercsvd_deploy.models.compressed.modules import (
+    CorrectedLinear,
+    LowRankLinear,
+    PackedLinear,
+    PivotedLinear,
+)
+from ercsvd_deploy.models.compressed.packed_embedding import PackedEmbedding, TiedOutputLayer, pack_embedding
 
 # Path parts in which loaders differ: `language_model.model.layers` on disk is `model.language_model.layers`
 # in transformers 5, `model.layers` is `layers` in a model without a head, and CLIP's `vision_model` is gone.

@@ -13,11 +13,16 @@ from functools import cached_property
 
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.models.checkpoint_names import stored_name
-from ercsvd_deploy.models.experts import EXPERTS, RoutedExperts
-from ercsvd_deploy.models.tasks import Task
-from ercsvd_deploy.models.tensor_parallel import OutputBlock, cuts_inputs, holds_key_values, output_blocks
-from ercsvd_deploy.models.vocabulary import Vocabulary
+from ercsvd_deploy.models.checkpoints.names import stored_name
+from ercsvd_deploy.models.description.tasks import Task
+from ercsvd_deploy.models.description.tensor_parallel import (
+    OutputBlock,
+    cuts_inputs,
+    holds_key_values,
+    output_blocks,
+)
+from ercsvd_deploy.models.description.vocabulary import Vocabulary
+from ercsvd_deploy.models.experts.routed import EXPERTS, RoutedExperts
 
 LANGUAGE_PART, TOWER_PART, PROJECTOR_PART = "language model", "vision tower", "projector"
 

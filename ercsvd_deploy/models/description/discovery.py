@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.models.architecture import ArchitectureError, LayerLinears
-from ercsvd_deploy.models.experts import EXPERTS, UnknownExpertsError, find_experts, routers_beside
+from ercsvd_deploy.models.description.architecture import ArchitectureError, LayerLinears
+from ercsvd_deploy.models.experts.routed import EXPERTS, UnknownExpertsError, find_experts, routers_beside
 
 _FEWEST_TOKENS = 2  # models treat a single token, the usual step of a generation, differently
 

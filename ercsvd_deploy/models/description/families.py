@@ -11,13 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from ercsvd_deploy.models.architecture import Architecture, ArchitectureError, LayerLinears
-from ercsvd_deploy.models.checkpoint_names import module_names, stored_prefixes
-from ercsvd_deploy.models.discovery import find_decoder, on_meta
-from ercsvd_deploy.models.experts import renamed_parts, stand_in_for_experts
-from ercsvd_deploy.models.tasks import auto_class, task_of
-from ercsvd_deploy.models.vision import describe_vision, find_vision_parts, image_token_id, reads_images
-from ercsvd_deploy.models.vocabulary import find_vocabulary
+from ercsvd_deploy.models.checkpoints.names import module_names, stored_prefixes
+from ercsvd_deploy.models.description.architecture import Architecture, ArchitectureError, LayerLinears
+from ercsvd_deploy.models.description.discovery import find_decoder, on_meta
+from ercsvd_deploy.models.description.tasks import auto_class, task_of
+from ercsvd_deploy.models.description.vision import (
+    describe_vision,
+    find_vision_parts,
+    image_token_id,
+    reads_images,
+)
+from ercsvd_deploy.models.description.vocabulary import find_vocabulary
+from ercsvd_deploy.models.experts.routed import renamed_parts, stand_in_for_experts
 
 _BOTH_DIRECTIONS = "it reads a text in both directions; supported are decoders, which read it in one"
 _ATTENTION_LAYERS = frozenset(

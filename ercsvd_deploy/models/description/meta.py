@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
-from ercsvd_deploy.models.config_sizes import impossible_sizes
-from ercsvd_deploy.models.families import attention_implementation, check_supported, describe
-from ercsvd_deploy.models.packed_embedding import TiedOutputLayer
-from ercsvd_deploy.models.tasks import auto_class, mark_embedding_model
+from ercsvd_deploy.models.compressed.packed_embedding import TiedOutputLayer
+from ercsvd_deploy.models.description.architecture import Architecture, ArchitectureError
+from ercsvd_deploy.models.description.config_sizes import impossible_sizes
+from ercsvd_deploy.models.description.families import attention_implementation, check_supported, describe
+from ercsvd_deploy.models.description.tasks import auto_class, mark_embedding_model
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -49,7 +49,7 @@ def auto_class(config: Any) -> Any:
     """Return the class of transformers that builds and loads a config's model."""
     import transformers
 
-    from ercsvd_deploy.models.vision import reads_images
+    from ercsvd_deploy.models.description.vision import reads_images
 
     task = task_of(config)
     if task == "embed":

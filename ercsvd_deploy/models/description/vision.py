@@ -12,8 +12,13 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.format.llava_names import PROJECTOR
-from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, ArchitectureError, LayerLinears
-from ercsvd_deploy.models.discovery import decoder_name, watch_module, watch_stack
+from ercsvd_deploy.models.description.architecture import (
+    PROJECTOR_PART,
+    TOWER_PART,
+    ArchitectureError,
+    LayerLinears,
+)
+from ercsvd_deploy.models.description.discovery import decoder_name, watch_module, watch_stack
 
 _LLAVA = frozenset({"llava", "llava_next"})
 _WITHOUT_CONVERSATIONS = frozenset({"paligemma"})

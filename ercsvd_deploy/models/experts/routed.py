@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.models.expert_modules import Expert, ExpertsOfScaledTokens, SeparateExperts
+from ercsvd_deploy.models.experts.modules import Expert, ExpertsOfScaledTokens, SeparateExperts
 
 EXPERTS = "experts"  # what every family calls the module
 GATE_UP, DOWN = "gate_up_proj", "down_proj"  # and its parameters

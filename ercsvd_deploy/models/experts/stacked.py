@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from ercsvd_deploy.format.stacked_matrices import Place, StackedStore, UnstackedStore
-from ercsvd_deploy.format.tensor_store import CheckpointError
-from ercsvd_deploy.models.expert_modules import SeparateExperts
-from ercsvd_deploy.models.experts import DOWN, GATE_UP, stacking_of
+from ercsvd_deploy.format.files.stacked_matrices import Place, StackedStore, UnstackedStore
+from ercsvd_deploy.format.files.tensor_store import CheckpointError
+from ercsvd_deploy.models.experts.modules import SeparateExperts
+from ercsvd_deploy.models.experts.routed import DOWN, GATE_UP, stacking_of
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.format.tensor_store import TensorStore
-    from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.format.files.tensor_store import TensorStore
+    from ercsvd_deploy.models.description.architecture import Architecture
 
 # Name, outputs and inputs of the matrices that lie in one tensor, expert by expert.
 _Linears = list[list[tuple[str, int, int]]]

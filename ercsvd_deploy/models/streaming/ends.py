@@ -21,18 +21,18 @@ from torch import nn
 from torch.nn import functional
 
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
-from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
+from ercsvd_deploy.format.files.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.side_by_side import is_small
-from ercsvd_deploy.models.architecture import Architecture
-from ercsvd_deploy.models.experts import separate_experts
-from ercsvd_deploy.models.families import describe, module_tensors
-from ercsvd_deploy.models.fitting import fit_store
-from ercsvd_deploy.models.layer_calls import CallRecorder, LayerCalls
-from ercsvd_deploy.models.loading import load_tensors, own_state
-from ercsvd_deploy.models.meta import build_meta_model, compressed_config, tie_weights
-from ercsvd_deploy.models.recording import EmbeddingDone, OnCall, capture_input, layers_replaced
-from ercsvd_deploy.models.replacement import replace_linears
-from ercsvd_deploy.models.statistics import (
+from ercsvd_deploy.models.checkpoints.fitting import fit_store
+from ercsvd_deploy.models.checkpoints.loading import load_tensors, own_state
+from ercsvd_deploy.models.compressed.replacement import replace_linears
+from ercsvd_deploy.models.description.architecture import Architecture
+from ercsvd_deploy.models.description.families import describe, module_tensors
+from ercsvd_deploy.models.description.meta import build_meta_model, compressed_config, tie_weights
+from ercsvd_deploy.models.experts.routed import separate_experts
+from ercsvd_deploy.models.streaming.layer_calls import CallRecorder, LayerCalls
+from ercsvd_deploy.models.streaming.recording import EmbeddingDone, OnCall, capture_input, layers_replaced
+from ercsvd_deploy.models.streaming.statistics import (
     InputStatistics,
     TokenWeight,
     observing,

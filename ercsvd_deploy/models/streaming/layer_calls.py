@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ercsvd_deploy.models.recording import EmbeddingDone
+from ercsvd_deploy.models.streaming.recording import EmbeddingDone
 
 if TYPE_CHECKING:
     from ercsvd_deploy.data.samples import Batch

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.linalg.side_by_side import map_side_by_side
-from ercsvd_deploy.models.ends import ModelEnds
-from ercsvd_deploy.models.loading import load_tensors
-from ercsvd_deploy.models.recording import capture_input
-from ercsvd_deploy.models.statistics import (
+from ercsvd_deploy.models.checkpoints.loading import load_tensors
+from ercsvd_deploy.models.streaming.ends import ModelEnds
+from ercsvd_deploy.models.streaming.recording import capture_input
+from ercsvd_deploy.models.streaming.statistics import (
     GradientStatistics,
     InputStatistics,
     TokenWeights,
@@ -29,7 +29,7 @@ from ercsvd_deploy.models.statistics import (
 
 if TYPE_CHECKING:
     from ercsvd_deploy.data.samples import Batch
-    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.description.architecture import LayerLinears
 
 
 @dataclass

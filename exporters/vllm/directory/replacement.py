@@ -12,8 +12,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from ercsvd_deploy.exporters.vllm.target import ExportError
-from ercsvd_deploy.format.manifest import ManifestError, exported_files
+from ercsvd_deploy.exporters.vllm.directory.target import ExportError
+from ercsvd_deploy.format.files.manifest import ManifestError, exported_files
 
 _ASIDE = "replaced"
 

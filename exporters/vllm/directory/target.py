@@ -59,7 +59,7 @@ def check_unchanged(target: Path, *, with_weights: bool = True) -> None:
     Raises:
         ExportError: files or tensors differ from the manifest, or there is no manifest.
     """
-    from ercsvd_deploy.format.manifest import ManifestError, changed_files
+    from ercsvd_deploy.format.files.manifest import ManifestError, changed_files
 
     if not target.is_dir() or not any(target.iterdir()):
         return
@@ -88,7 +88,7 @@ def is_export(directory: Path) -> bool:
     try:
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         if config["quantization_config"]["quant_method"] == compressed_tensors.QUANT_METHOD:
-            from ercsvd_deploy.format.manifest import MANIFEST_FILE  # needs torch
+            from ercsvd_deploy.format.files.manifest import MANIFEST_FILE  # needs torch
 
             return (directory / MANIFEST_FILE).is_file()  # others write this format too
         CheckpointConfig.read(config["quantization_config"])

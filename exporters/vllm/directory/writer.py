@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ercsvd_deploy.exporters.vllm.replacement import replace_export
-from ercsvd_deploy.exporters.vllm.target import CONFIG_FILE, check_target, check_unchanged
-from ercsvd_deploy.format.atomic_files import write_json_atomically
+from ercsvd_deploy.exporters.vllm.directory.replacement import replace_export
+from ercsvd_deploy.exporters.vllm.directory.target import CONFIG_FILE, check_target, check_unchanged
 from ercsvd_deploy.format.compressed_tensors import describe_dense_integers, guards_of
-from ercsvd_deploy.format.manifest import write_manifest
+from ercsvd_deploy.format.files.atomic_files import write_json_atomically
+from ercsvd_deploy.format.files.manifest import write_manifest
+from ercsvd_deploy.format.files.shards import write_sharded
+from ercsvd_deploy.format.files.sidecars import sidecars
+from ercsvd_deploy.format.files.store_views import RenamedStore
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.format.shards import write_sharded
-from ercsvd_deploy.format.sidecars import sidecars
-from ercsvd_deploy.format.store_views import RenamedStore
-from ercsvd_deploy.models.stacked_experts import stack_experts
+from ercsvd_deploy.models.experts.stacked import stack_experts
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.format.tensor_store import TensorStore
-    from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.format.files.tensor_store import TensorStore
+    from ercsvd_deploy.models.description.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ercsvd_deploy.exporters.vllm.packed_matrix import Matrix
+from ercsvd_deploy.exporters.vllm.layers.packed_matrix import Matrix
 from ercsvd_deploy.format.integer_words import pack_rows, unpack_rows
 from ercsvd_deploy.format.schema import (
     FACTOR_B,
@@ -35,8 +35,8 @@ from ercsvd_deploy.format.schema import (
 from ercsvd_deploy.linalg.pivoting import row_order_problem
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.exporters.vllm.layer_plan import Projection
-    from ercsvd_deploy.exporters.vllm.rows import RowsMatrix
+    from ercsvd_deploy.exporters.vllm.layers.layer_plan import Projection
+    from ercsvd_deploy.exporters.vllm.layers.rows import RowsMatrix
 
 # vLLM's names of the projections in a fused layer: numbers, except for query, key and value
 _ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}

@@ -20,14 +20,14 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
     envs,
     register_weight_loader_v2_supported_method,
 )
-from ercsvd_deploy.exporters.vllm.layer import StackedLinear
-from ercsvd_deploy.exporters.vllm.layer_plan import (
+from ercsvd_deploy.exporters.vllm.layers.layer import StackedLinear
+from ercsvd_deploy.exporters.vllm.layers.layer_plan import (
     Projection,
     keep_of_fused,
     keep_of_rank,
     share_out_outputs,
 )
-from ercsvd_deploy.exporters.vllm.loading import (
+from ercsvd_deploy.exporters.vllm.layers.loading import (
     ProjectionLoader,
     ShardId,
     add_gates,

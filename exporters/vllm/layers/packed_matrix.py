@@ -18,7 +18,7 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
     choose_mp_linear_kernel,
     kernel_config,
 )
-from ercsvd_deploy.exporters.vllm.plain_matrix import PlainMatrix, copy_rows, refuse_stock_loading
+from ercsvd_deploy.exporters.vllm.layers.plain_matrix import PlainMatrix, copy_rows, refuse_stock_loading
 from ercsvd_deploy.format.integer_words import dequantize, pack_rows, unpack_rows
 from ercsvd_deploy.format.schema import (
     WEIGHT,

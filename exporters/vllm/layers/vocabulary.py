@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ercsvd_deploy.exporters.vllm.compatibility import QuantizeMethodBase, UnquantizedEmbeddingMethod
-from ercsvd_deploy.exporters.vllm.layer_plan import Projection
-from ercsvd_deploy.exporters.vllm.loading import Placement, ProjectionLoader, ShardId, add_gates
-from ercsvd_deploy.exporters.vllm.packed_matrix import PackedMatrix
-from ercsvd_deploy.exporters.vllm.rows import RowsMatrix
+from ercsvd_deploy.exporters.vllm.layers.layer_plan import Projection
+from ercsvd_deploy.exporters.vllm.layers.loading import Placement, ProjectionLoader, ShardId, add_gates
+from ercsvd_deploy.exporters.vllm.layers.packed_matrix import PackedMatrix
+from ercsvd_deploy.exporters.vllm.layers.rows import RowsMatrix
 from ercsvd_deploy.format.schema import WEIGHT, CheckpointFormatError, Storage, WeightQuantization
 
 if TYPE_CHECKING:

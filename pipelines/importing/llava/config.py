@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from ercsvd_deploy.models.config_sizes import impossible_sizes
+from ercsvd_deploy.models.description.config_sizes import impossible_sizes
 
 Conversation = Literal["vicuna_v1", "mistral_instruct"]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ercsvd_deploy.format.manifest import is_as_recorded, weights_digest
+from ercsvd_deploy.format.files.manifest import is_as_recorded, weights_digest
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, ReportError, load_report
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, Report, ReportError, load_report
 from ercsvd_deploy.recipe.gates import Gates
 from ercsvd_deploy.recipe.load import load_recipe
 

@@ -13,12 +13,12 @@ import torch
 
 from ercsvd_deploy import __version__
 from ercsvd_deploy.evaluation.comparison import Comparison
-from ercsvd_deploy.models.architecture import LANGUAGE_PART
+from ercsvd_deploy.models.description.architecture import LANGUAGE_PART
 from ercsvd_deploy.pipelines.judging.differences import differences, quality_estimates, values_of
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
 from ercsvd_deploy.pipelines.planning.components import describe_components
-from ercsvd_deploy.pipelines.reporting.document import Report
+from ercsvd_deploy.pipelines.reporting.report.document import Report
 from ercsvd_deploy.pipelines.stages.measured_export import MeasuredExport
 from ercsvd_deploy.pipelines.stages.sizes import (
     linear_bits_per_weight,
@@ -32,7 +32,7 @@ from ercsvd_deploy.recipe.load import canonical
 if TYPE_CHECKING:
     from ercsvd_deploy.evaluation.quality import Quality
     from ercsvd_deploy.format.schema import Storage
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
     from ercsvd_deploy.pipelines.judging.tasks import TaskMetrics
     from ercsvd_deploy.pipelines.planning.plan import Plan
     from ercsvd_deploy.pipelines.stages.cached import RunState

@@ -15,14 +15,14 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ercsvd_deploy.evaluation.comparison import OutputChange
-from ercsvd_deploy.format.atomic_files import read_json
 from ercsvd_deploy.format.described import Count, Finite, Measured, NotReported
-from ercsvd_deploy.models.tasks import Task
+from ercsvd_deploy.format.files.atomic_files import read_json
+from ercsvd_deploy.models.description.tasks import Task
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.judging.measurements import Differences, ModelFigures
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
 from ercsvd_deploy.pipelines.planning.components import Component
-from ercsvd_deploy.pipelines.reporting.json_values import finite
+from ercsvd_deploy.pipelines.reporting.report.json_values import finite
 from ercsvd_deploy.pipelines.stages.contract import Table
 from ercsvd_deploy.pipelines.stages.export import REPORT_FILE
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ercsvd_deploy.format.atomic_files import (
+from ercsvd_deploy.format.files.atomic_files import (
     remove_partial_files,
     write_json_atomically,
     write_text_atomically,
 )
-from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE, announce_reports, record_reports, weights_digest
+from ercsvd_deploy.format.files.manifest import (
+    REPORT_SUMS_FILE,
+    announce_reports,
+    record_reports,
+    weights_digest,
+)
 from ercsvd_deploy.pipelines.reporting.card import make_card
-from ercsvd_deploy.pipelines.reporting.document import Report, parse_report
 from ercsvd_deploy.pipelines.reporting.html.page import PAGE_NEEDS, can_make_page, make_page
+from ercsvd_deploy.pipelines.reporting.report.document import Report, parse_report
 from ercsvd_deploy.pipelines.stages.export import CARD_FILE, PAGE_FILE, REPORT_FILE, REPORT_FILES
 
 __all__ = ["REPORT_FILES", "write_report_files"]

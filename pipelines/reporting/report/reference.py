@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.pipelines.reporting.document import document_adapter
+from ercsvd_deploy.pipelines.reporting.report.document import document_adapter
 
 SCHEMA_FILE = Path("docs/report.schema.json")
 REFERENCE_FILE = Path("docs/report.md")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.judging.parity.comparison import Difference
     from ercsvd_deploy.pipelines.judging.parity.measure import ServingFailure, ServingParity
     from ercsvd_deploy.pipelines.planning.components import Component
-    from ercsvd_deploy.pipelines.reporting.document import Report
+    from ercsvd_deploy.pipelines.reporting.report.document import Report
 
 
 def report_tables(report: Report) -> list[Table]:

@@ -10,12 +10,12 @@ from ercsvd_deploy.pipelines.stages.factorize.damages.experts import ExpertDamag
 from ercsvd_deploy.pipelines.stages.factorize.damages.linears import DamagePrediction
 from ercsvd_deploy.pipelines.stages.factorize.damages.results import Damages, MeasuredDamages, Offer
 from ercsvd_deploy.pipelines.stages.factorize.damages.vocabulary import VocabularyDamages
-from ercsvd_deploy.pipelines.stages.factorize.decomposition_pass import LayerVisitor, decompose_decoder
-from ercsvd_deploy.pipelines.stages.factorize.decompositions import decompositions_piece
+from ercsvd_deploy.pipelines.stages.factorize.decompositions.kept import decompositions_piece
+from ercsvd_deploy.pipelines.stages.factorize.decompositions.passing import LayerVisitor, decompose_decoder
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
-    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.description.architecture import LayerLinears
     from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
     from ercsvd_deploy.pipelines.stages.factorize.linear import Spectrum
     from ercsvd_deploy.recipe.quantize import Quantize

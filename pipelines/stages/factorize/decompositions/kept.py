@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ercsvd_deploy.format.tensor_store import FileStore
+from ercsvd_deploy.format.files.tensor_store import FileStore
 from ercsvd_deploy.linalg.decomposition import Decomposition, Method
 from ercsvd_deploy.linalg.side_by_side import map_side_by_side
 from ercsvd_deploy.pipelines.stages.factorize.linear import decompose_linear, linear_of
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
-    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.description.architecture import LayerLinears
     from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
     from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
 

@@ -9,7 +9,7 @@ from ercsvd_deploy.pipelines.stages.workload import FLOAT64, Workload
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
-    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.description.architecture import LayerLinears
     from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
 
 ENTRY_OF_LINEAR = 8192  # bytes of JSON with a Linear's errors and spectrum

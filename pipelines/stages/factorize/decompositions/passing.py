@@ -17,8 +17,8 @@ from torch import nn
 
 from ercsvd_deploy.data.samples import Batch
 from ercsvd_deploy.linalg.decomposition import Decomposition
-from ercsvd_deploy.models.architecture import LayerLinears
-from ercsvd_deploy.pipelines.stages.factorize.decompositions import (
+from ercsvd_deploy.models.description.architecture import LayerLinears
+from ercsvd_deploy.pipelines.stages.factorize.decompositions.kept import (
     decompose_layer,
     decompositions_piece,
     read_decomposed,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ercsvd_deploy.format.schema import WEIGHT, Storage
-from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.streaming.statistics import InputStatistics
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
     FactorizedLinear,
@@ -32,7 +32,7 @@ from ercsvd_deploy.pipelines.state.cache import OUTCOME
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
-    from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.models.description.architecture import Architecture
     from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from ercsvd_deploy.budget.ranks import RankError
-from ercsvd_deploy.models.architecture import Architecture
+from ercsvd_deploy.models.description.architecture import Architecture
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.factorize.needs import vision_needs
 from ercsvd_deploy.pipelines.stages.factorize.outcome import VisionOutcome, linear_table
@@ -81,7 +81,7 @@ class VisionStage(Stage):
     def run(self, run: StageRun) -> VisionOutcome:
         """Factorize both parts in one pass over the calibration pictures."""
         from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
-        from ercsvd_deploy.pipelines.stages.factorize.vision import factorize_vision
+        from ercsvd_deploy.pipelines.stages.factorize.vision.factors import factorize_vision
 
         work = Factorization(run.model.original, run.data.samples, self.factorize, run.cache)
         outcome = factorize_vision(work, self.ranks)

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ercsvd_deploy.models.expert_modules import Expert, SeparateExperts
-from ercsvd_deploy.models.recording import capture_arguments
-from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.experts.modules import Expert, SeparateExperts
+from ercsvd_deploy.models.streaming.recording import capture_arguments
+from ercsvd_deploy.models.streaming.statistics import InputStatistics
 from ercsvd_deploy.pipelines.stages.observed_inputs import DividedBatches, ObservedInputs
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
-    from ercsvd_deploy.models.architecture import LayerLinears
-    from ercsvd_deploy.models.experts import RoutedExperts
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.description.architecture import LayerLinears
+    from ercsvd_deploy.models.experts.routed import RoutedExperts
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 
 _Tokens = tuple[torch.Tensor, torch.Tensor | None]  # inputs [tokens, in], and token weights [tokens]
 

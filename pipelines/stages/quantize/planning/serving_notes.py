@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from ercsvd_deploy.exporters.vllm.cutting import BLOCK, find_unaligned
 from ercsvd_deploy.exporters.vllm.experts.fused_kinds import serving_notes as expert_notes
 from ercsvd_deploy.format.schema import WORD_BITS, Storage, WeightQuantization
-from ercsvd_deploy.pipelines.stages.quantize.vocabulary_plan import describe_tied
+from ercsvd_deploy.pipelines.stages.quantize.planning.vocabulary import describe_tied
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.architecture import Architecture
-    from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlan
+    from ercsvd_deploy.models.description.architecture import Architecture
+    from ercsvd_deploy.pipelines.stages.quantize.planning.storage import QuantizePlan
 
 
 def serving_warnings(

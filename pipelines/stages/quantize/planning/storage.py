@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization
-from ercsvd_deploy.models.experts import EXPERTS
+from ercsvd_deploy.models.experts.routed import EXPERTS
+from ercsvd_deploy.pipelines.stages.quantize.planning.vocabulary import plan_vocabulary
 from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
-from ercsvd_deploy.pipelines.stages.quantize.vocabulary_plan import plan_vocabulary
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.quantize import Correction, Quantize
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.models.description.architecture import Architecture
     from ercsvd_deploy.recipe.sections import Recipe
 
 

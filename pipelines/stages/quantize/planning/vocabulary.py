@@ -10,7 +10,7 @@ from ercsvd_deploy.format.schema import Storage, WeightQuantization
 from ercsvd_deploy.recipe.fields import PlanError
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.models.description.architecture import Architecture
     from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
     from ercsvd_deploy.recipe.quantize import Quantize, VocabularyIntegers
 
