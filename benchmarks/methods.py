@@ -35,7 +35,7 @@ from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.ranks.last_layers import LastLayers
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import rank_plans
 from ercsvd_deploy.pipelines.stages.factorize.walk import factorize_decoder
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.sections import Recipe
 
@@ -93,7 +93,7 @@ class Workbench:
         started = time.monotonic()
         plans = rank_plans(recipe, self.model.architecture, self.model.dtype.itemsize)
         with tempfile.TemporaryDirectory() as directory:
-            work = Factorization(self.model, self.samples, settings, FinishedWork(Path(directory)))
+            work = Factorization(self.model, self.samples, settings, CacheFolder(Path(directory)))
             outcome = factorize_decoder(work, LastLayers(work, plans))
             store = OverlayStore(self.model.store, FileStore(outcome.files), outcome.modules)
             seconds = time.monotonic() - started

@@ -31,7 +31,7 @@ from ercsvd_deploy.pipelines.stages.factorize.walk import factorize_decoder
 from ercsvd_deploy.pipelines.stages.quantize.decoder import quantize_decoder
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import linear_bits_per_weight, stored_bytes, sum_by_part
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.recipe.load import load_recipe
 
 RECIPE = Path("recipes/demo.yaml")
@@ -67,7 +67,7 @@ class QuantizationBench(Workbench):
         assert recipe.factorize is not None, "the demo recipe factorizes"
         plans = rank_plans(recipe, self.model.architecture, self.model.dtype.itemsize)
         directory.mkdir()
-        work = Factorization(self.model, self.samples, recipe.factorize, FinishedWork(directory))
+        work = Factorization(self.model, self.samples, recipe.factorize, CacheFolder(directory))
         outcome = factorize_decoder(work, LastLayers(work, plans))
         store = OverlayStore(self.model.store, FileStore(outcome.files), outcome.modules)
         return Stored(store, outcome.modules, outcome.plan.ranks)
@@ -89,7 +89,7 @@ class QuantizationBench(Workbench):
             recipe.quantize,
             described,
             plan.matches,
-            FinishedWork(directory),
+            CacheFolder(directory),
         )
         return Stored(OverlayStore(start.store, FileStore(outcome.files), described), described, start.ranks)
 

@@ -1,14 +1,14 @@
-"""How others install this package: from an index once it is published there, until then from its wheel."""
+"""The command that installs this package: from a package index once published, until then from its wheel."""
 
 from __future__ import annotations
 
 from ercsvd_deploy import __version__
 
-# Set true with the first release that a package index has.
+# Set to true with the first release on a package index.
 IS_PUBLISHED = False
 NAME = "ercsvd-deploy"
 WHEEL = f"ercsvd_deploy-{__version__}-py3-none-any.whl"
-# Where the wheel comes from, for whoever has the sources and not the wheel.
+# The command that makes the wheel from the sources.
 MAKE_WHEEL = "python -m pip wheel --no-deps --wheel-dir . PATH-OF-THE-SOURCES"
 
 
@@ -16,15 +16,15 @@ def install_command(*extras: str, beside: str = "") -> str:
     """Return the command that installs this package.
 
     Args:
-        extras: Its optional parts, "compress" say.
-        beside: Requirement of another package that is to be installed with it.
+        extras: Its optional extras, such as "compress".
+        beside: Requirement of another package to install with it.
     """
-    wanted = f"[{','.join(extras)}]" if extras else ""
-    package = f"'{NAME}{wanted}'" if IS_PUBLISHED else f"'./{WHEEL}{wanted}'"
+    extras_suffix = f"[{','.join(extras)}]" if extras else ""
+    package = f"'{NAME}{extras_suffix}'" if IS_PUBLISHED else f"'./{WHEEL}{extras_suffix}'"
     words = ["pip install", *([f"'{beside}'"] if beside else []), package]
     return " ".join(words)
 
 
 def where_from() -> str | None:
-    """Return how one gets what `install_command` names; None if an index has it."""
+    """Return how to get the wheel that `install_command` names; None if a package index has it."""
     return None if IS_PUBLISHED else f"{NAME} is in no package index yet: make its wheel with  {MAKE_WHEEL}"

@@ -1,4 +1,4 @@
-"""What a recipe does: plan, run, report, and the command line. In Python, `plan` and `run` are the way in.
+"""The pipelines of a recipe and the command line. From Python, use `plan` and `run`.
 
 Imported as `ercsvd_deploy.pipelines`; the folder lies at the root of the repository.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.reporting.document import Report
     from ercsvd_deploy.recipe.sections import Recipe
 
-# Numerical libraries are imported inside the functions: the command line's front doors do without them.
+# Numerical libraries are imported inside the functions, so that the command line starts quickly.
 
 
 def plan(recipe: Recipe | str | Path) -> Plan:
@@ -30,11 +30,11 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     """
     from ercsvd_deploy.pipelines.planning.plan import make_plan
 
-    return make_plan(_loaded(recipe))
+    return make_plan(_load_if_path(recipe))
 
 
 def run(recipe: Recipe | str | Path) -> tuple[Report, Path]:
-    """Compress, judge and export, as `ercsvd run` does; a run that was interrupted goes on.
+    """Compress, judge and export, as `ercsvd run` does; an interrupted run is continued.
 
     Args:
         recipe: A recipe, or the path of its YAML file; its `export.path` must be set.
@@ -48,10 +48,10 @@ def run(recipe: Recipe | str | Path) -> tuple[Report, Path]:
     """
     from ercsvd_deploy.pipelines.flow import run_recipe
 
-    return run_recipe(_loaded(recipe))
+    return run_recipe(_load_if_path(recipe))
 
 
-def _loaded(recipe: Recipe | str | Path) -> Recipe:
+def _load_if_path(recipe: Recipe | str | Path) -> Recipe:
     from ercsvd_deploy.recipe.load import load_recipe
 
     return load_recipe(Path(recipe)) if isinstance(recipe, str | Path) else recipe

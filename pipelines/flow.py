@@ -1,7 +1,7 @@
-"""What a recipe does, from top to bottom: open, plan, run every stage, report.
+"""The flow of a recipe from top to bottom: open the model, plan, run every stage, report.
 
-The stages are listed in `stages/__init__.py`; each knows itself what it plans, needs and does
-(`stages/contract.py`). The output's name appears only with a finished directory.
+The stages are listed in `stages/__init__.py`; each declares its own plan, needs and work
+(`stages/contract.py`). The output directory appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ercsvd_deploy.pipelines.reporting.collect import collect_report
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, ReportError, parse_report
 from ercsvd_deploy.pipelines.reporting.files import write_report_files
 from ercsvd_deploy.pipelines.stages.cached import RunState, StageCache, run_stages
-from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.stage_run import CompressedModel
 from ercsvd_deploy.pipelines.state.fingerprint import HASHES_FILE, Fingerprints, take_fingerprints
 from ercsvd_deploy.pipelines.state.finished import finished_report
 from ercsvd_deploy.pipelines.state.lock import clear, has_pieces, resumable_directory
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.load import canonical, check_files
 from ercsvd_deploy.recipe.sections import Recipe
 
@@ -56,12 +56,12 @@ class PreparedRun:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run does beside its recipe.
+    """Options of a run that its recipe does not hold.
 
     Attributes:
-        is_forced: Run even if the output is finished, and replace what somebody has changed in it.
-        keeps_work: Keep the stages' results beside the output, for a next run with another gate or task.
-        cache: Directory in which stages' results are kept, and found again, by the runs of several outputs.
+        is_forced: Run even if the output is finished, and replace files that somebody has changed in it.
+        keeps_work: Keep the stages' cache beside the output, for a later run with another gate or task.
+        cache: Directory of stages' results that the runs of several outputs share.
     """
 
     is_forced: bool = False
@@ -71,12 +71,12 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What there is of an output, made by this run or before.
+    """The finished output, made by this run or an earlier one.
 
     Attributes:
         report: The report, with the recipe's gates judged.
         directory: The finished directory.
-        was_finished: Whether there was nothing to do: the output was there, just as a run writes it.
+        was_finished: Whether there was nothing to do, because the output already was as a run writes it.
     """
 
     report: Report
@@ -91,21 +91,21 @@ def run_recipe(
     progress: ProgressReporter = silent,
     options: RunOptions = RunOptions(),
 ) -> tuple[Report, Path]:
-    """Compress, judge and export, whether or not the output is finished already.
+    """Compress, judge and export, even if the output is finished already.
 
     Args:
         recipe: A validated recipe whose `export.path` is set.
         device: Where layers run; default the GPU if there is one.
-        progress: Told about long work.
-        options: What to do beside the recipe.
+        progress: Receives the steps of long work.
+        options: Options beside the recipe.
 
     Returns:
         The report, with the recipe's gates judged, and the finished directory.
 
     Raises:
         RecipeError, ArchitectureError, PlanError, CalibrationError, CheckpointError, ExportError,
-            TargetInUseError: the recipe, the model, a text or the output cannot be used; all that can be
-            is found before heavy work.
+            TargetInUseError: the recipe, the model, a text or the output cannot be used; checked before
+            heavy work as far as possible.
     """
     with _opened(recipe, device, options) as (run, target):
         return _execute(run, target, progress, options), target
@@ -118,7 +118,7 @@ def run_unless_finished(
     progress: ProgressReporter = silent,
     options: RunOptions = RunOptions(),
 ) -> Outcome:
-    """Do as `run_recipe` does, unless the output is what the recipe makes; then only judge its gates."""
+    """Like `run_recipe`, but if the output already is what the recipe makes, only judge its gates."""
     with _opened(recipe, device, options) as (run, target):
         finished = None if options.is_forced else find_finished(run, target)
         if finished is not None:
@@ -128,7 +128,7 @@ def run_unless_finished(
 
 @contextmanager
 def _opened(recipe: Recipe, device: torch.device | None, options: RunOptions) -> Iterator[tuple[Run, Path]]:
-    """Prepare a run, and hold its work directory."""
+    """Prepare a run, and lock its work directory within the context."""
     if recipe.export.path is None:
         raise PlanError("the recipe has no export.path: give one, or --output DIRECTORY")
     target = recipe.export.path.absolute()
@@ -146,17 +146,17 @@ def _opened(recipe: Recipe, device: torch.device | None, options: RunOptions) ->
 
 
 def _execute(run: Run, target: Path, progress: ProgressReporter, options: RunOptions) -> Report:
-    """Run the stages that are not there yet, and write the report.
+    """Run the stages whose results are not cached, and write the report.
 
     Raises:
-        ExportError: somebody has changed what is to be replaced.
+        ExportError: somebody has changed a file that would be replaced.
     """
     if not options.is_forced:
         check_unchanged(target)
 
-    def complete_export(made: Path) -> None:
-        """Put report, page and card into an export before it appears."""
-        write_report_files(made, run.report(), target)
+    def complete_export(export: Path) -> None:
+        """Write report, page and card into an export before its directory appears."""
+        write_report_files(export, run.report(), target)
 
     run.stages(progress, complete_export, is_forced=options.is_forced)
     report = run.report()
@@ -167,7 +167,7 @@ def _execute(run: Run, target: Path, progress: ProgressReporter, options: RunOpt
 
 
 def find_finished(run: Run, target: Path) -> Report | None:
-    """Return the report of the output that is there, by the recipe's gates, if a run makes just that."""
+    """Return the report of an output that a run would only write again, judged by the recipe's gates."""
     recipe = run.prepared.recipe
     values = finished_report(target, REPORT_FILE, run.digests())
     if values is None:
@@ -188,7 +188,7 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
 
     Args:
         recipe: A validated recipe.
-        target: The directory an export is to be written to, absolute; None if there will be none.
+        target: Absolute path of the export directory; None without an export.
         device: Where layers run; default the GPU if there is one.
     """
     device = device or default_device()
@@ -198,23 +198,23 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
     check_inputs(recipe, opened, target)
     for stage in plan.stages:
         stage.check_here()
-    short = check_resources(plan.estimate, target)
+    shortages = check_resources(plan.estimate, target)
     try:
         data = load_run_data(recipe, opened)
     except CalibrationError:
-        check_weights(opened)  # a stale vocab_size shows in the texts first
+        check_weights(opened)  # a wrong vocab_size shows in the texts first
         raise
     token_weight = recipe.calibration.token_weight if recipe.calibration is not None else "uniform"
     original = stream(opened, device, token_weight=token_weight, described=plan.architecture)
     calibration = [warning for stage in plan.stages for warning in stage.check_data(data)]
     model_notes = (*opened.notes(), *original.surplus_warnings())
-    warnings = (*data.warnings, *model_notes, *calibration, *plan.warnings, *short)
+    warnings = (*data.warnings, *model_notes, *calibration, *plan.warnings, *shortages)
     return PreparedRun(recipe, device, opened, data, original, plan, warnings)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A prepared run with its place on disk, and how far it is."""
+    """A prepared run with its cache on disk and its state."""
 
     prepared: PreparedRun
     fingerprints: Fingerprints
@@ -224,16 +224,16 @@ class Run:
     def stages(
         self,
         progress: ProgressReporter,
-        complete_export: Callable[[Path], None] = lambda _made: None,
+        complete_export: Callable[[Path], None] = lambda _export: None,
         *,
         is_forced: bool = False,
     ) -> None:
-        """Run all stages in order, as far as their results are not there already.
+        """Run all stages in order; cached results are reused.
 
         Args:
-            progress: Told about long work.
+            progress: Receives the steps of long work.
             complete_export: Writes further files into an export before it appears.
-            is_forced: Whether an export replaces what somebody has changed in an earlier one.
+            is_forced: Whether the export replaces files that somebody has changed in an earlier export.
         """
         prepared = self.prepared
         run_stages(
@@ -248,31 +248,35 @@ class Run:
         )
 
     def digests(self) -> dict[str, str]:
-        """Return stage -> digest of all its result depends on, of the stages whose results stay."""
+        """Return stage name -> digest of its fingerprint, for the stages whose results stay."""
         stages = self.prepared.plan.stages
         return self.fingerprints.digests(stage.name for stage in stages if stage.temporary_for is None)
 
     def report(self) -> Report:
-        """Return what is known so far."""
+        """Return the report of the stages that have run so far."""
         prepared = self.prepared
         return collect_report(
             prepared.recipe,
             prepared.plan,
             self.state,
             provenance=self.fingerprints.provenance(prepared.recipe)
-            | {"stages": {name: own for name, own in self.digests().items() if name in self.state.results}},
+            | {
+                "stages": {
+                    name: digest for name, digest in self.digests().items() if name in self.state.results
+                }
+            },
             warnings=prepared.warnings,
             resumed=self.cache.notes,
         )
 
 
 def start_run(prepared: PreparedRun, directory: Path, shared: Path | None = None) -> Run:
-    """Give a prepared run its place on disk.
+    """Connect a prepared run to its cache on disk.
 
     Args:
-        prepared: What to do.
-        directory: Where results of stages are kept, and found again.
-        shared: Where stages are kept that several runs have in common; None: in `directory`.
+        prepared: The prepared run.
+        directory: The run's work directory.
+        shared: Directory of stages' results that several runs share; None: they are kept in `directory`.
     """
     fingerprints = take_fingerprints(
         prepared.plan.stages,

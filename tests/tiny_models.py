@@ -469,7 +469,9 @@ def _write_like(
     """Write `tensors` beside copies of everything else in `source`, with `config` as quantization_config."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if file.name not in (WEIGHTS_FILE, "config.json"):
+        if file.is_dir():
+            shutil.copytree(file, target / file.name)
+        elif file.name not in (WEIGHTS_FILE, "config.json"):
             shutil.copy(file, target / file.name)
     raw_config = json.loads((source / "config.json").read_text())
     raw_config.pop("quantization_config", None)

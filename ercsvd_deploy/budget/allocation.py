@@ -1,9 +1,9 @@
-"""Share one budget between matrices: pick an option for each so that the sum of their damages is smallest.
+"""Divide one budget between matrices: pick an option for each so that the sum of the damages is smallest.
 
 Every matrix has options (a rank, a number of bits, left as it is), each with a cost and a damage: the
 predicted increase of the KL divergence from the original model. Damages are small and add up to first
 order, so the best choice under a budget minimises damage + multiplier * cost matrix by matrix; a bisection
-finds the multiplier, and what is left of the budget is spent greedily. "The last k layers" and "the same
+finds the multiplier, and the remaining budget is spent greedily. "The last k layers" and "the same
 share everywhere" are special cases that the search is free to find.
 """
 
@@ -38,7 +38,7 @@ def allocate(options: Mapping[str, Sequence[Option[Choice]]], budget: int) -> di
 
     Args:
         options: Matrix name -> its options, at least one.
-        budget: In the unit of the costs.
+        budget: Largest total cost, in the unit of the costs.
 
     Raises:
         AllocationError: even the cheapest options cost more than the budget.
@@ -48,7 +48,7 @@ def allocate(options: Mapping[str, Sequence[Option[Choice]]], budget: int) -> di
         picked = {
             name: min(candidates, key=lambda option: option.cost) for name, candidates in options.items()
         }
-    return _spend_rest(options, picked, budget - _cost(picked))
+    return _spend_remaining(options, picked, budget - _cost(picked))
 
 
 def allocate_alike(
@@ -58,13 +58,13 @@ def allocate_alike(
     kind_of: Callable[[Choice], Hashable],
     tolerance: float,
 ) -> dict[str, Option[Choice]]:
-    """Allocate as `allocate` does, with one kind of choice for all of a stack where that costs little.
+    """Like `allocate`, but with one kind of choice for all matrices of a stack where that costs little.
 
     Args:
         options: Matrix name -> its options, at least one.
-        budget: In the unit of the costs.
+        budget: Largest total cost, in the unit of the costs.
         stacks: Names of matrices that are multiplied as one if they are stored alike.
-        kind_of: What choices of one stack have in common if they are alike.
+        kind_of: Returns the kind of a choice; a stack's choices are alike if their kinds are equal.
         tolerance: Largest relative increase of the damage; `math.inf` makes all of them alike.
 
     Raises:
@@ -72,34 +72,36 @@ def allocate_alike(
     """
     multiplier = _multiplier(options, budget)
     items: dict[str, list[Option[dict[str, Option[Choice]]]]] = {}
-    alone = set(options)
+    separate_names = set(options)
     for stack in stacks:
         together = _options_together({name: options[name] for name in stack}, kind_of)
-        apart = sum(
+        separate_cost = sum(
             option.damage + multiplier * option.cost
             for option in _pick({name: options[name] for name in stack}, multiplier).values()
         )
         best = min((option.damage + multiplier * option.cost for option in together), default=math.inf)
-        if together and best <= apart + tolerance * apart:
+        if together and best <= separate_cost + tolerance * separate_cost:
             items[stack[0]] = together
-            alone -= set(stack)
-    for name in alone:
+            separate_names -= set(stack)
+    for name in separate_names:
         items[name] = [Option(option.cost, option.damage, {name: option}) for option in options[name]]
     picked: dict[str, Option[Choice]] = {}
     for item in allocate(items, budget).values():
         picked |= item.choice
-    apart_everywhere = allocate(options, budget)
+    all_separate = allocate(options, budget)
     # Stacks take larger steps, and may leave more of the budget unspent.
-    if _damage(picked) > (1 + tolerance) * _damage(apart_everywhere):
-        return apart_everywhere
+    if _damage(picked) > (1 + tolerance) * _damage(all_separate):
+        return all_separate
     return {name: picked[name] for name in options}
 
 
 def _options_together(
     options: Mapping[str, Sequence[Option[Choice]]], kind_of: Callable[[Choice], Hashable]
 ) -> list[Option[dict[str, Option[Choice]]]]:
-    """Return an option for each kind of choice that all of these matrices have."""
-    by_kind = [{kind_of(option.choice): option for option in each} for each in options.values()]
+    """Return a joint option for each kind of choice that all these matrices have."""
+    by_kind = [
+        {kind_of(option.choice): option for option in matrix_options} for matrix_options in options.values()
+    ]
     shared = [kind for kind in by_kind[0] if all(kind in kinds for kinds in by_kind)]
     return [
         Option(
@@ -112,7 +114,7 @@ def _options_together(
 
 
 def _multiplier(options: Mapping[str, Sequence[Option[Choice]]], budget: int) -> float:
-    """Return the smallest multiplier of the costs with which the best options meet the budget.
+    """Return the smallest cost multiplier for which the best options meet the budget.
 
     Raises:
         AllocationError: even the cheapest options cost more than the budget.
@@ -131,28 +133,28 @@ def _multiplier(options: Mapping[str, Sequence[Option[Choice]]], budget: int) ->
 
 
 def _pick(options: Mapping[str, Sequence[Option[Choice]]], multiplier: float) -> dict[str, Option[Choice]]:
-    """Return the options of the least damage + multiplier * cost."""
+    """Return name -> option with the least damage + multiplier * cost."""
     return {
         name: min(candidates, key=lambda option: (option.damage + multiplier * option.cost, option.cost))
         for name, candidates in options.items()
     }
 
 
-def _spend_rest(
-    options: Mapping[str, Sequence[Option[Choice]]], picked: dict[str, Option[Choice]], rest: int
+def _spend_remaining(
+    options: Mapping[str, Sequence[Option[Choice]]], picked: dict[str, Option[Choice]], remaining: int
 ) -> dict[str, Option[Choice]]:
-    """Exchange options for better ones, the largest gain for its cost first, while they can be paid."""
+    """Replace options by better ones, the largest gain per cost first, while the budget allows it."""
     while True:
         affordable = [
             ((picked[name].damage - option.damage) / max(1, option.cost - picked[name].cost), name, option)
             for name, candidates in options.items()
             for option in candidates
-            if option.damage < picked[name].damage and option.cost - picked[name].cost <= rest
+            if option.damage < picked[name].damage and option.cost - picked[name].cost <= remaining
         ]
         if not affordable:
             return picked
         _, name, option = max(affordable, key=lambda entry: entry[0])
-        rest -= option.cost - picked[name].cost
+        remaining -= option.cost - picked[name].cost
         picked[name] = option
 
 

@@ -1,6 +1,6 @@
-"""From a compression ratio to one rank per matrix of the last k layers, under an exact parameter budget.
+"""Ranks for the matrices of the last k layers from a compression ratio, under an exact parameter budget.
 
-Partial-layer compression (ERC-SVD, arXiv 2505.20112) leaves the first N - k decoder layers whole and
+Partial-layer compression (ERC-SVD, arXiv 2505.20112) leaves the first N - k decoder layers dense and
 compresses the last k, each by the layer ratio R_l = N R / k, so that a share R of all decoder-Linear
 parameters goes. A rank-r pair of factors of an [m, n] matrix costs r (m + n) parameters; at the
 break-even rank alpha = m n / (m + n) that is as much as the matrix itself. So every compressed matrix
@@ -15,8 +15,8 @@ each (`rank_steps`), and a budget wants to be spent:
 
 1. every ideal rank is aligned down (but not to zero);
 2. if the matrices raised to one `rank_multiple` overspend, the ones that keep most give it back;
-3. what is left goes, a `rank_multiple` at a time, to the matrix that keeps the smallest share of its
-   parameters. The ideal share is 1 - R_l for all, so that is the one relatively furthest below it.
+3. the remaining budget goes, one `rank_multiple` at a time, to the matrix that keeps the smallest share of
+   its parameters. The ideal share is 1 - R_l for all, so that is the one relatively furthest below it.
 
 The last step below break-even leads to the dense matrix: two matrices never cost as much as one.
 Ratios become exact fractions (0.2 is one fifth), so a budget is the same integer on every machine.
@@ -47,16 +47,16 @@ def allocate_ranks(
     """Choose the rank of every decoder Linear so that the whole model meets its budget exactly.
 
     Args:
-        shapes: All decoder Linears, those of the layers left whole included: the budget covers them.
+        shapes: All decoder Linears, including those of layers that stay dense: the budget covers them.
         num_layers: N; layers are numbered from 0.
         compression_ratio: Share of all decoder-Linear parameters to remove, in [0, 1).
         num_compressed_layers: k; only the last k layers are compressed.
-        rank_multiple: Every rank is a multiple of this; or matrix name -> what its rank is a multiple of.
+        rank_multiple: Every rank is a multiple of this; or matrix name -> divisor of its rank.
         beta: Share of break-even reserved for the residual stage; 0 for one-stage methods.
         layout: How a rank is stored, which decides what it costs.
 
     Returns:
-        A plan that keeps at most the budget, and as much of it as no further step would fit.
+        A plan that keeps at most the budget; no further step of any rank would fit.
 
     Raises:
         RankError: the arguments are out of range, or k cannot reach the ratio; the admissible k are named.
@@ -78,13 +78,13 @@ def allocate_ranks(
     compressed = dict(zip(task.compressed, task.allocate(), strict=True))
     ranks = {shape.name: compressed.get(shape) for shape in shapes}
     total = sum(shape.parameters for shape in shapes)
-    kept = sum(shape.kept_parameters(ranks[shape.name], layout) for shape in shapes)
+    num_kept = sum(shape.kept_parameters(ranks[shape.name], layout) for shape in shapes)
     return RankPlan(
         ranks=ranks,
         parameter_budget=task.whole_parameters + task.budget,
-        kept_parameters=kept,
+        kept_parameters=num_kept,
         total_parameters=total,
-        achieved_compression_ratio=float(1 - Fraction(kept, total)),
+        achieved_compression_ratio=float(1 - Fraction(num_kept, total)),
         layer_ratio=float(1 - task.ideal_share),
         num_compressed_layers=num_compressed_layers,
         layout=layout,
@@ -150,7 +150,7 @@ class _Task:
         )
 
     def refusal(self, beta: Fraction) -> str | None:
-        """Say why no ranks exist, or None if they do."""
+        """Return why no ranks exist; None if they do."""
         if self.ideal_share <= beta:
             return (
                 f"the layer ratio is {float(1 - self.ideal_share):.4g}, but it must stay below "
@@ -176,7 +176,7 @@ class _Task:
         """Return the rank of every compressed matrix; assumes that `refusal` is None."""
         shapes = self.compressed
         ranks = [self._aligned_rank(shape) for shape in shapes]
-        left = self.budget - sum(map(self._kept, shapes, ranks))
+        remaining = self.budget - sum(map(self._kept, shapes, ranks))
 
         def kept_share(index: int) -> Fraction:
             return Fraction(self._kept(shapes[index], ranks[index]), shapes[index].parameters)
@@ -190,13 +190,13 @@ class _Task:
             if ranks[index] != self._smallest_rank(shapes[index])
         ]
         heapq.heapify(givers)
-        while left < 0:
+        while remaining < 0:
             _, layer, negative_index = heapq.heappop(givers)
             index = -negative_index
             rank = ranks[index]
             assert rank is not None, "a matrix is dense here only if it has no other choice"
             ranks[index] = rank - self._step(shapes[index])
-            left += self._kept(shapes[index], rank) - self._kept(shapes[index], ranks[index])
+            remaining += self._kept(shapes[index], rank) - self._kept(shapes[index], ranks[index])
             if ranks[index] != self._smallest_rank(shapes[index]):
                 heapq.heappush(givers, (-kept_share(index), layer, negative_index))
 
@@ -206,9 +206,9 @@ class _Task:
             _, layer, index = heapq.heappop(takers)
             raised = self._raised_rank(shapes[index], ranks[index])
             step = self._kept(shapes[index], raised) - self._kept(shapes[index], ranks[index])
-            if step > left:
-                continue  # `left` only shrinks: this matrix's next step will never fit
-            left -= step
+            if step > remaining:
+                continue  # `remaining` only shrinks: this matrix's next step will never fit
+            remaining -= step
             ranks[index] = raised
             if raised is not None:
                 heapq.heappush(takers, (kept_share(index), layer, index))
@@ -247,7 +247,7 @@ def _remedy(admissible: Sequence[int], rank_multiple: int | Mapping[str, int]) -
 
 
 def _smaller(rank_multiple: int | Mapping[str, int]) -> str:
-    """Name the multiple among what can be made smaller where it is one number, that of the recipe."""
+    """Return `rank_multiple or ` for a message if the multiple is one number, which the recipe can lower."""
     return "rank_multiple or " if isinstance(rank_multiple, int) else ""
 
 

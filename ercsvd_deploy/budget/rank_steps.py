@@ -1,4 +1,4 @@
-"""How finely the rank of each matrix is chosen: by one number for all, or by a step that suits the matrix.
+"""The multiple that each matrix's rank has: one number for all, or a step that suits the matrix.
 
 GPU kernels multiply in tiles: Machete takes outputs in 128s and inputs in 64s, Marlin and Humming pad inputs
 to 128s. A rank is the outputs of the first factor and the inputs of the second, so it is best a multiple of
@@ -6,8 +6,8 @@ to 128s. A rank is the outputs of the first factor and the inputs of the second,
 automatic step is the largest power of two up to 128 that leaves six steps up to the break-even rank, but, if
 the second factor is quantized, at least one of its groups where that is below break-even.
 
-Steps that suit the matrices can still be too coarse for what a recipe asks. They are then halved, all of
-them, as often as it takes; a number that the recipe names stays as it is.
+The automatic steps can still be too coarse for a recipe's ratio. All of them are then halved as often as
+needed; a number that the recipe names is never changed.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import LowRankLayout
 
 LARGEST_STEP = 128
-SMALLEST_GROUP = 32  # that integer kernels have
+SMALLEST_GROUP = 32  # smallest group size of integer kernels
 _STEPS_TO_BREAK_EVEN = 6
 
 
 @dataclass(frozen=True)
 class RankSteps:
-    """What the rank of each matrix is a multiple of.
+    """The step of each matrix: its rank is a multiple of it.
 
     Attributes:
-        preferred: Matrix name -> step that suits it.
-        finest: Matrix name -> how small its step may become; a divisor of the preferred one.
-        halvings: How often the preferred steps were halved.
+        preferred: Matrix name -> preferred step.
+        finest: Matrix name -> smallest step allowed, a divisor of the preferred one.
+        halvings: Number of times the preferred steps were halved.
     """
 
     preferred: Mapping[str, int]
@@ -57,8 +57,7 @@ class RankSteps:
     def ranks_on_offer(self, shape: LinearShape, layout: LowRankLayout) -> list[int]:
         """Return the ranks below break-even to choose from, ascending.
 
-        Multiples of the preferred step; below it, where steps were halved, its halves. So there are never
-        many more of them.
+        Multiples of the preferred step and, where steps were halved, its halves. So halving adds few ranks.
         """
         preferred, step = self.preferred[shape.name], self.steps[shape.name]
         largest = shape.largest_rank(step, layout)
@@ -70,7 +69,7 @@ class RankSteps:
 
 
 def fixed_steps(shapes: Iterable[LinearShape], rank_multiple: int) -> RankSteps:
-    """Return one step for all matrices, which is never made finer."""
+    """Return one step for all matrices, which is never halved."""
     steps = {shape.name: rank_multiple for shape in shapes}
     return RankSteps(steps, steps)
 
@@ -88,13 +87,13 @@ def automatic_step(
     Args:
         shape: The matrix.
         layout: How its rank is stored.
-        group_size: Of the quantized second factor, a power of two, or -1; None: it is not quantized.
-        whole_words: Of how many columns every multiple fills whole words, a power of two; 8 at 4 bits.
+        group_size: Group size of the quantized second factor, a power of two, or -1; None: not quantized.
+        whole_words: Number of columns that fill whole 32-bit words, a power of two; 8 at 4 bits.
         num_blocks: A power of two that must divide every rank.
     """
-    most = shape.rank_within(shape.parameters, layout)
+    largest_useful_rank = shape.rank_within(shape.parameters, layout)
     step = LARGEST_STEP
-    while step > 1 and _STEPS_TO_BREAK_EVEN * step > most:
+    while step > 1 and _STEPS_TO_BREAK_EVEN * step > largest_useful_rank:
         step //= 2
     if group_size is not None:
         group = max(group_size, SMALLEST_GROUP)

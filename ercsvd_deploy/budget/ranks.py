@@ -1,4 +1,4 @@
-"""The rank of a matrix: what it costs in each layout, where it breaks even, and what residuals get of it.
+"""The rank of a matrix: its cost in each layout, its break-even point, and the share of the residual.
 
 A rank-r pair of factors of an [m, n] matrix costs r (m + n) parameters; at the break-even rank
 alpha = m n / (m + n) that is as much as the matrix itself. The pivoted layout (see `linalg.pivoting`) stores
@@ -20,12 +20,12 @@ _MOST_PIVOT_BLOCKS = 8
 
 
 class RankError(ValueError):
-    """No admissible ranks exist for what was asked; the message says what would work."""
+    """No admissible ranks exist; the message says which settings would work."""
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A decoder Linear as far as ranks are concerned: where it is and how large."""
+    """Name, layer and shape of a decoder Linear."""
 
     name: str
     layer: int
@@ -65,7 +65,7 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One rank per matrix, and what was reached beside what was asked.
+    """One rank per matrix, with the budget and the parameters that are kept.
 
     Attributes:
         ranks: Matrix name -> rank, or None where the matrix stays dense; every matrix, in input order.
@@ -75,7 +75,7 @@ class RankPlan:
         achieved_compression_ratio: 1 - kept / total; at least the ratio asked for.
         layer_ratio: Share to remove inside the compressed layers, R_l.
         num_compressed_layers: k, counted from the last layer.
-        layout: How ranks are stored, and so what they cost.
+        layout: How ranks are stored, which decides their cost.
     """
 
     ranks: Mapping[str, int | None]
@@ -89,7 +89,7 @@ class RankPlan:
 
 
 def count_pivot_blocks(out_features: int, rank: int) -> int:
-    """Return the number of equal blocks of outputs that give equally many pivots each, 8 if possible.
+    """Return the number of equal blocks of outputs with equally many pivots each, 8 if possible.
 
     Tensor parallelism can cut a pivoted column-parallel Linear into any divisor of this many parts.
     """
@@ -99,7 +99,7 @@ def count_pivot_blocks(out_features: int, rank: int) -> int:
 def split_rank(rank: int, out_features: int, in_features: int, beta: float) -> tuple[int, int]:
     """Split a rank into (intermediate_rank, residual_rank), r = r_i + r_r with r_r = floor(beta alpha).
 
-    Alignment can leave `rank` at or below beta * alpha; the residual then yields, since a first stage
+    Alignment can leave `rank` at or below beta * alpha; the residual is then smaller, since a first stage
     of rank zero would make the second one a plain SVD.
 
     Raises:
@@ -114,7 +114,7 @@ def split_rank(rank: int, out_features: int, in_features: int, beta: float) -> t
 
 
 def exact(ratio: float) -> Fraction:
-    """Take a ratio as the decimal that the user wrote: 0.2 is 1/5, not the nearest binary fraction."""
+    """Return a ratio as the decimal that the user wrote: 0.2 is 1/5, not the nearest binary fraction."""
     return Fraction(str(ratio))
 
 

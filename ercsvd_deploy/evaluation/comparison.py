@@ -3,10 +3,10 @@
     layer error   ||H' - H||_F / ||H||_F over the tokens of a text, H the original's output of the layer
     log-prob KL   mean over positions of KL(p || p'), p the original's next-token distribution, in nats
 
-The original is judged first and alone. What it leaves behind is enough to compare any number of compressed
-models with it: its quality, the last layer's outputs, and of the layers before it the outputs at evenly
-spaced positions, at most `MOST_POSITIONS` of a text. The error of the last layer, which is over all
-tokens, is the criterion by which ERC-SVD (arXiv 2505.20112) chooses its layers.
+The original is judged first and alone. Its results suffice to compare any number of compressed models with
+it: its quality, the last layer's outputs, and the outputs of the earlier layers at evenly spaced positions,
+at most `MOST_POSITIONS` of a text. The error of the last layer, over all tokens, is the criterion by which
+ERC-SVD (arXiv 2505.20112) chooses its layers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Outputs = Mapping[str, torch.Tensor]  # text -> outputs [positions, hidden] of a
 
 @dataclass(frozen=True)
 class OutputChange:
-    """How far the outputs on each text are from the original's."""
+    """Distance of the outputs on each text from the original's."""
 
     layer_errors: Annotated[
         dict[str, tuple[Measured, ...]],
@@ -45,7 +45,7 @@ class OutputChange:
         ),
     ] = field(default_factory=dict)
     final_layer_error: Annotated[
-        dict[str, Measured], Field(description="Text -> the last of these, over all tokens.")
+        dict[str, Measured], Field(description="Text -> error of the last layer, over all tokens.")
     ] = field(default_factory=dict)
     logprob_kl: Annotated[
         dict[str, Measured],
@@ -58,7 +58,7 @@ class OutputChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Quality of both models, and how far the outputs moved.
+    """Quality of both models, and the distance between their outputs.
 
     Attributes:
         original: Quality of the reference.
@@ -81,20 +81,20 @@ def judge_original(
     keep: Callable[[int, Outputs], None],
     on_layer: Callable[[], None] = lambda: None,
 ) -> Quality:
-    """Return the quality of the original, and give away the outputs that others are compared with.
+    """Return the quality of the original, and pass its layers' outputs to `keep` for later comparisons.
 
     Args:
         model: The original.
         texts: Name -> token ids [windows, tokens]. Windows are judged independently of each other.
         questions: Name -> questions about pictures, judged independently of each other.
-        keep: Given every layer's index and its outputs on the texts: all of the last layer's.
+        keep: Called with every layer's index and its outputs on the texts, complete for the last layer.
         on_layer: Called after every decoder layer, for progress.
     """
     judged = _Judged(model, texts, questions)
-    last = model.num_layers - 1
+    last_layer = model.num_layers - 1
     for index in range(model.num_layers):
         judged.advance(index)
-        positions = _all_positions if index == last else _some_positions
+        positions = _all_positions if index == last_layer else _some_positions
         keep(index, {name: positions(states) for name, states in judged.states_of_texts().items()})
         on_layer()
     return judged.quality()
@@ -104,40 +104,41 @@ def judge_original(
 def judge_compressed(
     compressed: LayerwiseModel,
     original: LayerwiseModel,
-    before: Quality,
-    kept: Callable[[int], Outputs],
+    original_quality: Quality,
+    original_outputs: Callable[[int], Outputs],
     texts: Mapping[str, torch.Tensor],
     questions: Mapping[str, Sequence[QuestionSample]],
     on_layer: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Judge a compressed model beside an original that `judge_original` has judged on the same.
+    """Judge a compressed model and compare it with an original that `judge_original` has judged.
 
     Args:
         compressed: The original model after compression.
-        original: The original, of which only the output layer is run.
-        before: The original's quality.
-        kept: Gives the outputs of the original's layers back, by index.
+        original: The original; only its output layer is run.
+        original_quality: The original's quality on the same texts and questions.
+        original_outputs: Returns the original's outputs that `keep` received, by layer index.
         texts: Name -> token ids [windows, tokens].
         questions: Name -> questions about pictures.
         on_layer: Called after every decoder layer, for progress.
     """
     judged = _Judged(compressed, texts, questions)
     errors: dict[str, list[float]] = {name: [] for name in texts}
-    last = compressed.num_layers - 1
+    last_layer = compressed.num_layers - 1
     final: Outputs = {}
     for index in range(compressed.num_layers):
         judged.advance(index)
-        final = kept(index)
+        final = original_outputs(index)
         for name, states in judged.states_of_texts().items():
             true = final[name].to(compressed.device)
-            if index == last:
+            if index == last_layer:
                 error = relative_error(states, _as_batches(true, judged.text_batches[name]))
             else:
                 error = relative_error([_some_positions(states)], [true])
             errors[name].append(error)
         on_layer()
     losses, divergences = {}, {}
-    for name, states in judged.states_of_texts().items():
+    predicted = judged.states_of_texts() if compressed.architecture.predicts_tokens else {}
+    for name, states in predicted.items():
         batches = judged.text_batches[name]
         true_states = _as_batches(final[name].to(original.device), batches)
         losses[name], divergences[name] = _judge_text((original, compressed), batches, (true_states, states))
@@ -146,8 +147,10 @@ def judge_compressed(
         {name: listed[-1] for name, listed in errors.items()},
         {name: sum(of_windows) / max(1, len(of_windows)) for name, of_windows in divergences.items()},
     )
-    after = Quality({name: loss.perplexity for name, loss in losses.items()}, judged.exact_match())
-    return Comparison(before, after, change, divergences)
+    compressed_quality = Quality(
+        {name: loss.perplexity for name, loss in losses.items()}, judged.exact_match()
+    )
+    return Comparison(original_quality, compressed_quality, change, divergences)
 
 
 def compare_models(
@@ -157,7 +160,7 @@ def compare_models(
     questions: Mapping[str, Sequence[QuestionSample]],
     on_layer: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Judge two models of one architecture, the original's outputs kept in memory.
+    """Judge two models of one architecture, with the original's outputs kept in memory.
 
     Args:
         original: The reference.
@@ -167,12 +170,14 @@ def compare_models(
         on_layer: Called after every decoder layer of either model, for progress.
     """
     outputs: dict[int, Outputs] = {}
-    before = judge_original(original, texts, questions, outputs.__setitem__, on_layer)
-    return judge_compressed(compressed, original, before, outputs.__getitem__, texts, questions, on_layer)
+    original_quality = judge_original(original, texts, questions, outputs.__setitem__, on_layer)
+    return judge_compressed(
+        compressed, original, original_quality, outputs.__getitem__, texts, questions, on_layer
+    )
 
 
 class _Judged:
-    """A model on its way through texts and questions at once."""
+    """A model's hidden states on all texts and questions, advanced layer by layer."""
 
     def __init__(
         self,
@@ -191,25 +196,26 @@ class _Judged:
         self.states = [model.embed(batches) for batches in self._groups]
 
     def advance(self, index: int) -> None:
-        """Pass everything through a layer while it is loaded."""
+        """Advance all hidden states by one layer, which is loaded once."""
         with self.model.layer(index) as module:
             for batches, states in zip(self._groups, self.states, strict=True):
                 self.model.advance(index, batches, states, module=module)
 
     def states_of_texts(self) -> dict[str, list[torch.Tensor]]:
-        """Return text -> outputs [rows, tokens, hidden] of the layer passed last, for every batch."""
+        """Return text -> outputs [rows, tokens, hidden] of the current layer, for every batch."""
         return dict(zip(self.text_batches, self.states, strict=False))
 
     def quality(self) -> Quality:
-        """Return perplexities and exact matches, behind the last layer."""
+        """Return perplexities and exact matches; call it after the last layer."""
         perplexity = {
             name: judge_text(self.model, self.text_batches[name], states)
             for name, states in self.states_of_texts().items()
+            if self.model.architecture.predicts_tokens
         }
         return Quality(perplexity, self.exact_match())
 
     def exact_match(self) -> dict[str, ExactMatch]:
-        """Return the exact match on every set of questions, behind the last layer."""
+        """Return the exact match on every set of questions; call it after the last layer."""
         states = self.states[len(self.text_batches) :]
         return {
             name: judge_questions(self.model, self.questions[name], batches, hidden)
@@ -230,8 +236,8 @@ def _all_positions(states: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _as_batches(outputs: torch.Tensor, batches: Sequence[Batch]) -> list[torch.Tensor]:
     """Return outputs [positions, hidden] as [rows, tokens, hidden] for every batch."""
-    parts = torch.split(outputs, [batch.tokens.numel() for batch in batches])
-    return [part.reshape(*batch.tokens.shape, -1) for part, batch in zip(parts, batches, strict=True)]
+    chunks = torch.split(outputs, [batch.tokens.numel() for batch in batches])
+    return [part.reshape(*batch.tokens.shape, -1) for part, batch in zip(chunks, batches, strict=True)]
 
 
 def relative_error(changed: Sequence[torch.Tensor], original: Sequence[torch.Tensor]) -> float:

@@ -24,7 +24,7 @@ class ExactMatch:
 
     Attributes:
         value: The share.
-        num_questions: How many were asked.
+        num_questions: Number of questions.
         is_exact: The verdict of each question, in the order of the set.
     """
 
@@ -40,7 +40,7 @@ def judge_questions(
     batches: Sequence[Batch],
     hidden: Sequence[torch.Tensor],
 ) -> ExactMatch:
-    """Return the share answered exactly, from the last layer's outputs of the questions' batches."""
+    """Return the share of questions answered exactly, from the last layer's outputs of their batches."""
     is_exact = [False] * len(questions)
     for row, tokens, logits in model.logits(batches, hidden):
         start = questions[row].answer_start

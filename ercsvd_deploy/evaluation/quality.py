@@ -30,7 +30,7 @@ def measure_quality(
     questions: Mapping[str, Sequence[QuestionSample]],
     on_layer: Callable[[], None] = lambda: None,
 ) -> Quality:
-    """Judge a model on everything at once: all of it passes through each layer while it is loaded.
+    """Judge a model on all texts and questions in one pass: each layer is loaded once.
 
     Args:
         model: The model, dense or compressed.
@@ -69,7 +69,7 @@ def _last_layer_outputs(
     hidden = [model.embed(batch_list) for batch_list in batches]
     for index in range(model.num_layers):
         with model.layer(index) as module:
-            for given, states in zip(batches, hidden, strict=True):
-                model.advance(index, given, states, module=module)
+            for batch_list, states in zip(batches, hidden, strict=True):
+                model.advance(index, batch_list, states, module=module)
         on_layer()
     return hidden

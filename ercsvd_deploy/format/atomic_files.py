@@ -1,4 +1,4 @@
-"""Write files that are either absent or complete, even if the process or the machine dies meanwhile."""
+"""Write files that are either absent or complete, even if the process or the machine fails."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def read_json(path: Path) -> Any:
 
 
 def remove_partial_files(directory: Path, name: str = "*") -> None:
-    """Remove what a process that was killed while it wrote files here left; nobody else may write them now.
+    """Remove the partial files of a killed process; no other process may be writing them now.
 
     Args:
-        directory: Where to look.
-        name: Of the files; a pattern as in `glob`.
+        directory: The directory to clean.
+        name: Name of the files; a pattern as in `glob`.
     """
     for partial in directory.glob(f".{name}.*.partial"):
         if _PARTIAL.fullmatch(partial.name):
@@ -60,7 +60,7 @@ def remove_partial_files(directory: Path, name: str = "*") -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield a hidden path to write to; on success it is renamed to `path`, otherwise deleted."""
-    # Two processes that write the same file at once both write a whole one.
+    # Named by the process, so that two processes can write the same file at once.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial

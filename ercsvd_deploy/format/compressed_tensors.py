@@ -1,7 +1,7 @@
 """The description of a checkpoint of dense integers in compressed-tensors' format, which stock loaders read.
 
-Its tensors are those of our own format, less the guards: where no matrix is low rank, `pack-quantized` has a
-name for everything. No torch here.
+Its tensors are those of our own format without the guards: without low-rank matrices, `pack-quantized` can
+name all of them. No torch here.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ READABLE_BITS = (2, 4, 8)
 def find_unreadable(
     modules: Mapping[str, Storage], fused: Iterable[Iterable[str]], embedding: str | None = None
 ) -> list[str]:
-    """Return one line for everything that compressed-tensors or vLLM's loader of its format cannot read.
+    """Return one line for each matrix that compressed-tensors or vLLM's loader of its format cannot read.
 
     Args:
-        modules: Name of every altered matrix -> how it is stored.
+        modules: Name of every changed matrix -> its storage.
         fused: Names of Linears that vLLM stacks into one layer, for each such layer.
         embedding: Name of the input embedding.
     """
@@ -62,7 +62,7 @@ def describe_dense_integers(modules: Mapping[str, Storage]) -> dict[str, Any]:
     """Return the `quantization_config` of config.json.
 
     Args:
-        modules: Checkpoint name of every altered Linear -> how it is stored; all of them readable.
+        modules: Checkpoint name of every changed Linear -> its storage; all of them readable.
     """
     targets: dict[WeightQuantization, list[str]] = {}
     for name, storage in modules.items():
@@ -88,7 +88,7 @@ def describe_dense_integers(modules: Mapping[str, Storage]) -> dict[str, Any]:
 
 
 def weight_arguments(integers: WeightQuantization) -> dict[str, Any]:
-    """Return what the format says of the integers of one matrix, by the names of its `QuantizationArgs`."""
+    """Return the `QuantizationArgs` of one matrix's integers, as a mapping."""
     is_per_row = integers.group_size == -1
     return {
         "num_bits": integers.bits,

@@ -1,4 +1,4 @@
-"""What files of text datasets are called, and so which form they have."""
+"""The forms of text datasets, recognised by file names."""
 
 from __future__ import annotations
 

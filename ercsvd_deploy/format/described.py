@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
-Held = TypeVar("Held")
+Value = TypeVar("Value")
 
 
 def _read_measured(value: object) -> object:
@@ -20,12 +20,12 @@ Measured = Annotated[
     BeforeValidator(_read_measured),
     WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]}),
 ]
-"""A measured number: not finite in Python where the measurement was not, null in JSON."""
+"""A measured number; a value that is not finite is null in JSON."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Shape = tuple[Count, Count]
 """Outputs and inputs of a matrix."""
 
-NotReported = Annotated[Held, SkipJsonSchema(), Field(exclude=True)]
-"""A field for the program alone: neither in the JSON nor in its schema. It needs a default."""
+NotReported = Annotated[Value, SkipJsonSchema(), Field(exclude=True)]
+"""A field that only the program uses: neither in the JSON nor in its schema. It needs a default."""

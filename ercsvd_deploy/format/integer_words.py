@@ -22,7 +22,7 @@ _ROWS_AT_ONCE = 8192  # are unpacked to 32 bits a value
 def pack_columns(values: Tensor, bits: int) -> Tensor:
     """Pack unsigned values [rows, columns] into int32 words [rows, ceil(columns * bits / 32)].
 
-    The inverse of `unpack_columns`; what is left of the last word is zero.
+    The inverse of `unpack_columns`; unused bits of the last word are zero.
     """
     rows, columns = values.shape
     per_block = values_in_whole_words(bits)
@@ -68,14 +68,14 @@ def unpack_rows(words: Tensor, bits: int, rows: int) -> Tensor:
 
 
 def dequantize(words: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, columns: int) -> Tensor:
-    """Return the matrix [rows, columns] that packed integers stand for, in the dtype of `scale`.
+    """Return the dense matrix [rows, columns] of packed integers, in the dtype of `scale`.
 
     Args:
         words: [rows, ceil(columns * bits / 32)], int32.
         scale: [rows, groups]; every group is equally wide.
-        zero_point: [rows, groups], one unsigned value each; None stands for half the range.
-        bits: Of a stored value.
-        columns: Of the matrix.
+        zero_point: [rows, groups], one unsigned value each; None for half the range.
+        bits: Bits of a stored value.
+        columns: Columns of the matrix.
     """
     values = unpack_columns(words, bits, columns).reshape(*scale.shape, -1)
     offset = 2 ** (bits - 1) if zero_point is None else zero_point[:, :, None]
@@ -86,7 +86,7 @@ def dequantize(words: Tensor, scale: Tensor, zero_point: Tensor | None, bits: in
 def dequantize_by_blocks(
     words: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, columns: int
 ) -> Tensor:
-    """Do as `dequantize`, a block of rows at a time: a vocabulary's matrix at once would fill the memory."""
+    """Like `dequantize`, but a block of rows at a time, so that an embedding needs little extra memory."""
     blocks = [
         dequantize(words[rows], scale[rows], None if zero_point is None else zero_point[rows], bits, columns)
         for rows in (slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(words), _ROWS_AT_ONCE))

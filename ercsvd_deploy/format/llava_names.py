@@ -1,4 +1,4 @@
-"""The names of LLaVA's tensors: what checkpoints call them, and what transformers 5 calls them.
+"""The names of LLaVA's tensors in checkpoints and in transformers 5.
 
 Four layouts are in circulation. Checkpoints on the hub use one that every version of transformers and vLLM
 load, so this package writes it; all others are read.
@@ -49,10 +49,10 @@ def to_module(name: str) -> str:
 
     Names of any other part are returned unchanged.
     """
-    prefixes = [(stored, module) for module, layouts in _PREFIXES for stored in layouts]
-    for stored, module in sorted(prefixes, key=lambda pair: -len(pair[0])):
-        if name.startswith(stored):
-            return module + name.removeprefix(stored)
+    prefixes = [(checkpoint_prefix, module) for module, layouts in _PREFIXES for checkpoint_prefix in layouts]
+    for checkpoint_prefix, module in sorted(prefixes, key=lambda pair: -len(pair[0])):
+        if name.startswith(checkpoint_prefix):
+            return module + name.removeprefix(checkpoint_prefix)
     return name
 
 
@@ -69,9 +69,9 @@ def from_original(name: str) -> str:
     """Return the name that transformers 5 gives to a tensor of an original (`llava_llama`) checkpoint."""
     for original, module in _ORIGINAL_PREFIXES:
         if name.startswith(original):
-            rest = name.removeprefix(original)
+            local_name = name.removeprefix(original)
             if module == PROJECTOR:
-                part = next((part for part in _ORIGINAL_PROJECTOR_PARTS if rest.startswith(part)), "")
-                rest = _ORIGINAL_PROJECTOR_PARTS.get(part, "") + rest.removeprefix(part)
-            return module + rest
+                part = next((part for part in _ORIGINAL_PROJECTOR_PARTS if local_name.startswith(part)), "")
+                local_name = _ORIGINAL_PROJECTOR_PARTS.get(part, "") + local_name.removeprefix(part)
+            return module + local_name
     return name

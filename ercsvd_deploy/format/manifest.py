@@ -1,10 +1,10 @@
 """The checksums of an export: written as its last file, compared by `verify` and before it is replaced.
 
 Files are listed with the SHA-256 of their contents. Weights are listed tensor by tensor, with the SHA-256 of
-dtype, shape and bytes: a report can name the damaged tensor, and a re-sharded copy still verifies. Report,
-page and card hold times, and may be written again later: their checksums stand in a file of their own, in the
-format of `sha256sum`, and tell whether somebody else has changed them since. The report in turn names the
-weights that it is about by `weights_digest`.
+dtype, shape and bytes, so that the damaged tensor can be named and a re-sharded copy still verifies. Report,
+page and card may be written again later: their checksums are in a separate file, in the format of
+`sha256sum`, and show whether somebody else has changed them. The report names its weights by
+`weights_digest`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ercsvd_deploy.format.weight_files import open_directory
 
 MANIFEST_FILE = "ercsvd_manifest.json"
 REPORT_SUMS_FILE = "ercsvd_report.sha256"
-_BEING_WRITTEN = "-"  # in the place of a checksum
+_BEING_WRITTEN = "-"  # instead of a checksum
 _MANIFEST_VERSION = 1
 
 
@@ -81,14 +81,14 @@ def weights_digest(directory: Path) -> str | None:
 
 
 def record_reports(directory: Path, names: Iterable[str]) -> None:
-    """Note how report files look now.
+    """Record the checksums of report files.
 
     Args:
         directory: An export.
         names: Files that this program has just written.
     """
-    written = {name: _file(directory / name) for name in names if (directory / name).is_file()}
-    digests = _reports_of(directory) | written
+    new_digests = {name: _file(directory / name) for name in names if (directory / name).is_file()}
+    digests = _reports_of(directory) | new_digests
     lines = [
         f"{digest}  {name}\n" for name, digest in sorted(digests.items()) if (directory / name).is_file()
     ]
@@ -96,7 +96,7 @@ def record_reports(directory: Path, names: Iterable[str]) -> None:
 
 
 def exported_files(directory: Path) -> frozenset[str]:
-    """Return the names of the files that belong to an export, as paths within it; all others are somebody's.
+    """Return the paths of an export's files within it; any other file was added by somebody.
 
     Raises:
         ManifestError: there is no manifest, or it cannot be read.
@@ -104,9 +104,9 @@ def exported_files(directory: Path) -> frozenset[str]:
     manifest = _read_manifest(directory)
     weights = manifest.get("weights")
     listed = [name for name in weights if isinstance(name, str)] if isinstance(weights, list) else []
-    held = (path.name for path in _weight_files(directory))  # of a re-sharded copy, under other names
+    weight_files = (path.name for path in _weight_files(directory))  # a re-sharded copy has other names
     return frozenset(
-        [*manifest["files"], *listed, *held, *_reports_of(directory), REPORT_SUMS_FILE, MANIFEST_FILE]
+        [*manifest["files"], *listed, *weight_files, *_reports_of(directory), REPORT_SUMS_FILE, MANIFEST_FILE]
     )
 
 
@@ -124,10 +124,10 @@ def changed_files(directory: Path, *, with_weights: bool = True) -> list[str]:
     """
     manifest = _read_manifest(directory)
     digests = {**manifest["files"], **_reports_of(directory)}
-    there = {name: directory / name for name in digests if (directory / name).exists()}
+    existing = {name: directory / name for name in digests if (directory / name).exists()}
     problems = [
         f"{name}: changed since the export was written"
-        for name, path in there.items()
+        for name, path in existing.items()
         if digests[name] != _BEING_WRITTEN and (not path.is_file() or _file(path) != digests[name])
     ]
     if with_weights and any(path.is_file() for path in _weight_files(directory)):
@@ -136,14 +136,14 @@ def changed_files(directory: Path, *, with_weights: bool = True) -> list[str]:
 
 
 def is_as_recorded(directory: Path, name: str) -> bool:
-    """Whether a report file is the one this program wrote; also if it is gone, or was never recorded."""
+    """Whether a report file is as this program wrote it; true also if it is missing or was never recorded."""
     recorded = _reports_of(directory).get(name)
     path = directory / name
     return recorded is None or not path.exists() or (path.is_file() and _file(path) == recorded)
 
 
 def announce_reports(directory: Path, names: Collection[str]) -> None:
-    """Note that report files are going to be written: if that is cut short, nobody has changed them."""
+    """Record that report files will be written, so that an interrupted write does not count as a change."""
     lines = (f"{_BEING_WRITTEN}  {name}\n" for name in sorted(names))
     write_text_atomically(directory / REPORT_SUMS_FILE, "".join(lines))
 
@@ -207,7 +207,7 @@ def _tensor_problems(directory: Path, expected: dict[str, str]) -> list[str]:
 
 
 def _config_problems(directory: Path) -> list[str]:
-    """Return why this version's plugin and loader would refuse the directory's config."""
+    """Return the reasons why this version's plugin and loader would refuse the directory's config."""
     config = read_json(directory / "config.json")
     description = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(description, dict):
@@ -241,7 +241,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _other_files(directory: Path, unlisted: frozenset[str]) -> Iterator[Path]:
-    """Yield every file but the manifest, the weights that are listed tensor by tensor, and `unlisted`."""
+    """Yield every file except the manifest, the weights (listed tensor by tensor) and `unlisted`."""
     weights = _weight_files(directory)
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()

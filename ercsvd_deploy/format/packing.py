@@ -91,10 +91,10 @@ def unpack(
         ValueError: a leaf is missing, has another shape than described, or records another matrix shape.
     """
     for leaf, expected in quantization.leaf_shapes(*shape).items():
-        stored = tuple(leaves[leaf].shape) if leaf in leaves else None
-        if stored != expected:
+        actual = tuple(leaves[leaf].shape) if leaf in leaves else None
+        if actual != expected:
             raise ValueError(
-                f"{leaf} is {'missing' if stored is None else f'of shape {list(stored)}'}; a matrix of shape "
+                f"{leaf} is {'missing' if actual is None else f'of shape {list(actual)}'}; a matrix of shape "
                 f"{list(shape)} stored as {quantization.bits}-bit integers needs {list(expected)}: "
                 "the checkpoint's description and its tensors disagree"
             )

@@ -120,10 +120,10 @@ class CheckpointConfig(BaseModel):
 
     @classmethod
     def read(cls, quantization_config: Any) -> CheckpointConfig:
-        """Parse the `quantization_config` of a config.json, refusing what this version cannot read.
+        """Parse the `quantization_config` of a config.json.
 
         Raises:
-            CheckpointFormatError: another method, another format version, or a broken description.
+            CheckpointFormatError: another method, another format version, or an invalid description.
         """
         if not isinstance(quantization_config, dict):
             raise CheckpointFormatError(
@@ -143,13 +143,13 @@ class CheckpointConfig(BaseModel):
         try:
             return cls.model_validate(quantization_config)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise CheckpointFormatError(f"quantization_config.{where}: {first['msg']}") from error
+            first_error = error.errors()[0]
+            where = ".".join(str(part) for part in first_error["loc"])
+            raise CheckpointFormatError(f"quantization_config.{where}: {first_error['msg']}") from error
 
     def write(self) -> dict[str, Any]:
-        """Return the JSON object that `read` takes back; the inverse of `read`."""
-        written = self.model_dump(mode="json", exclude_none=True)
+        """Return the JSON object of the description; the inverse of `read`."""
+        values = self.model_dump(mode="json", exclude_none=True)
         if not self.require_kernels:  # a default is not written: earlier releases do not know the key
-            del written["require_kernels"]
-        return written
+            del values["require_kernels"]
+        return values

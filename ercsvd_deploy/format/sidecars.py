@@ -1,7 +1,7 @@
-"""Which files of a model's directory are served with its weights: tokenizer, processor, templates, licence.
+"""The sidecar files of a model, copied with its weights: tokenizer, processor, templates, licence.
 
-Weights in another form are not among them: `consolidated.safetensors` would be taken for the model, and a
-pickle runs what is in it.
+Weights in other formats are not copied: `consolidated.safetensors` could be loaded instead of the model, and
+a pickle can run code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ercsvd_deploy.format.weight_files import is_followed
 
-# Of file names in lower case.
+# Patterns of file names in lower case.
 _LICENCES = ("*licen[cs]e*", "copying*")
 _NOTICES = ("notice*", "use_policy*", "copyright*")
 _FILES = (
@@ -33,41 +33,41 @@ _FILES = (
     "modules.json",
     "sentence_*_config.json",
     "config_sentence_transformers.json",
-    "*.py",  # runs only where `trust_remote_code` is given, as that of the original does
+    "*.py",  # runs only with `trust_remote_code`, as in the original
     *_LICENCES,
     *_NOTICES,
 )
 _TEMPLATES = "additional_chat_templates"
-_MODULES = "modules.json"  # of sentence-transformers: which folders stand behind the model
+_MODULES = "modules.json"  # sentence-transformers' list of the folders of further modules
 _NEVER = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 _MOST_MODULES = 64
 
 
 def sidecars(directory: Path) -> dict[str, Path]:
-    """Return what of an original model's directory comes into an export as it is.
+    """Return the files of an original model that an export copies unchanged.
 
     Returns:
         Path within the export, in POSIX form -> file.
     """
-    files = {path.name: path for path in _named(directory, _FILES)}
+    files = {path.name: path for path in _matching(directory, _FILES)}
     for folder in (_TEMPLATES, *_module_folders(directory)):
         files |= dict(_files_below(directory / folder, directory))
     return files
 
 
 def licences(directory: Path, *, with_notices: bool = False) -> list[str]:
-    """Return the names of a model's licence files, and of what goes with them if asked for.
+    """Return the names of a model's licence files, and of its notices if `with_notices`.
 
-    A directory that is not there has none.
+    Empty if the directory does not exist.
     """
     if not directory.is_dir():
         return []
     patterns = (*_LICENCES, *_NOTICES) if with_notices else _LICENCES
-    return [path.name for path in _named(directory, patterns)]
+    return [path.name for path in _matching(directory, patterns)]
 
 
-def _named(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
-    """Yield the files of the directory itself, no weights, that have a name of one of these patterns."""
+def _matching(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the directory's own files whose names match a pattern, except weights."""
     for path in sorted(directory.iterdir()):
         is_named = any(fnmatchcase(path.name.lower(), pattern) for pattern in patterns)
         is_weights = _is_weights(path.name) or path.suffix == ".safetensors"
@@ -92,7 +92,7 @@ def _module_folders(directory: Path) -> Iterator[str]:
 
 
 def _files_below(folder: Path, directory: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files of a folder of the directory, and of folders in it; none behind a link to elsewhere."""
+    """Yield the files below a folder of the directory; links that lead outside are not followed."""
     if not folder.is_dir() or directory.resolve() not in folder.resolve().parents:
         return
     for path in sorted(folder.iterdir()):

@@ -1,6 +1,6 @@
-"""How one Linear is stored: layout, rank, integers of each matrix, and the names and shapes of its tensors.
+"""The storage of one Linear: layout, rank, quantization of each matrix, names and shapes of its tensors.
 
-Part of `format.schema`, which says what the names mean. No torch here.
+Part of `format.schema`, which explains the names. No torch here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CheckpointFormatError(ValueError):
 
 
 def values_in_whole_words(bits: int) -> int:
-    """Return the least number of packed integers that fill whole words: 8 of 4 bits, 32 of 3 bits."""
+    """Return the smallest number of packed integers that fill whole words: 8 of 4 bits, 32 of 3 bits."""
     return WORD_BITS // math.gcd(WORD_BITS, bits)
 
 
@@ -144,7 +144,7 @@ class Storage(BaseModel):
         return self
 
     @classmethod
-    @lru_cache(maxsize=4096)  # a plan asks for the same few for every layer of every candidate
+    @lru_cache(maxsize=4096)  # a plan repeats the same few for every layer of every candidate
     def dense(cls, shape: tuple[int, int], weight: WeightQuantization | None = None) -> Storage:
         """Return the storage of a weight as one matrix [out, in], of integers if `weight` is given."""
         return cls(layout="dense", shape=shape, weight=weight)
@@ -164,9 +164,9 @@ class Storage(BaseModel):
         Args:
             shape: [out, in] of the original weight.
             rank: Its rank.
-            pivot_blocks: Of the pivoted layout; None: the layout is low_rank.
-            first: Integers of the factor A, or of the pivot rows; None: floating point.
-            second: Integers of the factor B, or of the other rows; None: floating point.
+            pivot_blocks: Number of blocks of the pivoted layout; None: the layout is low_rank.
+            first: Quantization of the factor A, or of the pivot rows; None: floating point.
+            second: Quantization of the factor B, or of the other rows; None: floating point.
         """
         layout: LowRankLayout = "low_rank" if pivot_blocks is None else "pivoted"
         integers = dict(zip(_PARTS[layout], (first, second), strict=True))
@@ -186,10 +186,10 @@ class Storage(BaseModel):
 
         Args:
             shape: [out, in] of the weight.
-            weight: Its integers.
-            rank: Of the correction.
-            first: Integers of the factor A [rank, in]; None: floating point.
-            second: Integers of the factor B [out, rank]; None: floating point.
+            weight: Its quantization.
+            rank: Rank of the correction.
+            first: Quantization of the factor A [rank, in]; None: floating point.
+            second: Quantization of the factor B [out, rank]; None: floating point.
         """
         return cls(layout="corrected", shape=shape, rank=rank, weight=weight, factor_a=first, factor_b=second)
 
@@ -211,12 +211,12 @@ class Storage(BaseModel):
 
     @property
     def quantization(self) -> WeightQuantization | None:
-        """Integers of the matrix [out, in], or of the first of two matrices; None for floating point."""
+        """Quantization of the matrix [out, in], or of the first of two matrices; None for floating point."""
         return next(quantization for _, quantization in self.parts.values())
 
     @property
     def truncated_rank(self) -> int | None:
-        """Rank of what stands for the weight; None if that has full rank, with or without a correction."""
+        """Rank of a low-rank or pivoted weight; None for full rank, with or without a correction."""
         return self.rank if self.layout in ("low_rank", "pivoted") else None
 
     @property
@@ -226,7 +226,7 @@ class Storage(BaseModel):
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """All but the shape: what matrices of different sizes that are stored alike have in common."""
+        """All fields but the shape; equal for matrices of different sizes with the same storage."""
         parts = tuple(quantization for _, quantization in self.parts.values())
         return (self.layout, self.rank, self.pivot_blocks, *parts)
 
@@ -247,7 +247,7 @@ class Storage(BaseModel):
 
     @cached_property
     def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Tensor name relative to the module -> shape; the bias, which never changes, is left out."""
+        """Tensor name relative to the module -> shape, without the bias, which never changes."""
         shapes: dict[str, tuple[int, ...]] = {GUARD: GUARD_SHAPE} if self.is_altered else {}
         for part, ((rows, columns), quantization) in self.parts.items():
             leaves = quantization.leaf_shapes(rows, columns) if quantization else {WEIGHT: (rows, columns)}

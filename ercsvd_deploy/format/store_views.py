@@ -1,4 +1,4 @@
-"""Tensor stores that change another store: its precision, its names, or the tensors of some modules."""
+"""Views of another tensor store: with another dtype, other names, or replaced tensors of some modules."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ercsvd_deploy.format.tensor_store import (
 if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
 
-# Precisions whose tensors are numbers by themselves; 8-bit floats mean nothing without their scales.
+# Dtypes whose tensors need no scales; 8-bit floats do.
 _PLAIN_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
 class CastingStore:
-    """A store whose floating-point tensors are read in another precision, all but 8-bit ones."""
+    """A store whose floating-point tensors, except 8-bit ones, are read in another dtype."""
 
     def __init__(self, base: TensorStore, dtype: torch.dtype) -> None:
         self._base = base
@@ -47,7 +47,7 @@ class CastingStore:
         """Return the named tensors on the CPU, floating-point ones cast.
 
         Raises:
-            CheckpointError: a value lies beyond the range of the precision asked for.
+            CheckpointError: a value is outside the range of the dtype.
         """
         return {
             name: cast_within_range(name, tensor, self._dtype) if tensor.dtype in _PLAIN_FLOATS else tensor
@@ -56,7 +56,7 @@ class CastingStore:
 
 
 def cast_within_range(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a floating-point tensor in another precision, if that can hold its values.
+    """Return a floating-point tensor in another dtype whose range contains its values.
 
     Raises:
         CheckpointError: it has finite values that are infinite in `dtype`.
@@ -73,7 +73,7 @@ def cast_within_range(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> to
 
 
 class RenamedStore:
-    """Some of a store's tensors, under other names."""
+    """A selection of a store's tensors under other names."""
 
     def __init__(self, base: TensorStore, stored_names: Mapping[str, str]) -> None:
         """Rename tensors of `base`: `stored_names` maps a new name to the name in `base`."""

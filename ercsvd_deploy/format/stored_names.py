@@ -1,9 +1,9 @@
-"""Find out by what names a checkpoint holds a model's tensors.
+"""Match the tensor names of a checkpoint with those of its model.
 
-Training wraps models, and a wrapper leaves its name in those of the tensors: `_orig_mod.` (torch.compile),
-`module.` (data parallelism), `_fsdp_wrapped_module.` within each layer. Others save a part of a model without
-the prefix that the whole one has: `layers.0...` for `model.layers.0...`. None of these is listed here: names
-are read without the segments that the model does not have, if that is how the model is found.
+Training wrappers add their names to those of the tensors: `_orig_mod.` (torch.compile), `module.` (data
+parallelism), `_fsdp_wrapped_module.` within each layer. Other checkpoints hold a part of a model without the
+prefix of the whole: `layers.0...` for `model.layers.0...`. No such name is listed here: segments that the
+model does not have are left out if more of its tensors are then found.
 """
 
 from __future__ import annotations
@@ -23,30 +23,33 @@ def match_names(
     base_prefix: str,
     translate: Callable[[str], str] = lambda name: name,
 ) -> Mapping[str, str]:
-    """Return model's name -> stored name of every stored tensor, by the reading that finds most of the model.
+    """Return model's name -> stored name of every stored tensor, by the reading that finds most tensors.
 
-    Names that no reading explains are returned as they are read; they are surplus.
+    Names that the model does not have are kept as they are; the caller treats them as surplus.
 
     Args:
         stored: Names in the checkpoint.
         expected: Names of the model's tensors.
-        base_prefix: Of the part of the model that is saved alone at times: `model.`.
-        translate: Turns a name of a layout that the family is known for into the model's.
+        base_prefix: Prefix of the part of the model that some checkpoints hold alone: `model.`.
+        translate: Translates a name in one of the family's checkpoint layouts into the model's name.
 
     Raises:
-        CheckpointError: two stored tensors are one of the model.
+        CheckpointError: two stored tensors have the same name in the model.
     """
     names = sorted(stored)
     best: Naming | None = None
-    most = -1
-    parts = frozenset(name.partition(".")[0] for name in expected)
+    most_found = -1
+    top_level_names = frozenset(name.partition(".")[0] for name in expected)
     for reading in _readings(names, expected):
         for prefix in ("", base_prefix):
-            naming = {name: _prefixed(translate(read), prefix, parts) for name, read in reading.items()}
+            naming = {
+                name: _prefixed(translate(bare_name), prefix, top_level_names)
+                for name, bare_name in reading.items()
+            }
             num_found = len(expected.intersection(naming.values()))
-            if num_found > most and (best is None or _is_unique(naming)):
-                best, most = naming, num_found
-        if most == len(expected):
+            if num_found > most_found and (best is None or _is_unique(naming)):
+                best, most_found = naming, num_found
+        if most_found == len(expected):
             break
     assert best is not None, "the first reading is always taken"
     inverse: dict[str, str] = {}
@@ -60,25 +63,25 @@ def match_names(
 
 
 def _readings(names: list[str], expected: frozenset[str]) -> Iterator[Naming]:
-    """Yield stored name -> name without wrappers: as stored, then with ever more taken away."""
+    """Yield readings, stored name -> name: as stored, without wrappers, then with fewer leading segments."""
     yield {name: name for name in names}
     bare = _without_wrappers(names, {segment for name in expected for segment in name.split(".")})
     yield bare
     for _ in range(_MOST_SHARED_SEGMENTS):
-        first = {name.partition(".")[0] for name in bare.values()}
-        if len(first) != 1:
+        first_segments = {name.partition(".")[0] for name in bare.values()}
+        if len(first_segments) != 1:
             return
-        bare = {name: read.partition(".")[2] for name, read in bare.items()}
+        bare = {name: bare_name.partition(".")[2] for name, bare_name in bare.items()}
         if not all(bare.values()):
             return
         yield bare
 
 
-def _without_wrappers(names: list[str], known: set[str]) -> Naming:
-    """Return stored name -> name without segments that the model does not have and that stand alone.
+def _without_wrappers(names: list[str], model_segments: set[str]) -> Naming:
+    """Return stored name -> name without wrappers: only children whose segment the model does not have.
 
-    A wrapper is the only child of what it wraps. `base_layer` of an adapter is not: it has `lora_A` beside
-    it, and without that the model would be another one.
+    The `base_layer` of an adapter is not a wrapper: it has a sibling `lora_A`, without which the model would
+    be a different one.
     """
     children: dict[str, set[str]] = {}
     for name in names:
@@ -91,16 +94,18 @@ def _without_wrappers(names: list[str], known: set[str]) -> Naming:
         kept = [
             part
             for position, part in enumerate(parts)
-            if part in known or position == len(parts) - 1 or len(children[".".join(parts[:position])]) > 1
+            if part in model_segments
+            or position == len(parts) - 1
+            or len(children[".".join(parts[:position])]) > 1
         ]
         return ".".join(kept)
 
     return {name: read(name) for name in names}
 
 
-def _prefixed(name: str, prefix: str, parts: frozenset[str]) -> str:
-    """Return a name with the prefix in front, unless it begins with a part of the whole model."""
-    return name if name.partition(".")[0] in parts else prefix + name
+def _prefixed(name: str, prefix: str, top_level_names: frozenset[str]) -> str:
+    """Return a name with the prefix in front, unless it begins with a top-level name of the model."""
+    return name if name.partition(".")[0] in top_level_names else prefix + name
 
 
 def _is_unique(naming: Naming) -> bool:

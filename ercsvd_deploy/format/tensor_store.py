@@ -1,6 +1,6 @@
 """Read the tensors of a set of safetensors files, one at a time.
 
-Safetensors only. Nothing is memory-mapped longer than one read, so a process holds only tensors that its
+Only safetensors. Files are memory-mapped only during a read, so a process holds only the tensors that its
 callers keep.
 """
 
@@ -129,7 +129,7 @@ class FileStore:
         for path, names_in_file in by_file.items():
             try:
                 with safe_open(path, framework="pt") as file:
-                    # The clone lets go of the file mapping, which otherwise counts as resident memory.
+                    # The clone releases the file mapping, which otherwise counts as resident memory.
                     tensors |= {name: file.get_tensor(name).clone() for name in names_in_file}
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: cannot be read ({error}); is the file complete?") from error
@@ -161,7 +161,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def enumerate_names(names: Iterable[str], most: int = 5) -> str:
-    """Return the first `most` names, sorted, and the number of the others."""
+    """Return the first `most` sorted names and the number of remaining ones, as text."""
     listed = sorted(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

@@ -1,8 +1,8 @@
-"""Find the safetensors files that hold a model's weights, in a Hugging Face directory.
+"""Find the safetensors files of a model's weights in a Hugging Face directory.
 
-One file, shards with an index, or a complete set of numbered shards. A directory that could be read in two
-ways is refused, because libraries choose differently and would show different models. A weight map may name
-files of its own directory and nothing else, whatever the index file says.
+These are one file, shards with an index, or a complete set of numbered shards. An ambiguous directory is
+refused, because libraries choose differently and would load different models. An index may only name files of
+its own directory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ercsvd_deploy.format.tensor_store import (
 
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _SUFFIX = ".safetensors"
-# What else weights are stored in, by the end of a file's name -> what it is.
+# Ending of a file name -> kind of a file with weights in another format.
 _OTHER_FORMATS: Mapping[str, str] = {
     ".bin": "a pickle",
     ".pt": "a pickle",
@@ -79,7 +79,7 @@ def has_weights(file_names: Iterable[str]) -> bool:
 
 
 def explain_no_weights(file_names: Iterable[str]) -> str | None:
-    """Return why none of a model's files holds weights that can be read, and what to do.
+    """Return why none of a model's files holds readable weights, and what to do.
 
     Args:
         file_names: Names of all files of its directory.
@@ -90,17 +90,17 @@ def explain_no_weights(file_names: Iterable[str]) -> str | None:
     names = sorted(set(file_names) - set(_NO_WEIGHTS))
     if ADAPTER_CONFIG in names:
         return f"{ADAPTER_CONFIG} says that this is an adapter: merge it into its base model, and save that"
-    others = [name for name in names if name.endswith(_SUFFIX)]
-    if others:
+    other_safetensors = [name for name in names if name.endswith(_SUFFIX)]
+    if other_safetensors:
         return (
-            f"{others[0]} is not a name under which transformers or vLLM would read weights: save the model "
-            "with save_pretrained"
+            f"{other_safetensors[0]} is not a name under which transformers or vLLM would read weights: "
+            "save the model with save_pretrained"
         )
     for ending, kind in _OTHER_FORMATS.items():
-        first = next((name for name in names if name.endswith(ending)), None)
-        if first is not None:
+        file_name = next((name for name in names if name.endswith(ending)), None)
+        if file_name is not None:
             return (
-                f"{first} is {kind}, which is never read: convert it to safetensors, by transformers' "
+                f"{file_name} is {kind}, which is never read: convert it to safetensors, by transformers' "
                 "AutoModelForCausalLM.from_pretrained(NAME, dtype='auto').save_pretrained(DIRECTORY), and "
                 "save its tokenizer there too"
             )
@@ -108,20 +108,20 @@ def explain_no_weights(file_names: Iterable[str]) -> str | None:
 
 
 def outside_links(store: FileStore, directory: Path) -> dict[str, Path]:
-    """Return the weight files of a directory that are links to files elsewhere, with these files.
+    """Return name -> target of the weight files that are links to files outside a directory.
 
-    The hub cache's own links are not among them.
+    The hub cache's own links do not count.
     """
-    inside = _folders_of(directory)
+    own_folders = _folders_of(directory)
     targets = {path.name: path.resolve() for path in sorted(store.files())}
-    return {name: target for name, target in targets.items() if target.parent not in inside}
+    return {name: target for name, target in targets.items() if target.parent not in own_folders}
 
 
 def _numbered_shards(directory: Path, file_names: Iterable[str]) -> list[str]:
-    """Return the shards of a directory without an index, if they are complete by their own names.
+    """Return the numbered shards of a directory without an index; empty if there are none.
 
     Raises:
-        CheckpointError: some are missing, or there are two sets of them.
+        CheckpointError: shards are missing, or there are several sets of them.
     """
     sets: dict[tuple[str, int], set[int]] = {}
     for match in filter(None, map(_NUMBERED.fullmatch, file_names)):
@@ -158,9 +158,9 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
 def _checked(directory: Path, file_name: str, named_by: Path) -> Path:
     """Return the path of `file_name` in `directory` if it may be read.
 
-    People try another config on weights that are somewhere else: links that keep a file's name, or have a
-    name under which every library looks for weights, are followed. A link under a name that only an index
-    knows could make any file of the reader's part of the model.
+    Users link to weights elsewhere to try another config: links that keep a file's name, or that have a
+    standard name of weights, are followed. A link under a name that only an index contains is refused,
+    because it could make any readable file part of the model.
     """
     is_plain = Path(file_name).name == file_name and file_name.isprintable()
     if not is_plain or not file_name.endswith(_SUFFIX):
@@ -177,7 +177,7 @@ def _checked(directory: Path, file_name: str, named_by: Path) -> Path:
     if target.parent in _folders_of(directory):
         return path
     is_standard = file_name == SINGLE_FILE or _NUMBERED.fullmatch(file_name) is not None
-    if not (is_standard or file_name in _names_on_the_way(path)):
+    if not (is_standard or file_name in _names_along_link(path)):
         raise CheckpointError(
             f"{path}: is a link to {target}, outside the model directory; a link to weights elsewhere must "
             "have the name of its file"
@@ -186,15 +186,15 @@ def _checked(directory: Path, file_name: str, named_by: Path) -> Path:
 
 
 def is_followed(path: Path, directory: Path) -> bool:
-    """Whether a file of a model may be read: no link, or one within the model, or one to a file of its name.
+    """Whether a file of a model may be read: no link, a link within the model, or one that keeps the name.
 
-    An unpacked archive can hold a link by any name to any file of this machine; a user's own link to the same
-    file of another model has that file's name.
+    An unpacked archive can contain a link under any name to any file of this machine; a user's own link to
+    the same file of another model keeps that file's name.
     """
     if not path.is_symlink():
         return True
     folders = _folders_of(directory)
-    return not folders.isdisjoint(path.resolve().parents) or path.name in _names_on_the_way(path)
+    return not folders.isdisjoint(path.resolve().parents) or path.name in _names_along_link(path)
 
 
 def _folders_of(directory: Path) -> frozenset[Path]:
@@ -206,10 +206,10 @@ def _folders_of(directory: Path) -> frozenset[Path]:
     return frozenset(folders)
 
 
-def _names_on_the_way(link: Path) -> frozenset[str]:
-    """Return the file names that a link leads through; the last may be that of a blob in a hub cache."""
+def _names_along_link(link: Path) -> frozenset[str]:
+    """Return the file names along a chain of links; the last may be that of a blob in a hub cache."""
     names: set[str] = set()
-    while link.is_symlink() and len(names) < 40:  # as many as Linux follows
+    while link.is_symlink() and len(names) < 40:  # Linux follows at most 40 links
         link = link.parent / link.readlink()
         names.add(link.name)
     return frozenset(names)

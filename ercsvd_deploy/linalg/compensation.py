@@ -1,4 +1,4 @@
-"""Correct a weight for inputs that have already been changed by the compression of earlier layers."""
+"""Correct a weight for inputs that the compression of earlier layers has changed."""
 
 from __future__ import annotations
 

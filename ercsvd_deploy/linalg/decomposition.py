@@ -80,7 +80,7 @@ def decompose(
     max_rank: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Decomposition:
-    """Order the directions of a weight's outputs by how much of the layer's output they carry.
+    """Order the directions of a weight's outputs by their share of the layer's output energy.
 
     The expensive step: one eigendecomposition of the smaller side, and if out > in one QR before it.
 
@@ -169,7 +169,7 @@ def _decompose(
         wide = factor.T @ wide
     eigenvalues, vectors, noise = leading_eigh(wide, max_rank, metric=metric)
 
-    # Directions without any calibration output are all equally good for the method; take them in the
+    # Directions without any calibration output are equally good for the method; take them in the
     # order in which they carry the weight itself, so that unseen inputs lose least.
     resolved = int((eigenvalues > noise).sum())
     if resolved < max_rank:

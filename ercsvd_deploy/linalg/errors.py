@@ -1,4 +1,4 @@
-"""How far an approximated weight is from the original one: by itself, on calibration inputs, on outputs."""
+"""Relative errors of an approximated weight: by itself, on calibration inputs, and in an output metric."""
 
 from __future__ import annotations
 

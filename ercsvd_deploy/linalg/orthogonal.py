@@ -66,9 +66,9 @@ class OrthogonalColumns:
         if self.orthogonal is not None:
             return self.orthogonal.T @ output_metric.to(self.matrix) @ self.orthogonal
         if self.in_single:
-            inside = congruence_in_single(self.matrix.T, output_metric)
+            product = congruence_in_single(self.matrix.T, output_metric)
         else:
-            inside = symmetric_product(self.matrix.T @ output_metric.to(self.matrix), self.matrix)
-        half = torch.linalg.solve_triangular(self.triangle, inside, upper=True, left=False)
-        whole: Tensor = torch.linalg.solve_triangular(self.triangle.T, half, upper=False)
-        return whole
+            product = symmetric_product(self.matrix.T @ output_metric.to(self.matrix), self.matrix)
+        half_solved = torch.linalg.solve_triangular(self.triangle, product, upper=True, left=False)
+        restricted: Tensor = torch.linalg.solve_triangular(self.triangle.T, half_solved, upper=False)
+        return restricted

@@ -27,19 +27,19 @@ _THREADS_AT_START = torch.get_num_threads()
 
 
 def is_small(sides: Iterable[int], device: torch.device) -> bool:
-    """Whether work on matrices of these sides is faster side by side: on a CPU, where all are short."""
+    """Whether matrices of these sides are faster side by side: on a CPU, if all sides are short."""
     return device.type == "cpu" and max(sides, default=0) <= _LONGEST_SIDE
 
 
 def num_at_once() -> int:
-    """Return how many pieces are worked on at once: one on every CPU, unless fewer threads were asked for.
+    """Return the number of pieces computed at once: one on every CPU, unless fewer threads were requested.
 
-    By itself torch has one thread for every core. On most rented machines a core is two CPUs, and a machine
-    of two CPUs would work on one piece at a time.
+    By default torch has one thread for every core. On most cloud machines a core is two CPUs, so that a
+    machine of two CPUs would compute one piece at a time.
     """
     threads = torch.get_num_threads()
-    was_asked_for = threads != _THREADS_AT_START or "OMP_NUM_THREADS" in os.environ
-    return threads if was_asked_for else max(threads, len(os.sched_getaffinity(0)))
+    was_requested = threads != _THREADS_AT_START or "OMP_NUM_THREADS" in os.environ
+    return threads if was_requested else max(threads, len(os.sched_getaffinity(0)))
 
 
 def map_side_by_side(

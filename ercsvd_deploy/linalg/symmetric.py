@@ -56,8 +56,8 @@ def descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def leading_share(gram: Tensor) -> float:
     """Return the share of a Gram's trace that its leading direction holds; 0 for a Gram of zeros.
 
-    By power iteration, from below: exact where the share is large, and too small by some per cent where
-    several directions are alike.
+    Power iteration gives a lower bound: exact if the share is large, and a few per cent too small if
+    several directions have similar shares.
 
     Args:
         gram: [n, n], symmetric and positive semi-definite.
@@ -96,9 +96,9 @@ def congruence_in_single(matrix: Tensor, metric: Tensor | None) -> Tensor:
     image = metric_times(metric, block)
     # G = P G P + Q Z^T + Z Q^T with Z = G Q - Q (Q^T G Q) / 2
     half = image - block @ (block.T @ image / 2)
-    rest = _without_pairs(metric, block, half)
+    remainder = _without_pairs(metric, block, half)
     rows = matrix.float()
-    product = symmetric_product(rows @ rest, rows.T).to(matrix.dtype)
+    product = symmetric_product(rows @ remainder, rows.T).to(matrix.dtype)
     low_rank = (matrix @ block) @ (matrix @ half).T
     product += low_rank
     product += low_rank.T
@@ -110,7 +110,7 @@ def leading_eigh(matrix: Tensor, count: int, *, metric: Tensor | None = None) ->
 
     Args:
         matrix: W [m, n].
-        count: How many leading eigenvectors have to be exact.
+        count: Number of leading eigenvectors that must be exact.
         metric: G, symmetric and positive semi-definite: [n, n], or [n] for its diagonal; None for I.
 
     Returns:
@@ -169,10 +169,10 @@ def _rounding(product: Tensor, matrix: Tensor, metric: Tensor | None) -> float:
 def _without_pairs(matrix: Tensor, block: Tensor, half: Tensor) -> Tensor:
     """Return M - Q Z^T - Z Q^T [n, n] in float32, computed in the type of Q and Z [n, k] block by block."""
     left, right = torch.cat([block, half], dim=1), torch.cat([half, block], dim=1).T
-    rest = torch.empty_like(matrix, dtype=torch.float32)
+    remainder = torch.empty_like(matrix, dtype=torch.float32)
     for part in _slices(len(matrix)):
-        rest[part] = torch.addmm(matrix[part].to(left), left[part], right, alpha=-1)
-    return rest
+        remainder[part] = torch.addmm(matrix[part].to(left), left[part], right, alpha=-1)
+    return remainder
 
 
 def metric_times(metric: Tensor, right: Tensor) -> Tensor:

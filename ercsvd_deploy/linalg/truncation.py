@@ -1,12 +1,11 @@
-"""Factor a weight at one rank: a decomposed one, with or without the residual stage of ERC-SVD, or any other.
+"""Factor a weight at one rank, with or without the residual stage of ERC-SVD.
 
 The first stage is the decomposition's own truncation. The residual W - W_i is truncated by its plain singular
 values and appended, [U_i | U_r] [V_i ; V_r] (ERC-SVD, arXiv 2505.20112): in the space of the first stage it
 would only continue it (Eckart-Young), and the whole would equal a truncation in one step.
 
-A decomposition serves all ranks, at the price of an eigendecomposition of one side of the weight. Where one
-low rank is all that is wanted, of a matrix that changes from one call to the next, `approximate` costs a few
-products.
+A decomposition serves all ranks, at the cost of an eigendecomposition of one side of the weight. For one low
+rank of a matrix that changes between calls, `approximate` costs only a few products.
 """
 
 from __future__ import annotations
@@ -115,11 +114,11 @@ def truncate(
 def approximate(
     matrix: Tensor, rank: int, gram: Tensor, *, output_metric: Tensor | None = None, exact: bool | None = None
 ) -> Factors:
-    """Return the pair of factors that comes nearest to a matrix E: with least tr(F (E - B A) G (E - B A)^T).
+    """Return the pair of factors nearest to a matrix E: with the least tr(F (E - B A) G (E - B A)^T).
 
     Args:
         matrix: E [out, in], finite.
-        rank: Of the pair, 1 to min(out, in).
+        rank: Rank of the pair, 1 to min(out, in).
         gram: G [in, in], sum of x x^T, finite, at any scale; may be singular.
         output_metric: F [out, out], damped as in `decompose`; None for the identity.
         exact: By `decompose`, or by subspace iteration, which is deterministic and off by a fraction of a per

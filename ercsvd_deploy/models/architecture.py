@@ -15,6 +15,7 @@ from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.checkpoint_names import stored_name
 from ercsvd_deploy.models.experts import EXPERTS, RoutedExperts
+from ercsvd_deploy.models.tasks import Task
 from ercsvd_deploy.models.tensor_parallel import OutputBlock, cuts_inputs, holds_key_values, output_blocks
 from ercsvd_deploy.models.vocabulary import Vocabulary
 
@@ -80,12 +81,14 @@ class Architecture:
 
     model_type: str
     text_model_type: str  # of the decoder; another one where that is part of a vision-language model
+    task: Task
     layers_prefix: str  # module name of the stack of decoder layers
     layers: tuple[LayerLinears, ...]
-    layers_return_tuples: bool  # whose first value is the hidden states; else these alone
+    num_layer_outputs: int  # of the tuple, hidden states first, that a layer returns; 0: these alone
     other_tensors: Mapping[str, tuple[int, ...]]  # all but weights of `linears`; tied ones once
     num_attention_heads: int
     num_key_value_heads: int
+    other_key_value_heads: Mapping[str, int]  # layer -> its own number, where that is another
     linear_key_size: int  # outputs of all keys of a layer of linear attention; 0: there is none
     vocab_size: int
     vocabulary: Vocabulary  # input embedding and output layer
@@ -118,6 +121,11 @@ class Architecture:
         """Every decoder Linear, layer by layer, those of routed experts included."""
         return tuple(linear for layer in self.layers for linear in layer.all_linears)
 
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether there are logits of next tokens; a model that embeds or scores texts has none."""
+        return self.task == "generate"
+
     def is_row_parallel(self, name: str) -> bool:
         """Whether tensor parallelism cuts this Linear along its input."""
         return cuts_inputs(name)
@@ -126,8 +134,15 @@ class Architecture:
         """Return the parts of a column-parallel Linear's outputs that tensor parallelism cuts apart."""
         if self.component_of(name) != LANGUAGE_PART:
             return (OutputBlock(out_features),)
-        heads = self.num_attention_heads, self.num_key_value_heads
+        heads = self.num_attention_heads, self.key_value_heads_of(name)
         return output_blocks(name, out_features, *heads, self.linear_key_size)
+
+    def key_value_heads_of(self, name: str) -> int:
+        """Return the number of key-value heads of the decoder layer that a Linear belongs to."""
+        others = (
+            heads for layer, heads in self.other_key_value_heads.items() if name.startswith(f"{layer}.")
+        )
+        return next(others, self.num_key_value_heads)
 
     def num_output_shards(self, name: str, tensor_parallel_size: int) -> int:
         """Return into how many different parts a column-parallel Linear's output is cut.
@@ -135,14 +150,14 @@ class Architecture:
         Key-value heads are repeated rather than cut when there are fewer of them than ranks.
         """
         if self.component_of(name) == LANGUAGE_PART and holds_key_values(name):
-            return min(tensor_parallel_size, self.num_key_value_heads)
+            return min(tensor_parallel_size, self.key_value_heads_of(name))
         return tensor_parallel_size
 
     def outputs_on_rank(self, name: str, rows: int, tensor_parallel_size: int) -> int | None:
         """Return how many of a column-parallel Linear's outputs a rank holds; None: no even cut."""
         held = 0
         for block in self.output_blocks(name, rows):
-            heads = self.num_key_value_heads if block.is_key_value else tensor_parallel_size
+            heads = self.key_value_heads_of(name) if block.is_key_value else tensor_parallel_size
             parts = min(tensor_parallel_size, heads)
             if block.size % parts:
                 return None

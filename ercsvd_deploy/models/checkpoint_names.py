@@ -22,10 +22,12 @@ def module_names(model: nn.Module) -> Callable[[str], str]:
     from transformers.core_model_loading import rename_source_key
 
     renamings, converters = _split(_transforms(model))
+    was_moved = any(name == "model" for name, _ in model.named_children())  # unlike Llama 4's parts
 
     def module_name(stored: str) -> str:
         # some releases wrote a mixture of two layouts, which the tables leave half translated
-        return str(rename_source_key(to_module(stored), renamings, converters)[0])
+        read = to_module(stored) if was_moved else stored
+        return str(rename_source_key(read, renamings, converters)[0])
 
     return module_name
 

@@ -15,6 +15,10 @@ _LARGEST = {
     "num_attention_heads": 2**12,
     "num_key_value_heads": 2**12,
     "head_dim": 2**14,
+    "num_global_key_value_heads": 2**12,
+    "global_head_dim": 2**14,
+    "index_n_heads": 2**12,
+    "index_head_dim": 2**14,
     "linear_num_key_heads": 2**12,
     "linear_num_value_heads": 2**12,
     "linear_key_head_dim": 2**14,
@@ -24,11 +28,16 @@ _LARGEST = {
     "word_embed_proj_dim": 2**18,
     "projection_dim": 2**18,
     "intermediate_size": 2**20,
+    "intermediate_size_mlp": 2**20,
     "ffn_dim": 2**20,
     "vocab_size": 2**24,
     "max_position_embeddings": 2**27,
     "depth": 2**10,  # layers of a tower
     "out_hidden_size": 2**18,
+    "vision_output_dim": 2**18,
+    "projector_input_dim": 2**18,
+    "projector_output_dim": 2**18,
+    "position_embedding_size": 2**20,
     "num_position_embeddings": 2**20,
     "num_channels": 2**6,
     "in_channels": 2**6,
@@ -47,6 +56,7 @@ _LARGEST_OF_EXPERTS = {
     "n_shared_experts": 2**12,
     "moe_num_experts": 2**12,
     "num_experts_per_tok": 2**12,
+    "top_k_experts": 2**12,
 }
 _MOST_PATCHES = 2**20  # CLIP numbers them in a real tensor
 

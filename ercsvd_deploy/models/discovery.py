@@ -30,12 +30,12 @@ class DecoderStack:
     Attributes:
         prefix: Module name of the stack.
         layers: Their Linears.
-        return_tuples: Whether a layer returns a tuple that begins with the hidden states, or these alone.
+        num_outputs: Length of the tuple, hidden states first, that a layer returns; 0: these alone.
     """
 
     prefix: str
     layers: tuple[LayerLinears, ...]
-    return_tuples: bool
+    num_outputs: int
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -73,7 +73,8 @@ def find_decoder(model: nn.Module, left_alone: frozenset[str] = frozenset()) -> 
             handle.remove()
     _refuse_shared_weights(model, layers)
     layers = tuple(_with_experts(layer, model) for layer in layers)
-    return DecoderStack(prefix, layers, any(isinstance(output, tuple) for output in returned))
+    num_outputs = max((len(output) for output in returned if isinstance(output, tuple)), default=0)
+    return DecoderStack(prefix, layers, num_outputs)
 
 
 def watch_stack(

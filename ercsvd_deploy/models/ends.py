@@ -244,8 +244,8 @@ class ModelEnds:
 
     def _layers_replaced(self, on_call: OnCall) -> AbstractContextManager[None]:
         """Replace the decoder layers by calls of `on_call` while the context lasts."""
-        return_tuples = self.architecture.layers_return_tuples
-        return layers_replaced(self._stack, self._layers, on_call, return_tuples=return_tuples)
+        num_returned = self.architecture.num_layer_outputs
+        return layers_replaced(self._stack, self._layers, on_call, num_returned=num_returned)
 
     @contextmanager
     def _outside_layers(self, *, with_head: bool) -> Iterator[None]:

@@ -17,18 +17,41 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.models.expert_modules import Expert, ExpertsOfScaledTokens, SeparateExperts
 
 EXPERTS = "experts"  # what every family calls the module
 GATE_UP, DOWN = "gate_up_proj", "down_proj"  # and its parameters
-# Whose checkpoints hold the experts of a layer in two tensors, as transformers' modules do. Of the first vLLM
-# reads a matrix for each projection of each expert as well, by these names.
-_STACKED = {"qwen3_vl_moe_text": ("gate_proj", "up_proj", "down_proj")}
+_USUAL_NAMES = ("gate_proj", "up_proj", "down_proj")
 _KEPT_TOGETHER = frozenset({"granitemoe", "gpt_oss", "llama4_text"})
 _STORED_LINEAR = re.compile(r"experts\.\*\.(\w+)\.weight$")
 
 
 class UnknownExpertsError(ValueError):
     """The experts of a layer have another form than those that are known here."""
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """How checkpoints hold all experts of a layer in two tensors; vLLM reads them one by one as well.
+
+    Attributes:
+        names: By which vLLM reads gate, up and down of an expert.
+        is_transposed: Whether files have matrices [in, out], not [out, in].
+        is_transposed_in_module: Whether transformers' module has.
+        scales_inputs: Whether what an expert reads, and not what it makes, is multiplied by a token's score.
+    """
+
+    names: tuple[str, str, str] = _USUAL_NAMES
+    is_transposed: bool = False
+    is_transposed_in_module: bool = False
+    scales_inputs: bool = False
+
+
+_STACKED = {
+    "qwen3_vl_moe_text": Stacking(is_transposed=True),
+    "llama4_text": Stacking(is_transposed=True, is_transposed_in_module=True, scales_inputs=True),
+    "gemma4_text": Stacking(),
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +65,7 @@ class RoutedExperts:
         parameters: Weights of all of them.
         groups: Their Linears, expert by expert, grouped by shared input: gate and up, then down. Empty where
             checkpoints hold all experts of a layer in one tensor, and vLLM takes them no other way.
-        is_stacked: Whether checkpoints hold them in two tensors, and vLLM takes them one by one as well.
+        stacking: How checkpoints hold them in two tensors, if they do and vLLM takes them one by one as well.
     """
 
     name: str
@@ -50,95 +73,12 @@ class RoutedExperts:
     per_token: int
     parameters: int
     groups: tuple[tuple[LinearShape, ...], ...]
-    is_stacked: bool = False
+    stacking: Stacking | None = None
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
         """Every Linear of every expert."""
         return tuple(linear for group in self.groups for linear in group)
-
-
-class Expert(nn.Module):
-    """One expert: down(act(gate(x)) * up(x)), its Linears called as in checkpoints.
-
-    Args:
-        names: Of gate, up and down.
-        hidden_size: Inputs and outputs.
-        intermediate_size: Outputs of gate and up.
-        act_fn: What is applied to the gate.
-        device: Of the weights.
-        dtype: Of the weights.
-    """
-
-    def __init__(
-        self,
-        names: tuple[str, str, str],
-        hidden_size: int,
-        intermediate_size: int,
-        act_fn: nn.Module,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        self.names, self.act_fn = names, act_fn
-        shapes = ((hidden_size, intermediate_size),) * 2 + ((intermediate_size, hidden_size),)
-        for name, (inputs, outputs) in zip(names, shapes, strict=True):
-            self.add_module(name, _UnfilledLinear(inputs, outputs, bias=False, device=device, dtype=dtype))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Map [tokens, hidden] to the same shape."""
-        output: torch.Tensor = self.get_submodule(self.names[-1])(self.intermediate(inputs))
-        return output
-
-    def shape_of(self, name: str) -> tuple[int, int]:
-        """Return outputs and inputs of one of its Linears."""
-        out_features, in_features = self.get_submodule(name).get_parameter("weight").shape
-        return out_features, in_features
-
-    def intermediate(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Map [tokens, hidden] to what the last Linear reads, [tokens, intermediate]."""
-        gate, up = (self.get_submodule(name)(inputs) for name in self.names[:2])
-        gated: torch.Tensor = self.act_fn(gate) * up
-        return gated
-
-
-class SeparateExperts(nn.ModuleList):
-    """The experts of a layer, each a module of its own; takes the calls of transformers' module."""
-
-    def experts(self) -> list[Expert]:
-        """Return all of them."""
-        return [cast(Expert, expert) for expert in self]
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the weighted sum [tokens, hidden] of what each token's experts make of it.
-
-        Args:
-            hidden_states: [tokens, hidden].
-            top_k_index: Numbers of each token's experts, [tokens, k].
-            top_k_weights: What their outputs are multiplied by, [tokens, k].
-        """
-        output = torch.zeros_like(hidden_states)
-        chosen, weights = top_k_index.flatten(), top_k_weights.flatten()
-        order = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=len(self)).tolist()
-        places = torch.split(order, counts)
-        for expert, place in zip(self, places, strict=False):  # a place beyond the last is for no expert
-            if not len(place):
-                continue
-            token = place // top_k_index.shape[-1]
-            result = expert(hidden_states[token]) * weights[place, None]
-            output.index_add_(0, token, result.to(output.dtype))
-        return output
-
-
-class _UnfilledLinear(nn.Linear):
-    """A Linear that takes its weight from a checkpoint: thousands of them are not initialised first."""
-
-    def reset_parameters(self) -> None:
-        """Leave the weight as it is."""
 
 
 def find_experts(prefix: str, layer: nn.Module, index: int, config: Any) -> RoutedExperts | None:
@@ -165,24 +105,23 @@ def find_experts(prefix: str, layer: nn.Module, index: int, config: Any) -> Rout
     count = shapes[0][0]
     groups: list[tuple[LinearShape, ...]] = []
     if names is not None:
-        _, hidden, intermediate = module.down_proj.shape  # type: ignore[misc]
+        _, hidden, intermediate = _sides(module, config)
         for number in range(count):
             gate, up, down = (f"{name}.{number}.{leaf}" for leaf in names)
-            sides = index, int(intermediate), int(hidden)
+            sides = index, intermediate, hidden
             groups.append((LinearShape(gate, *sides), LinearShape(up, *sides)))
-            groups.append((LinearShape(down, index, int(hidden), int(intermediate)),))
-    elif not are_kept_together(config):
+            groups.append((LinearShape(down, index, hidden, intermediate),))
+    elif config.model_type not in _KEPT_TOGETHER:
         raise UnknownExpertsError(
             f"{name} is a {type(module).__name__}, whose checkpoints are not known here"
         )
-    per_token = int(getattr(config, "num_experts_per_tok", None) or 1)
     return RoutedExperts(
         name,
         count,
-        per_token,
+        _num_per_token(config),
         sum(shape.numel() for shape in shapes),
         tuple(groups),
-        is_stacked=config.model_type in _STACKED,
+        stacking=stacking_of(config) if groups else None,
     )
 
 
@@ -214,19 +153,16 @@ def separate_experts(model: nn.Module) -> None:
         names = _linear_names(module, config)
         if names is None:
             continue
-        count, hidden, intermediate = module.down_proj.shape  # type: ignore[misc]
+        count, hidden, intermediate = _sides(module, config)
         weight = cast(torch.Tensor, module.down_proj)
         act_fn = cast(nn.Module, module.act_fn)
-        experts = SeparateExperts(
+        stacking = stacking_of(config)
+        kind = ExpertsOfScaledTokens if stacking is not None and stacking.scales_inputs else SeparateExperts
+        experts = kind(
             Expert(names, hidden, intermediate, act_fn, device=weight.device, dtype=weight.dtype)
             for _ in range(count)
         )
         model.set_submodule(name, experts.train(module.training))
-
-
-def are_kept_together(text_config: Any) -> bool:
-    """Whether a family's checkpoints and vLLM hold a layer's experts in one tensor, so that they stay so."""
-    return text_config.model_type in _KEPT_TOGETHER
 
 
 def are_separate(module_names: Iterable[str]) -> bool:
@@ -282,14 +218,36 @@ def _linear_names(module: nn.Module, config: Any) -> tuple[str, str, str] | None
     from transformers.integrations.moe import _default_apply_gate
 
     parameters: Mapping[str, nn.Parameter] = dict(module.named_parameters())
-    names = _STACKED.get(config.model_type) or _stored_names(str(config.model_type))
+    stacking = stacking_of(config)
+    names = _stored_names(str(config.model_type)) if stacking is None else stacking.names
     if names is None or parameters.keys() != {GATE_UP, DOWN}:
         return None
+    if stacking is not None and stacking.scales_inputs:
+        return names if _num_per_token(config) == 1 else None
     count, hidden, intermediate = parameters[DOWN].shape
     is_gated = getattr(type(module), "_apply_gate", None) is _default_apply_gate
     if not is_gated or parameters[GATE_UP].shape != (count, 2 * intermediate, hidden):
         return None
     return names
+
+
+def stacking_of(config: Any) -> Stacking | None:
+    """Return how checkpoints of a language model hold experts in two tensors; None: they do not."""
+    return _STACKED.get(config.model_type)
+
+
+def _sides(module: nn.Module, config: Any) -> tuple[int, int, int]:
+    """Return the number of experts in transformers' module, their inputs, and the inputs of down."""
+    count, hidden, intermediate = module.get_parameter(DOWN).shape
+    stacking = stacking_of(config)
+    if stacking is not None and stacking.is_transposed_in_module:
+        return count, intermediate, hidden
+    return count, hidden, intermediate
+
+
+def _num_per_token(config: Any) -> int:
+    keys = ("num_experts_per_tok", "top_k_experts")
+    return next((int(found) for key in keys if (found := getattr(config, key, None))), 1)
 
 
 def _stored_names(model_type: str) -> tuple[str, str, str] | None:

@@ -14,12 +14,16 @@ from torch import nn
 from ercsvd_deploy.models.architecture import Architecture, ArchitectureError, LayerLinears
 from ercsvd_deploy.models.checkpoint_names import module_names, stored_prefixes
 from ercsvd_deploy.models.discovery import find_decoder, on_meta
-from ercsvd_deploy.models.experts import are_kept_together, renamed_parts, stand_in_for_experts
+from ercsvd_deploy.models.experts import renamed_parts, stand_in_for_experts
+from ercsvd_deploy.models.tasks import auto_class, task_of
 from ercsvd_deploy.models.vision import describe_vision, find_vision_parts, image_token_id, reads_images
 from ercsvd_deploy.models.vocabulary import find_vocabulary
 
+_BOTH_DIRECTIONS = "it reads a text in both directions; supported are decoders, which read it in one"
+_ATTENTION_LAYERS = frozenset(
+    {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
+)
 _LINEAR_ATTENTION = "linear_attention"
-_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Of linear attention: an output or two for each head, which say how much of its state is kept and written.
 _GATES_OF_STATES = frozenset({"linear_attn.in_proj_ba", "linear_attn.in_proj_b", "linear_attn.in_proj_a"})
 # Model type -> module -> what checkpoints call it.
@@ -35,13 +39,10 @@ def check_supported(config: Any) -> None:
     text_config = config.get_text_config()
     if reads_images(config):
         image_token_id(config)  # refuses a config that names none
-        if are_kept_together(text_config):
-            raise _unsupported(
-                config,
-                "a vision-language model around a mixture whose files hold a layer's experts in one tensor",
-            )
     elif text_config is not config:
         raise _unsupported(config, "a decoder among other parts, which are not those of a model that sees")
+    if not getattr(config, "is_causal", True):
+        raise _unsupported(config, _BOTH_DIRECTIONS)
     if getattr(config, "is_encoder_decoder", False):
         raise _unsupported(config, "an encoder with a decoder; supported are decoders alone, such as llama")
     if _model_class(config) is None and not getattr(config, "auto_map", None):
@@ -60,6 +61,9 @@ def describe(model: nn.Module, config: Any) -> Architecture:
     """
     text_config = config.get_text_config()
     model = on_meta(model)
+    sees = reads_images(config)
+    if not sees and any(not getattr(each, "is_causal", True) for each in model.modules()):
+        raise _unsupported(config, _BOTH_DIRECTIONS)
     try:
         stand_in_for_experts(model)
         decoder = find_decoder(model, _left_alone(text_config))
@@ -67,16 +71,22 @@ def describe(model: nn.Module, config: Any) -> Architecture:
         raise _unsupported(
             text_config, f"{error}; supported are decoders of Linears, such as llama"
         ) from error
-    sees = reads_images(config)
+    key_value_heads = [_num_key_value_heads(text_config, layer.index) for layer in decoder.layers]
     return Architecture(
         model_type=str(config.model_type),
         text_model_type=str(text_config.model_type),
+        task=task_of(config),
         layers_prefix=decoder.prefix,
         layers=decoder.layers,
-        layers_return_tuples=decoder.return_tuples,
+        num_layer_outputs=decoder.num_outputs,
         other_tensors=_other_tensors(model, decoder.layers),
         num_attention_heads=text_config.num_attention_heads,
-        num_key_value_heads=_num_key_value_heads(text_config),
+        num_key_value_heads=key_value_heads[0],
+        other_key_value_heads={
+            layer.prefix: heads
+            for layer, heads in zip(decoder.layers, key_value_heads, strict=True)
+            if heads != key_value_heads[0]
+        },
         linear_key_size=_linear_key_size(text_config),
         vocab_size=text_config.vocab_size,
         vocabulary=find_vocabulary(model, len(decoder.layers)),
@@ -95,6 +105,8 @@ def module_tensors(model: nn.Module, config: Any) -> Callable[[str], str]:
     """
     if reads_images(config):
         return module_names(model)
+    if task_of(config) == "embed":  # the decoder of a whole language model, or saved alone
+        return lambda name: name.removeprefix(f"{model.base_model_prefix}.")
     prefixes, parts = _STORED_PREFIXES.get(config.model_type, {}), renamed_parts(config)
 
     def module_name(stored_name: str) -> str:
@@ -120,10 +132,7 @@ def attention_implementation(config: Any) -> str:
 
 def _model_class(config: Any) -> Any:
     """Return transformers' class of the model; None if it has none."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if reads_images(config) else MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping.get(type(config), None)
+    return auto_class(config)._model_mapping.get(type(config), None)
 
 
 def _obstacles(text_config: Any) -> Iterator[str]:
@@ -136,9 +145,12 @@ def _obstacles(text_config: Any) -> Iterator[str]:
         )
         yield f"it has layers of another kind than attention: {', '.join(named)}"
     if getattr(text_config, "cross_attention_layers", None):
-        yield "layers that attend to the features of pictures, beside those that attend to tokens"
-    if getattr(text_config, "is_heterogeneous", False):
-        yield "its layers have heads of different sizes"
+        yield (
+            "layers that attend to the features of pictures, beside those that attend to tokens; vLLM has "
+            "dropped such models, too"
+        )
+    if "shared" in (getattr(text_config, "indexer_types", None) or ()):
+        yield "layers that attend to the tokens that another layer has chosen"
     if getattr(text_config, "num_kv_shared_layers", None):
         yield "layers that read keys and values of others"
     if getattr(text_config, "hidden_size_per_layer_input", None):
@@ -178,7 +190,9 @@ def _other_tensors(model: nn.Module, layers: Sequence[LayerLinears]) -> dict[str
     return others
 
 
-def _num_key_value_heads(text_config: Any) -> int:
+def _num_key_value_heads(text_config: Any, layer: int) -> int:
+    if getattr(text_config, "is_heterogeneous", False):  # and refuses to tell a number for all layers
+        text_config = text_config.per_layer_config[layer]
     if text_config.model_type == "falcon" and not text_config.new_decoder_architecture:
         return 1 if text_config.multi_query else int(text_config.num_attention_heads)
     for key in ("num_key_value_heads", "num_kv_heads"):

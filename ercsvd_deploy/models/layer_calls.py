@@ -7,7 +7,8 @@ to the hidden states between their first layers (DeepStack). All of it is the mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -54,6 +55,13 @@ class LayerCall:
 
     arguments: Mapping[str, Any]
     addition: Addition | None = None
+
+    def fresh_arguments(self) -> dict[str, Any]:
+        """Return the arguments with copies of mappings, into which layers may write (keys of Gemma 4)."""
+        return {
+            name: copy(value) if isinstance(value, MutableMapping) else value
+            for name, value in self.arguments.items()
+        }
 
     def inputs(self, states: torch.Tensor) -> torch.Tensor:
         """Return the layer's input, given the output of the layer before."""

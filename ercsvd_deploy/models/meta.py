@@ -17,7 +17,7 @@ from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.config_sizes import impossible_sizes
 from ercsvd_deploy.models.families import attention_implementation, check_supported, describe
 from ercsvd_deploy.models.packed_embedding import TiedOutputLayer
-from ercsvd_deploy.models.vision import reads_images
+from ercsvd_deploy.models.tasks import auto_class, mark_embedding_model
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -45,6 +45,7 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
         raise ArchitectureError(f"{path}: {unknown}")
     if problems:
         raise ArchitectureError(f"{path}: no model has such a config: {'; '.join(problems)}")
+    mark_embedding_model(config, path, revision)
     return config
 
 
@@ -90,13 +91,10 @@ def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Modu
 def _build(
     config: Any, without_weights: AbstractContextManager[Any], *, trust_remote_code: bool
 ) -> nn.Module:
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
     check_supported(config)
-    auto = AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
     try:
         with without_weights:
-            model: nn.Module = auto.from_config(
+            model: nn.Module = auto_class(config).from_config(
                 copy.deepcopy(config),  # it may forget the precision that a part of it names
                 trust_remote_code=trust_remote_code,
                 attn_implementation=attention_implementation(config),

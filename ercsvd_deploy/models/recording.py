@@ -25,12 +25,12 @@ class _InputCaptured(Exception):  # noqa: N818 - not an error: it ends a layer's
 class _RecordingLayer(nn.Module):
     """Replaces a decoder layer: calls `on_call` in its place, and returns what the layer would return."""
 
-    def __init__(self, layer: nn.Module, on_call: OnCall, *, returns_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, on_call: OnCall, *, num_returned: int) -> None:
         super().__init__()
         # Models ask their layers for plain attributes (attention_type) to choose a mask.
         object.__setattr__(self, "_layer", layer)
         object.__setattr__(self, "_on_call", on_call)
-        object.__setattr__(self, "_returns_tuple", returns_tuple)
+        object.__setattr__(self, "_num_returned", num_returned)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_layer"), name)
@@ -41,12 +41,13 @@ class _RecordingLayer(nn.Module):
             kwargs |= dict(zip(names[1:], args, strict=False))  # the first one is the hidden states
         on_call: OnCall = object.__getattribute__(self, "_on_call")
         output = on_call(hidden_states, kwargs)
-        return (output,) if object.__getattribute__(self, "_returns_tuple") else output
+        num_returned: int = object.__getattribute__(self, "_num_returned")
+        return (output, *[None] * (num_returned - 1)) if num_returned else output
 
 
 @contextmanager
 def layers_replaced(
-    stack: nn.ModuleList, layers: Sequence[nn.Module], on_call: OnCall, *, return_tuples: bool = False
+    stack: nn.ModuleList, layers: Sequence[nn.Module], on_call: OnCall, *, num_returned: int = 0
 ) -> Iterator[None]:
     """Replace the decoder layers of a model by calls of `on_call` while the context lasts.
 
@@ -54,10 +55,10 @@ def layers_replaced(
         stack: Holds the layers.
         layers: The layers.
         on_call: Takes a layer's input and keyword arguments, and returns its output.
-        return_tuples: Whether the layers return a tuple that begins with their output.
+        num_returned: Length of the tuple, their output first, that the layers return; 0: this alone.
     """
     for index, layer in enumerate(layers):
-        stack[index] = _RecordingLayer(layer, on_call, returns_tuple=return_tuples)
+        stack[index] = _RecordingLayer(layer, on_call, num_returned=num_returned)
     try:
         yield
     finally:

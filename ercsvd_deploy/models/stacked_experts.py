@@ -7,13 +7,14 @@ are as they were holds the two tensors again.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from ercsvd_deploy.format.stacked_matrices import Place, StackedStore, UnstackedStore
 from ercsvd_deploy.format.tensor_store import CheckpointError
-from ercsvd_deploy.models.experts import DOWN, GATE_UP, SeparateExperts
+from ercsvd_deploy.models.expert_modules import SeparateExperts
+from ercsvd_deploy.models.experts import DOWN, GATE_UP, stacking_of
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.tensor_store import TensorStore
@@ -38,8 +39,10 @@ def unstack_experts(
     """
     places: dict[str, Place] = {}
     named = dict(stored_names)
+    stacking = stacking_of(cast(Any, model).config.get_text_config())
+    is_turned = stacking is not None and stacking.is_transposed_in_module
     for name, experts in model.named_modules():
-        if not isinstance(experts, SeparateExperts):
+        if not isinstance(experts, SeparateExperts) or f"{name}.{DOWN}" not in named:
             continue
         for tensor, projections in ((GATE_UP, slice(0, 2)), (DOWN, slice(2, 3))):
             stored = named.pop(f"{name}.{tensor}", None)
@@ -52,7 +55,8 @@ def unstack_experts(
                 ]
                 for number, expert in enumerate(experts.experts())
             ]
-            is_transposed = _is_transposed(f"{name}.{tensor}", store.info(stored).shape, linears)
+            shape = store.info(stored).shape
+            is_transposed = _is_transposed(f"{name}.{tensor}", shape, linears, is_turned=is_turned)
             places |= _places(linears, stored, is_transposed=is_transposed)
     return (UnstackedStore(store, places) if places else store), named | {each: each for each in places}
 
@@ -71,7 +75,7 @@ def stack_experts(
     places: dict[str, Place] = {}
     for layer in architecture.layers:
         experts = layer.experts
-        if experts is None or not experts.is_stacked:
+        if experts is None or experts.stacking is None:
             continue
         if any(linear.name in altered for linear in experts.linears):
             return store
@@ -79,24 +83,29 @@ def stack_experts(
             [(f"{each.name}.weight", each.out_features, each.in_features) for each in group]
             for group in experts.groups
         ]
-        places |= _places(linears[::2], f"{experts.name}.{GATE_UP}", is_transposed=True)
-        places |= _places(linears[1::2], f"{experts.name}.{DOWN}", is_transposed=True)
+        is_transposed = experts.stacking.is_transposed
+        places |= _places(linears[::2], f"{experts.name}.{GATE_UP}", is_transposed=is_transposed)
+        places |= _places(linears[1::2], f"{experts.name}.{DOWN}", is_transposed=is_transposed)
     return StackedStore(store, places) if places else store
 
 
-def _is_transposed(tensor: str, shape: tuple[int, ...], linears: _Linears) -> bool:
-    """Whether a tensor has inputs before outputs: as transformers has it, if it fits the other way.
+def _is_transposed(tensor: str, shape: tuple[int, ...], linears: _Linears, *, is_turned: bool) -> bool:
+    """Whether a tensor has inputs before outputs; a square one has them as transformers' module does.
+
+    As transformers does it: what has another shape than the module's parameter is turned.
 
     Raises:
         CheckpointError: it fits neither way.
     """
     rows, columns = sum(rows for _, rows, _ in linears[0]), linears[0][0][2]
-    if shape not in ((len(linears), rows, columns), (len(linears), columns, rows)):
+    plain, turned = (len(linears), rows, columns), (len(linears), columns, rows)
+    expected = turned if is_turned else plain
+    if shape not in (plain, turned):
         raise CheckpointError(
             f"weights and config.json disagree: {tensor} has shape {list(shape)}, the config asks for "
-            f"{[len(linears), rows, columns]}"
+            f"{list(expected)}"
         )
-    return shape != (len(linears), rows, columns)
+    return is_turned ^ (shape != expected)
 
 
 def _places(linears: _Linears, tensor: str, *, is_transposed: bool) -> dict[str, Place]:

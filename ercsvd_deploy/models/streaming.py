@@ -51,7 +51,7 @@ class LayerwiseModel(ModelEnds):
     def run_layer(self, module: nn.Module, index: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         """Return the output [rows, tokens, hidden] of a loaded layer for a batch that has been embedded."""
         call = self._calls.find(batch, index)
-        output = module(call.inputs(hidden), **call.arguments)
+        output = module(call.inputs(hidden), **call.fresh_arguments())
         states: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return states
 

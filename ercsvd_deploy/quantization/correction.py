@@ -1,9 +1,9 @@
 """Integers with a low-rank correction, W ~ Q + B A, fitted in turn: tensors in, tensors out.
 
-A round makes Q by GPTQ of what the pair leaves, W - B A, and then the pair as the best approximation of what
-Q leaves, W - Q, at its rank and in the metric of the layer's inputs (and outputs, where one is given). In the
-first round there is no pair yet. Neither step knows what rounding the other will suffer, so that a round can
-make things worse: it is then dropped, and the Linear keeps the round before.
+A round makes Q by GPTQ of the remainder W - B A, and then the pair as the best approximation of the residual
+W - Q at its rank, in the metric of the layer's inputs (and of its outputs, if given). The first round has no
+pair yet. Neither step takes the rounding of the other into account, so a round can increase the loss: it is
+then dropped, and the Linear keeps the round before.
 
 Sources: the residual of integers approximated at low rank, LQER (Zhang et al., arXiv 2402.02446), in the
 eigenspace of the inputs' Gram, EoRA (Liu et al., arXiv 2410.21271); both fitted in turn, with integer
@@ -41,45 +41,45 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class CorrectionReport:
-    """Losses of integers with a low-rank correction, as they were fitted.
+    """Losses of integers with a low-rank correction.
 
-    Those of the whole are weighed by the metric of the outputs, if it was fitted in one.
+    Losses of both together are weighted by the output metric, if it was fitted in one.
     """
 
-    rank: Annotated[Count, Field(description="Of the correction.")]
+    rank: Annotated[Count, Field(description="Rank of the correction.")]
     integers: Annotated[
         MatrixReport,
-        Field(description="The integers that were kept, against the weight less the correction before them."),
+        Field(description="The kept integers, against the weight minus the correction of the round before."),
     ]
     factor_a: Annotated[
         MatrixReport | None,
-        Field(description="The first factor, against itself; null if it is in floating point."),
+        Field(description="The quantized first factor, against the unquantized one; null if not quantized."),
     ]
-    factor_b: Annotated[MatrixReport | None, Field(description="The same of the second factor.")]
-    loss_uncorrected: Annotated[Measured, Field(description="Of integers of the whole weight, alone.")]
+    factor_b: Annotated[MatrixReport | None, Field(description="The second factor, likewise.")]
+    loss_uncorrected: Annotated[Measured, Field(description="Loss of integers without a correction.")]
     loss_by_round: Annotated[
         tuple[Measured, ...],
         Field(
-            description="Of integers and correction as served, after each round, a last one that was worse "
-            "included."
+            description="Loss of integers and correction as served, after each round, including a last one "
+            "that was worse."
         ),
     ]
 
     @property
     def loss(self) -> float:
-        """Of the round that was kept."""
+        """Loss of the round that was kept."""
         return min(self.loss_by_round)
 
 
 @dataclass(frozen=True, eq=False)
 class CorrectedWeight:
-    """A matrix as integers and a pair of factors, whose product is added to them.
+    """A matrix stored as integers plus the product of a pair of factors.
 
     Attributes:
         integers: [out, in].
         factor_a: [rank, in]; a tensor of the checkpoint's dtype if it is not quantized.
-        factor_b: [out, rank]; the same.
-        report: How it was fitted.
+        factor_b: [out, rank]; likewise.
+        report: Losses of the fit.
     """
 
     integers: QuantizedWeight
@@ -104,15 +104,15 @@ def dense_values(factor: QuantizedWeight | Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class CorrectionTask:
-    """A weight that is to be stored as integers and a correction.
+    """A weight to be stored as integers and a correction.
 
     Attributes:
         weight: [out, in], any floating dtype.
-        settings: For the integers.
-        rank: Of the pair, 1 to min(out, in).
-        factor_settings: For the first and the second factor; None: they stay in floating point.
-        scale_dtype: The checkpoint's, of scales and of factors in floating point.
-        output_metric: [out, out]: how much errors of the outputs matter; None for all alike.
+        settings: Settings of the integers.
+        rank: Rank of the pair, 1 to min(out, in).
+        factor_settings: Settings of the first and the second factor; None: they stay in floating point.
+        scale_dtype: The checkpoint's dtype, for scales and for factors in floating point.
+        output_metric: [out, out], weights of output errors; None for the identity.
     """
 
     weight: Tensor
@@ -132,19 +132,19 @@ def quantize_corrected(
     method: RoundingMethod = "gptq",
     rounds: int = ROUNDS,
 ) -> list[CorrectedWeight]:
-    """Fit integers and corrections of matrices with the same inputs, whose loop and Hessian they share.
+    """Fit integers and corrections of matrices with the same inputs, in one loop with one Hessian factor.
 
     Args:
         tasks: At least one; damping and order of columns are the same in all.
-        gram: Of their inputs, [in, in], at any scale.
-        held_out: The same tokens in two parts: damping is chosen there, and whether GPTQ helps, as in
-            `quantize_together`. Which round is kept the whole Gram decides.
-        factor: Of this Gram, with the tasks' damping and order, if it is already there.
+        gram: Gram of their inputs, [in, in], at any scale.
+        held_out: The same tokens in two parts, on which damping and method are chosen, as in
+            `quantize_together`. The kept round is chosen on the whole Gram.
+        factor: The Hessian factor of this Gram with the tasks' damping and order; None: it is computed.
         method: "rtn", the baseline, rounds integers and factors to nearest.
-        rounds: At most this many; a Linear's are over when one does it no good.
+        rounds: Largest number of rounds; a Linear stops after a round that does not lower its loss.
 
     Raises:
-        ValueError: shapes or group sizes that do not fit, entries that are not finite, a Gram that is none.
+        ValueError: shapes or group sizes do not fit, entries are not finite, or the Gram is no sum of x x^T.
     """
     for task in tasks:
         check_weight_and_gram(task.weight, gram)
@@ -158,7 +158,7 @@ def quantize_corrected(
 
 @dataclass(eq=False)
 class _Inputs:
-    """What is known of the inputs that the weights share; their Hessian is factored once."""
+    """The input statistics that the weights share; their Hessian is factored once."""
 
     gram: Tensor
     held_out: HeldOutGrams | None
@@ -167,7 +167,7 @@ class _Inputs:
     damping: float | None = None
 
     def quantize(self, matrices: Sequence[GriddedWeight]) -> list[tuple[QuantizedWeight, MatrixReport]]:
-        """Quantize matrices that read these inputs; the damping that the first ones get is kept."""
+        """Quantize matrices that read these inputs; later calls reuse the damping of the first one."""
         quantized = quantize_together(
             matrices, self.gram, held_out=self.held_out, factor=self.factor, method=self.method
         )
@@ -178,31 +178,31 @@ class _Inputs:
             self.factor = factor_hessian(self.gram, damping=self.damping, desc_act=desc_act)
         return quantized
 
-    def settings(self, wanted: QuantizationSettings) -> QuantizationSettings:
-        """Return settings with the damping of these inputs, once it is known."""
-        return wanted if self.damping is None else replace(wanted, damping=self.damping)
+    def settings(self, settings: QuantizationSettings) -> QuantizationSettings:
+        """Return settings with the damping of these inputs, once it has been chosen."""
+        return settings if self.damping is None else replace(settings, damping=self.damping)
 
 
 @dataclass(eq=False)
 class _Fit:
-    """Where the fit of one weight stands."""
+    """The state of one weight's fit."""
 
     task: CorrectionTask
     loss_of: LossOf
     loss_uncorrected: float = 0.0
     losses: list[float] = field(default_factory=list)
-    kept: CorrectedWeight | None = None
+    best: CorrectedWeight | None = None
     is_settled: bool = False
 
     def remainder(self, inputs: _Inputs) -> GriddedWeight:
-        """Return what the integers of the next round stand for: the weight less the correction so far."""
+        """Return the target of the next round's integers: the weight minus the current correction."""
         weight = self.task.weight.detach().float()
-        if self.kept is not None:
-            weight = weight - self.kept.correction
+        if self.best is not None:
+            weight = weight - self.best.correction
         return put_on_grid(weight, inputs.settings(self.task.settings), self.task.scale_dtype)
 
     def correct(self, integers: QuantizedWeight, inputs: _Inputs) -> Factors | FactorsTask:
-        """Return the pair for what integers leave; a `FactorsTask` if it is to be quantized."""
+        """Return the pair for the residual of the integers; a `FactorsTask` if it is to be quantized."""
         task, values = self.task, integers.dequantize()
         if not self.losses:
             self.loss_uncorrected = self.loss_of(values)
@@ -230,24 +230,24 @@ class _Fit:
         factor_b: QuantizedWeight | Tensor,
         reports: tuple[MatrixReport, MatrixReport | None, MatrixReport | None],
     ) -> None:
-        """Keep the outcome of a round that made it better; any other settles the fit."""
+        """Keep a round's result if it lowers the loss; otherwise the fit is settled."""
         report = CorrectionReport(self.task.rank, *reports, self.loss_uncorrected, tuple(self.losses))
         fitted = CorrectedWeight(integers, factor_a, factor_b, report)
         loss = self.loss_of(fitted.dequantize())
         self.is_settled = bool(self.losses) and not loss < min(self.losses)
         self.losses.append(loss)
         if not self.is_settled:
-            self.kept = fitted
+            self.best = fitted
 
     @property
     def result(self) -> CorrectedWeight:
-        """What was kept, and the losses of all rounds."""
-        assert self.kept is not None
-        return replace(self.kept, report=replace(self.kept.report, loss_by_round=tuple(self.losses)))
+        """The kept result, with the losses of all rounds."""
+        assert self.best is not None
+        return replace(self.best, report=replace(self.best.report, loss_by_round=tuple(self.losses)))
 
 
 def _fit_once(fits: Sequence[_Fit], inputs: _Inputs) -> None:
-    """Make one round of every fit: integers of what its correction leaves, then the correction anew."""
+    """Do one round of every fit: integers of the remainder, then a new correction of their residual."""
     integers = inputs.quantize([fit.remainder(inputs) for fit in fits])
     pairs = [fit.correct(quantized, inputs) for fit, (quantized, _) in zip(fits, integers, strict=True)]
     started = [pair for pair in pairs if isinstance(pair, FactorsTask)]

@@ -39,20 +39,18 @@ RoundingMethod = Literal["gptq", "rtn"]
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """Both ways to round one matrix; the better one was taken."""
+    """Losses of GPTQ and of rounding to nearest on one matrix, whose better one was used."""
 
     gptq_loss: Annotated[
         Measured,
         Field(description="Relative proxy loss of GPTQ, on held-out tokens where there are any."),
     ]
-    rtn_loss: Annotated[Measured, Field(description="The same of rounding to nearest.")]
-    damping: Annotated[
-        float | None, Field(description="GPTQ's; null in reports from before it was chosen.")
-    ] = None
+    rtn_loss: Annotated[Measured, Field(description="Relative proxy loss of rounding to nearest.")]
+    damping: Annotated[float | None, Field(description="Damping of GPTQ; null in older reports.")] = None
 
     @property
     def method(self) -> Literal["gptq", "rtn"]:
-        """The way that was taken."""
+        """The method with the smaller loss."""
         return "gptq" if self.gptq_loss <= self.rtn_loss else "rtn"
 
 
@@ -91,27 +89,29 @@ def quantize_together(
 ) -> list[tuple[QuantizedWeight, MatrixReport]]:
     """Quantize matrices with the same inputs, each by GPTQ or to nearest: whichever has the smaller loss.
 
-    Under the Gram it was given GPTQ loses only by bad luck, on matrices of very few rows: whether it helps on
-    other tokens, only held-out ones can tell. With `held_out` both ways are judged there, and so is the
-    damping where the settings leave it open. With `method` "rtn", the baseline, the weights are rounded to
-    nearest whatever the losses say.
+    On the Gram it uses, GPTQ has the larger loss only by chance, on matrices of very few rows; whether it
+    helps on other tokens can only be judged on held-out ones. With `held_out` both methods are judged there,
+    and the damping is chosen there if the settings leave it open. With `method` "rtn", the baseline, the
+    weights are rounded to nearest whatever the losses.
 
     Args:
         matrices: at least one, [out, in] each; bits, groups and precision of scales may differ, damping and
             order of columns not.
         gram: of their inputs, [in, in], at any scale.
         held_out: the same tokens in two parts; None: losses are those under `gram`.
-        factor: of this Gram with that damping and order, if it is already there.
+        factor: the Hessian factor of this Gram with that damping and order; None: it is computed.
         method: "gptq" or "rtn".
 
     Raises:
-        ValueError: the Gram does not fit, or is no sum of x x^T; damping or order differ.
+        ValueError: the Gram does not fit or is not a sum of x x^T; damping or order differ.
     """
     if len({matrix.dense.shape[1] for matrix in matrices}) != 1:
         raise ValueError("matrices that are quantized together have the same inputs")
     check_gram(gram, matrices[0].dense)
-    [(damping, desc_act), *others] = {(each.settings.damping, each.settings.desc_act) for each in matrices}
-    if others:
+    [(damping, desc_act), *other_settings] = {
+        (matrix.settings.damping, matrix.settings.desc_act) for matrix in matrices
+    }
+    if other_settings:
         raise ValueError("matrices that are quantized together have one damping and one order of columns")
     choice = None
     if held_out is not None and method == "gptq":
@@ -144,32 +144,32 @@ def quantize_better(
     """Quantize one matrix as `quantize_together` does.
 
     Returns:
-        The quantized weight and the losses of both ways.
+        The quantized weight, and the losses of both methods.
 
     Raises:
         ValueError: as `quantize_weight`.
     """
     check_weight_and_gram(weight, gram)
     matrix = put_on_grid(weight, settings, scale_dtype)
-    [chosen] = quantize_together([matrix], gram, held_out=held_out, method=method)
-    return chosen
+    [quantized_and_report] = quantize_together([matrix], gram, held_out=held_out, method=method)
+    return quantized_and_report
 
 
 def check_weight_and_gram(weight: Tensor, gram: Tensor) -> None:
     """Refuse a weight [out, in] or a Gram [in, in] that GPTQ cannot work with.
 
     Raises:
-        ValueError: shapes that do not fit, entries that are not finite, a Gram that is no sum of x x^T.
+        ValueError: shapes do not fit, entries are not finite, or the Gram is not a sum of x x^T.
     """
     check_weight(weight)
     check_gram(gram, weight)
 
 
 def check_gram(gram: Tensor, weight: Tensor) -> None:
-    """Refuse a Gram that is none of a weight's inputs.
+    """Refuse a matrix that cannot be the Gram of a weight's inputs.
 
     Raises:
-        ValueError: a shape that does not fit, entries that are not finite, no sum of x x^T.
+        ValueError: the shape does not fit, entries are not finite, or it is not a sum of x x^T.
     """
     in_features = weight.shape[1]
     if gram.shape != (in_features, in_features):

@@ -10,8 +10,8 @@ which is GPTQ (Frantar et al., arXiv 2210.17323): their factor of the inverse He
 factorization of H, its columns taken backwards, gives R; no inverse is needed, the weights stay as they are,
 and sums over the columns of earlier blocks are one matrix product a block.
 
-The factor depends on the Hessian alone. Rows do not know of each other: matrices with the same inputs are
-stacked as rows of one call, each row with scales, zero points and bits of its own.
+The factor depends only on the Hessian. Rows are independent of each other: matrices with the same inputs are
+stacked as rows of one call, each row with its own scales, zero points and bits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BLOCK = 128  # columns whose sums over earlier blocks are made at once
 
 @dataclass(frozen=True, eq=False)
 class HessianFactor:
-    """What the loop needs of a Hessian; any number of matrices, bits and grids can share it.
+    """The factor of a Hessian that the loop uses; matrices of any number, bits and grids can share it.
 
     Attributes:
         order: [in], the columns in the order in which they are rounded.
@@ -53,7 +53,7 @@ def factor_hessian(hessian: Tensor, *, damping: float, desc_act: bool) -> Hessia
     they are rounded to nearest.
 
     Args:
-        hessian: sum of x x^T over the inputs, [in, in], at any scale. A rank-deficient one will do.
+        hessian: sum of x x^T over the inputs, [in, in], at any scale; may be rank-deficient.
         damping: fraction of the mean diagonal (of the columns reached) that is added to the diagonal. Where
             the Hessian's own rounding errors need more, it is raised tenfold until it is enough.
         desc_act: round the columns in the order of falling diagonal instead of as they come.
@@ -72,7 +72,7 @@ def factor_hessian(hessian: Tensor, *, damping: float, desc_act: bool) -> Hessia
     while damping < 1:
         ordered.diagonal().copy_(diagonal[backwards] + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(ordered)
-        # Pivots of a positive semi-definite matrix plus d I are at least d. Smaller ones are made of rounding
+        # Pivots of a positive semi-definite matrix plus d I are at least d. Smaller ones come from rounding
         # errors, which feedback would multiply.
         if not bool(failed) and bool((lower.diagonal().square() >= 0.5 * damping * mean).all()):
             unit = lower.div_(lower.diagonal().clone()).float()
@@ -86,14 +86,14 @@ def round_columns(weight: Tensor, grid: Grid, factor: HessianFactor) -> Tensor:
 
     Args:
         weight: [rows, in], the rows of all matrices; computed in float32.
-        grid: what each row is rounded to (`integer_grid.stack_grids`).
+        grid: the grid of each row (`grid.stack_grids`).
         factor: of the Hessian of their inputs, on the same device.
 
     Returns:
-        [rows, in], int8, signed as `integer_grid.QuantizedWeight` has them.
+        [rows, in], int8, signed as in `packing.QuantizedWeight`.
     """
     rows, columns = weight.shape
-    # Transposed, so that what a step touches lies together.
+    # Transposed, so that the memory of one step is contiguous.
     target = weight.detach().float().T[factor.order].contiguous()
     error = torch.empty_like(target)
     levels = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
@@ -106,7 +106,7 @@ def round_columns(weight: Tensor, grid: Grid, factor: HessianFactor) -> Tensor:
         stop = min(start + _BLOCK, columns)
         block = torch.addmm(target[start:stop], factor.feedback[start:stop, :start], error[:start])
         for column in range(start, stop):
-            # In place: what is to be rounded, then how many steps from zero it is rounded to.
+            # In place: first the value to be rounded, then its number of steps from zero.
             steps, group = block[column - start], groups[column]
             steps.addmv_(error[start:column].T, factor.feedback[column, start:column])
             steps.div_(scales[group]).round_().clamp_(lowest[group], highest[group])
@@ -121,5 +121,5 @@ def round_together(matrices: Sequence[GriddedWeight], factor: HessianFactor) -> 
     """Run the loop once over matrices [out, in] with the same inputs; return each one's integers."""
     grid = stack_grids([matrix.grid for matrix in matrices])
     values = round_columns(torch.cat([matrix.dense for matrix in matrices]), grid, factor)
-    parts = torch.split(values, [len(matrix.dense) for matrix in matrices])
-    return [matrix.with_values(part) for matrix, part in zip(matrices, parts, strict=True)]
+    values_of_matrices = torch.split(values, [len(matrix.dense) for matrix in matrices])
+    return [matrix.with_values(part) for matrix, part in zip(matrices, values_of_matrices, strict=True)]

@@ -1,8 +1,8 @@
-"""The integers a matrix is stored as: grids of scales and zero points, and rounding to nearest.
+"""The grid of an integer matrix, its scales and zero points, and rounding to the nearest level.
 
 A group of `group_size` consecutive input columns of one row shares a scale (and a zero point, if asymmetric).
 Scales are rounded to the checkpoint's dtype as soon as they are chosen, so that everything computed from a
-grid, GPTQ included, is computed from what gets served.
+grid, GPTQ included, uses the scales that are served.
 
 The grids are those of GPTQ's reference implementation and its successors, at 2 to 8 bits, but for two things:
 theirs keep scales in float32, and their symmetric grid cuts off the upper half of a group without negative
@@ -53,8 +53,8 @@ class QuantizationSettings:
     def __post_init__(self) -> None:
         if self.bits not in get_args(Bits):
             *smaller, largest = get_args(Bits)
-            known = f"{', '.join(map(str, smaller))} or {largest}"
-            raise ValueError(f"bits is {self.bits}; it must be {known}")
+            choices = f"{', '.join(map(str, smaller))} or {largest}"
+            raise ValueError(f"bits is {self.bits}; it must be {choices}")
         if self.group_size != -1 and self.group_size < 1:
             raise ValueError(f"group_size is {self.group_size}; it must be -1 or at least 1")
         if self.damping is not None and not 0 < self.damping < 1:
@@ -62,7 +62,7 @@ class QuantizationSettings:
 
     @property
     def quantization(self) -> WeightQuantization:
-        """What of these settings the checkpoint records."""
+        """The part of these settings that the checkpoint records."""
         return WeightQuantization(bits=cast(Bits, self.bits), group_size=self.group_size, sym=self.sym)
 
     def resolve_group_size(self, in_features: int) -> int:
@@ -109,7 +109,7 @@ def check_weight(weight: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """What rows are rounded to: (level - zero_point) * scale, with whole levels from `lowest` to `highest`.
+    """The grid of rows: values (level - zero_point) * scale, with whole levels from `lowest` to `highest`.
 
     Attributes:
         scale: of each group of each row, [rows, groups], float32.
@@ -130,7 +130,7 @@ class Grid:
         """Return the nearest levels for a matrix [rows, in], int8."""
         groups = weight.reshape(*self.scale.shape, -1)
         scale, zero_point, lowest, highest = (
-            each.unsqueeze(2) for each in (self.scale, self.zero_point, self.lowest, self.highest)
+            tensor.unsqueeze(2) for tensor in (self.scale, self.zero_point, self.lowest, self.highest)
         )
         return _level(groups, scale, zero_point, lowest, highest).to(torch.int8).reshape(weight.shape)
 
@@ -140,7 +140,7 @@ def stack_grids(grids: Sequence[Grid]) -> Grid:
     groups = math.lcm(*(grid.scale.shape[1] for grid in grids))
 
     def stacked(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat([each.repeat_interleave(groups // each.shape[1], 1) for each in tensors])
+        return torch.cat([tensor.repeat_interleave(groups // tensor.shape[1], 1) for tensor in tensors])
 
     return Grid(
         stacked(grid.scale for grid in grids),
@@ -151,12 +151,12 @@ def stack_grids(grids: Sequence[Grid]) -> Grid:
 
 @dataclass(frozen=True, eq=False)
 class GriddedWeight:
-    """A matrix and the grid it is going to be rounded to.
+    """A matrix and the grid that it will be rounded to.
 
     Attributes:
         dense: [out, in], float32.
-        grid: of its rows.
-        settings: what the grid was made with.
+        grid: the grid of its rows.
+        settings: the settings that the grid was made with.
         scale_dtype: dtype in which the scales are stored; they are rounded to it.
     """
 
@@ -166,7 +166,7 @@ class GriddedWeight:
     scale_dtype: torch.dtype
 
     def with_values(self, values: Tensor) -> QuantizedWeight:
-        """Return the matrix as levels [out, in], int8, of its grid."""
+        """Return the quantized matrix with these levels [out, in], int8, of its grid."""
         return QuantizedWeight(
             values=values,
             scale=self.grid.scale.to(self.scale_dtype),
@@ -251,8 +251,8 @@ def _spans(
     """Return scales and zero points that cover `low` to `high`, [rows, groups, 1] each; the nearest first."""
     exact = (high - low) / (-2 * lowest - 1)
     limits = torch.finfo(scale_dtype)
-    # Below this a scale would round to zero or be flushed to it; float16 may use its subnormals. It is the
-    # scale of a group of zeros, too, which any scale stores exactly.
+    # A smaller scale would round to zero or be flushed to it; float16 may use its subnormals. A group of
+    # zeros gets this scale too, since any scale stores zeros exactly.
     least = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
     scale = exact.clamp(min=least).to(scale_dtype).float()
     if not bool(torch.isfinite(scale).all()):
@@ -264,5 +264,5 @@ def _spans(
         return [(scale, torch.zeros_like(scale))]
     steps = low / scale
     nearest = steps.round()
-    found = [nearest] if lowest < -2 else [nearest, steps.floor() + steps.ceil() - nearest]
-    return [(scale, (lowest - each).clamp_(lowest, -1 - lowest)) for each in found]
+    offsets = [nearest] if lowest < -2 else [nearest, steps.floor() + steps.ceil() - nearest]
+    return [(scale, (lowest - offset).clamp_(lowest, -1 - lowest)) for offset in offsets]

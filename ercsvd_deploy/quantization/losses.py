@@ -1,4 +1,4 @@
-"""How far an approximation of a matrix is off, weighed by the inputs: what GPTQ and its judges count in."""
+"""The proxy loss of an approximated matrix: its error weighted by the inputs, which GPTQ minimises."""
 
 from __future__ import annotations
 

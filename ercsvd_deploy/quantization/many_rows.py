@@ -1,6 +1,6 @@
-"""Quantize a matrix of very many rows, such as one with a row for every token, a block of rows at a time.
+"""Quantize a matrix of very many rows, such as an embedding, one block of rows at a time.
 
-Rows do not know of each other: block by block GPTQ gives the integers of the whole, in the memory of a block.
+Rows are independent of each other, so GPTQ block by block gives the same integers in the memory of one block.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True, eq=False)
 class RowRounding:
-    """How the rows of a matrix are rounded.
+    """Settings and input statistics by which the rows of a matrix are rounded.
 
     Attributes:
         settings: The grid, and GPTQ's damping.
-        scale_dtype: In which scales are stored.
-        gram: Of the matrix's inputs, [in, in], at any scale; None: it has none, its rows are looked up.
+        scale_dtype: Dtype in which the scales are stored.
+        gram: Gram of the matrix's inputs, [in, in], at any scale; None for an embedding, whose rows are
+            looked up.
         held_out: The same tokens in two parts; None: none are held out.
         method: "rtn": rows are rounded to nearest whatever the losses.
     """
@@ -43,15 +44,15 @@ class RowRounding:
     method: RoundingMethod = "gptq"
 
     def compare(self, weight: Tensor) -> MatrixReport:
-        """Return the losses of both ways to round, on evenly spread rows of a matrix [out, in].
+        """Return the losses of GPTQ and of rounding to nearest, on evenly spread rows of a matrix [out, in].
 
         Raises:
             ValueError: the rows have entries that are not finite, or do not fit grid or Gram.
         """
         assert self.gram is not None
-        some = weight[:: -(-len(weight) // ROWS_AT_ONCE)].to(self.gram.device)
-        check_gram(self.gram, some)
-        matrix = put_on_grid(some, self.settings, self.scale_dtype)
+        sample = weight[:: -(-len(weight) // ROWS_AT_ONCE)].to(self.gram.device)
+        check_gram(self.gram, sample)
+        matrix = put_on_grid(sample, self.settings, self.scale_dtype)
         [(_, report)] = quantize_together([matrix], self.gram, held_out=self.held_out, method=self.method)
         return report
 
@@ -62,8 +63,8 @@ class RowRounding:
 
         Args:
             weight: On any device, in any floating dtype.
-            device: Where a block is worked on.
-            report: Of `compare`: the better way is taken, with the damping that was chosen. None: rounding.
+            device: The device that computes a block.
+            report: Result of `compare`, whose better method and damping are used; None: rounding to nearest.
 
         Raises:
             ValueError: the rows have entries that are not finite, or do not fit the grid.
@@ -85,19 +86,19 @@ class RowLoss:
     """The relative loss of a matrix, added up over blocks of its rows.
 
     Attributes:
-        gram: Of its inputs, [in, in]; None: all columns count alike, as for rows that are looked up.
+        gram: Gram of its inputs, [in, in]; None: all columns have equal weight, as in an embedding.
     """
 
     gram: Tensor | None = None
-    _lost: float = 0.0
-    _whole: float = 0.0
+    _error_energy: float = 0.0
+    _total_energy: float = 0.0
 
     def add(self, dense: Tensor, approximation: Tensor) -> None:
-        """Count a block of rows [rows, in]."""
-        self._lost += energy(dense - approximation, self.gram)
-        self._whole += energy(dense, self.gram)
+        """Add the loss of a block of rows [rows, in]."""
+        self._error_energy += energy(dense - approximation, self.gram)
+        self._total_energy += energy(dense, self.gram)
 
     @property
     def relative(self) -> float:
         """tr(E G E^T) / tr(W G W^T); 0 for a matrix of zeros."""
-        return self._lost / self._whole if self._whole else 0.0
+        return self._error_energy / self._total_energy if self._total_energy else 0.0

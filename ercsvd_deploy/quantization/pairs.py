@@ -1,8 +1,8 @@
 """GPTQ of a pair of low-rank factors: tensors in, tensors out.
 
-Factors are first turned within the rank dimension, which costs nothing and leaves GPTQ more to work with, and
-then quantized in the order in which errors arise (y = B (A x)): A under the Gram G of the inputs, then
-B is re-fitted in closed form to the original weight given the quantized A, then B under A_q G A_q^T.
+Factors are first rotated within the rank dimension, which costs nothing and helps GPTQ, and then quantized in
+the order in which errors arise (y = B (A x)): A under the Gram G of the inputs, then B is re-fitted in closed
+form to the original weight given the quantized A, then B under A_q G A_q^T.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ercsvd_deploy.quantization.losses import LossOf
 
 @dataclass(frozen=True)
 class FactorsReport:
-    """Losses of a pair of factors, or of the two matrices of a pivoted Linear, as they arise."""
+    """Losses of a pair of factors, or of the two matrices of a pivoted Linear, step by step."""
 
     factor_a: Annotated[
         MatrixReport,
@@ -49,19 +49,19 @@ class FactorsReport:
         ),
     ]
     loss_unquantized: Annotated[
-        Measured, Field(description="Of the product against the original weight, nothing quantized.")
+        Measured, Field(description="Loss of the unquantized product against the original weight.")
     ]
-    loss_first_quantized: Annotated[Measured, Field(description="With the first factor quantized.")]
+    loss_first_quantized: Annotated[Measured, Field(description="Loss with the first factor quantized.")]
     loss_refitted: Annotated[
         Measured,
-        Field(description="After the second was re-fitted to that; unchanged where that did not help."),
+        Field(description="Loss after the second factor was re-fitted; unchanged if that did not help."),
     ]
-    loss: Annotated[Measured, Field(description="With both quantized: what is served.")]
+    loss: Annotated[Measured, Field(description="Loss with both quantized, as served.")]
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedFactors:
-    """Both factors of one Linear, quantized; y = factor_b (factor_a x). If pivoted, pivot and other rows."""
+    """Both quantized factors of one Linear, y = factor_b (factor_a x); if pivoted, pivot and other rows."""
 
     factor_a: QuantizedWeight
     factor_b: QuantizedWeight
@@ -106,9 +106,9 @@ def rotate_factors(factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
     """Return factors of the same product whose second factor is easier to quantize.
 
     B A = (B T) (T^-1 A) for any invertible T. T makes the columns of B orthonormal and then turns them by a
-    fixed random rotation. In the basis of a truncated SVD the inputs of B are nearly uncorrelated, so that
-    GPTQ can make up for nothing there; turned, they are correlated as strongly as their energies differ.
-    Rows of A have scales of their own and lose nothing.
+    fixed random rotation. In the basis of a truncated SVD the inputs of B are nearly uncorrelated, so GPTQ
+    has no correlation to use there; rotated, they are correlated as strongly as their energies differ. Rows
+    of A have their own scales and lose nothing.
 
     Args:
         factor_a: [rank, in].
@@ -122,18 +122,18 @@ def rotate_factors(factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
     # A generator of our own on the CPU: the result depends neither on global state nor on the device.
     noise = torch.randn(rank, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rotation = torch.linalg.qr(noise).Q.to(factor_b.device)
-    turned_a = rotation.T @ (triangular @ factor_a.detach().double())
-    return turned_a.float(), (orthonormal @ rotation).float()
+    rotated_a = rotation.T @ (triangular @ factor_a.detach().double())
+    return rotated_a.float(), (orthonormal @ rotation).float()
 
 
 @dataclass(frozen=True, eq=False)
 class FactorsTask:
     """A pair of factors whose first one is about to be quantized (`start_factors`)."""
 
-    weight: Tensor  # to come near to, [out, in]
-    unquantized: tuple[Tensor, Tensor]  # the pair as it came, [rank, in] and [out, rank]
-    first: GriddedWeight  # [rank, in], turned
-    factor_b: Tensor  # [out, rank], turned
+    weight: Tensor  # the original weight, [out, in]
+    unquantized: tuple[Tensor, Tensor]  # the pair before rotation, [rank, in] and [out, rank]
+    first: GriddedWeight  # the first factor on its grid, [rank, in], rotated
+    factor_b: Tensor  # [out, rank], rotated
     settings_b: QuantizationSettings
     refit: bool
     method: RoundingMethod
@@ -145,10 +145,10 @@ class FactorsTask:
         gram: Tensor,
         held_out: HeldOutGrams | None = None,
     ) -> QuantizedFactors:
-        """Re-fit the second factor to the quantized first one, and quantize it on that one's outputs.
+        """Re-fit the second factor to the quantized first one, and quantize it on the first one's outputs.
 
         Args:
-            first: What `first` was quantized to.
+            first: The quantized first factor.
             report: Its losses.
             gram: Of the layer's inputs, [in, in].
             held_out: The same tokens in two parts, see `quantize_together`.
@@ -161,7 +161,7 @@ class FactorsTask:
         if self.refit:
             refitted = refit_second_factor(self.weight, dense_a, gram, self.factor_b).float()
             loss = loss_of(refitted @ dense_a)
-            # Equal at worst in exact arithmetic; a Gram at the edge of float32 must not make things worse.
+            # In exact arithmetic re-fitting never loses; with a Gram at the limit of float32 it can.
             if loss < loss_first_quantized:
                 dense_b, loss_refitted = refitted, loss
         second, report_b = quantize_better(
@@ -203,7 +203,7 @@ def start_factors(
     rotate: bool = True,
     method: RoundingMethod = "gptq",
 ) -> FactorsTask:
-    """Check a pair of factors, turn it, and put the first factor on its grid.
+    """Check a pair of factors, rotate it, and put the first factor on its grid.
 
     First factors with the same inputs can then be quantized together, before each pair is finished.
 

@@ -3,8 +3,9 @@
 The errors arise in the order of the forward pass (h = V' x, o = C h), as in a pair of factors. V' is
 quantized under the Gram G of the inputs; its rows are outputs themselves, whose errors nothing makes up for.
 C is then re-fitted in closed form to the original weight's rows given the quantized V'_q, and quantized under
-V'_q G V'_q^T. Pivot outputs are as correlated as a layer's outputs are, so GPTQ has enough to work with in
-C: the turn that a pair of factors needs first has no counterpart here.
+V'_q G V'_q^T. The damping of the re-fit is chosen by trying: the fewer bits C gets, the more its size costs.
+Pivot outputs are as correlated as a layer's outputs, so GPTQ works well on C without the rotation that a pair
+of factors needs.
 """
 
 from __future__ import annotations
@@ -23,31 +24,38 @@ from ercsvd_deploy.quantization.gptq import (
     quantize_better,
     quantize_together,
 )
+from ercsvd_deploy.quantization.gptq_loop import factor_hessian
 from ercsvd_deploy.quantization.grid import (
     GriddedWeight,
     QuantizationSettings,
     check_weight,
     put_on_grid,
 )
-from ercsvd_deploy.quantization.held_out import HeldOutGrams, transform_gram
+from ercsvd_deploy.quantization.held_out import (
+    DEFAULT_DAMPING,
+    ROWS_TRIED,
+    HeldOutGrams,
+    transform_gram,
+)
 from ercsvd_deploy.quantization.losses import LossOf
 from ercsvd_deploy.quantization.pairs import FactorsReport, QuantizedFactors
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.packing import QuantizedWeight
 
-# Share of the mean energy of the pivot outputs. On the embedded model (docs/decisions/0008) the loss after
-# quantization is smallest about here, and half as large again without damping.
-_REFIT_DAMPING = 1e-3
+# Shares of the mean energy of the pivot outputs that the re-fit may be damped by. Which is best depends on
+# the bits, and on how much of the energy is in few directions (docs/decisions/0029). The largest comes first:
+# it is the safest where losses are equal.
+REFIT_DAMPINGS = (1e-2, 1e-3, 1e-4, 1e-5)
 
 
 @dataclass(frozen=True, eq=False)
 class PivotedTask:
     """A pivoted Linear whose pivot rows are about to be quantized (`start_pivoted`)."""
 
-    weight: Tensor  # to come near to, [out, in]
+    weight: Tensor  # the original weight, [out, in]
     pivoted: PivotedFactors  # float32
-    first: GriddedWeight  # pivot rows, [rank, in]
+    first: GriddedWeight  # the pivot rows on their grid, [rank, in]
     settings_others: QuantizationSettings
     refit: bool
     method: RoundingMethod
@@ -59,10 +67,10 @@ class PivotedTask:
         gram: Tensor,
         held_out: HeldOutGrams | None = None,
     ) -> QuantizedFactors:
-        """Re-fit the other rows to the quantized pivot rows, and quantize them on those ones' outputs.
+        """Re-fit the other rows to the quantized pivot rows, and quantize them on the pivot rows' outputs.
 
         Args:
-            first: What `first` was quantized to.
+            first: The quantized pivot rows.
             report: Its losses.
             gram: Of the layer's inputs, [in, in].
             held_out: The same tokens in two parts, see `quantize_together`.
@@ -75,10 +83,12 @@ class PivotedTask:
         pivot_rows, other_rows = first.dequantize(), self.pivoted.other_rows
         loss_first_quantized = loss_refitted = loss_of(pivot_rows, other_rows)
         energy = transform_gram(pivot_rows, gram)
-        if self.refit and bool((energy.diagonal() > 0).any()):  # else there is nothing to fit by
+        if self.refit and bool((energy.diagonal() > 0).any()):  # without energy there is nothing to fit to
             is_other = torch.ones(len(self.weight), dtype=torch.bool, device=self.weight.device)
             is_other[self.pivoted.pivots] = False
-            other_rows = refit_other_rows(self.weight[is_other], pivot_rows, gram).float()
+            rows = self.weight[is_other]
+            damping = self._choose_damping(rows, pivot_rows, gram, held_out)
+            other_rows = refit_other_rows(rows, pivot_rows, gram, damping=damping).float()
             loss_refitted = loss_of(pivot_rows, other_rows)
         second, report_others = quantize_better(
             other_rows,
@@ -100,6 +110,36 @@ class PivotedTask:
                 loss=loss_of(pivot_rows, second.dequantize()),
             ),
         )
+
+    def _choose_damping(
+        self, rows: Tensor, pivot_rows: Tensor, gram: Tensor, held_out: HeldOutGrams | None
+    ) -> float:
+        """Return the damping of the re-fit with which quantized other rows lose least.
+
+        Args:
+            rows: The weight's rows that are no pivots, [out - rank, in].
+            pivot_rows: As they will be served, [rank, in].
+            gram: Of the inputs, [in, in].
+            held_out: The same tokens in two parts: to fit by and to judge by. None: all serve for both, which
+                still sees what quantizing costs.
+        """
+        fitting, judging = (gram, gram) if held_out is None else (held_out.fitting, held_out.held_out)
+        energy = transform_gram(pivot_rows, fitting)
+        if not bool((energy.diagonal() > 0).any()):  # few sequences, none of which reach the pivot rows
+            return REFIT_DAMPINGS[0]
+        settings = self.settings_others
+        damping_of_gptq = DEFAULT_DAMPING if settings.damping is None else settings.damping
+        factor = factor_hessian(energy, damping=damping_of_gptq, desc_act=settings.desc_act)
+        some = rows[:: max(1, len(rows) // ROWS_TRIED)]
+        loss_of = LossOf(some, judging)
+
+        def loss(damping: float) -> float:
+            refitted = refit_other_rows(some, pivot_rows, fitting, damping=damping).float()
+            matrix = put_on_grid(refitted, settings, self.first.scale_dtype)
+            [(quantized, _)] = quantize_together([matrix], energy, factor=factor, method=self.method)
+            return loss_of(quantized.dequantize() @ pivot_rows)
+
+        return min(REFIT_DAMPINGS, key=loss)
 
 
 def start_pivoted(
@@ -172,7 +212,7 @@ def quantize_pivoted(
         method: "rtn", the baseline, rounds both to nearest.
 
     Returns:
-        The pivot rows as `factor_a`, the other rows as `factor_b`; losses are the whole Linear's.
+        The pivot rows as `factor_a`, the other rows as `factor_b`; losses are those of the whole Linear.
 
     Raises:
         ValueError: as `gptq.quantize_weight`, before any work for either matrix's shape and group size.
@@ -192,7 +232,7 @@ def quantize_pivoted(
 
 
 def refit_other_rows(
-    other_rows_of_weight: Tensor, pivot_rows: Tensor, gram: Tensor, *, damping: float = _REFIT_DAMPING
+    other_rows_of_weight: Tensor, pivot_rows: Tensor, gram: Tensor, *, damping: float
 ) -> Tensor:
     """Return the small C that best gives the other rows of a weight: tr((W_o - C V) G (W_o - C V)^T).
 
@@ -200,7 +240,7 @@ def refit_other_rows(
     in proportion to its size: the smallest that fits well is the one to quantize, hence the damping.
 
     Args:
-        other_rows_of_weight: the original weight's rows that are no pivots, W_o: [out - rank, in].
+        other_rows_of_weight: the original weight's rows that are not pivots, W_o: [out - rank, in].
         pivot_rows: as they will be served, V: [rank, in].
         gram: [in, in], at any scale; the pivot rows must not all be zeros by it.
         damping: share of the mean energy of the pivot outputs.
@@ -210,6 +250,6 @@ def refit_other_rows(
     """
     energy = transform_gram(pivot_rows, gram)
     energy.diagonal().add_(damping * energy.diagonal().mean())
-    crossed = other_rows_of_weight.double() @ (gram.double() @ pivot_rows.double().T)
-    refitted: Tensor = torch.linalg.solve(energy, crossed, left=False)
+    cross_moment = other_rows_of_weight.double() @ (gram.double() @ pivot_rows.double().T)
+    refitted: Tensor = torch.linalg.solve(energy, cross_moment, left=False)
     return refitted

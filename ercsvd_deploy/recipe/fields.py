@@ -1,7 +1,7 @@
-"""Building blocks of the recipe's sections: the strict frozen model, shared field types, one-line refusals.
+"""Building blocks of the recipe's sections: the strict frozen model, shared field types, and refusals.
 
-The message of a validator continues "field 'a.b' ...", names the value and says what to do; `messages` puts
-file, line and field in front. No torch here.
+A validator's message continues "field 'a.b' ...", names the value and says what to do; `messages` adds file,
+line and field in front. No torch here.
 """
 
 from __future__ import annotations
@@ -45,13 +45,17 @@ class RecipeError(ValueError):
         self.problems = tuple(problems)
 
 
+class PlanError(ValueError):
+    """The recipe cannot work on this model."""
+
+
 class Section(BaseModel):
     """A mapping of the recipe: frozen, unknown keys and implicit conversions refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """Return a value as a message quotes it: on one line, shortened, null and true spelled as in YAML."""
     constants = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
@@ -94,16 +98,16 @@ def expects(expectation: str) -> WrapValidator:
         try:
             return handler(value)
         except ValidationError:
-            raise refusal(f"is {shown(value)}; it must be {expectation}") from None
+            raise refusal(f"is {quoted(value)}; it must be {expectation}") from None
 
     return WrapValidator(validate)
 
 
-def told_apart_by(forms: Mapping[str, str], noun: str) -> tuple[Discriminator, BeforeValidator]:
-    """Distinguish the members of a union of mappings by the key that only one of them requires.
+def distinguished_by(forms: Mapping[str, str], noun: str) -> tuple[Discriminator, BeforeValidator]:
+    """Return the annotations that distinguish the members of a union of mappings by their required key.
 
     Args:
-        forms: That key -> the name of the member model, which is its tag in error locations too.
+        forms: Required key -> name of the member model, which also is its tag in error locations.
         noun: Name of the mapping, for the message.
     """
     keys = ", ".join(forms)
@@ -117,14 +121,14 @@ def told_apart_by(forms: Mapping[str, str], noun: str) -> tuple[Discriminator, B
         if isinstance(value, BaseModel):
             return value
         if not isinstance(value, Mapping):
-            raise refusal(f"is {shown(value)}; {noun} is a mapping with one of {keys}")
+            raise refusal(f"is {quoted(value)}; {noun} is a mapping with one of {keys}")
         present = [key for key in forms if key in value]
         if len(present) > 1:
             raise refusal(f"has {' and '.join(present)}; {noun} has exactly one of {keys}")
         if not present:
             close = [match for key in value if (match := did_you_mean(str(key), forms))]
             remedy = f"did you mean {close[0]!r}?" if close else "add one"
-            raise refusal(f"is {shown(value)}; {noun} has exactly one of {keys}: {remedy}")
+            raise refusal(f"is {quoted(value)}; {noun} has exactly one of {keys}: {remedy}")
         return value
 
     return Discriminator(tag), BeforeValidator(check)
@@ -139,7 +143,7 @@ def _refuse_empty(value: Any) -> Any:
 def _refuse_repetition(items: Sequence[Item]) -> Sequence[Item]:
     repeated = [item for position, item in enumerate(items) if item in items[:position]]
     if repeated:
-        raise refusal(f"has {shown(repeated[0])} twice; list each once")
+        raise refusal(f"has {quoted(repeated[0])} twice; list each once")
     return items
 
 
@@ -174,7 +178,7 @@ def parse_size(size: str) -> int:
 
 def _refuse_zero_size(value: str) -> str:
     if parse_size(value) == 0:
-        raise refusal(f"is {shown(value)}; give a size such as 5GB")
+        raise refusal(f"is {quoted(value)}; give a size such as 5GB")
     return value
 
 

@@ -1,4 +1,4 @@
-"""The `gates` section of a recipe: what a compressed model must still be worth. No torch here."""
+"""The `gates` section of a recipe: limits on the compressed model's quality and size. No torch here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ercsvd_deploy.recipe.fields import Section, Size, Text, expects, refusal, shown
+from ercsvd_deploy.recipe.fields import Section, Size, Text, expects, quoted, refusal
 
 BUILT_IN_TEXT = "built_in_prose"  # name of the text that comes with the package
 
@@ -40,7 +40,7 @@ def _number_means_limit(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return {"mean_difference": value}
     if not isinstance(value, Mapping | ServingParityGate):
-        raise refusal(f"is {shown(value)}; it must be a number above 0, or a mapping with mean_difference")
+        raise refusal(f"is {quoted(value)}; it must be a number above 0, or a mapping with mean_difference")
     return value
 
 
@@ -100,7 +100,7 @@ class Gates(Section):
 
     @property
     def judges_texts(self) -> bool:
-        """Whether a gate reads what is measured on texts."""
+        """Whether a gate reads measurements on texts."""
         return any(
             limit is not None
             for limit in (
@@ -113,17 +113,17 @@ class Gates(Section):
 
     @property
     def adds_built_in_text(self) -> bool:
-        """Whether the package's own text is judged too."""
+        """Whether the built-in text is judged too."""
         return self.built_in_text and self.judges_texts
 
     def without_export(self) -> Gates | None:
         """Return the gates that can be judged without an export; None if there are none."""
-        kept = self.model_dump(exclude_none=True, exclude={"serving_parity", "task_drop"})
-        return Gates.model_validate(kept) if set(kept) - {"built_in_text"} else None
+        judgeable = self.model_dump(exclude_none=True, exclude={"serving_parity", "task_drop"})
+        return Gates.model_validate(judgeable) if set(judgeable) - {"built_in_text"} else None
 
     @property
     def text_limits(self) -> dict[str, float | Mapping[str, float]]:
-        """Gate -> limit of those that hold for texts and can name them."""
+        """Gate -> limit, for the gates that can have a limit for each text."""
         named = {
             "perplexity_increase": self.perplexity_increase,
             "logprob_kl": self.logprob_kl,

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ercsvd_deploy.format.data_files import DATA_FILES, forms_of
-from ercsvd_deploy.recipe.fields import RecipeError, shown
+from ercsvd_deploy.recipe.fields import RecipeError, quoted
 from ercsvd_deploy.recipe.messages import explain
 from ercsvd_deploy.recipe.overrides import apply_override, with_override
 from ercsvd_deploy.recipe.quantize import Correction, Quantize, QuantizeOverride
@@ -74,13 +74,13 @@ __all__ = [
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), output: Path | None = None) -> Recipe:
-    """Read, override and validate a recipe; the files and models it names are not looked at.
+    """Read, override and validate a recipe, without checking the files and models that it names.
 
     Args:
         path: A YAML file.
         overrides: `PATH=VALUE` each, applied in order; VALUE is YAML, and null removes the field. A path
             begins with a section or with the name of a stage, such as `factorize.compression_ratio`.
-        output: Takes the place of `export.path`.
+        output: Replaces `export.path`.
 
     Raises:
         RecipeError: lists every problem, one a line.
@@ -90,7 +90,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output: Path | None =
         raise RecipeError([f"{root.origin}: the recipe is empty; it needs at least model and stages"])
     if not isinstance(root.value, dict):
         raise RecipeError(
-            [f"{root.origin}: the recipe is {shown(root.plain())}; it must be a mapping (key: value)"]
+            [f"{root.origin}: the recipe is {quoted(root.plain())}; it must be a mapping (key: value)"]
         )
     for text in overrides:
         root = apply_override(root, text)
@@ -105,15 +105,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output: Path | None =
 def canonical(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe with every default written out, as JSON values in the schema's order.
 
-    Two files that mean the same have the same canonical form, and it is a valid recipe itself.
+    Files with the same meaning have the same canonical form, which is itself a valid recipe.
     """
     return recipe.model_dump(mode="json")
 
 
 def check_files(recipe: Recipe) -> None:
-    """Check that the local files and the model directory a recipe names are there.
+    """Check that the local files and the model directory that a recipe names exist.
 
-    A model path that does not exist and does not look like a directory is a name on the Hub, which
+    A model path that does not exist and does not look like a directory is taken for a name on the Hub, which
     only loading can check.
 
     Raises:
@@ -132,7 +132,7 @@ def check_files(recipe: Recipe) -> None:
 
 def _missing_model(model: ModelSource) -> Iterator[str]:
     directory = Path(model.path)
-    field = f"field 'model.path' is {shown(model.path)}"
+    field = f"field 'model.path' is {quoted(model.path)}"
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             yield f"{field}, which has no config.json; give the directory of a Hugging Face model"
@@ -145,7 +145,7 @@ def _missing_model(model: ModelSource) -> Iterator[str]:
 def _missing_tasks(recipe: Recipe) -> Iterator[str]:
     settings = recipe.evaluation.lm_eval
     if settings is not None and settings.include_path is not None and not settings.include_path.is_dir():
-        path = shown(str(settings.include_path))
+        path = quoted(str(settings.include_path))
         yield f"field 'evaluation.lm_eval.include_path' is {path}, which is not a folder; give a folder"
 
 
@@ -163,23 +163,23 @@ def _missing_texts(recipe: Recipe) -> Iterator[str]:
             continue
         key, path = _named_path(dataset)
         if not path.exists():
-            yield f"field '{field}.{key}' is {shown(str(path))}, which does not exist; give a file or folder"
+            yield f"field '{field}.{key}' is {quoted(str(path))}, which does not exist; give a file or folder"
             continue
         forms = list(forms_of(path))
         if key in forms or (path.is_file() and forms in ([], ["text"]) and key != "saved"):
             continue
         if forms:
-            named = f"field '{field}.{key}' is {shown(str(path))}"
+            named = f"field '{field}.{key}' is {quoted(str(path))}"
             yield f"{named}, whose form is {forms[0]}; write {forms[0]}: {path}"
         elif key in DATA_FILES:
             lacking = f"a folder without {', '.join(DATA_FILES[key])}"
-            yield f"field '{field}.{key}' is {shown(str(path))}, {lacking}; give a file or folder"
+            yield f"field '{field}.{key}' is {quoted(str(path))}, {lacking}; give a file or folder"
         elif path.is_file():
-            yield f"field '{field}.{key}' is {shown(str(path))}, which is a file; give a folder"
+            yield f"field '{field}.{key}' is {quoted(str(path))}, which is a file; give a folder"
 
 
 def _named_path(dataset: TextFile | JsonLines | ParquetFile | SavedDataset) -> tuple[str, Path]:
-    """Return the key that tells a dataset's form, and the path that it names."""
+    """Return the key of a dataset's form, and the path under that key."""
     if isinstance(dataset, TextFile):
         return "text", dataset.text
     if isinstance(dataset, JsonLines):
@@ -197,11 +197,11 @@ def _missing_pictures(recipe: Recipe) -> Iterator[str]:
     for field, dataset in datasets.items():
         if isinstance(dataset, ConversationFile):
             if not dataset.conversations.is_file():
-                path = shown(str(dataset.conversations))
+                path = quoted(str(dataset.conversations))
                 yield f"field '{field}.conversations' is {path}, which is not a file; give a file"
             if dataset.image_root is not None and not dataset.image_root.is_dir():
-                path = shown(str(dataset.image_root))
+                path = quoted(str(dataset.image_root))
                 yield f"field '{field}.image_root' is {path}, which is not a folder; give a folder"
         elif isinstance(dataset, ImageFolder) and not dataset.folder.is_dir():
-            path = shown(str(dataset.folder))
+            path = quoted(str(dataset.folder))
             yield f"field '{field}.folder' is {path}, which is not a folder; give a folder"

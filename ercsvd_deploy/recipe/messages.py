@@ -1,7 +1,7 @@
 """Turn pydantic's errors into lines that a user can act on: place, field, value and remedy.
 
-Pydantic locates an error by a path in which the union members that it tried are named too. `fields_at` walks
-the models along that path: it removes these names, and knows which fields would have been valid. No torch.
+Pydantic locates an error by a path that also names the union members that it tried. `_resolve` walks the
+models along that path to remove these names; `fields_at` gives the fields that are valid there. No torch.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from ercsvd_deploy.recipe.fields import REFUSAL, Location, RecipeError, Section, did_you_mean, shown
+from ercsvd_deploy.recipe.fields import REFUSAL, Location, RecipeError, Section, did_you_mean, quoted
 from ercsvd_deploy.recipe.sections import Recipe
 
-# pydantic's error type -> how the value should have been; braces hold the error's context.
+# pydantic's error type -> the expected value; braces hold the error's context.
 EXPECTATIONS = {
     "bool_type": "true or false",
     "dict_type": "a mapping (name: value)",
@@ -51,20 +51,20 @@ def explain(error: ValidationError, origin_of: Callable[[Location], str]) -> Rec
         if _is_echo(detail):
             continue
         location, _ = _resolve(detail["loc"])
-        field = shown(".".join(str(part) for part in location)) if location else "'recipe'"
+        field = quoted(".".join(str(part) for part in location)) if location else "'recipe'"
         lines.append(f"{origin_of(location)}: field {field} {_describe(detail, field)}")
     return RecipeError(lines)
 
 
 def fields_at(location: Iterable[str | int]) -> dict[str, FieldInfo]:
-    """Return the fields a mapping at this location may have; none where it is not a section."""
+    """Return the fields that a mapping at this location may have; empty if it is not a section."""
     _, annotations = _resolve(location)
     sections = [annotation for annotation in annotations if _is_section(annotation)]
     return {name: field for section in sections for name, field in section.model_fields.items()}
 
 
 def _is_echo(detail: ErrorDetails) -> bool:
-    """Whether a list is called too short only because its entries were refused."""
+    """Whether an error calls a list too short only because its entries were refused."""
     return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
 
 
@@ -79,14 +79,14 @@ def _describe(detail: ErrorDetails, field: str) -> str:
         valid = fields_at(parent)
         close = did_you_mean(name, valid)
         remedy = f"did you mean {close!r}?" if close else f"known here: {', '.join(valid)}"
-        return f"is unknown (value {shown(value)}); {remedy}"
+        return f"is unknown (value {quoted(value)}); {remedy}"
     if kind == "missing":
         description = fields_at(parent)[name].description
         return f"is missing; add it: {description}"
     expectation = EXPECTATIONS.get(kind)
     if expectation is None:
-        return f"is {shown(value)}: {detail['msg']}"
-    text = f"is {shown(value)}; it must be {expectation.format_map(context)}"
+        return f"is {quoted(value)}: {detail['msg']}"
+    text = f"is {quoted(value)}; it must be {expectation.format_map(context)}"
     if kind == "literal_error" and isinstance(value, str):
         close = did_you_mean(
             value, [word.strip("' ") for word in context["expected"].replace(" or ", ",").split(",")]
@@ -101,17 +101,17 @@ def _resolve(location: Iterable[str | int]) -> tuple[Location, list[Any]]:
     Pydantic adds the tag of the union member it chose, which is a model's name here, and `[key]`
     after a refused key.
     """
-    written: list[str | int] = []
+    user_location: list[str | int] = []
     candidates: list[Any] = [Recipe]
     for part in location:
         members = [annotation for annotation in candidates if _is_section(annotation)]
-        chosen = [member for member in members if member.__name__ == part]
-        if chosen and len(members) > 1:
-            candidates = chosen
+        tagged = [member for member in members if member.__name__ == part]
+        if tagged and len(members) > 1:
+            candidates = tagged
         elif part != "[key]":
-            written.append(part)
+            user_location.append(part)
             candidates = [inner for candidate in candidates for inner in _entries(candidate, part)]
-    return tuple(written), candidates
+    return tuple(user_location), candidates
 
 
 def _is_section(annotation: Any) -> bool:
@@ -119,7 +119,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _entries(annotation: Any, part: str | int) -> Iterator[Any]:
-    """Yield the types that are valid under `part` of a value of this type."""
+    """Yield the types that are valid under the key or index `part` of a value of this type."""
     if _is_section(annotation):
         if part in annotation.model_fields:
             yield from _members(annotation.model_fields[part].annotation)

@@ -17,10 +17,10 @@ class ReadyRecipe:
     """A file that comes with the package.
 
     Attributes:
-        name: What it is asked for by, such as `llama-3-8b` or `sweeps/tiny-llama`.
+        name: Its name for the command line, such as `llama-3-8b` or `sweeps/tiny-llama`.
         about: The first sentence of its comment.
         kind: "recipe" or "sweep".
-        file: Where it is.
+        file: Its path.
     """
 
     name: str
@@ -30,7 +30,7 @@ class ReadyRecipe:
 
 
 def ready_recipes() -> list[ReadyRecipe]:
-    """Return what comes with the package, recipes first."""
+    """Return all ready recipes and sweeps, recipes first."""
     files = [*sorted(FOLDER.glob("*.yaml")), *sorted(FOLDER.glob("*/*.yaml"))]
     return [
         ReadyRecipe(
@@ -49,13 +49,13 @@ def find_ready(name: str | None) -> Path:
     Raises:
         RecipeError: there is none of that name.
     """
-    files = {each.name: each.file for each in ready_recipes()}
-    wanted = (name or "").removesuffix(".yaml").removeprefix("recipes/")
-    if wanted not in files:
-        close = did_you_mean(wanted, files)
+    files = {recipe.name: recipe.file for recipe in ready_recipes()}
+    plain_name = (name or "").removesuffix(".yaml").removeprefix("recipes/")
+    if plain_name not in files:
+        close = did_you_mean(plain_name, files)
         remedy = f"did you mean {close}?" if close else f"there are {', '.join(files)}"
-        raise RecipeError([f"no ready recipe is called {wanted!r}; {remedy}"])
-    return files[wanted]
+        raise RecipeError([f"no ready recipe is called {plain_name!r}; {remedy}"])
+    return files[plain_name]
 
 
 def _about(file: Path) -> str:

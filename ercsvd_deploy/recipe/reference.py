@@ -93,7 +93,7 @@ TABLE_HEAD = "| key | value | default | meaning |\n|---|---|---|---|\n"
 def recipe_json_schema() -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of a recipe.
 
-    It covers every section by itself; that sections fit together is checked by `load_recipe` alone.
+    It covers each section by itself; only `load_recipe` checks that the sections fit together.
     """
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -143,7 +143,7 @@ def _default(schema: dict[str, Any]) -> str:
 
 
 def _values(schema: dict[str, Any]) -> str:
-    """Return in words which values a property takes."""
+    """Return the values that a property takes, in words."""
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     members = schema.get("anyOf") or schema.get("oneOf")

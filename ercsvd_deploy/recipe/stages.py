@@ -1,4 +1,4 @@
-"""The stages a recipe can have: what is done to the model, with which method and options. No torch here."""
+"""The stages that a recipe can have, with their methods and options. No torch here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, Tag, mod
 
 from ercsvd_deploy.recipe.fields import (
     Section,
+    distinguished_by,
     expects,
     refuse_together,
-    told_apart_by,
 )
 from ercsvd_deploy.recipe.quantize import Quantize
 
@@ -105,7 +105,7 @@ class Factorize(Section):
 
     @property
     def planned_beta(self) -> float:
-        """The share of the break-even rank that every rank must leave room for beside the first stage."""
+        """Share of the break-even rank that the plan reserves for the residual."""
         return 0.0 if self.method != "erc_svd" or self.beta == "auto" else self.beta
 
     @property
@@ -131,22 +131,22 @@ class Factorize(Section):
 
     @property
     def _inapplicable_fields(self) -> dict[str, str]:
-        """Field that is not read -> what alone would read it."""
+        """Field that is not read -> the condition under which it would be read."""
         readers = {"beta": "erc_svd", "residual_space": "erc_svd", "activation_exponent": "asvd"}
         condition = f"and the method is {self.method}"
-        unread = {
+        conditions = {
             name: f"method {reader} reads it {condition}"
             for name, reader in readers.items()
             if reader != self.method
         }
         if self.method not in _WHITENING:
             for name in ("output_metric", "compressed_prefix_inputs"):
-                unread[name] = f"methods svd_llm and erc_svd read it {condition}"
+                conditions[name] = f"methods svd_llm and erc_svd read it {condition}"
         if self.allocation != "last_k":
-            unread["num_compressed_layers"] = f"allocation last_k reads it and it is {self.allocation}"
+            conditions["num_compressed_layers"] = f"allocation last_k reads it and it is {self.allocation}"
         if not self.needs_sensitivity:
-            unread["num_fisher_samples"] = "output_metric fisher or allocation error_controlled reads it"
-        return unread
+            conditions["num_fisher_samples"] = "output_metric fisher or allocation error_controlled reads it"
+        return conditions
 
     @model_validator(mode="after")
     def _given_fields_are_read(self) -> Factorize:
@@ -172,7 +172,7 @@ class Factorize(Section):
 
     @model_serializer(mode="wrap")
     def _leave_out_inapplicable_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write what the validator above would accept again."""
+        """Write only fields that the validator above accepts."""
         return {key: value for key, value in handler(self).items() if key not in self._inapplicable_fields}
 
 
@@ -220,7 +220,7 @@ class Recover(Section):
         return "recover trains on activations"
 
 
-# What a target means without a factorize stage: bits are weighed as ranks would be, and no ranks are offered.
+# The settings of a target without a factorize stage: bits are weighed like ranks, and no ranks are offered.
 BITS_ALONE = Factorize(method="svd_llm", allocation="error_controlled")
 
 
@@ -261,7 +261,7 @@ Stage = Annotated[
     Annotated[FactorizeStage, Tag("FactorizeStage")]
     | Annotated[RecoverStage, Tag("RecoverStage")]
     | Annotated[QuantizeStage, Tag("QuantizeStage")],
-    *told_apart_by(
+    *distinguished_by(
         {"factorize": "FactorizeStage", "recover": "RecoverStage", "quantize": "QuantizeStage"}, "a stage"
     ),
 ]

@@ -1,4 +1,4 @@
-"""Read YAML into plain values that keep their place in the file.
+"""Read YAML into plain values that remember their position in the file.
 
 Only plain YAML is read: no Python objects, no duplicate keys, and limits on size, depth and expansion,
 so that an untrusted recipe can waste neither memory nor time. Numbers follow YAML 1.2: `5e-2` is a
@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ercsvd_deploy.recipe.fields import Location, RecipeError, shown
+from ercsvd_deploy.recipe.fields import Location, RecipeError, quoted
 
 MAX_BYTES = 2**20
 MAX_NODES = 10_000  # after aliases and merge keys are expanded
@@ -32,7 +32,7 @@ _SCALARS = _NUMBERS | {f"{_TAG}str", f"{_TAG}bool", f"{_TAG}null"}
 
 @dataclass(frozen=True)
 class Node:
-    """A value of the recipe and its place in the file or on the command line.
+    """A value of the recipe and its position in the file or on the command line.
 
     Attributes:
         value: A mapping, a list (as a tuple), or a str, int, float, bool or None.
@@ -120,8 +120,8 @@ def parse_yaml(text: str, locate: Callable[[int, int], str]) -> Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = locate(mark.line + 1, mark.column + 1) if mark else locate(1, 1)
-        parts = [part for part in (error.context, error.problem) if part]
-        raise RecipeError([f"{where}: {', '.join(parts)}"]) from error
+        reasons = [part for part in (error.context, error.problem) if part]
+        raise RecipeError([f"{where}: {', '.join(reasons)}"]) from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -197,7 +197,7 @@ class _Builder:
                 raise _refuse("a key must be plain text", key)
             name = _check_text(key)
             if name in entries:
-                raise _refuse(f"key {shown(name)} appears twice in one mapping; remove one", key)
+                raise _refuse(f"key {quoted(name)} appears twice in one mapping; remove one", key)
             entries[name] = self.build(value, depth + 1, key)
         return merged | entries
 
@@ -214,7 +214,7 @@ class _Builder:
             value: str | int | float | bool | None = self._loader.construct_object(node)
         except (ValueError, LookupError, ArithmeticError):
             raise _refuse(
-                f"{shown(text)} is not a value of type {node.tag.removeprefix(_TAG)}", node
+                f"{quoted(text)} is not a value of type {node.tag.removeprefix(_TAG)}", node
             ) from None
         return value
 

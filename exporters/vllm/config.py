@@ -21,6 +21,7 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
     init_logger,
 )
 from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
+from ercsvd_deploy.exporters.vllm.projection_names import projection_names
 from ercsvd_deploy.format.schema import (
     QUANT_METHOD,
     CheckpointConfig,
@@ -39,11 +40,6 @@ if TYPE_CHECKING:
 _WRAPPER_PARTS = frozenset({"model", "language_model", "transformer", "gpt_neox", "draft_model"})
 _RENAMED_PARTS = {"attn": "self_attn"}  # of gpt-oss in vLLM, in its checkpoints
 _LAYER_PATH = re.compile(r"^.*?\b(?:layers|h)\.\d+\b")
-# for models that do not publish how they fuse
-_USUAL_FUSIONS = {
-    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-    "gate_up_proj": ["gate_proj", "up_proj"],
-}
 _OUTPUT_LAYERS = frozenset({"lm_head", "embed_out"})  # what checkpoints call them
 _MOST_PROBLEMS_SHOWN = 40
 # its PyTorch operators take -1, which means no adapter, for an index (0.32)
@@ -266,9 +262,7 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
     def _projection_names(self, prefix: str) -> list[str]:
         if canonical_name(prefix) in self._modules:
             return [prefix]
-        parent, _, leaf = prefix.rpartition(".")
-        leaves = self.packed_modules_mapping.get(leaf) or _USUAL_FUSIONS.get(leaf, [leaf])
-        return [f"{parent}.{projection}" if parent else projection for projection in leaves]
+        return projection_names(prefix, self.packed_modules_mapping.get(prefix.rpartition(".")[2]))
 
     def _may_be_elsewhere(self, canonical: str) -> bool:
         """Whether a module may live on another pipeline-parallel rank."""

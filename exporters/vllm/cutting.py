@@ -52,11 +52,17 @@ def find_uncuttable(architecture: Architecture, tensor_parallel_sizes: Iterable[
     """Return one line for every tensor parallel size that vLLM refuses for this model, compressed or not."""
     problems = []
     for size in sorted(set(tensor_parallel_sizes)):
-        heads, key_value = architecture.num_attention_heads, architecture.num_key_value_heads
-        fitting = [other for other in range(1, heads + 1) if _heads_fit(heads, key_value, other)]
+        heads = architecture.num_attention_heads
+        key_value = {architecture.num_key_value_heads, *architecture.other_key_value_heads.values()}
+        fitting = [
+            other
+            for other in range(1, heads + 1)
+            if all(_heads_fit(heads, each, other) for each in key_value)
+        ]
         if size not in fitting:
+            listed = " or ".join(map(str, sorted(key_value)))
             problems.append(
-                f"tensor parallel size {size}: {heads} attention heads, {key_value} of them for keys and "
+                f"tensor parallel size {size}: {heads} attention heads, {listed} of them for keys and "
                 f"values, cannot be shared out evenly; sizes that work: {', '.join(map(str, fitting))}"
             )
             continue

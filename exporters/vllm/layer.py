@@ -25,7 +25,8 @@ from torch import nn
 from ercsvd_deploy.exporters.vllm.kernels import lowrank_linear as ops  # noqa: F401 - defines torch.ops.ercsvd
 from ercsvd_deploy.exporters.vllm.layer_plan import PlannedMatrix, Projection, plan_second, plan_stacks
 from ercsvd_deploy.exporters.vllm.loading import OrderPlacement, Placement, ProjectionLoader
-from ercsvd_deploy.exporters.vllm.matrices import Matrix, PackedMatrix, PlainMatrix
+from ercsvd_deploy.exporters.vllm.packed_matrix import Matrix, PackedMatrix
+from ercsvd_deploy.exporters.vllm.plain_matrix import PlainMatrix
 
 if TYPE_CHECKING:
     from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord

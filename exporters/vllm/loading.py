@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ercsvd_deploy.exporters.vllm.matrices import Matrix
+from ercsvd_deploy.exporters.vllm.packed_matrix import Matrix
 from ercsvd_deploy.format.integer_words import pack_rows, unpack_rows
 from ercsvd_deploy.format.schema import (
     FACTOR_B,

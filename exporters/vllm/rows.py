@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
 from ercsvd_deploy.exporters.vllm.compatibility import UnquantizedEmbeddingMethod, current_platform
-from ercsvd_deploy.exporters.vllm.matrices import cut_group
+from ercsvd_deploy.exporters.vllm.packed_matrix import cut_group
 from ercsvd_deploy.format.integer_words import dequantize, dequantize_by_blocks
 from ercsvd_deploy.format.schema import WEIGHT_PACKED, WEIGHT_SCALE, WORD_BITS, WeightQuantization
 

@@ -15,7 +15,7 @@ import torch
 from ercsvd_deploy.exporters.vllm.compatibility import QuantizeMethodBase, UnquantizedEmbeddingMethod
 from ercsvd_deploy.exporters.vllm.layer_plan import Projection
 from ercsvd_deploy.exporters.vllm.loading import Placement, ProjectionLoader, ShardId, add_gates
-from ercsvd_deploy.exporters.vllm.matrices import PackedMatrix
+from ercsvd_deploy.exporters.vllm.packed_matrix import PackedMatrix
 from ercsvd_deploy.exporters.vllm.rows import RowsMatrix
 from ercsvd_deploy.format.schema import WEIGHT, CheckpointFormatError, Storage, WeightQuantization
 

@@ -1,6 +1,6 @@
 """The command line: `ercsvd validate`, `plan`, `run`, `status`, `clean`, `eval`, `verify` and more.
 
-A group of commands has a file of its own; what a command needs is imported when it runs.
+Each group of commands has its own file. A command imports what it needs only when it runs.
 """
 
 from __future__ import annotations

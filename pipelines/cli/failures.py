@@ -1,10 +1,10 @@
-"""How a command ends: failures as one message and an exit code, and signals.
+"""How a command ends: failures become one message and an exit code, and signals end the work cleanly.
 
 Exit codes: 0 done; 1 the work failed; 2 the command line or the recipe is wrong; 3 the work is done, but a
 quality gate was missed; 130 interrupted by Ctrl-C; 143 ended by SIGTERM, 129 by SIGHUP, which comes when a
 terminal is closed. A failure is one message on standard error that says what is wrong, where, and what to do;
-`--debug` adds the traceback. What an interrupted run has finished stays for the next one. A second signal
-ends the process at once.
+`--debug` adds the traceback. An interrupted run keeps its cache for the next one. A second signal ends the
+process at once.
 """
 
 from __future__ import annotations
@@ -53,26 +53,26 @@ class Terminated(KeyboardInterrupt):
 def command(
     *, debug: bool = False, verbose: bool = False, quiet: bool = False, log_file: Path | None = None
 ) -> Iterator[ProgressReporter]:
-    """Surround the body of a command: messages are shown, failures explained, signals heeded.
+    """Run the body of a command with messages shown, failures explained and signals handled.
 
     Args:
-        debug: Let exceptions through, for their traceback.
-        verbose: Show what is done layer by layer.
-        quiet: Show errors alone.
-        log_file: Gets every message with its time.
+        debug: Do not catch exceptions, so that their traceback is shown.
+        verbose: Show messages layer by layer.
+        quiet: Show errors only.
+        log_file: File to which every message is appended with its time.
 
     Yields:
-        What long work tells of its progress.
+        The reporter that long work calls with its progress.
     """
     console = Console(stderr=True)
     level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
     with_bars = not quiet and console.file.isatty() and not console.is_dumb_terminal
     with (
-        shown_on(console, level, unseen=LINES if with_bars else None),
-        failures_explained(debug=debug),  # of opening the log file; the one below is told to that file, too
+        shown_on(console, level, hidden=LINES if with_bars else None),
+        failures_explained(debug=debug),  # of opening the log file; the inner one also writes to that file
         written_to(log_file),
         failures_explained(debug=debug),
-        signals_heeded(),
+        signals_handled(),
     ):
         if verbose and quiet:
             complain("-v and -q exclude each other: give one of them")
@@ -107,7 +107,7 @@ def failures_explained(*, debug: bool) -> Iterator[None]:
 
 
 def _exit_code(error: Exception) -> int:
-    from ercsvd_deploy.recipe.fields import RecipeError  # which is pydantic and more
+    from ercsvd_deploy.recipe.fields import RecipeError  # imports pydantic and more
 
     return EXIT_USAGE if isinstance(error, RecipeError) else EXIT_FAILED
 
@@ -117,30 +117,31 @@ def _explain(error: BaseException) -> str:
         remedy = _REMEDIES.get(error.errno or 0, "")
         return f"{error.filename or 'a file'}: {error.strerror}{remedy}"
     kind = exhausted_memory(error)
-    if kind is not None and type(error).__name__ != "StageMemoryError":  # which says all this itself
+    if kind is not None and type(error).__name__ != "StageMemoryError":  # its message has all of this
         device = ", or --device cpu" if kind == "GPU memory" else ""
         return f"out of {kind} ({first_sentence(error)}): give shorter or fewer sequences{device}"
     return str(error) or type(error).__name__
 
 
 def _explain_with_notes(error: BaseException) -> str:
-    """Return the message, and on lines of their own what was noted on the way up."""
+    """Return the error's message, and its notes on separate lines."""
     return "\n".join([_explain(error), *getattr(error, "__notes__", ())])
 
 
 @contextmanager
-def signals_heeded() -> Iterator[None]:
+def signals_handled() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the work as Ctrl-C does, and a second signal end the process at once.
 
-    Python runs a signal's handler between two of its own instructions, and the decomposition of a large
-    matrix can be minutes of one. A thread, which is told of a signal at once, therefore waits for the second.
+    Python runs a signal's handler between two bytecode instructions, and one instruction can be the
+    decomposition of a large matrix, which takes minutes. So a thread, woken by a signal at once, waits for
+    the second signal.
     """
     ending = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread() or not ending:
         yield
         return
-    listening, told = socket.socketpair()
-    told.setblocking(False)
+    listening, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
     threading.Thread(target=_end_at_second, args=(listening, ending), daemon=True).start()
     arrived: list[int] = []
 
@@ -149,22 +150,22 @@ def signals_heeded() -> Iterator[None]:
         raise _interruption(number)
 
     handlers = {number: signal.signal(number, interrupt) for number in ending}
-    told_before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    wakeup_before = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
     try:
         yield
     except Exception as error:
         if not arrived or isinstance(error, typer.Exit):
             raise
-        # Native code that was calling Python when the signal came tells of some error of its own instead.
+        # Native code that called Python when the signal came may have raised its own error instead.
         interruption = _interruption(arrived[0])
         for note in getattr(error, "__notes__", ()):
             interruption.add_note(note)
         raise interruption from error
     finally:
-        signal.set_wakeup_fd(told_before)
+        signal.set_wakeup_fd(wakeup_before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        told.close()  # which ends the thread
+        wakeup.close()  # ends the thread
 
 
 def _interruption(number: int) -> KeyboardInterrupt:
@@ -172,13 +173,13 @@ def _interruption(number: int) -> KeyboardInterrupt:
 
 
 def _end_at_second(listening: socket.socket, ending: list[signal.Signals]) -> None:
-    """End the process when the second of the signals arrives; return when there will be none any more."""
+    """End the process when the second signal arrives; return when the sending socket is closed."""
     arrived = 0
     with listening:
         while numbers := listening.recv(64):
-            ending_ones = [number for number in numbers if number in ending]
-            arrived += len(ending_ones)
-            if ending_ones and arrived > 1:
+            ending_signals = [number for number in numbers if number in ending]
+            arrived += len(ending_signals)
+            if ending_signals and arrived > 1:
                 if sys.stderr.isatty():
                     sys.stderr.write(_SHOW_CURSOR)
-                os._exit(128 + ending_ones[-1])
+                os._exit(128 + ending_signals[-1])

@@ -1,8 +1,8 @@
-"""What a command prints: results on standard output; messages on standard error, and in a log file if wanted.
+"""Output of a command: results on standard output; messages on standard error and, optionally, in a log file.
 
-Messages go through the standard logging module. The screen shows what this package tells from INFO on, and
-warnings of other libraries; `-v` adds what is done layer by layer, `-q` leaves errors alone. A log file has
-all of that with times, whatever the screen shows, and what libraries say from INFO on.
+Messages go through the standard logging module. The screen shows this package's messages from INFO on and
+other libraries' warnings; `-v` adds progress layer by layer, `-q` shows errors only. A log file gets all of
+this package's messages with times, whatever the screen shows, and those of other libraries from INFO on.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ _STYLES = {logging.ERROR: "red", logging.WARNING: "yellow"}
 
 
 class ScreenHandler(logging.Handler):
-    """Prints records for people; errors and warnings say what they are.
+    """Prints log records on a console; errors and warnings with their level in front.
 
     Args:
-        console: On standard error.
-        level: Of this package's records; of other libraries' at least WARNING.
-        unseen: Name of a logger whose records something else shows.
+        console: A console on standard error.
+        level: Lowest level shown of this package's records; for other libraries at least WARNING.
+        hidden: Name of a logger whose records are shown elsewhere.
     """
 
-    def __init__(self, console: Console, level: int, unseen: str | None) -> None:
+    def __init__(self, console: Console, level: int, hidden: str | None) -> None:
         super().__init__()
         self._console = console
-        self._own_level, self._library_level = level, max(level, logging.WARNING)
-        self._unseen = unseen
+        self._package_level, self._library_level = level, max(level, logging.WARNING)
+        self._hidden = hidden
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is shown."""
-        is_own = record.name == PACKAGE or record.name.startswith(f"{PACKAGE}.")
-        level = self._own_level if is_own else self._library_level
-        return record.levelno >= level and record.name != self._unseen and super().filter(record) is not False
+        is_from_package = record.name == PACKAGE or record.name.startswith(f"{PACKAGE}.")
+        level = self._package_level if is_from_package else self._library_level
+        return record.levelno >= level and record.name != self._hidden and super().filter(record) is not False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
         try:
             text = record.getMessage()
             if record.name == "py.warnings":
-                text = text.rstrip().rpartition("\n  ")[0] or text.rstrip()  # without the line of source code
+                text = text.rstrip().rpartition("\n  ")[0] or text.rstrip()  # without the source line
             if record.levelno >= logging.WARNING:
                 text = f"{record.levelname.lower()}: {text}"
             self._console.print(
@@ -63,29 +63,29 @@ class ScreenHandler(logging.Handler):
 
 
 @contextmanager
-def shown_on(console: Console, level: int, *, unseen: str | None = None) -> Iterator[None]:
-    """Show messages on a console while this lasts.
+def shown_on(console: Console, level: int, *, hidden: str | None = None) -> Iterator[None]:
+    """Show messages on a console within the context.
 
     Args:
-        console: On standard error.
+        console: A console on standard error.
         level: Lowest level of this package's messages that are shown.
-        unseen: Name of a logger whose records are left out.
+        hidden: Name of a logger whose records are left out.
     """
-    own, handler = logging.getLogger(PACKAGE), ScreenHandler(console, level, unseen)
-    level_before = own.level
-    own.setLevel(logging.DEBUG)
+    package_logger, handler = logging.getLogger(PACKAGE), ScreenHandler(console, level, hidden)
+    level_before = package_logger.level
+    package_logger.setLevel(logging.DEBUG)
     logging.captureWarnings(True)
     with _attached(handler):
         try:
             yield
         finally:
             logging.captureWarnings(False)
-            own.setLevel(level_before)
+            package_logger.setLevel(level_before)
 
 
 @contextmanager
 def written_to(log_file: Path | None) -> Iterator[None]:
-    """Append all messages to a file, with their times, while this lasts; None: to none.
+    """Append all messages with their times to a file within the context; None for no file.
 
     Raises:
         OSError: the file cannot be written.
@@ -93,14 +93,14 @@ def written_to(log_file: Path | None) -> Iterator[None]:
     if log_file is None:
         yield
         return
-    root, own = logging.getLogger(), logging.getLogger(PACKAGE)
+    root, package_logger = logging.getLogger(), logging.getLogger(PACKAGE)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter(_FILE_FORMAT))
     level_before = root.level
     root.setLevel(logging.INFO)
     with _attached(handler):
-        own.debug("ercsvd-deploy %s: %s", __version__, shlex.join(sys.argv))
+        package_logger.debug("ercsvd-deploy %s: %s", __version__, shlex.join(sys.argv))
         try:
             yield
         finally:
@@ -119,24 +119,24 @@ def _attached(handler: logging.Handler) -> Iterator[None]:
 
 
 def complain(message: str) -> None:
-    """Tell of an error."""
+    """Log an error."""
     logging.getLogger(PACKAGE).error("%s", message)
 
 
 def warn(message: str) -> None:
-    """Tell of something that may go less well than hoped."""
+    """Log a warning."""
     logging.getLogger(PACKAGE).warning("%s", message)
 
 
 def print_json(value: Any) -> None:
-    """Print a result for machines; numbers that are not finite become null."""
+    """Print a result as JSON; numbers that are not finite become null."""
     sys.stdout.write(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def result_console() -> Console:
     """Return a console for results; a pipe or a file gets lines wide enough for every table.
 
-    Without markup: names that users and files chose may have brackets in them.
+    Markup is off, because names of files and models may contain brackets.
     """
     console = Console(markup=False)
     return console if console.is_terminal else Console(width=140, markup=False)

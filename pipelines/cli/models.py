@@ -48,7 +48,7 @@ def evaluate(
         from ercsvd_deploy.pipelines.inputs.model import find_device
         from ercsvd_deploy.pipelines.judging.evaluate import evaluate_model
 
-        found = evaluate_model(
+        results = evaluate_model(
             model,
             texts=text or [],
             questions=questions or [],
@@ -60,20 +60,20 @@ def evaluate(
             progress=progress,
         )
         if as_json:
-            print_json(found)
+            print_json(results)
             return
-        result_console().print(_evaluation_table(found))
-        for note in found["notes"]:
+        result_console().print(_evaluation_table(results))
+        for note in results["notes"]:
             result_console().print(f"warning: {note}", style="yellow", highlight=False, markup=False)
 
 
-def _evaluation_table(found: dict[str, Any]) -> Table:
+def _evaluation_table(results: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    table = Table(title=found["model"], title_justify="left")
+    table = Table(title=results["model"], title_justify="left")
     for column in ("what", "value", "95 % interval", "measured on"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    estimates = found["estimates"]
+    estimates = results["estimates"]
     for name, estimate in estimates["perplexity"].items():
         table.add_row(f"Perplexity, {name}", *_estimate_cells(estimate, 1, 3, ""))
     for name, estimate in estimates["exact_match"].items():
@@ -91,8 +91,8 @@ def _estimate_cells(estimate: dict[str, Any], scale: float, digits: int, unit: s
         for key in ("value", "low", "high")
     )
     interval = "" if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}{unit}"
-    told = "not finite" if value is None else f"{value:.{digits}f}{unit}"
-    return told, interval, f"{estimate['count']:,} {estimate['unit']}"
+    value_cell = "not finite" if value is None else f"{value:.{digits}f}{unit}"
+    return value_cell, interval, f"{estimate['count']:,} {estimate['unit']}"
 
 
 def import_llava(

@@ -27,42 +27,45 @@ def status(output: Target, as_json: AsJson = False, debug: Debug = False) -> Non
         from ercsvd_deploy.pipelines.state.status import output_status
         from ercsvd_deploy.pipelines.sweeping.status import sweep_status
 
-        swept = sweep_status(output)
-        if swept is not None:
+        sweep_state = sweep_status(output)
+        if sweep_state is not None:
             if as_json:
-                print_json({"output": str(output), "sweep": asdict(swept)})
+                print_json({"output": str(output), "sweep": asdict(sweep_state)})
             else:
-                result_console().print(_told_of_sweep(output, swept), highlight=False, markup=False)
+                result_console().print(_sweep_lines(output, sweep_state), highlight=False, markup=False)
             return
-        found = output_status(output)
+        output_state = output_status(output)
         if as_json:
-            print_json(asdict(found))
+            print_json(asdict(output_state))
             return
         absent = "there, but not an export of this tool" if output.exists() else "not there"
-        absent = "results of stages that runs share" if found.is_shared else absent
-        word = "running" if found.running else "finished" if found.finished else absent
+        absent = "results of stages that runs share" if output_state.is_shared else absent
+        word = "running" if output_state.running else "finished" if output_state.finished else absent
         lines = [f"{output}: {word}"]
         lines += [
-            f"  {stage.name}: {stage.pieces} pieces, {stage.num_bytes:,} bytes" for stage in found.stages
+            f"  {stage.name}: {stage.pieces} pieces, {stage.num_bytes:,} bytes"
+            for stage in output_state.stages
         ]
-        if not found.running:
+        if not output_state.running:
             lines.append(
                 "an unfinished run can be continued by the same command, or removed by `ercsvd clean`"
-                if found.stages
+                if output_state.stages
                 else "nothing of an unfinished run is there"
             )
         result_console().print("\n".join(lines), highlight=False, markup=False)
 
 
-def _told_of_sweep(output: Path, swept: SweepStatus) -> str:
-    """Return what there is of a sweep, for people."""
-    word = "running" if swept.running else "interrupted" if swept.unfinished else "finished"
-    counts = f"{len(swept.finished)} points done, {len(swept.failed)} failed, {len(swept.unfinished)} to do"
+def _sweep_lines(output: Path, status: SweepStatus) -> str:
+    """Return the lines that describe a sweep's status."""
+    word = "running" if status.running else "interrupted" if status.unfinished else "finished"
+    counts = (
+        f"{len(status.finished)} points done, {len(status.failed)} failed, {len(status.unfinished)} to do"
+    )
     lines = [f"{output}: a sweep, {word}; {counts}"]
-    lines += [f"  failed: {name}: {why}" for name, why in swept.failed.items()]
-    if swept.picked is not None:
-        lines.append(f"  picked: {swept.picked}")
-    if not swept.running and (swept.unfinished or swept.failed):
+    lines += [f"  failed: {name}: {why}" for name, why in status.failed.items()]
+    if status.picked is not None:
+        lines.append(f"  picked: {status.picked}")
+    if not status.running and (status.unfinished or status.failed):
         lines.append("the same command goes on with what is missing; `ercsvd clean` removes what stages left")
     return "\n".join(lines)
 
@@ -98,21 +101,26 @@ def verify(
         from ercsvd_deploy.pipelines.reporting.check import verify_report
         from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
 
-        found = verify_export(directory, unlisted=REPORT_FILES)
-        found = replace(found, problems=(*found.problems, *verify_report(directory)))
+        verification = verify_export(directory, unlisted=REPORT_FILES)
+        verification = replace(verification, problems=(*verification.problems, *verify_report(directory)))
         if as_json:
-            print_json(asdict(found) | {"directory": str(directory), "sound": not found.problems})
-        elif not found.problems:
-            said = (
-                f"{directory}: sound; {found.num_tensors} tensors and {found.num_files} files are as written"
+            print_json(
+                asdict(verification) | {"directory": str(directory), "sound": not verification.problems}
             )
-            result_console().print(f"{said} by version {found.written_by}", highlight=False, markup=False)
-        if found.problems:
-            listed = "\n  ".join(found.problems[:_MOST_LISTED])
-            unlisted = len(found.problems) - _MOST_LISTED
-            more = f"\n  and {unlisted} more" if unlisted > 0 else ""
+        elif not verification.problems:
+            counts = f"{verification.num_tensors} tensors and {verification.num_files} files"
+            result_console().print(
+                f"{directory}: sound; {counts} are as written by version {verification.written_by}",
+                highlight=False,
+                markup=False,
+            )
+        if verification.problems:
+            problems = verification.problems
+            listed = "\n  ".join(problems[:_MOST_LISTED])
+            unlisted = len(problems) - _MOST_LISTED
+            and_more = f"\n  and {unlisted} more" if unlisted > 0 else ""
             complain(
-                f"{directory} is not what was exported ({len(found.problems)} problems):\n  {listed}{more}\n"
+                f"{directory} is not what was exported ({len(problems)} problems):\n  {listed}{and_more}\n"
                 "copy or export it again"
             )
             raise typer.Exit(EXIT_FAILED)
@@ -147,7 +155,7 @@ def check(
 
 
 def end_with_gates(results: list[GateResult], directory: Path, junit: Path | None) -> None:
-    """Write the verdicts where asked, and leave with the exit code of a missed gate if there is one."""
+    """Write the verdicts as JUnit XML if a file is given, and exit with code 3 if a gate was missed."""
     from ercsvd_deploy.format.atomic_files import write_text_atomically
     from ercsvd_deploy.pipelines.judging.junit import junit_xml
 
@@ -157,8 +165,8 @@ def end_with_gates(results: list[GateResult], directory: Path, junit: Path | Non
     if failing:
         lines = "\n  ".join(result.explain() for result in failing)
         undecided = sum(result.verdict == "undecided" for result in failing)
-        among = f" ({undecided} undecided, with a value above the limit)" if undecided else ""
-        complain(f"{len(failing)} of {len(results)} gates missed{among} in {directory}:\n  {lines}")
+        of_these = f" ({undecided} undecided, with a value above the limit)" if undecided else ""
+        complain(f"{len(failing)} of {len(results)} gates missed{of_these} in {directory}:\n  {lines}")
         raise typer.Exit(EXIT_GATE_MISSED)
 
 

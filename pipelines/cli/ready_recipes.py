@@ -26,13 +26,15 @@ def recipes(
         if action == "show":
             sys.stdout.write(find_ready(name).read_text(encoding="utf-8"))
             return
-        found = ready_recipes()
+        ready = ready_recipes()
         if as_json:
-            print_json([{"name": each.name, "about": each.about, "kind": each.kind} for each in found])
+            print_json(
+                [{"name": recipe.name, "about": recipe.about, "kind": recipe.kind} for recipe in ready]
+            )
             return
         console = result_console()
-        width = max(len(each.name) for each in found)
-        for each in found:
-            console.print(f"{each.name:{width}}  {each.about}", highlight=False)
-        shown = Path(f"{found[0].name}.yaml").name
-        console.print(f"\nercsvd recipes show {found[0].name} > {shown}", highlight=False)
+        width = max(len(recipe.name) for recipe in ready)
+        for recipe in ready:
+            console.print(f"{recipe.name:{width}}  {recipe.about}", highlight=False)
+        file_name = Path(f"{ready[0].name}.yaml").name
+        console.print(f"\nercsvd recipes show {ready[0].name} > {file_name}", highlight=False)

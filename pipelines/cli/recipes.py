@@ -84,12 +84,12 @@ def plan(
             planned = make_plan(loaded, device=find_device(device))
         else:
             try:
-                asked = parse_machine(machine)
-                there = planned_device(asked, parse_device(device) if device else None)
+                other_machine = parse_machine(machine)
+                machine_device = planned_device(other_machine, parse_device(device) if device else None)
             except MachineError as error:
                 complain(str(error))
                 raise typer.Exit(EXIT_USAGE) from error
-            planned = make_plan(loaded, device=there, machine=asked)
+            planned = make_plan(loaded, device=machine_device, machine=other_machine)
         planned = planned.with_kernels().with_peak()
         if as_json:
             print_json(planned.as_json())
@@ -99,8 +99,8 @@ def plan(
         for problem in needs.problems:
             complain(problem)
         for shortage in needs.shortages:
-            tell = complain if strict_machine else warn
-            tell(f"{needs.machine.name} may not suffice: {shortage}")
+            log = complain if strict_machine else warn
+            log(f"{needs.machine.name} may not suffice: {shortage}")
         if needs.problems or (needs.shortages and strict_machine):
             raise typer.Exit(EXIT_FAILED)
 
@@ -138,8 +138,8 @@ def run(
         outcome = run_unless_finished(loaded, device=find_device(device), progress=progress, options=options)
         report, directory = outcome.report, outcome.directory
         if as_json:
-            told = {"directory": str(directory), "nothing_to_do": outcome.was_finished}
-            print_json(report.as_json() | told)
+            outcome_values = {"directory": str(directory), "nothing_to_do": outcome.was_finished}
+            print_json(report.as_json() | outcome_values)
         elif outcome.was_finished:
             console = result_console()
             if report.gates:

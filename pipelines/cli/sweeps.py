@@ -33,7 +33,7 @@ _LEFT_COLUMNS = ("point", "gates", "front of")
 
 
 def looks_like_sweep(file: Path) -> bool:
-    """Whether a file says that it is a sweep; whoever reads it says what is wrong with it."""
+    """Whether a file has the keys of a sweep; reading it reports what is wrong with it."""
     from ercsvd_deploy.pipelines.sweeping.file import is_sweep
 
     return is_sweep(file)
@@ -70,21 +70,21 @@ def plan_sweep(
     from ercsvd_deploy.pipelines.sweeping.needs import affordable_jobs, check_needs, plan_points, sweep_needs
     from ercsvd_deploy.pipelines.sweeping.points import gates_for_the_export
 
-    given = [name for name, value in refused.items() if value]
-    if given:
-        complain(f"{', '.join(given)}: not for a sweep; plan its recipe with it")
+    refused_options = [name for name, value in refused.items() if value]
+    if refused_options:
+        complain(f"{', '.join(refused_options)}: not for a sweep; plan its recipe with it")
         raise typer.Exit(EXIT_USAGE)
     loaded = load_sweep(file)
     points = points_and_baselines(loaded)
-    where = find_device(device) or default_device()
-    plans, failures = plan_points(points, where)
+    layer_device = find_device(device) or default_device()
+    plans, failures = plan_points(points, layer_device)
     needs = sweep_needs(plans)
-    jobs = affordable_jobs(needs, len(points), where)
+    jobs = affordable_jobs(needs, len(points), layer_device)
     directory = output or loaded.output
     warnings = [] if directory is None else check_needs(needs, directory.absolute(), jobs)
     for_the_export = sorted({gate for point in points for gate in gates_for_the_export(point.recipe)})
     if as_json:
-        shown = [
+        point_values = [
             {
                 "name": name,
                 "num_bytes": plan.candidates[-1].num_bytes,
@@ -95,7 +95,7 @@ def plan_sweep(
         ]
         print_json(
             {
-                "points": shown,
+                "points": point_values,
                 "failures": failures,
                 "jobs": jobs,
                 "needs": asdict(needs),
@@ -155,52 +155,52 @@ def sweep(
         if directory is None:
             raise SweepError("the sweep has no output: give one, or --output DIRECTORY")
         options = SweepOptions(jobs, device, export, keeps_work=keep_work, is_forced=force)
-        found, exported = run_sweep(loaded, directory, options=options, progress=progress)
-        drawn = _draw(found, directory)
+        result, exported = run_sweep(loaded, directory, options=options, progress=progress)
+        pictures = _draw(result, directory)
         if as_json:
-            print_json(asdict(found))
+            print_json(asdict(result))
         else:
-            _print(found, drawn)
-        for name, why in found.failures.items():
+            _print(result, pictures)
+        for name, why in result.failures.items():
             complain(f"point ({name}): {why}")
         if exported is not None and export is not None:
             if not as_json:
                 result_console().print(f"exported to {export}", highlight=False)
             gates = exported.gates
-            if not found.failures:
+            if not result.failures:
                 end_with_gates(gates, export, None)
-        if found.failures:
+        if result.failures:
             raise typer.Exit(EXIT_FAILED)
-        if found.picked is None and loaded.pick is not None:
-            complain(found.why)
+        if result.picked is None and loaded.pick is not None:
+            complain(result.why)
             raise typer.Exit(EXIT_GATE_MISSED)
 
 
-def _draw(found: SweepResult, directory: Path) -> list[Path]:
-    """Draw the pictures; hours of work are not called failed for one."""
+def _draw(result: SweepResult, directory: Path) -> list[Path]:
+    """Draw the sweep's pictures; one that fails is a warning, since the sweep itself has succeeded."""
     from ercsvd_deploy.pipelines.sweeping.plot import draw_sweep, missing_texts
 
-    if missing_texts(found.points):
+    if missing_texts(result.points):
         return []
     try:
-        return draw_sweep(found, directory)
+        return draw_sweep(result, directory)
     except Exception as error:  # noqa: BLE001 - a picture is not worth the sweep
         why = f"{type(error).__name__}: {error}"
         warn(f"no picture was drawn ({why}); {directory / 'sweep.json'} has the figures")
         return []
 
 
-def _print(found: SweepResult, drawn: Sequence[Path]) -> None:
+def _print(result: SweepResult, pictures: Sequence[Path]) -> None:
     from ercsvd_deploy.pipelines.sweeping.plot import sweep_rows
 
-    columns, rows = sweep_rows(found)
+    columns, rows = sweep_rows(result)
     console = result_console()
-    console.print(_table(f"{len(found.points)} models, the smallest first", columns, rows))
-    console.print(f"picked: {found.picked or 'none'}, {found.why}", highlight=False)
-    if found.gates_for_the_export:
-        listed = ", ".join(found.gates_for_the_export)
+    console.print(_table(f"{len(result.points)} models, the smallest first", columns, rows))
+    console.print(f"picked: {result.picked or 'none'}, {result.why}", highlight=False)
+    if result.gates_for_the_export:
+        listed = ", ".join(result.gates_for_the_export)
         console.print(f"not judged here, but on the export: {listed}", highlight=False)
-    console.print("\n".join(f"written: {path}" for path in drawn), highlight=False)
+    console.print("\n".join(f"written: {path}" for path in pictures), highlight=False)
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -1,4 +1,4 @@
-"""Refuse what cannot work before a text or a weight is read."""
+"""Checks of a recipe against its model before a text or a weight is read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def check_inputs(recipe: Recipe, opened: OpenedModel, target: Path | None) -> None:
-    """Check the lengths and the output that a recipe names.
+    """Check a recipe's sequence lengths against the model, and its output directory.
 
     Raises:
         ExportError: the output cannot be written to.
-        CalibrationError: sequences are longer than the model's.
+        CalibrationError: sequences are longer than the model's positions.
     """
     if target is not None:
         check_target(target, opened.directory)
@@ -32,13 +32,13 @@ def check_inputs(recipe: Recipe, opened: OpenedModel, target: Path | None) -> No
 
 
 def check_weights(opened: OpenedModel) -> None:
-    """Compare names and shapes of a model's weights with its config, if they can be read.
+    """Compare the names and shapes of a model's weights with its config, if the weights can be read.
 
     Raises:
-        CheckpointError: they are of another model than the config says.
+        CheckpointError: the weights do not belong to the config.
     """
     try:
         store = opened.store()
     except CheckpointError:
-        return  # whoever needs them says so
+        return  # reported when the weights are needed
     stream(opened, torch.device("cpu"), store)

@@ -1,4 +1,4 @@
-"""The first import of transformers' model classes, which other libraries comment on."""
+"""The first import of transformers' model classes, without unrelated warnings of other libraries."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _WITH_HANDLERS = ("huggingface_hub", "torch", "transformers")  # write to standa
 
 @functools.cache
 def import_transformers() -> None:
-    """Import what transformers builds models with.
+    """Import the transformers module that builds models.
 
-    Where the program has set up logging, the libraries' messages go there, and not to handlers of their own.
+    Where the program has set up logging, the libraries' messages go there instead of to their own handlers.
 
-    On the way it imports torchao where that is installed. torchao warns that it cannot load its kernels for
-    other GPUs than this machine's, and torch that torchao registers its Enums in an old way. Nothing here
-    runs torchao's kernels, so these two are not told while it is imported; errors are.
+    The import loads torchao where that is installed. torchao then warns that it cannot load kernels for other
+    GPUs than this machine's, and torch that torchao registers its Enums in an old way. Nothing here runs
+    torchao's kernels, so the two loggers show only errors during the import.
     """
-    # Tokenizers that have used threads warn in every process started after that, vLLM's say; here they work
-    # on one text at a time, which takes one thread anyway.
+    # Tokenizers that have used threads warn in every process started later, such as vLLM's. Here they read
+    # one text at a time, which uses one thread anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with _errors_alone("torchao", "torch.utils._pytree"):
+    with _errors_only("torchao", "torch.utils._pytree"):
         import transformers.modeling_utils  # noqa: F401 - for what the import does
     if logging.getLogger().handlers:
         for name in _WITH_HANDLERS:
@@ -34,8 +34,8 @@ def import_transformers() -> None:
 
 
 @contextmanager
-def _errors_alone(*names: str) -> Iterator[None]:
-    """Let loggers tell of errors alone while this lasts."""
+def _errors_only(*names: str) -> Iterator[None]:
+    """Let the named loggers show only errors within the context."""
     import torch  # noqa: F401 - sets its loggers' levels when it is imported
 
     loggers = [logging.getLogger(name) for name in names]

@@ -1,4 +1,4 @@
-"""Find the model a recipe names, and open it for streaming."""
+"""Find the model that a recipe names, and open it for streaming."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MODEL_FILES = (
     "COPYING*",
     "COPYRIGHT*",
 )
-# Whole copies of a model in another form, which nothing here reads, and other libraries would.
+# Copies of a model in other formats, which nothing here reads.
 NOT_FETCHED = ("*consolidated*", "original/*", "onnx/*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx*")
 
 
@@ -57,7 +57,7 @@ class OpenedModel:
     config: Any
 
     def store(self) -> TensorStore:
-        """Open its weights under the checkpoint's own names, in the precision the recipe asks for.
+        """Open the weights under the checkpoint's names, in the precision that the recipe asks for.
 
         Raises:
             CheckpointError: the weights cannot be read.
@@ -68,38 +68,43 @@ class OpenedModel:
         )
 
     def notes(self) -> list[str]:
-        """Return what people should know of where the weights are read from."""
+        """Return notes on where the weights are read from, for the user."""
         links = outside_links(open_directory(self.directory), self.directory)
         if not links:
             return []
-        # Without the targets: notes are part of the report, and of the export.
+        # The links' targets are left out: notes are published with the export.
         return [f"weights are links to files outside the model's directory: {enumerate_names(links)}"]
 
 
 def open_config(source: ModelSource) -> Any:
-    """Return the model's config alone; from a hub id nothing else is fetched.
+    """Return the model's config; nothing else is fetched from the hub.
+
+    A LLaVA checkpoint in its authors' format is described as it will be once it is converted: a plan needs no
+    more, see `import_note`.
 
     Raises:
-        ArchitectureError: it cannot be read, or the model is none that can be compressed.
+        ArchitectureError: it cannot be read, or the model cannot be compressed.
     """
     import_transformers()
-    refuse_unsuitable(source, source.path)
+    expected = refuse_unsuitable(source, source.path, is_for_plan=True)
+    if expected is not None:
+        return expected
     return load_config(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
 
 def open_model(source: ModelSource) -> OpenedModel:
-    """Return the model with its files at hand, fetched from the hub if `path` is not a directory.
+    """Return the model with its files on this machine, fetched from the hub if `path` is not a directory.
 
     Raises:
-        ArchitectureError: no such directory or hub model, it cannot be fetched, or is none that can be
-            compressed; what can be told of a hub model before its weights are fetched is told before.
+        ArchitectureError: there is no such directory or hub model, it cannot be fetched, or it cannot be
+            compressed; a hub model is refused before its weights are fetched, if its small files allow that.
     """
     import_transformers()
     directory = Path(source.path)
     refuse_unsuitable(source, source.path)
     if not directory.is_dir():
         directory = fetch(source.path, revision=source.revision, named_by="model.path")
-        refuse_unsuitable(source, str(directory))  # the hub cannot always be asked before
+        refuse_unsuitable(source, str(directory))  # if the hub could not list the files before
     config = load_config(str(directory), revision=source.revision, trust_remote_code=source.trust_remote_code)
     return OpenedModel(source, directory, config)
 
@@ -111,9 +116,9 @@ def fetch(
 
     Args:
         name: Hub id.
-        revision: Branch, tag or commit; None: the newest.
+        revision: Branch, tag or commit; None: the default branch.
         files: Patterns of file names.
-        named_by: What the user or a file called the model by, for messages.
+        named_by: The option or field that names the model, for messages.
 
     Raises:
         ArchitectureError: there is no such model, or it cannot be fetched.
@@ -157,10 +162,10 @@ def find_device(name: str | None) -> torch.device | None:
 
 
 def parse_device(name: str) -> torch.device:
-    """Return the device that `--device` names, whether it is here or not.
+    """Return the device that `--device` names, whether this machine has it or not.
 
     Raises:
-        ValueError: that is no device.
+        ValueError: the name is not a device.
     """
     try:
         return torch.device(name)
@@ -169,9 +174,9 @@ def parse_device(name: str) -> torch.device:
 
 
 def compute_dtype(config: Any, device: torch.device) -> torch.dtype:
-    """Return the precision to run layers in: the model's own on a GPU, float32 on a CPU."""
-    own = own_dtype(config)
-    return own if device.type == "cuda" and own is not None else torch.float32
+    """Return the dtype to run layers in: the model's own on a GPU, float32 on a CPU."""
+    model_dtype = own_dtype(config)
+    return model_dtype if device.type == "cuda" and model_dtype is not None else torch.float32
 
 
 def stream(
@@ -187,9 +192,9 @@ def stream(
     Args:
         opened: The model.
         device: Where layers run.
-        store: Weights that replace its own.
-        token_weight: How tokens count in statistics of inputs.
-        described: What has been found in it, or in the model that it was compressed from.
+        store: Weights to use instead of the model's own.
+        token_weight: How tokens are weighted in input statistics.
+        described: The architecture, if the model or the original it was compressed from has been analysed.
     """
     return LayerwiseModel(
         opened.config,

@@ -1,4 +1,4 @@
-"""What vLLM and this package are both given, to see whether they compute the same."""
+"""The prompts that both vLLM and this package compute, to compare their log-probabilities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NUM_DECODED = 16  # tokens that vLLM generates behind each prompt
 NUM_PICTURE_PROMPTS = 8
-_MAX_WINDOWS, _MAX_TOKENS = 4, 512  # of each text: enough to see a wrong kernel, few enough to be quick
+_MAX_WINDOWS, _MAX_TOKENS = 4, 512  # of each text: enough to detect a wrong kernel, and quick
 
 Subject = Literal["texts", "pictures"]
 
@@ -26,9 +26,9 @@ class ParityPrompt:
     """One prompt.
 
     Attributes:
-        subject: What it is about.
-        sample: As this package reads it.
-        served: As vLLM is given it.
+        subject: Whether it is about texts or pictures.
+        sample: The prompt as this package reads it.
+        served: The prompt as vLLM receives it.
     """
 
     subject: Subject
@@ -37,7 +37,7 @@ class ParityPrompt:
 
 
 def longest_prompt(config: Any) -> int | None:
-    """Return how many tokens a prompt may have so that what is generated fits behind it; None: any number."""
+    """Return the largest number of prompt tokens that leaves room for the generated ones; None: no limit."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return max(2, positions - NUM_DECODED) if isinstance(positions, int) else None
 
@@ -45,19 +45,19 @@ def longest_prompt(config: Any) -> int | None:
 def make_prompts(
     texts: Mapping[str, torch.Tensor], pictures: Sequence[PicturePrompt], config: Any
 ) -> list[ParityPrompt]:
-    """Return the beginnings of every text, and the questions about pictures.
+    """Return the first windows of every text, and the questions about pictures, as prompts.
 
     Args:
         texts: Name -> token ids [windows, tokens].
-        pictures: Questions.
-        config: The model's, which says how long they may be.
+        pictures: Questions about pictures.
+        config: The model's config, which limits their length.
     """
-    most = min(_MAX_TOKENS, longest_prompt(config) or _MAX_TOKENS)
-    windows = [row for text in texts.values() for row in text[:_MAX_WINDOWS, :most]]
+    max_tokens = min(_MAX_TOKENS, longest_prompt(config) or _MAX_TOKENS)
+    windows = [row for text in texts.values() for row in text[:_MAX_WINDOWS, :max_tokens]]
     return [
         *(ParityPrompt("texts", Sample(window), ServedPrompt(window.tolist())) for window in windows),
         *(
-            ParityPrompt("pictures", each.sample, ServedPrompt(each.tokens, each.pictures))
-            for each in pictures
+            ParityPrompt("pictures", question.sample, ServedPrompt(question.tokens, question.pictures))
+            for question in pictures
         ),
     ]

@@ -1,4 +1,4 @@
-"""Read the pictures and conversations a recipe names: to calibrate on, and to ask questions about."""
+"""Read the pictures and conversations that a recipe names, for calibration and for questions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ercsvd_deploy.recipe.sections import (
     VisualQuestions,
 )
 
-_SPARE_RECORDS = 4  # hub records read for each one wanted: some have no picture, or a damaged one
+_SPARE_RECORDS = 4  # hub records read per record needed: some have no picture, or a damaged one
 
 
 def read_pictures(dataset: PictureDataset, max_records: int | None = None) -> Conversations:
@@ -61,15 +61,15 @@ def read_pictures(dataset: PictureDataset, max_records: int | None = None) -> Co
 def draw_pictures(
     vision: Vision, calibration: Calibration, num_samples: int, processor: Any, config: Any
 ) -> tuple[PictureSamples, list[str]]:
-    """Return the picture part of the calibration samples, and what was left out.
+    """Return the calibration samples with pictures, and notes on records left out.
 
     Raises:
-        CalibrationError: there are too few conversations, or none can be used; the message says why.
+        CalibrationError: there are too few conversations, or no usable one; the message says why.
     """
     assert vision.calibration is not None, "nothing is drawn where the recipe names no pictures"
     try:
         conversations = read_pictures(vision.calibration, _SPARE_RECORDS * num_samples)
-        drawn = calibration_samples(
+        picture_samples = calibration_samples(
             conversations,
             processor,
             num_samples=num_samples,
@@ -81,27 +81,28 @@ def draw_pictures(
         )
     except CalibrationError as error:
         raise CalibrationError(f"vision.calibration: {error}") from error
-    notes = _left_out("vision.calibration", conversations, drawn)
-    if len(drawn.samples) < num_samples:
+    notes = _left_out("vision.calibration", conversations, picture_samples)
+    if len(picture_samples.samples) < num_samples:
         notes.append(
-            f"vision.calibration: {num_samples} samples were asked for, only {len(drawn.samples)} can be used"
+            f"vision.calibration: {num_samples} samples were asked for, only "
+            f"{len(picture_samples.samples)} can be used"
         )
-    return drawn, notes
+    return picture_samples, notes
 
 
 def ask_questions(
-    asked: Mapping[str, VisualQuestions],
+    sections: Mapping[str, VisualQuestions],
     processor: Any,
     config: Any,
     field: str = "evaluation.visual_questions",
 ) -> tuple[dict[str, PictureQuestions], list[str]]:
-    """Return the questions of every set, and what was left out.
+    """Return set name -> questions, and notes on records left out.
 
     Raises:
         CalibrationError: a set has no question that can be used; the message names it.
     """
     questions, notes = {}, []
-    for name, section in asked.items():
+    for name, section in sections.items():
         where = f"{field}.{name}"
         most = section.max_questions
         try:
@@ -120,8 +121,8 @@ def ask_questions(
     return questions, notes
 
 
-def shown_to_vllm(recipe: Recipe) -> list[PictureDataset]:
-    """Return the datasets with whose pictures vLLM is tried: those of questions, else calibration's."""
+def parity_datasets(recipe: Recipe) -> list[PictureDataset]:
+    """Return the datasets whose pictures serving parity uses: those of questions, else the calibration's."""
     if recipe.evaluation.visual_questions:
         return [section.dataset for section in recipe.evaluation.visual_questions.values()]
     calibration = recipe.vision.calibration if recipe.vision is not None else None
@@ -136,18 +137,18 @@ def draw_prompts(
     num_prompts: int,
     max_tokens: int | None,
 ) -> list[PicturePrompt]:
-    """Return questions about pictures, in equal shares from every dataset, `num_prompts` or a few more.
+    """Return at least `num_prompts` questions about pictures, in equal shares from every dataset.
 
     Raises:
         CalibrationError: a dataset cannot be read.
     """
-    each = -(-num_prompts // len(datasets))
+    num_each = -(-num_prompts // len(datasets))
     prompts = []
     for dataset in datasets:
         prompts += picture_prompts(
-            read_pictures(dataset, _SPARE_RECORDS * each),
+            read_pictures(dataset, _SPARE_RECORDS * num_each),
             processor,
-            num_prompts=each,
+            num_prompts=num_each,
             image_token_id=image_token_id(config),
             vocab_size=config.get_text_config().vocab_size,
             max_tokens=max_tokens,
@@ -155,9 +156,9 @@ def draw_prompts(
     return prompts
 
 
-def _left_out(field: str, conversations: Conversations, used: LeftOut) -> list[str]:
-    """Return what of a dataset could not be used, for the report."""
-    notes = used.warnings(field)
+def _left_out(field: str, conversations: Conversations, samples: LeftOut) -> list[str]:
+    """Return notes on the records of a dataset that could not be used, for the report."""
+    notes = samples.warnings(field)
     if conversations.without_image:
         notes.append(f"{field}: {conversations.without_image} records without an image were left out")
     return notes

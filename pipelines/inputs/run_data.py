@@ -14,7 +14,12 @@ from ercsvd_deploy.data.samples import QuestionSample, Sample, text_samples
 from ercsvd_deploy.data.texts import load_tokenizer
 from ercsvd_deploy.models.vision import reads_images
 from ercsvd_deploy.pipelines.inputs.parity_prompts import NUM_PICTURE_PROMPTS, longest_prompt
-from ercsvd_deploy.pipelines.inputs.pictures import ask_questions, draw_pictures, draw_prompts, shown_to_vllm
+from ercsvd_deploy.pipelines.inputs.pictures import (
+    ask_questions,
+    draw_pictures,
+    draw_prompts,
+    parity_datasets,
+)
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows, evaluation_windows
 
 if TYPE_CHECKING:
@@ -24,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunData:
-    """What is read once, before any weight.
+    """The data of a run, read once before any weight.
 
     Attributes:
-        samples: For calibration, in a seeded order, text and pictures mixed; None where nothing calibrates.
+        samples: Calibration samples in a seeded order, text and pictures mixed; None without calibration.
         texts: Held-out text -> token ids [windows, tokens].
         questions: Name -> questions about held-out pictures.
-        picture_prompts: What vLLM is asked about pictures, where serving parity is a gate.
-        warnings: What was left out, by name.
+        picture_prompts: Prompts about pictures for serving parity; empty without that gate.
+        warnings: Notes on data that was left out.
     """
 
     samples: Sequence[Sample] | None
@@ -52,18 +57,18 @@ def load_run_data(recipe: Recipe, opened: OpenedModel) -> RunData:
     tokenizer = load_tokenizer(directory, trust_remote_code=trusted)
     processor = None
     measures_parity = recipe.gates is not None and recipe.gates.serving_parity is not None
-    for_parity = shown_to_vllm(recipe) if measures_parity else []
-    if recipe.picture_share or recipe.evaluation.visual_questions or for_parity:
+    picture_datasets = parity_datasets(recipe) if measures_parity else []
+    if recipe.picture_share or recipe.evaluation.visual_questions or picture_datasets:
         assert reads_images(opened.config), "refused when the recipe was checked against the config"
         processor = load_processor(directory, trust_remote_code=trusted)
         check_processor(processor, opened.config)
     texts, text_notes = evaluation_windows(recipe, tokenizer, vocab_size)
-    asked, notes = ask_questions(recipe.evaluation.visual_questions, processor, opened.config)
+    question_sets, notes = ask_questions(recipe.evaluation.visual_questions, processor, opened.config)
     notes += text_notes
     prompts: list[PicturePrompt] = []
-    if for_parity:
+    if picture_datasets:
         prompts = draw_prompts(
-            for_parity,
+            picture_datasets,
             processor,
             opened.config,
             num_prompts=NUM_PICTURE_PROMPTS,
@@ -84,16 +89,16 @@ def load_run_data(recipe: Recipe, opened: OpenedModel) -> RunData:
             notes += window_notes
             samples += text_samples(windows)
         if num_pictures and recipe.vision is not None:
-            drawn, left_out = draw_pictures(
+            picture_samples, left_out = draw_pictures(
                 recipe.vision, recipe.calibration, num_pictures, processor, opened.config
             )
-            samples = _mixed([*samples, *drawn.samples], recipe.calibration.seed)
+            samples = _mixed([*samples, *picture_samples.samples], recipe.calibration.seed)
             notes += left_out
-    questions = {name: found.questions for name, found in asked.items()}
+    questions = {name: question_set.questions for name, question_set in question_sets.items()}
     return RunData(samples, texts, questions, tuple(prompts), tuple(notes))
 
 
 def _mixed(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """Return the samples in a seeded order: the first few, which a search uses, are then of every kind."""
+    """Return the samples in a seeded order: the first ones, which a search uses, are then of every kind."""
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
     return [samples[index] for index in order.tolist()]

@@ -1,4 +1,4 @@
-"""Read the texts a recipe names and turn them into windows of token ids."""
+"""Read the texts that a recipe names and cut them into windows of token ids."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from ercsvd_deploy.recipe.sections import (
 
 @dataclass(frozen=True)
 class Windows:
-    """What a dataset gives.
+    """The windows of a dataset.
 
     Attributes:
         tokens: Token ids [windows, tokens].
-        are_conversations: Whether each begins with a conversation.
-        notes: What was left out.
+        are_conversations: Whether each window begins at the start of a conversation.
+        notes: Notes on rows that were left out.
     """
 
     tokens: torch.Tensor
@@ -59,11 +59,11 @@ def read_windows(
 
     Args:
         dataset: The recipe's section.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         sequence_length: Tokens of a window.
-        vocab_size: The model's.
-        max_characters: How much of the dataset is enough; None: all of it.
-        each_begins: Begin every window of plain text as the tokenizer begins a text.
+        vocab_size: The model's number of token ids.
+        max_characters: Characters to read at most; None: all.
+        each_begins: Whether every window of plain text starts with the tokenizer's initial tokens.
 
     Raises:
         CalibrationError: it cannot be read or is too short; the message names the place.
@@ -89,7 +89,7 @@ def read_windows(
 
 
 def _rows(dataset: TextDataset) -> tuple[str, Iterator[Row]]:
-    """Return what to call the dataset, and its rows."""
+    """Return the dataset's name for messages, and its rows."""
     if isinstance(dataset, JsonLines):
         return str(dataset.jsonl), jsonl_rows(dataset.jsonl)
     if isinstance(dataset, ParquetFile):
@@ -103,10 +103,10 @@ def _rows(dataset: TextDataset) -> tuple[str, Iterator[Row]]:
 
 
 def check_length(sequence_length: int, config: Any, field: str) -> None:
-    """Refuse windows longer than the model has positions for.
+    """Refuse windows that are longer than the model's number of positions.
 
     Raises:
-        CalibrationError: beyond `max_position_embeddings` a model's output means nothing.
+        CalibrationError: the length exceeds `max_position_embeddings`.
     """
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(most, int) and sequence_length > most:
@@ -116,13 +116,13 @@ def check_length(sequence_length: int, config: Any, field: str) -> None:
 def calibration_windows(
     calibration: Calibration, tokenizer: Tokenizer, vocab_size: int, num_samples: int | None = None
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Return calibration sequences of text, drawn by a seed, and what people should know of them.
+    """Return calibration sequences of text, drawn with the recipe's seed, and notes on them.
 
     Args:
         calibration: The recipe's section, which names at least one dataset.
-        tokenizer: The model's.
-        vocab_size: The model's.
-        num_samples: How many sequences; default as many as the section asks for.
+        tokenizer: The model's tokenizer.
+        vocab_size: The model's number of token ids.
+        num_samples: Number of sequences; None: as many as the section asks for.
 
     Returns:
         Token ids [num_samples, sequence_length], and notes.
@@ -133,8 +133,8 @@ def calibration_windows(
     sources = calibration.sources
     assert sources, "the schema asks for a dataset where text is to be drawn"
     total = calibration.num_samples if num_samples is None else num_samples
-    counts = shared_out(total, [1.0 if each.share is None else each.share for each in sources])
-    drawn, notes, has_conversations = [], [], False
+    counts = apportion(total, [1.0 if source.share is None else source.share for source in sources])
+    sampled, notes, has_conversations = [], [], False
     for number, (dataset, count) in enumerate(zip(sources, counts, strict=True)):
         field = "calibration.dataset" if calibration.dataset else f"calibration.datasets.{number}"
         if not count:
@@ -148,7 +148,7 @@ def calibration_windows(
                 max_characters=character_limit(count * calibration.sequence_length),
                 each_begins=True,
             )
-            drawn.append(sample_windows(windows.tokens, count, calibration.seed))
+            sampled.append(sample_windows(windows.tokens, count, calibration.seed))
         except CalibrationError as error:
             raise CalibrationError(f"{field}: {error}") from error
         notes += [f"{field}: {note}" for note in windows.notes]
@@ -158,20 +158,20 @@ def calibration_windows(
             "the model has a chat template, but calibration reads plain text only: rows of `messages` would "
             "be rendered by the template, as the model meets them in use"
         )
-    if len(drawn) == 1:
-        return drawn[0], tuple(notes)
-    # Evenly mixed: the first ones, which a search uses, and the last, which are held out, are of every kind.
-    places = [(number + 0.5) / len(part) for part in drawn for number in range(len(part))]
+    if len(sampled) == 1:
+        return sampled[0], tuple(notes)
+    # Evenly mixed, so that the first ones (for a search) and the last (held out) come from every dataset.
+    places = [(number + 0.5) / len(part) for part in sampled for number in range(len(part))]
     order = sorted(range(len(places)), key=lambda index: places[index])
-    return torch.cat(drawn)[order], tuple(notes)
+    return torch.cat(sampled)[order], tuple(notes)
 
 
-def shared_out(total: int, shares: list[float]) -> list[int]:
-    """Return whole numbers that add up to `total`, as near to the shares as can be."""
+def apportion(total: int, shares: list[float]) -> list[int]:
+    """Return whole numbers that add up to `total`, as close to the shares as possible."""
     exact = [total * share / sum(shares) for share in shares]
-    counts = [int(each) for each in exact]
-    by_rest = sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])
-    for index in by_rest[: total - sum(counts)]:
+    counts = [int(exact_count) for exact_count in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: total - sum(counts)]:
         counts[index] += 1
     return counts
 
@@ -179,10 +179,10 @@ def shared_out(total: int, shares: list[float]) -> list[int]:
 def evaluation_windows(
     recipe: Recipe, tokenizer: Tokenizer, vocab_size: int
 ) -> tuple[Mapping[str, torch.Tensor], tuple[str, ...]]:
-    """Return text name -> windows [n, tokens] of every held-out text, the package's own if gates want it.
+    """Return text name -> windows [n, tokens] of every held-out text, the built-in one if a gate needs it.
 
     Returns:
-        The windows, and notes of what was left out.
+        The windows, and notes on rows that were left out.
 
     Raises:
         CalibrationError: a text cannot be read or is too short; the message names it.
@@ -199,9 +199,9 @@ def evaluation_windows(
                     :most
                 ]
                 continue
-            read = read_windows(dataset, tokenizer, length, vocab_size, max_characters=limit)
+            windows_of_text = read_windows(dataset, tokenizer, length, vocab_size, max_characters=limit)
         except CalibrationError as error:
             raise CalibrationError(f"evaluation.perplexity.{name}: {error}") from error
-        windows[name] = read.tokens[:most]
-        notes += [f"evaluation.perplexity.{name}: {note}" for note in read.notes]
+        windows[name] = windows_of_text.tokens[:most]
+        notes += [f"evaluation.perplexity.{name}: {note}" for note in windows_of_text.notes]
     return windows, tuple(notes)

@@ -23,32 +23,35 @@ _QUESTIONS = "questions"
 
 
 def quality_estimates(quality: Quality, tasks: TaskMetrics) -> QualityEstimates:
-    """Return what a model is worth, with intervals."""
+    """Return a model's perplexities, exact matches and task metrics, each with its 95 % interval."""
     return QualityEstimates(
-        {text: perplexity_of(found.window_losses) for text, found in quality.perplexity.items()},
-        {name: share_of(found.is_exact, _QUESTIONS) for name, found in quality.exact_match.items()},
-        {task: {name: metric.estimate for name, metric in found.items()} for task, found in tasks.items()},
+        {text: perplexity_of(measured.window_losses) for text, measured in quality.perplexity.items()},
+        {name: share_of(measured.is_exact, _QUESTIONS) for name, measured in quality.exact_match.items()},
+        {
+            task: {name: metric.estimate for name, metric in metrics.items()}
+            for task, metrics in tasks.items()
+        },
     )
 
 
 def differences(comparison: Comparison, before: TaskMetrics, after: TaskMetrics) -> Differences:
-    """Return what the compression cost, from the values of both models on the same items.
+    """Return the paired differences in quality between both models on the same items.
 
     Args:
-        comparison: What was judged on texts and questions.
+        comparison: Both models' results on texts and questions.
         before: The original's tasks.
         after: The compressed model's tasks.
     """
     old, new = comparison.original, comparison.compressed
     return Differences(
         {
-            text: perplexity_increase(found.window_losses, new.perplexity[text].window_losses)
-            for text, found in old.perplexity.items()
+            text: perplexity_increase(original.window_losses, new.perplexity[text].window_losses)
+            for text, original in old.perplexity.items()
         },
         {text: mean_of(values, "windows") for text, values in comparison.window_kl.items()},
         {
-            name: share_drop(found.is_exact, new.exact_match[name].is_exact, _QUESTIONS)
-            for name, found in old.exact_match.items()
+            name: share_drop(original.is_exact, new.exact_match[name].is_exact, _QUESTIONS)
+            for name, original in old.exact_match.items()
         },
         {
             task: {name: drop_of(metrics[name], after[task][name]) for name in metrics if name in after[task]}

@@ -14,6 +14,7 @@ from ercsvd_deploy.data.pictures import load_processor
 from ercsvd_deploy.data.rows import read_text
 from ercsvd_deploy.data.texts import CalibrationError, load_tokenizer, token_windows
 from ercsvd_deploy.evaluation.quality import Quality, measure_quality
+from ercsvd_deploy.models.tasks import task_of
 from ercsvd_deploy.models.vision import reads_images
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.inputs.pictures import ask_questions
@@ -58,7 +59,7 @@ def evaluate_model(
         tasks: Names of lm-eval tasks.
         limit: lm-eval documents per task.
         device: Where layers run; default the GPU if there is one.
-        progress: Told about long work.
+        progress: Receives the steps of long work.
 
     Raises:
         EvaluationError: nothing to evaluate, lm-eval is not installed, or a task is unknown.
@@ -71,13 +72,18 @@ def evaluate_model(
         )
     device = device or default_device()
     opened = open_model(ModelSource(path=model))
+    if task_of(opened.config) != "generate":
+        raise EvaluationError(
+            f"{model} embeds or scores texts and predicts no tokens, so it has no perplexity and no tasks: "
+            "a run's gates.final_layer_error compares it with its original"
+        )
     quality, notes = Quality(), list[str]()
     if texts or questions:
         windows = _read_windows(texts, opened, sequence_length, max_sequences)
-        asked, notes = _read_questions(questions, opened, max_sequences)
+        question_sets, notes = _read_questions(questions, opened, max_sequences)
         streamed = stream(opened, device)
         with progress("quality", streamed.num_layers) as on_layer:
-            quality = measure_quality(streamed, windows, asked, on_layer)
+            quality = measure_quality(streamed, windows, question_sets, on_layer)
     settings = TaskSettings(tasks, limit=limit)
     if tasks:
         check_tasks(settings)
@@ -85,9 +91,9 @@ def evaluate_model(
     estimates = quality_estimates(quality, results.metrics)
     return {
         "model": model,
-        "perplexity": {name: found.value for name, found in quality.perplexity.items()},
-        "exact_match": {name: found.value for name, found in quality.exact_match.items()},
-        "num_questions": {name: found.num_questions for name, found in quality.exact_match.items()},
+        "perplexity": {name: measured.value for name, measured in quality.perplexity.items()},
+        "exact_match": {name: measured.value for name, measured in quality.exact_match.items()},
+        "num_questions": {name: measured.num_questions for name, measured in quality.exact_match.items()},
         "notes": [*notes, *results.problems],
         "tasks": values_of(results.metrics),
         "estimates": asdict(estimates),
@@ -117,7 +123,7 @@ def _read_windows(
 def _read_questions(
     questions: Sequence[str], opened: OpenedModel, max_questions: int | None
 ) -> tuple[dict[str, Sequence[QuestionSample]], list[str]]:
-    """Return name -> questions about pictures, and what was left out of them."""
+    """Return set name -> questions about pictures, and a note for each kind of record left out."""
     if not questions:
         return {}, []
     if not reads_images(opened.config):
@@ -131,17 +137,17 @@ def _read_questions(
     }
     processor = load_processor(str(opened.directory))
     check_processor(processor, opened.config)
-    found, notes = ask_questions(sections, processor, opened.config, field="--questions")
-    return {name: asked.questions for name, asked in found.items()}, notes
+    question_sets, notes = ask_questions(sections, processor, opened.config, field="--questions")
+    return {name: question_set.questions for name, question_set in question_sets.items()}, notes
 
 
 def _named(arguments: Sequence[str], option: str) -> dict[str, Path]:
     """Return name -> path of arguments `FILE` or `NAME=FILE`."""
     paths: dict[str, Path] = {}
     for argument in arguments:
-        before, separator, after = argument.partition("=")
-        path = Path(after if separator else before)
-        name = before if separator else path.stem
+        name_or_file, separator, file = argument.partition("=")
+        path = Path(file if separator else name_or_file)
+        name = name_or_file if separator else path.stem
         if name in paths:
             raise EvaluationError(f"{option} {argument}: the name is taken; give each its own: NAME=FILE")
         paths[name] = path

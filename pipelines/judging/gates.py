@@ -1,4 +1,4 @@
-"""Judge what was measured by a recipe's gates: in a run that has just ended, or from its report.
+"""Judge measurements by a recipe's gates: those of a run that has just ended, or of its report.
 
 A gate is passed or missed where the measurement's whole 95 % interval lies on one side of the limit, and
 undecided where the limit is within it. Whether a run counts as failed follows from the measured value in
@@ -39,7 +39,7 @@ class GateResult:
     ]
     limit: Annotated[float, Field(description="The largest value allowed.")]
     value: Annotated[
-        float | None, Field(description="What was measured; null if nothing was, or nothing finite.")
+        float | None, Field(description="The measured value; null if nothing finite was measured.")
     ]
     passed: Annotated[
         bool, Field(description="Whether the value is within the limit; the exit code follows this.")
@@ -53,14 +53,16 @@ class GateResult:
     ] = None
     high: Annotated[float | None, Field(description="Upper end.")] = None
     count: Annotated[
-        Count | None, Field(description="Items it was measured on; null where none are counted.")
+        Count | None, Field(description="Number of items it was measured on; null if there are no items.")
     ] = None
     unit: Annotated[
         str | None, Field(description="What the items are: `windows`, `questions` or `documents`.")
     ] = None
     deciding_count: Annotated[
         Count | None,
-        Field(description="About how many items would decide an undecided gate, were the value to stay."),
+        Field(
+            description="About how many items would decide an undecided gate, if its value stays the same."
+        ),
     ] = None
 
     verdict: Annotated[
@@ -69,7 +71,7 @@ class GateResult:
     ] = None  # type: ignore[assignment] # what follows from the others is filled in, for older reports too
 
     def __post_init__(self) -> None:
-        """Say what follows from value, interval and limit."""
+        """Derive the verdict from value, interval and limit, where a report does not have it."""
         if self.verdict is None:
             object.__setattr__(self, "verdict", self._verdict())  # type: ignore[unreachable]
 
@@ -89,40 +91,42 @@ class GateResult:
             why = f" ({self.reason})" if self.reason else ", or not finite"
             return f"{self.name}: not measured{why}; the limit is {self.limit:g}"
         sign = "<=" if self.passed else ">"
-        said = f"{self.name}: {self.value:.4g} {sign} {self.limit:.4g}"
+        explanation = f"{self.name}: {self.value:.4g} {sign} {self.limit:.4g}"
         if self.low is not None and self.high is not None:
-            said += f" ({LEVEL:.0%} interval {self.low:.4g} to {self.high:.4g} over {self.count} {self.unit})"
-        return said if self.verdict != "undecided" else f"{said}, undecided{self.remedy}"
+            explanation += (
+                f" ({LEVEL:.0%} interval {self.low:.4g} to {self.high:.4g} over {self.count} {self.unit})"
+            )
+        return explanation if self.verdict != "undecided" else f"{explanation}, undecided{self.remedy}"
 
     @property
     def remedy(self) -> str:
-        """What would decide an undecided gate, to be put behind that word."""
+        """The number of items that would decide an undecided gate, as a continuation of its verdict."""
         if self.deciding_count is None:
             return ""
         return f"; about {self.deciding_count:,} {self.unit} would decide"
 
 
 class Measurements(Protocol):
-    """What gates read: a report, or what a point of a sweep has of one."""
+    """The measurements that gates read, from a report or from a point of a sweep."""
 
     @property
     def original(self) -> ModelFigures:
-        """The model before."""
+        """The original model."""
         ...
 
     @property
     def compressed(self) -> ModelFigures:
-        """The model now."""
+        """The compressed model."""
         ...
 
     @property
     def change(self) -> OutputChange:
-        """How far the outputs moved."""
+        """The distance between both models' outputs."""
         ...
 
     @property
     def differences(self) -> Differences:
-        """The same as paired differences, with intervals."""
+        """The paired differences in quality, with intervals."""
         ...
 
     @property
@@ -132,7 +136,7 @@ class Measurements(Protocol):
 
 
 def judge_gates(gates: Gates, measured: Measurements) -> list[GateResult]:
-    """Compare what was measured with every limit; a missing measurement fails."""
+    """Compare the measurements with every limit; a missing measurement fails."""
     original, compressed, paired = measured.original, measured.compressed, measured.differences
     results = []
 
@@ -163,13 +167,13 @@ def judge_gates(gates: Gates, measured: Measurements) -> list[GateResult]:
         "logprob_kl",
         gates.logprob_kl,
         compressed.perplexity,
-        lambda text: paired.logprob_kl.get(text) or _alone(measured.change.logprob_kl.get(text)),
+        lambda text: paired.logprob_kl.get(text) or _without_interval(measured.change.logprob_kl.get(text)),
     )
     judge(
         "final_layer_error",
         gates.final_layer_error,
-        compressed.perplexity,
-        lambda text: _alone(measured.change.final_layer_error.get(text)),
+        measured.change.final_layer_error,
+        lambda text: _without_interval(measured.change.final_layer_error.get(text)),
     )
     judge(
         "exact_match_drop",
@@ -182,63 +186,69 @@ def judge_gates(gates: Gates, measured: Measurements) -> list[GateResult]:
     )
     judge("task_drop", gates.task_drop, compressed.tasks, lambda name: _task_drop(measured, name))
     if gates.max_size is not None:
-        results.append(_result("max_size", None, parse_size(gates.max_size), _alone(compressed.num_bytes)))
+        results.append(
+            _result("max_size", None, parse_size(gates.max_size), _without_interval(compressed.num_bytes))
+        )
     if gates.max_size_ratio is not None:
         ratio = compressed.num_bytes / original.num_bytes if original.num_bytes else None
-        results.append(_result("max_size_ratio", None, gates.max_size_ratio, _alone(ratio)))
+        results.append(_result("max_size_ratio", None, gates.max_size_ratio, _without_interval(ratio)))
     if gates.serving_parity is not None:
         value = None if measured.serving is None else measured.serving.mean_difference
-        result = _result("serving_parity", None, gates.serving_parity.mean_difference, _alone(value))
-        known = measured.serving if result.value is None else None
-        results.append(result if known is None else replace(result, reason=_why_not_served(known)))
+        result = _result(
+            "serving_parity", None, gates.serving_parity.mean_difference, _without_interval(value)
+        )
+        failed_serving = measured.serving if result.value is None else None
+        results.append(
+            result if failed_serving is None else replace(result, reason=_why_not_served(failed_serving))
+        )
     return results
 
 
-def _result(gate: str, subject: str | None, limit: float, found: Estimate | None) -> GateResult:
-    if found is None or not math.isfinite(found.value):
+def _result(gate: str, subject: str | None, limit: float, estimate: Estimate | None) -> GateResult:
+    if estimate is None or not math.isfinite(estimate.value):
         return GateResult(gate, subject, limit, None, passed=False)
     return GateResult(
         gate,
         subject,
         limit,
-        found.value,
-        passed=found.value <= limit,
-        low=found.low if found.has_interval else None,
-        high=found.high if found.has_interval else None,
-        count=found.count or None,
-        unit=found.unit or None,
-        deciding_count=deciding_count(found, limit),
+        estimate.value,
+        passed=estimate.value <= limit,
+        low=estimate.low if estimate.has_interval else None,
+        high=estimate.high if estimate.has_interval else None,
+        count=estimate.count or None,
+        unit=estimate.unit or None,
+        deciding_count=deciding_count(estimate, limit),
     )
 
 
 def _why_not_served(serving: ServingParity) -> str | None:
-    """Return on one line why serving parity was not measured; None if that is not known."""
+    """Return one line that says why serving parity was not measured; None if unknown."""
     if serving.failures:
-        first = serving.failures[0]
-        where = f"vLLM failed at tensor-parallel size {first.tensor_parallel_size}"
-        return f"{where}: {one_line(first.process, first.exception)}"
+        failure = serving.failures[0]
+        where = f"vLLM failed at tensor-parallel size {failure.tensor_parallel_size}"
+        return f"{where}: {one_line(failure.process, failure.exception)}"
     reasons = serving.not_measured
     return "; ".join(f"tensor-parallel size {size}: {reason}" for size, reason in reasons.items()) or None
 
 
-def _alone(value: float | None) -> Estimate | None:
-    """Return a value without an interval: it is exact, or of a report that has none."""
+def _without_interval(value: float | None) -> Estimate | None:
+    """Return a value as an estimate without an interval: it is exact, or its report has no interval."""
     return None if value is None else Estimate(value, math.nan, math.nan, 0, "")
 
 
 def _increase(before: float | None, after: float | None) -> Estimate | None:
-    return _alone(after / before - 1 if before and after is not None else None)
+    return _without_interval(after / before - 1 if before and after is not None else None)
 
 
 def _drop(before: float | None, after: float | None) -> Estimate | None:
-    return _alone(before - after if before is not None and after is not None else None)
+    return _without_interval(before - after if before is not None and after is not None else None)
 
 
 def _task_drop(measured: Measurements, name: str) -> Estimate | None:
-    """Return what a task has lost; `TASK/METRIC` names the metric."""
-    task, _, wanted = name.partition("/")
+    """Return a task's loss on the metric that `TASK/METRIC` names, or on the first judged metric."""
+    task, _, metric_name = name.partition("/")
     before, after = measured.original.tasks.get(task, {}), measured.compressed.tasks.get(task, {})
-    metric = find_metric(after, wanted)
+    metric = find_metric(after, metric_name)
     if metric is None:
         return None
     paired = measured.differences.task_drop.get(task, {}).get(metric)

@@ -1,4 +1,4 @@
-"""Verdicts as JUnit XML, which CI systems show."""
+"""Gate verdicts as JUnit XML, which CI systems display."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of one model: its size and its quality."""
+"""The result dataclasses for one model's size and quality, and for the differences between two models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ModelFigures:
     """Size and quality of one model."""
 
     num_bytes: Annotated[Count, Field(description="Bytes of all tensors, tied ones once.")]
-    bytes_by_part: Annotated[Mapping[str, Count], Field(description="The same, by what they belong to.")]
+    bytes_by_part: Annotated[Mapping[str, Count], Field(description="Part of the model -> its bytes.")]
     linear_bits_per_weight: Annotated[
         Finite,
         Field(description="Stored bits of the decoder's Linears, scales included, for each original weight."),
@@ -64,13 +64,14 @@ class ModelFigures:
         ),
     ] = field(default_factory=dict)
     estimates: Annotated[
-        QualityEstimates, Field(description="The three before with their intervals and counts.")
+        QualityEstimates,
+        Field(description="Perplexity, exact match and tasks with their intervals and counts."),
     ] = field(default_factory=QualityEstimates)
 
 
 @dataclass(frozen=True)
 class Differences:
-    """What the compression cost, from both models' values on the same items, with 95 % intervals."""
+    """Differences in quality, from both models' values on the same items, with 95 % intervals."""
 
     perplexity_increase: Annotated[
         Estimates,
@@ -90,7 +91,7 @@ class Differences:
     task_drop: Annotated[
         Mapping[str, Estimates],
         Field(
-            description="lm-eval task -> metric -> by how much it got worse; paired over documents, or from "
+            description="lm-eval task -> metric -> its loss; paired over documents, or from "
             "both standard errors where lm-eval averages otherwise."
         ),
     ] = field(default_factory=dict)

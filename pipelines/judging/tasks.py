@@ -1,7 +1,7 @@
-"""lm-eval's tasks: the one place that calls lm-eval, and reads what it returns.
+"""lm-eval's tasks: the only module that calls lm-eval and reads its results.
 
-lm-eval names a metric `acc,none`: the metric, and the filter that its answers went through. Here the filter
-`none` is left out; others stay (`exact_match,strict-match`), in lm-eval's order.
+lm-eval names a metric `acc,none`: the metric and the filter applied to the answers. Here the filter `none` is
+left out; others stay (`exact_match,strict-match`), in lm-eval's order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ercsvd_deploy.pipelines.judging.uncertainty import Estimate, mean_of, share
 _PLAIN_FILTER = "none"
 _STANDARD_ERROR = "_stderr"
 _UNIT = "documents"
-# What `task_drop` judges unless the gate names a metric: the first that a task has.
+# The metrics that `task_drop` judges by default: the first of these that a task has.
 JUDGED_METRICS = ("acc_norm", "acc", "exact_match")
 
 
@@ -60,10 +60,10 @@ class TaskMetric:
 
     Attributes:
         value: As lm-eval aggregates it.
-        standard_error: lm-eval's own; None where it has none.
-        num_documents: How many documents it is over.
+        standard_error: lm-eval's standard error; None if it gives none.
+        num_documents: Number of documents measured.
         is_higher_better: Whether a higher value is better; None where lm-eval does not say.
-        by_document: Document -> its value; empty where the metric is no mean over documents.
+        by_document: Document index -> its value; empty if the metric is not a mean over documents.
     """
 
     value: float
@@ -78,19 +78,19 @@ class TaskMetric:
         return with_standard_error(self.value, self.standard_error, self.num_documents, _UNIT)
 
 
-TaskMetrics = Mapping[str, Mapping[str, TaskMetric]]  # task -> metric -> what was measured
+TaskMetrics = Mapping[str, Mapping[str, TaskMetric]]  # task -> metric name -> metric
 
 
 @dataclass
 class TaskResults:
-    """What one model is worth on tasks; a task that failed has a line in `problems` and no metrics."""
+    """One model's metrics on tasks; a failed task has a line in `problems` and no metrics."""
 
     metrics: dict[str, dict[str, TaskMetric]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
 def check_tasks(settings: TaskSettings) -> None:
-    """Load every task with its documents, which may mean to download them, before hours of other work.
+    """Load every task with its documents, downloading them if needed, before hours of other work.
 
     Raises:
         EvaluationError: lm-eval is not installed, or tasks are unknown or cannot be loaded; all are named.
@@ -103,8 +103,8 @@ def check_tasks(settings: TaskSettings) -> None:
     for task in settings.tasks:
         try:
             loaded = manager.load([task])["tasks"]
-            for each in loaded.values():
-                next(iter(each.eval_docs))
+            for loaded_task in loaded.values():
+                next(iter(loaded_task.eval_docs))
         except Exception as error:  # noqa: BLE001 - tasks are foreign code, and one of many fails alone
             problems.append(f"{task}: {_one_line(error)}")
     if problems:
@@ -114,7 +114,7 @@ def check_tasks(settings: TaskSettings) -> None:
 
 
 def run_tasks(directory: Path, settings: TaskSettings, device: torch.device) -> TaskResults:
-    """Return what lm-eval measures on a model, loaded with transformers; one task's failure is its own.
+    """Return lm-eval's metrics of a model loaded with transformers; a failed task does not stop the others.
 
     Raises:
         EvaluationError: lm-eval is not installed.
@@ -127,7 +127,7 @@ def run_tasks(directory: Path, settings: TaskSettings, device: torch.device) -> 
 
 
 def run_tasks_on(model: Any, settings: TaskSettings) -> TaskResults:
-    """Return what lm-eval measures on a model in one of its wrappers; one task's failure is its own.
+    """Return lm-eval's metrics of a model in one of its wrappers; a failed task does not stop the others.
 
     Raises:
         EvaluationError: lm-eval is not installed.
@@ -155,14 +155,14 @@ def _evaluate(model: Any, task: str, settings: TaskSettings, manager: Any) -> di
         task_manager=manager,
         apply_chat_template=settings.apply_chat_template,
         fewshot_as_multiturn=settings.fewshot_as_multiturn,
-        log_samples=True,  # both models' answers to one document are compared
+        log_samples=True,  # per document, so that both models' answers can be paired
     )
     return answer
 
 
 def read_results(answer: Mapping[str, Any]) -> dict[str, dict[str, TaskMetric]]:
-    """Return task -> metric -> what was measured, from what `lm_eval.simple_evaluate` returns."""
-    read: dict[str, dict[str, TaskMetric]] = {}
+    """Return task -> metric name -> metric, from the result of `lm_eval.simple_evaluate`."""
+    metrics_by_task: dict[str, dict[str, TaskMetric]] = {}
     for task, values in {**answer["results"], **answer.get("groups", {})}.items():
         count = _num_documents(answer, task)
         better = answer.get("higher_is_better", {}).get(task, {})
@@ -181,12 +181,12 @@ def read_results(answer: Mapping[str, Any]) -> dict[str, dict[str, TaskMetric]]:
                 is_higher_better=better.get(name),
                 by_document=by_document if mean is not None and abs(mean - value) < 1e-6 else {},
             )
-        read[task] = metrics
-    return read
+        metrics_by_task[task] = metrics
+    return metrics_by_task
 
 
 def _num_documents(answer: Mapping[str, Any], task: str) -> int:
-    """Return how many documents a task has, or a group's tasks together."""
+    """Return the number of documents of a task, or of all tasks of a group."""
     counts = answer.get("n-samples", {})
     if task in counts:
         return int(counts[task]["effective"])
@@ -194,40 +194,40 @@ def _num_documents(answer: Mapping[str, Any], task: str) -> int:
 
 
 def _by_document(samples: Sequence[Mapping[str, Any]], name: str, filtered: str) -> dict[int, float]:
-    """Return the metric of every document; empty if one has none that is a number."""
-    found = {
+    """Return document -> value of a metric; empty if any document has no number."""
+    values = {
         sample["doc_id"]: sample.get(name)
         for sample in samples
         if sample.get("filter", _PLAIN_FILTER) == filtered
     }
-    numbers = {document: value for document, value in found.items() if isinstance(value, int | float)}
+    numbers = {document: value for document, value in values.items() if isinstance(value, int | float)}
     return (
-        {document: float(value) for document, value in numbers.items()} if len(numbers) == len(found) else {}
+        {document: float(value) for document, value in numbers.items()} if len(numbers) == len(values) else {}
     )
 
 
-def find_metric(metrics: Mapping[str, object], wanted: str = "") -> str | None:
-    """Return the full name of a task's metric; None if it has none such.
+def find_metric(metrics: Mapping[str, object], name: str = "") -> str | None:
+    """Return the full name of a task's metric; None if the task does not have it.
 
     Args:
-        metrics: The task's.
-        wanted: With or without a filter; empty: the first of `JUDGED_METRICS` that there is. Without a filter
-            lm-eval's first filter counts.
+        metrics: The task's metrics by full name.
+        name: Metric name with or without a filter; without one, lm-eval's first filter counts. Empty: the
+            first of `JUDGED_METRICS` that the task has.
     """
-    for name in [wanted] if wanted else JUDGED_METRICS:
-        if name in metrics:
-            return name
-        filtered = next((full for full in metrics if full.partition(",")[0] == name), None)
+    for candidate in [name] if name else JUDGED_METRICS:
+        if candidate in metrics:
+            return candidate
+        filtered = next((full for full in metrics if full.partition(",")[0] == candidate), None)
         if filtered is not None:
             return filtered
     return None
 
 
 def drop_of(before: TaskMetric, after: TaskMetric) -> Estimate:
-    """Return by how much a metric got worse.
+    """Return by how much a metric got worse, positive for a loss.
 
-    Over documents, where both models have a value of each: from the documents that only one model answers if
-    values are right or wrong, else a t interval. Otherwise both standard errors are taken together.
+    If both models have a value for every document, the difference is paired: McNemar's interval for values
+    that are 0 or 1, a t interval for others. Otherwise it comes from both standard errors.
     """
     sign = -1.0 if before.is_higher_better is False else 1.0
     documents = sorted(before.by_document.keys() & after.by_document.keys())
@@ -272,8 +272,8 @@ def _task_manager(settings: TaskSettings) -> Any:
         raise EvaluationError(
             "lm-eval tasks need the eval extra: pip install 'ercsvd-deploy[eval]'"
         ) from None
-    own = settings.include_path
-    return TaskManager(include_path=None if own is None else str(own))
+    include_path = settings.include_path
+    return TaskManager(include_path=None if include_path is None else str(include_path))
 
 
 def _one_line(error: Exception) -> str:

@@ -24,14 +24,14 @@ from ercsvd_deploy.pipelines.judging.tasks import TaskResults, TaskSettings, run
 
 _SETTINGS = TypeAdapter(TaskSettings)
 _RESULTS = TypeAdapter(TaskResults)
-_LONGEST = 8192  # tokens of a document with its examples: vLLM reserves memory for what it may read at once
+_LONGEST = 8192  # tokens of a document with its examples; vLLM reserves memory for this length
 _PATIENCE = 24 * 3600.0  # seconds; whole suites of tasks take hours
 
 
 def run_tasks_in_vllm(
     directory: Path, settings: TaskSettings, size: int, log: Path, *, eager: bool = False
 ) -> TaskResults:
-    """Return what lm-eval measures on a model that vLLM serves; one task's failure is its own.
+    """Return what lm-eval measures on a model that vLLM serves; a task that fails does not stop the others.
 
     Args:
         directory: The model, compressed or not.
@@ -70,10 +70,10 @@ def _open(directory: str, settings: TaskSettings, engine: dict[str, Any]) -> Any
 
 
 def _import_wrapper() -> Any:
-    """Return lm-eval's class, which asks for a package `vllm`; that of a CPU build has another name."""
+    """Import lm-eval's vLLM class, which reads the version of a package `vllm` even on a CPU build."""
     from ercsvd_deploy.exporters.vllm.compatibility import current_platform, installed_version
 
-    assert current_platform.device_type  # found now, by the names of packages as they are
+    assert current_platform.device_type  # detected now, while package names are still unpatched
     version, vllm_version = metadata.version, installed_version()
 
     def version_of(distribution_name: str) -> str:
@@ -81,7 +81,7 @@ def _import_wrapper() -> Any:
 
     metadata.version = version_of
     try:
-        from lm_eval.models.vllm_causallms import VLLM  # which keeps that function
+        from lm_eval.models.vllm_causallms import VLLM  # binds `metadata.version` at import
     finally:
         metadata.version = version
     return VLLM
@@ -90,9 +90,9 @@ def _import_wrapper() -> Any:
 def main() -> None:
     """Answer one request."""
     request, answer = (Path(argument) for argument in sys.argv[1:3])
-    asked = json.loads(request.read_text(encoding="utf-8"))
-    settings = _SETTINGS.validate_python(asked["settings"])
-    results = run_tasks_on(_open(asked["directory"], settings, asked["engine"]), settings)
+    request_values = json.loads(request.read_text(encoding="utf-8"))
+    settings = _SETTINGS.validate_python(request_values["settings"])
+    results = run_tasks_on(_open(request_values["directory"], settings, request_values["engine"]), settings)
     answer.write_text(_RESULTS.dump_json(results).decode(), encoding="utf-8")
     os._exit(0)  # vLLM's exit handlers wait for processes that are gone already
 

@@ -1,16 +1,15 @@
-"""How sure a measurement is: 95 % intervals of figures, and of the differences between two models.
+"""95 % intervals of measured figures, and of the paired differences between two models.
 
-Both models see the same windows of a text, the same questions and the same documents of a task. What differs
-between the items is then common to both, and the difference is known far better than either figure:
+Both models see the same windows of a text, the same questions and the same documents of a task. The variation
+between items is then common to both, and the difference is far more certain than either figure:
 
     windows       t interval over the windows' values, or over their paired differences
-    questions     Wilson's interval of a share; for the paired difference of two shares, which the questions
-                  decide that only one model answers (as in McNemar's test), Bonett and Price's adjusted
-                  Wald interval (doi 10.3102/1076998611411915)
+    questions     Wilson's interval of a share; for the paired difference of two shares, Bonett and Price's
+                  adjusted Wald interval (doi 10.3102/1076998611411915) of the questions that only one model
+                  answers, as in McNemar's test
     other means   value +- 1.96 standard errors, as lm-eval gives them
 
-Windows that follow each other in one text resemble each other, so that intervals over few windows are a
-little too narrow.
+Adjacent windows of one text are correlated, so intervals over few windows are a little too narrow.
 """
 
 from __future__ import annotations
@@ -33,23 +32,23 @@ _LARGEST_EXPONENT = 700  # beyond it exp leaves the range of a float
 class Estimate:
     """A measured value with its 95 % interval."""
 
-    value: Annotated[Measured, Field(description="What was measured.")]
+    value: Annotated[Measured, Field(description="The measured value.")]
     low: Annotated[Measured, Field(description="Lower end of the 95 % interval; null where there is none.")]
     high: Annotated[Measured, Field(description="Upper end.")]
-    count: Annotated[Count, Field(description="How many items it was measured on.")]
+    count: Annotated[Count, Field(description="Number of items it was measured on.")]
     unit: Annotated[str, Field(description="What the items are: `windows`, `questions` or `documents`.")]
 
     @property
     def has_interval(self) -> bool:
-        """Whether both ends of the interval are known."""
+        """Whether both ends of the interval are finite."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
 
 def mean_of(values: Sequence[float], unit: str) -> Estimate:
-    """Return the mean with its t interval; one value alone has none.
+    """Return the mean with its t interval; a single value gets no interval.
 
     Args:
-        values: Of every item; of equal weight.
+        values: One value for each item, all of equal weight.
         unit: What the items are.
     """
     count = len(values)
@@ -91,7 +90,7 @@ def share_drop(before: Sequence[bool], after: Sequence[bool], unit: str) -> Esti
     won = sum(new and not old for old, new in zip(before, after, strict=True))
     if not count:
         return Estimate(math.nan, math.nan, math.nan, 0, unit)
-    # One more item of either kind: no interval has the width zero because nothing has happened yet.
+    # One more item of either kind keeps the interval wider than zero where no verdict changed.
     lost_share, won_share = (lost + 1) / (count + 2), (won + 1) / (count + 2)
     centre = lost_share - won_share
     margin = _NORMAL * math.sqrt((lost_share + won_share - centre**2) / (count + 2))
@@ -105,16 +104,17 @@ def with_standard_error(value: float, standard_error: float | None, count: int, 
 
 
 def negated(estimate: Estimate | None) -> Estimate | None:
-    """Return a fall as a rise."""
+    """Return the estimate with its sign reversed, to show a loss as a change."""
     if estimate is None:
         return None
     return replace(estimate, value=-estimate.value, low=-estimate.high, high=-estimate.low)
 
 
 def deciding_count(estimate: Estimate, limit: float) -> int | None:
-    """Return about how many items would decide whether the value is within a limit, were it to stay.
+    """Return about how many items would decide whether the value is within a limit, if it stays the same.
 
-    None if no number would, or if it is decided. The interval shrinks with the root of the count.
+    None if the limit equals the value, or if the gate is decided already. The interval shrinks with the
+    square root of the count.
     """
     distance = abs(limit - estimate.value)
     margin = estimate.high - estimate.value if limit >= estimate.value else estimate.value - estimate.low
@@ -129,6 +129,6 @@ def _exp(exponent: float) -> float:
 
 def _t_quantile(degrees: int) -> float:
     """Return the 0.975 quantile of Student's t distribution."""
-    from scipy.special import stdtrit  # a quarter of a second, and only needed here
+    from scipy.special import stdtrit  # takes a quarter of a second to import
 
     return float(stdtrit(degrees, 0.5 + LEVEL / 2))

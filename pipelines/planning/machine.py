@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ercsvd_deploy.recipe.fields import did_you_mean, parse_size, shown
+from ercsvd_deploy.recipe.fields import did_you_mean, parse_size, quoted
 
 _MEMORY_INFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -81,7 +81,7 @@ def parse_machine(text: str) -> Machine:
             close = did_you_mean(key, _KEYS)
             remedy = f"did you mean {close}=SIZE?" if close else f"write it like {_EXAMPLE}"
             raise MachineError(
-                f"--machine: {shown(part)} is none of gpu, memory, disk and flops with a size; {remedy}"
+                f"--machine: {quoted(part)} is none of gpu, memory, disk and flops with a size; {remedy}"
             )
         if key in sizes or (key == "flops" and flops is not None):
             raise MachineError(f"--machine: {key} is given twice; keep one of the two")
@@ -94,7 +94,7 @@ def parse_machine(text: str) -> Machine:
         if not _SIZE.fullmatch(value) or parse_size(value) == 0:
             other = ", or none" if key == "gpu" else ""
             raise MachineError(
-                f"--machine: {key} is {shown(value)}; it must be a number and KB, MB, GB, TB, KiB, MiB, GiB "
+                f"--machine: {key} is {quoted(value)}; it must be a number and KB, MB, GB, TB, KiB, MiB, GiB "
                 f"or TiB, such as {key}=80GiB{other}"
             )
         sizes[key] = parse_size(value)
@@ -109,7 +109,7 @@ def _parse_rate(value: str) -> float:
     found = _RATE.fullmatch(value)
     if found is None or float(found["number"]) == 0:
         raise MachineError(
-            f"--machine: flops is {shown(value)}; it must be a number and M, G, T or P, such as flops=300T"
+            f"--machine: flops is {quoted(value)}; it must be a number and M, G, T or P, such as flops=300T"
         )
     return float(found["number"]) * _POWERS[found["power"]]
 

@@ -40,6 +40,7 @@ class StageNeeds:
         host_bytes: Resident memory of the process, imported libraries included.
         device_bytes: GPU memory; 0 where layers run on the CPU.
         scratch_bytes: Size of the work directory beside the output.
+        shared_bytes: Size of it where runs share stages: what only one later stage reads is not removed then.
         flops: Floating-point operations, at least.
         memory_remedy: What lowers its needs of memory.
     """
@@ -48,6 +49,7 @@ class StageNeeds:
     host_bytes: int
     device_bytes: int
     scratch_bytes: int
+    shared_bytes: int
     flops: float
     memory_remedy: str
 
@@ -61,6 +63,7 @@ def add_up_needs(planned: Sequence[PlannedStage], work: Workload, *, on_gpu: boo
         on_gpu: Whether layers run on a GPU.
     """
     kept: dict[str, int] = {}  # stage -> what it has left in the work directory
+    left = 0  # by all stages so far
     found = []
     for each in planned:
         stage, needs = each.stage, each.stage.needs(work, each.candidates)
@@ -70,10 +73,17 @@ def add_up_needs(planned: Sequence[PlannedStage], work: Workload, *, on_gpu: boo
         else:
             host, device = _PROCESS + int(_ALLOCATED * max(needs.working_bytes, needs.beside_bytes)), 0
         of_stage = StageNeeds(
-            stage.name, work.pixels + host, device, scratch, needs.flops, stage.memory_remedy
+            stage.name,
+            work.pixels + host,
+            device,
+            scratch,
+            left + needs.scratch_bytes,
+            needs.flops,
+            stage.memory_remedy,
         )
         found.append(of_stage)
         kept[stage.name] = needs.kept_bytes
+        left += needs.kept_bytes
         for other in planned:
             if other.stage.temporary_for == stage.name and not other.stage.is_kept:
                 kept.pop(other.stage.name, None)

@@ -14,6 +14,7 @@ from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.meta import compressed_config, own_dtype, read_architecture
 from ercsvd_deploy.models.tested_families import serving_doubts
 from ercsvd_deploy.models.vision import lacks_conversations, reads_images
+from ercsvd_deploy.pipelines.importing.llava.planned import import_note
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidates
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine
@@ -21,11 +22,12 @@ from ercsvd_deploy.pipelines.planning.machine import Machine, measure_flops
 from ercsvd_deploy.pipelines.planning.measured_workload import measure_workload
 from ercsvd_deploy.pipelines.planning.needs import PlannedStage
 from ercsvd_deploy.pipelines.stages import STAGES
-from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
 from ercsvd_deploy.pipelines.stages.quantize.serving_notes import gpu_warnings, serving_warnings
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank
+from ercsvd_deploy.recipe.fields import PlanError
 
 if TYPE_CHECKING:
     from ercsvd_deploy.recipe.sections import Recipe
@@ -185,7 +187,11 @@ def make_plan(
         kernels=plan_matrices(candidates[-1].modules, architecture, sizes),
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=storing.matches,
-        notes=(*_allocation_note(recipe), *_expert_notes(recipe, architecture)),
+        notes=(
+            *import_note(config, recipe.model.path),
+            *_allocation_note(recipe),
+            *_expert_notes(recipe, architecture),
+        ),
         warnings=(
             *serving_warnings(
                 storing,

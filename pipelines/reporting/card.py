@@ -1,7 +1,7 @@
 """The model card of an export: its README.md, from the report and what the original's own card says.
 
-Made without the extra `report`, and of nothing that differs between two runs of one recipe, so that it is the
-same to the byte. Names that users or models chose are text: nothing in them is Markdown or HTML.
+It needs no extra library and contains nothing that differs between two runs of one recipe, so the card is
+byte-identical between them. Names chosen by users or models are escaped: none of them is Markdown or HTML.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ercsvd_deploy.installation import install_command, where_from
 from ercsvd_deploy.pipelines.reporting.description import (
     describe_treatment,
     export_path,
+    hub_kind,
     hub_model,
     is_vision_model,
     model_name,
@@ -55,7 +56,7 @@ def make_card(report: Report, directory: Path, target: Path | None = None) -> st
 
     Args:
         report: The model's report.
-        directory: The export; what it carries over of the original's card and licence is read.
+        directory: The export; the original's card and licence files in it are read.
         target: Where the export will be, if that is somewhere else.
     """
     path = export_path(report, target or directory)
@@ -76,14 +77,14 @@ def make_card(report: Report, directory: Path, target: Path | None = None) -> st
 
 
 def escaped(text: str) -> str:
-    """Return text that Markdown shows as it is, on one line."""
+    """Return text escaped so that Markdown shows it verbatim, on one line."""
     marked = _MARKUP.sub(r"\\\1", _BREAKS.sub(" ", text))
     # Not every renderer takes backslashes before these, and GitHub makes links of bare addresses.
     return marked.replace("\\<", "&lt;").replace("\\>", "&gt;").replace("://", "&#58;//")
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Return a code block that nothing in the text can end."""
+    """Return a Markdown code block; its fence is longer than any run of backticks in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"
@@ -107,7 +108,7 @@ def _front_matter(report: Report, directory: Path) -> str:
     fields |= _carried_over(directory)
     fields |= {
         "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text" if is_vision_model(report) else "text-generation",
+        "pipeline_tag": hub_kind(report)[0],
         "tags": tags,
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
@@ -116,21 +117,21 @@ def _front_matter(report: Report, directory: Path) -> str:
 def _carried_over(directory: Path) -> dict[str, Any]:
     """Return licence and language from the original's card, else from its files."""
     card = _read_front_matter(directory / ORIGINAL_CARD_FILE)
-    known = {key: card[key] for key in _CARRIED_OVER if _is_plain(card.get(key))}
-    if "license" in known:
-        return known
-    known = {key: value for key, value in known.items() if key not in _LICENSE_KEYS}
+    carried = {key: card[key] for key in _CARRIED_OVER if _is_plain(card.get(key))}
+    if "license" in carried:
+        return carried
+    carried = {key: value for key, value in carried.items() if key not in _LICENSE_KEYS}
     files = licences(directory)
-    return known | ({"license": "other", "license_link": files[0]} if files else {})
+    return carried | ({"license": "other", "license_link": files[0]} if files else {})
 
 
 def _read_front_matter(path: Path) -> Mapping[str, Any]:
-    """Return a card's metadata; empty if it has none that can be read."""
+    """Return a card's metadata; empty if there is none, or none that can be parsed."""
     try:
         if path.stat().st_size > _LARGEST_CARD:
             return {}
-        found = _FRONT_MATTER.match(path.read_text(encoding="utf-8"))
-        values = yaml.safe_load(found[1]) if found else None
+        front_matter = _FRONT_MATTER.match(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(front_matter[1]) if front_matter else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
@@ -182,11 +183,11 @@ def _with_interval(value: str, interval: str) -> str:
 
 
 def _stages(report: Report) -> str:
-    """Return what the stages show of their results, but for the long tables, which the page has."""
-    shown = [table for table in report_tables(report) if not table.is_detail]
-    if not shown:
+    """Return the stages' tables except the long ones, which only the HTML page shows."""
+    short_tables = [table for table in report_tables(report) if not table.is_detail]
+    if not short_tables:
         return ""
-    return "\n".join(["## What was done\n", *map(_stage_table, shown)])
+    return "\n".join(["## What was done\n", *map(_stage_table, short_tables)])
 
 
 def _stage_table(table: Table) -> str:
@@ -202,7 +203,7 @@ def _markdown_table(
     aligned = is_number or [False, *[True] * (len(heads) - 1)]
     lines = [
         "| " + " | ".join(heads) + " |",
-        "|" + "|".join("---:" if each else "---" for each in aligned) + "|",
+        "|" + "|".join("---:" if is_right else "---" for is_right in aligned) + "|",
     ]
     lines += ["| " + " | ".join(map(escaped, row)) + " |" for row in rows]
     return "\n".join(lines) + "\n"
@@ -210,31 +211,31 @@ def _markdown_table(
 
 def _serving(report: Report, path: Path) -> str:
     sizes = tensor_parallel_sizes(report)
-    said = f" Made for tensor parallel sizes {', '.join(map(str, sizes))}." if len(sizes) > 1 else ""
+    made_for = f" Made for tensor parallel sizes {', '.join(map(str, sizes))}." if len(sizes) > 1 else ""
     plugin = "vLLM reads the format without a plugin."
     if needs_plugin(report):
         plugin = "The package is the plugin, which vLLM finds by itself."
     return (
         "## Serve it with vLLM\n\n"
         + fenced("\n".join(serve_commands(report, _public(path))), "bash")
-        + f"\n{plugin}{said}{_origin() if needs_plugin(report) else ''}\n"
+        + f"\n{plugin}{made_for}{_origin() if needs_plugin(report) else ''}\n"
     )
 
 
 def _origin() -> str:
-    """Return where the package comes from as long as no package index has it."""
-    said = where_from()
-    return "" if said is None else f" {said.replace('  ', ' `')}`."
+    """Return how to install the package while it is not on a package index; empty once it is."""
+    instructions = where_from()
+    return "" if instructions is None else f" {instructions.replace('  ', ' `')}`."
 
 
 def _public(path: Path) -> str:
-    """Return a path without what an absolute one tells of the machine: a card is published."""
+    """Return a relative path as it is, of an absolute one only the name: a card is published."""
     return path.name if path.is_absolute() else str(path)
 
 
 def _loading(report: Report, path: Path) -> str:
-    model_class = "AutoModelForImageTextToText" if is_vision_model(report) else "AutoModelForCausalLM"
-    shown = json.dumps(_public(path), ensure_ascii=False)  # a JSON string is a Python string too
+    _, model_class = hub_kind(report)
+    quoted_path = json.dumps(_public(path), ensure_ascii=False)  # a JSON string is a Python string too
     registering = (
         "import ercsvd_deploy.hf  # registers the format; without it transformers refuses the directory\n"
     )
@@ -244,7 +245,7 @@ def _loading(report: Report, path: Path) -> str:
     code = (
         f"{registering if needs_plugin(report) else ''}"
         f"from transformers import {model_class}\n\n"
-        f"model = {model_class}.from_pretrained({shown})"
+        f"model = {model_class}.from_pretrained({quoted_path})"
     )
     return "## Load it in transformers\n\n" + fenced(package, "bash") + "\n" + fenced(code, "python")
 
@@ -259,7 +260,7 @@ def _making(report: Report) -> str:
 
 
 def _without_folders(value: Any) -> Any:
-    """Return plain values in which absolute paths are cut to their last part."""
+    """Return plain values with every absolute path cut to its last part."""
     if isinstance(value, dict):
         return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -282,7 +283,7 @@ def _limits(report: Report) -> str:
 
 
 def _unserved(report: Report) -> list[str]:
-    """Say at which sizes vLLM failed; what it printed tells of a machine and not of the model."""
+    """Return one line that names the tensor-parallel sizes at which vLLM failed; its output is left out."""
     failures = report.serving.failures if report.serving is not None else []
     if not failures:
         return []
@@ -291,7 +292,7 @@ def _unserved(report: Report) -> list[str]:
 
 
 def _licence(directory: Path) -> str:
-    """Say whose terms hold."""
+    """Return the card's section on the licence."""
     terms = "## Licence\n\nThat of the original model"
     if (directory / ORIGINAL_CARD_FILE).is_file():
         return f"{terms}, whose own card is in [{ORIGINAL_CARD_FILE}]({ORIGINAL_CARD_FILE}).\n"

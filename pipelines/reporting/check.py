@@ -1,4 +1,4 @@
-"""Judge a finished export again: its report is read, nothing is computed."""
+"""Judge a finished export again from its report, without computing anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ercsvd_deploy.recipe.load import load_recipe
 
 
 class CheckError(ValueError):
-    """There is nothing to judge by."""
+    """There are no gates, or the report does not belong to the weights."""
 
 
 def check_export(directory: Path, recipe: Path | None = None) -> list[GateResult]:
@@ -22,11 +22,11 @@ def check_export(directory: Path, recipe: Path | None = None) -> list[GateResult
 
     Args:
         directory: A finished export.
-        recipe: Whose gates to use; None for those the export was made with.
+        recipe: The recipe whose gates are used; None for the gates the export was made with.
 
     Raises:
         ReportError: no report of this version is there.
-        CheckError: there are no gates, or the report is about other weights than are there.
+        CheckError: there are no gates, or the report describes other weights than the directory holds.
         RecipeError: the other recipe cannot be read.
     """
     report = load_report(directory)
@@ -38,14 +38,14 @@ def check_export(directory: Path, recipe: Path | None = None) -> list[GateResult
         if gates is None:
             raise CheckError(f"{recipe} has no gates: add a `gates` section")
     else:
-        gates = _own_gates(report, directory)
+        gates = _recorded_gates(report, directory)
     return judge_gates(gates, report)
 
 
 def foreign_report(directory: Path, report: Report) -> str | None:
     """Return why a report does not belong to the weights beside it; None if it does.
 
-    Reports from before there were digests are believed.
+    A report without a digest, written by an older version, is accepted.
     """
     if not is_as_recorded(directory, REPORT_FILE):
         return "was changed after the run: copy the export again, or run the recipe again"
@@ -56,7 +56,7 @@ def foreign_report(directory: Path, report: Report) -> str | None:
 
 
 def verify_report(directory: Path) -> list[str]:
-    """Return what is wrong with the report of an export; nothing if it has none."""
+    """Return the problems of an export's report; empty if the export has no report."""
     if not (directory / REPORT_FILE).exists():
         return []
     try:
@@ -66,7 +66,7 @@ def verify_report(directory: Path) -> list[str]:
     return [] if foreign is None else [f"{REPORT_FILE}: {foreign}"]
 
 
-def _own_gates(report: Report, directory: Path) -> Gates:
+def _recorded_gates(report: Report, directory: Path) -> Gates:
     section = report.recipe.get("gates")
     if section is None:
         raise CheckError(f"the recipe of {directory} had no gates: give those of another with --recipe FILE")

@@ -1,4 +1,4 @@
-"""Put what the stages of a run found out together into its report."""
+"""Collect the results of a run's stages into its report."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def collect_report(
     warnings: Iterable[str],
     resumed: Iterable[str],
 ) -> Report:
-    """Return the report of a run, as far as its stages have come; gates are judged behind the last.
+    """Return the report of a run from the stages that have finished; gates are judged after the last one.
 
     Args:
         recipe: The recipe.
-        plan: What the run was to do.
+        plan: The plan that the run executes.
         state: The model and the stages' results.
-        provenance: Hashes of what went in.
-        warnings: From before the stages.
-        resumed: What of an earlier run was used.
+        provenance: Hashes of the run's inputs.
+        warnings: Warnings raised before the first stage.
+        resumed: One line for each result reused from an earlier run.
     """
     model = state.model
     comparison: Comparison = state.results.get("judge") or Comparison()
@@ -73,6 +73,7 @@ def collect_report(
         compressed=_figures(model.stream(), model.modules, comparison.compressed, measured.compressed_tasks),
         change=comparison.change,
         differences=differences(comparison, measured.original_tasks, measured.compressed_tasks),
+        task=model.original.architecture.task,
         components=describe_components(stored_bytes(model.store), model.modules, model.original.architecture),
         results=dict(state.results),
         stages={stage.name: stage.reported(result) for stage, result in ran if stage.reported_as},
@@ -117,14 +118,16 @@ def _figures(
 def _compare_with_plan(model: CompressedModel, dtype: str) -> list[str]:
     """Return a warning if the files are not as large as the plan says; they always should be."""
     sizes = planned_bytes(model.original.architecture, model.modules, getattr(torch, dtype).itemsize)
-    stored = stored_bytes(model.store)
-    # Buffers (corrections of routers) are no part of a plan: their precision is known from the files alone.
+    stored_sizes = stored_bytes(model.store)
+    # A plan leaves out buffers (corrections of routers): only the files tell their precision.
     buffers = {name for name, _ in model.original.model.named_buffers()}
     planned = sum(sizes.values())
-    written = sum(num_bytes for name, num_bytes in stored.items() if name in sizes or name not in buffers)
-    if planned == written:
+    stored_total = sum(
+        num_bytes for name, num_bytes in stored_sizes.items() if name in sizes or name not in buffers
+    )
+    if planned == stored_total:
         return []
-    return [f"the plan foresaw {planned:,} bytes of tensors, the files hold {written:,}"]
+    return [f"the plan foresaw {planned:,} bytes of tensors, the files hold {stored_total:,}"]
 
 
 def _environment(device: torch.device) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a report comes to, in words: names, a sentence or two, the verdict, and how to serve the model."""
+"""A report in words: the model's names, a summary of its treatment, the verdict, and how to serve it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model_name(report: Report) -> str:
 def hub_model(report: Report) -> str | None:
     """Return the original model's name on the Hub, if the recipe took it from there.
 
-    A local directory may look like `organisation/name` too: it is one if it is there now.
+    A local directory may look like `organisation/name` too: a path that exists counts as local.
     """
     path = str(_section(report.recipe, "model").get("path", ""))
     snapshot = _HUB_SNAPSHOT.search(path)
@@ -43,8 +43,19 @@ def hub_model(report: Report) -> str | None:
 
 
 def is_vision_model(report: Report) -> bool:
-    """Whether the model looks at pictures."""
+    """Whether the model reads images."""
     return len(report.components) > 1
+
+
+def hub_kind(report: Report) -> tuple[str, str]:
+    """Return what the hub calls such models (`pipeline_tag`), and transformers' class that loads one."""
+    if report.task == "embed":
+        return "feature-extraction", "AutoModel"
+    if report.task == "classify":
+        return "text-classification", "AutoModelForSequenceClassification"
+    if is_vision_model(report):
+        return "image-text-to-text", "AutoModelForImageTextToText"
+    return "text-generation", "AutoModelForCausalLM"
 
 
 def describe_treatment(report: Report) -> str:
@@ -58,16 +69,16 @@ def _factorization(report: Report) -> Iterator[str]:
     if factorized is None or not factorized.linears:
         return
     settings = _stage(report.recipe, "factorize")
-    before, after = report.original.linear_parameters, report.compressed.linear_parameters
+    original, remaining = report.original.linear_parameters, report.compressed.linear_parameters
     method = _METHODS.get(str(settings.get("method")), str(settings.get("method", "Factorization")))
-    removed = f"{100 * (1 - after / before):.1f} %" if before else "some"
+    removed = f"{100 * (1 - remaining / original):.1f} %" if original else "some"
     is_last_k = settings.get("allocation", "last_k") == "last_k"
     where = _place(factorized.num_compressed_layers, count_layers(report)) if is_last_k else ""
     yield f"{method} removed {removed} of the decoder Linears' parameters{where}."
 
 
 def _place(compressed: int, layers: int | None) -> str:
-    """Return in which layers the factors are."""
+    """Return the phrase that says which decoder layers are factorized."""
     if compressed == layers:
         return f", in all {layers} decoder layers"
     return f", in the last {compressed}" + (f" of {layers}" if layers else "") + " decoder layers"
@@ -80,15 +91,15 @@ def _quantization(report: Report) -> Iterator[str]:
     matrices = [matrix for matrix in quantized.matrices if matrix.name != quantized.output_layer]
     widths = sorted({matrix.bits for matrix in matrices})
     groups = sorted({matrix.group_size for matrix in matrices})
-    stored = " and ".join(f"int{width}" for width in widths)
+    integer_types = " and ".join(f"int{width}" for width in widths)
     sizes = " and ".join("whole rows" if size < 0 else str(size) for size in groups)
     in_groups = f"in groups of {sizes}" if groups != [-1] else "by whole rows"
     verb = f"{rounding_method(report)} stores"
     factorized: Factorized | None = report.stages.get("factorize")
     is_factorized = factorized is not None and bool(factorized.linears)
-    what = "what is left of them" if is_factorized else "the decoder Linears"
-    chosen = ", chosen for each by its predicted damage" if factorized and not is_factorized else ""
-    yield f"{verb} {what} as {stored}, {in_groups}{chosen}."
+    subject = "what is left of them" if is_factorized else "the decoder Linears"
+    choice = ", chosen for each by its predicted damage" if factorized and not is_factorized else ""
+    yield f"{verb} {subject} as {integer_types}, {in_groups}{choice}."
     corrections = [linear.correction for linear in quantized.linears if linear.correction is not None]
     if corrections:
         ranks = sorted({correction.rank for correction in corrections})
@@ -98,7 +109,7 @@ def _quantization(report: Report) -> Iterator[str]:
 
 
 def _vocabulary(quantized: QuantizeOutcome) -> Iterator[str]:
-    """Yield what became of the input embedding and the output layer."""
+    """Yield a sentence each for a quantized input embedding and a quantized output layer."""
     embedding = quantized.embedding
     bits_of = {matrix.name: matrix.bits for matrix in quantized.matrices}
     output_bits = None if quantized.output_layer is None else bits_of[quantized.output_layer]
@@ -114,13 +125,13 @@ def _vocabulary(quantized: QuantizeOutcome) -> Iterator[str]:
 def rounding_method(report: Report) -> str | None:
     """Return how integers were found: by GPTQ or by rounding to nearest; None if there are none.
 
-    The recipe's method counts: within GPTQ, single matrices may be rounded where that loses less.
+    GPTQ counts as GPTQ even where rounding to nearest loses less on single matrices and is kept there.
     """
     quantized: QuantizeOutcome | None = report.stages.get("quantize")
     if quantized is None or not quantized.matrices:
         return None
-    taken = {matrix.method for matrix in quantized.matrices}
-    return "Rounding to nearest" if taken == {"rtn"} else "GPTQ"
+    methods = {matrix.method for matrix in quantized.matrices}
+    return "Rounding to nearest" if methods == {"rtn"} else "GPTQ"
 
 
 def _recovery(report: Report) -> Iterator[str]:
@@ -136,13 +147,13 @@ def _recovery(report: Report) -> Iterator[str]:
 
 
 def count_layers(report: Report) -> int | None:
-    """Return how many decoder layers the model has; None if nothing in the report tells."""
-    measured = [len(errors) for errors in report.change.layer_errors.values()]
-    if measured:
-        return max(measured)
+    """Return the number of decoder layers; None if the report does not contain it."""
+    measured_layers = [len(errors) for errors in report.change.layer_errors.values()]
+    if measured_layers:
+        return max(measured_layers)
     factorized: Factorized | None = report.stages.get("factorize")
-    tried = [point.num_compressed_layers for point in factorized.search] if factorized else []
-    return max(tried, default=None)
+    tried_layers = [point.num_compressed_layers for point in factorized.search] if factorized else []
+    return max(tried_layers, default=None)
 
 
 def describe_gates(gates: Sequence[GateResult]) -> str:
@@ -165,9 +176,11 @@ def serve_commands(report: Report, path: str) -> list[str]:
 
     Args:
         report: The model's report.
-        path: Where the model is.
+        path: The model's directory.
     """
     words = ["vllm", "serve", path]
+    if report.task != "generate":
+        words += ["--runner", "pooling"]
     if _section(report.recipe, "model").get("trust_remote_code"):
         words.append("--trust-remote-code")
     smallest = min(tensor_parallel_sizes(report), default=1)
@@ -183,20 +196,20 @@ def needs_plugin(report: Report) -> bool:
 
 
 def tensor_parallel_sizes(report: Report) -> list[int]:
-    """Return the sizes for which the ranks were made to divide."""
+    """Return the tensor-parallel sizes that the recipe asks the ranks to divide by."""
     sizes = _section(report.recipe, "serving").get("tensor_parallel_sizes")
     return [size for size in sizes if isinstance(size, int)] if isinstance(sizes, list) else []
 
 
 def export_path(report: Report, directory: Path) -> Path:
-    """Return the export's path as the recipe has it, or where it is if it was moved or written elsewhere."""
+    """Return the recipe's export path; the directory itself if the export was moved or written elsewhere."""
     named = _section(report.recipe, "export").get("path")
     return Path(named) if isinstance(named, str) and Path(named).name == directory.name else directory
 
 
 def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = recipe.get(name)
-    return found if isinstance(found, dict) else {}
+    section = recipe.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _stage(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:

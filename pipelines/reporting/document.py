@@ -1,7 +1,7 @@
-"""The report: everything a run tells, declared once, written as JSON and read again.
+"""The report of a run: declared once, written as JSON and read back.
 
-The document is put together from the dataclasses that are the results: those of the stages, under the stages'
-names, and those of the judging. Their descriptions are the published schema (`reference`). Unknown keys are
+The document consists of the result dataclasses themselves: those of the stages, under the stages' names, and
+those of the judging. Their field descriptions are the published schema (`reference`). Unknown keys are
 ignored, so that a newer minor version's report can be read. A measured number is null where it is not finite.
 """
 
@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ercsvd_deploy.evaluation.comparison import OutputChange
 from ercsvd_deploy.format.atomic_files import read_json
 from ercsvd_deploy.format.described import Count, Finite, Measured, NotReported
+from ercsvd_deploy.models.tasks import Task
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.judging.measurements import Differences, ModelFigures
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingParity
@@ -38,7 +39,7 @@ class ReportError(ValueError):
 class Reference:
     """Another model to compare with, such as plain GPTQ in a sweep; a single run has none."""
 
-    label: Annotated[str, Field(description="What it is.")]
+    label: Annotated[str, Field(description="Its name.")]
     num_bytes: Annotated[Count, Field(description="Bytes of all tensors.")]
     perplexity: Annotated[dict[str, Measured], Field(description="Text -> perplexity.")] = field(
         default_factory=dict
@@ -50,11 +51,11 @@ class Reference:
 
 @dataclass
 class Report:
-    """Everything a run tells, as it is stored beside the model.
+    """The report of a run, as it is stored beside the model.
 
     Attributes:
-        stages: Stage -> what of its result is kept, in the JSON at the top level.
-        results: Stage -> its whole result; in a run that has just ended.
+        stages: Stage name -> the reported part of its result; a top-level key of the JSON.
+        results: Stage name -> its whole result; filled only in the process that ran it.
     """
 
     recipe: Annotated[
@@ -63,8 +64,8 @@ class Report:
             description="The recipe with every default written out; itself a valid recipe (docs/recipes.md)."
         ),
     ]
-    original: Annotated[ModelFigures, Field(description="The model before.")]
-    compressed: Annotated[ModelFigures, Field(description="The model now.")]
+    original: Annotated[ModelFigures, Field(description="The original model.")]
+    compressed: Annotated[ModelFigures, Field(description="The compressed model.")]
     report_version: Annotated[Literal[2], Field(description="Version of this format.")] = 2
     environment: Annotated[
         dict[str, str],
@@ -84,74 +85,79 @@ class Report:
             "that of other weights; null without an export."
         ),
     ] = None
+    task: Annotated[
+        Task, Field(description="What the model does: it predicts tokens, embeds texts, or classifies them.")
+    ] = "generate"
     components: Annotated[
         tuple[Component, ...],
         Field(description="Parts of the model: one for a text model, three for a vision-language model."),
     ] = ()
-    change: Annotated[OutputChange, Field(description="How far the outputs moved.")] = field(
+    change: Annotated[OutputChange, Field(description="Distance of the outputs.")] = field(
         default_factory=OutputChange
     )
     differences: Annotated[
         Differences,
-        Field(description="What the compression cost, with 95 % intervals; empty in older reports."),
+        Field(description="Paired differences in quality, with 95 % intervals; empty in older reports."),
     ] = field(default_factory=Differences)
     serving: Annotated[
         ServingParity | None,
-        Field(description="The export in vLLM; null if the recipe has no such gate."),
+        Field(description="Serving parity in vLLM; null if the recipe has no such gate."),
     ] = None
     gates: Annotated[
         list[GateResult], Field(description="The recipe's gates, judged; empty without any.")
     ] = field(default_factory=list)
-    tables: Annotated[
-        list[Table], Field(description="What the stages show of their results, ready to be read.")
-    ] = field(default_factory=list)
-    references: Annotated[
-        list[Reference], Field(description="Other models beside which this one is shown.")
-    ] = field(default_factory=list)
-    seconds: Annotated[dict[str, Finite], Field(description="Stage -> time it took in this run.")] = field(
+    tables: Annotated[list[Table], Field(description="The tables of the stages' results, as text.")] = field(
+        default_factory=list
+    )
+    references: Annotated[list[Reference], Field(description="Other models to compare with.")] = field(
+        default_factory=list
+    )
+    seconds: Annotated[dict[str, Finite], Field(description="Stage -> its seconds in this run.")] = field(
         default_factory=dict
     )
-    warnings: Annotated[list[str], Field(description="What a user should know.")] = field(
+    warnings: Annotated[list[str], Field(description="Warnings, one line each.")] = field(
         default_factory=list
     )
-    resumed: Annotated[list[str], Field(description="What was found of an earlier, unfinished run.")] = field(
-        default_factory=list
+    resumed: Annotated[list[str], Field(description="What was reused from an earlier, unfinished run.")] = (
+        field(default_factory=list)
     )
     stages: NotReported[dict[str, Any]] = field(default_factory=dict)
     results: NotReported[dict[str, Any]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
-        plain = _own_adapter().dump_python(self, warnings=False)
-        for stage, told in self.stages.items():
-            plain[stage] = TypeAdapter(type(told)).dump_python(told, warnings=False)
+        plain = _report_adapter().dump_python(self, warnings=False)
+        for stage, reported in self.stages.items():
+            plain[stage] = TypeAdapter(type(reported)).dump_python(reported, warnings=False)
         valid: dict[str, Any] = finite(plain)
         return valid
 
 
 @cache
 def document_adapter() -> TypeAdapter[Any]:
-    """Return reader and schema of a whole report, the results of all stages among its keys."""
-    from ercsvd_deploy.pipelines.stages import STAGES  # which a report that is only written does without
+    """Return the adapter that parses a whole report and yields its schema, all stages' results included."""
+    from ercsvd_deploy.pipelines.stages import STAGES  # heavy, and not needed to write a report
 
-    told = [
+    stage_fields = [
         (
             stage.name,
             Annotated[
                 stage.reported_as | None,
-                Field(description=f"What the stage `{stage.name}` found and did; null without it."),
+                Field(description=f"Result of the stage `{stage.name}`; null without it."),
             ],
             field(default=None),
         )
         for stage in STAGES
         if stage.reported_as is not None
     ]
-    whole = make_dataclass("WholeReport", told, bases=(Report,), namespace={"__doc__": Report.__doc__})
-    return TypeAdapter(whole)
+    whole_report = make_dataclass(
+        "WholeReport", stage_fields, bases=(Report,), namespace={"__doc__": Report.__doc__}
+    )
+    return TypeAdapter(whole_report)
 
 
 @cache
-def _own_adapter() -> TypeAdapter[Report]:
+def _report_adapter() -> TypeAdapter[Report]:
     return TypeAdapter(Report)
 
 
@@ -160,7 +166,7 @@ def parse_report(values: dict[str, Any], origin: str = REPORT_FILE) -> Report:
 
     Args:
         values: Plain JSON values.
-        origin: Where they come from, for messages.
+        origin: The file they come from, for messages.
 
     Raises:
         ReportError: it is of another version, or damaged; the message names the first wrong field.
@@ -172,15 +178,19 @@ def parse_report(values: dict[str, Any], origin: str = REPORT_FILE) -> Report:
             "again"
         )
     try:
-        whole = document_adapter().validate_python(values)
+        document = document_adapter().validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ReportError(f"{origin} is damaged: {where}: {first['msg']}") from error
+        first_error = error.errors()[0]
+        where = ".".join(map(str, first_error["loc"]))
+        raise ReportError(f"{origin} is damaged: {where}: {first_error['msg']}") from error
     names = {item.name for item in fields(Report)}
-    own = {name: getattr(whole, name) for name in names - {"stages"}}
-    told = {item.name: getattr(whole, item.name) for item in fields(whole) if item.name not in names}
-    return Report(**own, stages={name: value for name, value in told.items() if value is not None})
+    report_fields = {name: getattr(document, name) for name in names - {"stages"}}
+    stage_results = {
+        item.name: getattr(document, item.name) for item in fields(document) if item.name not in names
+    }
+    return Report(
+        **report_fields, stages={name: value for name, value in stage_results.items() if value is not None}
+    )
 
 
 def load_report(directory: Path) -> Report:
@@ -192,6 +202,6 @@ def load_report(directory: Path) -> Report:
     path = directory / REPORT_FILE
     report = read_json(path)
     if not isinstance(report, dict):
-        found = "is damaged" if path.exists() else "is not there"
-        raise ReportError(f"{path} {found}: give the directory of a finished run")
+        problem = "is damaged" if path.exists() else "is not there"
+        raise ReportError(f"{path} {problem}: give the directory of a finished run")
     return parse_report(cast("dict[str, Any]", report), str(path))

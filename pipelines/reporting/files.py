@@ -1,4 +1,4 @@
-"""The files in which a run tells of itself: the report for machines, the page, and the model card."""
+"""The files that describe a run beside its export: the JSON report, the HTML page and the model card."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["REPORT_FILES", "write_report_files"]
 
 
 def write_report_files(directory: Path, report: Report, target: Path | None = None) -> list[str]:
-    """Write report, page and model card into a directory, in place of those that are there.
+    """Write report, page and model card into a directory, replacing existing ones.
 
     Args:
-        directory: Where to.
-        report: What to tell.
-        target: Where the directory will be, if that is somewhere else.
+        directory: Where to write.
+        report: The report to write.
+        target: The directory's final path, if it will be moved.
 
     Returns:
-        What could not be made, and how to get it; a run that took hours is not called failed for a picture.
+        A line for each file that could not be made, with its remedy; a missing page does not fail the run.
 
     Raises:
         OSError: a file cannot be written.
@@ -41,17 +41,17 @@ def write_report_files(directory: Path, report: Report, target: Path | None = No
     return problems
 
 
-def _write(directory: Path, report: Report, shown: Path) -> list[str]:
+def _write(directory: Path, report: Report, final_path: Path) -> list[str]:
     values = report.as_json()
     write_json_atomically(directory / REPORT_FILE, values)
-    read = parse_report(values)  # what `ercsvd report` will read, which makes the same page
-    (directory / PAGE_FILE).unlink(missing_ok=True)  # an older one would tell of another model
-    write_text_atomically(directory / CARD_FILE, make_card(read, directory, shown))
-    again = f"ercsvd report {shown}"
+    parsed = parse_report(values)  # as `ercsvd report` reads it, so that both make the same page
+    (directory / PAGE_FILE).unlink(missing_ok=True)  # an older page describes another model
+    write_text_atomically(directory / CARD_FILE, make_card(parsed, directory, final_path))
+    again = f"ercsvd report {final_path}"
     if not can_make_page():
         return [f"no {PAGE_FILE} was written, for want of matplotlib and jinja2: {PAGE_NEEDS}, then {again}"]
     try:
-        page = make_page(read, shown)
+        page = make_page(parsed, final_path)
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError, ImportError) as error:
         return [f"no {PAGE_FILE} was written ({type(error).__name__}: {error}); `{again} --debug` shows why"]
     write_text_atomically(directory / PAGE_FILE, page)

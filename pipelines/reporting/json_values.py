@@ -1,4 +1,4 @@
-"""Plain values as JSON can have them. No torch here: the command line prints with this."""
+"""Plain values made valid JSON. It imports no torch, because the command line prints with it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """Return plain values as JSON can have them: no infinity, and no halves of characters.
+    """Return plain values that JSON can represent: no infinities, and no lone surrogates.
 
-    A number that is not finite becomes null. Names of files may have bytes in them that are no characters.
+    A number that is not finite becomes null. File names may contain bytes that are not valid UTF-8.
     """
     if isinstance(value, dict):
         return {finite(key): finite(item) for key, item in value.items()}

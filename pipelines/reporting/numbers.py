@@ -11,7 +11,7 @@ MINUS = "\N{MINUS SIGN}"  # as wide as the plus
 
 
 def encodable(text: str) -> str:
-    """Return text that UTF-8 can hold: names of files may have bytes in them that are no characters."""
+    """Return text that UTF-8 can encode: file names may contain bytes that are not valid UTF-8."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -24,7 +24,7 @@ def readable_bytes(size: float) -> str:
 
 
 def readable_count(count: int) -> str:
-    """Return a count: 1,234,567 or, where nobody counts digits any more, 7.24 billion."""
+    """Return a count as people read it: 1,234,567 or, for large ones, 7.24 billion."""
     if count >= 1e9:
         return f"{count / 1e9:,.2f} billion"
     return f"{count / 1e6:.1f} million" if count >= 1e8 else f"{count:,}"
@@ -32,39 +32,39 @@ def readable_count(count: int) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
     """Return a measured number, or a dash."""
-    if not _is_known(value):
+    if not _is_measured(value):
         return NOT_MEASURED
-    told = f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
-    return told.replace("-", MINUS)
+    text = f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+    return text.replace("-", MINUS)
 
 
-def with_unit(told: str, unit: str) -> str:
-    """Return a number with its unit; a dash has none."""
-    return told if told == NOT_MEASURED else f"{told} {unit}"
+def with_unit(figure: str, unit: str) -> str:
+    """Return a formatted number with its unit; a dash gets no unit."""
+    return figure if figure == NOT_MEASURED else f"{figure} {unit}"
 
 
 def percent(share: float | None) -> str:
     """Return a share as a percentage, or a dash."""
-    return NOT_MEASURED if not _is_known(share) else f"{100 * share:.1f} %"
+    return NOT_MEASURED if not _is_measured(share) else f"{100 * share:.1f} %"
 
 
 def relative(before: float | None, after: float | None) -> str:
     """Return the relative change."""
-    if not before or not _is_known(before) or not _is_known(after):
+    if not before or not _is_measured(before) or not _is_measured(after):
         return ""
     return signed(100 * (after / before - 1), ".1f") + " %"
 
 
 def points(before: float | None, after: float | None) -> str:
     """Return the change of a share in percentage points."""
-    if not _is_known(before) or not _is_known(after):
+    if not _is_measured(before) or not _is_measured(after):
         return ""
     return signed(100 * (after - before), ".1f") + " points"
 
 
 def difference(before: float | None, after: float | None) -> str:
     """Return the change of a plain number."""
-    return signed(after - before, ".4f") if _is_known(before) and _is_known(after) else ""
+    return signed(after - before, ".4f") if _is_measured(before) and _is_measured(after) else ""
 
 
 def signed(value: float, form: str) -> str:
@@ -72,5 +72,5 @@ def signed(value: float, form: str) -> str:
     return f"{value:+{form}}".replace("-", MINUS)
 
 
-def _is_known(value: float | None) -> TypeGuard[float]:
+def _is_measured(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)

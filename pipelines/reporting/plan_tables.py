@@ -28,25 +28,25 @@ def render(plan: Plan) -> RenderableType:
         f"{plan.model_parameters:,} parameters, {plan.linear_parameters:,} of them in decoder Linears, "
         f"{plan.num_bytes:,} bytes\n"
     )
-    parts: list[RenderableType] = [head, _candidate_table(plan)]
+    renderables: list[RenderableType] = [head, _candidate_table(plan)]
     if len(plan.candidates) > 1:
-        parts.append(
+        renderables.append(
             Text("\nThe run tries all of these on calibration data. Ranks of the first and the last:")
         )
-    parts.extend(_rank_table(candidate) for candidate in _shown(plan).values())
+    renderables.extend(_rank_table(candidate) for candidate in _smallest_and_largest(plan).values())
     if len(plan.candidates[-1].components) > 1:
-        parts.append(rich_table(component_table(plan.candidates[-1].components)))
-    parts += [_size_table(plan), _gpu_table(plan)]
+        renderables.append(rich_table(component_table(plan.candidates[-1].components)))
+    renderables += [_size_table(plan), _gpu_table(plan)]
     if plan.patterns:
-        parts.append(_pattern_table(plan.patterns))
-    parts.append(_kernel_table(plan))
+        renderables.append(_pattern_table(plan.patterns))
+    renderables.append(_kernel_table(plan))
     if plan.kernel_problem:
-        parts.append(Text(f"vLLM is needed to say which kernels multiply them: {plan.kernel_problem}"))
-    parts += [_resource_table(plan), *map(Text, filter(None, (_time_line(plan), _machine_line(plan))))]
-    parts.extend(Text(f"assumed: {assumption}") for assumption in plan.estimate.assumptions)
-    parts.extend(Text(f"note: {note}") for note in plan.notes)
-    parts.extend(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings)
-    return Group(*parts)
+        renderables.append(Text(f"vLLM is needed to say which kernels multiply them: {plan.kernel_problem}"))
+    renderables += [_resource_table(plan), *map(Text, filter(None, (_time_line(plan), _machine_line(plan))))]
+    renderables.extend(Text(f"assumed: {assumption}") for assumption in plan.estimate.assumptions)
+    renderables.extend(Text(f"note: {note}") for note in plan.notes)
+    renderables.extend(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings)
+    return Group(*renderables)
 
 
 def _candidate_table(plan: Plan) -> Table:
@@ -77,38 +77,38 @@ def _candidate_table(plan: Plan) -> Table:
 
 
 def _size_table(plan: Plan) -> Table:
-    """Bytes by part of the smallest and the largest k, on disk."""
-    shown = _shown(plan)
+    """Bytes on disk by part of the model, for the smallest and the largest k."""
+    candidates = _smallest_and_largest(plan)
     table = Table(title="Bytes", title_justify="left")
     table.add_column("")
-    for k in shown:
+    for k in candidates:
         table.add_column(f"k = {k}" if k else "", justify="right")
     for part in plan.candidates[0].bytes_by_part:
-        if any(c.bytes_by_part[part] for c in shown.values()):
-            table.add_row(part, *(f"{c.bytes_by_part[part]:,}" for c in shown.values()))
-    table.add_row("on disk", *(f"{c.num_bytes:,}" for c in shown.values()), style="bold")
+        if any(c.bytes_by_part[part] for c in candidates.values()):
+            table.add_row(part, *(f"{c.bytes_by_part[part]:,}" for c in candidates.values()))
+    table.add_row("on disk", *(f"{c.num_bytes:,}" for c in candidates.values()), style="bold")
     return table
 
 
 def _gpu_table(plan: Plan) -> Table:
-    """Bytes on each GPU beside those of the dense model, of the smallest and the largest k."""
-    shown = _shown(plan)
+    """Bytes on each GPU for the smallest and the largest k, beside those of the dense model."""
+    candidates = _smallest_and_largest(plan)
     table = Table(title="Weights on each GPU, by tensor-parallel size (TP)", title_justify="left")
     table.add_column("TP", justify="right")
     table.add_column("dense model", justify="right")
-    for k in shown:
+    for k in candidates:
         table.add_column(f"k = {k}" if k else "this model", justify="right")
         table.add_column("of dense", justify="right")
     for size, dense in plan.gpu_bytes.items():
         cells: list[str | Text] = []
-        for candidate in shown.values():
+        for candidate in candidates.values():
             share = candidate.gpu_share[size]
             cells += [_size(candidate.gpu_bytes[size]), Text(f"{share:.2f} x", "yellow" if share > 1 else "")]
         table.add_row(str(size), _size(dense), *cells)
     return table
 
 
-def _shown(plan: Plan) -> dict[int, CandidatePlan]:
+def _smallest_and_largest(plan: Plan) -> dict[int, CandidatePlan]:
     """Return the candidates with the fewest and the most compressed layers."""
     return {c.num_compressed_layers: c for c in (plan.candidates[0], plan.candidates[-1])}
 
@@ -123,25 +123,25 @@ def _pattern_table(patterns: tuple[PatternMatch, ...]) -> Table:
 
 
 def _rank_table(candidate: CandidatePlan) -> Table:
-    """Ranks, weights and size of each layer; neighbours that are alike share a row."""
+    """Ranks, weights and size of each layer; equal neighbours share a row."""
     table = Table(title=f"Ranks with k = {candidate.num_compressed_layers}", title_justify="left")
     labels = label_columns(name for layer in candidate.layers for name in layer.ranks)
     names = [label.removesuffix("_proj") for label in labels.values()]
     for column in ("layer", *names, "weights", "size"):
-        table.add_column(column, justify="right", overflow="fold")  # narrow terminals lose nothing
+        table.add_column(column, justify="right", overflow="fold")  # narrow terminals wrap instead of cutting
     for (ranks, parameters, num_bytes), members in groupby(
         candidate.layers, lambda layer: (tuple(_rank_cells(layer, labels)), layer.parameters, layer.num_bytes)
     ):
-        first, *_, last = 2 * [layer.index for layer in members]
-        layers = str(first) if first == last else f"{first}-{last}"
+        first_layer, *_, last_layer = 2 * [layer.index for layer in members]
+        layers = str(first_layer) if first_layer == last_layer else f"{first_layer}-{last_layer}"
         table.add_row(layers, *ranks, f"{parameters / 1e6:,.1f} M", _size(num_bytes))
     return table
 
 
 def _rank_cells(layer: LayerPlan, names: Iterable[str]) -> Iterator[str]:
-    """Yield the rank of every Linear of a layer, or `dense`, with the rank of a correction added to it.
+    """Yield the cell of every Linear of a layer: its rank or `dense`, plus the rank of its correction.
 
-    Nothing stands for a name that the layer has no Linear of.
+    The cell is empty for a name that the layer does not have.
     """
     for name in names:
         rank = layer.ranks.get(name)
@@ -150,23 +150,23 @@ def _rank_cells(layer: LayerPlan, names: Iterable[str]) -> Iterator[str]:
 
 
 def _kernel_table(plan: Plan) -> Table:
-    """Matrices that are stored alike and have the same kernels in one row; `--json` has every shape."""
+    """One row for matrices of equal storage and equal kernels; `--json` has every shape."""
     kernels = columns_that_agree(plan.kernels)
     named = f", and what multiplies them ({plan.kernel_source})" if plan.kernel_source else ""
     table = Table(title=f"Matrices on each device, by tensor-parallel size (TP){named}", title_justify="left")
     numbers = ("TP", "count", "smallest", "largest")
     for column in (*numbers, "stored as", *(kernels if plan.kernel_source else ())):
         justify: Literal["left", "right"] = "right" if column in numbers else "left"
-        table.add_column(column, justify=justify, overflow="fold")  # narrow terminals lose nothing
-    alike: dict[tuple[int, str, tuple[str, ...]], list[KernelUse]] = {}
+        table.add_column(column, justify=justify, overflow="fold")  # narrow terminals wrap instead of cutting
+    uses_by_row: dict[tuple[int, str, tuple[str, ...]], list[KernelUse]] = {}
     for use in plan.kernels:
-        chosen = tuple(without_shape(use.kernels[name]) for name in kernels.values())
-        alike.setdefault((use.tensor_parallel_size, use.storage, chosen), []).append(use)
-    for (size, storage, chosen), uses in alike.items():
+        kernel_names = tuple(without_shape(use.kernels[name]) for name in kernels.values())
+        uses_by_row.setdefault((use.tensor_parallel_size, use.storage, kernel_names), []).append(use)
+    for (size, storage, kernel_names), uses in uses_by_row.items():
         smallest, *_, largest = sorted(2 * [(use.rows * use.columns, use.rows, use.columns) for use in uses])
         count = sum(use.layers for use in uses)
         shapes = (f"{rows} x {columns}" for _, rows, columns in (smallest, largest))
-        table.add_row(str(size), str(count), *shapes, storage, *(chosen if plan.kernel_source else ()))
+        table.add_row(str(size), str(count), *shapes, storage, *(kernel_names if plan.kernel_source else ()))
     return table
 
 
@@ -192,7 +192,7 @@ def _resource_table(plan: Plan) -> Table:
 
 
 def _time_line(plan: Plan) -> str:
-    """Return the lower bound on the run's time; empty where no peak is known."""
+    """Return the lower bound on the run's time; empty if the machine's peak FLOP/s is unknown."""
     seconds, peak = plan.estimate.least_seconds, plan.estimate.machine.flops
     if seconds is None or peak is None:
         return ""
@@ -220,9 +220,9 @@ def _duration(seconds: float) -> str:
 
 def _machine_line(plan: Plan) -> str:
     machine = plan.estimate.machine
-    here = [
-        f"{_size(num_bytes)} {what}"
-        for num_bytes, what in (
+    capacities = [
+        f"{_size(num_bytes)} {resource}"
+        for num_bytes, resource in (
             (machine.memory_bytes, "of memory"),
             (machine.gpu_bytes, "of GPU memory"),
             (machine.disk_bytes, "on the output's disk"),
@@ -230,7 +230,7 @@ def _machine_line(plan: Plan) -> str:
         if num_bytes
     ]
     name = machine.name.capitalize()
-    return f"{name} has {', '.join(here)} to spare." if here else ""
+    return f"{name} has {', '.join(capacities)} to spare." if capacities else ""
 
 
 def _size(num_bytes: int) -> str:

@@ -1,7 +1,7 @@
-"""What is published about reports: the JSON schema, and a reference of every key.
+"""The published files about reports: the JSON schema and a reference of every key.
 
-Both are generated from the dataclasses that are the results, and a test compares the repository's copies with
-what this module returns; `publish` writes them again.
+Both are generated from the result dataclasses. A test compares the repository's copies with what this module
+returns; `publish` writes them again.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def report_schema_text() -> str:
 def report_reference() -> str:
     """Return the reference of every key as Markdown: a table for the whole and for each part."""
     schema = report_json_schema()
-    parts = {"The whole report": schema} | schema["$defs"]
-    return "\n".join([_HEAD, *(_section(heading, part) for heading, part in parts.items())])
+    schemas = {"The whole report": schema} | schema["$defs"]
+    return "\n".join([_HEAD, *(_section(heading, part) for heading, part in schemas.items())])
 
 
 def publish(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a report comes to, in rows: computed once, shown on the terminal, the page and the model card."""
+"""A report's rows: computed once, shown on the terminal, the page and the model card."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ INTERVALS = "Below each figure its 95 % interval; that of a change is of both mo
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table of before and after.
+    """One row of the table that compares the original model with the compressed one.
 
     Attributes:
-        name: What was measured, and on what.
-        original: Of the model before.
-        compressed: Of the model now.
-        change: What that means for the user.
-        measured_on: How many items; empty for what is counted exactly.
-        original_interval: 95 % interval, of the figure before; empty where there is none.
-        compressed_interval: The same of the figure now.
-        change_interval: The same of the change, both models paired item by item.
+        name: The measured quantity, and the data it was measured on.
+        original: The original model's figure.
+        compressed: The compressed model's figure.
+        change: The change between the two.
+        measured_on: Number and kind of items; empty for exact figures such as sizes.
+        original_interval: 95 % interval of the original's figure; empty if there is none.
+        compressed_interval: 95 % interval of the compressed model's figure.
+        change_interval: 95 % interval of the change, both models paired item by item.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class PartRow:
-    """One part of the model's bytes; `share` is of all bytes now."""
+    """Bytes of one part of the model; `share` is its fraction of the compressed model's bytes."""
 
     name: str
     original: str
@@ -76,16 +76,16 @@ class PartRow:
 
 @dataclass(frozen=True)
 class GateRow:
-    """One gate, as people read it.
+    """One gate as text.
 
     Attributes:
-        name: What is limited, and on what.
-        value: What was measured.
-        interval: Its 95 % interval; empty where there is none.
+        name: The limited quantity, and the data it is measured on.
+        value: The measured value.
+        interval: 95 % interval of the value; empty if there is none.
         limit: The largest value allowed.
         verdict: `passed`, `missed` or `undecided`.
-        remedy: What would decide it; empty if it is decided.
-        is_failing: Whether the run counts as failed for it.
+        remedy: What would decide an undecided gate; empty otherwise.
+        is_failing: Whether the run counts as failed because of it.
     """
 
     name: str
@@ -98,7 +98,7 @@ class GateRow:
 
 
 def size_rows(report: Report) -> list[Row]:
-    """Return how large the model was and is."""
+    """Return the rows of the model's size, before and after."""
     before, after = report.original, report.compressed
     return [
         Row(
@@ -135,7 +135,7 @@ def size_rows(report: Report) -> list[Row]:
 
 
 def quality_rows(report: Report) -> list[Row]:
-    """Return how good the model was and is, on everything that was measured, with intervals and counts."""
+    """Return a row for every measured quality, before and after, with intervals and counts."""
     return [
         *_perplexity_rows(report),
         *_exact_match_rows(report),
@@ -187,12 +187,12 @@ def _task_rows(report: Report) -> Iterator[Row]:
 
 
 def _distance_rows(report: Report) -> Iterator[Row]:
-    for text, found in report.change.logprob_kl.items():
-        row = Row(f"Log-prob KL, {text}", "", with_unit(number(found, 4), "nats"))
+    for text, distance in report.change.logprob_kl.items():
+        row = Row(f"Log-prob KL, {text}", "", with_unit(number(distance, 4), "nats"))
         estimate = report.differences.logprob_kl.get(text)
         yield _with_intervals(row, (None, estimate, None), _four_digits, _signed_number)
-    for text, found in report.change.final_layer_error.items():
-        yield Row(f"Final-layer error, {text}", "", number(found, 4))
+    for text, distance in report.change.final_layer_error.items():
+        yield Row(f"Final-layer error, {text}", "", number(distance, 4))
 
 
 _Estimates = tuple[Estimate | None, Estimate | None, Estimate | None]  # original, compressed, change
@@ -202,11 +202,11 @@ def _with_intervals(
     row: Row, estimates: _Estimates, figure: Callable[[float], str], change: Callable[[float], str]
 ) -> Row:
     """Return a row with its intervals and its count."""
-    known = next((estimate for estimate in estimates if estimate is not None), None)
+    first_estimate = next((estimate for estimate in estimates if estimate is not None), None)
     original, compressed, changed = estimates
     return replace(
         row,
-        measured_on="" if known is None else f"{known.count:,} {known.unit}",
+        measured_on="" if first_estimate is None else f"{first_estimate.count:,} {first_estimate.unit}",
         original_interval=_interval(original, figure),
         compressed_interval=_interval(compressed, figure),
         change_interval=_interval(changed, change),
@@ -218,7 +218,7 @@ def _interval(estimate: Estimate | None, form: Callable[[float], str]) -> str:
         return ""
     low, high = form(estimate.low), form(estimate.high)
     unit = _UNIT.search(low)
-    # A unit that both ends have is told once.
+    # A unit that both ends share is written once.
     if unit and high.endswith(unit[0]):
         low = low.removesuffix(unit[0])
     return f"{low} to {high}"
@@ -244,13 +244,13 @@ def _signed_number(value: float) -> str:
 
 
 def part_rows(report: Report) -> list[PartRow]:
-    """Return where the bytes were and are."""
+    """Return the bytes of each part of the model, before and after."""
     before, after = report.original.bytes_by_part, report.compressed.bytes_by_part
-    whole = max(1, sum(after.values()))
-    found = ((part, before.get(part, 0), after.get(part, 0)) for part in dict.fromkeys([*before, *after]))
+    total = max(1, sum(after.values()))
+    sizes = ((part, before.get(part, 0), after.get(part, 0)) for part in dict.fromkeys([*before, *after]))
     return [
-        PartRow(part, readable_bytes(old), readable_bytes(new), new / whole)
-        for part, old, new in found
+        PartRow(part, readable_bytes(old), readable_bytes(new), new / total)
+        for part, old, new in sizes
         if old or new
     ]
 
@@ -272,7 +272,7 @@ def gate_rows(gates: Sequence[GateResult]) -> list[GateRow]:
 
 
 def _gate_name(gate: GateResult) -> str:
-    """Return what a gate limits, and on what, for people."""
+    """Return the quantity that a gate limits, and its subject, as text."""
     limited = _GATES.get(gate.gate, gate.gate)
     return limited if gate.subject is None else f"{limited}, {gate.subject}"
 

@@ -1,4 +1,4 @@
-"""The tables of a report: what the stages show, the parts of the model, and the export in vLLM."""
+"""The tables of a report: those of the stages, the parts of the model, and the export in vLLM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def report_tables(report: Report) -> list[Table]:
-    """Return all tables but those of before and after, in the order in which things happened."""
+    """Return all tables except those that compare before and after, in the order of the stages."""
     return [table for table in _tables(report) if table.rows]
 
 
@@ -58,35 +58,35 @@ def _serving_table(serving: ServingParity) -> Table:
     rows = tuple(
         (
             f"{size.tensor_parallel_size}, {size.mode}",
-            found.subject,
-            _difference(found.prompt),
-            _difference(found.decoded),
-            _difference(found.together),
-            f"{found.together.num_tokens:,}",
-            f"{found.greedy_agreeing} of {found.decoded.num_tokens}",
+            agreement.subject,
+            _difference(agreement.prompt),
+            _difference(agreement.decoded),
+            _difference(agreement.together),
+            f"{agreement.together.num_tokens:,}",
+            f"{agreement.greedy_agreeing} of {agreement.decoded.num_tokens}",
         )
         for size in serving.sizes
-        for found in size.agreements
+        for agreement in size.agreements
     )
     title = "vLLM beside this package: mean and largest difference of log-probs, in nats"
     return Table(title, columns, rows, columns[2:])
 
 
-def _difference(found: Difference) -> str:
-    return f"{number(found.mean, 4)}, {number(found.largest, 4)}"
+def _difference(difference: Difference) -> str:
+    return f"{number(difference.mean, 4)}, {number(difference.largest, 4)}"
 
 
 def failure_title(failure: ServingFailure) -> str:
-    """Return on one line at which size vLLM failed, and which of its processes first."""
-    first = f"; {failure.process} failed first" if failure.process else ""
-    return f"vLLM failed at tensor-parallel size {failure.tensor_parallel_size}{first}"
+    """Return one line with the tensor-parallel size at which vLLM failed and its first failed process."""
+    which_process = f"; {failure.process} failed first" if failure.process else ""
+    return f"vLLM failed at tensor-parallel size {failure.tensor_parallel_size}{which_process}"
 
 
 def failure_text(failure: ServingFailure, *, with_excerpt: bool) -> str:
-    """Return why vLLM failed, as preformatted text: the exception, where its log is, what was printed."""
-    parts = [failure.exception]
+    """Return why vLLM failed, as preformatted text: the exception, the log's path, and its output."""
+    paragraphs = [failure.exception]
     if failure.log:
-        parts.append(f"The whole log: {failure.log}")
+        paragraphs.append(f"The whole log: {failure.log}")
     if with_excerpt and failure.excerpt:
-        parts.append(failure.excerpt)
-    return "\n\n".join(parts) if with_excerpt else "\n".join(parts)
+        paragraphs.append(failure.excerpt)
+    return "\n\n".join(paragraphs) if with_excerpt else "\n".join(paragraphs)

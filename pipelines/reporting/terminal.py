@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 def render(report: Report) -> RenderableType:
-    """Return what a run tells."""
-    parts: list[RenderableType] = [_summary_table(report)]
-    parts += [rich_table(table) for table in report_tables(report) if not table.is_detail]
+    """Return the report as tables and lines for a terminal."""
+    renderables: list[RenderableType] = [_summary_table(report)]
+    renderables += [rich_table(table) for table in report_tables(report) if not table.is_detail]
     for failure in report.serving.failures if report.serving is not None else ():
-        said = f"{failure_title(failure)}:\n{failure_text(failure, with_excerpt=False)}"
-        parts.append(Text(said, style="red", overflow="fold"))
+        failure_lines = f"{failure_title(failure)}:\n{failure_text(failure, with_excerpt=False)}"
+        renderables.append(Text(failure_lines, style="red", overflow="fold"))
     if report.gates:
-        parts.append(gate_table(report.gates))
-    parts.extend(Text(note) for note in report.resumed)
-    parts.extend(Text(f"warning: {warning}", style="yellow") for warning in report.warnings)
-    return Group(*parts)
+        renderables.append(gate_table(report.gates))
+    renderables.extend(Text(note) for note in report.resumed)
+    renderables.extend(Text(f"warning: {warning}", style="yellow") for warning in report.warnings)
+    return Group(*renderables)
 
 
 def _summary_table(report: Report) -> RichTable:
@@ -63,9 +63,9 @@ def gate_table(gates: Sequence[GateResult]) -> RichTable:
         table.add_column(column, justify="left" if column in ("gate", "") else "right")
     for row in gate_rows(gates):
         verdict = row.verdict if row.verdict == "passed" else row.verdict.upper()
-        said = f"{verdict}\n{row.remedy}" if row.remedy else verdict
+        verdict_cell = f"{verdict}\n{row.remedy}" if row.remedy else verdict
         style = "red" if row.is_failing else "yellow" if row.verdict == "undecided" else None
-        table.add_row(row.name, _with_interval(row.value, row.interval), row.limit, said, style=style)
+        table.add_row(row.name, _with_interval(row.value, row.interval), row.limit, verdict_cell, style=style)
     return table
 
 
@@ -76,10 +76,10 @@ def _with_interval(value: str, interval: str) -> str:
 
 def rich_table(table: Table) -> RichTable:
     """Return a table as the terminal shows it."""
-    shown = RichTable(title=table.title, title_justify="left")
+    rich = RichTable(title=table.title, title_justify="left")
     for column in table.columns:
         justify: Literal["left", "right"] = "right" if column in table.numbers else "left"
-        shown.add_column(column, justify=justify, overflow="fold")  # narrow terminals lose nothing
+        rich.add_column(column, justify=justify, overflow="fold")  # narrow terminals wrap instead of cutting
     for number, row in enumerate(table.rows):
-        shown.add_row(*row, style="bold" if number in table.bold_rows else None)
-    return shown
+        rich.add_row(*row, style="bold" if number in table.bold_rows else None)
+    return rich

@@ -1,10 +1,11 @@
-"""What can be done to a model, in order: the one place where stages are listed."""
+"""The stages in the order in which they run: the only list of them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.stages.export import ExportStage
+from ercsvd_deploy.pipelines.stages.factorize.damages.stage import DamagesStage
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
 from ercsvd_deploy.pipelines.stages.factorize.vision_stage import VisionStage
 from ercsvd_deploy.pipelines.stages.judge import JudgeOriginalStage, JudgeStage
@@ -21,6 +22,7 @@ STAGES: tuple[type[Stage], ...] = (
     VisionStage,
     TokenSensitivityStage,
     SensitivityStage,
+    DamagesStage,
     FactorizeStage,
     RecoverStage,
     QuantizeStage,

@@ -1,4 +1,4 @@
-"""Run stages one after the other: each in a folder named by what its result depends on, timed, resumed."""
+"""Run stages one after the other, timed, with results cached in folders that fingerprints identify."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.pipelines.stages.stage_run import CompressedModel, StageRun
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.pipelines.state.fingerprint import short_digest
 from ercsvd_deploy.pipelines.state.lock import exclusive
 from ercsvd_deploy.pipelines.state.memory_errors import exhausted_memory, first_sentence
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class StageMemoryError(MemoryError):
-    """A stage ran out of memory; the message says what takes less."""
+    """A stage ran out of memory; the message names the settings that need less."""
 
 
 @dataclass
@@ -37,9 +37,9 @@ class StageCache:
 
     Attributes:
         directory: The run's work directory.
-        fingerprints: Stage -> what its result depends on.
-        shared: Where folders are that several runs have in common, one run's at a time; None: in `directory`.
-        notes: What of an earlier run was used or had to be made again.
+        fingerprints: Stage name -> its fingerprint.
+        shared: Directory of folders that several runs share, one run at a time; None: in `directory`.
+        notes: What was reused from an earlier run, and what had to be computed again.
     """
 
     directory: Path
@@ -48,28 +48,28 @@ class StageCache:
     notes: list[str] = field(default_factory=list)
 
     @contextmanager
-    def open(self, stage: str) -> Iterator[FinishedWork]:
-        """Give a stage's folder, with what an earlier run with the same fingerprint left in it."""
+    def open(self, stage: str) -> Iterator[CacheFolder]:
+        """Open a stage's folder, with the cache entries of earlier runs with the same fingerprint."""
         fingerprint = self.fingerprints[stage]
         if self.shared is None:
-            yield self._noted(FinishedWork(self.directory / stage, fingerprint))
+            yield self._noted(CacheFolder(self.directory / stage, fingerprint))
             return
         folder = self._shared_folder(stage)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(lock_of(folder), stage):
-            yield self._noted(FinishedWork(folder, fingerprint))
+            yield self._noted(CacheFolder(folder, fingerprint))
 
-    def peek(self, stage: str) -> FinishedWork:
-        """Return a stage's folder to read from; nothing in it is removed or noted."""
+    def peek(self, stage: str) -> CacheFolder:
+        """Return a stage's folder for reading; nothing in it is removed, and no note is made."""
         folder = self.directory / stage if self.shared is None else self._shared_folder(stage)
-        return FinishedWork(folder, self.fingerprints[stage], is_reading=True)
+        return CacheFolder(folder, self.fingerprints[stage], is_reading=True)
 
     def discard(self, stage: str) -> None:
-        """Remove the folder of a stage whose result nobody reads any more; a shared one serves other runs."""
+        """Remove the folder of a stage whose result is no longer needed; a shared folder stays."""
         if self.shared is None:
             shutil.rmtree(self.directory / stage, ignore_errors=True)
 
-    def _noted(self, finished: FinishedWork) -> FinishedWork:
+    def _noted(self, finished: CacheFolder) -> CacheFolder:
         self.notes += finished.notes
         for note in finished.notes:
             logger.info(note)
@@ -82,12 +82,12 @@ class StageCache:
 
 @dataclass
 class RunState:
-    """How far a run is.
+    """The state of a run.
 
     Attributes:
-        model: The model as the stages so far have left it.
-        results: Stage -> result of those that have run.
-        seconds: Stage -> how long it took in this run.
+        model: The model after the stages that have run.
+        results: Stage name -> its result, for the stages that have run.
+        seconds: Stage name -> seconds it took in this run.
     """
 
     model: CompressedModel
@@ -105,12 +105,12 @@ def run_stages(
     write_report: Callable[[Path], None] = lambda _directory: None,
     is_forced: bool = False,
 ) -> None:
-    """Run stages in order, as far as `cache` has not their results; `state` follows them."""
+    """Run stages in order, reusing results in `cache`, and record them in `state`."""
     for stage in stages:
         if stage.temporary_for is not None and cache.peek(stage.temporary_for).is_complete:
             continue
         started = time.monotonic()
-        with _explained(stage), cache.open(stage.name) as folder:
+        with _memory_errors_explained(stage), cache.open(stage.name) as folder:
             state.results[stage.name] = stage.run(
                 StageRun(
                     recipe=recipe,
@@ -127,14 +127,14 @@ def run_stages(
             )
         state.seconds[stage.name] = round(time.monotonic() - started, 2)
         logger.info("%s: done in %.0f s", stage.title, state.seconds[stage.name])
-        for other in stages:
-            if other.temporary_for == stage.name and not other.is_kept:
-                cache.discard(other.name)
+        for earlier_stage in stages:
+            if earlier_stage.temporary_for == stage.name and not earlier_stage.is_kept:
+                cache.discard(earlier_stage.name)
 
 
 @contextmanager
-def _explained(stage: Stage) -> Iterator[None]:
-    """Say of memory that runs out where it did, and what takes less."""
+def _memory_errors_explained(stage: Stage) -> Iterator[None]:
+    """Turn an out-of-memory error into one that names the stage and its remedy."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

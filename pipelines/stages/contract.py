@@ -1,9 +1,9 @@
-"""What a stage is: one thing that is done to a model, with all that is known of it in one place.
+"""The contract of a stage: one operation on a model, with everything about it in one place.
 
-A stage is planned from the recipe and the model's shapes before a weight is read. From then on it knows how
-it changes the way the model is stored, what its result depends on, what memory and disk it takes, how it
-runs, and which tables it adds to the report. The flow knows stages by this contract alone: a new one is a
-class in a file of its own, and a line in `stages/__init__.py`.
+A stage is planned from the recipe and the model's shapes before a weight is read. It then declares how it
+changes the model's storage, what its result depends on, how much memory and disk it needs, how it runs, and
+which tables it adds to the report. The flow uses only this contract: a new stage is a class in its own file
+and a line in `stages/__init__.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import Field
 
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.architecture import Architecture
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.sections import Recipe
 
 if TYPE_CHECKING:
@@ -27,20 +28,16 @@ if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.workload import Workload
 
 
-class PlanError(ValueError):
-    """The recipe cannot work on this model."""
-
-
 @dataclass(frozen=True)
 class PlanningContext:
-    """What stages are planned from.
+    """The inputs from which stages are planned.
 
     Attributes:
         recipe: The recipe.
-        config: The model's config, as transformers has it.
+        config: The model's transformers config.
         architecture: The model's Linears.
-        dtype: Precision of the tensors that are not integers, "bfloat16" say.
-        planned: The stages before, by name.
+        dtype: Name of the dtype of unquantized tensors, such as "bfloat16".
+        planned: Name -> stage, for the stages before this one.
     """
 
     recipe: Recipe
@@ -51,20 +48,37 @@ class PlanningContext:
 
     @property
     def element(self) -> int:
-        """Bytes of a value that is not quantized."""
+        """Bytes of an unquantized value."""
         size: int = getattr(torch, self.dtype).itemsize
         return size
+
+    def check_predictions(self, fields: Sequence[str], remedy: str) -> None:
+        """Refuse fields of the recipe that need predictions of tokens, if the model makes none.
+
+        Args:
+            fields: Those that are set.
+            remedy: What can be used instead.
+
+        Raises:
+            PlanError: there are some, and the model embeds or scores texts.
+        """
+        if fields and not self.architecture.predicts_tokens:
+            made = "embeds" if self.architecture.task == "embed" else "scores"
+            raise PlanError(
+                f"{' and '.join(fields)}: {self.recipe.model.path} {made} texts and predicts no tokens: "
+                f"remove it; {remedy}"
+            )
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way the model may be stored in the end; a search decides between several when the recipe runs.
+    """One possible storage of the final model; where there are several, a search in the run decides.
 
     Attributes:
-        modules: Description of every altered Linear, those of routed experts left out.
-        experts: The same of routed experts: thousands, which all candidates have in common.
-        num_compressed_layers: How many of the last decoder layers are factorized.
-        layer_ratio: Share of the parameters removed in each of them.
+        modules: Name -> storage of every changed Linear except those of routed experts.
+        experts: Name -> storage of the routed experts' Linears; the same in all candidates.
+        num_compressed_layers: Number of factorized decoder layers, counted from the last.
+        layer_ratio: Fraction of the parameters removed in each of these layers.
     """
 
     modules: Mapping[str, Storage] = field(default_factory=dict)
@@ -75,14 +89,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Needs:
-    """Coarse counts of what a stage takes, beside what stages before it have left on disk.
+    """Coarse resource needs of a stage, in addition to files that earlier stages keep on disk.
 
     Attributes:
-        working_bytes: Of tensors where layers run, at their highest.
-        beside_bytes: Of tensors on the host if layers run on a GPU: those on their way to and from disk.
-        scratch_bytes: Of the work directory, at its highest.
-        kept_bytes: What of that stays until the run ends, or until the stage that it is for has finished.
-        flops: Floating-point operations, at least; a multiplication and an addition are two.
+        working_bytes: Peak bytes of tensors on the device that layers run on.
+        beside_bytes: Bytes of tensors on the host if layers run on a GPU: those read from or written to disk.
+        scratch_bytes: Peak bytes in the work directory.
+        kept_bytes: Part of them that stays until the run ends, or until the stage that reads it has finished.
+        flops: Lower bound of the floating-point operations; a multiplication and an addition count as two.
     """
 
     working_bytes: int = 0
@@ -94,23 +108,23 @@ class Needs:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that a stage shows, computed once: terminal, page and model card have the same."""
+    """A table that a stage shows; terminal, page and model card render the same rows."""
 
-    title: Annotated[str, Field(description="What it shows.")]
-    columns: Annotated[tuple[str, ...], Field(description="Heads of the columns.")]
+    title: Annotated[str, Field(description="Its title.")]
+    columns: Annotated[tuple[str, ...], Field(description="Headings of the columns.")]
     rows: Annotated[tuple[tuple[str, ...], ...], Field(description="Cells of every row.")]
     numbers: Annotated[tuple[str, ...], Field(description="Columns that are aligned to the right.")] = ()
     bold_rows: Annotated[tuple[int, ...], Field(description="Rows that stand out, from 0.")] = ()
     is_detail: Annotated[
-        bool, Field(description="Whether it is long, so that the page alone shows it, folded away.")
+        bool, Field(description="Whether it is long, so that only the page shows it, folded away.")
     ] = False
 
 
 def label_columns(names: Iterable[str]) -> dict[str, str]:
-    """Return Linear's name within a layer -> what its column is called, the last part if that tells it apart.
+    """Return local name of a Linear -> label of its column: the last part of the name if that is unique.
 
     Args:
-        names: Of the Linears of all layers: some have a dense MLP, others shared experts.
+        names: Local names of the Linears of all layers, which may differ between layers.
     """
     distinct = list(dict.fromkeys(names))
     ends = [name.rpartition(".")[2] for name in distinct]
@@ -121,15 +135,15 @@ def label_columns(names: Iterable[str]) -> dict[str, str]:
 
 
 class Stage(ABC):
-    """One thing that is done to a model.
+    """One operation on a model.
 
     Attributes:
         name: Its key in the report, its folder in the work directory, its name in messages and `--set`.
-        is_kept: Whether files of a temporary result stay instead until the run ends, for a second try with
-            other settings.
-        reported_as: The dataclass that the report has of a result, under the stage's name; its fields are
-            described, and its JSON schema is published. None: nothing.
-        memory_remedy: What of the recipe makes it take less memory, for whoever has too little.
+        is_kept: Whether the files of a temporary result stay until the run ends, for a later run with other
+            settings.
+        reported_as: The dataclass of the stage's part of the report; its fields have descriptions, and its
+            JSON schema is published. None if the report has no such part.
+        memory_remedy: The recipe settings that lower the stage's memory, for error messages.
     """
 
     name: ClassVar[str]
@@ -143,54 +157,55 @@ class Stage(ABC):
         """Return the stage, or None if the recipe does not ask for it.
 
         Raises:
-            PlanError: the recipe cannot work on this model; the message says what would.
+            PlanError: the recipe cannot work on this model; the message says what to change.
         """
 
     @property
     def temporary_for(self) -> str | None:
-        """Name of the last stage that reads this one's result, if it is kept for such ones alone.
+        """Name of the last stage that reads this one's result, if no later use needs it; else None.
 
-        If that is finished, this one is not run, and when it has finished, this one's files go.
+        If that stage's result is cached, this stage is skipped. When that stage has finished, this one's
+        files are removed.
         """
         return None
 
     @property
     def title(self) -> str:
-        """What progress is shown under."""
+        """The stage's title in progress messages."""
         return self.name.replace("_", " ")
 
     def store(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Return how the model may be stored behind this stage, given how it may be before it."""
+        """Return the candidates after this stage, given those before it."""
         return candidates
 
     def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
         """Return everything the result depends on, as JSON values.
 
         Args:
-            before: The same of the stages before that change the model; model, code and libraries are in it.
-            data: Digests of texts, questions and calibration samples, by what they are for.
+            before: Fingerprint of the model before this stage, with model files, code and libraries.
+            data: Purpose -> digests of texts, questions and calibration samples.
         """
         del data
         return dict(before) | {self.name: self.settings()}
 
     @abstractmethod
     def settings(self) -> Any:
-        """Return what of the recipe this stage reads, as JSON values."""
+        """Return the part of the recipe that this stage reads, as JSON values."""
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return what the stage takes; `candidates` is how the model may be stored behind it."""
+        """Return the stage's resource needs; `candidates` are those after it."""
         del work, candidates
         return Needs()
 
-    def check_here(self) -> None:  # noqa: B027 - few stages have something to refuse
+    def check_here(self) -> None:  # noqa: B027 - most stages have nothing to check
         """Refuse a run that lacks something on this machine, before any data is read.
 
         Raises:
-            ValueError, RuntimeError: what it lacks, and how to get it.
+            ValueError, RuntimeError: something is missing; the message says how to get it.
         """
 
     def check_data(self, data: RunData) -> Iterable[str]:
-        """Return what about the calibration data may make the result worse than hoped.
+        """Return warnings about calibration data that may make the result worse.
 
         Raises:
             PlanError: the stage cannot work with this data.
@@ -200,28 +215,28 @@ class Stage(ABC):
 
     @abstractmethod
     def run(self, run: StageRun) -> Any:
-        """Do the work, as far as the stage's folder has it not, and put the result into `run.model`.
+        """Compute the result, reusing the stage's cache entries, and overlay changed tensors on `run.model`.
 
-        What computes is imported here, not above: planning loads none of it.
+        Numerical modules are imported here, not at the top of the file, so that planning does not load them.
 
         Returns:
-            The result: a dataclass; with `files` and `modules` if the model is changed.
+            The result: a dataclass, with `files` and `modules` if the stage changes the model.
         """
 
     def reported(self, result: Any) -> Any:
-        """Return what the report has of a result, a `reported_as`; the result itself if it is one."""
+        """Return the reported part of a result, of class `reported_as`; by default the result itself."""
         return result
 
     def tables(self, result: Any) -> Iterable[Table]:
-        """Return what people are shown of a result."""
+        """Return the tables that show a result."""
         del result
         return ()
 
     def warnings(self, result: Any) -> Iterable[str]:
-        """Return what of a result went less well than hoped."""
+        """Return warnings about a result."""
         del result
         return ()
 
     def files(self, result: Any) -> Sequence[Path]:
-        """Return the files of tensors that a result consists of."""
+        """Return the tensor files of a result."""
         return list(getattr(result, "files", ()))

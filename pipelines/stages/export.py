@@ -14,9 +14,10 @@ from ercsvd_deploy.format.compressed_tensors import find_unreadable
 from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.models.experts import EXPERTS
-from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import expert_bytes, planned_bytes
+from ercsvd_deploy.recipe.fields import PlanError
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun
@@ -26,18 +27,18 @@ REPORT_FILE = "ercsvd_report.json"
 PAGE_FILE = "ercsvd_report.html"
 CARD_FILE = "README.md"
 ORIGINAL_CARD_FILE = "README.original.md"
-# Written again when the finished export has been measured, so the manifest has no checksums of them.
+# These files are written again after the export is measured, so the manifest has no checksums of them.
 REPORT_FILES = frozenset({REPORT_FILE, PAGE_FILE, CARD_FILE, REPORT_SUMS_FILE})
 
 
 @dataclass(frozen=True)
 class ExportStage(Stage):
-    """Where the model goes.
+    """The export directory and its format.
 
     Attributes:
-        target: The directory to appear, absolute.
-        max_shard_bytes: Upper size of a file of tensors.
-        needs_plugin: Whether it is in our own format, which vLLM reads by the plugin.
+        target: Absolute path of the directory to write.
+        max_shard_bytes: Largest size of a shard, in bytes.
+        needs_plugin: Whether the format is our own, which vLLM reads with the plugin.
     """
 
     target: Path
@@ -63,23 +64,25 @@ class ExportStage(Stage):
         return cls(export.path.absolute(), export.max_shard_bytes, needs_plugin)
 
     def settings(self) -> Any:
-        """Return what the files depend on: wherever they are, they are the same."""
+        """Return the settings that change the files; their directory does not."""
         return {"max_shard_bytes": self.max_shard_bytes, "needs_plugin": self.needs_plugin}
 
     def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the model depends on, and digests of the files that come with it."""
+        """Return the model's fingerprint, with digests of the sidecar files that are copied."""
         return super().fingerprint(before, data) | {"carried_over": data["carried_over"]}
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return the largest shard, beside the pages of the files that it comes from."""
+        """Return the memory of the largest shard, read and written at once, and the export's disk space."""
         bare = work.architecture.without_experts
-        total = max(sum(planned_bytes(bare, each.modules, work.stored).values()) for each in candidates)
+        total = max(
+            sum(planned_bytes(bare, candidate.modules, work.stored).values()) for candidate in candidates
+        )
         total += expert_bytes(work.architecture, candidates[0].experts, work.stored)
         shard = min(total, max(work.recipe.export.max_shard_bytes, work.largest_tensor))
         return Needs(beside_bytes=2 * shard, scratch_bytes=total, kept_bytes=total)
 
     def run(self, run: StageRun) -> Export:
-        """Write all tensors, and what came with the original model."""
+        """Write all tensors, and the sidecar files of the original model."""
         recipe = run.recipe
         return write_export(
             self.target,
@@ -99,14 +102,14 @@ class ExportStage(Stage):
 
 
 def carry_over_card(source: Path, directory: Path) -> None:
-    """Copy the original model's own card, which names its licence, beside ours."""
+    """Copy the original model's card, which names its licence, beside ours."""
     card = source / CARD_FILE
     if card.is_file():
         shutil.copyfile(card, directory / ORIGINAL_CARD_FILE)
 
 
 def _check_readable(context: PlanningContext) -> None:
-    """Refuse what vLLM and transformers would not read without this package.
+    """Refuse storage that vLLM and transformers cannot read without this package.
 
     Raises:
         PlanError: names the Linears and the reason.

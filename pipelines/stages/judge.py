@@ -1,7 +1,7 @@
 """Judge the original, then the compressed model beside it, on held-out texts and questions about pictures.
 
-Two stages, so that runs which compress one model differently judge it once: the original's result depends on
-the model and on what it is judged on, and on nothing else of a recipe.
+Two stages, so that runs that compress one model differently judge the original once: its result depends only
+on the model, the texts and the questions.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from ercsvd_deploy.evaluation.quality import Quality
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
-from ercsvd_deploy.pipelines.state.cache import OUTCOME, FinishedWork
+from ercsvd_deploy.pipelines.state.cache import OUTCOME, CacheFolder
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 
 _COMPARISON = TypeAdapter(Comparison)
 _QUALITY = TypeAdapter(Quality)
-# What stages are calibrated on and how, which is in every fingerprint, is no business of the original.
+_GATES_OF_PREDICTIONS = ("perplexity_increase", "logprob_kl")
+# Keys of a fingerprint about calibration; the original's result does not depend on them.
 _CALIBRATION = frozenset({"calibration_samples", "token_weight"})
 
 
 @dataclass(frozen=True)
 class JudgeOriginalStage(Stage):
-    """What the original is worth, and its layers' outputs, which the compressed model is compared with.
+    """The original's quality, and its layers' outputs for the comparison with the compressed model.
 
-    It stands before all stages that change the model, and its files stay until the run ends: a second try
-    with other settings finds them.
+    It comes before all stages that change the model. Its files stay until the run ends, so that a later run
+    with other settings reuses them.
     """
 
     name = "judge_original"
@@ -50,128 +51,144 @@ class JudgeOriginalStage(Stage):
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if the recipe names nothing to judge on."""
+        """Return the stage; None if the recipe has no texts or questions to judge on.
+
+        Raises:
+            PlanError: predictions are to be judged of a model that makes none.
+        """
+        gates = context.recipe.gates
+        asked = ["evaluation.perplexity"] if context.recipe.evaluation.perplexity else []
+        asked += [
+            f"gates.{name}" for name in _GATES_OF_PREDICTIONS if gates and getattr(gates, name) is not None
+        ]
+        context.check_predictions(asked, "gates.final_layer_error compares the outputs of the last layer")
         return cls() if _is_judging(context) else None
 
     @property
     def temporary_for(self) -> str:
-        """The comparison."""
+        """The stage that reads the original's outputs."""
         return "judge"
 
     def settings(self) -> Any:
-        """Return nothing: what is judged on is among the data."""
+        """Return None: texts and questions are part of the data's digests."""
         return None
 
     def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the model, and digests of what it is judged on."""
+        """Return the model's fingerprint without calibration, with the digests of texts and questions."""
         model = {name: value for name, value in before.items() if name not in _CALIBRATION}
         return {**model, "texts": data["texts"], "questions": data["questions"]}
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return a pass of the original and its logits, and what the kept outputs take on disk."""
+        """Return the memory of one pass of the original with its logits, and the disk for kept outputs."""
         del candidates
-        logits = max(work.logits(each, parts=2) for each in work.judged)
+        logits = max(work.logits(sequences, parts=2) for sequences in work.judged)
         passing = work.layer_weights + max(map(work.passing, work.judged))
         layers = work.architecture.num_layers - 1
-        tokens = [each.tokens for each in work.judged if not each.pictures]
-        kept = sum(count + layers * min(count, MOST_POSITIONS) for count in tokens)
-        num_bytes = kept * work.hidden * work.computed
+        tokens = [sequences.tokens for sequences in work.judged if not sequences.pictures]
+        kept_positions = sum(count + layers * min(count, MOST_POSITIONS) for count in tokens)
+        num_bytes = kept_positions * work.hidden * work.computed
         return Needs(
             working_bytes=sum(map(work.activations, work.judged))
             + max(passing, work.layer_load, work.outside_weights + logits, work.embedding(work.judged)),
             beside_bytes=2 * work.layer_weights,
             scratch_bytes=num_bytes,
             kept_bytes=num_bytes,
-            flops=sum(work.forward_flops(each) + work.head_flops(each) for each in work.judged),
+            flops=sum(
+                work.forward_flops(sequences) + work.head_flops(sequences) for sequences in work.judged
+            ),
         )
 
     def run(self, run: StageRun) -> Quality:
-        """Stream the original through everything."""
+        """Stream the original over all texts and questions."""
         original, cache = run.model.original, run.cache
-        stored = cache.findings(OUTCOME)
+        quality_values = cache.entry(OUTCOME)
         pieces = map(_outputs_piece, range(original.num_layers))
-        if stored is None or any(cache.findings(piece) is None for piece in pieces):
+        if quality_values is None or any(cache.entry(piece) is None for piece in pieces):
 
             def keep(index: int, outputs: Outputs) -> None:
                 piece = _outputs_piece(index)
-                if cache.findings(piece) is None:
+                if cache.entry(piece) is None:
                     tensors = {str(place): tensor.cpu() for place, tensor in enumerate(outputs.values())}
-                    cache.finish(piece, {}, tensors or None)
+                    cache.write(piece, {}, tensors or None)
 
             with run.progress(self.title, original.num_layers) as on_layer:
                 quality = judge_original(original, run.data.texts, run.data.questions, keep, on_layer)
-            stored = _QUALITY.dump_python(quality)
-            cache.finish(OUTCOME, stored)
-        return _QUALITY.validate_python(stored)
+            quality_values = _QUALITY.dump_python(quality)
+            cache.write(OUTCOME, quality_values)
+        return _QUALITY.validate_python(quality_values)
 
 
 @dataclass(frozen=True)
 class JudgeStage(Stage):
-    """What the compressed model is worth, and how far its outputs are from the original's."""
+    """The compressed model's quality, and the distance of its outputs from the original's."""
 
     name = "judge"
     memory_remedy = "lower evaluation.max_sequences or evaluation.sequence_length"
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if the recipe names nothing to judge on."""
+        """Return the stage; None if the recipe has no texts or questions to judge on."""
         return cls() if _is_judging(context) else None
 
     def settings(self) -> Any:
-        """Return nothing: what is judged on is among the data."""
+        """Return None: texts and questions are part of the data's digests."""
         return None
 
     def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the model depends on, and digests of what it is judged on."""
+        """Return the model's fingerprint, with the digests of texts and questions."""
         return {**before, "texts": data["texts"], "questions": data["questions"]}
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return the highest of both models' passes and of their logits."""
-        del candidates  # layers are computed on whole matrices, however they are stored
+        """Return the peak memory of both models' passes and of their logits."""
+        del candidates  # layers compute with dense matrices, however they are stored
         states = 2 * sum(map(work.activations, work.judged))
         # Outputs are compared in float64: the difference, widened and squared.
-        comparing = max(each.batch_tokens for each in work.judged) * work.hidden * (FLOAT32 + 2 * FLOAT64)
+        comparing = (
+            max(sequences.batch_tokens for sequences in work.judged) * work.hidden * (FLOAT32 + 2 * FLOAT64)
+        )
         passing = work.layer_weights + max(comparing, *map(work.passing, work.judged))
-        # Of both models, the old until the new are there, and log-probabilities of one window.
-        vocabulary = work.architecture.vocab_size
+        # Logits of both models (old ones until new ones exist), and log-probabilities of one window.
         logits = max(
-            2 * work.logits(each, parts=2) + 5 * FLOAT32 * each.length * vocabulary for each in work.judged
+            2 * work.logits(sequences, parts=2) + 5 * FLOAT32 * sequences.length * work.num_logits
+            for sequences in work.judged
         )
         return Needs(
             working_bytes=states
             + max(passing, work.layer_load, 2 * work.outside_weights + logits, work.embedding(work.judged)),
             beside_bytes=2 * work.layer_weights,
-            # Logits of both models on texts, of one on questions. How little the compressed layers compute,
-            # the run decides.
-            flops=sum((1 if each.pictures else 2) * work.head_flops(each) for each in work.judged),
+            # Logits of both models on texts, of one model on questions. The compressed layers are left out,
+            # because the run decides how much they compute.
+            flops=sum(
+                (1 if sequences.pictures else 2) * work.head_flops(sequences) for sequences in work.judged
+            ),
         )
 
     def run(self, run: StageRun) -> Comparison:
-        """Stream the compressed model through everything."""
-        stored = run.cache.findings(OUTCOME)
-        if stored is None:
+        """Stream the compressed model over all texts and questions."""
+        comparison_values = run.cache.entry(OUTCOME)
+        if comparison_values is None:
             compressed = run.model.stream()
-            kept = _KeptOutputs(run.cache_of(JudgeOriginalStage.name), tuple(run.data.texts))
+            original_outputs = _KeptOutputs(run.cache_of(JudgeOriginalStage.name), tuple(run.data.texts))
             with run.progress(self.title, compressed.num_layers) as on_layer:
                 comparison = judge_compressed(
                     compressed,
                     run.model.original,
                     run.results[JudgeOriginalStage.name],
-                    kept.of_layer,
+                    original_outputs.of_layer,
                     run.data.texts,
                     run.data.questions,
                     on_layer,
                 )
-            stored = _COMPARISON.dump_python(comparison)
-            run.cache.finish(OUTCOME, stored)
-        return _COMPARISON.validate_python(stored)
+            comparison_values = _COMPARISON.dump_python(comparison)
+            run.cache.write(OUTCOME, comparison_values)
+        return _COMPARISON.validate_python(comparison_values)
 
 
 @dataclass(frozen=True)
 class _KeptOutputs:
-    """The original's outputs on disk; the inverse of what `JudgeOriginalStage` keeps."""
+    """Reads the original's outputs that `JudgeOriginalStage` has written to disk."""
 
-    cache: FinishedWork
+    cache: CacheFolder
     texts: tuple[str, ...]
 
     def of_layer(self, index: int) -> dict[str, torch.Tensor]:

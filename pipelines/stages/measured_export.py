@@ -1,4 +1,4 @@
-"""What is measured on the finished export itself: lm-eval's tasks, and serving parity with a real vLLM."""
+"""Measurements on the finished export: lm-eval's tasks, and serving parity with a real vLLM."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from ercsvd_deploy.pipelines.judging.tasks import (
     run_tasks,
 )
 from ercsvd_deploy.pipelines.judging.tasks_in_vllm import run_tasks_in_vllm
-from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanError, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.sections import LmEval
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun
     from ercsvd_deploy.pipelines.stages.workload import Workload
 
-# Of a vLLM process beside its weights: libraries and workspace, and a small KV cache.
+# Memory of a vLLM process beside its weights: libraries, workspace and a small KV cache.
 _ENGINE_BYTES = 2 * 2**30
 
 
 @dataclass
 class MeasuredExport:
-    """What the export turned out to be worth; what could not be measured is told in `problems`."""
+    """Measurements of the export; `problems` has a line for everything that could not be measured."""
 
     original_tasks: TaskMetrics = field(default_factory=dict)
     compressed_tasks: TaskMetrics = field(default_factory=dict)
@@ -45,15 +46,15 @@ class MeasuredExport:
 
 @dataclass(frozen=True)
 class MeasuredExportStage(Stage):
-    """What is to be measured.
+    """The measurements to make on the export.
 
-    The export is complete and sound: where a measurement fails, hours of work are not called failed with it.
-    A warning says so, and a gate that wants the measurement is missed.
+    The export is complete already, so a failed measurement does not fail the run: it gives a warning, and a
+    gate that needs the measurement is missed.
 
     Attributes:
         lm_eval: The recipe's tasks.
-        trust_remote_code: Whether the model's own code is run for them.
-        is_served: Whether it is served by vLLM, at every tensor-parallel size that this machine can run.
+        trust_remote_code: Whether the tasks run the model's own code.
+        is_served: Whether vLLM serves the export, at every tensor-parallel size that this machine can run.
     """
 
     lm_eval: LmEval | None
@@ -68,13 +69,19 @@ class MeasuredExportStage(Stage):
         """Return the stage; None if there is no export, or nothing to measure on it.
 
         Raises:
-            PlanError: tasks are to run in vLLM, and the model reads pictures.
+            PlanError: tasks are to run in vLLM, and the model reads pictures; or predictions are to be
+                measured of a model that makes none.
         """
         recipe = context.recipe
         is_served = recipe.gates is not None and recipe.gates.serving_parity is not None
         if recipe.export.path is None or (recipe.evaluation.lm_eval is None and not is_served):
             return None
         tasks = recipe.evaluation.lm_eval
+        asked = ["evaluation.lm_eval"] if tasks is not None else []
+        context.check_predictions(
+            [*asked, *(["gates.serving_parity"] if is_served else [])],
+            "its vectors or scores are those of vllm.LLM(DIRECTORY, runner='pooling')",
+        )
         if tasks is not None and tasks.engine == "vllm" and context.architecture.reads_images:
             raise PlanError(
                 "evaluation.lm_eval.engine: vllm is for text models: remove it, or set transformers"
@@ -83,11 +90,11 @@ class MeasuredExportStage(Stage):
 
     @property
     def starts_vllm(self) -> bool:
-        """Whether a vLLM process is started for any of it."""
+        """Whether any measurement starts a vLLM process."""
         return self.is_served or (self.lm_eval is not None and self.lm_eval.engine == "vllm")
 
     def settings(self) -> Any:
-        """Return the tasks, and whether the export is served."""
+        """Return the tasks, and whether vLLM serves the export."""
         return {
             "lm_eval": self.lm_eval and self.lm_eval.model_dump(mode="json"),
             "is_served": self.is_served,
@@ -98,7 +105,7 @@ class MeasuredExportStage(Stage):
 
         Raises:
             EvaluationError: lm-eval is not installed, or cannot load a task.
-            ServingError: vLLM is not installed, and wanted.
+            ServingError: vLLM is needed and not installed.
         """
         if self.lm_eval is not None:
             check_tasks(self._task_settings(self.lm_eval))
@@ -108,32 +115,35 @@ class MeasuredExportStage(Stage):
             check_vllm("gates.serving_parity")
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return the weights of a whole model, which the original is for lm-eval.
+        """Return the bytes of the original's weights, which lm-eval loads whole.
 
-        Nor does vLLM hold more of the export, even where it has no kernel for integers. What either computes
-        depends on the tasks and is not counted.
+        vLLM holds no more for the export, even if it has no kernel for integers. Operations depend on the
+        tasks and are not counted.
         """
         del candidates
         weights = work.architecture.total_parameters * work.stored
         return Needs(working_bytes=weights + (_ENGINE_BYTES if self.starts_vllm else 0), beside_bytes=weights)
 
     def run(self, run: StageRun) -> MeasuredExport:
-        """Measure, in processes of their own where vLLM is needed."""
+        """Run all measurements; those in vLLM run in separate processes."""
         measured = MeasuredExport()
         export: Path = run.results["export"].directory
         if self.lm_eval is not None:
             try:
-                before, after = (
+                original_results, compressed_results = (
                     self._run_tasks(self.lm_eval, directory, export, run)
                     for directory in (run.model.opened.directory, export)
                 )
-                measured.original_tasks, measured.compressed_tasks = before.metrics, after.metrics
-                measured.problems += [f"{problem} (original)" for problem in before.problems]
-                measured.problems += after.problems
+                measured.original_tasks, measured.compressed_tasks = (
+                    original_results.metrics,
+                    compressed_results.metrics,
+                )
+                measured.problems += [f"{problem} (original)" for problem in original_results.problems]
+                measured.problems += compressed_results.problems
             except (ValueError, OSError, RuntimeError, ImportError) as error:
                 measured.problems.append(f"lm-eval did not finish: {error}")
         if self.is_served:
-            run.model.original.forget_inputs()  # its last run is over, and vLLM is to find the GPU empty
+            run.model.original.forget_inputs()  # it is not run again, and vLLM needs an empty GPU
             compressed = run.model.stream()
             prompts = make_prompts(run.data.texts, run.data.picture_prompts, compressed.config)
             try:
@@ -144,7 +154,7 @@ class MeasuredExportStage(Stage):
         return measured
 
     def _run_tasks(self, recipe: LmEval, directory: Path, export: Path, run: StageRun) -> TaskResults:
-        """Return what lm-eval measures on a model; what vLLM prints is kept beside the export if it fails."""
+        """Return lm-eval's results on one model; if vLLM fails, its log is kept beside the export."""
         settings = self._task_settings(recipe)
         if recipe.engine == "transformers":
             return run_tasks(directory, settings, run.model.device)

@@ -1,4 +1,4 @@
-"""The inputs of a layer's Linears on calibration sequences, some of which may be held out to judge by."""
+"""Input statistics of a layer's Linears on calibration sequences, of which some may be held out."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import LayerLinears
     from ercsvd_deploy.models.streaming import LayerwiseModel
 
-_SHARE_HELD_OUT = 4  # one sequence in so many
+_HELD_OUT_EVERY = 4  # one of so many sequences is held out
 
 
 @dataclass(frozen=True)
 class DividedBatches:
-    """Calibration batches, those held out at the end.
+    """Calibration batches; those held out come last.
 
     Attributes:
-        batches: All.
-        num_searched: How many of the first serve the search over k.
-        num_fitting: How many of the first are not held out.
-        token_sensitivity: How much their tokens count, where that differs from layer to layer.
+        batches: All batches.
+        num_searched: Number of first batches that the search over k uses.
+        num_fitting: Number of first batches that are not held out.
+        token_sensitivity: Token weights that differ between layers; None if they do not.
     """
 
     batches: list[Batch]
@@ -38,7 +38,7 @@ class DividedBatches:
     token_sensitivity: TokenSensitivity | None = None
 
     def token_weights(self, layer: LayerLinears) -> list[TokenWeights]:
-        """Return how much each token of every batch counts for the Linears of a layer."""
+        """Return the weight of each token of every batch for the Linears of a layer."""
         if self.token_sensitivity is None:
             return [batch.token_weights for batch in self.batches]
         return self.token_sensitivity.weights(layer, self.batches)
@@ -46,11 +46,11 @@ class DividedBatches:
 
 @dataclass(frozen=True)
 class ObservedInputs:
-    """The inputs of Linears that share them.
+    """Input statistics of Linears that share an input.
 
     Attributes:
-        whole: Sums over all sequences.
-        parts: Where some are held out, the Grams of the sequences to work with and of those held out.
+        whole: Statistics over all sequences.
+        parts: Grams [in, in] of the fitting and of the held-out sequences; None if none are held out.
     """
 
     whole: InputStatistics
@@ -58,7 +58,7 @@ class ObservedInputs:
 
     @classmethod
     def of_parts(cls, statistics: Sequence[InputStatistics]) -> ObservedInputs:
-        """Return the inputs from sums over all sequences, or over each of the two parts."""
+        """Return the statistics from one sum over all sequences, or from the sums of the two parts."""
         if len(statistics) == 1:
             return cls(statistics[0])
         fitting, held_out = statistics
@@ -68,8 +68,8 @@ class ObservedInputs:
 
 
 def num_not_held_out(num_samples: int) -> int:
-    """Return how many of the first samples stay if the last quarter is held out."""
-    return num_samples - num_samples // _SHARE_HELD_OUT
+    """Return the number of samples that remain if the last quarter is held out."""
+    return num_samples - num_samples // _HELD_OUT_EVERY
 
 
 def divide(
@@ -80,14 +80,14 @@ def divide(
     num_fitting: int,
     token_sensitivity: TokenSensitivity | None = None,
 ) -> DividedBatches:
-    """Put samples into batches that lie on one side of each of both cuts.
+    """Put samples into batches, none of which crosses the end of the searched or of the fitting samples.
 
     Args:
-        model: What they pass through.
-        samples: All; None: there are none.
-        num_searched: How many of the first serve a search.
-        num_fitting: How many of the first are not held out.
-        token_sensitivity: How much their tokens count, where that was measured.
+        model: The model that makes the batches.
+        samples: All samples; None without calibration.
+        num_searched: Number of first samples that a search uses.
+        num_fitting: Number of first samples that are not held out.
+        token_sensitivity: Measured token weights; None if they were not measured.
     """
     if samples is None:
         return DividedBatches([], 0, 0)
@@ -95,12 +95,12 @@ def divide(
     searched, fitting = min(num_searched, total), min(num_fitting, total)
     batches: list[Batch] = []
     num_batches = {0: 0}  # of the samples before each cut
-    for first, last in pairwise(sorted({0, searched, fitting, total})):
+    for start, end in pairwise(sorted({0, searched, fitting, total})):
         batches += [
-            replace(batch, rows=tuple(first + row for row in batch.rows))
-            for batch in model.batches(samples[first:last])
+            replace(batch, rows=tuple(start + row for row in batch.rows))
+            for batch in model.batches(samples[start:end])
         ]
-        num_batches[last] = len(batches)
+        num_batches[end] = len(batches)
     return DividedBatches(batches, num_batches[searched], num_batches[fitting], token_sensitivity)
 
 
@@ -111,24 +111,26 @@ def advance_observed(
     hidden: list[torch.Tensor],
     divided: DividedBatches,
 ) -> dict[str, ObservedInputs]:
-    """Pass through a loaded layer; return for each group of Linears, by its first, what its inputs were."""
+    """Pass `hidden` through a loaded layer; return first Linear of each group -> its input statistics."""
     token_weights = divided.token_weights(layer)
-    parts = []
+    statistics_of_parts = []
     for positions in (range(divided.num_fitting), range(divided.num_fitting, len(hidden))):
         if positions:
-            parts.append(model.input_statistics(layer))
+            statistics_of_parts.append(model.input_statistics(layer))
             model.advance(
                 layer.index,
                 divided.batches,
                 hidden,
-                observe=parts[-1],
+                observe=statistics_of_parts[-1],
                 token_weights=token_weights,
                 module=module,
                 positions=positions,
             )
-    if not parts:
+    if not statistics_of_parts:
         return {}
     return {
-        group[0].name: ObservedInputs.of_parts([part[layer.local_name(group[0])] for part in parts])
+        group[0].name: ObservedInputs.of_parts(
+            [part[layer.local_name(group[0])] for part in statistics_of_parts]
+        )
         for group in layer.groups
     }

@@ -1,4 +1,4 @@
-"""Bytes of a model by part: what a plan predicts and what the files hold, counted by the same rules."""
+"""Bytes of a model by part, counted by the same rules for a plan and for files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PARTS = (TOWER_PART, PROJECTOR_PART, "outside the layers", *_LINEAR_PARTS, "norm
 def planned_bytes(
     architecture: Architecture, described: Mapping[str, Storage], element: int
 ) -> dict[str, int]:
-    """Return tensor name -> bytes of the model that descriptions make; `element` is a plain value's size."""
+    """Return tensor name -> bytes of a model with these storages; unquantized values have `element` bytes."""
     sizes = {name: math.prod(shape) * element for name, shape in architecture.other_tensors.items()}
     everything = dense_descriptions(architecture) | dict(described)
     for module, description in everything.items():
@@ -49,21 +49,21 @@ def planned_bytes(
 
 
 def module_bytes(description: Storage, element: int) -> int:
-    """Return the bytes of one Linear's tensors, bias aside."""
+    """Return the bytes of one Linear's tensors without its bias."""
     shapes = description.tensor_shapes.items()
     return sum(math.prod(shape) * _element(leaf, element) for leaf, shape in shapes)
 
 
 def modules_bytes(described: Mapping[str, Storage], element: int) -> int:
-    """Return the bytes of the tensors of many Linears, most of which share few descriptions."""
-    distinct = {id(each): each for each in described.values()}
+    """Return the bytes of many Linears' tensors, counting equal storages once each."""
+    by_id = {id(description): description for description in described.values()}
     counts = Counter(map(id, described.values()))
-    return sum(counts[key] * module_bytes(each, element) for key, each in distinct.items())
+    return sum(counts[key] * module_bytes(description, element) for key, description in by_id.items())
 
 
 def expert_bytes(architecture: Architecture, described: Mapping[str, Storage], element: int) -> int:
-    """Return the bytes of all routed experts, given how the altered ones of their Linears are stored."""
-    replaced = sum(rows * columns for rows, columns in (each.shape for each in described.values()))
+    """Return the bytes of all routed experts, given the storage of those Linears that are changed."""
+    replaced = sum(rows * columns for rows, columns in (storage.shape for storage in described.values()))
     return element * (architecture.expert_parameters - replaced) + modules_bytes(described, element)
 
 
@@ -73,14 +73,14 @@ def stored_bytes(store: TensorStore) -> dict[str, int]:
 
 
 def sum_by_part(sizes: Mapping[str, int], architecture: Architecture) -> dict[str, int]:
-    """Return the bytes of each of `PARTS`."""
+    """Return part -> bytes, for each of `PARTS`."""
     linears = {linear.name for linear in architecture.linears}
     experts = {layer.experts.name for layer in architecture.layers if layer.experts is not None}
-    parts = dict.fromkeys(PARTS, 0)
+    by_part = dict.fromkeys(PARTS, 0)
     for name, num_bytes in sizes.items():
         is_expert = experts_of(name) in experts
-        parts[EXPERT_PART if is_expert else _part_of(name, architecture, linears)] += num_bytes
-    return parts
+        by_part[EXPERT_PART if is_expert else _part_of(name, architecture, linears)] += num_bytes
+    return by_part
 
 
 def linear_bits_per_weight(by_part: Mapping[str, int], architecture: Architecture) -> float:
@@ -102,9 +102,8 @@ def bytes_on_rank(
 ) -> int:
     """Return the bytes of weights that one GPU holds when vLLM serves the model.
 
-    Embeddings are cut by vocabulary, matrices as `local_shape` says, experts that are stored in one tensor
-    evenly; everything else is held by every rank. What kernels add as padding or workspace, and the KV cache,
-    are not counted.
+    Embeddings are cut by vocabulary, matrices as `local_shape` says, and experts stored in one tensor evenly;
+    every rank holds everything else. Padding and workspace of kernels and the KV cache are not counted.
     """
     total = 0
     matrices = dense_descriptions(architecture) | dict(described)
@@ -124,16 +123,18 @@ def bytes_on_rank(
 def module_bytes_on_rank(
     name: str, description: Storage, architecture: Architecture, element: int, tensor_parallel_size: int
 ) -> int:
-    """Return the bytes of one module's tensors, bias aside, that one GPU holds; see `bytes_on_rank`."""
+    """Return the bytes of one module's tensors, without its bias, that one GPU holds; see `bytes_on_rank`."""
     total = 0
     for part, ((rows, columns), storage) in description.parts.items():
         local = local_shape(name, part, rows, columns, architecture, tensor_parallel_size)
         share = (local or (rows, columns))[0] * (local or (rows, columns))[1] / (rows * columns)
-        if architecture.vocabulary.has(name):  # what a vocabulary is filled up with does not count
+        if architecture.vocabulary.has(name):  # padding of the vocabulary is not counted
             share = 1 / tensor_parallel_size
         leaves = storage.leaf_shapes(rows, columns) if storage else {"": (rows, columns)}
-        whole = sum(math.prod(leaf_shape) * _element(leaf, element) for leaf, leaf_shape in leaves.items())
-        total += int(whole * share)
+        num_bytes = sum(
+            math.prod(leaf_shape) * _element(leaf, element) for leaf, leaf_shape in leaves.items()
+        )
+        total += int(num_bytes * share)
     if description.pivot_blocks is not None:
         rows = description.shape[0]
         if not architecture.is_row_parallel(name):

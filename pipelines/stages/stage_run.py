@@ -1,4 +1,4 @@
-"""What stages work on: the model as the stages before have left it, the data, and a folder."""
+"""The inputs of a running stage: the model after the stages before it, the data, and the stage's folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, stream
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter
 from ercsvd_deploy.recipe.sections import Recipe
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class CompressedModel:
-    """The model as the stages so far have left it."""
+    """The model after the stages that have run."""
 
     opened: OpenedModel
     device: torch.device
@@ -39,7 +39,7 @@ class CompressedModel:
         self.store = self.original.store
 
     def overlay(self, files: Iterable[Path], described: Mapping[str, Storage]) -> None:
-        """Put a stage's tensors in the place of the modules that it describes."""
+        """Replace the tensors of the modules that a stage has changed."""
         self.store = OverlayStore(self.store, FileStore(files), described)
         self.modules |= described
 
@@ -60,27 +60,27 @@ class CompressedModel:
 
 @dataclass(frozen=True)
 class StageRun:
-    """Everything a stage is given when it runs.
+    """Everything that a stage receives when it runs.
 
     Attributes:
         recipe: The recipe.
         data: Calibration samples, held-out texts and questions.
-        model: The model as the stages before have left it; a stage that changes it overlays its tensors.
-        results: Name of a stage that has run -> its result.
-        cache: The stage's folder: pieces of its result, finished by this run or an earlier one.
-        cache_of: Gives the folder of a stage before, whose result stays on disk.
-        progress: Told about long work.
+        model: The model after the stages before; a stage that changes it overlays its tensors.
+        results: Stage name -> its result, for the stages that have run.
+        cache: The stage's folder with cache entries of this run and of earlier ones.
+        cache_of: Returns the folder of an earlier stage whose result stays on disk.
+        progress: Receives the steps of long work.
         directory: The run's work directory, on the output's disk.
-        write_report: Writes report, page and card, as far as they are known, into a directory.
-        is_forced: Whether an export replaces what somebody has changed in an earlier one.
+        write_report: Writes the report so far, its page and its card into a directory.
+        is_forced: Whether the export replaces files that somebody has changed in an earlier export.
     """
 
     recipe: Recipe
     data: RunData
     model: CompressedModel
     results: Mapping[str, Any]
-    cache: FinishedWork
-    cache_of: Callable[[str], FinishedWork]
+    cache: CacheFolder
+    cache_of: Callable[[str], CacheFolder]
     progress: ProgressReporter
     directory: Path
     write_report: Callable[[Path], None]
@@ -88,6 +88,6 @@ class StageRun:
 
     @property
     def samples(self) -> Sequence[Sample]:
-        """The calibration samples; the schema asks for them where a stage needs them."""
+        """The calibration samples, which the recipe's schema requires wherever a stage needs them."""
         assert self.data.samples is not None, "the schema asks for calibration where a stage needs it"
         return self.data.samples

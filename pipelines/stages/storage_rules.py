@@ -1,9 +1,9 @@
-"""How a Linear that is given a rank or integers is stored.
+"""The rules by which a Linear with a rank or with integers is stored.
 
-A recipe names one group size for all matrices, and not every matrix can have it: a second factor has as
-many columns as its rank, and tensor parallelism cuts the inputs of row-parallel Linears, but must not cut a
-group or a 32-bit word of integers. Where groups are to fit, such a matrix gets smaller ones, one scale a row
-if none fit, and stays plain if not even words do.
+A recipe names one group size for all matrices, and not every matrix can have it: a second factor has as many
+columns as its rank, and tensor parallelism cuts the inputs of row-parallel Linears, but must not cut a group
+or a 32-bit word of integers. If groups must fit, such a matrix gets smaller groups; if none fit, one scale
+per row; if not even whole words fit, it stays unquantized.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StorageRules:
-    """What of a recipe and a model decides how a Linear of a rank or of integers is stored.
+    """The settings of a recipe and a model that decide how Linears are stored.
 
     Attributes:
-        architecture: Tells how tensor parallelism cuts each Linear.
-        layout: Of the Linears that have a rank.
-        fitted_to: Tensor parallel sizes to which groups of integers are made to fit; None: they stay as they
-            are.
+        architecture: The model's Linears, and how tensor parallelism cuts them.
+        layout: Layout of the Linears that have a rank.
+        fitted_to: Tensor parallel sizes that groups of integers must fit; None: groups stay as the recipe
+            says.
     """
 
     architecture: Architecture
@@ -47,26 +47,28 @@ class StorageRules:
         """Return how a Linear is stored.
 
         Args:
-            linear: Its name and shape.
-            rank: Its rank; None: it keeps its one matrix.
-            quantization: Integers of each of its matrices; None: they are plain.
-            correction: What is added to the integers of a Linear without a rank; None: nothing.
+            linear: Name and shape of the Linear.
+            rank: Its rank; None: it keeps one matrix.
+            quantization: How each of its matrices is quantized; None: not at all.
+            correction: Low-rank correction of the integers of a Linear without a rank; None: no correction.
         """
         shape = (linear.out_features, linear.in_features)
-        first = self._fit(quantization, self._columns_on_ranks(linear))
-        if rank is None and first is not None and correction is not None:
-            return self._corrected(linear, first, correction)
+        first_factor = self._fit(quantization, self._columns_on_ranks(linear))
+        if rank is None and first_factor is not None and correction is not None:
+            return self._corrected(linear, first_factor, correction)
         if rank is None:
-            return Storage.dense(shape, first)
-        second = self._fit(quantization, (rank,))
-        if first is None or second is None:  # both or none: the second one is re-fitted to the first
-            first = second = None
-        return Storage.of_rank(shape, rank, self._pivot_blocks(linear, rank), first, second)
+            return Storage.dense(shape, first_factor)
+        second_factor = self._fit(quantization, (rank,))
+        if (
+            first_factor is None or second_factor is None
+        ):  # both or none: the second one is re-fitted to the first
+            first_factor = second_factor = None
+        return Storage.of_rank(shape, rank, self._pivot_blocks(linear, rank), first_factor, second_factor)
 
     def factorized(
         self, linears: Iterable[LinearShape], ranks: Mapping[str, int | None]
     ) -> dict[str, Storage]:
-        """Return how those Linears that have a rank are stored, as plain matrices."""
+        """Return name -> unquantized storage, for the Linears that have a rank."""
         return {
             linear.name: self.storage(linear, rank)
             for linear in linears
@@ -74,28 +76,31 @@ class StorageRules:
         }
 
     def _corrected(self, linear: LinearShape, weight: WeightQuantization, correction: Correction) -> Storage:
-        """Return integers with a correction, whose groups are made to fit: a recipe names none for it."""
+        """Return integers with a correction; its group size is made to fit, since recipes do not set it."""
         shape, rank = (linear.out_features, linear.in_features), correction.rank
         if correction.bits == 16:
             return Storage.corrected(shape, weight, rank)
-        wanted = WeightQuantization(bits=correction.bits, group_size=weight.group_size)
-        first, second = _fitting(wanted, self._columns_on_ranks(linear)), _fitting(wanted, (rank,))
-        if first is None or second is None:
-            first = second = None
-        return Storage.corrected(shape, weight, rank, first, second)
+        factor_quantization = WeightQuantization(bits=correction.bits, group_size=weight.group_size)
+        first_factor, second_factor = (
+            _fitting(factor_quantization, self._columns_on_ranks(linear)),
+            _fitting(factor_quantization, (rank,)),
+        )
+        if first_factor is None or second_factor is None:
+            first_factor = second_factor = None
+        return Storage.corrected(shape, weight, rank, first_factor, second_factor)
 
     def _pivot_blocks(self, linear: LinearShape, rank: int) -> int | None:
         if self.layout == "low_rank":
             return None
-        # Where inputs are cut every rank has all outputs, and pivots need no quota. Nor do they where several
-        # projections are one matrix: that cannot be cut if it is pivoted.
+        # If inputs are cut, every rank has all outputs, and pivots need no quota per block. Neither do they
+        # if several projections are one matrix, because a pivoted one is never cut.
         is_whole = self.architecture.is_row_parallel(linear.name) or (
             len(self.architecture.output_blocks(linear.name, linear.out_features)) > 1
         )
         return 1 if is_whole else count_pivot_blocks(linear.out_features, rank)
 
     def _columns_on_ranks(self, linear: LinearShape) -> tuple[int, ...]:
-        """Return how many inputs of a Linear a rank holds at every tensor parallel size."""
+        """Return the number of inputs of a Linear on one rank, for every tensor parallel size."""
         if not self.architecture.is_row_parallel(linear.name):
             return (linear.in_features,)
         return tuple(linear.in_features // size for size in {1, *(self.fitted_to or ())})
@@ -103,7 +108,7 @@ class StorageRules:
     def _fit(
         self, quantization: WeightQuantization | None, columns: tuple[int, ...]
     ) -> WeightQuantization | None:
-        """Return integers that fit these numbers of columns, where groups are made to fit."""
+        """Return a quantization that fits these numbers of columns; the same one if groups need not fit."""
         if quantization is None or self.fitted_to is None:
             return quantization
         return _fitting(quantization, columns)
@@ -111,7 +116,7 @@ class StorageRules:
 
 @lru_cache(maxsize=4096)
 def _fitting(quantization: WeightQuantization, columns: tuple[int, ...]) -> WeightQuantization | None:
-    """Return integers whose groups and words are whole in all of these numbers of columns."""
+    """Return a quantization whose groups and words divide these numbers of columns; None if words do not."""
     if any(count % values_in_whole_words(quantization.bits) for count in columns):
         return None
     size = quantization.group_size

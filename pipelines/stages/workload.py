@@ -1,7 +1,7 @@
-"""How much a recipe has to compute with, and what every stage's needs are counted from.
+"""The amount of work of a recipe, from which every stage counts its resource needs.
 
-Bytes are of one thing in memory at once; stages add up which of them they hold side by side. Floating-point
-operations are a lower bound: what a matrix product of these shapes takes, nothing for anything smaller.
+Bytes are those of one object in memory; stages add up the objects that they hold at the same time.
+Floating-point operations are a lower bound: those of the matrix products, without anything smaller.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Sequences:
 
     count: int
     length: int
-    pictures: int = 0  # that come with them
+    pictures: int = 0  # in all sequences
 
     @property
     def tokens(self) -> int:
@@ -36,7 +36,7 @@ class Sequences:
     def batch_rows(self) -> int:
         """Sequences that are computed at once.
 
-        A small model's pass in smaller batches side by side (`streaming`): no more than this on four cores.
+        Small models run smaller batches side by side (`streaming`), on four cores no more than this in total.
         """
         return min(self.count, max(1, MAX_TOKENS_PER_BATCH // self.length))
 
@@ -46,18 +46,18 @@ class Sequences:
         return self.batch_rows * self.length
 
     def first(self, count: int) -> Sequences:
-        """Return the first few."""
+        """Return the first `count` sequences, with their share of the pictures."""
         count = min(count, self.count)
         return Sequences(count, self.length, self.pictures * count // max(1, self.count))
 
 
 @dataclass(frozen=True)
 class Tower:
-    """The vision tower's share of the work on one tile of a picture; most models take a picture whole."""
+    """Work of the vision tower on one tile of a picture; in most models a picture is one tile."""
 
     pixels: int  # values of a tile
     tokens: int  # positions in the tower
-    widest: int  # values of one position that are alive at once
+    widest: int  # values of one position in memory at once
     features: int  # tokens of the language model that a tile becomes
     parameters: int  # of tower and projector
     fewest_tiles: int = 1  # that a picture becomes
@@ -67,18 +67,19 @@ class Tower:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a recipe does to a model, in numbers.
+    """The work of a recipe on a model, in numbers.
 
     Attributes:
         recipe: The recipe.
-        architecture: The model's.
+        architecture: The model's architecture.
         stored: Bytes of a value in the files.
         computed: Bytes of a value where layers run.
-        tokens_at_once: Of a batch; a small model's pass side by side, no more than `Sequences.batch_tokens`.
-        calibration: What the stages are calibrated on; None where nothing is.
-        judged: What both models are compared on.
-        tower: None for text models.
-        assumptions: What was taken for granted, for people.
+        tokens_at_once: Tokens of a batch; batches of a small model that run side by side have together no
+            more than `Sequences.batch_tokens`.
+        calibration: The calibration sequences; None without calibration.
+        judged: The sequences on which both models are compared.
+        tower: The vision tower; None for text models.
+        assumptions: Assumptions of the estimate, one line each.
     """
 
     recipe: Recipe
@@ -93,13 +94,13 @@ class Workload:
 
     @property
     def calibrating(self) -> Sequences:
-        """What a stage that cannot do without calibration is calibrated on."""
+        """The calibration sequences of a stage that requires them."""
         assert self.calibration is not None, "the schema asks for calibration where a stage needs it"
         return self.calibration
 
     @cached_property
     def largest_layer(self) -> LayerLinears:
-        """The decoder layer with the most weights; in most families all are alike."""
+        """The decoder layer with the most weights; in most families all layers are equal."""
         return max(self.architecture.layers, key=lambda layer: layer.parameters)
 
     @property
@@ -118,9 +119,14 @@ class Workload:
         )
 
     @property
+    def num_logits(self) -> int:
+        """Logits of a token; none of a model that predicts no tokens."""
+        return self.architecture.vocab_size if self.architecture.predicts_tokens else 0
+
+    @property
     def head_parameters(self) -> int:
         """Parameters that turn the last layer's output into logits."""
-        return self.architecture.vocab_size * self.hidden
+        return self.num_logits * self.hidden
 
     @property
     def layer_weights(self) -> int:
@@ -129,7 +135,7 @@ class Workload:
 
     @property
     def layer_load(self) -> int:
-        """Bytes of a layer while it is read: the stored tensors beside those in compute precision."""
+        """Bytes of a layer while it is loaded: the stored tensors beside those in compute precision."""
         converting = 0 if self.stored == self.computed else self.layer_weights * self.stored // self.computed
         return self.layer_weights + converting
 
@@ -154,7 +160,7 @@ class Workload:
         if self.tower is None:
             return 0
         calibrating = [self.calibration] if self.calibration else []
-        pictures = sum(each.pictures for each in (*calibrating, *self.judged))
+        pictures = sum(sequences.pictures for sequences in (*calibrating, *self.judged))
         return pictures * self.tower.most_tiles * self.tower.pixels * FLOAT32
 
     @property
@@ -165,7 +171,7 @@ class Workload:
         return max(map(math.prod, shapes)) * self.stored
 
     def activations(self, sequences: Sequences | None) -> int:
-        """Return the bytes of all sequences between two layers, and of what pictures add to them there."""
+        """Return the bytes of all hidden states between two layers, with features that pictures add there."""
         if sequences is None:
             return 0
         positions = sequences.tokens
@@ -175,26 +181,31 @@ class Workload:
         return positions * self.hidden * self.computed
 
     def embedding(self, sequences: Iterable[Sequences]) -> int:
-        """Return the bytes of what stands before the layers, and of a batch in the vision tower."""
+        """Return the bytes of the weights before the layers, and of a batch in the vision tower."""
         has_own_head = "lm_head.weight" in self.architecture.other_tensors
         loaded = self.outside_weights - (self.head_parameters * self.computed if has_own_head else 0)
         if self.tower is None:
             return loaded
-        pictures = max(math.ceil(each.pictures / max(1, each.count)) * each.batch_rows for each in sequences)
+        pictures = max(
+            math.ceil(one_length.pictures / max(1, one_length.count)) * one_length.batch_rows
+            for one_length in sequences
+        )
         tokens = pictures * self.tower.most_tiles * self.tower.tokens
         return loaded + tokens * self.tower.widest * self.computed
 
     def passing(self, sequences: Sequences) -> int:
-        """Return the bytes of a batch on its way through a decoder layer, its input and output aside.
+        """Return the bytes of a batch's activations within a decoder layer, without its input and output.
 
         Attention scores are never in memory. Attention holds queries, keys and values with the rotated
         copies, and what comes out; the MLP gate, up and their product; both the normalized input and a copy.
         """
-        first, last = self.largest_layer.stacks[0], self.largest_layer.stacks[-1]
-        attention = 3 * _attention_width(self.largest_layer) + sum(linear.out_features for linear in first)
-        owner = last[0].name.rpartition(".")[0]
+        first_stack, last_stack = self.largest_layer.stacks[0], self.largest_layer.stacks[-1]
+        attention = 3 * _attention_width(self.largest_layer) + sum(
+            linear.out_features for linear in first_stack
+        )
+        owner = last_stack[0].name.rpartition(".")[0]
         before_last = next(s for s in self.largest_layer.stacks if s[0].name.rpartition(".")[0] == owner)
-        mlp = last[0].in_features + sum(linear.out_features for linear in before_last)
+        mlp = last_stack[0].in_features + sum(linear.out_features for linear in before_last)
         return sequences.batch_tokens * (2 * self.hidden + max(attention, mlp)) * self.computed
 
     def training_pass(self, sequences: Sequences) -> int:
@@ -206,10 +217,9 @@ class Workload:
 
     def logits(self, sequences: Sequences, *, parts: int) -> int:
         """Return the bytes of logits of so many parts of a batch, which are made one after the other."""
-        vocabulary = self.architecture.vocab_size
-        tokens = min(self.tokens_at_once, MAX_LOGITS_AT_ONCE // vocabulary)
+        tokens = min(self.tokens_at_once, MAX_LOGITS_AT_ONCE // self.architecture.vocab_size)
         rows = max(1, tokens // sequences.length)
-        return min(parts * rows, sequences.count) * sequences.length * vocabulary * FLOAT32
+        return min(parts * rows, sequences.count) * sequences.length * self.num_logits * FLOAT32
 
     def forward_flops(self, sequences: Sequences) -> float:
         """Return the operations of sequences passing all decoder layers, the vision tower before them."""

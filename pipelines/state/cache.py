@@ -1,10 +1,9 @@
-"""What a run has finished: written as it is done, recognised by the next run, never mistaken for another's.
+"""The cache on disk of a stage: entries written as pieces are done, and read by the next run.
 
-A stage works in pieces, a decoder layer say. A finished piece is a file of tensors, if it has any, and a file
-of findings, written last: where the findings are, the piece is whole. A stage's folder also holds a
-fingerprint of everything its results depend on; a run with another fingerprint starts the stage over, and can
-say what has changed. Tensors and
-findings carry checksums, so that a damaged file is computed again, not reused.
+A stage works in pieces, a decoder layer say. A piece's entry is a file of tensors, if it has any, and a JSON
+file of values, written last: where the values are, the entry is whole. The folder also holds a fingerprint of
+everything its entries depend on; a run with another fingerprint starts the stage over, and can say what has
+changed. Tensors and values carry checksums, so that a damaged file is computed again, not reused.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ OUTCOME = "outcome"  # the last piece of a stage
 _MOST_NAMED = 3
 
 
-class FinishedWork:
-    """The finished pieces of one stage.
+class CacheFolder:
+    """The cache entries of one stage.
 
     Attributes:
-        notes: What was found of an earlier run, for people: reused, or why not.
+        notes: Messages about an earlier run's entries: how many are used, or why they are not.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class FinishedWork:
 
         Args:
             directory: The folder; its name is the stage's.
-            fingerprint: What the results depend on, as JSON values; None for work that nobody resumes.
+            fingerprint: What the entries depend on, as JSON values; None for a folder that is never resumed.
             is_reading: Nothing is created or removed; a folder with another fingerprint counts as empty.
         """
         self._directory = directory
@@ -68,7 +67,7 @@ class FinishedWork:
         if not self._directory.exists():
             return
         earlier = read_json(self._directory / FINGERPRINT_FILE)
-        pieces = len(list(self._directory.glob("*.findings.json")))
+        pieces = len(list(self._directory.glob("*.entry.json")))
         if earlier == fingerprint:
             if pieces:
                 self.notes.append(
@@ -87,15 +86,15 @@ class FinishedWork:
     @property
     def is_complete(self) -> bool:
         """Whether the stage has finished: its last piece is there."""
-        return self.findings(OUTCOME) is not None
+        return self.entry(OUTCOME) is not None
 
     def tensors_file(self, piece: str) -> Path:
         """Return the path of a piece's tensors."""
         return self._directory / f"{piece}.safetensors"
 
-    def findings(self, piece: str) -> Any | None:
-        """Return what was found out in a piece; None if it is not finished or its tensors are damaged."""
-        record = None if self._is_foreign else read_json(self._findings_file(piece))
+    def entry(self, piece: str) -> Any | None:
+        """Return the values of a piece; None if it is not finished or its tensors are damaged."""
+        record = None if self._is_foreign else read_json(self._entry_file(piece))
         if not isinstance(record, dict) or record.pop("sha256", None) != _value_digest(record):
             return None
         if record.get("tensors_sha256") is not None:
@@ -103,14 +102,14 @@ class FinishedWork:
             if not tensors.is_file() or file_digest(tensors) != record["tensors_sha256"]:
                 return None
         logger.debug("%s: %s is reused", self._directory.name, piece)
-        return record["findings"]
+        return record["values"]
 
-    def finish(self, piece: str, findings: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Write a piece; afterwards it survives whatever happens to the process or the machine.
+    def write(self, piece: str, values: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the entry of a piece; afterwards it survives the end of the process or the machine.
 
         Args:
-            piece: Its name, a file name.
-            findings: JSON values.
+            piece: Name of the piece, a file name.
+            values: JSON values.
             tensors: Name -> tensor.
 
         Raises:
@@ -120,20 +119,20 @@ class FinishedWork:
         if tensors is not None:
             write_atomically(self.tensors_file(piece), tensors)
             digest = file_digest(self.tensors_file(piece))
-        record = {"findings": findings, "tensors_sha256": digest}
+        record = {"values": values, "tensors_sha256": digest}
         # A flipped bit can leave JSON that still reads, with another number in it.
         record |= {"sha256": _value_digest(record)}
         # Python reads its own Infinity again: a perplexity can be that.
-        write_json_atomically(self._findings_file(piece), record, allow_nan=True)
+        write_json_atomically(self._entry_file(piece), record, allow_nan=True)
         logger.debug("%s: %s is done", self._directory.name, piece)
 
-    def forget(self, piece: str) -> None:
-        """Remove a piece that is no longer needed."""
-        self._findings_file(piece).unlink(missing_ok=True)
+    def remove(self, piece: str) -> None:
+        """Remove the entry of a piece."""
+        self._entry_file(piece).unlink(missing_ok=True)
         self.tensors_file(piece).unlink(missing_ok=True)
 
-    def _findings_file(self, piece: str) -> Path:
-        return self._directory / f"{piece}.findings.json"
+    def _entry_file(self, piece: str) -> Path:
+        return self._directory / f"{piece}.entry.json"
 
 
 def file_digest(path: Path) -> str:
@@ -151,8 +150,8 @@ def _value_digest(value: Any) -> str:
 def _differences(earlier: Any, now: Any, name: str = "") -> list[str]:
     """Return the dotted names of the values that differ."""
     if isinstance(earlier, dict) and isinstance(now, dict):
-        found = []
+        names = []
         for key in sorted({*earlier, *now}):
-            found += _differences(earlier.get(key), now.get(key), f"{name}.{key}" if name else key)
-        return found
+            names += _differences(earlier.get(key), now.get(key), f"{name}.{key}" if name else key)
+        return names
     return [] if earlier == now else [name or "everything"]

@@ -1,7 +1,7 @@
-"""Which code a stage's result depends on: its own file, and what that imports of the rooms that compute.
+"""The code that a stage's result depends on: its own file, and its imports from the rooms that compute.
 
-Docstrings and comments do not count, nor do planning, reports and the command line: a better message never
-makes anybody compute for hours again.
+Docstrings and comments do not count, nor do planning, reports and the command line: a better message must not
+invalidate hours of computation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _COMPUTING = tuple(
         "pipelines.stages",
     )
 )
-# What of the stages' room only plans and runs them.
+# Modules of the stages' room that only plan and run stages.
 _RUNNING = frozenset(
     f"{_PACKAGE}.pipelines.stages.{name}" for name in ("cached", "contract", "sizes", "stage_run", "workload")
 )
@@ -38,7 +38,7 @@ def code_version(module: str) -> str:
     """Return a digest of a module of this package and of all it imports from the rooms that compute.
 
     Args:
-        module: Its full name. Of a module of another package there is no digest: "".
+        module: Full name of the module; for a module of another package the result is "".
     """
     if _file_of(module) is None:
         return ""
@@ -49,12 +49,12 @@ def code_version(module: str) -> str:
 
 
 def _needed_by(module: str) -> set[str]:
-    """Return a module and what it imports, directly or not."""
-    needed, unread = {module}, [module]
-    while unread:
-        imported = {name for name in _parsed(unread.pop())[1] if _counts(name)} - needed
+    """Return a module and all computing modules that it imports, directly or indirectly."""
+    needed, unparsed = {module}, [module]
+    while unparsed:
+        imported = {name for name in _parsed(unparsed.pop())[1] if _counts(name)} - needed
         needed |= imported
-        unread += imported
+        unparsed += imported
     return needed
 
 
@@ -65,7 +65,7 @@ def _counts(name: str) -> bool:
 
 @functools.cache
 def _parsed(module: str) -> tuple[str, frozenset[str]]:
-    """Return a digest of what a module does, and the names that it may import modules by."""
+    """Return a digest of a module's code without docstrings, and the names that it imports."""
     file = _file_of(module)
     assert file is not None, "only modules of this package are read"
     tree = ast.parse(file.read_bytes())
@@ -77,11 +77,11 @@ def _parsed(module: str) -> tuple[str, frozenset[str]]:
 
 
 def _remove_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-    first = node.body[0] if node.body else None
+    first_statement = node.body[0] if node.body else None
     if (
-        isinstance(first, ast.Expr)
-        and isinstance(first.value, ast.Constant)
-        and isinstance(first.value.value, str)
+        isinstance(first_statement, ast.Expr)
+        and isinstance(first_statement.value, ast.Constant)
+        and isinstance(first_statement.value.value, str)
     ):
         del node.body[0]
 

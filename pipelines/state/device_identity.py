@@ -1,4 +1,4 @@
-"""What of a machine changes the last digits of a result: the device's model, its settings, the BLAS."""
+"""The properties of a machine that change a result's last digits: device model, settings and BLAS."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# Environment variables that change which instructions or precisions libraries compute with.
+# Environment variables that change the instructions or the precision of libraries.
 _SETTINGS = (
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -23,23 +23,23 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def device_identity(device: torch.device) -> dict[str, Any]:
-    """Return what a result depends on of the device that layers run on, as JSON values.
+    """Return the properties of the device that a result depends on, as JSON values.
 
-    Two devices of one model are alike, so `cuda` and `cuda:0` are, and two nodes of a cluster.
+    Devices of one model are equal: `cuda` and `cuda:0`, or two nodes of a cluster.
 
     Args:
-        device: Where layers run.
+        device: The device that layers run on.
     """
-    common = {
+    shared = {
         "type": device.type,
         "float32_matmul": torch.get_float32_matmul_precision(),
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
         "blas_of_the_host": _blas_of_the_host(),
     }
     if device.type != "cuda":
-        return common | {"vendor": _cpu_vendor(), "instructions": torch.backends.cpu.get_cpu_capability()}
+        return shared | {"vendor": _cpu_vendor(), "instructions": torch.backends.cpu.get_cpu_capability()}
     cuda = torch.backends.cuda
-    return common | {
+    return shared | {
         "model": torch.cuda.get_device_name(device),
         "runtime": torch.version.cuda or torch.version.hip,
         "tf32": [cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
@@ -52,7 +52,7 @@ def device_identity(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_vendor() -> str | None:
-    """Return the maker of the CPU, by which libraries choose kernels; None if the system does not tell."""
+    """Return the CPU's vendor, by which libraries choose kernels; None if the system does not report it."""
     try:
         lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -62,16 +62,16 @@ def _cpu_vendor() -> str | None:
 
 
 def _blas_of_the_host() -> dict[str, str]:
-    """Return the libraries that decompose on the CPU: torch's, and scipy's, which takes large matrices."""
+    """Return the BLAS libraries used on the CPU: torch's, and scipy's, which decomposes large matrices."""
     built_with = torch.__config__.show()
-    wanted = ("Math Kernel Library", "BLAS_INFO=", "LAPACK_INFO=")
+    keywords = ("Math Kernel Library", "BLAS_INFO=", "LAPACK_INFO=")
     parts = [part.strip(" -") for line in built_with.splitlines() for part in line.split(",")]
-    found = {"torch": "; ".join(part for part in parts if any(word in part for word in wanted))}
+    libraries = {"torch": "; ".join(part for part in parts if any(word in part for word in keywords))}
     try:
         from scipy import __config__ as scipy_config
 
         lapack = scipy_config.CONFIG["Build Dependencies"]["lapack"]
-        found["scipy"] = f"{lapack['name']} {lapack['version']}"
+        libraries["scipy"] = f"{lapack['name']} {lapack['version']}"
     except (ImportError, AttributeError, KeyError, TypeError):
-        found["scipy"] = "unknown"
-    return found
+        libraries["scipy"] = "unknown"
+    return libraries

@@ -1,8 +1,8 @@
-"""What each stage's results depend on, as values that two runs can compare.
+"""Fingerprints of stages: everything that a stage's result depends on, as values that two runs compare.
 
-A stage is started over if anything in its fingerprint differs: the model's files, the data, the settings and
-the code of this stage and of those before it, the libraries, the device and what of it changes numbers. File
-contents are hashed once, and remembered as long as a file's size, times and identity stay the same.
+A stage is computed again if anything in its fingerprint differs: the model's files, the data, the settings
+and the code of this stage and of those before it, the libraries, or the device. File contents are hashed
+once; the hash is reused as long as a file's size, times and inode stay the same.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "numpy", "scipy")
 HASHES_FILE = "model-files.json"
-_TOLD_FROM = 2**30  # bytes of a file that takes seconds to hash
+_LOGGED_FROM = 2**30  # bytes; hashing a file of this size takes seconds
 logger = logging.getLogger(__name__)
 
 
 class FingerprintedStage(Protocol):
-    """What a fingerprint needs of a stage (`stages.contract.Stage`)."""
+    """The part of a stage that fingerprints read (`stages.contract.Stage`)."""
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The stage's name."""
         ...
 
     @property
     def temporary_for(self) -> str | None:
-        """The one later stage that reads its result, if it changes no model."""
+        """The later stage that alone reads its result, if it does not change the model."""
         ...
 
     def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what its result depends on."""
+        """Return everything that the stage's result depends on."""
         ...
 
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """What the result of each stage of a run depends on.
+    """The fingerprints of a run's stages.
 
     Attributes:
-        by_stage: Stage -> JSON values.
-        base: What all have in common: model, device and libraries.
+        by_stage: Stage name -> fingerprint, JSON values.
+        base: The part that all stages share: model, device and libraries.
         data: Digests of the calibration samples, texts and questions.
     """
 
@@ -78,7 +78,7 @@ class Fingerprints:
         return {
             "seed": recipe.calibration.seed if recipe.calibration else None,
             "recipe_sha256": digest_of(canonical(recipe)),
-            "code_sha256": _own_code(),
+            "code_sha256": _package_digest(),
             "model_files_sha256": dict(self.base["model"]),
             "calibration_sha256": self.data["calibration_samples"],
             "texts_sha256": dict(self.data["texts"]),
@@ -86,7 +86,7 @@ class Fingerprints:
         }
 
     def digests(self, stages: Iterable[str]) -> dict[str, str]:
-        """Return stage -> digest of all that its result depends on, for stages that have run."""
+        """Return stage name -> digest of its fingerprint."""
         return {name: short_digest(self.by_stage[name]) for name in stages}
 
 
@@ -101,12 +101,12 @@ def take_fingerprints(
     """Return the fingerprints of a run's stages.
 
     Args:
-        stages: In order; each adds its own to those of the stages before that change the model.
+        stages: The stages in order; each adds its settings to the fingerprint of the stages before it.
         recipe: The recipe.
-        opened: Where the model's files are.
-        model: The original model; tells device and precision.
-        data: What the recipe's texts and pictures became.
-        hashes: File in which the hashes of the model's files are remembered.
+        opened: The model's files.
+        model: The original model, with its device and precision.
+        data: The recipe's texts and pictures, tokenized.
+        hashes: File that keeps the hashes of the model's files.
     """
     base = {
         "model": model_files(opened.directory, hashes),
@@ -119,7 +119,8 @@ def take_fingerprints(
         "calibration_samples": _samples(data.samples or ()),
         "texts": {name: _digest([windows]) for name, windows in data.texts.items()},
         "questions": {
-            name: _samples([question.sample for question in asked]) for name, asked in data.questions.items()
+            name: _samples([question.sample for question in questions])
+            for name, questions in data.questions.items()
         },
         "carried_over": {name: file_digest(path) for name, path in sidecars(opened.directory).items()},
     }
@@ -138,39 +139,39 @@ def take_fingerprints(
 
 
 def short_digest(fingerprint: Mapping[str, Any]) -> str:
-    """Return 16 hexadecimal digits that tell fingerprints apart."""
+    """Return the first 16 hexadecimal digits of a fingerprint's digest."""
     return digest_of(fingerprint)[:16]
 
 
 def model_files(directory: Path, hashes_file: Path) -> dict[str, str]:
-    """Return file name -> SHA-256 of a model's config, weights, their index, and code of its own.
+    """Return file name -> SHA-256 of a model's config, weights, weight index and Python files.
 
     Args:
-        directory: The model's.
-        hashes_file: Where they are remembered.
+        directory: The model's directory.
+        hashes_file: File that keeps the hashes between runs.
     """
-    remembered = read_json(hashes_file)
-    known = remembered if isinstance(remembered, dict) else {}
+    cached = read_json(hashes_file)
+    cached_entries = cached if isinstance(cached, dict) else {}
     hashes: dict[str, dict[str, Any]] = {}
     patterns = ("*.safetensors", INDEX_FILE, "*.py")
     files = [file for pattern in patterns for file in directory.glob(pattern)]
     for path in sorted([directory / "config.json", *files]):
         status = path.stat()
         identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        entry = known.get(str(path))
+        entry = cached_entries.get(str(path))
         if not isinstance(entry, dict) or entry.get("identity") != identity or "sha256" not in entry:
-            if status.st_size > _TOLD_FROM:
+            if status.st_size > _LOGGED_FROM:
                 logger.info("hashing %s, %.1f GB", path, status.st_size / 1e9)
             entry = {"identity": identity, "sha256": file_digest(path)}
         hashes[str(path)] = entry
-    if any(known.get(name) != entry for name, entry in hashes.items()):
+    if any(cached_entries.get(name) != entry for name, entry in hashes.items()):
         hashes_file.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(hashes_file, known | hashes)
+        write_json_atomically(hashes_file, cached_entries | hashes)
     return {Path(name).name: str(entry["sha256"]) for name, entry in hashes.items()}
 
 
 @functools.cache
-def _own_code() -> str:
+def _package_digest() -> str:
     """Return the SHA-256 of this package's source files."""
     root = Path(ercsvd_deploy.__file__).resolve().parent
     folders = (root, root / "pipelines", root / "exporters")

@@ -1,4 +1,4 @@
-"""Whether an output is what a run would write: made from the same by the same stages, and unchanged."""
+"""Detect an output that a run would only write again: the same inputs and stages, and unchanged files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SURPLUS = "was not part of the export"
 
 
 def finished_report(target: Path, report_file: str, digests: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return the report of a finished output that a run would write again; None if it would write another.
+    """Return the report of an output that a run would only write again; None if the result would differ.
 
     Args:
-        target: The output.
+        target: The output directory.
         report_file: Name of its report.
-        digests: Stage -> digest of all that its result depends on, for every stage of the run.
+        digests: Stage name -> digest of its fingerprint, for every stage of the run.
     """
     if not target.is_dir() or not any(target.iterdir()) or not is_export(target):
         return None

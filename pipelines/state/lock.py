@@ -1,7 +1,7 @@
-"""A place to build a directory in, beside the name under which it is to appear, and locks between runs.
+"""Work directories beside a run's output, and the locks that keep runs apart.
 
-A lock is a regular file in the directory that it protects: network file systems lock those between machines,
-and directories not. It goes with the process that holds it, however that ends.
+A lock is a regular file in the directory that it protects, because network file systems lock files between
+machines but not directories. The lock is released when its process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 LOCK_FILE = ".lock"
-# Another run that has just ended, or `ercsvd status`, holds the lock for a moment.
+# A run that is just ending, or `ercsvd status`, can hold the lock for a moment.
 _ATTEMPTS, _PAUSE = 5, 0.1  # seconds
-_TOLD_AFTER = 2.0  # seconds of waiting for another run
+_LOGGED_AFTER = 2.0  # seconds of waiting for another run
 logger = logging.getLogger(__name__)
 
 
@@ -39,9 +39,9 @@ def work_path(target: Path) -> Path:
 
 @contextmanager
 def work_directory(target: Path) -> Iterator[Path]:
-    """Give a hidden, empty directory beside the target, on the same disk, that no other run shares.
+    """Create a hidden, empty work directory beside the target, on the same disk, locked for this run.
 
-    It goes with the run, finished or failed; what a killed run left is cleared by the next one.
+    It is removed when the context ends; files left by a killed run are cleared by the next one.
 
     Raises:
         TargetInUseError: another run is writing to this target.
@@ -56,7 +56,7 @@ def work_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def resumable_directory(target: Path) -> Iterator[Path]:
-    """As `work_directory`, but finished pieces of stages stay for the next run, unless they are cleared.
+    """Like `work_directory`, but the stages' cache entries stay for the next run, unless they are cleared.
 
     Raises:
         TargetInUseError: another run is writing to this target.
@@ -77,19 +77,19 @@ def resumable_directory(target: Path) -> Iterator[Path]:
 
 
 def has_pieces(work: Path) -> bool:
-    """Whether a directory holds finished pieces of stages."""
-    return any(work.rglob("*.findings.json"))
+    """Whether a directory holds cache entries of stages."""
+    return any(work.rglob("*.entry.json"))
 
 
 def clear(work: Path) -> None:
-    """Remove everything in a work directory but its lock."""
-    for left_over in work.iterdir():
-        if left_over.name == LOCK_FILE:
+    """Remove everything in a work directory except its lock."""
+    for entry in work.iterdir():
+        if entry.name == LOCK_FILE:
             continue
-        if left_over.is_dir() and not left_over.is_symlink():
-            shutil.rmtree(left_over, ignore_errors=True)
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
         else:
-            left_over.unlink(missing_ok=True)
+            entry.unlink(missing_ok=True)
 
 
 def is_in_use(target: Path) -> bool:
@@ -98,19 +98,19 @@ def is_in_use(target: Path) -> bool:
     if not file.exists():
         return False
     try:
-        with FileLock(file, timeout=0):  # let go at once; a starting run tries again
+        with FileLock(file, timeout=0):  # released at once; a run that starts now tries again
             return False
     except Timeout:
         return True
     except OSError:
-        return False  # it has just ended, or this user may not lock
+        return False  # the run has just ended, or this user may not lock the file
 
 
 def remove_unfinished(target: Path) -> bool:
-    """Remove what an unfinished run left; return whether there was anything.
+    """Remove the work directory of an unfinished run; return whether there was one.
 
     Raises:
-        TargetInUseError: it is running.
+        TargetInUseError: the run is still running.
     """
     if not work_path(target).is_dir():
         return False
@@ -120,18 +120,18 @@ def remove_unfinished(target: Path) -> bool:
 
 
 @contextmanager
-def exclusive(file: Path, what: str) -> Iterator[None]:
-    """Wait until nobody else holds a lock, and hold it.
+def exclusive(file: Path, protected: str) -> Iterator[None]:
+    """Hold a lock within the context, after waiting for other runs to release it.
 
     Args:
         file: The lock, a file in an existing directory.
-        what: What it protects, for the message that says why nothing happens.
+        protected: What the lock protects, for the message about waiting.
     """
     lock = FileLock(file)
     try:
-        lock.acquire(timeout=_TOLD_AFTER)
+        lock.acquire(timeout=_LOGGED_AFTER)
     except Timeout:
-        logger.info("waiting for another run, which is at %s", what)
+        logger.info("waiting for another run, which is at %s", protected)
         lock.acquire()
     try:
         yield
@@ -148,22 +148,22 @@ def _locked(target: Path) -> Iterator[Path]:
         work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(work / LOCK_FILE, timeout=0)
         try:
-            lock.acquire()  # tells a lock file that was removed meanwhile from one that is there
+            lock.acquire()  # raises FileNotFoundError if the lock file was removed meanwhile
         except (Timeout, FileNotFoundError):
             continue
         try:
             yield work
         finally:
-            _let_go(lock, work)
+            _release(lock, work)
         return
     raise TargetInUseError(f"another run is writing to {target}: wait for it, or choose another output")
 
 
-def _let_go(lock: FileLock, work: Path) -> None:
+def _release(lock: FileLock, work: Path) -> None:
     """Release a lock, and remove the directory if nothing but the lock is in it."""
     if [path.name for path in work.iterdir()] == [LOCK_FILE]:
-        # Removed while it is held: whoever has opened it meanwhile sees that, and tries again.
+        # Removed while the lock is held: another run that has opened the file notices, and tries again.
         (work / LOCK_FILE).unlink()
     lock.release()
-    with suppress(OSError):  # somebody else is already in it, or finished pieces are
+    with suppress(OSError):  # another run already uses it, or it holds cache entries
         work.rmdir()

@@ -1,4 +1,4 @@
-"""How long work tells of its progress: the protocol, a line a step, or nothing."""
+"""Progress of long work: the protocol, and reporters that log one line per step or nothing."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Protocol
 
-LINES = "ercsvd_deploy.progress"  # name of the logger that gets a line a step
-_RECENT_STEPS = 8  # the time left is told from these: what an earlier run had finished takes no time
+LINES = "ercsvd_deploy.progress"  # name of the logger that gets one line per step
+_RECENT_STEPS = 8  # the remaining time comes from these: steps reused from an earlier run take no time
 
 
 class ProgressReporter(Protocol):
-    """Announces a piece of work of known length; the value of the context marks one step as done."""
+    """Announces work of a known number of steps; calling the context's value marks one step as done."""
 
     def __call__(self, description: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """Open a piece of work of `total` steps."""
+        """Announce work of `total` steps."""
         ...
 
 
@@ -28,11 +28,11 @@ def silent(description: str, total: int) -> AbstractContextManager[Callable[[], 
 
 
 class Pace:
-    """How fast a piece of work goes: steps done, time since it began, and time it will still take.
+    """The pace of work: steps done, elapsed time and remaining time.
 
     Args:
-        total: Steps of the piece of work.
-        clock: Tells the time in seconds.
+        total: Number of steps.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,19 +64,19 @@ class Pace:
 
 @contextmanager
 def log_lines(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """Log a line a step."""
+    """Log one line per step."""
     pace, log = Pace(total), logging.getLogger(LINES)
     log.info("%s: begins", description)
-    yield lambda: tell_step(log, description, pace)
+    yield lambda: log_step(log, description, pace)
 
 
-def tell_step(log: logging.Logger, description: str, pace: Pace) -> None:
-    """Mark a step as done, and log a line about it."""
+def log_step(log: logging.Logger, description: str, pace: Pace) -> None:
+    """Mark a step as done and log one line about it."""
     pace.step()
-    log.info("%s: %d/%d, %s", description, pace.done, pace.total, told(pace))
+    log.info("%s: %d/%d, %s", description, pace.done, pace.total, elapsed_and_left(pace))
 
 
-def told(pace: Pace) -> str:
+def elapsed_and_left(pace: Pace) -> str:
     """Return elapsed and remaining time in words."""
     elapsed, remaining = _clock_time(pace.elapsed), pace.remaining
     if remaining is None or pace.done >= pace.total:

@@ -1,4 +1,4 @@
-"""A directory of stages' results that several runs share: what is in it, and how it is emptied."""
+"""The directory of stages' cache entries that several runs share: listing it and emptying it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FINGERPRINT_FILE = "fingerprint.json"
 
 
 def shared_stages(directory: Path) -> list[Path]:
-    """Return the folders of stages in a directory, named by stage and digest of the fingerprint."""
+    """Return the stages' folders in a directory; each is named by its stage and its fingerprint's digest."""
     if not directory.is_dir():
         return []
     folders = [path for path in sorted(directory.iterdir()) if "-" in path.name and path.is_dir()]
@@ -24,17 +24,17 @@ def lock_of(folder: Path) -> Path:
 
 
 def remove_shared(directory: Path) -> tuple[list[str], list[str]]:
-    """Remove the stages' results that no run is working on.
+    """Remove the stages' folders that no run is using.
 
     Returns:
-        Names of what was removed, and of what is in use.
+        Names of the removed folders, and of those in use.
     """
     removed, in_use = [], []
     for folder in shared_stages(directory):
         try:
             with FileLock(lock_of(folder), timeout=0):
                 shutil.rmtree(folder)
-                lock_of(folder).unlink()  # whoever has opened it meanwhile sees that, and makes another
+                lock_of(folder).unlink()  # another run that has opened it notices, and creates a new one
         except Timeout:
             in_use.append(folder.name)
         else:

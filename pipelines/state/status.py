@@ -1,4 +1,4 @@
-"""What is known of an output: finished, running, or interrupted, and how far it got."""
+"""The status of an output: finished, running or interrupted, and which stages have results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ercsvd_deploy.pipelines.state.shared import shared_stages
 
 @dataclass(frozen=True)
 class StageStatus:
-    """The finished pieces of one stage."""
+    """Number and bytes of one stage's cache entries."""
 
     name: str
     pieces: int
@@ -21,14 +21,14 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class OutputStatus:
-    """What there is of an output.
+    """The status of an output.
 
     Attributes:
         output: The directory a recipe writes.
         finished: Whether a complete export is there.
         running: Whether a run is writing to it now.
-        stages: What an unfinished run has finished, or what runs share.
-        is_shared: Whether it is a directory of stages' results that runs share.
+        stages: The stages with cache entries, of an unfinished run or shared by runs.
+        is_shared: Whether the directory holds stages' results that runs share.
     """
 
     output: str
@@ -39,7 +39,7 @@ class OutputStatus:
 
 
 def output_status(output: Path) -> OutputStatus:
-    """Look at an output, or at a directory that runs share, without changing anything."""
+    """Return the status of an output, or of a directory that runs share, without changing anything."""
     work = work_path(output.absolute())
     folders = [folder for folder in sorted(work.glob("*")) if folder.is_dir()] + shared_stages(output)
     stages = [_stage_status(folder) for folder in folders]
@@ -55,6 +55,6 @@ def output_status(output: Path) -> OutputStatus:
 def _stage_status(folder: Path) -> StageStatus:
     return StageStatus(
         folder.name,
-        len(list(folder.glob("*.findings.json"))),
+        len(list(folder.glob("*.entry.json"))),
         sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
     )

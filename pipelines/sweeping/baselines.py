@@ -1,4 +1,4 @@
-"""What every sweep is compared with: the recipe's model with plain GPTQ alone."""
+"""The baselines that every sweep is compared with: the recipe's model with plain GPTQ only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def points_and_baselines(sweep: Sweep) -> list[Point]:
-    """Return all points of a sweep, the baselines first; without them where the first point's model has none.
+    """Return all points of a sweep, the baselines first; if those cannot be made, a warning and no baselines.
 
     Raises:
         RecipeError: a point's recipe is refused.
@@ -30,14 +30,14 @@ def points_and_baselines(sweep: Sweep) -> list[Point]:
         logger.warning("no plain GPTQ is compared with: %s", error)
         return points
     names = {point.name for point in baselines}
-    twice = next((point.name for point in points if point.name in names), None)
-    if twice is not None:
-        raise RecipeError([f"a point is called ({twice}), as a baseline is: rename it"])
+    shared_name = next((point.name for point in points if point.name in names), None)
+    if shared_name is not None:
+        raise RecipeError([f"a point is called ({shared_name}), as a baseline is: rename it"])
     return [*baselines, *points]
 
 
 def plain_gptq(base: Recipe) -> list[Point]:
-    """Return the baselines: a recipe's model with GPTQ alone, at 4 and at 8 bits."""
+    """Return the baselines: a recipe's model with GPTQ only, at 4 and at 8 bits."""
     settings = base.quantize or Quantize().model_copy(update={"group_size": _group_size(base)})
     points = []
     for bits in (4, 8):
@@ -49,7 +49,7 @@ def plain_gptq(base: Recipe) -> list[Point]:
 
 
 def _group_size(recipe: Recipe) -> int:
-    """Return the largest group size that every Linear of the model can have."""
+    """Return the largest group size that divides the inputs of every Linear; -1 if none does."""
     from ercsvd_deploy.models.meta import read_architecture
     from ercsvd_deploy.pipelines.inputs.model import open_config
 

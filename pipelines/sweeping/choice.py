@@ -1,4 +1,4 @@
-"""Which of several models are worth having, and which is the best: by size, losses and gates."""
+"""The Pareto front of several models, and the best of them by size, losses and gates."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ Item = TypeVar("Item")
 
 
 def pareto_front(items: Sequence[Item], key: Callable[[Item], tuple[float, float]]) -> list[Item]:
-    """Return the items that no other beats, by size.
+    """Return the items that no other item beats, in order of size.
 
     Args:
-        items: Anything.
-        key: Gives (size, loss); less is better in both. One item beats another if it is at most as large and
-            loses at most as much, and one of the two is less. What loses no finite amount is on no front.
+        items: The items.
+        key: Returns (size, loss) of an item; less is better in both. One item beats another if it is at most
+            as large, loses at most as much, and is better in one of the two. An item whose loss is not finite
+            is never on the front.
     """
     front: list[Item] = []
     least = float("inf")
@@ -40,10 +41,10 @@ def front_of(results: Sequence[PointResult], text: str) -> list[str]:
 
 
 def pick_point(pick: Pick | None, results: Sequence[PointResult]) -> tuple[str | None, str]:
-    """Return the best point's name, None if there is none, and why.
+    """Return the best point's name, or None if there is none, and the reason.
 
     Args:
-        pick: What is asked for.
+        pick: The sweep's criterion; None if no point is to be picked.
         results: All points, the original first.
     """
     original, compressed = results[0], [point for point in results if point.recipe is not None]
@@ -60,8 +61,8 @@ def pick_point(pick: Pick | None, results: Sequence[PointResult]) -> tuple[str |
     if not fitting:
         return None, f"no point that passes the gates is at most {pick.best_under}"
     best = min(fitting, key=lambda point: (worst_increase(point, original), point.num_bytes))
-    said = f"the best on its worst text of the {len(fitting)} points of at most {pick.best_under}"
-    return best.name, said
+    reason = f"the best on its worst text of the {len(fitting)} points of at most {pick.best_under}"
+    return best.name, reason
 
 
 def worst_increase(point: PointResult, original: PointResult) -> float:

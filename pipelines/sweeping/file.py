@@ -1,4 +1,4 @@
-"""The file that `ercsvd sweep` reads: a recipe, a grid over its fields, and what is picked in the end.
+"""The file that `ercsvd sweep` reads: a recipe, a grid over its fields, and the criterion for the best point.
 
     recipe: recipes/demo.yaml
     set: {calibration.num_samples: 64}
@@ -32,7 +32,7 @@ from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.yaml_source import read_yaml_file
 
 RESULTS_FILE = "sweep.json"  # in a sweep's output
-WORK = "sweep"  # the name in a sweep's output beside which its work directory is
+WORK = "sweep"  # a sweep's work directory lies beside this name in its output
 _MOST_POINTS = 1000
 _OWN_KEYS = frozenset({"recipe", "grid", "also"})  # no recipe has them
 _KEYS_OF_RECIPES = frozenset({"model", "stages"})
@@ -112,13 +112,13 @@ def load_sweep(path: Path) -> Sweep:
     except ValidationError as error:
         raise RecipeError(
             [
-                f"{root.origin_of(tuple(detail['loc']))}: {_named(detail['loc'])}: {detail['msg']}"
+                f"{root.origin_of(tuple(detail['loc']))}: {_field_name(detail['loc'])}: {detail['msg']}"
                 for detail in error.errors()
             ]
         ) from error
 
 
-def _named(location: tuple[str | int, ...]) -> str:
+def _field_name(location: tuple[str | int, ...]) -> str:
     return f"field '{'.'.join(map(str, location))}'" if location else "the sweep"
 
 
@@ -132,9 +132,11 @@ def sweep_points(sweep: Sweep) -> list[Point]:
     values = [[(field, value) for value in listed] for field, listed in sweep.grid.items()]
     varied = {field for field, listed in sweep.grid.items() if len(listed) > 1}
     combinations: list[tuple[str, dict[str, Any]]] = []
-    for each in itertools.product(*values) if values else []:
-        words = [f"{_short(field)} {_shown(value)}" for field, value in each if field in varied]
-        combinations.append((", ".join(words) or "the recipe", dict(each)))
+    for combination in itertools.product(*values) if values else []:
+        words = [
+            f"{_short_name(field)} {_value_text(value)}" for field, value in combination if field in varied
+        ]
+        combinations.append((", ".join(words) or "the recipe", dict(combination)))
     combinations += [(point.name, dict(point.set)) for point in sweep.also]
     if len(combinations) > _MOST_POINTS:
         raise RecipeError([f"the sweep has {len(combinations)} points; at most {_MOST_POINTS} are sensible"])
@@ -149,15 +151,15 @@ def sweep_points(sweep: Sweep) -> list[Point]:
         if sweep.pick is not None and sweep.pick.smallest:
             _check_judged(name, recipe)
         points.setdefault(json.dumps(canonical(recipe), sort_keys=True), Point(name, settings, recipe))
-    twice = [name for name, count in names.items() if count > 1]
-    distinct = [point for point in points.values() if point.name in twice]
+    repeated_names = [name for name, count in names.items() if count > 1]
+    distinct = [point for point in points.values() if point.name in repeated_names]
     if len(distinct) > len({point.name for point in distinct}):
-        raise RecipeError([f"two points are called ({twice[0]}): rename the one under also"])
+        raise RecipeError([f"two points are called ({repeated_names[0]}): rename the one under also"])
     return list(points.values())
 
 
 def _check_judged(name: str, recipe: Recipe) -> None:
-    """Refuse to pick the smallest of points that nothing holds to a quality."""
+    """Refuse to pick the smallest point if no gate that a sweep can judge limits its loss of quality."""
     if recipe.gates is None or recipe.gates.without_export() is None:
         why = "its recipe has no gates" if recipe.gates is None else "a sweep can judge none of its gates"
         raise RecipeError(
@@ -168,14 +170,14 @@ def _check_judged(name: str, recipe: Recipe) -> None:
         )
 
 
-def _short(field: str) -> str:
+def _short_name(field: str) -> str:
     parts = [part for part in field.split(".") if not part.isdecimal()]
     return parts[-1] if parts[-1] != "stages" else field
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, Mapping):
-        return " ".join(f"{key} {_shown(item)}" for key, item in value.items())
+        return " ".join(f"{key} {_value_text(item)}" for key, item in value.items())
     return str(value)

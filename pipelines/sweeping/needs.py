@@ -1,4 +1,4 @@
-"""What a sweep needs of this machine, all points together: how many fit side by side, what is lacking."""
+"""The memory and disk that a sweep needs, how many points fit side by side, and what this machine lacks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class SweepNeeds:
     """What a sweep needs, in bytes.
 
     Attributes:
-        peak_host_bytes: Highest memory of one point's process.
-        scratch_bytes: Of all points' stages on disk, if they had none in common.
-        least_scratch_bytes: Of the one that takes most: what they have at least.
+        peak_host_bytes: Peak memory of the largest point's process.
+        scratch_bytes: Disk for all points' stages, if no stage were shared; an upper bound.
+        least_scratch_bytes: Disk for the stages of the largest point; a lower bound.
     """
 
     peak_host_bytes: int
@@ -38,10 +38,10 @@ class SweepNeeds:
 def plan_points(
     points: Sequence[Point], device: torch.device | None
 ) -> tuple[dict[str, Plan], dict[str, str]]:
-    """Plan every point; one whose recipe cannot work fails alone.
+    """Plan every point; a recipe that cannot work fails only its own point.
 
     Returns:
-        Name -> plan, and name -> why there is none.
+        Point name -> plan, and point name -> why it has no plan.
     """
     plans, failures = {}, {}
     for point in points:
@@ -55,7 +55,7 @@ def plan_points(
 def sweep_needs(plans: Mapping[str, Plan]) -> SweepNeeds:
     """Return what the points of a sweep need together."""
     scratch = [
-        max((stage.scratch_bytes for stage in plan.estimate.stages if stage.stage != "export"), default=0)
+        max((stage.shared_bytes for stage in plan.estimate.stages if stage.stage != "export"), default=0)
         for plan in plans.values()
     ]
     peak = max((plan.estimate.peak_host_bytes for plan in plans.values()), default=0)
@@ -63,7 +63,7 @@ def sweep_needs(plans: Mapping[str, Plan]) -> SweepNeeds:
 
 
 def affordable_jobs(needs: SweepNeeds, num_points: int, device: torch.device) -> int:
-    """Return how many points fit beside each other into cores and memory; one on a GPU."""
+    """Return how many points can run side by side, limited by cores and memory; one on a GPU."""
     available = available_memory()
     if device.type == "cuda" or available is None:
         return 1
@@ -73,19 +73,19 @@ def affordable_jobs(needs: SweepNeeds, num_points: int, device: torch.device) ->
     )
 
 
-def check_needs(needs: SweepNeeds, output: Path, jobs: int, written: int = 0) -> list[str]:
+def check_needs(needs: SweepNeeds, output: Path, jobs: int, reusable_bytes: int = 0) -> list[str]:
     """Return a warning for each resource that this machine seems to lack for a sweep.
 
     Args:
         needs: From `sweep_needs`.
         output: The sweep's output.
         jobs: Points at a time.
-        written: Bytes that an earlier sweep has left, and this one uses.
+        reusable_bytes: Bytes on disk from an earlier sweep, which this one reuses.
 
     Raises:
         TooLittleDiskError: not even one point's stages surely fit.
     """
-    free = free_disk(output) + written
+    free = free_disk(output) + reusable_bytes
     if _CERTAINLY * needs.least_scratch_bytes > free:
         raise TooLittleDiskError(
             f"a point of the sweep writes up to {_size(needs.least_scratch_bytes)} to the disk of {output}, "

@@ -1,4 +1,4 @@
-"""The picture of a sweep: bytes against quality, a panel for each text, with what plain methods reach."""
+"""The plot of a sweep: bytes against quality, one panel for each text, with the baselines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def draw_sweep(result: SweepResult, directory: Path, stem: str = "pareto") -> li
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    written = []
+    paths = []
     for theme, (background, ink, faint) in _THEMES.items():
         style: dict[Any, Any] = {
             "figure.facecolor": background,
@@ -55,14 +55,14 @@ def draw_sweep(result: SweepResult, directory: Path, stem: str = "pareto") -> li
             path = directory / f"{stem}-{theme}.png"
             figure.savefig(path, dpi=150)
             plt.close(figure)
-            written.append(path)
-    return written
+            paths.append(path)
+    return paths
 
 
 def _draw_text(panel: Axes, result: SweepResult, text: str, ink: str) -> None:
     series: dict[tuple[str, str], list[PointResult]] = {}
-    shown = [point for point in result.points if math.isfinite(point.perplexity[text])]
-    for point in shown:
+    measured = [point for point in result.points if math.isfinite(point.perplexity[text])]
+    for point in measured:
         if point.recipe is not None and not point.name.startswith(_PLAIN):
             series.setdefault(_series_of(point.recipe), []).append(point)
     methods = list(dict.fromkeys(method for method, _ in series))
@@ -89,7 +89,7 @@ def _draw_text(panel: Axes, result: SweepResult, text: str, ink: str) -> None:
         zorder=1,
         label="Pareto front",
     )
-    for point in shown:
+    for point in measured:
         if point.name == DENSE or point.name.startswith(_PLAIN):
             where = (point.num_bytes / 1e6, point.perplexity[text])
             panel.scatter(*where, color=ink, marker="*", s=110, zorder=3)
@@ -110,7 +110,7 @@ def _draw_text(panel: Axes, result: SweepResult, text: str, ink: str) -> None:
 
 
 def _series_of(recipe: dict[str, Any]) -> tuple[str, str]:
-    """Return what a point is called in the legend: its method, and how it is stored."""
+    """Return a point's label in the legend: its method and its storage."""
     stages: dict[str, dict[str, Any]] = {
         name: settings for stage in recipe["stages"] for name, settings in stage.items()
     }

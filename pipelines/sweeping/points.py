@@ -1,9 +1,9 @@
-"""Run one point of a sweep: every stage but the export, with what points share done once.
+"""Run one point of a sweep: every stage but the export, with stages that points share computed once.
 
-A stage's finished work lies in a folder named by the fingerprint of all it depends on. Points whose
-fingerprints agree find it there: those that differ in bits alone share their factors, those that differ in
-ratio their Fisher information. Two processes that want the same stage take turns: the second then finds it
-finished. A point leaves its report, by which a later sweep sees that nothing is to be done for it.
+A stage's cache entries lie in a folder named by the stage's fingerprint. Points with equal fingerprints share
+it: points that differ only in bits share their factors, points that differ only in size what error control
+has measured, or at least their Fisher information. If two processes need the same stage, the second waits and
+then reuses the result. A point's report stays, so that a later sweep knows that the point is done.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _INFINITE = float("inf")
 
 
 def point_folder(output: Path, settings: Mapping[str, Any]) -> Path:
-    """Return where a point's report is: the same whatever its gates are, which are judged again.
+    """Return the folder of a point's report. Gates do not change it: they are judged again each time.
 
     Args:
         output: The sweep's output.
@@ -50,14 +50,14 @@ def run_point(
     threads: int | None = None,
     device: str | None = None,
 ) -> list[PointResult]:
-    """Return the original and one compressed model; runs in a process of its own.
+    """Run one point in a process of its own; return the results of the original and of the compressed model.
 
     Args:
-        name: What the point is called.
+        name: The point's name.
         settings: Its recipe in its canonical form.
         output: The sweep's output.
-        work: Where the stages' results are.
-        threads: For computing; None for what the libraries choose.
+        work: The sweep's work directory, with the stages' cache entries.
+        threads: Number of threads; None for the libraries' default.
         device: Where layers run; None for the default.
     """
     import torch
@@ -68,12 +68,14 @@ def run_point(
         torch.set_num_threads(threads)
     recipe = _RECIPE.validate_json(json.dumps(settings)).without_export()
     folder = point_folder(Path(output), settings)
-    own = Path(work, "points", folder.name)
-    own.mkdir(parents=True, exist_ok=True)
+    point_directory = Path(work, "points", folder.name)
+    point_directory.mkdir(parents=True, exist_ok=True)
     run = start_run(
-        prepare_run(recipe, None, device=find_device(device)), own, shared=Path(work, STAGES_FOLDER)
+        prepare_run(recipe, None, device=find_device(device)),
+        point_directory,
+        shared=Path(work, STAGES_FOLDER),
     )
-    report = _report_of(folder, run.digests())
+    report = _existing_report(folder, run.digests())
     if report is None:
         run.stages(log_lines)
         report = run.report()
@@ -91,13 +93,13 @@ def gates_for_the_export(recipe: Recipe) -> list[str]:
     """Return the names of a recipe's gates that a sweep cannot judge: they need the export."""
     if recipe.gates is None:
         return []
-    kept = recipe.gates.without_export()
-    judged = set() if kept is None else set(kept.model_dump(exclude_none=True))
+    judgeable = recipe.gates.without_export()
+    judged = set() if judgeable is None else set(judgeable.model_dump(exclude_none=True))
     return sorted(set(recipe.gates.model_dump(exclude_none=True)) - judged - {"built_in_text"})
 
 
-def _report_of(folder: Path, digests: Mapping[str, str]) -> Report | None:
-    """Return a point's report, if there is one that was made from the same by the same stages."""
+def _existing_report(folder: Path, digests: Mapping[str, str]) -> Report | None:
+    """Return a point's report; None if there is none, or its stages have other digests than now."""
     try:
         report = load_report(folder)
     except ReportError:
@@ -125,5 +127,5 @@ def _result(
 
 
 def _numbers(measured: Mapping[str, float | None]) -> dict[str, float]:
-    """Return values by name; a report that was read has None for those that are not finite."""
+    """Return values by name, with infinity for the None that a report has for values not finite."""
     return {name: _INFINITE if value is None else float(value) for name, value in measured.items()}

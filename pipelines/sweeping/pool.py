@@ -1,7 +1,7 @@
-"""Work in several processes, none of which can take another's work with it when it fails or is killed.
+"""A pool of processes in which a process that fails or is killed loses only its own task.
 
-Each process has a connection of its own, for its messages and its result: one that is killed in the middle of
-a message holds nothing that others wait for. All of them end with their parent, however that ends.
+Each process has its own connection for its messages and its result, so one that is killed while sending holds
+no lock that others need. All processes end with their parent, however the parent ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENDED, _LOG, _RETURNED, _RAISED = "ended", "log", "returned", "raised"
 
 
 class WorkerError(RuntimeError):
-    """A process ended in the middle of its task, or raised what cannot be sent to its parent."""
+    """A process ended during its task, or raised an exception that cannot be sent to its parent."""
 
 
 def run_in_processes(
@@ -35,23 +35,23 @@ def run_in_processes(
 ) -> Iterator[tuple[str, Future[Result]]]:
     """Run a function once for each task; yield a task's name and its finished future as they finish.
 
-    Messages of the tasks reach the loggers of this process, with the task's name in front. If the caller is
-    interrupted, or stops iterating, tasks that have not begun never do, and all processes are ended.
+    Log messages of the tasks go to the loggers of this process, with the task's name in front. If the caller
+    is interrupted or stops iterating, no further task starts, and all processes are ended.
 
     Args:
-        work: A function of a module; runs in a process that was started afresh.
+        work: A module-level function; it runs in a spawned process.
         tasks: Name -> the function's arguments.
-        num_processes: At a time.
+        num_processes: Number of processes at a time.
     """
-    waiting = deque(tasks.items())
+    pending_tasks = deque(tasks.items())
     workers: list[_Worker] = []
     try:
-        while waiting or any(worker.task is not None for worker in workers):
+        while pending_tasks or any(worker.task is not None for worker in workers):
             idle = [worker for worker in workers if worker.task is None]
-            while waiting and (idle or len(workers) < num_processes):
-                worker = idle.pop() if idle else _started(workers, work)
-                worker.give(*waiting.popleft())
-            for worker in _heard_from(workers):
+            while pending_tasks and (idle or len(workers) < num_processes):
+                worker = idle.pop() if idle else _start_worker(workers, work)
+                worker.give(*pending_tasks.popleft())
+            for worker in _workers_with_messages(workers):
                 name, future = worker.task, worker.receive()
                 if worker.is_gone:
                     workers.remove(worker)
@@ -65,26 +65,28 @@ def run_in_processes(
 
 
 class _Worker:
-    """This process's end of another one that does tasks, one after the other."""
+    """The parent's handle of a process that runs tasks one after the other."""
 
     def __init__(self, work: Callable[..., Any]) -> None:
         context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
+        self.connection, child_connection = context.Pipe()
         levels = logging.getLogger().level, logging.getLogger(_PACKAGE).getEffectiveLevel()
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, work, levels), daemon=True)
+        self.process: BaseProcess = context.Process(
+            target=_serve, args=(child_connection, work, levels), daemon=True
+        )
         self.process.start()
-        theirs.close()  # so that the connection ends with the process
+        child_connection.close()  # so that the connection ends with the process
         self.task: str | None = None
         self.is_gone = False
 
     def give(self, name: str, arguments: tuple[Any, ...]) -> None:
-        """Let it do a task."""
+        """Send the process a task."""
         self.task = name
-        with suppress(OSError):  # it is gone: `receive` will say so
+        with suppress(OSError):  # the process has ended: `receive` reports it
             self.connection.send((name, arguments))
 
     def receive(self) -> Future[Any] | None:
-        """Take what it has sent; return its task's future if that has ended."""
+        """Read one message; return the task's future if the task has ended, None after a log message."""
         try:
             kind, value = self.connection.recv()
         except (EOFError, OSError):
@@ -108,7 +110,7 @@ class _Worker:
         return future
 
     def dismiss(self) -> None:
-        """Let it end by itself."""
+        """Ask the process to end, and wait for it."""
         try:
             self.connection.send(None)
         except OSError:
@@ -116,7 +118,7 @@ class _Worker:
         self.process.join(_SECONDS_TO_END)
 
     def end(self) -> None:
-        """End it if it has not ended."""
+        """Terminate the process if it is still running."""
         if self.process.is_alive():
             self.process.terminate()
             self.process.join(_SECONDS_TO_END)
@@ -126,15 +128,15 @@ class _Worker:
         self.connection.close()
 
 
-def _started(workers: list[_Worker], work: Callable[..., Any]) -> _Worker:
+def _start_worker(workers: list[_Worker], work: Callable[..., Any]) -> _Worker:
     worker = _Worker(work)
     workers.append(worker)
     return worker
 
 
-def _heard_from(workers: list[_Worker]) -> list[_Worker]:
-    ready = wait([worker.connection for worker in workers])
-    return [worker for worker in workers if worker.connection in ready]
+def _workers_with_messages(workers: list[_Worker]) -> list[_Worker]:
+    readable = wait([worker.connection for worker in workers])
+    return [worker for worker in workers if worker.connection in readable]
 
 
 def _why_it_ended(exit_code: int | None) -> str:
@@ -146,7 +148,7 @@ def _why_it_ended(exit_code: int | None) -> str:
 
 
 def _serve(connection: Connection, work: Callable[..., Any], levels: tuple[int, int]) -> None:
-    """Do tasks until there are no more; Ctrl-C, which reaches this process too, is its parent's affair."""
+    """Run tasks until the parent sends None; Ctrl-C is ignored here, because the parent handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sending = threading.Lock()
@@ -166,12 +168,12 @@ def _serve(connection: Connection, work: Callable[..., Any], levels: tuple[int, 
             try:
                 connection.send((kind, value))
             except Exception as error:  # noqa: BLE001 - an exception or a result that cannot be pickled
-                said = f"{type(value).__name__}: {value}" if kind == _RAISED else f"its result: {error}"
-                connection.send((_RAISED, WorkerError(said)))
+                message = f"{type(value).__name__}: {value}" if kind == _RAISED else f"its result: {error}"
+                connection.send((_RAISED, WorkerError(message)))
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent ends, however that happens."""
+    """End this process as soon as its parent ends."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -179,7 +181,7 @@ def _end_with_parent() -> None:
 
 
 class _ToParent(logging.handlers.QueueHandler):
-    """Sends records to the parent, the task's name in front."""
+    """Sends log records to the parent, with the task's name in front."""
 
     def __init__(self, connection: Connection, sending: threading.Lock) -> None:
         super().__init__(connection)  # type: ignore[arg-type]  # a queue in name alone: `enqueue` sends

@@ -1,4 +1,4 @@
-"""What a sweep found out of its points, the original among them."""
+"""The results of a sweep's points, and of the sweep as a whole."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class PointResult:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Everything a sweep found out; the original is the first point.
+    """The result of a sweep; the original is the first point.
 
     Attributes:
-        points: Those that have finished.
+        points: Results of the points that have finished.
         failures: Point -> why it has no result.
         front: Text -> names of the points that no other beats.
         picked: The best point's name; None if none was to be picked, none fits, or points are missing.
-        why: Why it is that one, or none.
-        gates_for_the_export: Gates that a sweep cannot judge; the export is judged by them.
+        why: The reason for the pick, or why there is none.
+        gates_for_the_export: Names of gates that need the export, so that a sweep cannot judge them.
         unfinished: Names of the points that have not been computed yet.
     """
 

@@ -1,8 +1,8 @@
 """Run a sweep: every point in a process of its own, judged side by side, the best one exported.
 
-`sweep.json` is written after every point. Whatever ends a point ends it alone; whatever ends the sweep, the
-same command goes on from there: finished points are not computed again, and of others what their stages had
-finished is used.
+`sweep.json` is written after every point. A failed point does not stop the others. If the sweep itself ends
+early, the same command continues it: finished points are not computed again, and unfinished ones reuse the
+cache entries of their stages.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class SweepError(ValueError):
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What a sweep does beside its file.
+    """Options of a sweep that its file does not hold.
 
     Attributes:
         jobs: Points at a time; None for what cores and memory allow.
         device: Where layers run; None for the default.
-        export: Where the picked model goes; None: nowhere.
-        keeps_work: Whether the stages' results stay when all points have finished.
-        is_forced: Whether an export replaces what somebody has changed in an earlier one.
+        export: Directory for the picked model; None: it is not exported.
+        keeps_work: Whether the stages' cache entries stay when all points have finished.
+        is_forced: Whether the export replaces files that somebody has changed in an earlier export.
     """
 
     jobs: int | None = None
@@ -80,11 +80,11 @@ def run_sweep(
     Args:
         sweep: From `load_sweep`.
         output: Receives `sweep.json` and the points' reports.
-        options: What to do beside the file.
-        progress: Told about long work.
+        options: Options beside the file.
+        progress: Receives the steps of long work.
 
     Returns:
-        What was found out, and what the export turned out to be.
+        The sweep's result, and the report of the exported model, None without an export.
 
     Raises:
         RecipeError: a point's recipe is refused; before any work.
@@ -99,27 +99,32 @@ def run_sweep(
         plans, failures = plan_points(points, device)
         needs = sweep_needs(plans)
         jobs = options.jobs or affordable_jobs(needs, len(points), device)
-        for warning in check_needs(needs, output, jobs, _written(work)):
+        for warning in check_needs(needs, output, jobs, _bytes_in(work)):
             logger.warning(warning)
         results = Results(sweep, output, points, failures)
-        if not (output / RESULTS_FILE).exists():  # an earlier sweep's stays until there is something new
+        if not (output / RESULTS_FILE).exists():  # an earlier sweep's file stays until there are results
             results.write()
-        able = [point for point in points if point.name in plans]
-        hash_models(able, work, results)
+        planned_points = [point for point in points if point.name in plans]
+        hash_models(planned_points, work, results)
         _run_points(
-            [each for each in able if each.name not in failures], work, jobs, options, results, progress
+            [point for point in planned_points if point.name not in failures],
+            work,
+            jobs,
+            options,
+            results,
+            progress,
         )
-        found = results.judged()
-        if not found.points:
+        result = results.judged()
+        if not result.points:
             raise SweepError(f"no point worked; the first: {next(iter(failures.values()))}")
-        exported = _export(found, work, options, progress)
+        exported = _export(result, work, options, progress)
         if not failures and not options.keeps_work:
             clear(work)
-    return found, exported
+    return result, exported
 
 
 class Results:
-    """What is known so far, written as it comes."""
+    """The results so far; `sweep.json` is written again after each."""
 
     def __init__(self, sweep: Sweep, output: Path, points: Sequence[Point], failures: dict[str, str]) -> None:
         self._sweep, self.output, self._points = sweep, output, points
@@ -129,27 +134,27 @@ class Results:
             logger.warning("FAILED: %s: %s", name, why)
 
     def add(self, name: str, pair: list[PointResult]) -> None:
-        """Take the original's and a point's results."""
+        """Add the results of the original and of one point."""
         self._done[name] = pair
         logger.info("done: %s", name)
         self.write()
 
     def fail(self, name: str, error: BaseException) -> None:
-        """Take a failure."""
+        """Add a point's failure."""
         self.failures[name] = str(error) or type(error).__name__
         logger.warning("FAILED: %s: %s", name, self.failures[name])
         self.write()
 
     def judged(self) -> SweepResult:
-        """Return what is known, in the order of the points."""
+        """Return the sweep's result so far, in the order of the points."""
         ordered = [self._done[point.name] for point in self._points if point.name in self._done]
         results = [*ordered[0][:1], *(pair[1] for pair in ordered)] if ordered else []
-        missing = [
+        unfinished = [
             point.name
             for point in self._points
             if point.name not in self._done and point.name not in self.failures
         ]
-        return judge_points(self._sweep, results, self.failures, missing, self._gates_for_the_export())
+        return judge_points(self._sweep, results, self.failures, unfinished, self._gates_for_the_export())
 
     def _gates_for_the_export(self) -> list[str]:
         return sorted({gate for point in self._points for gate in gates_for_the_export(point.recipe)})
@@ -167,7 +172,7 @@ def judge_points(
     unfinished: Sequence[str] = (),
     for_the_export: Sequence[str] = (),
 ) -> SweepResult:
-    """Return fronts and pick; `results` starts with the original."""
+    """Return the sweep's result with fronts and pick; `results` starts with the original."""
     front = {text: front_of(results, text) for text in results[0].perplexity} if results else {}
     if unfinished or not results:
         picked, why = None, f"{len(unfinished)} points have not finished"
@@ -179,18 +184,18 @@ def judge_points(
 
 
 def hash_models(points: Sequence[Point], work: Path, results: Results) -> None:
-    """Hash the files of the points' models once for all; a model that is not there fails its points."""
-    told: dict[str, BaseException | None] = {}
+    """Hash the model files of all points once; a model that cannot be opened fails its points."""
+    problems: dict[str, BaseException | None] = {}
     for point in points:
         source = point.recipe.model
         key = json.dumps(source.model_dump(mode="json"), sort_keys=True)
-        if key not in told:
+        if key not in problems:
             try:
                 model_files(open_model(source).directory, work / STAGES_FOLDER / HASHES_FILE)
-                told[key] = None
+                problems[key] = None
             except Exception as error:  # noqa: BLE001 - many points survive any one of them
-                told[key] = error
-        problem = told[key]
+                problems[key] = error
+        problem = problems[key]
         if problem is not None:
             results.fail(point.name, problem)
 
@@ -227,16 +232,16 @@ def _run_points(
 
 
 def _export(
-    found: SweepResult, work: Path, options: SweepOptions, progress: ProgressReporter
+    result: SweepResult, work: Path, options: SweepOptions, progress: ProgressReporter
 ) -> Report | None:
-    """Export the picked point, from the stages that the sweep has finished."""
-    if found.picked is None or options.export is None:
+    """Export the picked point, reusing stages that the sweep has computed; None if nothing is exported."""
+    if result.picked is None or options.export is None:
         return None
-    settings: Mapping[str, Any] | None = found.point(found.picked).recipe
+    settings: Mapping[str, Any] | None = result.point(result.picked).recipe
     assert settings is not None, "the original is never picked"
-    placed = {**settings, "export": settings["export"] | {"path": str(options.export)}}
+    export_recipe = {**settings, "export": settings["export"] | {"path": str(options.export)}}
     exported = run_unless_finished(
-        _RECIPE.validate_json(json.dumps(placed)),
+        _RECIPE.validate_json(json.dumps(export_recipe)),
         device=find_device(options.device),
         progress=progress,
         options=RunOptions(is_forced=options.is_forced, cache=work / STAGES_FOLDER),
@@ -244,5 +249,5 @@ def _export(
     return exported.report
 
 
-def _written(work: Path) -> int:
+def _bytes_in(work: Path) -> int:
     return sum(path.stat().st_size for path in work.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""What is known of a sweep: how many points have finished, failed, or are still to be computed."""
+"""The status of a sweep: which points have finished, failed or are still to be computed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ercsvd_deploy.pipelines.sweeping.file import RESULTS_FILE, WORK
 
 @dataclass(frozen=True)
 class SweepStatus:
-    """How far a sweep is.
+    """The status of a sweep.
 
     Attributes:
         finished: Names of the points that have a result.
-        failed: Point -> why it has none.
+        failed: Point name -> why it has no result.
         unfinished: Names of the points that were not computed when the file was written.
         picked: The best point; None if none has been picked.
         running: Whether it is running now.
@@ -31,18 +31,18 @@ class SweepStatus:
 
 
 def sweep_status(output: Path) -> SweepStatus | None:
-    """Look at a directory without changing anything; None if it is no sweep's output."""
+    """Return a sweep's status without changing anything; None if the directory is not a sweep's output."""
     try:
-        found: Any = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
+        results: Any = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or not isinstance(found.get("points"), list):
+    if not isinstance(results, dict) or not isinstance(results.get("points"), list):
         return None
-    points = [point for point in found["points"] if isinstance(point, dict)]
+    points = [point for point in results["points"] if isinstance(point, dict)]
     return SweepStatus(
         finished=[str(point.get("name")) for point in points if point.get("recipe") is not None],
-        failed=dict(found.get("failures") or {}),
-        unfinished=list(found.get("unfinished") or ()),
-        picked=found.get("picked"),
+        failed=dict(results.get("failures") or {}),
+        unfinished=list(results.get("unfinished") or ()),
+        picked=results.get("picked"),
         running=is_in_use(output.absolute() / WORK),
     )

@@ -66,7 +66,7 @@ def test_a_terminal_has_bars_and_the_log_has_the_lines(caplog: pytest.LogCapture
     console = Console(file=shown, width=80, force_terminal=True)
     with (
         caplog.at_level(logging.INFO, LINES),
-        shown_on(console, logging.INFO, unseen=LINES),
+        shown_on(console, logging.INFO, hidden=LINES),
         reporter(console, with_bars=True)("erc_svd, 14 candidates", 16) as step,
     ):
         step()

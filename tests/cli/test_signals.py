@@ -90,7 +90,7 @@ def test_a_run_that_is_told_to_end_can_be_resumed(
     recipe = write_recipe(factorize(method="erc_svd"))
     with started("-m", "ercsvd_deploy.pipelines.cli.app", "run", str(recipe), "-q") as process:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob(".out.work/factorize/*.findings.json")):
+        while not list(tmp_path.glob(".out.work/factorize/*.entry.json")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.005)

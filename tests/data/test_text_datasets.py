@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from ercsvd_deploy.data import texts
 from ercsvd_deploy.data.texts import CalibrationError, Tokenizer, load_tokenizer, tokenize
-from ercsvd_deploy.pipelines.inputs.texts import calibration_windows, read_windows, shared_out
+from ercsvd_deploy.pipelines.inputs.texts import apportion, calibration_windows, read_windows
 from ercsvd_deploy.recipe.sections import (
     Calibration,
     HubDataset,
@@ -216,7 +216,7 @@ def test_every_window_begins_as_a_text_begins(tokenizer: Tokenizer, tmp_path: Pa
     ],
 )
 def test_shares(total: int, shares: list[float], counts: list[int]) -> None:
-    assert shared_out(total, shares) == counts
+    assert apportion(total, shares) == counts
     assert sum(counts) == total
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,9 +36,9 @@ STAGES: Mapping[str, list[dict[str, Any]]] = {
 
 
 # vLLM's LLaVA imports a module that needs torchvision, for a class that it does not use
-_VARIABLES: dict[str, Any] = (
-    {} if find_spec("torchvision") else {"PYTHONPATH": str(REPOSITORY / "examples/without_torchvision")}
-)
+_WITHOUT_TORCHVISION = [str(REPOSITORY / "examples/without_torchvision")]
+_PATHS = [*_WITHOUT_TORCHVISION, *filter(None, [os.environ.get("PYTHONPATH")])]
+_VARIABLES: dict[str, Any] = {} if find_spec("torchvision") else {"PYTHONPATH": os.pathsep.join(_PATHS)}
 # What vLLM says of a few families' dtypes -> one that it runs them in.
 _OTHER_DTYPES = {"does not support float16": "float32", "CPU GDN attention requires BF16": "bfloat16"}
 _TEXTS = tuple(Sample(torch.tensor(tokens)) for tokens in PROMPTS)

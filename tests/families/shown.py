@@ -110,7 +110,13 @@ def _by_hand(family: str, directory: Path, shown: Sequence[Image.Image], seed: i
     text = torch.randint(3, 250, (12,), generator=torch.Generator().manual_seed(seed))
     inputs: dict[str, Any] = {}
     features = 0
-    if shown and family == "paligemma":
+    if shown and family == "gemma4":
+        inputs, features = _patches(len(shown), seed)
+    elif shown and family == "llama4":
+        processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+        inputs = dict(processor(list(shown), return_tensors="pt"))
+        features = len(shown) * (IMAGE_SIZE // PATCH_SIZE // 2) ** 2
+    elif shown and family == "paligemma":
         processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
         inputs = dict(processor(list(shown), return_tensors="pt"))
         features = len(shown) * (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -124,5 +130,18 @@ def _by_hand(family: str, directory: Path, shown: Sequence[Image.Image], seed: i
         features = int((inputs["image_sizes"] // step).prod(1).sum())
     tokens = torch.cat([text[:3], torch.full((features,), image), text[3:]])
     # PaliGemma reads its prompt in both directions, and the answer, here the last four tokens, in one
-    types = {"token_type_ids": (torch.arange(len(tokens)) >= len(tokens) - 4).long()}
-    return Sample(tokens, inputs, token_types=types if family == "paligemma" else {})
+    types = {"paligemma": {"token_type_ids": (torch.arange(len(tokens)) >= len(tokens) - 4).long()}}
+    types["gemma4"] = {"mm_token_type_ids": (tokens == image).long()}
+    return Sample(tokens, inputs, token_types=types.get(family, {}))
+
+
+def _patches(num_pictures: int, seed: int) -> tuple[dict[str, torch.Tensor], int]:
+    """Return noise as Gemma 4's patches, of which three by three become a feature, and how many these are.
+
+    The second picture is smaller than the first, and filled up.
+    """
+    patches = torch.rand(num_pictures, 36, 3 * PATCH_SIZE**2, generator=torch.Generator().manual_seed(seed))
+    places = torch.cartesian_prod(torch.arange(6), torch.arange(6)).expand(num_pictures, -1, -1).clone()
+    places[1:, 18:] = -1
+    features = int((places >= 0).all(-1).sum()) // 9
+    return {"pixel_values": patches, "image_position_ids": places}, features

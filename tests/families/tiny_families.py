@@ -26,6 +26,14 @@ _SHARED = {
 }
 _GROUPED = {"intermediate_size": 256, "num_key_value_heads": 2}
 _GEMMA = {"head_dim": 32, "sliding_window": WINDOW, "layer_types": _SLIDING, "tie_word_embeddings": True}
+GEMMA4: dict[str, int | float | bool] = {
+    "global_head_dim": 64,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 256,
+    "final_logit_softcapping": 8.0,
+}
 _EXPERTS = {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
 _GROUPS_OF_EXPERTS = {
     "n_routed_experts": 8,
@@ -58,6 +66,15 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma": ("gemma", _GROUPED | {"head_dim": 32, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", _GROUPED | _GEMMA | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
     "gemma3_text": ("gemma3_text", _GROUPED | _GEMMA | {"query_pre_attn_scalar": 24}),
+    # values are keys in layers of full attention, which have other heads than those of sliding attention
+    "gemma4_text": ("gemma4_text", _GROUPED | _GEMMA | GEMMA4),
+    "gemma4_text-experts": (
+        "gemma4_text",
+        _GROUPED
+        | _GEMMA
+        | GEMMA4
+        | {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 128},
+    ),
     "phi": ("phi", {"intermediate_size": 256, "partial_rotary_factor": 0.5}),
     "phi3": ("phi3", _GROUPED | {"sliding_window": WINDOW}),
     "phi3-longrope": (
@@ -155,6 +172,16 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         | _GROUPS_OF_EXPERTS
         | _LATENT_ATTENTION
         | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},  # vLLM reads these, transformers does not
+    ),
+    "glm_moe_dsa": (
+        "glm_moe_dsa",
+        _GROUPED
+        | _EXPERTS
+        | _GROUPS_OF_EXPERTS
+        | _ONE_GROUP
+        | _LATENT_ATTENTION
+        # fewer tokens than the sequences of the tests have
+        | {"index_n_heads": 2, "index_head_dim": 128, "index_topk": 16, "rope_interleave": True},
     ),
     "gpt_oss": (
         "gpt_oss",

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.families.tiny_families import DELTA_NET, NUM_LAYERS, WINDOW
+from tests.families.tiny_families import DELTA_NET, GEMMA4, NUM_LAYERS, WINDOW
 from tests.families.vision_processors import (
     FEATURES,
     IMAGE_SIZE,
@@ -61,6 +61,35 @@ _GRID: dict[str, Any] = {
     "patch_size": PATCH_SIZE,
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
+}
+_LLAMA4_TOWER = _TOWER | {
+    "intermediate_size": 256,  # four neighbours become one feature
+    "vision_output_dim": 96,
+    "projector_input_dim": 96,
+    "projector_output_dim": 96,
+}
+_GEMMA4: dict[str, Any] = {
+    "model_type": "gemma4_text",
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2),
+    "use_bidirectional_attention": "vision",
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 96,
+    **GEMMA4,
+    **_HEADS_OF_32,
+}
+_GEMMA4_TOWER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "global_head_dim": 32,
+    "patch_size": PATCH_SIZE,
+    "position_embedding_size": 64,
 }
 _EXPERTS: Mapping[str, Any] = {"moe_intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 2}
 _GEMMA3: dict[str, Any] = {
@@ -163,6 +192,22 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Mapping[
         _TOWER | {"image_size": [IMAGE_SIZE] * 2, "patch_size": [PATCH_SIZE] * 2},
         {"image_seq_length": FEATURES, "downsample_ratio": 0.5},
     ),
+    "gemma4": ("gemma4", _GEMMA4, _GEMMA4_TOWER, {"audio_config": None, "tie_word_embeddings": True}),
+    "llama4": (
+        "llama4",
+        {
+            "model_type": "llama4_text",
+            "intermediate_size": 96,
+            "intermediate_size_mlp": 256,
+            "num_local_experts": 8,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layers": [1, 0, 1, 0],
+            "attention_chunk_size": 2 * WINDOW,
+            **_HEADS_OF_32,
+        },
+        _LLAMA4_TOWER,
+        {},
+    ),
     "idefics3": (
         "idefics3",
         {"model_type": "llama", **_HEADS_OF_32},
@@ -207,9 +252,11 @@ def save_tiny_family(directory: Path, family: str, dtype: torch.dtype = torch.fl
     model.config.dtype = dtype
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model.save_pretrained(directory)
-    tensors = load_file(directory / WEIGHTS_FILE)
+    # transformers writes names that vLLM does not know, and the hub has those of its modules
+    tensors = model.state_dict() if family == "llama4" else load_file(directory / WEIGHTS_FILE)
     as_on_the_hub = {
-        _name_on_the_hub(family, name): _order_on_the_hub(name, each) for name, each in tensors.items()
+        _name_on_the_hub(family, name): _order_on_the_hub(family, name, each)
+        for name, each in tensors.items()
     }
     save_file(as_on_the_hub, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     processor = make_processor(family)
@@ -224,6 +271,8 @@ def _name_on_the_hub(family: str, name: str) -> str:
     return name.replace("vision_tower.", "vision_tower.vision_model.")
 
 
-def _order_on_the_hub(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _order_on_the_hub(family: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in the order of dimensions that vLLM asks for: experts of Qwen3-VL are transposed."""
+    if not family.startswith("qwen"):
+        return tensor
     return tensor.mT.contiguous() if name.endswith(("experts.gate_up_proj", "experts.down_proj")) else tensor

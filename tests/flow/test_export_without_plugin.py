@@ -18,8 +18,8 @@ from ercsvd_deploy.exporters.vllm.target import is_export
 from ercsvd_deploy.format.manifest import verify_export
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
-from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.export import REPORT_FILE, REPORT_FILES
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import RecipeWriter, invoke
 

@@ -10,7 +10,7 @@ import pytest
 
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
 from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import hashes
 
@@ -25,13 +25,13 @@ GATE = {"gates": {"perplexity_increase": 100.0, "built_in_text": False}}
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """The pieces that are computed, as (stage, piece)."""
     pieces: list[tuple[str, str]] = []
-    finish = FinishedWork.finish
+    finish = CacheFolder.write
 
-    def counted(self: FinishedWork, piece: str, *args: Any) -> None:
+    def counted(self: CacheFolder, piece: str, *args: Any) -> None:
         pieces.append((self._directory.name.partition("-")[0], piece))
         finish(self, piece, *args)
 
-    monkeypatch.setattr(FinishedWork, "finish", counted)
+    monkeypatch.setattr(CacheFolder, "write", counted)
     return pieces
 
 

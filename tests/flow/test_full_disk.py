@@ -83,7 +83,7 @@ def test_runs_on_a_disk_that_is_full_again_and_again(
         # Only the last report may lack room after the export has appeared, whole.
         assert not (tmp_path / "out").exists() or hashes(tmp_path / "out") == expected
         assert not list(tmp_path.rglob("*.partial"))
-        kept = list((tmp_path / ".out.work").rglob("*.findings.json"))
+        kept = list((tmp_path / ".out.work").rglob("*.entry.json"))
         assert ("the same command goes on from there" in error) == bool(kept)
     assert code == 0
     assert attempt > 2
@@ -128,7 +128,7 @@ def test_disk_full_while_gathering_results_is_told_like_any_other(
     ("number", "remedy"),
     [(errno.ENOSPC, "make room on that disk"), (errno.EDQUOT, "free some of your quota there")],
 )
-@pytest.mark.parametrize("kind", ["tensors", "findings"])
+@pytest.mark.parametrize("kind", ["tensors", "entry"])
 def test_a_full_disk_and_a_full_quota_have_a_remedy(
     kind: str,
     number: int,
@@ -159,7 +159,7 @@ set -u
 mount -t tmpfs -o size=30m none "$DISK" || exit 77
 "$PYTHON" -m ercsvd_deploy.pipelines.cli.app run "$RECIPE" --output "$DISK/out" 2> "$DISK.first" &
 run=$!
-while ! ls "$DISK"/.out.work/factorize/*.findings.json > /dev/null 2>&1; do
+while ! ls "$DISK"/.out.work/factorize/*.entry.json > /dev/null 2>&1; do
   kill -0 $run 2> /dev/null || exit 78
   sleep 0.01
 done

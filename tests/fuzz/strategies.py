@@ -24,8 +24,8 @@ from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.models.architecture import ArchitectureError
 from ercsvd_deploy.pipelines.reporting.check import CheckError
 from ercsvd_deploy.pipelines.reporting.document import ReportError
-from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlanError
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.load import RecipeError
 
 DOCUMENTED = (

@@ -22,7 +22,7 @@ from ercsvd_deploy.data.texts import (
     sample_windows,
     token_windows,
 )
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from tests.conftest import ModelDirectory
 from tests.fuzz.strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing
 from tests.tiny_models import VOCAB_SIZE
@@ -34,7 +34,7 @@ FINGERPRINT = {
     "factorize": {"beta": 0.1},
     "libraries": {"torch": "2"},
 }
-FINDINGS = {"loss": 0.25, "ranks": {"q_proj": 16, "k_proj": None}, "worst": float("inf"), "names": ["a", "b"]}
+VALUES = {"loss": 0.25, "ranks": {"q_proj": 16, "k_proj": None}, "worst": float("inf"), "names": ["a", "b"]}
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +124,10 @@ def test_damaged_work_is_done_again_never_reused(
 ) -> None:
     """Whatever happened to a finished piece: it is found as it was, or not at all."""
     stage = folder / "stage"
-    work = FinishedWork(stage, FINGERPRINT)
+    work = CacheFolder(stage, FINGERPRINT)
     tensors = {"weight": torch.arange(6.0)}
-    work.finish("layer", FINDINGS, tensors)
-    assert work.findings("layer") == FINDINGS
+    work.write("layer", VALUES, tensors)
+    assert work.entry("layer") == VALUES
     whole = {path.name: path.read_bytes() for path in stage.iterdir()}
     name = data.draw(st.sampled_from(sorted(whole)))
     damage = damaged_bytes(whole[name])
@@ -137,10 +137,10 @@ def test_damaged_work_is_done_again_never_reused(
     others = {path: seen for path, seen in listing(folder).items() if not path.startswith("stage")}
 
     def found_again() -> Any:
-        return FinishedWork(stage, FINGERPRINT).findings("layer")
+        return CacheFolder(stage, FINGERPRINT).entry("layer")
 
     found = fuzz_log.attempt("finished work", found_again)
-    assert found in (None, FINDINGS)
+    assert found in (None, VALUES)
     if found is not None:
         assert (stage / "layer.safetensors").read_bytes() == whole["layer.safetensors"]
     assert {path: seen for path, seen in listing(folder).items() if not path.startswith("stage")} == others

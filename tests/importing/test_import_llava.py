@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,13 +21,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
-from ercsvd_deploy.models.architecture import ArchitectureError
+from ercsvd_deploy.models.architecture import LANGUAGE_PART, ArchitectureError
+from ercsvd_deploy.models.meta import read_architecture
 from ercsvd_deploy.pipelines.cli.app import app
+from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.importing.llava import processor as llava_processor
 from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError, read_original
 from ercsvd_deploy.pipelines.importing.llava.convert import import_llava
 from ercsvd_deploy.pipelines.inputs import model as model_source
 from ercsvd_deploy.pipelines.inputs.model import open_config, open_model
+from ercsvd_deploy.pipelines.planning.plan import make_plan
+from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.sections import ModelSource
 from tests import tiny_vision
 from tests.conftest import ModelDirectory
@@ -37,6 +42,8 @@ from tests.importing.original_llava import (
     original_writer,
     save_tower,
 )
+from tests.planning.llava_configs import TOWER_PARAMETERS
+from tests.recipe_runs import RecipeWriter
 from tests.tiny_models import VISION_FAMILIES, VOCAB_SIZE, WEIGHTS_FILE
 
 GROWN = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
@@ -560,7 +567,7 @@ def test_licence_goes_along(original: OriginalWriter) -> None:
     assert (convert(source) / "LICENSE.txt").read_text() == "terms"
 
 
-@pytest.mark.parametrize("open_source", [open_config, open_model])
+@pytest.mark.parametrize("open_source", [open_config, open_model])  # its tower is none that is known
 @pytest.mark.parametrize("model_type", ["llava", "llava_llama", "llava_mistral"])
 def test_recipe_on_an_original_checkpoint_names_the_command(
     original: OriginalWriter, open_source: Callable[[ModelSource], Any], model_type: str
@@ -570,6 +577,29 @@ def test_recipe_on_an_original_checkpoint_names_the_command(
         open_source(ModelSource(path=str(source)))
     opened = open_model(ModelSource(path=str(convert(source))))
     assert opened.config.image_token_index == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("model_type", ["llava_llama", "llava_mistral"])
+def test_plan_of_an_original_checkpoint_is_that_of_what_it_becomes(
+    original: OriginalWriter, model_type: str, write_recipe: RecipeWriter
+) -> None:
+    """With a published tower the config tells the sizes; a run wants the checkpoint converted."""
+    tower = "openai/clip-vit-large-patch14-336"
+    source = original(model_type=model_type, mm_vision_tower=tower)
+    recipe = load_recipe(write_recipe(model={"path": str(source)}))
+    planned = make_plan(recipe)
+    assert any(f"ercsvd import-llava {source} DIRECTORY" in note for note in planned.notes)
+    language_part, tower_part, _ = planned.candidates[-1].components
+    assert tower_part.original_parameters == TOWER_PARAMETERS
+    converted = open_model(ModelSource(path=str(convert(source))))
+    expected = read_architecture(converted.config)
+    assert language_part.original_parameters == sum(
+        math.prod(shape)
+        for name, shape in expected.other_tensors.items()
+        if expected.component_of(name) == LANGUAGE_PART
+    ) + sum(linear.parameters for linear in expected.linears)
+    with pytest.raises(ArchitectureError, match="convert it once"):
+        run_recipe(recipe)
 
 
 def test_command_prints_where_and_what(original: OriginalWriter) -> None:

@@ -113,6 +113,19 @@ def test_shares_of_a_linear_attention(size: int, held: int) -> None:
     assert architecture.outputs_on_rank(name, 1024, size) == held
 
 
+@pytest.mark.parametrize(("layer", "head_size", "sizes"), [(0, 32, {1: 64, 2: 32}), (1, 64, {1: 64, 2: 64})])
+def test_heads_are_those_of_the_layer(layer: int, head_size: int, sizes: dict[int, int]) -> None:
+    """Gemma 4 has two heads of 32 for keys where attention slides, and one of 64 where it is full."""
+    architecture = read_architecture(tiny_config("gemma4_text"))
+    linears = {linear.name.rpartition(".")[2]: linear for linear in architecture.layers[layer].linears}
+    assert linears["q_proj"].out_features == 4 * head_size
+    assert ("v_proj" in linears) is (layer == 0)
+    keys = linears["k_proj"]
+    for size, held in sizes.items():
+        assert architecture.outputs_on_rank(keys.name, keys.out_features, size) == held
+        assert architecture.num_output_shards(keys.name, size) == min(size, keys.out_features // head_size)
+
+
 def reads_the_same(model: nn.Module, layer: LayerLinears, kwargs: dict[str, Any]) -> dict[str, list[str]]:
     """Return, by a real pass, Linear -> those of its layer whose inputs have the same values."""
     inputs: dict[str, torch.Tensor] = {}
@@ -180,7 +193,7 @@ def refused(config: Any) -> str:
         ("granitemoeshared", "a mixture of experts: model.layers.0.block_sparse_moe.experts is a GraniteMoe"),
         ("aria_text", "AriaExperts, whose checkpoints are not known here"),
         ("minimax", "layers of another kind than attention: linear_attention without keys, such as Mamba"),
-        ("gemma4_text", "its layers have heads of different sizes"),
+        ("gemma4_text", "layers that read embeddings of their own"),
         ("bart", "an encoder with a decoder"),
         ("t5", "an encoder with a decoder"),
         ("mllama", "layers that attend to the features of pictures"),

@@ -12,9 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ercsvd_deploy.format.weight_files import open_directory
 from ercsvd_deploy.models.architecture import ArchitectureError
-from ercsvd_deploy.models.experts import SeparateExperts, separate_experts
+from ercsvd_deploy.models.expert_modules import ExpertsOfScaledTokens, SeparateExperts
+from ercsvd_deploy.models.experts import separate_experts
 from ercsvd_deploy.models.families import describe
 from ercsvd_deploy.models.meta import build_meta_model, load_config
+from ercsvd_deploy.models.recording import capture_arguments
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from tests.families.tiny_families import save_tiny_family, tiny_config
 from tests.models.streamed import CPU
@@ -41,6 +43,38 @@ def test_separate_experts_compute_what_transformers_computes() -> None:
     chosen = torch.stack([torch.randperm(7)[:2] for _ in range(40)])  # the last one gets no token
     weights = torch.rand(40, 2, dtype=torch.float64)
     assert torch.allclose(separate(states, chosen, weights), together(states, chosen, weights))
+
+
+@torch.no_grad()
+def test_scaled_tokens_are_those_that_each_expert_of_llama_4_reads() -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config("llama4_text"), dtype=torch.float64)
+    block = model.model.layers[1].feed_forward
+    for parameter in block.parameters():
+        parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    together = block.experts
+    separate_experts(model)
+    separate = block.experts
+    assert isinstance(separate, ExpertsOfScaledTokens)
+    for number, expert in enumerate(separate):
+        gate, up = together.gate_up_proj[number].chunk(2, dim=-1)
+        matrices = {"gate_proj": gate.T, "up_proj": up.T, "down_proj": together.down_proj[number].T}
+        for name, weight in matrices.items():
+            expert.get_submodule(name).get_parameter("weight").copy_(weight)
+    states = torch.randn(40, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    arguments = capture_arguments(block, "experts", lambda: block(states))
+    assert torch.allclose(separate(*arguments), together(*arguments))
+    tokens, chosen = separate.tokens_and_experts(arguments)
+    scores, indices = (states @ block.router.weight.T).max(-1)
+    assert torch.equal(chosen, indices[:, None])
+    assert torch.allclose(tokens, states * scores.sigmoid()[:, None])
+
+
+def test_experts_of_llama_4_stay_as_they_are_where_a_token_has_several() -> None:
+    config = tiny_config("llama4_text")
+    config.num_experts_per_tok = 2
+    architecture = describe(build_meta_model(config), config)
+    assert architecture.expert_parameters
+    assert not architecture.expert_linears
 
 
 @pytest.mark.parametrize("family", SEPARATE)

@@ -105,9 +105,6 @@ PUBLIC_MODELS |= {
         "qwen3_moe", 4096, 12288, 94, 64, 4, 151936, head_dim=128, num_experts=128, moe_intermediate_size=1536
     ),
     "gpt-oss-120b": text_config("gpt_oss", 2880, 2880, 36, 64, 8, 201088, head_dim=64, num_local_experts=128),
-}
-# What a plan refuses by name: each would take many gigabytes to build.
-UNSUPPORTED_MODELS: dict[str, dict[str, Any]] = {
     "Llama-4-Scout": _llama_4(16),
     "Llama-4-Maverick": _llama_4(128),
 }

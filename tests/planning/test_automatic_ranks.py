@@ -30,10 +30,10 @@ from ercsvd_deploy.pipelines.planning import feasibility
 from ercsvd_deploy.pipelines.planning.machine import Machine
 from ercsvd_deploy.pipelines.planning.plan import make_plan, plan_stages
 from ercsvd_deploy.pipelines.reporting.plan_tables import render
-from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
 from ercsvd_deploy.pipelines.stages.factorize.vision_stage import VisionStage
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlanError
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.sections import Recipe
 from tests.planning.public_configs import LLAMA_3_8B, PUBLIC_MODELS, QWEN2_5_72B, SMOLLM2_135M, text_config
 

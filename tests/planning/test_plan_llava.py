@@ -11,7 +11,7 @@ import yaml
 from ercsvd_deploy.models.architecture import LANGUAGE_PART, PROJECTOR_PART, TOWER_PART
 from ercsvd_deploy.pipelines.planning.components import LEFT_ALONE
 from ercsvd_deploy.pipelines.planning.plan import make_plan
-from ercsvd_deploy.pipelines.stages.contract import PlanError
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import ModelDirectory
 from tests.families.tiny_vision_families import tiny_config

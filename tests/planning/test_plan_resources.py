@@ -92,7 +92,8 @@ GPTQ = {"quantize": {"bits": 4, "group_size": 32}}
     [
         ([{"factorize": ERC_SVD | {"num_search_samples": 8}}, {"recover": {"steps": 8}}, GPTQ], {}),
         ([{"factorize": ERC_SVD | {"beta": "auto", "compressed_prefix_inputs": True}}], {}),
-        ([{"factorize": FISHER}, GPTQ], {"target": {"overall_bits": 4.0}}),
+        # So little that every kind of Linear gets a rank: writing factors takes what the widest does.
+        ([{"factorize": FISHER}, GPTQ], {"target": {"overall_bits": 2.5}}),
         ([GPTQ, {"recover": {"steps": 8}}], {}),
     ],
     ids=["search, recover, gptq", "two trajectories", "error control", "gptq, recover"],
@@ -177,9 +178,7 @@ def test_work_directory_grows_as_planned(write_recipe: RecipeWriter, monkeypatch
         for each in make_plan(recipe, device=torch.device("cpu")).estimate.stages
         if each.stage == "factorize"
     )
-    told = 8192 * sum(
-        len(layer.ranks) for layer in make_plan(recipe).candidates[0].layers
-    )  # findings, as JSON
+    told = 8192 * sum(len(layer.ranks) for layer in make_plan(recipe).candidates[0].layers)  # entry, as JSON
     assert stage.scratch_bytes - told == pytest.approx(seen[0], rel=0.02)
 
 

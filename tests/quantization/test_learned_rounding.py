@@ -57,7 +57,7 @@ def rounding_of(*levels: int, dense: list[float]) -> LearnedRounding:
 
 def test_the_other_level_lies_on_the_side_of_the_original() -> None:
     rounding = rounding_of(2, 2, 3, 0, dense=[0.2, -0.2, 9.0, -9.0])
-    assert rounding.way.tolist() == [[1, -1, 0, 0]]  # beyond the ends of the range there is none
+    assert rounding.step.tolist() == [[1, -1, 0, 0]]  # beyond the ends of the range there is none
     rounding.choice.data.fill_(20.0)
     assert rounding.decided().tolist() == [[3, 1, 3, 0]]
     torch.testing.assert_close(

@@ -128,6 +128,7 @@ _SAMPLE: dict[str, Any] = {
     "environment": {"ercsvd-deploy": "0.1.0", "device": "cpu (x86_64)"},
     "provenance": {"seed": 3, "recipe_sha256": "ab" * 32, "model_files_sha256": {"config.json": "cd" * 32}},
     "weights_sha256": "ef" * 32,
+    "task": "generate",
     "original": figures(2_000_000, 10.0, 0.9),
     "compressed": figures(1_000_000, 11.0, 0.875),
     "components": [

@@ -58,11 +58,11 @@ class CountStage(Stage):
         return Needs(2**40, 2**39, 2**28 + work.architecture.num_layers, 2**27, len(candidates) * 1e18)
 
     def run(self, run: StageRun) -> Counted:
-        counted = run.cache.findings(OUTCOME)
+        counted = run.cache.entry(OUTCOME)
         if counted is None:
             counted = self.factor * len(run.model.modules)
             self.runs.append(counted)
-            run.cache.finish(OUTCOME, counted)
+            run.cache.write(OUTCOME, counted)
         return Counted(counted)
 
     def tables(self, result: Counted) -> Iterable[Table]:

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
-from ercsvd_deploy.pipelines.stages.factorize.ranks.damages import interpolate, spread
+from ercsvd_deploy.pipelines.stages.cached import StageCache
+from ercsvd_deploy.pipelines.stages.factorize.damages.linears import interpolate, spread
 from ercsvd_deploy.pipelines.stages.quantize import decoder
 from ercsvd_deploy.pipelines.stages.sensitivity import measure
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke, modules_of
 from tests.state.interrupted_runs import half_run, hashes, whole_run
@@ -63,20 +63,19 @@ def test_budget_in_parameters_is_kept_and_used(write_recipe: RecipeWriter, metri
 
 
 def test_predictions_are_the_sum_of_naive_damages(
-    write_recipe: RecipeWriter, monkeypatch: pytest.MonkeyPatch, llama: Path, tmp_path: Path
+    write_recipe: RecipeWriter, monkeypatch: pytest.MonkeyPatch, llama: Path
 ) -> None:
     """Every chosen damage is tr(F E G E^T) / 2 of what was written, from the inputs and gradients kept."""
-    kept: dict[str, dict[str, torch.Tensor]] = {}
-    forget = FinishedWork.forget
+    kept: dict[str, dict[str, torch.Tensor]] = {"sensitivity": {}, "damages": {}}
+    discard = StageCache.discard
 
-    def keep(self: FinishedWork, piece: str) -> None:
-        if piece.startswith("decomposition"):
-            kept.setdefault("tensors", {}).update(load_file(self.tensors_file(piece)))
-            for file in (tmp_path / ".out.work" / "sensitivity").glob("layer-*.safetensors"):
-                kept.setdefault("metrics", {}).update(load_file(file))
-        forget(self, piece)
+    def keep(self: StageCache, stage: str) -> None:
+        if stage in kept:
+            for file in (self.directory / stage).glob("*.safetensors"):
+                kept[stage].update(load_file(file))
+        discard(self, stage)
 
-    monkeypatch.setattr(FinishedWork, "forget", keep)
+    monkeypatch.setattr(StageCache, "discard", keep)
     report, directory = run(write_recipe(controlled(compression_ratio=0.4)))
     assert report.results["factorize"] is not None
     original = AutoModelForCausalLM.from_pretrained(llama)
@@ -89,10 +88,10 @@ def test_predictions_are_the_sum_of_naive_damages(
             continue
         shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
         head, _, end = linear.name.rpartition(".")
-        gram = kept["tensors"][f"{head}.{shared.get(end, end)}.gram"].double()
+        gram = kept["damages"][f"{head}.{shared.get(end, end)}.gram"].double()
         product = module.factor_b.weight.double() @ module.factor_a.weight.double()
         error = original.get_submodule(linear.name).weight.double() - product
-        damage = torch.trace(kept["metrics"][linear.name].double() @ error @ gram @ error.T) / 2
+        damage = torch.trace(kept["sensitivity"][linear.name].double() @ error @ gram @ error.T) / 2
         assert linear.predicted_kl == pytest.approx(float(damage.detach()), rel=2e-2, abs=1e-9)
         checked += 1
     assert checked > 4
@@ -142,7 +141,7 @@ def test_impossible_target_ends_before_any_work(write_recipe: RecipeWriter, tmp_
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("pieces", [8, 12, 16, 21])
+@pytest.mark.parametrize("pieces", [8, 12, 16, 21, 25, 29])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     pieces: int, write_recipe: RecipeWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +169,7 @@ def test_metrics_leave_the_disk_with_the_last_stage_that_reads_them(
             run(recipe)
     kept = {folder.name for folder in (tmp_path / ".out.work").iterdir() if folder.is_dir()}
     assert "factorize" in kept
-    assert "sensitivity" not in kept
+    assert not {"sensitivity", "damages"} & kept
     monkeypatch.setattr(measure, "measure_sensitivity", Mock(side_effect=AssertionError))
     run(recipe)
     assert hashes(tmp_path / "out") == expected

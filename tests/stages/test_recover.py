@@ -25,7 +25,7 @@ from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.stages.recover.results import RecoverOutcome
 from ercsvd_deploy.pipelines.stages.recover.training import _with_replaced_tokens, recover_decoder
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.recipe.load import ModelSource, Recover, load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import half_run, hashes, whole_run
@@ -234,7 +234,7 @@ def recovered_by_hand(
     modules = CheckpointConfig.read(config).modules
     original, compressed = models(llama, directory, dtype)
     recover_settings = Recover(**({"steps": 12, "batch_size": 4} | settings))
-    return recover_decoder(original, compressed, samples, recover_settings, modules, FinishedWork(work))
+    return recover_decoder(original, compressed, samples, recover_settings, modules, CacheFolder(work))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from ercsvd_deploy.linalg.errors import output_error
 from ercsvd_deploy.linalg.truncation import truncate
 from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity, measure_sensitivity
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from tests.models.streamed import streamed
 from tests.tiny_models import save_tiny_model
 
@@ -41,7 +41,7 @@ def metric_of(sensitivity: Sensitivity, model: LayerwiseModel, name: str) -> tor
 def test_metrics_equal_those_of_a_whole_model(tmp_path: Path, tokens: torch.Tensor, family: str) -> None:
     directory = save_tiny_model(tmp_path / "model", family)
     model = streamed(directory)
-    sensitivity = measure_sensitivity(model, text_samples(tokens), FinishedWork(tmp_path / "work"))
+    sensitivity = measure_sensitivity(model, text_samples(tokens), CacheFolder(tmp_path / "work"))
 
     whole = AutoModelForCausalLM.from_pretrained(directory).eval()
     linear_names = [linear.name for linear in model.architecture.linears]
@@ -66,7 +66,7 @@ def test_predicted_divergence_is_about_the_measured_one(tmp_path: Path) -> None:
     model = streamed(TINY_LLAMA)
     text = (TINY_LLAMA.parent / "text" / "calibration.txt").read_text(encoding="utf-8")[:200_000]
     windows = token_windows(text, load_tokenizer(str(TINY_LLAMA)), 128, 4096)[:48]
-    sensitivity = measure_sensitivity(model, text_samples(windows), FinishedWork(tmp_path / "work"))
+    sensitivity = measure_sensitivity(model, text_samples(windows), CacheFolder(tmp_path / "work"))
     layer = model.architecture.layers[5]
     linear = next(each for each in layer.linears if each.name.endswith("gate_proj"))
     metric = sensitivity.metric(layer, linear, model.device)
@@ -96,7 +96,7 @@ def test_an_interrupted_pass_back_goes_on(
 ) -> None:
     model = streamed(save_tiny_model(tmp_path / "model", "llama", num_layers=4))
     samples = text_samples(tokens)
-    expected = measure_sensitivity(model, samples, FinishedWork(tmp_path / "undisturbed"))
+    expected = measure_sensitivity(model, samples, CacheFolder(tmp_path / "undisturbed"))
     retreat = LayerwiseModel.retreat
     seen: list[int] = []
 
@@ -109,8 +109,8 @@ def test_an_interrupted_pass_back_goes_on(
 
     monkeypatch.setattr(LayerwiseModel, "retreat", stopping)
     with pytest.raises(KeyboardInterrupt):
-        measure_sensitivity(model, samples, FinishedWork(tmp_path / "work"))
-    found = measure_sensitivity(model, samples, FinishedWork(tmp_path / "work"))
+        measure_sensitivity(model, samples, CacheFolder(tmp_path / "work"))
+    found = measure_sensitivity(model, samples, CacheFolder(tmp_path / "work"))
     assert seen == [3, 2, 1, 1, 0]
     for linear in model.architecture.linears:
         assert torch.equal(metric_of(found, model, linear.name), metric_of(expected, model, linear.name))

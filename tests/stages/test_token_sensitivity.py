@@ -17,7 +17,7 @@ from ercsvd_deploy.pipelines import plan
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity, measure_token_sensitivity
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.models.streamed import streamed
 from tests.recipe_runs import TEXT, RecipeWriter, factorize
@@ -60,7 +60,7 @@ def test_weights_are_the_squared_gradients_of_all_linears_that_share_inputs(
     directory = save_tiny_model(tmp_path / "model", family)
     model = streamed(directory)
     tokens = torch.randint(3, 250, (6, 24), generator=torch.Generator().manual_seed(2))
-    found = measure_token_sensitivity(model, text_samples(tokens), FinishedWork(tmp_path / "work"))
+    found = measure_token_sensitivity(model, text_samples(tokens), CacheFolder(tmp_path / "work"))
     gradients = squared_gradients(directory, tokens, [each.name for each in model.architecture.linears])
     [batch] = model.batches(text_samples(tokens))
     for layer in model.architecture.layers:
@@ -84,7 +84,7 @@ def test_samples_of_other_lengths_and_with_weights_of_their_own(tmp_path: Path) 
         )
         for length, own in ((24, False), (10, False), (24, True))
     ]
-    measured = measure_token_sensitivity(model, samples, FinishedWork(tmp_path / "work"))
+    measured = measure_token_sensitivity(model, samples, CacheFolder(tmp_path / "work"))
     layer = model.architecture.layers[0]
     name = layer.local_name(layer.groups[0][0])
     for batch in model.batches(samples):
@@ -152,7 +152,7 @@ def test_a_model_that_nothing_matters_to_counts_all_tokens_alike(tmp_path: Path)
     model = streamed(directory)
     tokens = torch.randint(3, 250, (2, 8), generator=torch.Generator().manual_seed(2))
     found: TokenSensitivity = measure_token_sensitivity(
-        model, text_samples(tokens), FinishedWork(tmp_path / "work")
+        model, text_samples(tokens), CacheFolder(tmp_path / "work")
     )
     [weights] = found.weights(model.architecture.layers[0], model.batches(text_samples(tokens)))
     assert isinstance(weights, dict)

@@ -18,9 +18,10 @@ from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import evaluation_windows
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.reporting.description import describe_treatment
-from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.quantize.vocabulary_plan import plan_vocabulary
+from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.quantization.losses import proxy_loss
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.quantize import Quantize, VocabularyIntegers
 from tests.families import tiny_vision_families
@@ -180,7 +181,7 @@ def test_the_decoder_in_a_vision_language_model_decides() -> None:
     """PaliGemma's is a Gemma, whose embedding vLLM builds plain."""
     architecture = read_architecture(tiny_vision_families.tiny_config("paligemma"))
     with pytest.raises(PlanError, match="no integers for the input embeddings of gemma models"):
-        plan_vocabulary(Quantize(embeddings=VocabularyIntegers()), architecture)
+        plan_vocabulary(Quantize(embeddings=VocabularyIntegers()), StorageRules(architecture, fitted_to=(1,)))
 
 
 def test_recovery_leaves_them_as_they_are(write_recipe: RecipeWriter) -> None:

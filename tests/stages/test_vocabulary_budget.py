@@ -15,12 +15,12 @@ from ercsvd_deploy.format.schema import Storage, WeightQuantization
 from ercsvd_deploy.models.meta import load_config, read_architecture
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
-from ercsvd_deploy.pipelines.stages.contract import PlanError
+from ercsvd_deploy.pipelines.stages.factorize.damages.vocabulary import VocabularyDamages
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_allocation
-from ercsvd_deploy.pipelines.stages.factorize.ranks.vocabulary_damages import VocabularyDamages
 from ercsvd_deploy.pipelines.stages.quantize.vocabulary import row_rounding
 from ercsvd_deploy.pipelines.stages.sensitivity.measure import measure_sensitivity
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.quantize import Quantize
 from tests.models.streamed import streamed
@@ -41,7 +41,7 @@ def test_predicted_damage_is_the_divergence(is_tied: bool, tmp_path: Path) -> No
     directory = save_tiny_model(tmp_path / "model", "llama", tie_word_embeddings=is_tied)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     tokens = torch.randint(3, 256, (32, 48), generator=torch.Generator().manual_seed(5))
-    work = FinishedWork(tmp_path / "work")
+    work = CacheFolder(tmp_path / "work")
     sensitivity = measure_sensitivity(streamed(directory), text_samples(tokens), work, with_vocabulary=True)
     stage = Quantize(method="rtn", group_size=32)
     damages = VocabularyDamages(streamed(directory), stage, sensitivity.vocabulary(CPU))
@@ -54,7 +54,7 @@ def test_predicted_damage_is_the_divergence(is_tied: bool, tmp_path: Path) -> No
         for bits in (4, 5, 6):
             integers = WeightQuantization(bits=bits, group_size=32)
             storage = Storage.dense((256, 128), integers)
-            [option] = damages.options(name, {storage: 1})
+            [damage] = damages.damages(name, [storage])
             is_multiplied = is_tied or name == OUTPUT_LAYER
             gram = torch.eye(128) if is_multiplied else None
             [(_, rounded)] = row_rounding(stage, integers, torch.float32, gram).blocks(original, CPU)
@@ -62,10 +62,9 @@ def test_predicted_damage_is_the_divergence(is_tied: bool, tmp_path: Path) -> No
                 weight.copy_(rounded.dequantize())
                 after = model(tokens).logits.double().log_softmax(-1)
                 weight.copy_(original)
-            found[bits] = option.damage / float((before.exp() * (before - after)).sum(-1).mean())
+            found[bits] = damage / float((before.exp() * (before - after)).sum(-1).mean())
         assert found == pytest.approx(dict.fromkeys(found, 1.0), rel=0.35), (name, found)
-    [option] = damages.options(EMBEDDING, {Storage.dense((256, 128)): 1})
-    assert option.damage == 0
+    assert damages.damages(EMBEDDING, [Storage.dense((256, 128))]) == [0]
 
 
 def test_bits_are_chosen_for_the_whole_model(write_recipe: RecipeWriter) -> None:

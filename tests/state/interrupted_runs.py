@@ -11,7 +11,7 @@ import pytest
 
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import factorize
 
@@ -34,17 +34,17 @@ class Stop(Exception):  # noqa: N818 - not an error of the program
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, pieces: int) -> Callable[[], int]:
     """Let the run end after so many finished pieces; return a count of those computed."""
-    finish = FinishedWork.finish
+    finish = CacheFolder.write
     count = 0
 
-    def counted(self: FinishedWork, piece: str, findings: Any, tensors: Any = None) -> None:
+    def counted(self: CacheFolder, piece: str, entry: Any, tensors: Any = None) -> None:
         nonlocal count
         if count == pieces:
             raise Stop
-        finish(self, piece, findings, tensors)
+        finish(self, piece, entry, tensors)
         count += 1
 
-    monkeypatch.setattr(FinishedWork, "finish", counted)
+    monkeypatch.setattr(CacheFolder, "write", counted)
     return lambda: count
 
 

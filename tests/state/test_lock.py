@@ -108,8 +108,8 @@ def test_pieces_stay_and_everything_else_goes(tmp_path: Path) -> None:
     assert not work_path(target).exists()
     with resumable_directory(target) as work:
         (work / "factorize").mkdir()
-        (work / "factorize" / "layer.findings.json").write_text("{}")
-    assert (work / "factorize" / "layer.findings.json").exists()
+        (work / "factorize" / "layer.entry.json").write_text("{}")
+    assert (work / "factorize" / "layer.entry.json").exists()
     with pytest.raises(OSError, match="full") as caught, resumable_directory(target):
         raise OSError("full")
     assert "the same command goes on from there" in caught.value.__notes__[0]
@@ -167,7 +167,7 @@ def test_two_runs_contend_for_one_output(write_recipe: RecipeWriter, tmp_path: P
     recipe = write_recipe(factorize())
     first = ercsvd("run", recipe)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.work/factorize/*.findings.json")):
+    while not list(tmp_path.glob(".out.work/factorize/*.entry.json")):
         assert first.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)

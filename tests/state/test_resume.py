@@ -19,7 +19,7 @@ import torch
 
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.stages import export
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.pipelines.state.lock import resumable_directory
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import RecipeWriter, invoke
@@ -210,7 +210,7 @@ def test_damaged_pieces_are_computed_again(
     contents = bytearray(damaged.read_bytes())
     contents[-5] ^= 1
     damaged.write_bytes(contents)
-    (tmp_path / ".out.work" / "quantize" / "layer-00002.findings.json").write_text("{")
+    (tmp_path / ".out.work" / "quantize" / "layer-00002.entry.json").write_text("{")
     computed, _ = whole_run(recipe, monkeypatch)
     assert computed == 1 + 2
     assert hashes(tmp_path / "out") == expected
@@ -285,15 +285,15 @@ def test_running_is_told_apart_from_interrupted(tmp_path: Path) -> None:
 
 
 def test_a_piece_is_finished_with_its_findings(tmp_path: Path) -> None:
-    work = FinishedWork(tmp_path / "stage", {"a": 1})
+    work = CacheFolder(tmp_path / "stage", {"a": 1})
     tensors = {"x": torch.arange(3.0)}
-    assert work.findings("one") is None
-    work.finish("one", {"loss": float("inf"), "rank": None}, tensors)
-    again = FinishedWork(tmp_path / "stage", {"a": 1})
-    assert again.findings("one") == {"loss": float("inf"), "rank": None}
+    assert work.entry("one") is None
+    work.write("one", {"loss": float("inf"), "rank": None}, tensors)
+    again = CacheFolder(tmp_path / "stage", {"a": 1})
+    assert again.entry("one") == {"loss": float("inf"), "rank": None}
     assert again.notes == ["stage: 1 finished pieces of an earlier run are used"]
     again.tensors_file("one").unlink()
-    assert again.findings("one") is None
-    other = FinishedWork(tmp_path / "stage", {"a": 2, "b": {"c": 1}})
-    assert other.findings("one") is None
+    assert again.entry("one") is None
+    other = CacheFolder(tmp_path / "stage", {"a": 2, "b": {"c": 1}})
+    assert other.entry("one") is None
     assert other.notes == ["stage: computed again, because a, b differs from the earlier run"]

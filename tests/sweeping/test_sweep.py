@@ -13,7 +13,7 @@ from PIL import Image
 
 from ercsvd_deploy.pipelines.judging.gates import GateResult
 from ercsvd_deploy.pipelines.planning.feasibility import TooLittleDiskError
-from ercsvd_deploy.pipelines.state.cache import FinishedWork, file_digest
+from ercsvd_deploy.pipelines.state.cache import CacheFolder, file_digest
 from ercsvd_deploy.pipelines.sweeping.baselines import plain_gptq, points_and_baselines
 from ercsvd_deploy.pipelines.sweeping.choice import pareto_front, worst_increase
 from ercsvd_deploy.pipelines.sweeping.file import Sweep, is_sweep, load_sweep, sweep_points
@@ -187,13 +187,13 @@ def test_points_share_stages(
 ) -> None:
     """Two bits of one ratio decompose once; a repeated point computes nothing at all."""
     finished: list[tuple[str, str]] = []
-    finish = FinishedWork.finish
+    finish = CacheFolder.write
 
-    def counted(self: FinishedWork, piece: str, *args: Any) -> None:
+    def counted(self: CacheFolder, piece: str, *args: Any) -> None:
         finished.append((self._directory.name.partition("-")[0], piece))
         finish(self, piece, *args)
 
-    monkeypatch.setattr(FinishedWork, "finish", counted)
+    monkeypatch.setattr(CacheFolder, "write", counted)
     stages = (factorize(rank_multiple=32), {"quantize": {"bits": 4, "group_size": 32}})
     grid = {"stages.1.quantize.bits": [4, 8]}
     calibration = {"calibration.num_samples": 24}
@@ -290,7 +290,7 @@ def test_a_disk_or_a_memory_too_small_for_a_sweep_is_told(
     assert "4 points at a time need" in check_needs(needs, tmp_path, 4)[0]
     monkeypatch.setattr(f"{module}.free_disk", lambda _path: 500)
     assert "the sweep writes up to" in check_needs(needs, tmp_path, 1)[0]
-    assert check_needs(needs, tmp_path, 1, written=600) == []
+    assert check_needs(needs, tmp_path, 1, reusable_bytes=600) == []
     monkeypatch.setattr(f"{module}.free_disk", lambda _path: 300)
     with pytest.raises(TooLittleDiskError, match="nothing has been computed yet"):
         check_needs(needs, tmp_path, 1)

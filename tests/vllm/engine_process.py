@@ -1,9 +1,9 @@
 """Runs vLLM engines in a process of their own, by a JSON request on stdin.
 
 The request lists engines, built one after the other, and what each is to read, all the same unless an engine
-has `prompts` of its own; the answer is written to a file as JSON. Only the standard library, vLLM and, for
-pictures, PIL are imported here, so that the interpreter of another environment (another vLLM release) can run
-it too.
+has `prompts` of its own; one whose `runner` is pooling pools them. The answer is written to a file as JSON.
+Only the standard library, vLLM and, for pictures, PIL are imported here, so that the interpreter of another
+environment (another vLLM release) can run it too.
 """
 
 from __future__ import annotations
@@ -81,6 +81,23 @@ def generate(
     return answer
 
 
+def pool(engine: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
+    """Build an engine of the pooling runner; return its "outputs": for each prompt a vector, or scores.
+
+    Args:
+        engine: keyword arguments of `vllm.LLM`.
+        prompts: token ids.
+    """
+    from vllm import LLM
+
+    llm = LLM(**{"max_model_len": 128, "max_num_seqs": 8, "disable_log_stats": True} | engine)
+    task = "embed" if "embed" in llm.supported_tasks else "classify"
+    outputs = llm.encode([_request(prompt) for prompt in prompts], pooling_task=task, use_tqdm=False)
+    answer = {"outputs": [output.outputs.data.float().tolist() for output in outputs]}
+    llm.llm_engine.engine_core.shutdown()
+    return answer
+
+
 def _classes_of_linears(model: Any) -> dict[str, str]:
     """Return Linear of the checkpoint -> class of the layer that holds it, of the layers that we serve."""
     return {
@@ -139,6 +156,9 @@ def main() -> None:
     answers = []
     for engine in request["engines"]:
         try:
+            if engine.get("runner") == "pooling":
+                answers.append(pool(engine, engine.pop("prompts", request["prompts"])))
+                continue
             answers.append(
                 generate(
                     engine,

@@ -1,4 +1,4 @@
-"""Contradictions between the sections of a recipe: each with its place and its remedy."""
+"""Contradictions between the sections of a recipe, each with its location and its remedy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def find_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
 
 
 def _find_calibration_without_data(recipe: Recipe) -> Iterator[tuple[Location, str]]:
-    """Yield text and pictures that are missing, or would not be used."""
+    """Yield calibration text and pictures that are missing or would not be used."""
     pictures = recipe.vision.calibration if recipe.vision is not None else None
     if recipe.vision is not None and recipe.vision.share is not None and pictures is None:
         yield ("vision", "share"), "is set, but there is no vision.calibration to take pictures from; add it"
@@ -128,7 +128,7 @@ def _find_unclear_budget(recipe: Recipe) -> Iterator[tuple[Location, str]]:
 
 
 def _find_idle_target(recipe: Recipe) -> Iterator[tuple[Location, str]]:
-    """Yield a target that no stage could meet, and what of it nothing reads."""
+    """Yield a target that no stage could meet, and those of its fields that no stage reads."""
     if recipe.target is None:
         return
     if recipe.vision is not None:
@@ -151,13 +151,13 @@ def _find_idle_target(recipe: Recipe) -> Iterator[tuple[Location, str]]:
             "is set, but quantize has neither lm_head nor embeddings; add one, or remove it",
         )
     if recipe.quantize is None:
-        given = recipe.target.model_dump(exclude_none=True)
-        for key in [key for key in ("group_sizes", "factor_bits", "corrections") if given.get(key)]:
+        target_fields = recipe.target.model_dump(exclude_none=True)
+        for key in [key for key in ("group_sizes", "factor_bits", "corrections") if target_fields.get(key)]:
             yield ("target", key), "is set, but there is no quantize stage; add one, or remove it"
 
 
 def _find_idle_gates(recipe: Recipe) -> Iterator[tuple[Location, str]]:
-    """Yield gates for which nothing is measured."""
+    """Yield gates whose measurement the recipe does not make."""
     gates = recipe.gates
     if gates is None:
         return
@@ -190,7 +190,7 @@ def _find_idle_gates(recipe: Recipe) -> Iterator[tuple[Location, str]]:
 
 
 def _find_unreadable_export(recipe: Recipe) -> Iterator[tuple[Location, str]]:
-    """Yield a format that cannot hold what the stages make."""
+    """Yield an export format that cannot store the stages' results."""
     if recipe.export.format != "compressed-tensors":
         return
     if recipe.may_factorize:

@@ -19,9 +19,9 @@ from ercsvd_deploy.recipe.fields import (
     LocalPath,
     Section,
     Text,
+    distinguished_by,
     refusal,
     refuse_together,
-    told_apart_by,
 )
 
 
@@ -108,7 +108,7 @@ TextDataset = Annotated[
     | Annotated[ParquetFile, Tag("ParquetFile")]
     | Annotated[SavedDataset, Tag("SavedDataset")]
     | Annotated[HubDataset, Tag("HubDataset")],
-    *told_apart_by(
+    *distinguished_by(
         {
             "text": "TextFile",
             "jsonl": "JsonLines",

@@ -60,28 +60,28 @@ class Recipe(Section):
     export: Export = Field(default=Export(), description="The directory to write.")
 
     def without_export(self) -> Recipe:
-        """Return the same recipe with no directory to write: its model is judged from the stages' results."""
+        """Return the same recipe without an export directory."""
         return self.model_copy(update={"export": self.export.model_copy(update={"path": None})})
 
     @property
     def factorize(self) -> Factorize | None:
-        """The factorization, if the recipe has one; with a target alone, what chooses the bits."""
-        given = next((stage.factorize for stage in self.stages if isinstance(stage, FactorizeStage)), None)
-        return given or (BITS_ALONE if self.target is not None else None)
+        """The factorization, if the recipe has one; with only a target, the settings that choose bits."""
+        settings = next((stage.factorize for stage in self.stages if isinstance(stage, FactorizeStage)), None)
+        return settings or (BITS_ALONE if self.target is not None else None)
 
     @property
     def may_factorize(self) -> bool:
-        """Whether matrices may get a rank; else a target chooses bits alone."""
+        """Whether matrices may get a rank; if not, a target chooses only bits."""
         return any(isinstance(stage, FactorizeStage) for stage in self.stages)
 
     @property
     def recover(self) -> Recover | None:
-        """The recovery of plain factors, if the recipe has one."""
+        """The recovery before quantization, if the recipe has one."""
         return self._recovery(quantized=False)
 
     @property
     def recover_quantized(self) -> Recover | None:
-        """The recovery behind the quantization, if the recipe has one."""
+        """The recovery after quantization, if the recipe has one."""
         return self._recovery(quantized=True)
 
     def _recovery(self, *, quantized: bool) -> Recover | None:
@@ -100,10 +100,10 @@ class Recipe(Section):
     def corrects_by_sensitivity(self) -> bool:
         """Whether low-rank corrections are fitted by the Fisher information of the Linears' outputs.
 
-        Those that a target chooses are: their damage was predicted in that measure.
+        Corrections that a target chooses are, because their damage was predicted with it.
         """
-        asked = self.quantize is not None and self.quantize.needs_sensitivity
-        return asked or (self.target is not None and bool(self.target.corrections))
+        is_requested = self.quantize is not None and self.quantize.needs_sensitivity
+        return is_requested or (self.target is not None and bool(self.target.corrections))
 
     @property
     def picture_share(self) -> float:

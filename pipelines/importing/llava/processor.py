@@ -1,7 +1,7 @@
-"""The processor of an imported LLaVA checkpoint: tokenizer with an image token, pictures, chat template.
+"""The processor of an imported LLaVA checkpoint: tokenizer, image processor and chat template.
 
-LLaVA's own code marks a picture's place by a number that no tokenizer knows, and keeps its conversation
-formats in code. transformers and vLLM want a token and a template.
+LLaVA's own code marks a picture's place by a number outside the vocabulary, and keeps its conversation
+formats in code. transformers and vLLM need an image token and a chat template.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 _SENTENCEPIECE_FILE = "tokenizer.model"
-# What transformers writes about the machine that it runs on.
+# Settings that transformers writes about this machine.
 _OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path")
-# One of these tokens means conversations of a form that is not among our templates.
+# A token that means a conversation format without a template here -> the format.
 _OTHER_CONVERSATIONS: Mapping[str, str] = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama_3"}
 
-# Pictures stand before a message's text, each on a line of its own, as in LLaVA's training data.
+# Pictures come before a message's text, each on its own line, as in LLaVA's training data.
 _CONTENT = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
@@ -114,7 +114,7 @@ def make_processor(original: OriginalLlava, tower: VisionTower, tokenizer: Any) 
     Raises:
         LlavaImportError: pictures would not have the size that the tower reads.
     """
-    # Variants that need no torchvision; they write the names that stand for either.
+    # The variants that need no torchvision; the files they write suit both.
     from transformers import LlavaNextProcessor, LlavaProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -126,7 +126,7 @@ def make_processor(original: OriginalLlava, tower: VisionTower, tokenizer: Any) 
         image_processor = LlavaNextImageProcessorPil(image_grid_pinpoints=original.grid_pinpoints, **settings)
     else:
         processor_class = LlavaProcessor
-        # CLIP's, if not for the padding.
+        # CLIP's image processor, unless pictures are padded.
         image_processor = (
             LlavaImageProcessorPil(do_pad=True, **settings)
             if original.pads_to_square
@@ -148,13 +148,13 @@ def save_processor(processor: Any, directory: Path) -> None:
     processor.save_pretrained(directory)
     for path in sorted(directory.glob("*_config.json")):
         settings = json.loads(path.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in settings.items() if key not in _OF_THIS_MACHINE}
-        if kept != settings:
-            write_json_atomically(path, kept)
+        portable_settings = {key: value for key, value in settings.items() if key not in _OF_THIS_MACHINE}
+        if portable_settings != settings:
+            write_json_atomically(path, portable_settings)
 
 
 def _check_sentencepiece(directory: Path) -> None:
-    """Refuse a tokenizer that cannot be read here; transformers would blame its file.
+    """Refuse a tokenizer whose library is missing; transformers would report a broken file instead.
 
     Raises:
         LlavaImportError: a library is missing.
@@ -171,7 +171,7 @@ def _check_sentencepiece(directory: Path) -> None:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it would be in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 

@@ -1,7 +1,7 @@
-"""The CLIP vision tower of an original-format LLaVA checkpoint: where it is, and its tensors.
+"""The CLIP vision tower of an original-format LLaVA checkpoint: its location and its tensors.
 
-The checkpoint names its tower, by hub name or path. A path in a config is somebody else's: it is followed
-inside the checkpoint's own directory and nowhere else. Anywhere else the user can point.
+The checkpoint names its tower by hub name or path. A path in a config is untrusted: it is followed only
+inside the checkpoint's directory. The user can give any other place with `--vision-tower`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class VisionTower:
     """A CLIP model of which the vision part is used.
 
     Attributes:
-        name: What it was asked for by.
-        directory: Where its config and image processor are.
-        is_on_hub: Whether its weights are yet to be fetched.
+        name: The directory or hub name that it was opened by.
+        directory: The directory of its config and image processor.
+        is_on_hub: Whether its weights must still be fetched.
         config: A CLIPVisionConfig.
-        image_processor: CLIP's, with the tower's own settings.
+        image_processor: CLIP's image processor with the tower's settings.
     """
 
     name: str
@@ -45,7 +45,7 @@ class VisionTower:
     image_processor: Any
 
     def store(self) -> TensorStore:
-        """Open the vision part's weights, under the names that transformers has for a tower of LLaVA.
+        """Open the vision part's weights under the names of a LLaVA tower in transformers.
 
         Raises:
             LlavaImportError: there are none in safetensors.
@@ -61,7 +61,7 @@ class VisionTower:
             raise LlavaImportError(
                 f"vision tower {self.name}: {error}; give a copy in safetensors: {_OPTION} DIRECTORY"
             ) from error
-        # A whole CLIP model says which part is the vision model, a vision model alone need not.
+        # In a whole CLIP model the vision part has a prefix; a vision model alone may have none.
         prefix = _WITHIN_CLIP if any(name.startswith(_WITHIN_CLIP) for name in files.names()) else ""
         return RenamedStore(
             files,
@@ -73,19 +73,19 @@ class VisionTower:
         )
 
 
-def open_tower(source: Path, named: str | None, given: str | None) -> VisionTower:
+def open_tower(source: Path, named: str | None, override: str | None) -> VisionTower:
     """Return the tower of the checkpoint in `source`.
 
     Args:
         source: The checkpoint's directory.
-        named: What its config calls the tower.
-        given: What the user says instead: a directory or a hub name.
+        named: The tower's name in the checkpoint's config.
+        override: The user's directory or hub name, instead of `named`.
 
     Raises:
         LlavaImportError: there is no such tower, it may not be followed, or it is not CLIP's.
         ArchitectureError: it cannot be fetched from the hub.
     """
-    name, directory = _locate(source, named, given)
+    name, directory = _locate(source, named, override)
     is_on_hub = directory is None
     if directory is None:
         directory = fetch(name, files=(_CONFIG_FILE, _IMAGE_PROCESSOR_FILE), named_by=_NAMED_BY)
@@ -95,19 +95,19 @@ def open_tower(source: Path, named: str | None, given: str | None) -> VisionTowe
     return VisionTower(name, directory, is_on_hub, _read_config(directory), _read_image_processor(directory))
 
 
-def _locate(source: Path, named: str | None, given: str | None) -> tuple[str, Path | None]:
+def _locate(source: Path, named: str | None, override: str | None) -> tuple[str, Path | None]:
     """Return the tower's name, and its directory if it is on this machine."""
-    if given is not None:
-        if Path(given).is_dir():
-            return given, Path(given)
-        if _HUB_NAME.fullmatch(given):
-            return given, None
-        raise LlavaImportError(f"{_OPTION} {given}: neither a directory nor a hub name")
+    if override is not None:
+        if Path(override).is_dir():
+            return override, Path(override)
+        if _HUB_NAME.fullmatch(override):
+            return override, None
+        raise LlavaImportError(f"{_OPTION} {override}: neither a directory nor a hub name")
     if named is None:
         raise LlavaImportError(f"{source}: its config names no mm_vision_tower: give {_OPTION}")
-    inside = (source / named).resolve()  # of an absolute path: itself
-    if source.resolve() in inside.parents and inside.is_dir():
-        return named, inside
+    local_path = (source / named).resolve()  # an absolute path stays as it is
+    if source.resolve() in local_path.parents and local_path.is_dir():
+        return named, local_path
     if _HUB_NAME.fullmatch(named):
         return named, None
     raise LlavaImportError(
@@ -133,7 +133,7 @@ def _read_config(directory: Path) -> Any:
 
 
 def _read_image_processor(directory: Path) -> Any:
-    # The variant that needs no torchvision; settings and results are those of the other.
+    # The variant that needs no torchvision; its settings and results are the same.
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     path = directory / _IMAGE_PROCESSOR_FILE

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 EMBEDDING = f"{LANGUAGE_MODEL}embed_tokens.weight"
 OUTPUT_LAYER = "lm_head.weight"
-# Constants that old versions of transformers stored.
+# Buffers that old versions of transformers stored and that are computed now.
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 _MOST_NAMED = 3
 
 
 def open_weights(directory: Path) -> TensorStore:
-    """Open an original checkpoint's weights, under its own names.
+    """Open an original checkpoint's weights under the checkpoint's names.
 
     Raises:
         LlavaImportError: they are pickles, or those of an adapter.
@@ -49,14 +49,19 @@ def open_weights(directory: Path) -> TensorStore:
 
 
 class ImportedStore:
-    """Tensors gathered from checkpoint and tower; those of the vocabulary have rows added.
+    """The tensors of checkpoint and tower together, with rows added to embedding and output layer.
 
-    A new row is the mean of all old ones: no text of the model's has its token, and as an output it is
-    never the likeliest, as a mean of logits is not their maximum.
+    A new row is the mean of all old ones. No text contains its token, and as an output it is never the most
+    probable, because the mean of logits is not their maximum.
     """
 
     def __init__(self, origins: Mapping[str, tuple[TensorStore, str]], num_rows: Mapping[str, int]) -> None:
-        """Show each tensor of `origins`, name -> store and name there, some with `num_rows` rows."""
+        """Give access to tensors of several stores.
+
+        Args:
+            origins: Name -> its store, and its name there.
+            num_rows: Name -> number of rows after rows are added, for the tensors that get some.
+        """
         self._origins = dict(origins)
         self._num_rows = dict(num_rows)
 
@@ -65,13 +70,13 @@ class ImportedStore:
         return frozenset(self._origins)
 
     def stored_name(self, name: str) -> str:
-        """Return what a tensor is called where it comes from."""
+        """Return a tensor's name in the store that it comes from."""
         return self._origins[name][1]
 
     def stored_info(self, name: str) -> TensorInfo:
         """Return shape, dtype and size of a tensor before rows are added."""
-        store, stored = self._origin(name)
-        return store.info(stored)
+        store, stored_name = self._origin(name)
+        return store.info(stored_name)
 
     def info(self, name: str) -> TensorInfo:
         """Return shape, dtype and size of a tensor without reading it."""
@@ -89,12 +94,12 @@ class ImportedStore:
         """
         by_store: dict[int, tuple[TensorStore, dict[str, str]]] = {}
         for name in names:
-            store, stored = self._origin(name)
-            by_store.setdefault(id(store), (store, {}))[1][stored] = name
+            store, stored_name = self._origin(name)
+            by_store.setdefault(id(store), (store, {}))[1][stored_name] = name
         tensors = {
-            wanted[stored]: tensor
-            for store, wanted in by_store.values()
-            for stored, tensor in store.read(wanted).items()
+            names_by_stored[stored_name]: tensor
+            for store, names_by_stored in by_store.values()
+            for stored_name, tensor in store.read(names_by_stored).items()
         }
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -114,13 +119,13 @@ class ImportedStore:
 
 
 def gather(checkpoint: TensorStore, tower: VisionTower, vocab_size: int) -> ImportedStore:
-    """Return all tensors of the model, those of a tower inside the checkpoint before those of `tower`.
+    """Return all tensors of the model; `tower` is used only if the checkpoint has no tower.
 
     Args:
-        checkpoint: The original checkpoint's, under its own names.
-        tower: Asked for its weights only if the checkpoint has none; float32 ones are given the precision
-            of the language model, as LLaVA's code does.
-        vocab_size: Rows wanted of embedding and output layer.
+        checkpoint: The original checkpoint's tensors, under the checkpoint's names.
+        tower: The vision tower; its float32 weights are converted to the language model's dtype, as LLaVA's
+            code does.
+        vocab_size: Rows of embedding and output layer after rows are added.
 
     Raises:
         LlavaImportError, CheckpointError, ArchitectureError: a needed part is missing or cannot be read.
@@ -140,7 +145,7 @@ def gather(checkpoint: TensorStore, tower: VisionTower, vocab_size: int) -> Impo
 
 
 def holds_tower(checkpoint: TensorStore) -> bool:
-    """Whether an original checkpoint has a vision tower of its own, as it has if that was trained too."""
+    """Whether an original checkpoint contains a vision tower, as it does if the tower was trained too."""
     return any(from_original(name).startswith(VISION_TOWER) for name in checkpoint.names())
 
 
@@ -148,7 +153,7 @@ def check_against(model: nn.Module, store: ImportedStore, num_stored_rows: int) 
     """Compare names and shapes with those of a model, which may be on the meta device.
 
     Args:
-        model: What the tensors are for.
+        model: The transformers model.
         store: The tensors.
         num_stored_rows: Rows that embedding and output layer have before any are added.
 
@@ -163,10 +168,10 @@ def check_against(model: nn.Module, store: ImportedStore, num_stored_rows: int) 
         complaints.append(f"lacks what transformers calls {_enumerate(missing)}")
     if surplus := sorted(store.stored_name(name) for name in store.names() - set(expected)):
         complaints.append(f"has {_enumerate(surplus)}, for which the model has no place")
-    stored = {name: store.stored_info(name).shape for name in sorted(set(expected) & store.names())}
+    stored_shapes = {name: store.stored_info(name).shape for name in sorted(set(expected) & store.names())}
     if wrong := [
         f"{store.stored_name(name)} {list(shape)} instead of {list(expected[name])}"
-        for name, shape in stored.items()
+        for name, shape in stored_shapes.items()
         if shape != expected[name]
     ]:
         complaints.append(f"has {_enumerate(wrong)}")
@@ -183,7 +188,7 @@ def _is_computed(name: str) -> bool:
 
 
 def _with_rows(matrix: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Return a matrix [rows, columns] with rows added, each the mean of those that are there."""
+    """Return a matrix [rows, columns] filled up to `num_rows` rows with the mean of the existing ones."""
     mean = matrix.mean(dim=0, dtype=torch.float32).to(matrix.dtype)
     return torch.cat([matrix, mean.expand(num_rows - len(matrix), -1)])
 

@@ -1,4 +1,4 @@
-"""Compare what vLLM said of tokens with what this package computes for them, step by step."""
+"""Compare vLLM's log-probabilities of tokens with those that this package computes, step by step."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Difference:
 class Agreement:
     """How far vLLM is from this package on prompts of one kind."""
 
-    subject: Annotated[Subject, Field(description="What the prompts are about.")]
-    num_prompts: Annotated[Count, Field(description="How many.")]
+    subject: Annotated[Subject, Field(description="Texts or pictures.")]
+    num_prompts: Annotated[Count, Field(description="Number of prompts.")]
     prompt: Annotated[Difference, Field(description="Of the prompts' own tokens, image tokens excepted.")]
     decoded: Annotated[
         Difference,
@@ -49,13 +49,13 @@ class Agreement:
 
     @property
     def worst_mean(self) -> float:
-        """The larger of both means: many prompt tokens do not hide few that were decoded."""
+        """The larger of both means, so that many prompt tokens do not hide a few decoded ones."""
         return worst((self.prompt.mean, self.decoded.mean))
 
 
 @dataclass(frozen=True)
 class Served:
-    """What vLLM said about one prompt, see `served_logprobs.score`."""
+    """vLLM's tokens and log-probabilities for one prompt, see `exporters.vllm.engines.logprobs`."""
 
     prompt: tuple[int, ...]
     prompt_logprobs: tuple[float, ...]
@@ -64,22 +64,22 @@ class Served:
 
     @classmethod
     def read(cls, output: Mapping[str, Any]) -> Served:
-        """Take one output of an answer."""
+        """Return one prompt's output from the engine's JSON answer."""
         return cls(**{name: tuple(output[name]) for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """The reference's view of a sequence: log-probability of each token but the first, and its own choice."""
+    """The reference's log-probability of each token after the first, and its most probable token there."""
 
     logprobs: tuple[float, ...]
     choices: tuple[int, ...]
 
 
 def misread_prompt(prompts: Sequence[ParityPrompt], served: Sequence[Served]) -> str | None:
-    """Say how vLLM read a prompt as other tokens than this package; None if it did not.
+    """Return how vLLM tokenized a prompt differently from this package; None if all are equal.
 
-    It puts image features in the place of image tokens itself.
+    vLLM expands image tokens itself, so a processor that does not fit the model shows here.
     """
     for prompt, answer in zip(prompts, served, strict=True):
         tokens = tuple(prompt.sample.tokens.tolist())
@@ -100,10 +100,10 @@ def compare(
     """Return, for each key of `answers`, how far vLLM is from the reference on each kind of prompt.
 
     Args:
-        reference: The same weights, streamed once through everything.
-        prompts: What was asked.
-        answers: Tensor-parallel size -> what vLLM said about each prompt.
-        image_token: Places of image features, whose log-probabilities mean nothing; None: there are none.
+        reference: The same weights, streamed once over all sequences.
+        prompts: The prompts that vLLM was given.
+        answers: Tensor-parallel size -> vLLM's output for each prompt.
+        image_token: Id of image tokens, whose log-probabilities are not compared; None if there are none.
     """
     sequences = {
         (number, answer.decoded): prompt.sample.continued(answer.decoded)
@@ -123,15 +123,15 @@ def compare(
 
 
 def worst(values: Iterable[float]) -> float:
-    """Return the largest value; one that is not finite is larger than any."""
+    """Return the largest value; infinity if any value is not finite."""
     listed = list(values)
     return max(listed) if all(map(math.isfinite, listed)) else math.inf
 
 
 @torch.no_grad()
 def _judge(model: LayerwiseModel, samples: Sequence[Sample]) -> list[_Judged]:
-    """Return the model's view of every sequence."""
-    found: dict[int, _Judged] = {}
+    """Return the model's log-probabilities and most probable tokens for every sequence."""
+    judged: dict[int, _Judged] = {}
     batches = model.batches(samples)
     hidden = model.embed(batches)
     for index in range(model.num_layers):
@@ -139,8 +139,8 @@ def _judge(model: LayerwiseModel, samples: Sequence[Sample]) -> list[_Judged]:
     for row, tokens, logits in model.logits(batches, hidden):
         logprobs = logits[:-1].log_softmax(-1)
         picked = logprobs.gather(1, tokens[1:, None].to(logprobs.device))[:, 0]
-        found[row] = _Judged(tuple(picked.tolist()), tuple(logprobs.argmax(-1).tolist()))
-    return [found[row] for row in range(len(samples))]
+        judged[row] = _Judged(tuple(picked.tolist()), tuple(logprobs.argmax(-1).tolist()))
+    return [judged[row] for row in range(len(samples))]
 
 
 def _agreement(
@@ -152,18 +152,18 @@ def _agreement(
     for answer, judged in pairs:
         border = len(answer.prompt_logprobs)
         of_prompts += [
-            abs(mine - its)
-            for token, mine, its in zip(
+            abs(reference - vllm)
+            for token, reference, vllm in zip(
                 answer.prompt[1:], judged.logprobs[:border], answer.prompt_logprobs, strict=True
             )
             if token != image_token
         ]
         of_decoded += [
-            abs(mine - its)
-            for mine, its in zip(judged.logprobs[border:], answer.decoded_logprobs, strict=True)
+            abs(reference - vllm)
+            for reference, vllm in zip(judged.logprobs[border:], answer.decoded_logprobs, strict=True)
         ]
         agreeing += sum(
-            mine == its for mine, its in zip(judged.choices[border:], answer.decoded, strict=True)
+            reference == vllm for reference, vllm in zip(judged.choices[border:], answer.decoded, strict=True)
         )
     return Agreement(
         subject,

@@ -1,4 +1,4 @@
-"""Does vLLM, given the export, compute what this package computes? Asked of the real vLLM."""
+"""Serving parity: whether the real vLLM, given the export, computes what this package computes."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ if TYPE_CHECKING:
     from ercsvd_deploy.models.streaming import LayerwiseModel
     from ercsvd_deploy.recipe.sections import Recipe
 
-_MAX_SEQUENCES = 8  # at once; vLLM reserves memory, and captures CUDA graphs, for no more
+_MAX_SEQUENCES = 8  # at once; vLLM reserves memory and captures CUDA graphs for this many
 
 
 class ServingError(RuntimeError):
-    """vLLM is not there."""
+    """vLLM is not installed."""
 
 
 @dataclass(frozen=True)
 class SizeParity:
-    """What was measured at one tensor-parallel size."""
+    """Serving parity at one tensor-parallel size."""
 
     tensor_parallel_size: Annotated[Count, Field(description="Devices, or workers on a CPU.")]
     mode: Annotated[
         str, Field(description="How vLLM ran: `eager`, `compiled` or `compiled, with CUDA graphs`.")
     ]
-    seconds: Annotated[Finite, Field(description="What it took, the start included.")]
+    seconds: Annotated[Finite, Field(description="Its duration, including vLLM's start.")]
     agreements: Annotated[
         tuple[Agreement, ...], Field(description="On texts, and on pictures if there were any.")
     ]
@@ -65,8 +65,8 @@ class ServingFailure:
         str,
         Field(description="The process that failed first, as vLLM calls it; empty where that is not known."),
     ]
-    exception: Annotated[str, Field(description="Its exception, or how it died.")]
-    excerpt: Annotated[str, Field(description="What it printed about that, such as its traceback.")]
+    exception: Annotated[str, Field(description="Its exception, or the signal that ended it.")]
+    excerpt: Annotated[str, Field(description="Its output about the failure, such as its traceback.")]
     log: Annotated[
         str | None,
         Field(description="File with all that vLLM printed, beside the export; null if it was not started."),
@@ -109,13 +109,13 @@ class ServingParity:
 
 
 def check_vllm(asked_by: str) -> None:
-    """Refuse what needs vLLM where that is not installed.
+    """Refuse a recipe that needs vLLM if vLLM is not installed.
 
     Args:
-        asked_by: What of the recipe needs it.
+        asked_by: The part of the recipe that needs vLLM, for the message.
 
     Raises:
-        ServingError: it is not.
+        ServingError: vLLM is not installed.
     """
     if find_spec("vllm") is None:
         raise ServingError(
@@ -125,22 +125,22 @@ def check_vllm(asked_by: str) -> None:
 
 
 def log_path(directory: Path) -> Path:
-    """Return where the log of a vLLM that failed is kept: beside the export, which stays as written."""
+    """Return the path of the log that a failed vLLM leaves: beside the export, not in it."""
     return directory.with_name(f"{directory.name}.vllm.log")
 
 
 def measure_parity(
     directory: Path, reference: LayerwiseModel, prompts: Sequence[ParityPrompt], recipe: Recipe
 ) -> ServingParity:
-    """Score and continue every prompt with vLLM, at every size that runs here; compare with the reference.
+    """Compare vLLM with the reference on every prompt, at every tensor-parallel size this machine can run.
 
-    vLLM comes first, so that it finds the GPU empty; the reference then reads what vLLM generated.
+    vLLM runs first, while the GPU is empty; the reference then scores the tokens that vLLM generated.
 
     Args:
         directory: The export.
         reference: The same weights, streamed.
-        prompts: What to ask.
-        recipe: Whose tensor-parallel sizes and gate are meant.
+        prompts: The prompts to score and continue.
+        recipe: The recipe, with the tensor-parallel sizes and the gate.
     """
     log = log_path(directory)
     log.unlink(missing_ok=True)
@@ -181,15 +181,20 @@ def summarise(
     not_measured: dict[str, str],
     version: str,
 ) -> ServingParity:
-    """Return the verdict over all sizes: the worst of them, and none if vLLM failed at one."""
+    """Return the result over all sizes: the worst mean, or no mean if vLLM failed at any size."""
     means = {
-        size.tensor_parallel_size: worst(found.worst_mean for found in size.agreements) for size in sizes
+        size.tensor_parallel_size: worst(agreement.worst_mean for agreement in size.agreements)
+        for size in sizes
     }
-    largest = worst(found.together.largest for size in sizes for found in size.agreements) if sizes else None
+    largest = (
+        worst(agreement.together.largest for size in sizes for agreement in size.agreements)
+        if sizes
+        else None
+    )
     return ServingParity(
         mean_difference=worst(means.values()) if means and not failures else None,
         largest_difference=largest,
-        num_tokens=sum(found.together.num_tokens for size in sizes for found in size.agreements),
+        num_tokens=sum(agreement.together.num_tokens for size in sizes for agreement in size.agreements),
         tensor_parallel_size=max(means, key=lambda size: means[size]) if means else None,
         vllm_version=version,
         sizes=sizes,
@@ -199,10 +204,7 @@ def summarise(
 
 
 def give_back_memory() -> None:
-    """Return to the GPU's driver what this process has allocated there and holds no more.
-
-    Another process, such as vLLM, cannot have it before.
-    """
+    """Return this process's unused GPU memory to the driver, so that another process can allocate it."""
     gc.collect()  # a model's modules refer to each other in circles
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -211,7 +213,7 @@ def give_back_memory() -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """What one vLLM engine did."""
+    """One vLLM engine's outputs, with the mode it ran in, its seconds and its version."""
 
     answers: tuple[Served, ...]
     mode: str
@@ -220,7 +222,7 @@ class _Run:
 
 
 def _picture_limits(prompts: Sequence[ParityPrompt]) -> dict[str, Any]:
-    """Return what vLLM need be ready for: it tries the most that may come, else, films included."""
+    """Return vLLM's limits on pictures per prompt: by default it also reserves memory for videos."""
     most = max(len(prompt.served.pictures) for prompt in prompts)
     return {"limit_mm_per_prompt": {"image": most, "video": 0}}
 
@@ -233,7 +235,7 @@ def _serve(
     recipe: Recipe,
     limits: Mapping[str, Any],
 ) -> _Run | ServingFailure:
-    """Start vLLM once, let it score and continue all prompts, and end it."""
+    """Start vLLM at one tensor-parallel size, score and continue all prompts, and stop it."""
     assert recipe.gates is not None
     assert recipe.gates.serving_parity is not None
     log, start = log_path(directory), time.monotonic()

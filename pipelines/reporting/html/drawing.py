@@ -1,6 +1,6 @@
-"""How plots are drawn: as SVG in the page's colours and font, at one size, with plain axes.
+"""Drawing of plots: SVG in the page's colours and font, at one size, with plain axes.
 
-matplotlib draws with marker colours, which are then replaced by CSS variables: one picture serves light and
+matplotlib draws with placeholder colours, which CSS variables then replace: one picture serves light and
 dark pages. Text stays text.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # matplotlib belongs to an extra
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Marker colour -> CSS variable of the page.
+# Placeholder colour -> CSS variable of the page.
 _VARIABLES = {
     "#0a0b01": "--ink",
     "#0a0b02": "--quiet",
@@ -70,11 +70,11 @@ _LONGEST_NAME = 26
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture and what it says."""
+    """One plot with its title and caption; several pictures are small multiples."""
 
     title: str
     caption: str
-    pictures: tuple[str, ...]  # SVG elements; several are small multiples
+    pictures: tuple[str, ...]  # SVG elements
 
 
 def picture(
@@ -107,13 +107,13 @@ def _themed(figure: Figure, label: str) -> str:
     text = re.sub(r" ?font-family: [^;\"]*;?", "", text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
-    opening, _, rest = text.partition(">")
+    opening, _, body = text.partition(">")
     box = re.search(r'viewBox="[^"]*"', opening)
     assert box is not None, "matplotlib writes a viewBox"
-    # Names are unique in a file, and there are many on one page: only those that are referred to stay.
-    referred = set(re.findall(r"#([\w-]+)", rest))
-    rest = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in referred else "", rest)
-    return f'<svg {box[0]} role="img" aria-label="{escape(label)}">{rest.strip()}'
+    # Ids are unique within one file, but the page has many: only referenced ids are kept.
+    referred = set(re.findall(r"#([\w-]+)", body))
+    body = re.sub(r' id="([\w-]+)"', lambda match: match[0] if match[1] in referred else "", body)
+    return f'<svg {box[0]} role="img" aria-label="{escape(label)}">{body.strip()}'
 
 
 def legend(axes: Axes, columns: int) -> None:
@@ -124,7 +124,7 @@ def legend(axes: Axes, columns: int) -> None:
 
 
 def whole_numbers(axes: Axes) -> None:
-    """Let the lower axis have ticks at whole numbers alone."""
+    """Put the ticks of the lower axis at whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
@@ -143,15 +143,15 @@ def logarithmic(axes: Axes, direction: Literal["x", "y"]) -> None:
 
 
 def finite(value: float | None) -> float | None:
-    """Return a measured number; None where nothing was measured, or nothing finite."""
+    """Return a measured number; None if it is missing or not finite."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def positive(values: Iterable[float | None]) -> list[float]:
-    """Return what a logarithmic axis can show."""
+    """Return the finite positive values: a logarithmic axis shows no others."""
     return [value for value in map(finite, values) if value is not None and value > 0]
 
 
 def short(name: str) -> str:
-    """Return a name, cut where it would not fit."""
+    """Return a name, cut with an ellipsis if it is too long for a plot."""
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"

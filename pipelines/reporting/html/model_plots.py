@@ -64,17 +64,19 @@ def _against_size(
 
     def draw(axes: Axes) -> None:
         for colour, (text, points) in zip(cycle(SERIES), series.items(), strict=False):
-            known = [(size / unit, value) for size, value in points[:2] if value is not None]
-            axes.plot(*zip(*known, strict=True), color=colour, linewidth=1, alpha=0.6)
-            (before, original), (after, compressed) = points[:2]
+            measured = [(size / unit, value) for size, value in points[:2] if value is not None]
+            axes.plot(*zip(*measured, strict=True), color=colour, linewidth=1, alpha=0.6)
+            (original_size, original), (compressed_size, compressed) = points[:2]
             if original is not None:
-                axes.plot([before / unit], [original], "o", color=colour, markerfacecolor=PAPER)
+                axes.plot([original_size / unit], [original], "o", color=colour, markerfacecolor=PAPER)
             if compressed is not None:
-                axes.plot([after / unit], [compressed], "o", color=colour, label=short(text), markersize=6)
+                axes.plot(
+                    [compressed_size / unit], [compressed], "o", color=colour, label=short(text), markersize=6
+                )
             for label, (size, value) in zip(references, points[2:], strict=True):
                 if value is not None:
                     axes.plot([size / unit], [value], "D", color=colour, markersize=4, alpha=0.7)
-                    if colour == SERIES[0]:  # the others are above and below it
+                    if colour == SERIES[0]:  # one label per reference: the other series lie above or below
                         axes.annotate(
                             short(label),
                             (size / unit, value),
@@ -90,10 +92,10 @@ def _against_size(
             axes.set_ylim(top=min(highest, axes.get_ylim()[1]))
         legend(axes, len(series))
 
-    told = f"{caption} Filled: this model; hollow: the original" + (
+    full_caption = f"{caption} Filled: this model; hollow: the original" + (
         "; diamonds: others." if references else "."
     )
-    return Plot(title, told, (picture(draw, title),))
+    return Plot(title, full_caption, (picture(draw, title),))
 
 
 def errors_by_layer(report: Report) -> Plot | None:

@@ -1,6 +1,6 @@
-"""The HTML page of a run: one file, nothing fetched, nothing executed; light or dark as the reader has it.
+"""The HTML page of a run: one file without scripts or external resources, in light and dark.
 
-It is made from the report alone, so `ercsvd report` makes it again at any time. Values are escaped by the
+It is made from the report alone, so `ercsvd report` can make it again at any time. Values are escaped by the
 templates; the only markup that passes through is the plots', whose texts matplotlib escapes.
 """
 
@@ -47,7 +47,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def can_make_page() -> bool:
-    """Whether the libraries of the extra `report` are there."""
+    """Whether the libraries of the extra `report` are installed."""
     return all(find_spec(library) is not None for library in ("jinja2", "matplotlib"))
 
 
@@ -55,8 +55,8 @@ def make_page(report: Report, directory: Path) -> str:
     """Return the page.
 
     Args:
-        report: What to tell.
-        directory: Where the model is, or will be.
+        report: The report to show.
+        directory: The model's directory, which may not exist yet.
 
     Raises:
         ImportError: matplotlib or jinja2 is not installed; both come with the extra `report`.
@@ -81,7 +81,7 @@ def make_page(report: Report, directory: Path) -> str:
 
 
 def _contents(report: Report, directory: Path) -> dict[str, Any]:
-    """Return everything the template shows but the plots."""
+    """Return the template's variables except the plots."""
     path = export_path(report, directory)
     return {
         "title": path.name or model_name(report),
@@ -123,24 +123,24 @@ def _verdict_class(gates: Sequence[GateResult]) -> str:
 
 
 def _tiles(report: Report) -> list[Row]:
-    """Return what a reader looks for first: size, bits, and quality."""
+    """Return the rows shown first, as tiles: size, bits and quality."""
     sizes = size_rows(report)
     return [sizes[0], sizes[3], *(row for row in quality_rows(report) if row.original)]
 
 
 def _with_short_names(table: Table) -> Table:
-    """Return a table whose head says once what all names begin with."""
+    """Return a table with the common prefix of all names moved into the column's heading."""
     words = (row[0].split(".")[:-1] for row in table.rows)
-    shared = list(takewhile(lambda places: len(set(places)) == 1, zip(*words, strict=False)))
-    if len(table.rows) < 2 or not shared:
+    shared_parts = list(takewhile(lambda places: len(set(places)) == 1, zip(*words, strict=False)))
+    if len(table.rows) < 2 or not shared_parts:
         return table
-    prefix = ".".join(places[0] for places in shared)
+    prefix = ".".join(places[0] for places in shared_parts)
     rows = tuple((row[0].removeprefix(f"{prefix}."), *row[1:]) for row in table.rows)
     return replace(table, columns=(f"{table.columns[0]} of {prefix}", *table.columns[1:]), rows=rows)
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Yield nested values with their path, as people read it."""
+    """Yield nested values as text, each with its path as a readable name."""
     for key, value in values.items():
         name = (
             f"{above}{key.replace('_sha256', ' (SHA-256)').replace('_', ' ')}"

@@ -30,7 +30,7 @@ def draw_plots(report: Report) -> list[Plot]:
     Raises:
         ImportError: matplotlib is not installed; it comes with the extra `report`.
     """
-    drawn = (
+    plots = (
         perplexity_against_size(report),
         exact_match_against_size(report),
         errors_by_layer(report),
@@ -39,4 +39,4 @@ def draw_plots(report: Report) -> list[Plot]:
         quantization_losses(report),
         spectra(report),
     )
-    return [plot for plot in drawn if plot is not None]
+    return [plot for plot in plots if plot is not None]

@@ -1,4 +1,4 @@
-"""Plots of what the stages did: ranks and how they were searched for, spectra, losses of integers."""
+"""Plots of the stages' results: ranks and their search, spectra, and losses of quantization."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ if TYPE_CHECKING:  # matplotlib belongs to an extra
     from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
     from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedMatrix, QuantizeOutcome
 
-_SMALLEST_SHOWN = 1e-4  # of the largest singular value: below that there is only rounding
+_SMALLEST_SHOWN = 1e-4  # of the largest singular value: smaller ones are rounding errors
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def search_over_layers(report: Report) -> Plot | None:
-    """Draw what a search over the number of compressed layers tried; None without a search."""
+    """Draw the error of every number of compressed layers that a search tried; None without a search."""
     factorized: Factorized | None = report.stages.get("factorize")
     if factorized is None:
         return None
-    chosen = factorized.num_compressed_layers
+    chosen_layers = factorized.num_compressed_layers
     points = [
         (point.num_compressed_layers, point.final_layer_error)
         for point in factorized.search
@@ -54,7 +54,7 @@ def search_over_layers(report: Report) -> Plot | None:
     def draw(axes: Axes) -> None:
         axes.plot(*zip(*points, strict=True), "o-", color=SERIES[0])
         for layers, error in points:
-            if layers == chosen:
+            if layers == chosen_layers:
                 axes.plot([layers], [error], "o", color=SERIES[1], markersize=8)
                 side = "right" if layers == points[-1][0] else "center"
                 axes.annotate(
@@ -93,8 +93,8 @@ def ranks_by_layer(report: Report) -> Plot | None:
                     Rectangle(corner, 0.92, 0.88, facecolor=SERIES[0], alpha=0.06 + 0.6 * min(1, share))
                 )
             if len(layers) <= MANY_LAYERS:
-                said = "dense" if linear.rank is None else str(linear.rank)
-                axes.text(corner[0] + 0.46, corner[1] + 0.44, said, ha="center", va="center", fontsize=7)
+                label = "dense" if linear.rank is None else str(linear.rank)
+                axes.text(corner[0] + 0.46, corner[1] + 0.44, label, ha="center", va="center", fontsize=7)
         axes.set_xlim(0, len(layers))
         axes.set_ylim(len(kinds), 0)
         step = -(-len(layers) // MANY_LAYERS)
@@ -113,14 +113,14 @@ def ranks_by_layer(report: Report) -> Plot | None:
 
 
 def quantization_losses(report: Report) -> Plot | None:
-    """Draw what every quantized matrix lost, by rounding and by GPTQ; None without integers."""
+    """Draw the loss of every quantized matrix, by rounding and by GPTQ; None without any."""
     quantized: QuantizeOutcome | None = report.stages.get("quantize")
     if quantized is None:
         return None
     layers: dict[int, list[QuantizedMatrix]] = defaultdict(list)
     for matrix in quantized.matrices:
         layer = layer_of(matrix.name)
-        if layer is not None and matrix.routed_tokens is None:  # of experts there are thousands
+        if layer is not None and matrix.routed_tokens is None:  # experts are left out: there are thousands
             layers[layer].append(matrix)
     if not layers:
         return None
@@ -131,9 +131,11 @@ def quantization_losses(report: Report) -> Plot | None:
             ("GPTQ", SERIES[0], lambda matrix: matrix.gptq_loss),
         )
         for label, colour, loss_of in measured:
-            found = {layer: positive(map(loss_of, matrices)) for layer, matrices in sorted(layers.items())}
-            dots = [(layer, loss) for layer, losses in found.items() for loss in losses]
-            means = [(layer, fmean(losses)) for layer, losses in found.items() if losses]
+            losses_by_layer = {
+                layer: positive(map(loss_of, matrices)) for layer, matrices in sorted(layers.items())
+            }
+            dots = [(layer, loss) for layer, losses in losses_by_layer.items() for loss in losses]
+            means = [(layer, fmean(losses)) for layer, losses in losses_by_layer.items() if losses]
             if means:
                 axes.plot(*zip(*dots, strict=True), ".", color=colour, alpha=0.35, markersize=3)
                 axes.plot(*zip(*means, strict=True), color=colour, label=f"{label}, mean")
@@ -158,7 +160,7 @@ def spectra(report: Report) -> Plot | None:
             kinds[kind_of(linear.name)].append(linear)
     if not kinds:
         return None
-    values = [value for linears in kinds.values() for one in linears for _, value in one.spectrum]
+    values = [value for linears in kinds.values() for linear in linears for _, value in linear.spectrum]
     lowest = max(_SMALLEST_SHOWN, 0.8 * min(positive(values), default=0.0))
     pictures = tuple(
         _spectrum_picture(
@@ -176,7 +178,7 @@ def spectra(report: Report) -> Plot | None:
     return Plot("Spectra", caption, pictures)
 
 
-@lru_cache(maxsize=64)  # a run writes its page twice: with the export, and once that is measured
+@lru_cache(maxsize=64)  # a run writes its page twice: with the export, and after measuring it
 def _spectrum_picture(
     kind: str, spectra: tuple[tuple[tuple[int, float], ...], ...], ranks: tuple[int, ...], lowest: float
 ) -> str:
@@ -184,10 +186,12 @@ def _spectrum_picture(
 
     def draw(axes: Axes) -> None:
         for place, spectrum in enumerate(spectra):
-            known = [(at, value) for at, value in spectrum if finite(value) is not None and value > 0]
-            if known:
+            visible = [(at, value) for at, value in spectrum if finite(value) is not None and value > 0]
+            if visible:
                 depth = (place + 1) / len(spectra)
-                axes.plot(*zip(*known, strict=True), color=SERIES[0], alpha=0.2 + 0.8 * depth, linewidth=0.9)
+                axes.plot(
+                    *zip(*visible, strict=True), color=SERIES[0], alpha=0.2 + 0.8 * depth, linewidth=0.9
+                )
         if ranks:
             axes.axvline(median(ranks), color=SERIES[1], linewidth=1, linestyle=(0, (3, 2)))
         axes.set_ylim(lowest, 1.15)
@@ -204,11 +208,11 @@ def _by_layer_and_kind(linears: Iterable[FactorizedLinear]) -> dict[tuple[int, s
 
 
 def layer_of(name: str) -> int | None:
-    """Return the index of the layer a module belongs to; None outside of layers."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
+    """Return the index of the decoder layer that a module belongs to; None outside the layers."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
 
 
 def kind_of(linear: str) -> str:
-    """Return what a Linear is within its layer: the end of its name."""
+    """Return a Linear's kind, the last part of its name."""
     return linear.rpartition(".")[2]

@@ -14,7 +14,7 @@ from ercsvd_deploy.models.streaming import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
 from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.recipe.stages import Factorize
 
 if TYPE_CHECKING:
@@ -34,15 +34,17 @@ class Factorization:
         sensitivity: Fisher information of the Linears' outputs, where it is used.
         token_sensitivity: How much the samples' tokens count, where that was measured.
         on_layer: Called after every decoder layer of a pass.
+        decomposed_in: Folder of the stage that has left the decompositions; None: it is this one.
     """
 
     model: LayerwiseModel
     samples: Sequence[Sample] | None
     settings: Factorize
-    cache: FinishedWork
+    cache: CacheFolder
     sensitivity: Sensitivity | None = None
     token_sensitivity: TokenSensitivity | None = None
     on_layer: Callable[[], None] = lambda: None
+    decomposed_in: CacheFolder | None = None
 
     @property
     def rules(self) -> StorageRules:

@@ -100,7 +100,8 @@ def decompose_layer(
 
 def read_decomposed(work: Factorization, layer: LayerLinears, linear: LinearShape) -> DecomposedLinear:
     """Return what the pass has left of a Linear, from the tensors that `decompose_layer` gave."""
-    store = FileStore([work.cache.tensors_file(decompositions_piece(layer.index))])
+    folder = work.decomposed_in or work.cache
+    store = FileStore([folder.tensors_file(decompositions_piece(layer.index))])
     [first] = (group[0].name for group in layer.groups if linear in group)
     gram, held_out_gram = f"{first}.gram", f"{first}.held_out_gram"
     of_linear = {f"{linear.name}.{end}" for end in ("basis", "singular_values", "projection")}
@@ -114,9 +115,9 @@ def read_decomposed(work: Factorization, layer: LayerLinears, linear: LinearShap
 
 
 def forget_decompositions(work: Factorization) -> None:
-    """Remove what waited for the choice of ranks."""
+    """Remove what this stage has kept for the choice of ranks; another's folder goes with that stage."""
     for layer in work.model.architecture.layers:
-        work.cache.forget(decompositions_piece(layer.index))
+        work.cache.remove(decompositions_piece(layer.index))
 
 
 def _decomposition_tensors(name: str, decomposition: Decomposition) -> dict[str, torch.Tensor]:

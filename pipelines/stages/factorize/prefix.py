@@ -62,11 +62,11 @@ def write_on_compressed_prefix(work: Factorization, decision: RankDecision) -> l
         FactorizationError: a weight or its inputs are not finite, say; the message names the Linear.
     """
     layers = work.model.architecture.layers[decision.chosen.first_layer :]
-    findings = {layer.index: work.cache.findings(factors_piece(layer.index)) for layer in layers}
-    missing = [index for index, found in findings.items() if found is None]
+    entries = {layer.index: work.cache.entry(factors_piece(layer.index)) for layer in layers}
+    missing = [index for index, entry in entries.items() if entry is None]
     if missing:
-        findings |= _Trajectories(work, decision).write(findings, max(missing))
-    return [linear for found in findings.values() for linear in LINEARS.validate_python(found)]
+        entries |= _Trajectories(work, decision).write(entries, max(missing))
+    return [linear for entry in entries.values() for linear in LINEARS.validate_python(entry)]
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class _Trajectories:
     work: Factorization
     decision: RankDecision
 
-    def write(self, findings: Mapping[int, object], last: int) -> dict[int, object]:
-        """Pass through the layers up to `last`; return the findings of those that had none."""
+    def write(self, entries: Mapping[int, object], last: int) -> dict[int, object]:
+        """Pass through the layers up to `last`; return the entries of those without one."""
         model, cache = self.work.model, self.work.cache
         assert self.work.samples is not None, "the schema asks for calibration where a stage needs it"
         count = len(self.work.samples)
@@ -102,10 +102,10 @@ class _Trajectories:
                 shared = {id(parameter): parameter for parameter in module.parameters()}
                 twin = copy.deepcopy(module, shared)
                 piece = factors_piece(layer.index)
-                if findings[layer.index] is None:
+                if entries[layer.index] is None:
                     tensors, linears = self._compress(layer, (module, twin), (original, compressed), divided)
                     written[layer.index] = LINEARS.dump_python(linears)
-                    cache.finish(piece, written[layer.index], tensors)
+                    cache.write(piece, written[layer.index], tensors)
                 elif layer.index < last:
                     store = FileStore([cache.tensors_file(piece)])
                     tensors = store.read(store.names())

@@ -1,9 +1,9 @@
 """The factorize stage: low-rank factors for decoder Linears, their ranks chosen in one of two ways.
 
-There is one walk through the decoder (`walk`), and two ways to choose ranks: `allocation: last_k` gives every
-matrix of the last k layers its share of one budget and searches for k (`ranks.last_layers`); `allocation:
-error_controlled` weighs all matrices against each other (`ranks.error_controlled`). Vision tower and
-projector are a stage of their own, whose ranks are planned (`vision`).
+`walk` has the steps. There are two ways to choose ranks: `allocation: last_k` gives every matrix of the last
+k layers its share of one budget and searches for k (`ranks.last_layers`); `allocation: error_controlled`
+weighs all matrices against each other (`ranks.error_controlled`), by what a stage of its own has measured
+(`damages`). Vision tower and projector are another, whose ranks are planned (`vision`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 from ercsvd_deploy.budget.ranks import RankPlan
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.models.architecture import Architecture
-from ercsvd_deploy.pipelines.stages.contract import (
-    Candidate,
-    Needs,
-    PlanError,
-    PlanningContext,
-    Stage,
-    Table,
-)
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
+from ercsvd_deploy.pipelines.stages.factorize.damages.stage import DamagesStage
 from ercsvd_deploy.pipelines.stages.factorize.needs import factorize_needs
 from ercsvd_deploy.pipelines.stages.factorize.outcome import (
     Factorized,
@@ -35,11 +29,12 @@ from ercsvd_deploy.pipelines.stages.factorize.outcome import (
     search_table,
 )
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
-from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_allocation, rank_plans
+from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import rank_plans
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
+from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
-from ercsvd_deploy.recipe.quantize import Quantize
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.stages import Factorize
 
 if TYPE_CHECKING:
@@ -53,7 +48,6 @@ class FactorizeStage(Stage):
 
     Attributes:
         factorize: The recipe's stage.
-        quantize: The quantize stage behind it, whose damage counts if the budget is in bits.
         architecture: The model's.
         ranks_by_k: Number of compressed layers -> ranks, for every number that is tried.
         allocation: What error control chooses from; None without it.
@@ -61,7 +55,6 @@ class FactorizeStage(Stage):
     """
 
     factorize: Factorize
-    quantize: Quantize | None
     architecture: Architecture
     ranks_by_k: Mapping[int, RankPlan]
     allocation: AllocationTask | None
@@ -82,7 +75,8 @@ class FactorizeStage(Stage):
             return None
         # What ranks are multiples of follows from the quantize stage, and for pivots from tensor parallel
         # sizes; what else those say, factors do not depend on.
-        further: dict[str, Any] = {"rank_steps": digest_of(asdict(resolve_rank_steps(recipe, architecture)))}
+        steps = resolve_rank_steps(recipe, architecture, quantize_plan_of(recipe, architecture).integers)
+        further: dict[str, Any] = {"rank_steps": digest_of(asdict(steps))}
         if recipe.target is not None:
             # Ranks then depend on what quantization does, and on which shapes can be served.
             further |= {
@@ -92,13 +86,12 @@ class FactorizeStage(Stage):
                 "quantized_as": recipe.quantize and recipe.quantize.model_dump(mode="json"),
                 "serving": recipe.serving.model_dump(mode="json"),
             }
-        is_controlled = recipe.factorize.allocation == "error_controlled"
+        measured = context.planned.get(DamagesStage.name)
         stage = cls(
             recipe.factorize,
-            recipe.quantize,
             architecture,
             rank_plans(recipe, architecture, context.element),
-            plan_allocation(recipe, architecture, context.element) if is_controlled else None,
+            measured.task if isinstance(measured, DamagesStage) else None,
             further,
         )
         if recipe.quantize is None:  # whose stage judges shapes as they are in the end
@@ -144,14 +137,14 @@ class FactorizeStage(Stage):
         return factorize_needs(self.factorize, self.ranks_by_k, self.allocation, work, candidates)
 
     def run(self, run: StageRun) -> FactorizeOutcome:
-        """Decompose, choose, and write the factors."""
+        """Decompose if no stage before has, choose, and write the factors."""
         from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
         from ercsvd_deploy.pipelines.stages.factorize.ranks.error_controlled import ErrorControlled
         from ercsvd_deploy.pipelines.stages.factorize.ranks.last_layers import LastLayers
         from ercsvd_deploy.pipelines.stages.factorize.walk import factorize_decoder
 
-        model = run.model.stream()
-        passes = int(self.factorize.compressed_prefix_inputs) + (1 if self.allocation is None else 2)
+        model, damages = run.model.stream(), run.results.get(DamagesStage.name)
+        passes = 2 if self.allocation is None and self.factorize.compressed_prefix_inputs else 1
         with run.progress(self.title, passes * model.num_layers) as on_layer:
             work = Factorization(
                 model,
@@ -161,13 +154,12 @@ class FactorizeStage(Stage):
                 run.results.get("sensitivity") if self.factorize.needs_sensitivity else None,
                 run.results.get("token_sensitivity"),
                 on_layer,
+                damages and damages.folder,
             )
-            choice = (
-                LastLayers(work, self.ranks_by_k)
-                if self.allocation is None
-                else ErrorControlled(work, self.allocation, self.quantize)
-            )
-            outcome = factorize_decoder(work, choice)
+            if self.allocation is None:
+                outcome = factorize_decoder(work, LastLayers(work, self.ranks_by_k))
+            else:
+                outcome = factorize_decoder(work, ErrorControlled(work, self.allocation, damages), on_layer)
         run.model.overlay(outcome.files, outcome.modules)
         return outcome
 

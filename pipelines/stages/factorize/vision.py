@@ -48,8 +48,8 @@ def factorize_vision(work: Factorization, ranks: Mapping[str, int]) -> VisionOut
         FactorizationError: a weight or its inputs cannot be factorized.
     """
     storages = work.rules.factorized(work.model.architecture.vision_linears, ranks)
-    findings = work.cache.findings(OUTCOME)
-    if findings is None:
+    entry = work.cache.entry(OUTCOME)
+    if entry is None:
         groups = _groups(work.model.architecture, ranks)
         observed = _observe(work, groups)
         tensors: dict[str, torch.Tensor] = {}
@@ -61,9 +61,9 @@ def factorize_vision(work: Factorization, ranks: Mapping[str, int]) -> VisionOut
                 )
                 tensors |= factors
                 linears.append(measured)
-        findings = LINEARS.dump_python(linears)
-        work.cache.finish(OUTCOME, findings, tensors)
-    return VisionOutcome(LINEARS.validate_python(findings), storages, [work.cache.tensors_file(OUTCOME)])
+        entry = LINEARS.dump_python(linears)
+        work.cache.write(OUTCOME, entry, tensors)
+    return VisionOutcome(LINEARS.validate_python(entry), storages, [work.cache.tensors_file(OUTCOME)])
 
 
 def _groups(architecture: Architecture, ranks: Mapping[str, int]) -> list[list[LinearShape]]:

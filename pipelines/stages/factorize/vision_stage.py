@@ -8,20 +8,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ercsvd_deploy.budget.ranks import RankError
 from ercsvd_deploy.models.architecture import Architecture
-from ercsvd_deploy.pipelines.stages.contract import (
-    Candidate,
-    Needs,
-    PlanError,
-    PlanningContext,
-    Stage,
-    Table,
-)
+from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.factorize.needs import vision_needs
 from ercsvd_deploy.pipelines.stages.factorize.outcome import VisionOutcome, linear_table
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_vision_ranks
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_vision_steps
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.stages import Factorize
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.quantize.vocabulary import VocabularyQuantizer
     from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
     from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
-    from ercsvd_deploy.pipelines.state.cache import FinishedWork
+    from ercsvd_deploy.pipelines.state.cache import CacheFolder
     from ercsvd_deploy.recipe.quantize import Quantize
 
 _MATRICES = TypeAdapter(list[QuantizedMatrix])
@@ -56,7 +56,7 @@ def quantize_decoder(
     settings: Quantize,
     modules: Mapping[str, Storage],
     matches: tuple[PatternMatch, ...],
-    work: FinishedWork,
+    work: CacheFolder,
     on_layer: Callable[[], None] = lambda: None,
     *,
     refits_to_factors: bool = False,
@@ -90,22 +90,22 @@ def quantize_decoder(
         settings, original, modules, refits_to_factors, model.device, model.dtype, sensitivity
     )
     pieces = {layer.index: f"layer-{layer.index:05d}" for layer in model.architecture.layers}
-    findings: dict[int, Any] = {index: work.findings(piece) for index, piece in pieces.items()}
+    entries: dict[int, Any] = {index: work.entry(piece) for index, piece in pieces.items()}
     lacks_output_layer = vocabulary is not None and vocabulary.lacks_output_layer
-    if None in findings.values() or lacks_output_layer:
+    if None in entries.values() or lacks_output_layer:
         num_fitting = len(samples)
         if settings.method == "gptq" and len(samples) >= FEWEST_SAMPLES_TO_HOLD_OUT:
             num_fitting = num_not_held_out(len(samples))
         divided = divide(
             model, samples, num_searched=0, num_fitting=num_fitting, token_sensitivity=token_sensitivity
         )
-        hidden = _quantize_missing(model, quantizer, divided, pieces, findings, work, on_layer)
+        hidden = _quantize_missing(model, quantizer, divided, pieces, entries, work, on_layer)
         if vocabulary is not None and lacks_output_layer:
             vocabulary.quantize_output_layer(model, hidden, divided)
     outcome = QuantizeOutcome([], [], matches, modules=dict(modules))
     for index, piece in pieces.items():
-        outcome.matrices += _MATRICES.validate_python(findings[index]["matrices"])
-        outcome.linears += _LINEARS.validate_python(findings[index]["linears"])
+        outcome.matrices += _MATRICES.validate_python(entries[index]["matrices"])
+        outcome.linears += _LINEARS.validate_python(entries[index]["linears"])
         outcome.files.append(work.tensors_file(piece))
     if vocabulary is not None:
         vocabulary.add_to(outcome)
@@ -117,11 +117,11 @@ def _quantize_missing(
     quantizer: LayerQuantizer,
     divided: DividedBatches,
     pieces: Mapping[int, str],
-    findings: dict[int, Any],
-    work: FinishedWork,
+    entries: dict[int, Any],
+    work: CacheFolder,
     on_layer: Callable[[], None],
 ) -> list[torch.Tensor]:
-    """Pass through the decoder, and quantize the layers that have no findings yet: they get them.
+    """Pass through the decoder, and quantize the layers that have no entry yet.
 
     Returns:
         The last layer's outputs.
@@ -129,7 +129,7 @@ def _quantize_missing(
     follows_compressed = quantizer.settings.compressed_prefix_inputs
     hidden = model.embed(divided.batches)
     for layer in model.architecture.layers:
-        piece, is_missing = pieces[layer.index], findings[layer.index] is None
+        piece, is_missing = pieces[layer.index], entries[layer.index] is None
         with model.layer(layer.index) as module:
             # This pass gives the Grams; its outputs are the next layer's inputs only if those are to be
             # the unquantized ones.
@@ -140,11 +140,11 @@ def _quantize_missing(
                 quantized = quantizer.quantize(layer, module, observed)
                 if experts is not None:
                     experts.quantize(quantized)
-                findings[layer.index] = {
+                entries[layer.index] = {
                     "matrices": _MATRICES.dump_python(quantized.matrices),
                     "linears": _LINEARS.dump_python(quantized.linears),
                 }
-                work.finish(piece, findings[layer.index], quantized.tensors)
+                work.write(piece, entries[layer.index], quantized.tensors)
             elif not follows_compressed:
                 model.advance(layer.index, divided.batches, outputs, module=module)
             else:

@@ -23,7 +23,7 @@ from ercsvd_deploy.quantization.held_out import HeldOutGrams
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
-    from ercsvd_deploy.models.experts import Expert
+    from ercsvd_deploy.models.expert_modules import Expert
     from ercsvd_deploy.pipelines.stages.quantize.routed_inputs import GroupInputs, RoutedInputs
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ercsvd_deploy.models.experts import Expert
+from ercsvd_deploy.models.expert_modules import Expert, SeparateExperts
 from ercsvd_deploy.models.recording import capture_arguments
 from ercsvd_deploy.models.statistics import InputStatistics
 from ercsvd_deploy.pipelines.stages.observed_inputs import DividedBatches, ObservedInputs
@@ -106,13 +106,16 @@ class RoutedInputs:
         """
         assert layer.experts is not None
         name = layer.experts.name.removeprefix(f"{layer.prefix}.")
+        experts = module.get_submodule(name)
+        assert isinstance(experts, SeparateExperts)
         routed = []
         for position, (batch, states) in enumerate(zip(divided.batches, hidden, strict=True)):
             run = partial(model.run_layer, module, layer.index, batch, states)
-            inputs, chosen, *_ = capture_arguments(module, name, run)
+            arguments = capture_arguments(module, name, run)
+            inputs, chosen = experts.tokens_and_experts(arguments)
             weights = None if batch.token_weights is None else batch.token_weights.flatten().to(inputs)
             routed.append(RoutedTokens(inputs, chosen, weights, position >= divided.num_fitting))
-        return cls(layer.experts, module.get_submodule(name), routed, model)
+        return cls(layer.experts, experts, routed, model)
 
     def expert(self, number: int) -> Expert:
         """Return one of the experts."""

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization
 from ercsvd_deploy.models.experts import EXPERTS
-from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
 from ercsvd_deploy.pipelines.stages.quantize.vocabulary_plan import plan_vocabulary
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.quantize import Correction, Quantize
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def quantize_plan_of(recipe: Recipe, architecture: Architecture) -> QuantizePlan
         layout=layout,
         corrections={name: each for name, each in plan.corrections.items() if name not in set(experts)},
         fitted_to=recipe.serving.tensor_parallel_sizes if recipe.target or not names_ranks else None,
-        vocabulary=plan_vocabulary(recipe.quantize, architecture),
+        vocabulary=plan_vocabulary(recipe.quantize, StorageRules(architecture, fitted_to=(1,))),
     )
 
 

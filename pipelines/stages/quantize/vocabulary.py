@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.models.streaming import LayerwiseModel
     from ercsvd_deploy.models.vocabulary import Vocabulary
     from ercsvd_deploy.pipelines.stages.observed_inputs import DividedBatches
-    from ercsvd_deploy.pipelines.state.cache import FinishedWork
+    from ercsvd_deploy.pipelines.state.cache import CacheFolder
     from ercsvd_deploy.quantization.gptq import MatrixReport
     from ercsvd_deploy.recipe.quantize import Quantize
 
@@ -68,7 +68,7 @@ class VocabularyQuantizer:
     storages: Mapping[str, Storage]
     original: TensorStore
     device: torch.device
-    work: FinishedWork
+    work: CacheFolder
 
     @property
     def embedding(self) -> LinearShape | None:
@@ -83,13 +83,13 @@ class VocabularyQuantizer:
     @property
     def lacks_output_layer(self) -> bool:
         """Whether the output layer's integers, which take a pass through all layers, are still to be made."""
-        return self.output_layer is not None and self.work.findings(_OUTPUT_LAYER) is None
+        return self.output_layer is not None and self.work.entry(_OUTPUT_LAYER) is None
 
     def round_embedding(self) -> Path | None:
         """Return the file of the embedding's integers; None if it stays, or is the output layer too."""
         if self.embedding is None:
             return None
-        if self.work.findings(_EMBEDDING) is None:
+        if self.work.entry(_EMBEDDING) is None:
             rounded = self._round(self.embedding)
             self._finish(_EMBEDDING, rounded, embedding=self._looked_up(self.embedding, rounded))
         return self.work.tensors_file(_EMBEDDING)
@@ -125,11 +125,11 @@ class VocabularyQuantizer:
         for piece, matrix in ((_EMBEDDING, self.embedding), (_OUTPUT_LAYER, self.output_layer)):
             if matrix is None:
                 continue
-            findings: dict[str, Any] | None = self.work.findings(piece)
-            assert findings is not None
-            outcome.matrices += _MATRICES.validate_python(findings["matrices"])
-            outcome.linears += _LINEARS.validate_python(findings["linears"])
-            outcome.embedding = _EMBEDDINGS.validate_python(findings["embedding"]) or outcome.embedding
+            entry: dict[str, Any] | None = self.work.entry(piece)
+            assert entry is not None
+            outcome.matrices += _MATRICES.validate_python(entry["matrices"])
+            outcome.linears += _LINEARS.validate_python(entry["linears"])
+            outcome.embedding = _EMBEDDINGS.validate_python(entry["embedding"]) or outcome.embedding
             outcome.files.append(self.work.tensors_file(piece))
         outcome.output_layer = None if self.output_layer is None else self.output_layer.name
 
@@ -186,12 +186,12 @@ class VocabularyQuantizer:
         matrices: Sequence[QuantizedMatrix] = (),
         linears: Sequence[QuantizedLinear] = (),
     ) -> None:
-        findings = {
+        entry = {
             "embedding": _EMBEDDINGS.dump_python(embedding),
             "matrices": _MATRICES.dump_python(list(matrices)),
             "linears": _LINEARS.dump_python(list(linears)),
         }
-        self.work.finish(piece, findings, rounded.tensors)
+        self.work.write(piece, entry, rounded.tensors)
 
 
 def row_rounding(

@@ -7,30 +7,32 @@ from typing import TYPE_CHECKING
 
 from ercsvd_deploy.exporters.vllm.vocabulary_support import find_unservable_vocabulary
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
-from ercsvd_deploy.pipelines.stages.contract import PlanError
-from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
+from ercsvd_deploy.recipe.fields import PlanError
 
 if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
     from ercsvd_deploy.recipe.quantize import Quantize, VocabularyIntegers
 
 
-def plan_vocabulary(settings: Quantize, architecture: Architecture) -> dict[str, Storage]:
-    """Return how those of both matrices are stored that become integers.
+def plan_vocabulary(settings: Quantize, rules: StorageRules) -> dict[str, Storage]:
+    """Return the storage of those of the two matrices that become integers.
 
-    Groups are made to fit; whatever the tensor parallel size, columns are not cut.
+    Args:
+        settings: The recipe's stage.
+        rules: Make groups fit whole columns, which no tensor parallel size cuts.
 
     Raises:
         PlanError: the model has no such matrix, or ties both and gets two ways to store it, or vLLM would not
             load it.
     """
-    vocabulary = architecture.vocabulary
+    architecture, vocabulary = rules.architecture, rules.architecture.vocabulary
     if vocabulary.is_tied and settings.lm_head and settings.embeddings:
         _check_same(settings.lm_head, settings.embeddings)
-    rules = StorageRules(architecture, fitted_to=(1,))
+    lacks_head = "output layer is no Linear" if architecture.predicts_tokens else "output layer is missing"
     storages = {}
     for key, what, matrix, integers in (
-        ("lm_head", "output layer is no Linear", vocabulary.multiplied, settings.lm_head),
+        ("lm_head", lacks_head, vocabulary.multiplied, settings.lm_head),
         ("embeddings", "input embedding is none of torch's", vocabulary.embedding, settings.embeddings),
     ):
         if integers is None:

@@ -1,1 +1,1 @@
-"""Recovery: a compressed layer is trained on the original's outputs."""
+"""The recover stages: compressed layers are trained on the original layers' outputs."""

@@ -1,4 +1,4 @@
-"""Train what a compressed decoder layer has of floating point, on the original layer's outputs."""
+"""Train the floating-point parameters of a compressed decoder layer on the original layer's outputs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
 
 _WARM_UP_SHARE = 1 / 20  # of the steps
-_DECISION = 1.0  # weight of the roundings' indecision beside the loss, which is a share of the energy
-_GRADIENT_NORM = 1.0  # at which the gradient of all factors together is clipped
+_PENALTY = 1.0  # weight of the penalty on soft roundings beside the loss, which is relative to the energy
+_GRADIENT_NORM = 1.0  # the gradient of all parameters together is clipped to this norm
 
 
 @dataclass(frozen=True)
 class Example:
-    """One batch before and behind a layer."""
+    """One batch of a layer's inputs and targets."""
 
     batch: Batch
     inputs: torch.Tensor  # X' [rows, tokens, hidden]
@@ -41,7 +41,7 @@ class LayerTraining:
         model: The compressed model.
         settings: The recipe's stage.
         layer: The layer's Linears.
-        module: The layer, with what stands in the place of its compressed Linears.
+        module: The loaded layer with its compressed Linears.
     """
 
     model: LayerwiseModel
@@ -52,10 +52,10 @@ class LayerTraining:
     def train(self, trained: TrainedParameters, examples: Sequence[Example]) -> None:
         """Train the layer's parameters, which become float32; stop early if a gradient is not finite."""
         for parameter in trained.parameters:
-            parameter.data = parameter.data.to(torch.float32, copy=True)  # the caller keeps the old ones
+            parameter.data = parameter.data.to(torch.float32, copy=True)  # the caller keeps the old values
             parameter.requires_grad_()
         optimizers = trained.optimizers(self.settings.learning_rate)
-        schedules = [torch.optim.lr_scheduler.LambdaLR(each, self._rate) for each in optimizers]
+        schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate) for optimizer in optimizers]
         optimizers += trained.rounding_optimizers()
         generator = torch.Generator().manual_seed(self.layer.index)
         order: list[int] = []
@@ -64,8 +64,8 @@ class LayerTraining:
             with torch.enable_grad():
                 loss = self._loss(examples[order.pop()])
                 for rounding in trained.roundings:
-                    undecided = rounding.indecision((step + 1) / self.settings.steps)
-                    loss = loss + _DECISION * undecided / len(trained.roundings)
+                    penalty = rounding.indecision((step + 1) / self.settings.steps)
+                    loss = loss + _PENALTY * penalty / len(trained.roundings)
             self.module.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(trained.floating_point, _GRADIENT_NORM)
@@ -79,21 +79,21 @@ class LayerTraining:
             parameter.requires_grad_(False)
 
     def round(self, trained: TrainedParameters) -> None:
-        """Give what was trained the values that the files will hold, in the precision of the computation."""
+        """Round the trained parameters to the files' dtype, and convert them back to the compute dtype."""
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         for parameter in trained.floating_point:
-            stored = self.model.stored_dtype(f"{self.layer.prefix}.{names[id(parameter)]}")
-            parameter.data = parameter.data.to(stored).to(self.model.dtype)
+            stored_dtype = self.model.stored_dtype(f"{self.layer.prefix}.{names[id(parameter)]}")
+            parameter.data = parameter.data.to(stored_dtype).to(self.model.dtype)
 
     def _rate(self, step: int) -> float:
-        """Return a step's share of the learning rate: a short rise, then half a cosine down to zero."""
+        """Return a step's fraction of the learning rate: a short linear rise, then half a cosine to zero."""
         rise = max(1, round(self.settings.steps * _WARM_UP_SHARE))
         return min(1.0, (step + 1) / rise) * (1 + math.cos(math.pi * step / self.settings.steps)) / 2
 
     def _loss(self, example: Example) -> torch.Tensor:
         """Return the mean over a batch's tokens of |o - t|^2 / |t|^2."""
         device = self.model.device
-        # What is trained is float32 for a while; where the rest is not, products are made in 16 bits.
+        # Trained parameters are float32; if the rest is not, products are computed in 16 bits.
         with torch.autocast(device.type, torch.bfloat16, enabled=self.model.dtype != torch.float32):
             outputs = self.model.run_layer(self.module, self.layer.index, example.batch, example.inputs)
         targets = example.targets.float()

@@ -1,4 +1,4 @@
-"""What recovery trains of a layer, factors and the scales of integer matrices, and the optimizers that do."""
+"""The trained parameters of a layer, factors and scales of integer matrices, with their optimizers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ercsvd_deploy.quantization.learned_rounding import LEARNING_RATE, LearnedRo
 
 @dataclass(frozen=True)
 class TrainedParameters:
-    """What is trained of some compressed Linears.
+    """The trained parameters of some compressed Linears.
 
     Attributes:
         matrices: Factors.
-        scales: Of quantized matrices.
-        roundings: Of quantized matrices; empty where the rounding stays as it is.
+        scales: Scales of quantized matrices.
+        roundings: Learned roundings of quantized matrices; empty if rounding is not trained.
     """
 
     matrices: list[nn.Parameter]
@@ -27,40 +27,40 @@ class TrainedParameters:
 
     @classmethod
     def find(cls, linear: nn.Module) -> TrainedParameters:
-        """Return what can be trained of one of `replacement.build_linear`'s; scales become parameters."""
-        packed = [each for each in linear.modules() if isinstance(each, PackedLinear)]
-        for each in packed:
-            scale = each.weight_scale
-            del each.weight_scale
-            each.register_parameter("weight_scale", nn.Parameter(scale, requires_grad=False))
-        plain = [each for each in linear.modules() if isinstance(each, nn.Linear)]
+        """Return the parameters of a compressed Linear that can be trained; its scales become parameters."""
+        packed = [module for module in linear.modules() if isinstance(module, PackedLinear)]
+        for matrix in packed:
+            scale = matrix.weight_scale
+            del matrix.weight_scale
+            matrix.register_parameter("weight_scale", nn.Parameter(scale, requires_grad=False))
+        plain = [module for module in linear.modules() if isinstance(module, nn.Linear)]
         return cls(
-            [each.get_parameter("weight") for each in plain],
-            [each.get_parameter("weight_scale") for each in packed],
-            [each.rounding for each in packed if each.rounding is not None],
+            [matrix.get_parameter("weight") for matrix in plain],
+            [matrix.get_parameter("weight_scale") for matrix in packed],
+            [matrix.rounding for matrix in packed if matrix.rounding is not None],
         )
 
     @property
     def floating_point(self) -> list[nn.Parameter]:
-        """What the files hold as it is."""
+        """Factors and scales, which the files store directly."""
         return [*self.matrices, *self.scales]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All of it."""
-        return [*self.floating_point, *(each.choice for each in self.roundings)]
+        """All trained parameters."""
+        return [*self.floating_point, *(rounding.choice for rounding in self.roundings)]
 
     def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
-        """Return what trains it: Muon for matrices, Adam for scales, by shares of their size."""
-        found: list[torch.optim.Optimizer] = []
+        """Return Muon for factors and Adam for scales, at rates relative to the scales' mean."""
+        optimizers: list[torch.optim.Optimizer] = []
         if self.matrices:
-            found.append(
+            optimizers.append(
                 torch.optim.Muon(
                     self.matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
                 )
             )
         if self.scales:
-            found.append(
+            optimizers.append(
                 torch.optim.Adam(
                     [
                         {"params": [scale], "lr": learning_rate * float(scale.data.abs().mean())}
@@ -68,9 +68,9 @@ class TrainedParameters:
                     ]
                 )
             )
-        return found
+        return optimizers
 
     def rounding_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Return what trains which way weights are rounded, at one rate from first to last."""
-        choices = [each.choice for each in self.roundings]
+        """Return Adam for the choices of rounding, at a constant rate; empty if rounding is not trained."""
+        choices = [rounding.choice for rounding in self.roundings]
         return [torch.optim.Adam(choices, lr=LEARNING_RATE)] if choices else []

@@ -1,4 +1,4 @@
-"""What became of the layers that were trained, as the report has it."""
+"""The results of recovery, as the report has them."""
 
 from __future__ import annotations
 
@@ -14,41 +14,37 @@ from ercsvd_deploy.format.schema import Storage
 
 @dataclass(frozen=True)
 class RecoveredLayer:
-    """What training made of one layer."""
+    """Result of training one layer."""
 
     layer: Annotated[Count, Field(description="Index of the decoder layer.")]
     error_before: Annotated[
         Measured,
         Field(
             description="Mean over held-out tokens of |o - t|^2 / |t|^2, o the layer's output, t the "
-            "original's, with the layer as it came."
+            "original's, before training."
         ),
     ]
     error_after: Annotated[
         Measured,
-        Field(
-            description="The same after training, in the precision of the files; null if training diverged."
-        ),
+        Field(description="The error after training, in the files' dtype; null if training diverged."),
     ]
-    is_kept: Annotated[bool, Field(description="Whether the trained layer was taken.")]
-    changed_levels: Annotated[
-        Count, Field(description="Integers that are rounded to another level than before.")
-    ] = 0
+    is_kept: Annotated[bool, Field(description="Whether the trained parameters are used.")]
+    changed_levels: Annotated[Count, Field(description="Number of integers whose level changed.")] = 0
 
 
 @dataclass(frozen=True)
 class RecoverOutcome:
-    """What the recovery did; the trained tensors are in its layer files."""
+    """Result of the recovery; the trained tensors are in its files."""
 
     layers: Annotated[list[RecoveredLayer], Field(description="Every compressed layer.")]
-    # The Linears whose tensors are in the files.
+    # Name -> storage of the Linears whose tensors are in the files.
     modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
     files: NotReported[list[Path]] = field(default_factory=list)
 
     def warnings(self) -> list[str]:
-        """Say which layers training did no good."""
-        worse = [str(layer.layer) for layer in self.layers if not layer.is_kept]
-        if not worse:
+        """Return a warning that names the layers that training did not improve."""
+        not_improved = [str(layer.layer) for layer in self.layers if not layer.is_kept]
+        if not not_improved:
             return []
-        named = f"layer{'s' if len(worse) > 1 else ''} {', '.join(worse)}"
+        named = f"layer{'s' if len(not_improved) > 1 else ''} {', '.join(not_improved)}"
         return [f"recovery did not improve {named}, left as it was; try a lower learning_rate"]

@@ -1,4 +1,4 @@
-"""The recover stages: of factors before the quantization, of scales behind it."""
+"""The recover stages: of factors before quantization, and of scales after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RecoverStage(Stage):
-    """Recovery of what earlier stages left in floating point: factors.
+    """Recovery before quantization: training of factors.
 
     Attributes:
         recover: The recipe's stage.
@@ -33,7 +33,7 @@ class RecoverStage(Stage):
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if the recipe does not recover here."""
+        """Return the stage; None if the recipe has no recovery at this place."""
         settings = cls.settings_of(context.recipe)
         return None if settings is None else cls(settings)
 
@@ -47,7 +47,7 @@ class RecoverStage(Stage):
         return self.recover.model_dump(mode="json")
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
-        """Return what training one layer takes, beside the activations of both models."""
+        """Return the needs of training one layer, with the activations of both models."""
         return recover_needs(self.recover, work, candidates)
 
     def run(self, run: StageRun) -> RecoverOutcome:
@@ -63,7 +63,7 @@ class RecoverStage(Stage):
         return outcome
 
     def tables(self, result: RecoverOutcome) -> Iterable[Table]:
-        """Show both errors of every layer."""
+        """Yield a table with the errors of every layer before and after training."""
         changed = ("levels changed",) if self.recover.rounding else ()
         columns = ("layer", "error before", "error after", "change", *changed, "")
         rows = tuple(
@@ -81,13 +81,13 @@ class RecoverStage(Stage):
         yield Table(f"Recovery of {trained}", columns, rows, columns[:-1])
 
     def warnings(self, result: RecoverOutcome) -> Iterable[str]:
-        """Say which layers training did no good."""
+        """Return a warning that names the layers that training did not improve."""
         return result.warnings()
 
 
 @dataclass(frozen=True)
 class RecoverQuantizedStage(RecoverStage):
-    """Recovery behind the quantization: of scales."""
+    """Recovery after quantization: training of scales and, optionally, of rounding."""
 
     name = "recover_quantized"
     trained = "scales"

@@ -20,7 +20,7 @@ from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.models.statistics import InputStatistics
 from ercsvd_deploy.pipelines.stages.sensitivity.passes import ENDS, measure_layers, measured_piece
 from ercsvd_deploy.pipelines.stages.sensitivity.vocabulary import VocabularySensitivity, measure_vocabulary
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Sensitivity:
     """The Fisher information of every decoder Linear's output, on disk."""
 
-    work: FinishedWork
+    work: CacheFolder
 
     def metric(self, layer: LayerLinears, linear: LinearShape, device: torch.device) -> torch.Tensor:
         """Return a Linear's F [out, out], float32."""
@@ -58,7 +58,7 @@ class Sensitivity:
 def measure_sensitivity(
     model: LayerwiseModel,
     samples: Sequence[Sample],
-    work: FinishedWork,
+    work: CacheFolder,
     on_layer: Callable[[], None] = lambda: None,
     *,
     with_vocabulary: bool = False,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import LayerLinears
     from ercsvd_deploy.models.statistics import GradientStatistics
     from ercsvd_deploy.models.streaming import LayerwiseModel
-    from ercsvd_deploy.pipelines.state.cache import FinishedWork
+    from ercsvd_deploy.pipelines.state.cache import CacheFolder
 
 _SEED = 0  # of the drawn tokens
 ENDS = "ends"  # piece with what was measured before and behind the layers
@@ -43,7 +43,7 @@ class LayerMeasurement(Protocol):
 def measure_layers(
     model: LayerwiseModel,
     samples: Sequence[Sample],
-    work: FinishedWork,
+    work: CacheFolder,
     measure: Callable[[LayerLinears], LayerMeasurement],
     on_layer: Callable[[], None],
     measure_ends: MeasureEnds | None = None,
@@ -60,31 +60,31 @@ def measure_layers(
     """
     layers = model.architecture.layers
     pieces = [measured_piece(layer.index) for layer in layers] + ([ENDS] if measure_ends else [])
-    if all(work.findings(piece) is not None for piece in pieces):
+    if all(work.entry(piece) is not None for piece in pieces):
         return
     batches = model.batches(samples)
     _pass_forward(model, batches, work, on_layer)
     gradients: list[torch.Tensor] | None = None
     for layer in reversed(layers):
         behind = _gradients_piece(layer.index + 1)
-        if work.findings(measured_piece(layer.index)) is None:
+        if work.entry(measured_piece(layer.index)) is None:
             if gradients is None:
                 gradients = (
                     _read(model, work, behind)
-                    if work.findings(behind) is not None
+                    if work.entry(behind) is not None
                     else model.sampled_loss_gradients(
                         batches, _read(model, work, _inputs_piece(model.num_layers)), _SEED
                     )
                 )
             _pass_back(model, layer, batches, gradients, work, measure(layer))
-            work.forget(behind)
+            work.remove(behind)
         on_layer()
     if measure_ends is not None:
         outputs = _read(model, work, _inputs_piece(model.num_layers))
-        work.finish(ENDS, {}, measure_ends(batches, _read(model, work, _gradients_piece(0)), outputs))
+        work.write(ENDS, {}, measure_ends(batches, _read(model, work, _gradients_piece(0)), outputs))
     for index in range(model.num_layers + 1):
-        work.forget(_inputs_piece(index))
-        work.forget(_gradients_piece(index))
+        work.remove(_inputs_piece(index))
+        work.remove(_gradients_piece(index))
 
 
 def measured_piece(layer: int) -> str:
@@ -93,11 +93,11 @@ def measured_piece(layer: int) -> str:
 
 
 def _pass_forward(
-    model: LayerwiseModel, batches: Sequence[Batch], work: FinishedWork, on_layer: Callable[[], None]
+    model: LayerwiseModel, batches: Sequence[Batch], work: CacheFolder, on_layer: Callable[[], None]
 ) -> None:
     """Leave the inputs of every layer, and the outputs of the last, on disk."""
     hidden = model.embed(batches)  # also tells how the layers are called
-    if all(work.findings(_inputs_piece(index)) is not None for index in range(model.num_layers + 1)):
+    if all(work.entry(_inputs_piece(index)) is not None for index in range(model.num_layers + 1)):
         return
     for index in range(model.num_layers + 1):
         _write(work, _inputs_piece(index), hidden)
@@ -111,7 +111,7 @@ def _pass_back(
     layer: LayerLinears,
     batches: Sequence[Batch],
     gradients: list[torch.Tensor],
-    work: FinishedWork,
+    work: CacheFolder,
     measurement: LayerMeasurement,
 ) -> None:
     """Measure one layer; `gradients` become those by its inputs, and are kept with what was measured."""
@@ -126,14 +126,14 @@ def _pass_back(
             token_weights=[batch.token_weights for batch in batches],
         )
     _write(work, _gradients_piece(layer.index), gradients)
-    work.finish(measured_piece(layer.index), {}, measurement.tensors(batches))
+    work.write(measured_piece(layer.index), {}, measurement.tensors(batches))
 
 
-def _write(work: FinishedWork, piece: str, states: Sequence[torch.Tensor]) -> None:
-    work.finish(piece, {"batches": len(states)}, {str(index): each for index, each in enumerate(states)})
+def _write(work: CacheFolder, piece: str, states: Sequence[torch.Tensor]) -> None:
+    work.write(piece, {"batches": len(states)}, {str(index): each for index, each in enumerate(states)})
 
 
-def _read(model: LayerwiseModel, work: FinishedWork, piece: str) -> list[torch.Tensor]:
+def _read(model: LayerwiseModel, work: CacheFolder, piece: str) -> list[torch.Tensor]:
     store = FileStore([work.tensors_file(piece)])
     tensors = store.read(store.names())
     return [tensors[str(index)].to(model.device) for index in range(len(tensors))]

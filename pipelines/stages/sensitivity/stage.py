@@ -35,12 +35,21 @@ class SensitivityStage(Stage):
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if nothing asks for Fisher information."""
+        """Return the stage; None if nothing asks for Fisher information.
+
+        Raises:
+            PlanError: there are no predictions to be sensitive.
+        """
         factorize = context.recipe.factorize
         by_factorize = factorize is not None and factorize.needs_sensitivity
         by_quantize = context.recipe.corrects_by_sensitivity
         if not (by_factorize or by_quantize):
             return None
+        asked = "target" if context.recipe.target is not None else "output_metric or allocation"
+        remedy = (
+            "factorize with allocation last_k or uniform and output_metric identity, or quantize, will do"
+        )
+        context.check_predictions([asked], remedy)
         num_samples = NUM_FISHER_SAMPLES if factorize is None else factorize.num_fisher_samples
         target = context.recipe.target
         with_vocabulary = target is not None and target.vocabulary_bits is not None
@@ -93,10 +102,15 @@ class TokenSensitivityStage(Stage):
 
     @classmethod
     def plan(cls, context: PlanningContext) -> Self | None:
-        """Return the stage; None if tokens count by their energy or norm, or no inputs are observed."""
+        """Return the stage; None if tokens count by their energy or norm, or no inputs are observed.
+
+        Raises:
+            PlanError: there are no predictions to be sensitive.
+        """
         recipe = context.recipe
         if recipe.calibration is None or recipe.calibration.token_weight != "sensitivity":
             return None
+        context.check_predictions(["calibration.token_weight: sensitivity"], "unit_norm and uniform will do")
         is_observed = recipe.target is not None or any(stage.calibration_need for stage in recipe.stages)
         return cls() if is_observed else None
 

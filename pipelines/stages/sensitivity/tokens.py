@@ -19,7 +19,7 @@ import torch
 from ercsvd_deploy.format.tensor_store import FileStore
 from ercsvd_deploy.models.architecture import LayerLinears
 from ercsvd_deploy.pipelines.stages.sensitivity.passes import measure_layers, measured_piece
-from ercsvd_deploy.pipelines.state.cache import FinishedWork
+from ercsvd_deploy.pipelines.state.cache import CacheFolder
 
 if TYPE_CHECKING:
     from ercsvd_deploy.data.samples import Batch, Sample
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class TokenSensitivity:
     """How much each token of the calibration samples counts for the Linears of every layer, on disk."""
 
-    work: FinishedWork
+    work: CacheFolder
 
     def weights(self, layer: LayerLinears, batches: Sequence[Batch]) -> list[TokenWeights]:
         """Return for each batch the weights [rows, tokens] by the first Linear of each group, in its layer.
@@ -56,7 +56,7 @@ class TokenSensitivity:
 def measure_token_sensitivity(
     model: LayerwiseModel,
     samples: Sequence[Sample],
-    work: FinishedWork,
+    work: CacheFolder,
     on_layer: Callable[[], None] = lambda: None,
 ) -> TokenSensitivity:
     """Measure all tokens of all samples; layers that are finished in `work` are not measured again.

@@ -160,7 +160,7 @@ class Runner:
     def _hand_over(self, case: Case, matrix: dict[str, Any]) -> None:
         from ercsvd_deploy.exporters.vllm.compatibility import padded_shape
         from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
-        from ercsvd_deploy.exporters.vllm.matrices import PackedMatrix
+        from ercsvd_deploy.exporters.vllm.packed_matrix import PackedMatrix
         from ercsvd_deploy.format.schema import WeightQuantization
 
         shape, full_shape = tuple(matrix["shape"]), tuple(matrix["full_shape"])

@@ -17,6 +17,11 @@ import torch
 
 from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
 from ercsvd_deploy.linalg.side_by_side import map_side_by_side
+from ercsvd_deploy.pipelines.stages.factorize.decomposition_pass import (
+    LayerVisitor,
+    VisitedLayer,
+    decompose_decoder,
+)
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
     FactorizedLinear,
@@ -26,7 +31,7 @@ from ercsvd_deploy.pipelines.stages.factorize.linear import (
     put_weight,
     truncate_linear,
 )
-from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice, RankDecision, VisitedLayer
+from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice, RankDecision
 from ercsvd_deploy.pipelines.stages.factorize.ranks.chosen import ChosenRanks, SearchPoint
 from ercsvd_deploy.pipelines.stages.factorize.residual import share_with_residual
 
@@ -47,7 +52,7 @@ class _Candidate:
     residual_ranks: dict[str, int | None] = field(default_factory=dict)
 
 
-class LastLayers(RankChoice):
+class LastLayers(RankChoice, LayerVisitor):
     """Ranks of the last k layers, from a plan for every k that is tried."""
 
     keeps_grams = False
@@ -82,10 +87,10 @@ class LastLayers(RankChoice):
             "residual_ranks": residual_ranks,
         }
 
-    def try_again(self, visited: VisitedLayer, findings: Any) -> None:
+    def try_again(self, visited: VisitedLayer, entry: Any) -> None:
         """Advance the trajectories once more; what Linears lose is known by now."""
-        self._try(visited, findings["residual_ranks"], None)
-        for k, linears in findings["candidates"].items():
+        self._try(visited, entry["residual_ranks"], None)
+        for k, linears in entry["candidates"].items():
             candidate = self._candidates[int(k)]
             candidate.linears |= {linear.name: linear for linear in LINEARS.validate_python(linears)}
 
@@ -159,15 +164,16 @@ class LastLayers(RankChoice):
             lost = measure_linear(linear, rank, weight, factors, gram, residual_rank)
         return factors.product().to(weight.dtype), lost
 
-    def choose(self, leaving: Sequence[torch.Tensor]) -> RankDecision:
-        """Return the k whose outputs of the last layer are nearest to the original ones."""
+    def choose(self) -> RankDecision:
+        """Try every k in one pass; return that whose last outputs are nearest to the original ones."""
+        spectra, leaving = decompose_decoder(self._work, self)
         search = [self._search_point(k, leaving) for k in sorted(self._candidates)]
         errors = {point.num_compressed_layers: point.final_layer_error for point in search}
         best = min(self._candidates, key=lambda k: (errors[k] or 0.0, -k))
         candidate = self._candidates[best]
         first_layer = self._work.model.num_layers - best
         chosen = ChosenRanks(candidate.plan, first_layer, search=tuple(search))
-        return RankDecision(chosen, candidate.residual_ranks, candidate.linears)
+        return RankDecision(chosen, candidate.residual_ranks, candidate.linears, spectra)
 
     def _search_point(self, k: int, original: Sequence[torch.Tensor]) -> SearchPoint:
         candidate = self._candidates[k]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from ercsvd_deploy.budget.equal_shares import admissible_num_compressed_layers, allocate_ranks
 from ercsvd_deploy.budget.ranks import RankError, RankPlan
 from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, Architecture
-from ercsvd_deploy.pipelines.stages.contract import PlanError
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask, allocation_task
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
 from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
+from ercsvd_deploy.recipe.fields import PlanError
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.rank_steps import RankSteps
@@ -32,7 +32,7 @@ def rank_plans(recipe: Recipe, architecture: Architecture, element: int) -> dict
     ratio = _planned_ratio(recipe, architecture, element)
     if ratio is None:
         return {}
-    steps = resolve_rank_steps(recipe, architecture)
+    steps = resolve_rank_steps(recipe, architecture, quantize_plan_of(recipe, architecture).integers)
     refusal = PlanError(f"compression_ratio {ratio:g} leaves no ranks")
     for level in steps.coarse_to_fine():
         try:
@@ -115,7 +115,7 @@ def plan_allocation(recipe: Recipe, architecture: Architecture, element: int) ->
         PlanError: even the cheapest options do not fit the budget.
     """
     storing = quantize_plan_of(recipe, architecture)
-    for steps in resolve_rank_steps(recipe, architecture).coarse_to_fine():
+    for steps in resolve_rank_steps(recipe, architecture, storing.integers).coarse_to_fine():
         task = allocation_task(recipe, architecture, storing, {}, rank_steps=steps, element=element)
         if task.least <= task.budget:
             return task

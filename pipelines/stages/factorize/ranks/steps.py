@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP, RankSteps, automatic_step, fixed_steps
 from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
 from ercsvd_deploy.format.schema import WeightQuantization, values_in_whole_words
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 
 if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import Architecture
     from ercsvd_deploy.recipe.sections import Recipe
 
 
-def resolve_rank_steps(recipe: Recipe, architecture: Architecture) -> RankSteps:
-    """Return the steps of the decoder's ranks.
+def resolve_rank_steps(
+    recipe: Recipe, architecture: Architecture, integers: Mapping[str, WeightQuantization | None]
+) -> RankSteps:
+    """Return the steps of the decoder's ranks; `integers` are those of the recipe's quantize plan.
 
     With a target, groups smaller than the stage's are among what is weighed, so that a step need not be a
     whole one of those.
-
-    Raises:
-        QuantizePlanError: the quantize stage cannot work on this model.
     """
-    storage = quantize_plan_of(recipe, architecture).integers
-    return _steps(recipe, architecture, [(linear, storage[linear.name]) for linear in architecture.linears])
+    return _steps(recipe, architecture, [(linear, integers[linear.name]) for linear in architecture.linears])
 
 
 def resolve_vision_steps(recipe: Recipe, architecture: Architecture) -> RankSteps:

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
-
-from ercsvd_deploy.budget.allocation import Option
-from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.linalg.side_by_side import map_side_by_side
+from ercsvd_deploy.pipelines.stages.factorize.damages.results import MeasuredDamages, Offer
 from ercsvd_deploy.pipelines.stages.observed_inputs import divide
 from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings
 from ercsvd_deploy.pipelines.stages.quantize.routed_inputs import GroupInputs, RoutedInputs
@@ -25,12 +22,9 @@ from ercsvd_deploy.quantization.grid import GriddedWeight, put_on_grid
 
 if TYPE_CHECKING:
     from ercsvd_deploy.models.architecture import LayerLinears
-    from ercsvd_deploy.models.experts import Expert
+    from ercsvd_deploy.models.expert_modules import Expert
     from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
     from ercsvd_deploy.recipe.quantize import Quantize
-
-_DAMAGES = TypeAdapter(dict[str, list[float]])
-_Damages = dict[str, list[float]]  # Linear -> damage of each of its storages, in the order of their costs
 
 
 @dataclass(frozen=True)
@@ -40,74 +34,71 @@ class ExpertDamages:
     Attributes:
         work: The stage's run.
         quantize: The quantize stage that follows.
-        costs: Linear -> each way to store it -> what it costs.
+        offer: Linear -> the ways to store it.
     """
 
     work: Factorization
     quantize: Quantize
-    costs: Mapping[str, Mapping[Storage, int]]
+    offer: Offer
 
-    def options(self) -> dict[str, list[Option[Storage]]]:
-        """Return the storages of every Linear with costs and damages; finished layers are not tried again."""
+    def measure(self) -> MeasuredDamages:
+        """Return the damages of every Linear; finished layers are not tried again."""
         model, cache = self.work.model, self.work.cache
         layers = model.architecture.layers
-        findings = {layer.index: cache.findings(_piece(layer)) for layer in layers if self._offers(layer)}
-        damages: _Damages = {}
-        if None in findings.values():
+        offering = [layer for layer in layers if self._offers(layer)]
+        entries: dict[int, Any] = {layer.index: cache.entry(_piece(layer)) for layer in offering}
+        damages: MeasuredDamages = {}
+        if None in entries.values():
             samples = self.work.samples
             assert samples is not None, "error control measures damages on calibration data"
             divided = divide(model, samples, num_searched=0, num_fitting=len(samples))
             hidden = model.embed(divided.batches)
             for layer in layers:
                 with model.layer(layer.index) as module:
-                    if self._offers(layer) and findings[layer.index] is None:
+                    if self._offers(layer) and entries[layer.index] is None:
                         inputs = RoutedInputs.capture(model, layer, module, hidden, divided)
-                        findings[layer.index] = self._measure(layer, inputs)
-                        cache.finish(_piece(layer), findings[layer.index])
+                        entries[layer.index] = self._measure(layer, inputs)
+                        cache.write(_piece(layer), entries[layer.index])
                     model.advance(layer.index, divided.batches, hidden, module=module)
-        for found in findings.values():
-            damages |= _DAMAGES.validate_python(found)
-        return {
-            name: [
-                Option(cost, damage, storage)
-                for (storage, cost), damage in zip(self.costs[name].items(), each, strict=True)
-            ]
-            for name, each in damages.items()
-        }
+        for entry in entries.values():
+            damages |= entry
+        return damages
 
     def _offers(self, layer: LayerLinears) -> bool:
         experts = layer.experts
-        return experts is not None and any(linear.name in self.costs for linear in experts.linears)
+        return experts is not None and any(linear.name in self.offer for linear in experts.linears)
 
-    def _measure(self, layer: LayerLinears, inputs: RoutedInputs) -> _Damages:
+    def _measure(self, layer: LayerLinears, inputs: RoutedInputs) -> MeasuredDamages:
         """Return the damages of a loaded layer's experts."""
         assert self.work.sensitivity is not None, "error control measures sensitivities"
         sensitivities = self.work.sensitivity.experts(layer, self.work.model.device)
         inputs.prepare()
 
-        def work(number: int) -> _Damages:
-            damages: _Damages = {}
+        def work(number: int) -> MeasuredDamages:
+            damages: MeasuredDamages = {}
             for group in inputs.of(number):
                 damages |= self._damages(group, inputs.expert(number), sensitivities)
             return damages
 
-        found: _Damages = {}
+        found: MeasuredDamages = {}
         numbers = range(inputs.experts.count)
         for damages in map_side_by_side(work, numbers, small=self.work.model.is_small):
             found |= damages
         return found
 
-    def _damages(self, inputs: GroupInputs, expert: Expert, sensitivities: Mapping[str, float]) -> _Damages:
+    def _damages(
+        self, inputs: GroupInputs, expert: Expert, sensitivities: Mapping[str, float]
+    ) -> MeasuredDamages:
         """Return the damages of Linears of an expert that read the same."""
         gram = inputs.observed.whole.gram / (inputs.observed.whole.num_tokens or 1)
         tried: list[tuple[str, int, GriddedWeight]] = []
-        damages: _Damages = {}
+        damages: MeasuredDamages = {}
         for linear in inputs.group:
-            if linear.name not in self.costs:
+            if linear.name not in self.offer:
                 continue
             weight = expert.get_submodule(linear.name.rpartition(".")[2]).get_parameter("weight").data
-            damages[linear.name] = [0.0] * len(self.costs[linear.name])
-            for place, storage in enumerate(self.costs[linear.name]):
+            damages[linear.name] = [0.0] * len(self.offer[linear.name])
+            for place, storage in enumerate(self.offer[linear.name]):
                 if storage.weight is not None:
                     settings = quantization_settings(self.quantize, storage.weight)
                     matrix = put_on_grid(weight, settings, self.work.stored_dtype(linear))

@@ -9,7 +9,7 @@ with the rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -115,7 +115,7 @@ class DamagePrediction:
         damping = DEFAULT_DAMPING if self.quantize.damping == "auto" else self.quantize.damping
         return factor_hessian(self.gram, damping=damping, desc_act=self.quantize.desc_act)
 
-    def damages(self, storages: Sequence[Storage], factor: HessianFactor | None) -> dict[Storage, float]:
+    def damages(self, storages: Collection[Storage], factor: HessianFactor | None) -> dict[Storage, float]:
         """Return the damage of each storage; `factor` is `hessian_factor` of these inputs."""
         of_ranks = self._truncation_damages()
         added = self._quantization_damages(storages, of_ranks, factor)
@@ -127,7 +127,7 @@ class DamagePrediction:
         }
 
     def _correction_damages(
-        self, storages: Sequence[Storage], factor: HessianFactor | None
+        self, storages: Collection[Storage], factor: HessianFactor | None
     ) -> dict[Storage, float]:
         """Return the damage of integers with low-rank corrections, each fitted as the quantize stage does."""
         corrected = [storage for storage in storages if storage.layout == "corrected"]
@@ -170,7 +170,7 @@ class DamagePrediction:
         )
 
     def _quantization_damages(
-        self, storages: Sequence[Storage], of_ranks: Mapping[int, float], factor: HessianFactor | None
+        self, storages: Collection[Storage], of_ranks: Mapping[int, float], factor: HessianFactor | None
     ) -> dict[Storage, float]:
         """Return what quantizing adds to the damage of storages; nothing where it does not count."""
         if self.quantize is None:

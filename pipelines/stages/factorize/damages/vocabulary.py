@@ -8,13 +8,12 @@ that is both has the sum of both. What a model does to its logits behind the out
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from ercsvd_deploy.budget.allocation import Option
 from ercsvd_deploy.format.schema import WEIGHT, Storage
 from ercsvd_deploy.pipelines.stages.quantize.vocabulary import row_rounding
 from ercsvd_deploy.quantization.many_rows import ROWS_AT_ONCE
@@ -39,12 +38,12 @@ class VocabularyDamages:
     quantize: Quantize
     sensitivity: VocabularySensitivity
 
-    def options(self, name: str, costs: Mapping[Storage, int]) -> list[Option[Storage]]:
-        """Return the storages of one of them with costs and damages.
+    def damages(self, name: str, storages: Iterable[Storage]) -> list[float]:
+        """Return the damage of each way to store one of them.
 
         Args:
             name: Of the embedding or the output layer.
-            costs: Each way to store it -> what it costs.
+            storages: The ways.
         """
         stored = f"{name}.{WEIGHT}"
         weight = self.model.store.read([stored])[stored]
@@ -52,10 +51,7 @@ class VocabularyDamages:
         is_looked_up = vocabulary.embedding is not None and vocabulary.embedding.name == name
         is_multiplied = vocabulary.multiplied is not None and vocabulary.multiplied.name == name
         log_sums = self._log_sums(weight) if is_multiplied else None
-        return [
-            Option(cost, self._damage(weight, storage, is_looked_up, log_sums), storage)
-            for storage, cost in costs.items()
-        ]
+        return [self._damage(weight, storage, is_looked_up, log_sums) for storage in storages]
 
     def _damage(
         self, weight: torch.Tensor, storage: Storage, is_looked_up: bool, log_sums: torch.Tensor | None

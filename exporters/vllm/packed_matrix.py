@@ -1,8 +1,7 @@
-"""One matrix of a linear layer in the form vLLM's kernels want it: plain, or packed integers.
+"""One integer matrix of a linear layer, in the form that vLLM's kernels want it.
 
-A matrix here is what one GEMM multiplies: a second factor, or several first matrices stacked by rows. Both
-classes live alike: allocate, `load` blocks of checkpoint tensors, `finalize` once, which returns the matrix
-to multiply from then on (vLLM repacks it, or has no kernel for its integers), `forward`.
+It lives as a plain one does (`plain_matrix`): `finalize` hands the loaded integers to the kernel that vLLM
+chooses, or returns a plain matrix of the same numbers where there is none.
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ from torch import nn
 from ercsvd_deploy.exporters.vllm.compatibility import (
     GroupQuantScaleParameter,
     PackedvLLMParameter,
-    UnquantizedLinearMethod,
     choose_mp_linear_kernel,
-    current_platform,
     kernel_config,
 )
+from ercsvd_deploy.exporters.vllm.plain_matrix import PlainMatrix, copy_rows, refuse_stock_loading
 from ercsvd_deploy.format.integer_words import dequantize, pack_rows, unpack_rows
 from ercsvd_deploy.format.schema import (
     WEIGHT,
@@ -39,43 +37,6 @@ _TRIED_ROWS = 256  # of a kernel's first product are compared with the stored in
 _TOLERANCE = 0.05  # of their norm: kernels that round activations to 8 bits are off by about a hundredth
 _ROUNDING = 1e-3
 _ROWS_AT_ONCE = 4096  # are unpacked to 32 bits a value
-
-
-class PlainMatrix(nn.Module):
-    """A floating-point matrix [rows, columns], multiplied the way vLLM multiplies unquantized weights."""
-
-    weight: nn.Parameter
-
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._shape = (rows, columns)
-        self._method = UnquantizedLinearMethod()
-        self.register_parameter("bias", None)  # vLLM's CPU repacking looks for one
-        self._method.create_weights(
-            self, columns, [rows], columns, rows, dtype, weight_loader=_refuse_stock_loading
-        )
-
-    @property
-    def is_plain_tensor(self) -> bool:
-        """Whether `weight` may be multiplied as it is: not repacked, and no better kernel exists (ROCm's)."""
-        return self.weight.shape == self._shape and not current_platform.is_rocm()
-
-    def load(self, leaf: str, tensor: torch.Tensor, rows: slice, columns: slice, first_row: int) -> None:
-        """Copy `tensor[rows, columns]` to the rows from `first_row` on; `leaf` is always `weight`."""
-        del leaf
-        _copy_rows(self.weight, tensor[rows, columns], first_row)
-
-    def finalize(self) -> PlainMatrix:
-        """Let vLLM repack the loaded weight where its backend does (CPU); return this matrix."""
-        self._method.process_weights_after_loading(self)
-        # vLLM's parameter class intercepts every call of torch it takes part in; a plain one costs nothing
-        self.weight = nn.Parameter(self.weight.data, requires_grad=False)
-        return self
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x [..., columns] times the transposed matrix: [..., rows]."""
-        product: torch.Tensor = self._method.apply(self, x, None)
-        return product
 
 
 class PackedMatrix(nn.Module):
@@ -131,13 +92,13 @@ class PackedMatrix(nn.Module):
             output_dim=0,
             packed_dim=1,
             packed_factor=self._per_word,
-            weight_loader=_refuse_stock_loading,
+            weight_loader=refuse_stock_loading,
         )
         self.weight_scale = GroupQuantScaleParameter(
             data=torch.zeros(rows, quantization.num_groups(columns), dtype=dtype),
             input_dim=1,
             output_dim=0,
-            weight_loader=_refuse_stock_loading,
+            weight_loader=refuse_stock_loading,
         )
         # Stored zero points share a word along the rows, and stacked shards need not start at a whole word:
         # they are kept one to a word until `finalize`.
@@ -154,12 +115,12 @@ class PackedMatrix(nn.Module):
         if leaf == WEIGHT_PACKED:
             bits = self._quantization.bits
             words = slice(columns.start * bits // WORD_BITS, columns.stop * bits // WORD_BITS)
-            _copy_rows(self.weight_packed, tensor[rows, words], first_row)
+            copy_rows(self.weight_packed, tensor[rows, words], first_row)
         elif leaf == WEIGHT_SCALE:
-            _copy_rows(self.weight_scale, tensor[rows, groups], first_row)
+            copy_rows(self.weight_scale, tensor[rows, groups], first_row)
         elif leaf == WEIGHT_ZERO_POINT and self._zero_points is not None:
             one_a_word = unpack_rows(tensor, self._quantization.bits, rows.stop)
-            _copy_rows(self._zero_points, one_a_word[rows, groups], first_row)
+            copy_rows(self._zero_points, one_a_word[rows, groups], first_row)
 
     def finalize(self) -> Matrix:
         """Bring the loaded tensors into the kernel's layout; return what is to be multiplied from now on.
@@ -226,7 +187,7 @@ class PackedMatrix(nn.Module):
                 output_dim=0,
                 packed_dim=0,
                 packed_factor=self._per_word,
-                weight_loader=_refuse_stock_loading,
+                weight_loader=refuse_stock_loading,
             )
             self._zero_points = None
         self._kernel.process_weights_after_loading(self)
@@ -310,11 +271,3 @@ def _copy_parameter(parameter: Any) -> Any:
     copy = torch.Tensor._make_subclass(type(parameter), parameter.data.clone(), parameter.requires_grad)
     copy.__dict__.update(parameter.__dict__)
     return copy
-
-
-def _copy_rows(target: torch.Tensor, source: torch.Tensor, first_row: int) -> None:
-    target.data[first_row : first_row + len(source)].copy_(source)
-
-
-def _refuse_stock_loading(*_: Any) -> None:
-    raise RuntimeError("matrices of an ercsvd layer are loaded through its gates only")
