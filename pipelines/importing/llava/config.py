@@ -183,7 +183,7 @@ def interpret(config: Mapping[str, Any], path: Path) -> OriginalLlava:
 
     Args:
         config: The contents.
-        path: Of the file, for messages.
+        path: Path of the file, for error messages.
 
     Raises:
         LlavaImportError: as `read_original` does.
