@@ -198,6 +198,9 @@ def test_the_representation_tells_the_rank() -> None:
         ("language_model.model.layers.0.mlp.up_proj", "layers.0.mlp.up_proj"),
         ("model.language_model.layers.0.mlp.up_proj", "layers.0.mlp.up_proj"),
         ("model.vision_tower.encoder.layers.0.mlp.fc1", "vision_tower.encoder.layers.0.mlp.fc1"),
+        # Llama 4: its tower's layers are called like its decoder's
+        ("vision_model.model.layers.0.self_attn.v_proj", "vision_model.layers.0.self_attn.v_proj"),
+        ("language_model.model.layers.0.self_attn.v_proj", "layers.0.self_attn.v_proj"),
     ],
 )
 def test_canonical_names(name: str, canonical: str) -> None:

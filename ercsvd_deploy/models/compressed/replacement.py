@@ -21,14 +21,20 @@ from ercsvd_deploy.models.compressed.packed_embedding import PackedEmbedding, Ti
 
 # Path parts in which loaders differ: `language_model.model.layers` on disk is `model.language_model.layers`
 # in transformers 5, `model.layers` is `layers` in a model without a head, and CLIP's `vision_model` is gone.
-_MOVABLE_PARTS = frozenset({"model", "language_model", "vision_model"})
+_WITHIN_TOWER = "vision_model"
+_MOVABLE_PARTS = frozenset({"model", "language_model", _WITHIN_TOWER})
 _RENAMED_PARTS = {"block_sparse_moe": "mlp"}  # of Mixtral's checkpoints, in transformers
 
 
 def canonical_name(name: str) -> str:
     """Return a module or tensor name without the path parts in which loaders and checkpoints differ."""
-    parts = (part for part in name.split(".") if part not in _MOVABLE_PARTS)
-    return ".".join(_RENAMED_PARTS.get(part, part) for part in parts)
+    parts: list[str] = []
+    for part in name.split("."):
+        # the whole tower of Llama 4, whose layers are called like the decoder's
+        is_tower = part == _WITHIN_TOWER and not parts
+        if part not in _MOVABLE_PARTS or is_tower:
+            parts.append(_RENAMED_PARTS.get(part, part))
+    return ".".join(parts)
 
 
 def replace_linears(model: nn.Module, config: CheckpointConfig) -> dict[str, nn.Module]:

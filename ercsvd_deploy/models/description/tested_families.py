@@ -20,7 +20,7 @@ def read_results() -> Mapping[str, Mapping[str, str]]:
 
     A kind of export is a dtype; for vision-language models also a dtype `with pictures`.
     """
-    text = files("ercsvd_deploy.models").joinpath(FILE).read_text(encoding="utf-8")
+    text = files("ercsvd_deploy.models.description").joinpath(FILE).read_text(encoding="utf-8")
     results: Mapping[str, Mapping[str, str]] = json.loads(text)
     return results
 
