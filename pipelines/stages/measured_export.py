@@ -177,5 +177,5 @@ class MeasuredExportStage(Stage):
         )
 
     def warnings(self, result: MeasuredExport) -> Iterable[str]:
-        """Say what could not be measured."""
+        """Return a message about the measurements that failed."""
         return result.problems

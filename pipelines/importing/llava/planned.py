@@ -57,7 +57,7 @@ def expected_config(raw: Mapping[str, Any], path: Path) -> Any | None:
 
 
 def import_note(config: Any, source: str) -> tuple[str, ...]:
-    """Return what has to be done before a run of a model planned by `expected_config`; else nothing."""
+    """Return a note on how to convert a model planned by `expected_config` before a run; else none."""
     if not getattr(config, _MARK, False):
         return ()
     return (
