@@ -24,7 +24,7 @@ import transformers.modeling_utils  # noqa: F401 - imported once instead of in e
 import yaml
 from results_file import environment, markdown_table, write_results
 
-from ercsvd_deploy.models.architecture import ArchitectureError
+from ercsvd_deploy.models.description.architecture import ArchitectureError
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.recipe.load import load_recipe
 

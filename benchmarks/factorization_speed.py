@@ -32,7 +32,7 @@ from results_file import environment, markdown_table, write_results
 from ercsvd_deploy.linalg.decomposition import decompose
 from ercsvd_deploy.linalg.errors import calibration_error
 from ercsvd_deploy.linalg.truncation import Factors, truncate
-from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.streaming.statistics import InputStatistics
 
 REMOVED = 0.2  # share of the parameters
 ROWS_AT_ONCE = 2048  # tokens of one batch

@@ -25,10 +25,10 @@ from results_file import environment, markdown_table, write_results
 from ercsvd_deploy.data.samples import text_samples
 from ercsvd_deploy.data.texts import load_tokenizer
 from ercsvd_deploy.evaluation.quality import perplexities
+from ercsvd_deploy.format.files.store_views import OverlayStore
+from ercsvd_deploy.format.files.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.format.store_views import OverlayStore
-from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, open_model, stream
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows, evaluation_windows
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization

@@ -220,9 +220,9 @@ def recipe_of(point: Point) -> Any:
 def _measure_textbook(point: Point, prepared: Any, work: Path) -> Row:
     """Quantize all decoder Linears by textbook GPTQ, layer by layer on the quantized prefix."""
     from ercsvd_deploy.evaluation.comparison import compare_models
+    from ercsvd_deploy.format.files.store_views import OverlayStore
+    from ercsvd_deploy.format.files.tensor_store import FileStore
     from ercsvd_deploy.format.schema import Storage
-    from ercsvd_deploy.format.store_views import OverlayStore
-    from ercsvd_deploy.format.tensor_store import FileStore
     from ercsvd_deploy.pipelines.inputs.model import stream
 
     assert point.textbook_bits is not None

@@ -21,15 +21,15 @@ from methods import Workbench
 from results_file import environment, markdown_table, write_results
 
 from ercsvd_deploy.evaluation.quality import perplexities
+from ercsvd_deploy.format.files.store_views import OverlayStore
+from ercsvd_deploy.format.files.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.format.schema import CheckpointConfig, Storage
-from ercsvd_deploy.format.store_views import OverlayStore
-from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.ranks.last_layers import LastLayers
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import rank_plans
 from ercsvd_deploy.pipelines.stages.factorize.walk import factorize_decoder
 from ercsvd_deploy.pipelines.stages.quantize.decoder import quantize_decoder
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
+from ercsvd_deploy.pipelines.stages.quantize.planning.storage import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import linear_bits_per_weight, stored_bytes, sum_by_part
 from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.recipe.load import load_recipe

@@ -17,14 +17,14 @@ import torch
 from transformers import LlamaConfig
 
 from ercsvd_deploy.budget.equal_shares import allocate_ranks
-from ercsvd_deploy.format.atomic_files import write_json_atomically
+from ercsvd_deploy.format.files.atomic_files import write_json_atomically
+from ercsvd_deploy.format.files.shards import write_sharded
+from ercsvd_deploy.format.files.store_views import OverlayStore
+from ercsvd_deploy.format.files.tensor_store import TensorInfo, TensorStore
 from ercsvd_deploy.format.schema import CheckpointConfig, Storage
-from ercsvd_deploy.format.shards import write_sharded
-from ercsvd_deploy.format.store_views import OverlayStore
-from ercsvd_deploy.format.tensor_store import TensorInfo, TensorStore
-from ercsvd_deploy.models.architecture import Architecture
-from ercsvd_deploy.models.families import describe
-from ercsvd_deploy.models.meta import build_meta_model
+from ercsvd_deploy.models.description.architecture import Architecture
+from ercsvd_deploy.models.description.families import describe
+from ercsvd_deploy.models.description.meta import build_meta_model
 
 _SHARD_BYTES = 200 * 10**6
 _STANDARD_DEVIATION = 0.02

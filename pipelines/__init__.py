@@ -13,7 +13,7 @@ if __name__ != "ercsvd_deploy.pipelines":
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.planning.plan import Plan
-    from ercsvd_deploy.pipelines.reporting.document import Report
+    from ercsvd_deploy.pipelines.reporting.report.document import Report
     from ercsvd_deploy.recipe.sections import Recipe
 
 # Numerical libraries are imported inside the functions, so that the command line starts quickly.

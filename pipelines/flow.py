@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 
 from ercsvd_deploy.data.texts import CalibrationError
-from ercsvd_deploy.exporters.vllm.replacement import finish_replacement
-from ercsvd_deploy.exporters.vllm.target import check_unchanged
-from ercsvd_deploy.format.manifest import changed_files
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.exporters.vllm.directory.replacement import finish_replacement
+from ercsvd_deploy.exporters.vllm.directory.target import check_unchanged
+from ercsvd_deploy.format.files.manifest import changed_files
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.checks import check_inputs, check_weights
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.inputs.run_data import RunData, load_run_data
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.planning.feasibility import check_resources
 from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan
-from ercsvd_deploy.pipelines.reporting.collect import collect_report
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, ReportError, parse_report
-from ercsvd_deploy.pipelines.reporting.files import write_report_files
+from ercsvd_deploy.pipelines.reporting.report.collect import collect_report
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, Report, ReportError, parse_report
+from ercsvd_deploy.pipelines.reporting.report.files import write_report_files
 from ercsvd_deploy.pipelines.stages.cached import RunState, StageCache, run_stages
 from ercsvd_deploy.pipelines.stages.stage_run import CompressedModel
 from ercsvd_deploy.pipelines.state.fingerprint import HASHES_FILE, Fingerprints, take_fingerprints

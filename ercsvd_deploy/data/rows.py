@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ercsvd_deploy.data.texts import CalibrationError, first_line
-from ercsvd_deploy.format.data_files import DATA_FILES
+from ercsvd_deploy.format.files.data_files import DATA_FILES
 
 _ROWS_AT_ONCE = 256  # of a parquet file
 

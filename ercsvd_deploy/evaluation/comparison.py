@@ -26,7 +26,7 @@ from ercsvd_deploy.evaluation.quality import Quality
 from ercsvd_deploy.format.described import Measured
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 
 MOST_POSITIONS = 8192  # of a text, at which the outputs of layers before the last are compared
 

@@ -15,7 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from ercsvd_deploy.data.samples import Batch, QuestionSample
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 if TYPE_CHECKING:
     from ercsvd_deploy.data.samples import Batch
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 
 _LARGEST_EXPONENT = 700  # beyond it exp leaves the range of a float
 

@@ -13,7 +13,7 @@ from ercsvd_deploy.evaluation.exact_match import ExactMatch, judge_questions
 from ercsvd_deploy.evaluation.perplexity import Perplexity, judge_text
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 
 
 @dataclass(frozen=True)

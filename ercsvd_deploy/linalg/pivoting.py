@@ -79,7 +79,7 @@ def to_pivoted(factors: Factors, num_blocks: int = 1) -> PivotedFactors:
     """Rewrite a product of two factors in the pivoted layout; computed in float64.
 
     Args:
-        factors: Of rank r < out.
+        factors: Factors of rank r < out.
         num_blocks: Consecutive blocks of outputs that give equally many pivots; divides out and r.
 
     Returns:

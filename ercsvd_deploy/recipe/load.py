@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ercsvd_deploy.format.data_files import DATA_FILES, forms_of
+from ercsvd_deploy.format.files.data_files import DATA_FILES, forms_of
 from ercsvd_deploy.recipe.fields import RecipeError, quoted
 from ercsvd_deploy.recipe.messages import explain
 from ercsvd_deploy.recipe.overrides import apply_override, with_override

@@ -21,7 +21,7 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
     init_logger,
 )
 from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
-from ercsvd_deploy.exporters.vllm.projection_names import projection_names
+from ercsvd_deploy.exporters.vllm.layers.projection_names import projection_names
 from ercsvd_deploy.format.schema import (
     QUANT_METHOD,
     CheckpointConfig,
@@ -31,8 +31,8 @@ from ercsvd_deploy.format.schema import (
 
 if TYPE_CHECKING:
     from ercsvd_deploy.exporters.vllm.experts.methods import PackedExpertsMethod, PlainExpertsMethod
-    from ercsvd_deploy.exporters.vllm.method import LowRankLinearMethod, UnalteredLinearMethod
-    from ercsvd_deploy.exporters.vllm.vocabulary import VocabularyMethod
+    from ercsvd_deploy.exporters.vllm.layers.method import LowRankLinearMethod, UnalteredLinearMethod
+    from ercsvd_deploy.exporters.vllm.layers.vocabulary import VocabularyMethod
 
     _ExpertsMethod = PackedExpertsMethod | PlainExpertsMethod
     _Method = LowRankLinearMethod | UnalteredLinearMethod | VocabularyMethod | _ExpertsMethod
@@ -114,7 +114,7 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
         """
         # Imported here: they load vLLM's kernels, which processes that only read the config do not need.
         from ercsvd_deploy.exporters.vllm.compatibility import LinearBase, VocabParallelEmbedding
-        from ercsvd_deploy.exporters.vllm.method import LowRankLinearMethod, UnalteredLinearMethod
+        from ercsvd_deploy.exporters.vllm.layers.method import LowRankLinearMethod, UnalteredLinearMethod
 
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary_method(layer, prefix)
@@ -183,7 +183,7 @@ class ErcSvdConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes 
     def _vocabulary_method(self, layer: Any, prefix: str) -> Any:
         """Return a method for an input embedding or an output layer; None for vLLM's own method."""
         from ercsvd_deploy.exporters.vllm.compatibility import ParallelLMHead
-        from ercsvd_deploy.exporters.vllm.vocabulary import (
+        from ercsvd_deploy.exporters.vllm.layers.vocabulary import (
             EmbeddingMethod,
             OutputLayerMethod,
             TiableOutputLayerMethod,

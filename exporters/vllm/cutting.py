@@ -26,10 +26,10 @@ from ercsvd_deploy.format.schema import (
     WeightQuantization,
     values_in_whole_words,
 )
-from ercsvd_deploy.models.tensor_parallel import is_sorted_when_loaded
+from ercsvd_deploy.models.description.tensor_parallel import is_sorted_when_loaded
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.models.description.architecture import Architecture
 
 BLOCK = 32
 _VOCABULARY_MULTIPLE = 64  # vLLM pads a vocabulary to a multiple of this

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.models.description.architecture import Architecture
 
 # Values of transformers' model_type.
 PLAIN_EMBEDDINGS = frozenset(

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from ercsvd_deploy import __version__
-from ercsvd_deploy.pipelines.reporting.json_values import finite
+from ercsvd_deploy.pipelines.reporting.report.json_values import finite
 
 PACKAGE = "ercsvd_deploy"
 _FILE_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"

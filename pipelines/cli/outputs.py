@@ -97,9 +97,9 @@ def verify(
 ) -> None:
     """Compare every tensor and file of an export with the checksums it was written with."""
     with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
-        from ercsvd_deploy.format.manifest import verify_export
-        from ercsvd_deploy.pipelines.reporting.check import verify_report
-        from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
+        from ercsvd_deploy.format.files.manifest import verify_export
+        from ercsvd_deploy.pipelines.reporting.report.check import verify_report
+        from ercsvd_deploy.pipelines.reporting.report.files import REPORT_FILES
 
         verification = verify_export(directory, unlisted=REPORT_FILES)
         verification = replace(verification, problems=(*verification.problems, *verify_report(directory)))
@@ -141,8 +141,8 @@ def check(
 ) -> None:
     """Judge an export's report by gates, without computing anything again."""
     with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
-        from ercsvd_deploy.pipelines.reporting.check import check_export
-        from ercsvd_deploy.pipelines.reporting.terminal import gate_table
+        from ercsvd_deploy.pipelines.reporting.report.check import check_export
+        from ercsvd_deploy.pipelines.reporting.screen.terminal import gate_table
 
         results = check_export(directory, recipe)
         if as_json:
@@ -156,7 +156,7 @@ def check(
 
 def end_with_gates(results: list[GateResult], directory: Path, junit: Path | None) -> None:
     """Write the verdicts as JUnit XML if a file is given, and exit with code 3 if a gate was missed."""
-    from ercsvd_deploy.format.atomic_files import write_text_atomically
+    from ercsvd_deploy.format.files.atomic_files import write_text_atomically
     from ercsvd_deploy.pipelines.judging.junit import junit_xml
 
     if junit is not None:
@@ -184,10 +184,10 @@ def report(
 ) -> None:
     """Make the HTML page of a run from its report, without computing anything again."""
     with command(debug=debug, verbose=verbose, quiet=quiet, log_file=log_file):
-        from ercsvd_deploy.format.atomic_files import write_text_atomically
-        from ercsvd_deploy.format.manifest import record_reports
-        from ercsvd_deploy.pipelines.reporting.document import load_report
+        from ercsvd_deploy.format.files.atomic_files import write_text_atomically
+        from ercsvd_deploy.format.files.manifest import record_reports
         from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
+        from ercsvd_deploy.pipelines.reporting.report.document import load_report
 
         page = make_page(load_report(directory), directory.absolute())
         file = output or directory / PAGE_FILE

@@ -72,7 +72,7 @@ def plan(
         from ercsvd_deploy.pipelines.inputs.model import find_device, parse_device
         from ercsvd_deploy.pipelines.planning.machine import MachineError, parse_machine, planned_device
         from ercsvd_deploy.pipelines.planning.plan import make_plan
-        from ercsvd_deploy.pipelines.reporting.plan_tables import render
+        from ercsvd_deploy.pipelines.reporting.screen.plan_tables import render
         from ercsvd_deploy.recipe.load import load_recipe
 
         if looks_like_sweep(recipe):
@@ -132,7 +132,7 @@ def run(
         loaded = load_recipe(recipe, overrides or (), output)
         from ercsvd_deploy.pipelines.flow import RunOptions, run_unless_finished
         from ercsvd_deploy.pipelines.inputs.model import find_device
-        from ercsvd_deploy.pipelines.reporting.terminal import gate_table, render
+        from ercsvd_deploy.pipelines.reporting.screen.terminal import gate_table, render
 
         options = RunOptions(is_forced=force, keeps_work=keep_work, cache=cache and cache.absolute())
         outcome = run_unless_finished(loaded, device=find_device(device), progress=progress, options=options)

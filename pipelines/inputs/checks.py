@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ercsvd_deploy.exporters.vllm.target import check_target
-from ercsvd_deploy.format.tensor_store import CheckpointError
+from ercsvd_deploy.exporters.vllm.directory.target import check_target
+from ercsvd_deploy.format.files.tensor_store import CheckpointError
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, stream
 from ercsvd_deploy.pipelines.inputs.texts import check_length
 

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ercsvd_deploy.data.texts import first_line
-from ercsvd_deploy.format.store_views import CastingStore
-from ercsvd_deploy.format.tensor_store import TensorStore, enumerate_names
-from ercsvd_deploy.format.weight_files import open_directory, outside_links
-from ercsvd_deploy.models.architecture import ArchitectureError
-from ercsvd_deploy.models.meta import load_config, own_dtype
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.format.files.store_views import CastingStore
+from ercsvd_deploy.format.files.tensor_store import TensorStore, enumerate_names
+from ercsvd_deploy.format.files.weight_files import open_directory, outside_links
+from ercsvd_deploy.models.description.architecture import ArchitectureError
+from ercsvd_deploy.models.description.meta import load_config, own_dtype
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.libraries import import_transformers
 from ercsvd_deploy.pipelines.inputs.refusals import refuse_unsuitable
 from ercsvd_deploy.recipe.sections import ModelSource
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.architecture import Architecture
-    from ercsvd_deploy.models.statistics import TokenWeight
+    from ercsvd_deploy.models.description.architecture import Architecture
+    from ercsvd_deploy.models.streaming.statistics import TokenWeight
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 MODEL_FILES = (

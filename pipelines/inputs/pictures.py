@@ -21,7 +21,7 @@ from ercsvd_deploy.data.pictures import (
     question_samples,
 )
 from ercsvd_deploy.data.texts import CalibrationError
-from ercsvd_deploy.models.vision import image_token_id
+from ercsvd_deploy.models.description.vision import image_token_id
 from ercsvd_deploy.recipe.sections import (
     Calibration,
     ConversationFile,

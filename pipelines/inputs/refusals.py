@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ercsvd_deploy.format.files.tensor_store import CheckpointError
+from ercsvd_deploy.format.files.weight_files import explain_no_weights, has_weights, open_directory
 from ercsvd_deploy.format.llava_names import to_module
-from ercsvd_deploy.format.tensor_store import CheckpointError
-from ercsvd_deploy.format.weight_files import explain_no_weights, has_weights, open_directory
-from ercsvd_deploy.models.architecture import ArchitectureError
-from ercsvd_deploy.models.tasks import find_task
+from ercsvd_deploy.models.description.architecture import ArchitectureError
+from ercsvd_deploy.models.description.tasks import find_task
 from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError, is_original
 from ercsvd_deploy.pipelines.importing.llava.planned import expected_config
 

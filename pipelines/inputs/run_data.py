@@ -12,7 +12,7 @@ from ercsvd_deploy.data.chat import check_processor
 from ercsvd_deploy.data.pictures import PicturePrompt, load_processor
 from ercsvd_deploy.data.samples import QuestionSample, Sample, text_samples
 from ercsvd_deploy.data.texts import load_tokenizer
-from ercsvd_deploy.models.vision import reads_images
+from ercsvd_deploy.models.description.vision import reads_images
 from ercsvd_deploy.pipelines.inputs.parity_prompts import NUM_PICTURE_PROMPTS, longest_prompt
 from ercsvd_deploy.pipelines.inputs.pictures import (
     ask_questions,

@@ -14,8 +14,8 @@ from ercsvd_deploy.data.pictures import load_processor
 from ercsvd_deploy.data.rows import read_text
 from ercsvd_deploy.data.texts import CalibrationError, load_tokenizer, token_windows
 from ercsvd_deploy.evaluation.quality import Quality, measure_quality
-from ercsvd_deploy.models.tasks import task_of
-from ercsvd_deploy.models.vision import reads_images
+from ercsvd_deploy.models.description.tasks import task_of
+from ercsvd_deploy.models.description.vision import reads_images
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.inputs.pictures import ask_questions
 from ercsvd_deploy.pipelines.inputs.texts import check_length

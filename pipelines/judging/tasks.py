@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.models.families import attention_implementation
-from ercsvd_deploy.models.meta import load_config
-from ercsvd_deploy.models.vision import reads_images
+from ercsvd_deploy.models.description.families import attention_implementation
+from ercsvd_deploy.models.description.meta import load_config
+from ercsvd_deploy.models.description.vision import reads_images
 from ercsvd_deploy.pipelines.judging.uncertainty import Estimate, mean_of, share_drop, with_standard_error
 
 _PLAIN_FILTER = "none"
@@ -59,7 +59,7 @@ class TaskMetric:
     """One metric of one task.
 
     Attributes:
-        value: As lm-eval aggregates it.
+        value: The value that lm-eval aggregates over documents.
         standard_error: lm-eval's standard error; None if it gives none.
         num_documents: Number of documents measured.
         is_higher_better: Whether a higher value is better; None where lm-eval does not say.

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from ercsvd_deploy.exporters.vllm.engines.machine import find_machine, weight_bytes
 from ercsvd_deploy.exporters.vllm.engines.process import ask_engine
-from ercsvd_deploy.models.meta import load_config
+from ercsvd_deploy.models.description.meta import load_config
 from ercsvd_deploy.pipelines.judging.parity.measure import give_back_memory
 from ercsvd_deploy.pipelines.judging.tasks import TaskResults, TaskSettings, run_tasks_on
 

@@ -20,7 +20,7 @@ from ercsvd_deploy.pipelines.stages.sizes import (
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
-    from ercsvd_deploy.models.architecture import Architecture, LayerLinears
+    from ercsvd_deploy.models.description.architecture import Architecture, LayerLinears
     from ercsvd_deploy.pipelines.stages.contract import Candidate
 
 

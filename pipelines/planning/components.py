@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from ercsvd_deploy.format.described import Count
-from ercsvd_deploy.models.architecture import LANGUAGE_PART, Architecture
+from ercsvd_deploy.models.description.architecture import LANGUAGE_PART, Architecture
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
-    from ercsvd_deploy.models.vocabulary import Vocabulary
+    from ercsvd_deploy.models.description.vocabulary import Vocabulary
 
 LEFT_ALONE = "left alone"
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ercsvd_deploy.models.architecture import LANGUAGE_PART, experts_of
+from ercsvd_deploy.models.description.architecture import LANGUAGE_PART, experts_of
 from ercsvd_deploy.pipelines.planning.components import Component, count_kinds, in_words
 from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank, planned_bytes
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
-    from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.models.description.architecture import Architecture
 
 
 @dataclass(frozen=True)

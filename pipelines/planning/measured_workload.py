@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ercsvd_deploy.models.architecture import LANGUAGE_PART, Architecture
-from ercsvd_deploy.models.ends import max_tokens_per_batch
+from ercsvd_deploy.models.description.architecture import LANGUAGE_PART, Architecture
+from ercsvd_deploy.models.streaming.ends import max_tokens_per_batch
 from ercsvd_deploy.pipelines.stages.workload import Sequences, Tower, Workload
 from ercsvd_deploy.recipe.sections import HeldOutText, Recipe, TextFile
 

@@ -10,10 +10,10 @@ import torch
 
 from ercsvd_deploy.exporters.vllm.cutting import find_uncuttable
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, ask_kernels, plan_matrices
-from ercsvd_deploy.models.architecture import Architecture, ArchitectureError
-from ercsvd_deploy.models.meta import compressed_config, own_dtype, read_architecture
-from ercsvd_deploy.models.tested_families import family_warnings
-from ercsvd_deploy.models.vision import lacks_conversations, reads_images
+from ercsvd_deploy.models.description.architecture import Architecture, ArchitectureError
+from ercsvd_deploy.models.description.meta import compressed_config, own_dtype, read_architecture
+from ercsvd_deploy.models.description.tested_families import family_warnings
+from ercsvd_deploy.models.description.vision import lacks_conversations, reads_images
 from ercsvd_deploy.pipelines.importing.llava.planned import import_note
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidates
@@ -23,9 +23,9 @@ from ercsvd_deploy.pipelines.planning.measured_workload import measure_workload
 from ercsvd_deploy.pipelines.planning.needs import PlannedStage
 from ercsvd_deploy.pipelines.stages import STAGES
 from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.quantize.planning.serving_notes import gpu_warnings, serving_warnings
+from ercsvd_deploy.pipelines.stages.quantize.planning.storage import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
-from ercsvd_deploy.pipelines.stages.quantize.serving_notes import gpu_warnings, serving_warnings
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank
 from ercsvd_deploy.recipe.fields import PlanError
 

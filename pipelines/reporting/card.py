@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ercsvd_deploy.format.sidecars import licences
+from ercsvd_deploy.format.files.sidecars import licences
 from ercsvd_deploy.installation import install_command, where_from
 from ercsvd_deploy.pipelines.reporting.description import (
     describe_treatment,
@@ -28,10 +28,10 @@ from ercsvd_deploy.pipelines.reporting.description import (
     serve_commands,
     tensor_parallel_sizes,
 )
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.reporting.numbers import encodable
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.reporting.rows import Row, gate_rows, quality_rows, size_rows
-from ercsvd_deploy.pipelines.reporting.tables import report_tables
+from ercsvd_deploy.pipelines.reporting.screen.tables import report_tables
 from ercsvd_deploy.pipelines.stages.export import ORIGINAL_CARD_FILE
 
 if TYPE_CHECKING:

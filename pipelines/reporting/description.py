@@ -13,7 +13,7 @@ from ercsvd_deploy.installation import install_command
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.judging.gates import GateResult
-    from ercsvd_deploy.pipelines.reporting.document import Report
+    from ercsvd_deploy.pipelines.reporting.report.document import Report
     from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
     from ercsvd_deploy.pipelines.stages.quantize.results import QuantizeOutcome
     from ercsvd_deploy.pipelines.stages.recover.results import RecoverOutcome

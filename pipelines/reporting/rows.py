@@ -22,7 +22,7 @@ from ercsvd_deploy.pipelines.reporting.numbers import (
 )
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.pipelines.reporting.document import Report
+    from ercsvd_deploy.pipelines.reporting.report.document import Report
 
 _GATES = {
     "perplexity_increase": "Increase of perplexity",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ercsvd_deploy.pipelines.stages.export import ExportStage
 from ercsvd_deploy.pipelines.stages.factorize.damages.stage import DamagesStage
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
-from ercsvd_deploy.pipelines.stages.factorize.vision_stage import VisionStage
+from ercsvd_deploy.pipelines.stages.factorize.vision.stage import VisionStage
 from ercsvd_deploy.pipelines.stages.judge import JudgeOriginalStage, JudgeStage
 from ercsvd_deploy.pipelines.stages.measured_export import MeasuredExportStage
 from ercsvd_deploy.pipelines.stages.quantize.stage import QuantizeStage

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ercsvd_deploy.exporters.vllm.writer import Export, write_export
+from ercsvd_deploy.exporters.vllm.directory.writer import Export, write_export
 from ercsvd_deploy.format.compressed_tensors import find_unreadable
-from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE
+from ercsvd_deploy.format.files.manifest import REPORT_SUMS_FILE
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.models.experts import EXPERTS
+from ercsvd_deploy.models.experts.routed import EXPERTS
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
+from ercsvd_deploy.pipelines.stages.quantize.planning.storage import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import expert_bytes, planned_bytes
 from ercsvd_deploy.recipe.fields import PlanError
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.data.samples import Batch, Sample
-from ercsvd_deploy.models.statistics import InputStatistics, TokenWeights
+from ercsvd_deploy.models.streaming.statistics import InputStatistics, TokenWeights
 from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.architecture import LayerLinears
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.description.architecture import LayerLinears
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 
 _HELD_OUT_EVERY = 4  # one of so many sequences is held out
 
@@ -62,9 +62,9 @@ class ObservedInputs:
         if len(statistics) == 1:
             return cls(statistics[0])
         fitting, held_out = statistics
-        whole = fitting + held_out
+        total = fitting + held_out
         # At one scale, so that both parts add up to the whole.
-        return cls(whole, (fitting.products * whole.energy_scale, held_out.products * whole.energy_scale))
+        return cls(total, (fitting.products * total.energy_scale, held_out.products * total.energy_scale))
 
 
 def num_not_held_out(num_samples: int) -> int:

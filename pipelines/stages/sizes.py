@@ -17,7 +17,7 @@ from ercsvd_deploy.format.schema import (
     WEIGHT_ZERO_POINT,
     Storage,
 )
-from ercsvd_deploy.models.architecture import (
+from ercsvd_deploy.models.description.architecture import (
     LANGUAGE_PART,
     PROJECTOR_PART,
     TOWER_PART,
@@ -27,7 +27,7 @@ from ercsvd_deploy.models.architecture import (
 )
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.format.tensor_store import TensorStore
+    from ercsvd_deploy.format.files.tensor_store import TensorStore
 
 _INTEGER_BYTES = {WEIGHT_PACKED: 4, WEIGHT_ZERO_POINT: 4, WEIGHT_SHAPE: 8, ROW_ORDER: 4}
 _SCALE_LEAVES = (WEIGHT_SCALE, WEIGHT_ZERO_POINT, WEIGHT_SHAPE)

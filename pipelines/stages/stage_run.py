@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ercsvd_deploy.format.files.store_views import OverlayStore
+from ercsvd_deploy.format.files.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.format.schema import CheckpointConfig, Storage
-from ercsvd_deploy.format.store_views import OverlayStore
-from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, stream
 from ercsvd_deploy.pipelines.inputs.run_data import RunData
 from ercsvd_deploy.pipelines.state.cache import CacheFolder

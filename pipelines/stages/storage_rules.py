@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP
 from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization, values_in_whole_words
-from ercsvd_deploy.models.architecture import Architecture
+from ercsvd_deploy.models.description.architecture import Architecture
 
 if TYPE_CHECKING:
     from ercsvd_deploy.recipe.quantize import Correction

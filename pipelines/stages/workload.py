@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ercsvd_deploy.models.architecture import Architecture, LayerLinears
-from ercsvd_deploy.models.ends import MAX_LOGITS_AT_ONCE, MAX_TOKENS_PER_BATCH
-from ercsvd_deploy.models.tensor_parallel import cuts_inputs
+from ercsvd_deploy.models.description.architecture import Architecture, LayerLinears
+from ercsvd_deploy.models.description.tensor_parallel import cuts_inputs
+from ercsvd_deploy.models.streaming.ends import MAX_LOGITS_AT_ONCE, MAX_TOKENS_PER_BATCH
 from ercsvd_deploy.recipe.sections import Recipe
 
 FLOAT32, FLOAT64 = 4, 8  # bytes of a value

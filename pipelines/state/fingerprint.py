@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 import ercsvd_deploy
-from ercsvd_deploy.format.atomic_files import read_json, write_json_atomically
-from ercsvd_deploy.format.sidecars import sidecars
-from ercsvd_deploy.format.tensor_store import INDEX_FILE
+from ercsvd_deploy.format.files.atomic_files import read_json, write_json_atomically
+from ercsvd_deploy.format.files.sidecars import sidecars
+from ercsvd_deploy.format.files.tensor_store import INDEX_FILE
 from ercsvd_deploy.pipelines.state.cache import file_digest
 from ercsvd_deploy.pipelines.state.code_version import code_version
 from ercsvd_deploy.pipelines.state.device_identity import device_identity
@@ -30,7 +30,7 @@ from ercsvd_deploy.recipe.load import canonical
 
 if TYPE_CHECKING:
     from ercsvd_deploy.data.samples import Sample
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
     from ercsvd_deploy.pipelines.inputs.model import OpenedModel
     from ercsvd_deploy.pipelines.inputs.run_data import RunData
     from ercsvd_deploy.recipe.sections import Recipe

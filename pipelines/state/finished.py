@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ercsvd_deploy.exporters.vllm.target import is_export
-from ercsvd_deploy.format.atomic_files import read_json
-from ercsvd_deploy.format.manifest import ManifestError, is_as_recorded, verify_export
+from ercsvd_deploy.exporters.vllm.directory.target import is_export
+from ercsvd_deploy.format.files.atomic_files import read_json
+from ercsvd_deploy.format.files.manifest import ManifestError, is_as_recorded, verify_export
 
 _SURPLUS = "was not part of the export"
 

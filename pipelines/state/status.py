@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ercsvd_deploy.exporters.vllm.target import is_export
+from ercsvd_deploy.exporters.vllm.directory.target import is_export
 from ercsvd_deploy.pipelines.state.lock import is_in_use, work_path
 from ercsvd_deploy.pipelines.state.shared import shared_stages
 

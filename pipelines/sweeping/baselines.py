@@ -50,7 +50,7 @@ def plain_gptq(base: Recipe) -> list[Point]:
 
 def _group_size(recipe: Recipe) -> int:
     """Return the largest group size that divides the inputs of every Linear; -1 if none does."""
-    from ercsvd_deploy.models.meta import read_architecture
+    from ercsvd_deploy.models.description.meta import read_architecture
     from ercsvd_deploy.pipelines.inputs.model import open_config
 
     config = open_config(recipe.model)

@@ -77,7 +77,7 @@ def check_needs(needs: SweepNeeds, output: Path, jobs: int, reusable_bytes: int 
     """Return a warning for each resource that this machine seems to lack for a sweep.
 
     Args:
-        needs: From `sweep_needs`.
+        needs: The needs of the sweep, see `sweep_needs`.
         output: The sweep's output.
         jobs: Points at a time.
         reusable_bytes: Bytes on disk from an earlier sweep, which this one reuses.

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from ercsvd_deploy.format.atomic_files import write_json_atomically
+from ercsvd_deploy.format.files.atomic_files import write_json_atomically
 from ercsvd_deploy.pipelines.inputs.model import find_device
 from ercsvd_deploy.pipelines.judging.gates import GateResult, judge_gates
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, ReportError, load_report
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, Report, ReportError, load_report
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.pipelines.state.progress import log_lines
 from ercsvd_deploy.pipelines.sweeping.results import DENSE, PointResult

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from ercsvd_deploy.format.atomic_files import write_json_atomically
+from ercsvd_deploy.format.files.atomic_files import write_json_atomically
 from ercsvd_deploy.pipelines.flow import RunOptions, run_unless_finished
 from ercsvd_deploy.pipelines.inputs.model import default_device, find_device, open_model
-from ercsvd_deploy.pipelines.reporting.json_values import finite
+from ercsvd_deploy.pipelines.reporting.report.json_values import finite
 from ercsvd_deploy.pipelines.state.fingerprint import HASHES_FILE, model_files
 from ercsvd_deploy.pipelines.state.lock import clear, resumable_directory
 from ercsvd_deploy.pipelines.state.progress import ProgressReporter, silent
@@ -39,7 +39,7 @@ from ercsvd_deploy.recipe.load import canonical
 from ercsvd_deploy.recipe.sections import Recipe
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.pipelines.reporting.document import Report
+    from ercsvd_deploy.pipelines.reporting.report.document import Report
 
 _RECIPE = TypeAdapter(Recipe)
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def run_sweep(
     """Run all points, plain GPTQ among them, pick the best, and export it if wanted.
 
     Args:
-        sweep: From `load_sweep`.
+        sweep: The sweep, see `load_sweep`.
         output: Receives `sweep.json` and the points' reports.
         options: Options beside the file.
         progress: Receives the steps of long work.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ercsvd_deploy.models.stacked_experts import stack_experts
+from ercsvd_deploy.models.experts.stacked import stack_experts
 from tests.models.streamed import streamed
 from tests.tiny_models import WEIGHTS_FILE
 from tests.tiny_models import materialise as write_dense

@@ -14,10 +14,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from ercsvd_deploy.data.samples import Sample
-from ercsvd_deploy.models.families import attention_implementation
-from ercsvd_deploy.models.meta import load_config
-from ercsvd_deploy.models.tested_families import NOT_RUN
-from ercsvd_deploy.models.vision import reads_images
+from ercsvd_deploy.models.description.families import attention_implementation
+from ercsvd_deploy.models.description.meta import load_config
+from ercsvd_deploy.models.description.tested_families import NOT_RUN
+from ercsvd_deploy.models.description.vision import reads_images
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.families.dense import materialise

@@ -23,7 +23,7 @@ from ercsvd_deploy.data.chat import (
 )
 from ercsvd_deploy.data.records import Turn
 from ercsvd_deploy.data.samples import Sample
-from ercsvd_deploy.models.meta import load_config
+from ercsvd_deploy.models.description.meta import load_config
 from tests.families.vision_processors import IMAGE_SIZE, PATCH_SIZE, make_processor
 
 # Of the pictures that each conversation shows: the same twice, other shapes, two at once, none.

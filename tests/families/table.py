@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ercsvd_deploy.models import tested_families
+from ercsvd_deploy.models.description import tested_families
 from tests.families import tiny_families, tiny_vision_families
 
 README = Path(__file__).parents[2] / "README.md"
-RESULTS = README.with_name("ercsvd_deploy") / "models" / tested_families.FILE
+RESULTS = README.with_name("ercsvd_deploy") / "models" / "description" / tested_families.FILE
 # What a verdict is about -> the heading of its column.
 _ON_TEXTS = {"float32": "low rank in float32", "float16": "int4 in float16"}
 _WITH_PICTURES = {f"{dtype} with pictures": f"{title}, pictures" for dtype, title in _ON_TEXTS.items()}

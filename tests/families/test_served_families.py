@@ -1,8 +1,9 @@
 """Every family: a recipe runs, transformers loads what it wrote, and vLLM serves it with the same numbers.
 
 Engines take many seconds to start, so these tests are run by `make test-families` alone, and those of all
-families that are asked for share a process. What they find is in `models/tested_families.json`, from which
-`python -m tests.families.table` makes the README's table; with ERCSVD_UPDATE_FAMILIES=1 they write it.
+families that are asked for share a process. What they find is in
+`models/description/tested_families.json`; `python -m tests.families.table` makes the README's table of it,
+and with ERCSVD_UPDATE_FAMILIES=1 they write it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.models.families import attention_implementation
-from ercsvd_deploy.models.meta import load_config
-from ercsvd_deploy.models.tensor_parallel import cuts_inputs
+from ercsvd_deploy.models.description.families import attention_implementation
+from ercsvd_deploy.models.description.meta import load_config
+from ercsvd_deploy.models.description.tensor_parallel import cuts_inputs
 from tests.families.dense import materialise
 from tests.families.served import (
     STAGES,

@@ -19,9 +19,9 @@ from transformers import AutoModelForImageTextToText
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.models.families import attention_implementation
-from ercsvd_deploy.models.meta import load_config
-from ercsvd_deploy.models.tensor_parallel import cuts_inputs
+from ercsvd_deploy.models.description.families import attention_implementation
+from ercsvd_deploy.models.description.meta import load_config
+from ercsvd_deploy.models.description.tensor_parallel import cuts_inputs
 from tests.families.dense import materialise
 from tests.families.served import STAGES, compress, judge, reference, run_in_their_dtypes
 from tests.families.shown import Questions, conversation_file, samples

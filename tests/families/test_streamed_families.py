@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ercsvd_deploy.models.families import attention_implementation
-from ercsvd_deploy.models.meta import load_config, read_architecture
+from ercsvd_deploy.models.description.families import attention_implementation
+from ercsvd_deploy.models.description.meta import load_config, read_architecture
 from ercsvd_deploy.pipelines import plan
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
 from ercsvd_deploy.recipe.sections import ModelSource

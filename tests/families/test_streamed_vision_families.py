@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from ercsvd_deploy.data.samples import Sample
-from ercsvd_deploy.models.architecture import LANGUAGE_PART
-from ercsvd_deploy.models.families import attention_implementation
-from ercsvd_deploy.models.meta import load_config, read_architecture
-from ercsvd_deploy.models.stacked_experts import stack_experts
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.models.description.architecture import LANGUAGE_PART
+from ercsvd_deploy.models.description.families import attention_implementation
+from ercsvd_deploy.models.description.meta import load_config, read_architecture
+from ercsvd_deploy.models.experts.stacked import stack_experts
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
 from ercsvd_deploy.recipe.sections import ModelSource
 from tests.families.shown import samples

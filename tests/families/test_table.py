@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ercsvd_deploy.models.tested_families import family_warnings, read_results
+from ercsvd_deploy.models.description.tested_families import family_warnings, read_results
 from tests.families import tiny_families, tiny_vision_families
 from tests.families.table import README, with_tables
 

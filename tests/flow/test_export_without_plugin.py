@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of our own format, for comparison
-from ercsvd_deploy.exporters.vllm.target import is_export
-from ercsvd_deploy.format.manifest import verify_export
+from ercsvd_deploy.exporters.vllm.directory.target import is_export
+from ercsvd_deploy.format.files.manifest import verify_export
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.stages.export import REPORT_FILE, REPORT_FILES

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
-from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.report.files import REPORT_FILES
 from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import hashes

@@ -31,7 +31,7 @@ class Disk:
         self.free = 0
         self.writes = 0
         self._write_text = Path.write_text
-        monkeypatch.setattr("ercsvd_deploy.format.atomic_files.save_file", self._save_file)
+        monkeypatch.setattr("ercsvd_deploy.format.files.atomic_files.save_file", self._save_file)
 
         def write_text(path: Path, text: str, **options: Any) -> int:
             return self._write(path, text, **options)
@@ -145,7 +145,7 @@ def test_a_full_disk_and_a_full_quota_have_a_remedy(
 
     recipe = write_recipe(*STAGES)
     if kind == "tensors":
-        monkeypatch.setattr("ercsvd_deploy.format.atomic_files.save_file", full)
+        monkeypatch.setattr("ercsvd_deploy.format.files.atomic_files.save_file", full)
     else:
         monkeypatch.setattr(Path, "write_text", full)
     code, _, error = invoke("run", recipe)

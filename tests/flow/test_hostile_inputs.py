@@ -21,8 +21,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ercsvd_deploy.exporters.vllm.target import ExportError, check_target
-from ercsvd_deploy.models.config_sizes import impossible_sizes
+from ercsvd_deploy.exporters.vllm.directory.target import ExportError, check_target
+from ercsvd_deploy.models.description.config_sizes import impossible_sizes
 from tests.conftest import ModelDirectory
 from tests.fuzz.strategies import listing
 from tests.importing.original_llava import convert, original_writer

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
-from ercsvd_deploy.pipelines.reporting.json_values import finite
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.report.json_values import finite
 from ercsvd_deploy.pipelines.stages.factorize.outcome import FactorizeOutcome
 from ercsvd_deploy.pipelines.state.lock import resumable_directory
 from ercsvd_deploy.recipe.load import load_recipe
@@ -129,8 +129,8 @@ def test_shards_hold_whole_layers(write_recipe: RecipeWriter) -> None:
     ("moment", "target"),
     [
         ("while factorizing", "ercsvd_deploy.pipelines.state.cache.write_atomically"),
-        ("while writing shards", "ercsvd_deploy.format.atomic_files.save_file"),
-        ("at the very end", "ercsvd_deploy.exporters.vllm.writer.write_json_atomically"),
+        ("while writing shards", "ercsvd_deploy.format.files.atomic_files.save_file"),
+        ("at the very end", "ercsvd_deploy.exporters.vllm.directory.writer.write_json_atomically"),
     ],
 )
 def test_failure_leaves_nothing_under_the_outputs_name(
@@ -155,7 +155,7 @@ def test_failure_keeps_the_earlier_export(
     run_recipe(load_recipe(recipe))
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     monkeypatch.setattr(
-        "ercsvd_deploy.format.atomic_files.save_file",
+        "ercsvd_deploy.format.files.atomic_files.save_file",
         lambda *_a, **_k: (_ for _ in ()).throw(OSError(28, "full")),
     )
     code, _, _ = invoke("run", recipe, "--force")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE
 from tests.recipe_runs import RecipeWriter, factorize, invoke, modules_of
 from tests.tiny_models import WEIGHTS_FILE, materialise
 from tests.tiny_pooling import KINDS, POOLING_FILES, last_hidden_states, save_tiny_pooling_model

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ercsvd_deploy.format.tensor_store import INDEX_FILE
+from ercsvd_deploy.format.files.tensor_store import INDEX_FILE
 
 
 def tensors_for(*names: str, rows: int = 4) -> dict[str, torch.Tensor]:

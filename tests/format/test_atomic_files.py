@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ercsvd_deploy.format.atomic_files import write_atomically
+from ercsvd_deploy.format.files.atomic_files import write_atomically
 from tests.format.tensor_files import tensors_for
 
 
@@ -21,7 +21,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(
         partial.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ercsvd_deploy.format.atomic_files.save_file", full_disk)
+    monkeypatch.setattr("ercsvd_deploy.format.files.atomic_files.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(target, tensors_for("a", "b"))
     assert target.read_bytes() == before

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ercsvd_deploy.format.manifest import MANIFEST_FILE, ManifestError, verify_export, write_manifest
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
-from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
+from ercsvd_deploy.format.files.manifest import MANIFEST_FILE, ManifestError, verify_export, write_manifest
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.report.files import REPORT_FILES
 from ercsvd_deploy.pipelines.stages.export import CARD_FILE, PAGE_FILE
 from tests.recipe_runs import invoke
 

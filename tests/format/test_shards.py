@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ercsvd_deploy.format.shards import write_sharded
-from ercsvd_deploy.format.weight_files import open_directory
+from ercsvd_deploy.format.files.shards import write_sharded
+from ercsvd_deploy.format.files.weight_files import open_directory
 from tests.format.tensor_files import write_two_shards
 
 

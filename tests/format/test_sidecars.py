@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ercsvd_deploy.format.sidecars import licences, sidecars
+from ercsvd_deploy.format.files.sidecars import licences, sidecars
 from ercsvd_deploy.pipelines.inputs.model import MODEL_FILES, NOT_FETCHED
 
 SERVED = (

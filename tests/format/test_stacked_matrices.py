@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ercsvd_deploy.format.stacked_matrices import Place, StackedStore, UnstackedStore
-from ercsvd_deploy.format.tensor_store import CheckpointError, FileStore
+from ercsvd_deploy.format.files.stacked_matrices import Place, StackedStore, UnstackedStore
+from ercsvd_deploy.format.files.tensor_store import CheckpointError, FileStore
 
 NUM_MATRICES, UPPER, LOWER, COLUMNS = 3, 2, 4, 5
 WHOLE = torch.randn(NUM_MATRICES, UPPER + LOWER, COLUMNS, generator=torch.Generator().manual_seed(0))

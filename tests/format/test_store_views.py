@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ercsvd_deploy.format.files.store_views import CastingStore, OverlayStore
+from ercsvd_deploy.format.files.tensor_store import SINGLE_FILE, CheckpointError, FileStore
+from ercsvd_deploy.format.files.weight_files import open_directory
 from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.format.store_views import CastingStore, OverlayStore
-from ercsvd_deploy.format.tensor_store import SINGLE_FILE, CheckpointError, FileStore
-from ercsvd_deploy.format.weight_files import open_directory
 
 
 def test_overlay_replaces_weight_and_keeps_bias(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from ercsvd_deploy.format.files.tensor_store import CheckpointError
 from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.stored_names import match_names
-from ercsvd_deploy.format.tensor_store import CheckpointError
 
 MODEL = frozenset(
     {

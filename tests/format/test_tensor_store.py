@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ercsvd_deploy.format.tensor_store import SINGLE_FILE, CheckpointError, FileStore
-from ercsvd_deploy.format.weight_files import open_directory
+from ercsvd_deploy.format.files.tensor_store import SINGLE_FILE, CheckpointError, FileStore
+from ercsvd_deploy.format.files.weight_files import open_directory
 from tests.format.tensor_files import tensors_for, write_two_shards
 
 

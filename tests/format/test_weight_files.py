@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ercsvd_deploy.format.tensor_store import INDEX_FILE, SINGLE_FILE, CheckpointError
-from ercsvd_deploy.format.weight_files import explain_no_weights, open_directory, outside_links
+from ercsvd_deploy.format.files.tensor_store import INDEX_FILE, SINGLE_FILE, CheckpointError
+from ercsvd_deploy.format.files.weight_files import explain_no_weights, open_directory, outside_links
 from tests.format.tensor_files import tensors_for, write_two_shards
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ercsvd_deploy.pipelines.reporting.document import REPORT_VERSION
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_VERSION
 
 FIGURES = {
     "num_bytes": 1000,

@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from ercsvd_deploy.data.texts import CalibrationError
-from ercsvd_deploy.format.manifest import ManifestError
+from ercsvd_deploy.format.files.manifest import ManifestError
+from ercsvd_deploy.format.files.tensor_store import CheckpointError
 from ercsvd_deploy.format.schema import CheckpointFormatError
-from ercsvd_deploy.format.tensor_store import CheckpointError
-from ercsvd_deploy.models.architecture import ArchitectureError
-from ercsvd_deploy.pipelines.reporting.check import CheckError
-from ercsvd_deploy.pipelines.reporting.document import ReportError
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlanError
+from ercsvd_deploy.models.description.architecture import ArchitectureError
+from ercsvd_deploy.pipelines.reporting.report.check import CheckError
+from ercsvd_deploy.pipelines.reporting.report.document import ReportError
+from ercsvd_deploy.pipelines.stages.quantize.planning.storage import QuantizePlanError
 from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.load import RecipeError
 

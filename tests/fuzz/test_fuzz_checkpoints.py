@@ -14,13 +14,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from ercsvd_deploy.format.manifest import MANIFEST_FILE, verify_export, write_manifest
+from ercsvd_deploy.format.files.manifest import MANIFEST_FILE, verify_export, write_manifest
+from ercsvd_deploy.format.files.tensor_store import INDEX_FILE, SINGLE_FILE, FileStore
+from ercsvd_deploy.format.files.weight_files import open_directory
 from ercsvd_deploy.format.schema import CheckpointConfig
-from ercsvd_deploy.format.tensor_store import INDEX_FILE, SINGLE_FILE, FileStore
-from ercsvd_deploy.format.weight_files import open_directory
 from ercsvd_deploy.pipelines.judging.junit import junit_xml
-from ercsvd_deploy.pipelines.reporting.check import check_export
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.report.check import check_export
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE
 from tests.conftest import ModelDirectory
 from tests.fuzz.smallest_report import REPORT
 from tests.fuzz.strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing

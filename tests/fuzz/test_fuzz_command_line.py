@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from ercsvd_deploy.format.manifest import MANIFEST_FILE, write_manifest
-from ercsvd_deploy.format.tensor_store import SINGLE_FILE
+from ercsvd_deploy.format.files.manifest import MANIFEST_FILE, write_manifest
+from ercsvd_deploy.format.files.tensor_store import SINGLE_FILE
 from ercsvd_deploy.pipelines.cli.app import app
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE
 from tests.conftest import ModelDirectory
 from tests.fuzz.smallest_report import REPORT
 from tests.fuzz.strategies import FuzzLog, as_json, cases, damaged_bytes, damaged_values, listing

@@ -21,8 +21,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
-from ercsvd_deploy.models.architecture import LANGUAGE_PART, ArchitectureError
-from ercsvd_deploy.models.meta import read_architecture
+from ercsvd_deploy.models.description.architecture import LANGUAGE_PART, ArchitectureError
+from ercsvd_deploy.models.description.meta import read_architecture
 from ercsvd_deploy.pipelines.cli.app import app
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.importing.llava import processor as llava_processor

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ercsvd_deploy.models.architecture import ArchitectureError
+from ercsvd_deploy.models.description.architecture import ArchitectureError
 from ercsvd_deploy.pipelines.inputs.model import open_config, open_model
 from ercsvd_deploy.pipelines.inputs.refusals import list_hub_files
 from ercsvd_deploy.recipe.load import load_recipe

@@ -18,7 +18,7 @@ from ercsvd_deploy.pipelines.judging.junit import junit_xml
 from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
 from ercsvd_deploy.pipelines.judging.parity import measure as serving_parity
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingError, ServingParity
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, parse_report
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, Report, parse_report
 from ercsvd_deploy.pipelines.stages import measured_export as after_export
 from ercsvd_deploy.recipe.fields import parse_size
 from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT, Gates

@@ -18,7 +18,7 @@ from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.exporters.vllm.engines import machine as serving_machine
 from ercsvd_deploy.exporters.vllm.engines.machine import GIB, ServingMachine
 from ercsvd_deploy.exporters.vllm.engines.process import ServedPrompt
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines import flow as run
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
@@ -39,9 +39,9 @@ from ercsvd_deploy.pipelines.judging.parity.comparison import (
     misread_prompt,
 )
 from ercsvd_deploy.pipelines.judging.parity.measure import ServingFailure, SizeParity, log_path, summarise
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, load_report
 from ercsvd_deploy.pipelines.reporting.html.page import make_page
-from ercsvd_deploy.pipelines.reporting.json_values import finite
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, load_report
+from ercsvd_deploy.pipelines.reporting.report.json_values import finite
 from ercsvd_deploy.recipe.gates import Gates
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.sections import ModelSource

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.exporters.vllm.engines.process import ServedPrompt
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE
 from tests.judging.vllm_stand_in import StandIn
 from tests.recipe_runs import TEXT, RecipeWriter, invoke
 from tests.tiny_vision import NUM_PATCHES

@@ -24,7 +24,7 @@ from ercsvd_deploy.pipelines.judging.tasks import (
     run_tasks,
 )
 from ercsvd_deploy.pipelines.judging.uncertainty import share_drop
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, load_report
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, load_report
 from ercsvd_deploy.recipe.gates import Gates
 from tests.judging.local_tasks import NUM_DOCUMENTS, write_tasks
 from tests.recipe_runs import RecipeWriter, factorize, invoke

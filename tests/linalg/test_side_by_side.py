@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from ercsvd_deploy.data.samples import Sample, text_samples
-from ercsvd_deploy.format.weight_files import open_directory
+from ercsvd_deploy.format.files.weight_files import open_directory
 from ercsvd_deploy.linalg.side_by_side import is_small, map_side_by_side, num_at_once
-from ercsvd_deploy.models.ends import MAX_TOKENS_PER_BATCH, passes_side_by_side
-from ercsvd_deploy.models.meta import load_config
-from ercsvd_deploy.models.statistics import InputStatistics
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.models.description.meta import load_config
+from ercsvd_deploy.models.streaming.ends import MAX_TOKENS_PER_BATCH, passes_side_by_side
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
+from ercsvd_deploy.models.streaming.statistics import InputStatistics
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import ModelDirectory
@@ -193,7 +193,9 @@ def test_batches_side_by_side_give_what_one_after_the_other_gives(
         assert seen.num_tokens == together_seen[name].num_tokens
     # As a large model is passed through: larger batches, one after the other, observed as they come.
     monkeypatch.setattr("ercsvd_deploy.linalg.side_by_side._LONGEST_SIDE", 0)
-    monkeypatch.setattr("ercsvd_deploy.models.ends.MAX_TOKENS_PER_BATCH", MAX_TOKENS_PER_BATCH // 4 + 1)
+    monkeypatch.setattr(
+        "ercsvd_deploy.models.streaming.ends.MAX_TOKENS_PER_BATCH", MAX_TOKENS_PER_BATCH // 4 + 1
+    )
     assert not passes_side_by_side(model.architecture, CPU)
     large, large_seen = observed(model, samples)
     torch.testing.assert_close(torch.cat(large), torch.cat(together), rtol=1e-4, atol=1e-5)

@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from ercsvd_deploy.data.samples import Sample, text_samples
-from ercsvd_deploy.format.weight_files import open_directory
-from ercsvd_deploy.models.meta import load_config
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.format.files.weight_files import open_directory
+from ercsvd_deploy.models.description.meta import load_config
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from tests.tiny_vision import IMAGE_SIZE
 
 CPU = torch.device("cpu")

@@ -12,16 +12,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from ercsvd_deploy.models.architecture import (
+from ercsvd_deploy.models.description.architecture import (
     PROJECTOR_PART,
     TOWER_PART,
     Architecture,
     ArchitectureError,
     LayerLinears,
 )
-from ercsvd_deploy.models.discovery import find_decoder, on_meta
-from ercsvd_deploy.models.families import describe
-from ercsvd_deploy.models.meta import build_meta_model, load_config, read_architecture
+from ercsvd_deploy.models.description.discovery import find_decoder, on_meta
+from ercsvd_deploy.models.description.families import describe
+from ercsvd_deploy.models.description.meta import build_meta_model, load_config, read_architecture
 from tests.conftest import ModelDirectory
 from tests.families.tiny_families import FAMILIES, tiny_config
 from tests.tiny_models import VISION_FAMILIES, randomise

@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ercsvd_deploy.format.weight_files import open_directory
-from ercsvd_deploy.models.architecture import ArchitectureError
-from ercsvd_deploy.models.expert_modules import ExpertsOfScaledTokens, SeparateExperts
-from ercsvd_deploy.models.experts import separate_experts
-from ercsvd_deploy.models.families import describe
-from ercsvd_deploy.models.meta import build_meta_model, load_config
-from ercsvd_deploy.models.recording import capture_arguments
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.format.files.weight_files import open_directory
+from ercsvd_deploy.models.description.architecture import ArchitectureError
+from ercsvd_deploy.models.description.families import describe
+from ercsvd_deploy.models.description.meta import build_meta_model, load_config
+from ercsvd_deploy.models.experts.modules import ExpertsOfScaledTokens, SeparateExperts
+from ercsvd_deploy.models.experts.routed import separate_experts
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
+from ercsvd_deploy.models.streaming.recording import capture_arguments
 from tests.families.tiny_families import save_tiny_family, tiny_config
 from tests.models.streamed import CPU
 

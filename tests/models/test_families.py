@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ercsvd_deploy.format.tensor_store import SINGLE_FILE
-from ercsvd_deploy.format.weight_files import open_directory
-from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, ArchitectureError
-from ercsvd_deploy.models.meta import load_config
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.format.files.tensor_store import SINGLE_FILE
+from ercsvd_deploy.format.files.weight_files import open_directory
+from ercsvd_deploy.models.description.architecture import PROJECTOR_PART, TOWER_PART, ArchitectureError
+from ercsvd_deploy.models.description.meta import load_config
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
 from ercsvd_deploy.recipe.sections import ModelSource
 from tests.conftest import ModelDirectory

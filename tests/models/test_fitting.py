@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ercsvd_deploy.format.tensor_store import CheckpointError
-from ercsvd_deploy.format.weight_files import open_directory
-from ercsvd_deploy.models.experts import separate_experts
-from ercsvd_deploy.models.families import module_tensors
-from ercsvd_deploy.models.fitting import fit_store
-from ercsvd_deploy.models.meta import build_meta_model
+from ercsvd_deploy.format.files.tensor_store import CheckpointError
+from ercsvd_deploy.format.files.weight_files import open_directory
+from ercsvd_deploy.models.checkpoints.fitting import fit_store
+from ercsvd_deploy.models.description.families import module_tensors
+from ercsvd_deploy.models.description.meta import build_meta_model
+from ercsvd_deploy.models.experts.routed import separate_experts
 from tests.families.tiny_families import FAMILIES as ALL_FAMILIES
 from tests.families.tiny_families import tiny_config
 from tests.models.streamed import streamed, streamed_logits

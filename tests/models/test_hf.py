@@ -33,7 +33,12 @@ from transformers import (
 import ercsvd_deploy.hf
 from ercsvd_deploy.format.llava_names import to_module
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
-from ercsvd_deploy.models.modules import CorrectedLinear, LowRankLinear, PackedLinear, PivotedLinear
+from ercsvd_deploy.models.compressed.modules import (
+    CorrectedLinear,
+    LowRankLinear,
+    PackedLinear,
+    PivotedLinear,
+)
 from tests.tiny_models import (
     FAMILIES,
     HIDDEN_SIZE,

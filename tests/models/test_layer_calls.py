@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ercsvd_deploy.data.samples import Batch
-from ercsvd_deploy.models.layer_calls import Addition, CallRecorder, LayerCall, LayerCalls
-from ercsvd_deploy.models.recording import EmbeddingDone
+from ercsvd_deploy.models.streaming.layer_calls import Addition, CallRecorder, LayerCall, LayerCalls
+from ercsvd_deploy.models.streaming.recording import EmbeddingDone
 
 
 def batch(rows: int, tokens: int) -> Batch:

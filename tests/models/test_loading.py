@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ercsvd_deploy.format.tensor_store import SINGLE_FILE, CheckpointError
+from ercsvd_deploy.format.files.tensor_store import SINGLE_FILE, CheckpointError
 from tests.models.streamed import streamed
 from tests.tiny_models import save_tiny_model
 

@@ -14,13 +14,13 @@ from ercsvd_deploy.format.schema import (
     Storage,
     WeightQuantization,
 )
-from ercsvd_deploy.models.modules import (
+from ercsvd_deploy.models.compressed.modules import (
     CorrectedLinear,
     LowRankLinear,
     PackedLinear,
     PivotedLinear,
 )
-from ercsvd_deploy.models.replacement import build_linear, canonical_name, replace_linears
+from ercsvd_deploy.models.compressed.replacement import build_linear, canonical_name, replace_linears
 
 OUT, IN, RANK = 24, 64, 8
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.format.schema import CheckpointFormatError, Storage, WeightQuantization
-from ercsvd_deploy.models.packed_embedding import PackedEmbedding, TiedOutputLayer, pack_embedding
+from ercsvd_deploy.models.compressed.packed_embedding import PackedEmbedding, TiedOutputLayer, pack_embedding
 from tests.families import tiny_vision_families
 from tests.families.tiny_families import save_tiny_family
 from tests.models.streamed import streamed, streamed_logits

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ercsvd_deploy.format.tensor_store import CheckpointError
-from ercsvd_deploy.models.stacked_experts import stack_experts
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.format.files.tensor_store import CheckpointError
+from ercsvd_deploy.models.experts.stacked import stack_experts
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from tests.families import tiny_families, tiny_vision_families
 from tests.families.without_videos import leave_out_videos
 from tests.models.streamed import streamed

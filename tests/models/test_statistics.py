@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ercsvd_deploy.data.samples import text_samples
-from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.streaming.statistics import InputStatistics
 from tests.models.streamed import CPU, streamed
 from tests.tiny_models import save_tiny_model
 

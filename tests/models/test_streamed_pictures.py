@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from ercsvd_deploy.data.samples import Sample
-from ercsvd_deploy.models.statistics import InputStatistics
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
+from ercsvd_deploy.models.streaming.statistics import InputStatistics
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
 from ercsvd_deploy.recipe.sections import ModelSource
 from tests.conftest import ModelDirectory

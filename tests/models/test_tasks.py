@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ercsvd_deploy.data.samples import text_samples
-from ercsvd_deploy.format.weight_files import open_directory
-from ercsvd_deploy.models.architecture import ArchitectureError
-from ercsvd_deploy.models.meta import load_config, read_architecture
-from ercsvd_deploy.models.streaming import LayerwiseModel
-from ercsvd_deploy.models.tasks import find_task, task_of
+from ercsvd_deploy.format.files.weight_files import open_directory
+from ercsvd_deploy.models.description.architecture import ArchitectureError
+from ercsvd_deploy.models.description.meta import load_config, read_architecture
+from ercsvd_deploy.models.description.tasks import find_task, task_of
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from tests.models.streamed import CPU
 from tests.tiny_models import WEIGHTS_FILE
 from tests.tiny_pooling import KINDS, last_hidden_states, save_tiny_pooling_model

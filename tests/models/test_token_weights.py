@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from ercsvd_deploy.models.statistics import InputStatistics, PairedStatistics, TokenWeight
+from ercsvd_deploy.models.streaming.statistics import InputStatistics, PairedStatistics, TokenWeight
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ercsvd_deploy.models.families import describe
-from ercsvd_deploy.models.meta import build_meta_model, load_config
+from ercsvd_deploy.models.description.families import describe
+from ercsvd_deploy.models.description.meta import build_meta_model, load_config
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.measured_workload import measure_workload
 from ercsvd_deploy.pipelines.planning.plan import make_plan, plan_stages

@@ -13,7 +13,7 @@ from pathlib import Path
 
 def main() -> None:
     """Serve until stdin ends."""
-    from ercsvd_deploy.models.architecture import ArchitectureError
+    from ercsvd_deploy.models.description.architecture import ArchitectureError
     from ercsvd_deploy.pipelines.planning.plan import make_plan
     from ercsvd_deploy.recipe.load import load_recipe
     from tests.peak_memory import peak_bytes

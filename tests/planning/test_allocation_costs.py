@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.models.meta import load_config, read_architecture
+from ercsvd_deploy.models.description.meta import load_config, read_architecture
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_allocation
 from ercsvd_deploy.recipe.load import load_recipe

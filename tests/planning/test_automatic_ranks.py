@@ -22,17 +22,17 @@ from ercsvd_deploy.budget.rank_steps import RankSteps, automatic_step, fixed_ste
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.exporters.vllm.kernels.choice import ACCELERATORS
 from ercsvd_deploy.format.schema import LowRankLayout, Storage
-from ercsvd_deploy.models.architecture import Architecture
-from ercsvd_deploy.models.families import describe
-from ercsvd_deploy.models.meta import build_meta_model, load_config
+from ercsvd_deploy.models.description.architecture import Architecture
+from ercsvd_deploy.models.description.families import describe
+from ercsvd_deploy.models.description.meta import build_meta_model, load_config
 from ercsvd_deploy.pipelines.cli.app import app
 from ercsvd_deploy.pipelines.planning import feasibility
 from ercsvd_deploy.pipelines.planning.machine import Machine
 from ercsvd_deploy.pipelines.planning.plan import make_plan, plan_stages
-from ercsvd_deploy.pipelines.reporting.plan_tables import render
+from ercsvd_deploy.pipelines.reporting.screen.plan_tables import render
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
-from ercsvd_deploy.pipelines.stages.factorize.vision_stage import VisionStage
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlanError
+from ercsvd_deploy.pipelines.stages.factorize.vision.stage import VisionStage
+from ercsvd_deploy.pipelines.stages.quantize.planning.storage import QuantizePlanError
 from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.sections import Recipe
 from tests.planning.public_configs import LLAMA_3_8B, PUBLIC_MODELS, QWEN2_5_72B, SMOLLM2_135M, text_config

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ercsvd_deploy.models.architecture import LANGUAGE_PART, PROJECTOR_PART, TOWER_PART
+from ercsvd_deploy.models.description.architecture import LANGUAGE_PART, PROJECTOR_PART, TOWER_PART
 from ercsvd_deploy.pipelines.planning.components import LEFT_ALONE
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.recipe.fields import PlanError

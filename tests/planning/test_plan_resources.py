@@ -21,7 +21,7 @@ from ercsvd_deploy.pipelines.planning.machine import Machine
 from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan
 from ercsvd_deploy.pipelines.stages.factorize import walk
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
-from ercsvd_deploy.pipelines.stages.factorize.decompositions import forget_decompositions
+from ercsvd_deploy.pipelines.stages.factorize.decompositions.kept import forget_decompositions
 from ercsvd_deploy.pipelines.state.lock import work_path
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import ModelDirectory

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ercsvd_deploy.format.packing import pack
-from ercsvd_deploy.models.modules import PackedLinear
+from ercsvd_deploy.models.compressed.modules import PackedLinear
 from ercsvd_deploy.quantization.gptq import quantize_weight
 from ercsvd_deploy.quantization.grid import QuantizationSettings
 from ercsvd_deploy.quantization.learned_rounding import LEARNING_RATE, LearnedRounding

@@ -6,7 +6,7 @@ import copy
 import json
 from typing import Any
 
-from ercsvd_deploy.pipelines.reporting.document import Report, parse_report
+from ercsvd_deploy.pipelines.reporting.report.document import Report, parse_report
 
 MINUS = "\N{MINUS SIGN}"
 HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(1)>$x$ \"'&#0a0b01;"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE, weights_digest
+from ercsvd_deploy.format.files.manifest import REPORT_SUMS_FILE, weights_digest
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.stages.export import REPORT_FILE
 from ercsvd_deploy.recipe.load import load_recipe

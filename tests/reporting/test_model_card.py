@@ -16,7 +16,7 @@ from ercsvd_deploy.pipelines.reporting.card import (
     fenced,
     make_card,
 )
-from ercsvd_deploy.pipelines.reporting.document import parse_report
+from ercsvd_deploy.pipelines.reporting.report.document import parse_report
 from ercsvd_deploy.pipelines.stages.export import CARD_FILE, ORIGINAL_CARD_FILE
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import RecipeWriter

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from ercsvd_deploy.format.manifest import verify_export
-from ercsvd_deploy.pipelines.reporting import files as report_files
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report, load_report, parse_report
-from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES, write_report_files
+from ercsvd_deploy.format.files.manifest import verify_export
 from ercsvd_deploy.pipelines.reporting.html import page as report_page
 from ercsvd_deploy.pipelines.reporting.html.page import PAGE_FILE, make_page
 from ercsvd_deploy.pipelines.reporting.html.plots import draw_plots
+from ercsvd_deploy.pipelines.reporting.report import files as report_files
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, Report, load_report, parse_report
+from ercsvd_deploy.pipelines.reporting.report.files import REPORT_FILES, write_report_files
 from tests.recipe_runs import RecipeWriter, invoke
 from tests.reporting.page_reader import Page
 from tests.reporting.sample_reports import HOSTILE, MINUS, everywhere_hostile, sample_document, sample_report

@@ -10,13 +10,13 @@ import jsonschema
 import pytest
 
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.reporting.document import (
+from ercsvd_deploy.pipelines.reporting.report.document import (
     REPORT_FILE,
     ReportError,
     load_report,
     parse_report,
 )
-from ercsvd_deploy.pipelines.reporting.reference import (
+from ercsvd_deploy.pipelines.reporting.report.reference import (
     REFERENCE_FILE,
     SCHEMA_FILE,
     publish,
@@ -39,7 +39,8 @@ def as_read(report: dict[str, Any]) -> dict[str, Any]:
 
 def test_published_copies_are_current(tmp_path: Path) -> None:
     again = (
-        "run: python -c 'from ercsvd_deploy.pipelines.reporting.reference import publish; ...publish(Path())'"
+        "run: python -c 'from ercsvd_deploy.pipelines.reporting.report.reference import publish; "
+        "...publish(Path())'"
     )
     assert (ROOT / SCHEMA_FILE).read_text() == report_schema_text(), again
     assert (ROOT / REFERENCE_FILE).read_text() == report_reference(), again

@@ -13,9 +13,9 @@ from rich.console import Console
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.judging.junit import junit_xml
 from ercsvd_deploy.pipelines.reporting.card import make_card
-from ercsvd_deploy.pipelines.reporting.document import Report, parse_report
 from ercsvd_deploy.pipelines.reporting.html.page import make_page
-from ercsvd_deploy.pipelines.reporting.terminal import render
+from ercsvd_deploy.pipelines.reporting.report.document import Report, parse_report
+from ercsvd_deploy.pipelines.reporting.screen.terminal import render
 from ercsvd_deploy.recipe.gates import Gates
 from tests.reporting.page_reader import Page
 from tests.reporting.sample_reports import sample_document

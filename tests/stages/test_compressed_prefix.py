@@ -17,10 +17,10 @@ from ercsvd_deploy.linalg.compensation import compensated_weight
 from ercsvd_deploy.linalg.decomposition import decompose
 from ercsvd_deploy.linalg.errors import compensated_error
 from ercsvd_deploy.linalg.truncation import truncate
-from ercsvd_deploy.models.statistics import InputStatistics, PairedStatistics
+from ercsvd_deploy.models.streaming.statistics import InputStatistics, PairedStatistics
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
-from ercsvd_deploy.pipelines.reporting.document import Report
+from ercsvd_deploy.pipelines.reporting.report.document import Report
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.linalg.references import random_inputs, random_weight
 from tests.models.streamed import CPU, streamed

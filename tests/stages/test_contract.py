@@ -14,9 +14,9 @@ from rich.console import Console, RenderableType
 
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning import plan as planning
-from ercsvd_deploy.pipelines.reporting.document import document_adapter, load_report
-from ercsvd_deploy.pipelines.reporting.plan_tables import render as render_plan
-from ercsvd_deploy.pipelines.reporting.terminal import render
+from ercsvd_deploy.pipelines.reporting.report.document import document_adapter, load_report
+from ercsvd_deploy.pipelines.reporting.screen.plan_tables import render as render_plan
+from ercsvd_deploy.pipelines.reporting.screen.terminal import render
 from ercsvd_deploy.pipelines.stages import STAGES
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.export import CARD_FILE, PAGE_FILE, ExportStage

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.data.texts import load_tokenizer
 from ercsvd_deploy.format.schema import CheckpointConfig, Storage, WeightQuantization
-from ercsvd_deploy.models.families import describe
-from ercsvd_deploy.models.meta import build_meta_model, load_config
-from ercsvd_deploy.models.modules import CorrectedLinear
+from ercsvd_deploy.models.compressed.modules import CorrectedLinear
+from ercsvd_deploy.models.description.families import describe
+from ercsvd_deploy.models.description.meta import build_meta_model, load_config
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import evaluation_windows
 from ercsvd_deploy.pipelines.planning.plan import make_plan
-from ercsvd_deploy.pipelines.stages.quantize.serving_notes import serving_warnings
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
+from ercsvd_deploy.pipelines.stages.quantize.planning.serving_notes import serving_warnings
+from ercsvd_deploy.pipelines.stages.quantize.planning.storage import (
     QuantizePlanError,
     check_shapes,
     plan_quantization,

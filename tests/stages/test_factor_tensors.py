@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ercsvd_deploy.format.files.tensor_store import CheckpointError
 from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.format.tensor_store import CheckpointError
 from ercsvd_deploy.linalg.truncation import Factors
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     FactorizationError,

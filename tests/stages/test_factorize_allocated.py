@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.stages.cached import StageCache
 from ercsvd_deploy.pipelines.stages.factorize.damages.linears import interpolate, spread
 from ercsvd_deploy.pipelines.stages.quantize import decoder

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.data.texts import load_tokenizer
+from ercsvd_deploy.format.files.weight_files import open_directory
 from ercsvd_deploy.format.packing import unpack
-from ercsvd_deploy.format.weight_files import open_directory
-from ercsvd_deploy.models.meta import load_config, read_architecture
+from ercsvd_deploy.models.description.meta import load_config, read_architecture
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 from ercsvd_deploy.pipelines.planning.plan import make_plan
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlanError
+from ercsvd_deploy.pipelines.stages.quantize.planning.storage import QuantizePlanError
 from ercsvd_deploy.quantization.gptq import quantize_weight
 from ercsvd_deploy.quantization.grid import QuantizationSettings, round_to_nearest
 from ercsvd_deploy.recipe.load import load_recipe

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches, text_samples
 from ercsvd_deploy.data.texts import load_tokenizer
+from ercsvd_deploy.format.files.tensor_store import FileStore
 from ercsvd_deploy.format.integer_words import dequantize
-from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.models.compressed.modules import LowRankLinear, PivotedLinear
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE, Report
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.stages.recover.results import RecoverOutcome
 from ercsvd_deploy.pipelines.stages.recover.training import _with_replaced_tokens, recover_decoder
 from ercsvd_deploy.pipelines.state.cache import CacheFolder

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.reporting.document import Report
+from ercsvd_deploy.pipelines.reporting.report.document import Report
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import half_run, hashes, whole_run

@@ -13,9 +13,9 @@ from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.linalg.decomposition import decompose
 from ercsvd_deploy.linalg.errors import calibration_error, output_error
 from ercsvd_deploy.linalg.truncation import Factors, truncate
-from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.streaming.statistics import InputStatistics
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.reporting.document import Report
+from ercsvd_deploy.pipelines.reporting.report.document import Report
 from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizationError
 from ercsvd_deploy.pipelines.stages.factorize.residual import (
     choose_residual_ranks,

@@ -15,7 +15,7 @@ from ercsvd_deploy.evaluation.comparison import compare_models
 from ercsvd_deploy.linalg.decomposition import decompose
 from ercsvd_deploy.linalg.errors import output_error
 from ercsvd_deploy.linalg.truncation import truncate
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity, measure_sensitivity
 from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from tests.models.streamed import streamed

@@ -13,12 +13,12 @@ import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed check
 from ercsvd_deploy.data.texts import load_tokenizer
 from ercsvd_deploy.format.packing import unpack
 from ercsvd_deploy.format.schema import WeightQuantization
-from ercsvd_deploy.models.meta import read_architecture
+from ercsvd_deploy.models.description.meta import read_architecture
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import evaluation_windows
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.reporting.description import describe_treatment
-from ercsvd_deploy.pipelines.stages.quantize.vocabulary_plan import plan_vocabulary
+from ercsvd_deploy.pipelines.stages.quantize.planning.vocabulary import plan_vocabulary
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.quantization.losses import proxy_loss
 from ercsvd_deploy.recipe.fields import PlanError

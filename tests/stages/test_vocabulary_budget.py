@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.data.samples import text_samples
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
-from ercsvd_deploy.models.meta import load_config, read_architecture
+from ercsvd_deploy.models.description.meta import load_config, read_architecture
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.stages.factorize.damages.vocabulary import VocabularyDamages

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ercsvd_deploy.pipelines.flow import run_recipe
-from ercsvd_deploy.pipelines.reporting.files import REPORT_FILES
+from ercsvd_deploy.pipelines.reporting.report.files import REPORT_FILES
 from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import factorize

@@ -38,8 +38,8 @@ CHANGES = {
     "linalg/compensation.py": {FACTORIZE},
     "quantization/gptq_loop.py": None,  # whoever needs it, quantize does
     "evaluation/comparison.py": {JUDGE},
-    "models/ends.py": ALL,
-    "models/streaming.py": ALL,
+    "models/streaming/ends.py": ALL,
+    "models/streaming/layerwise.py": ALL,
     "pipelines/stages/factorize/linear.py": None,
     "pipelines/stages/judge.py": {JUDGE},
     "pipelines/stages/contract.py": set(),

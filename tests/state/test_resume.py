@@ -236,7 +236,7 @@ def test_full_disk_keeps_what_is_finished_and_says_so(
 
         from safetensors.torch import save_file
 
-        patched.setattr("ercsvd_deploy.format.atomic_files.save_file", full_after_five)
+        patched.setattr("ercsvd_deploy.format.files.atomic_files.save_file", full_after_five)
         code, _, error = invoke("run", recipe, "--force")
     assert code == 1
     assert "No space left on device" in error

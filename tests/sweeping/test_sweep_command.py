@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ercsvd_deploy.pipelines.reporting.document import REPORT_FILE
+from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE
 from ercsvd_deploy.pipelines.sweeping.results import DENSE
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import hashes

@@ -21,7 +21,7 @@ from ercsvd_deploy.exporters.vllm.kernels.choice import (
     ask_kernels,
     columns_that_agree,
 )
-from ercsvd_deploy.exporters.vllm.layer_plan import Projection, plan_second, plan_stacks
+from ercsvd_deploy.exporters.vllm.layers.layer_plan import Projection, plan_second, plan_stacks
 from ercsvd_deploy.format.schema import Bits, Storage, WeightQuantization
 from ercsvd_deploy.pipelines.cli.app import app
 from tests.conftest import ModelDirectory

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ercsvd_deploy.exporters.vllm import replacement
-from ercsvd_deploy.exporters.vllm.replacement import finish_replacement, kept_files, replace_export
-from ercsvd_deploy.exporters.vllm.target import ExportError, check_target, check_unchanged
-from ercsvd_deploy.format.manifest import REPORT_SUMS_FILE, record_reports, write_manifest
+from ercsvd_deploy.exporters.vllm.directory import replacement
+from ercsvd_deploy.exporters.vllm.directory.replacement import finish_replacement, kept_files, replace_export
+from ercsvd_deploy.exporters.vllm.directory.target import ExportError, check_target, check_unchanged
+from ercsvd_deploy.format.files.manifest import REPORT_SUMS_FILE, record_reports, write_manifest
 from ercsvd_deploy.format.schema import CheckpointConfig
 
 REPORTS = frozenset({"README.md"})

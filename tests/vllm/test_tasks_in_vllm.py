@@ -12,7 +12,7 @@ import torch
 from ercsvd_deploy.exporters.vllm.engines.process import EngineError
 from ercsvd_deploy.pipelines.judging.tasks import TaskSettings, run_tasks
 from ercsvd_deploy.pipelines.judging.tasks_in_vllm import run_tasks_in_vllm
-from ercsvd_deploy.pipelines.reporting.document import load_report
+from ercsvd_deploy.pipelines.reporting.report.document import load_report
 from tests.conftest import ModelDirectory
 from tests.judging.local_tasks import write_tasks
 from tests.recipe_runs import RecipeWriter, factorize, invoke

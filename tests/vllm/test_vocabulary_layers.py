@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ercsvd_deploy.exporters.vllm import rows
 from ercsvd_deploy.exporters.vllm.kernels.record import KernelError
+from ercsvd_deploy.exporters.vllm.layers import rows
 from ercsvd_deploy.exporters.vllm.plugin import register
 from ercsvd_deploy.exporters.vllm.vocabulary_support import PLAIN_EMBEDDINGS, PLAIN_OUTPUT_LAYERS
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError, Storage, WeightQuantization
@@ -168,7 +168,7 @@ def test_models_that_build_them_plain_are_those_of_vllms_sources() -> None:
                 found[layer].add(model_type)
     assert found["VocabParallelEmbedding"] >= PLAIN_EMBEDDINGS
     assert found["ParallelLMHead"] >= PLAIN_OUTPUT_LAYERS
-    from ercsvd_deploy.models.tested_families import _ELSEWHERE, read_results
+    from ercsvd_deploy.models.description.tested_families import _ELSEWHERE, read_results
 
     tested = {name.partition("-")[0] for name in read_results()} | _ELSEWHERE
     assert found["VocabParallelEmbedding"] & tested <= PLAIN_EMBEDDINGS

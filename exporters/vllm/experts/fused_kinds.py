@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from ercsvd_deploy.format.schema import Storage, WeightQuantization
-    from ercsvd_deploy.models.architecture import Architecture, LayerLinears
+    from ercsvd_deploy.models.description.architecture import Architecture, LayerLinears
 
 _BITS = (4, 8)  # supported by the kernels, and packed alike by compressed-tensors and this package
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.exporters.vllm.cutting import local_shape
-from ercsvd_deploy.exporters.vllm.layer_plan import PlannedMatrix, Projection, plan_second, plan_stacks
+from ercsvd_deploy.exporters.vllm.layers.layer_plan import PlannedMatrix, Projection, plan_second, plan_stacks
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
-    from ercsvd_deploy.models.architecture import Architecture, LayerLinears
+    from ercsvd_deploy.models.description.architecture import Architecture, LayerLinears
 
 PLAIN = "plain"
 NO_KERNEL = "none: served as plain 16-bit"

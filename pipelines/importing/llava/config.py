@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from ercsvd_deploy.models.config_sizes import impossible_sizes
+from ercsvd_deploy.models.description.config_sizes import impossible_sizes
 
 Conversation = Literal["vicuna_v1", "mistral_instruct"]
 
@@ -183,7 +183,7 @@ def interpret(config: Mapping[str, Any], path: Path) -> OriginalLlava:
 
     Args:
         config: The contents.
-        path: Of the file, for messages.
+        path: Path of the file, for error messages.
 
     Raises:
         LlavaImportError: as `read_original` does.

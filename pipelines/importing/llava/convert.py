@@ -10,12 +10,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ercsvd_deploy.exporters.vllm.target import check_target
-from ercsvd_deploy.exporters.vllm.writer import write_weights
-from ercsvd_deploy.format.sidecars import licences
-from ercsvd_deploy.format.tensor_store import torch_dtype
-from ercsvd_deploy.models.families import describe
-from ercsvd_deploy.models.meta import build_meta_model
+from ercsvd_deploy.exporters.vllm.directory.target import check_target
+from ercsvd_deploy.exporters.vllm.directory.writer import write_weights
+from ercsvd_deploy.format.files.sidecars import licences
+from ercsvd_deploy.format.files.tensor_store import torch_dtype
+from ercsvd_deploy.models.description.families import describe
+from ercsvd_deploy.models.description.meta import build_meta_model
 from ercsvd_deploy.pipelines.importing.llava.config import (
     LlavaImportError,
     OriginalLlava,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.data.texts import first_line
-from ercsvd_deploy.format.atomic_files import write_json_atomically
+from ercsvd_deploy.format.files.atomic_files import write_json_atomically
 from ercsvd_deploy.pipelines.importing.llava.config import Conversation, LlavaImportError, OriginalLlava
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ercsvd_deploy.format.files.store_views import RenamedStore
+from ercsvd_deploy.format.files.tensor_store import CheckpointError, TensorStore
+from ercsvd_deploy.format.files.weight_files import open_directory
 from ercsvd_deploy.format.llava_names import VISION_TOWER
-from ercsvd_deploy.format.store_views import RenamedStore
-from ercsvd_deploy.format.tensor_store import CheckpointError, TensorStore
-from ercsvd_deploy.format.weight_files import open_directory
 from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError, build_config, read_json_object
 from ercsvd_deploy.pipelines.inputs.model import WEIGHT_FILES, fetch
 

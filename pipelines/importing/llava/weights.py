@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ercsvd_deploy.format.files.store_views import CastingStore
+from ercsvd_deploy.format.files.tensor_store import CheckpointError, TensorInfo, TensorStore, torch_dtype
+from ercsvd_deploy.format.files.weight_files import open_directory
 from ercsvd_deploy.format.llava_names import LANGUAGE_MODEL, VISION_TOWER, from_original
-from ercsvd_deploy.format.store_views import CastingStore
-from ercsvd_deploy.format.tensor_store import CheckpointError, TensorInfo, TensorStore, torch_dtype
-from ercsvd_deploy.format.weight_files import open_directory
 from ercsvd_deploy.pipelines.importing.llava.config import LlavaImportError
 
 if TYPE_CHECKING:

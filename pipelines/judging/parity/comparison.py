@@ -15,7 +15,7 @@ from ercsvd_deploy.pipelines.inputs.parity_prompts import ParityPrompt, Subject
 
 if TYPE_CHECKING:
     from ercsvd_deploy.data.samples import Sample
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from ercsvd_deploy.pipelines.judging.parity.comparison import (
 )
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
     from ercsvd_deploy.recipe.sections import Recipe
 
 _MAX_SEQUENCES = 8  # at once; vLLM reserves memory and captures CUDA graphs for this many

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # matplotlib belongs to an extra
     from matplotlib.axes import Axes
 
     from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
-    from ercsvd_deploy.pipelines.reporting.document import Reference, Report
+    from ercsvd_deploy.pipelines.reporting.report.document import Reference, Report
 
 
 def perplexity_against_size(report: Report) -> Plot | None:

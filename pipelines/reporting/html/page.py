@@ -32,12 +32,12 @@ from ercsvd_deploy.pipelines.reporting.rows import (
     quality_rows,
     size_rows,
 )
-from ercsvd_deploy.pipelines.reporting.tables import failure_text, failure_title, report_tables
+from ercsvd_deploy.pipelines.reporting.screen.tables import failure_text, failure_title, report_tables
 from ercsvd_deploy.pipelines.stages.export import PAGE_FILE
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.judging.gates import GateResult
-    from ercsvd_deploy.pipelines.reporting.document import Report
+    from ercsvd_deploy.pipelines.reporting.report.document import Report
     from ercsvd_deploy.pipelines.stages.contract import Table
 
 __all__ = ["PAGE_FILE", "PAGE_NEEDS", "can_make_page", "make_page"]

@@ -20,8 +20,8 @@ from ercsvd_deploy.pipelines.reporting.html.stage_plots import (
 )
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.pipelines.reporting.document import Report
     from ercsvd_deploy.pipelines.reporting.html.drawing import Plot
+    from ercsvd_deploy.pipelines.reporting.report.document import Report
 
 
 def draw_plots(report: Report) -> list[Plot]:

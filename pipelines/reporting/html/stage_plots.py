@@ -28,7 +28,7 @@ from ercsvd_deploy.pipelines.reporting.html.drawing import (
 if TYPE_CHECKING:  # matplotlib belongs to an extra
     from matplotlib.axes import Axes
 
-    from ercsvd_deploy.pipelines.reporting.document import Report
+    from ercsvd_deploy.pipelines.reporting.report.document import Report
     from ercsvd_deploy.pipelines.stages.factorize.linear import FactorizedLinear
     from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
     from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedMatrix, QuantizeOutcome

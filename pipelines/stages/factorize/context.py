@@ -10,7 +10,7 @@ import torch
 
 from ercsvd_deploy.data.samples import Sample
 from ercsvd_deploy.format.schema import WEIGHT
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
 from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
@@ -19,7 +19,7 @@ from ercsvd_deploy.recipe.stages import Factorize
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
-    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.description.architecture import LayerLinears
 
 
 @dataclass(frozen=True)

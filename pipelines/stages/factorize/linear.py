@@ -15,6 +15,7 @@ from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape, split_rank
 from ercsvd_deploy.format.described import Count, Measured, Shape
+from ercsvd_deploy.format.files.store_views import cast_within_range
 from ercsvd_deploy.format.schema import (
     FACTOR_A,
     FACTOR_B,
@@ -26,14 +27,13 @@ from ercsvd_deploy.format.schema import (
     WEIGHT,
     Storage,
 )
-from ercsvd_deploy.format.store_views import cast_within_range
 from ercsvd_deploy.linalg.decomposition import Decomposition, decompose
 from ercsvd_deploy.linalg.errors import calibration_error, weight_error
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, PivotError, find_pivots, to_pivoted
 from ercsvd_deploy.linalg.truncation import Factors, truncate
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.description.architecture import LayerLinears
     from ercsvd_deploy.recipe.stages import Factorize
 
 # For longer sides the exact decomposition of the residual is computed once, for the chosen k; the search

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs
-from ercsvd_deploy.pipelines.stages.factorize.decomposition_needs import (
+from ercsvd_deploy.pipelines.stages.factorize.decompositions.needs import (
     ENTRY_OF_LINEAR,
     decomposing_flops,
     decomposition_bytes,

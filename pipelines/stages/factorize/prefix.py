@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ercsvd_deploy.format.tensor_store import FileStore
+from ercsvd_deploy.format.files.tensor_store import FileStore
 from ercsvd_deploy.linalg.compensation import compensated_weight
 from ercsvd_deploy.linalg.errors import compensated_error, weight_error
-from ercsvd_deploy.models.statistics import PairedStatistics, weights_for
+from ercsvd_deploy.models.streaming.statistics import PairedStatistics, weights_for
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization, factors_piece
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
@@ -45,7 +45,7 @@ from ercsvd_deploy.pipelines.stages.observed_inputs import DividedBatches, divid
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
-    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.description.architecture import LayerLinears
 
 
 def write_on_compressed_prefix(work: Factorization, decision: RankDecision) -> list[FactorizedLinear]:

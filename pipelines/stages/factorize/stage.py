@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ercsvd_deploy.budget.ranks import RankPlan
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
-from ercsvd_deploy.models.architecture import Architecture
+from ercsvd_deploy.models.description.architecture import Architecture
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
 from ercsvd_deploy.pipelines.stages.factorize.damages.stage import DamagesStage
 from ercsvd_deploy.pipelines.stages.factorize.needs import factorize_needs
@@ -31,7 +31,7 @@ from ercsvd_deploy.pipelines.stages.factorize.outcome import (
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import rank_plans
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
+from ercsvd_deploy.pipelines.stages.quantize.planning.storage import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.pipelines.state.fingerprint import digest_of
 from ercsvd_deploy.recipe.fields import PlanError

@@ -18,7 +18,10 @@ from torch import nn
 
 from ercsvd_deploy.linalg.side_by_side import map_side_by_side
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization, factors_piece
-from ercsvd_deploy.pipelines.stages.factorize.decompositions import forget_decompositions, read_decomposed
+from ercsvd_deploy.pipelines.stages.factorize.decompositions.kept import (
+    forget_decompositions,
+    read_decomposed,
+)
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     LINEARS,
     FactorizedLinear,
@@ -34,7 +37,7 @@ from ercsvd_deploy.pipelines.state.cache import OUTCOME
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
-    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.description.architecture import LayerLinears
     from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice, RankDecision
 
 

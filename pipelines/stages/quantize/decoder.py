@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from ercsvd_deploy.format.tensor_store import FileStore, TensorStore
+from ercsvd_deploy.format.files.tensor_store import FileStore, TensorStore
 from ercsvd_deploy.pipelines.stages.observed_inputs import (
     DividedBatches,
     advance_observed,
     divide,
     num_not_held_out,
 )
-from ercsvd_deploy.pipelines.stages.quantize.experts import ExpertsQuantizer
+from ercsvd_deploy.pipelines.stages.quantize.experts.quantizer import ExpertsQuantizer
+from ercsvd_deploy.pipelines.stages.quantize.experts.routed_inputs import RoutedInputs
 from ercsvd_deploy.pipelines.stages.quantize.layer import LayerQuantizer
 from ercsvd_deploy.pipelines.stages.quantize.results import (
     PatternMatch,
@@ -28,7 +29,6 @@ from ercsvd_deploy.pipelines.stages.quantize.results import (
     QuantizedMatrix,
     QuantizeOutcome,
 )
-from ercsvd_deploy.pipelines.stages.quantize.routed_inputs import RoutedInputs
 from ercsvd_deploy.recipe.stages import FEWEST_SAMPLES_TO_HOLD_OUT
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     from ercsvd_deploy.data.samples import Sample
     from ercsvd_deploy.format.schema import Storage
-    from ercsvd_deploy.models.architecture import LayerLinears
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.description.architecture import LayerLinears
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
     from ercsvd_deploy.pipelines.stages.quantize.vocabulary import VocabularyQuantizer
     from ercsvd_deploy.pipelines.stages.sensitivity.measure import Sensitivity
     from ercsvd_deploy.pipelines.stages.sensitivity.tokens import TokenSensitivity

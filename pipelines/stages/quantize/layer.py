@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.budget.ranks import LinearShape
+from ercsvd_deploy.format.files.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.format.packing import QuantizedWeight, pack, unpack
 from ercsvd_deploy.format.schema import GUARD, GUARD_SHAPE, ROW_ORDER, WEIGHT, Storage
-from ercsvd_deploy.format.tensor_store import TensorStore, torch_dtype
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, find_pivots
 from ercsvd_deploy.linalg.symmetric import leading_share
 from ercsvd_deploy.linalg.truncation import Factors
-from ercsvd_deploy.models.modules import LowRankLinear, PivotedLinear
+from ercsvd_deploy.models.compressed.modules import LowRankLinear, PivotedLinear
 from ercsvd_deploy.pipelines.stages.quantize.corrected import (
     correction_task,
     read_corrected,
@@ -36,7 +36,7 @@ from ercsvd_deploy.quantization.pivoted import PivotedTask
 from ercsvd_deploy.recipe.quantize import Quantize
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.description.architecture import LayerLinears
     from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
 
 

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from ercsvd_deploy.format.schema import FACTOR_PARTS, Storage
-from ercsvd_deploy.models.architecture import Architecture
+from ercsvd_deploy.models.description.architecture import Architecture
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
-from ercsvd_deploy.pipelines.stages.quantize.expert_tables import experts_table, pooling_warning
-from ercsvd_deploy.pipelines.stages.quantize.needs import quantize_needs
-from ercsvd_deploy.pipelines.stages.quantize.results import QuantizeOutcome
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
+from ercsvd_deploy.pipelines.stages.quantize.experts.tables import experts_table, pooling_warning
+from ercsvd_deploy.pipelines.stages.quantize.planning.needs import quantize_needs
+from ercsvd_deploy.pipelines.stages.quantize.planning.storage import (
     QuantizePlan,
     check_expert_shapes,
     check_num_tokens,
     check_shapes,
     quantize_plan_of,
 )
+from ercsvd_deploy.pipelines.stages.quantize.results import QuantizeOutcome
 from ercsvd_deploy.recipe.quantize import Quantize
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import TypeAdapter
 
+from ercsvd_deploy.format.files.tensor_store import torch_dtype
 from ercsvd_deploy.format.packing import pack
 from ercsvd_deploy.format.schema import GUARD, GUARD_SHAPE, WEIGHT, WEIGHT_SHAPE
-from ercsvd_deploy.format.tensor_store import torch_dtype
-from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.models.streaming.statistics import InputStatistics
 from ercsvd_deploy.pipelines.stages.observed_inputs import ObservedInputs
 from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizationError
 from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ercsvd_deploy.budget.ranks import LinearShape
+    from ercsvd_deploy.format.files.tensor_store import TensorStore
     from ercsvd_deploy.format.packing import QuantizedWeight
     from ercsvd_deploy.format.schema import Storage, WeightQuantization
-    from ercsvd_deploy.format.tensor_store import TensorStore
-    from ercsvd_deploy.models.streaming import LayerwiseModel
-    from ercsvd_deploy.models.vocabulary import Vocabulary
+    from ercsvd_deploy.models.description.vocabulary import Vocabulary
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
     from ercsvd_deploy.pipelines.stages.observed_inputs import DividedBatches
     from ercsvd_deploy.pipelines.state.cache import CacheFolder
     from ercsvd_deploy.quantization.gptq import MatrixReport
@@ -208,7 +208,7 @@ def row_rounding(
         integers: Quantization of the matrix.
         scale_dtype: Dtype in which scales are stored.
         gram: Gram of the matrix's inputs; None for an embedding, whose scales are searched at all bits.
-        held_out: The same tokens in two parts.
+        held_out: Grams of the same tokens in two parts.
     """
     settings = quantization_settings(stage, integers)
     if gram is None:

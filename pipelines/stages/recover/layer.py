@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ercsvd_deploy.data.samples import Batch
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from ercsvd_deploy.recipe.stages import Recover
 
 if TYPE_CHECKING:
     from ercsvd_deploy.data.samples import Batch
-    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.description.architecture import LayerLinears
     from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
 
 _WARM_UP_SHARE = 1 / 20  # of the steps

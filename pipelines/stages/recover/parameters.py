@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ercsvd_deploy.models.modules import PackedLinear
+from ercsvd_deploy.models.compressed.modules import PackedLinear
 from ercsvd_deploy.quantization.learned_rounding import LEARNING_RATE, LearnedRounding
 
 

@@ -29,11 +29,11 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from ercsvd_deploy.data.samples import Batch, Sample, make_batches
+from ercsvd_deploy.format.files.tensor_store import FileStore
 from ercsvd_deploy.format.integer_words import unpack_columns
 from ercsvd_deploy.format.schema import Storage
-from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.models.modules import PackedLinear
-from ercsvd_deploy.models.streaming import LayerwiseModel
+from ercsvd_deploy.models.compressed.modules import PackedLinear
+from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from ercsvd_deploy.pipelines.stages.recover.layer import Example, LayerTraining
 from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
 from ercsvd_deploy.pipelines.stages.recover.results import RecoveredLayer, RecoverOutcome
@@ -42,7 +42,7 @@ from ercsvd_deploy.recipe.stages import Recover
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
-    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.description.architecture import LayerLinears
 
 _HELD_OUT_SHARE = 1 / 16  # of the batches, at least one
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.models.architecture import LayerLinears
-from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.format.files.tensor_store import FileStore
+from ercsvd_deploy.models.description.architecture import LayerLinears
+from ercsvd_deploy.models.streaming.statistics import InputStatistics
 from ercsvd_deploy.pipelines.stages.sensitivity.passes import ENDS, measure_layers, measured_piece
 from ercsvd_deploy.pipelines.stages.sensitivity.vocabulary import VocabularySensitivity, measure_vocabulary
 from ercsvd_deploy.pipelines.state.cache import CacheFolder
@@ -25,7 +25,7 @@ from ercsvd_deploy.pipelines.state.cache import CacheFolder
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.ranks import LinearShape
     from ercsvd_deploy.data.samples import Batch, Sample
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ercsvd_deploy.format.tensor_store import FileStore
+from ercsvd_deploy.format.files.tensor_store import FileStore
 
 if TYPE_CHECKING:
     from ercsvd_deploy.data.samples import Batch, Sample
-    from ercsvd_deploy.models.architecture import LayerLinears
-    from ercsvd_deploy.models.statistics import GradientStatistics
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.description.architecture import LayerLinears
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
+    from ercsvd_deploy.models.streaming.statistics import GradientStatistics
     from ercsvd_deploy.pipelines.state.cache import CacheFolder
 
 _SEED = 0  # of the drawn tokens

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from ercsvd_deploy.format.tensor_store import FileStore
-from ercsvd_deploy.models.statistics import InputStatistics
+from ercsvd_deploy.format.files.tensor_store import FileStore
+from ercsvd_deploy.models.streaming.statistics import InputStatistics
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ercsvd_deploy.data.samples import Batch
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 
 MOST_INPUTS = 2048  # of the output layer, evenly spread over all tokens
 

@@ -160,7 +160,7 @@ class Runner:
     def _hand_over(self, case: Case, matrix: dict[str, Any]) -> None:
         from ercsvd_deploy.exporters.vllm.compatibility import padded_shape
         from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
-        from ercsvd_deploy.exporters.vllm.packed_matrix import PackedMatrix
+        from ercsvd_deploy.exporters.vllm.layers.packed_matrix import PackedMatrix
         from ercsvd_deploy.format.schema import WeightQuantization
 
         shape, full_shape = tuple(matrix["shape"]), tuple(matrix["full_shape"])
@@ -183,7 +183,7 @@ class Runner:
     def _takes(self, case: Case, projections: list[Any], dtype: torch.dtype) -> bool:
         """Whether the one class that may be chosen says that it takes every integer matrix of the layer."""
         from ercsvd_deploy.exporters.vllm.compatibility import kernel_config
-        from ercsvd_deploy.exporters.vllm.layer_plan import plan_second, plan_stacks
+        from ercsvd_deploy.exporters.vllm.layers.layer_plan import plan_second, plan_stacks
 
         kernel = self._classes[case.forced]
         matrices = [stack.matrix for stack in plan_stacks(projections)]
@@ -201,8 +201,8 @@ class Runner:
 
     def _load_and_multiply(self, case: Case, small: Any) -> None:
         from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
-        from ercsvd_deploy.exporters.vllm.layer import StackedLinear
-        from ercsvd_deploy.exporters.vllm.layer_plan import Projection
+        from ercsvd_deploy.exporters.vllm.layers.layer import StackedLinear
+        from ercsvd_deploy.exporters.vllm.layers.layer_plan import Projection
         from tests.vllm.kernel_contract.layers import StoredLayer
 
         dtype = getattr(torch, case.dtype)

@@ -14,12 +14,12 @@ from typing import Any
 
 from ercsvd_deploy.budget.ranks import RankPlan
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, plan_matrices
-from ercsvd_deploy.models.architecture import Architecture
-from ercsvd_deploy.models.families import describe
-from ercsvd_deploy.models.meta import build_meta_model
+from ercsvd_deploy.models.description.architecture import Architecture
+from ercsvd_deploy.models.description.families import describe
+from ercsvd_deploy.models.description.meta import build_meta_model
 from ercsvd_deploy.pipelines.inputs.model import open_config
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import rank_plans
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import (
+from ercsvd_deploy.pipelines.stages.quantize.planning.storage import (
     QuantizePlan,
     QuantizePlanError,
     check_shapes,

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from ercsvd_deploy.linalg.side_by_side import map_side_by_side
 from ercsvd_deploy.pipelines.stages.factorize.damages.results import MeasuredDamages, Offer
 from ercsvd_deploy.pipelines.stages.observed_inputs import divide
+from ercsvd_deploy.pipelines.stages.quantize.experts.routed_inputs import GroupInputs, RoutedInputs
 from ercsvd_deploy.pipelines.stages.quantize.pair import quantization_settings
-from ercsvd_deploy.pipelines.stages.quantize.routed_inputs import GroupInputs, RoutedInputs
 from ercsvd_deploy.quantization.gptq import quantize_together
 from ercsvd_deploy.quantization.grid import GriddedWeight, put_on_grid
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.architecture import LayerLinears
-    from ercsvd_deploy.models.expert_modules import Expert
+    from ercsvd_deploy.models.description.architecture import LayerLinears
+    from ercsvd_deploy.models.experts.modules import Expert
     from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
     from ercsvd_deploy.recipe.quantize import Quantize
 

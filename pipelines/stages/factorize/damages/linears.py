@@ -22,7 +22,7 @@ from ercsvd_deploy.linalg.decomposition import Decomposition
 from ercsvd_deploy.linalg.errors import output_error
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, to_pivoted
 from ercsvd_deploy.linalg.truncation import Factors
-from ercsvd_deploy.pipelines.stages.factorize.decompositions import read_decomposed
+from ercsvd_deploy.pipelines.stages.factorize.decompositions.kept import read_decomposed
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     linear_of,
     planned_residual_rank,
@@ -45,7 +45,7 @@ from ercsvd_deploy.recipe.quantize import Quantize
 from ercsvd_deploy.recipe.stages import Factorize
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.description.architecture import LayerLinears
     from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 
 _PROBED_RANKS = 3  # at which the damage of quantizing factors is measured

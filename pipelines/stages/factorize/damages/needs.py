@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.stages.contract import Needs
-from ercsvd_deploy.pipelines.stages.factorize.decomposition_needs import (
+from ercsvd_deploy.pipelines.stages.factorize.decompositions.needs import (
     ENTRY_OF_LINEAR,
     decomposing_flops,
     decomposition_bytes,
@@ -15,7 +15,7 @@ from ercsvd_deploy.pipelines.stages.factorize.decomposition_needs import (
     pass_bytes,
     solving_bytes,
 )
-from ercsvd_deploy.pipelines.stages.quantize.needs import rounding_bytes, rounding_flops
+from ercsvd_deploy.pipelines.stages.quantize.planning.needs import rounding_bytes, rounding_flops
 from ercsvd_deploy.pipelines.stages.sensitivity.vocabulary import MOST_INPUTS
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, Workload
 from ercsvd_deploy.quantization.many_rows import ROWS_AT_ONCE

@@ -20,7 +20,7 @@ from ercsvd_deploy.pipelines.stages.quantize.vocabulary import row_rounding
 from ercsvd_deploy.quantization.many_rows import ROWS_AT_ONCE
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.streaming import LayerwiseModel
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
     from ercsvd_deploy.pipelines.stages.sensitivity.vocabulary import VocabularySensitivity
     from ercsvd_deploy.recipe.quantize import Quantize
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ercsvd_deploy.budget.allocation import Option, allocate, allocate_alike
 from ercsvd_deploy.budget.ranks import RankPlan
-from ercsvd_deploy.pipelines.stages.factorize.decompositions import read_decomposed
+from ercsvd_deploy.pipelines.stages.factorize.decompositions.kept import read_decomposed
 from ercsvd_deploy.pipelines.stages.factorize.linear import linear_of, planned_residual_rank
 from ercsvd_deploy.pipelines.stages.factorize.ranks.choice import RankChoice, RankDecision
 from ercsvd_deploy.pipelines.stages.factorize.ranks.chosen import AllocatedLinear, Budget, ChosenRanks
@@ -19,7 +19,7 @@ from ercsvd_deploy.pipelines.stages.factorize.residual import choose_residual_ra
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
-    from ercsvd_deploy.models.architecture import LayerLinears
+    from ercsvd_deploy.models.description.architecture import LayerLinears
     from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
     from ercsvd_deploy.pipelines.stages.factorize.damages.results import Damages
     from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask

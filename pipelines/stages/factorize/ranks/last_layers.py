@@ -17,7 +17,7 @@ import torch
 
 from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
 from ercsvd_deploy.linalg.side_by_side import map_side_by_side
-from ercsvd_deploy.pipelines.stages.factorize.decomposition_pass import (
+from ercsvd_deploy.pipelines.stages.factorize.decompositions.passing import (
     LayerVisitor,
     VisitedLayer,
     decompose_decoder,

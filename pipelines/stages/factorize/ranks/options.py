@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unaligned, find_unservable
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
-from ercsvd_deploy.models.architecture import dense_descriptions
+from ercsvd_deploy.models.description.architecture import dense_descriptions
 from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank, module_bytes_on_rank
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.recipe.fields import parse_size
@@ -17,8 +17,8 @@ from ercsvd_deploy.recipe.fields import parse_size
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.rank_steps import RankSteps
     from ercsvd_deploy.budget.ranks import LinearShape
-    from ercsvd_deploy.models.architecture import Architecture
-    from ercsvd_deploy.pipelines.stages.quantize.storage_plan import QuantizePlan
+    from ercsvd_deploy.models.description.architecture import Architecture
+    from ercsvd_deploy.pipelines.stages.quantize.planning.storage import QuantizePlan
     from ercsvd_deploy.recipe.quantize import Correction
     from ercsvd_deploy.recipe.sections import Recipe, Target
 
@@ -182,7 +182,7 @@ class _GpuBits:
 
 
 def _vocabulary_storages(quantize_plan: QuantizePlan, target: Target | None) -> dict[str, list[Storage]]:
-    """Return the storages of input embedding and output layer, if their bits are to be chosen."""
+    """Return the storages of input embedding and output layer; none if their bits are not chosen."""
     if target is None or target.vocabulary_bits is None:
         return {}
     storages = {}

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from ercsvd_deploy.budget.equal_shares import admissible_num_compressed_layers, allocate_ranks
 from ercsvd_deploy.budget.ranks import RankError, RankPlan
-from ercsvd_deploy.models.architecture import PROJECTOR_PART, TOWER_PART, Architecture
+from ercsvd_deploy.models.description.architecture import PROJECTOR_PART, TOWER_PART, Architecture
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask, allocation_task
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
-from ercsvd_deploy.pipelines.stages.quantize.storage_plan import quantize_plan_of
+from ercsvd_deploy.pipelines.stages.quantize.planning.storage import quantize_plan_of
 from ercsvd_deploy.recipe.fields import PlanError
 
 if TYPE_CHECKING:

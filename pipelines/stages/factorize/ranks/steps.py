@@ -10,7 +10,7 @@ from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
 from ercsvd_deploy.format.schema import WeightQuantization, values_in_whole_words
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.models.architecture import Architecture
+    from ercsvd_deploy.models.description.architecture import Architecture
     from ercsvd_deploy.recipe.sections import Recipe
 
 

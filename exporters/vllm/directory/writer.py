@@ -1,0 +1,152 @@
+"""Write a compressed model into a directory that vLLM serves and transformers loads.
+
+The export is written into a hidden directory beside the target, which is renamed when it is complete. So a
+directory with the target's name is always complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ercsvd_deploy.exporters.vllm.directory.replacement import replace_export
+from ercsvd_deploy.exporters.vllm.directory.target import CONFIG_FILE, check_target, check_unchanged
+from ercsvd_deploy.format.compressed_tensors import describe_dense_integers, guards_of
+from ercsvd_deploy.format.files.atomic_files import write_json_atomically
+from ercsvd_deploy.format.files.manifest import write_manifest
+from ercsvd_deploy.format.files.shards import write_sharded
+from ercsvd_deploy.format.files.sidecars import sidecars
+from ercsvd_deploy.format.files.store_views import RenamedStore
+from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.models.experts.stacked import stack_experts
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.format.files.tensor_store import TensorStore
+    from ercsvd_deploy.models.description.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished export.
+
+    Attributes:
+        directory: The directory.
+        num_bytes: Bytes of all weight files.
+    """
+
+    directory: Path
+    num_bytes: int
+
+
+def write_export(
+    target: Path,
+    *,
+    work: Path,
+    source: Path,
+    dtype: str | None,
+    store: TensorStore,
+    architecture: Architecture,
+    compressed: CheckpointConfig,
+    max_shard_bytes: int,
+    needs_plugin: bool = True,
+    add_files: Callable[[Path], None] = lambda _directory: None,
+    add_reports: Callable[[Path], None] = lambda _directory: None,
+    unlisted: frozenset[str] = frozenset(),
+    is_forced: bool = False,
+) -> Export:
+    """Write an export; an earlier export is replaced, but other files in its directory are kept.
+
+    Args:
+        target: The directory to create or replace.
+        work: An empty directory on the target's disk, in which the export is built.
+        source: The original model's directory, from which tokenizer and chat template are copied.
+        dtype: Precision of the stored tensors, for config.json; None: that of the original model.
+        store: All tensors of the compressed model, under the names of transformers' modules.
+        architecture: The model's architecture: gives the decoder layers, whose tensors are in one shard, and
+            the names in checkpoints.
+        compressed: Description of every altered module.
+        max_shard_bytes: Maximum size of a safetensors file.
+        needs_plugin: Whether to use our own format; otherwise that of compressed-tensors, which supports only
+            dense integers.
+        add_files: Writes further files into the directory; the manifest lists them.
+        add_reports: Writes the files in `unlisted` after the manifest, which they may refer to.
+        unlisted: Names of files that may be written again later, and are not verified.
+        is_forced: Whether to replace files that somebody has changed, or that have the names of new ones.
+
+    Raises:
+        ExportError: the target exists and is not an earlier export, or somebody has changed it since.
+        OSError: the disk is full or not writable; the target is unchanged.
+    """
+    check_target(target, source)
+    if not is_forced:
+        check_unchanged(target, with_weights=False)
+    partial = work / "export"
+    shutil.rmtree(partial, ignore_errors=True)  # an incomplete export of a killed run
+    partial.mkdir()
+    if not needs_plugin:
+        store = RenamedStore(store, {name: name for name in store.names() - guards_of(compressed.modules)})
+    store = stack_experts(store, architecture, compressed.modules)
+    num_bytes = write_weights(partial, store, architecture, max_shard_bytes)
+    modules = {architecture.checkpoint_name(name): module for name, module in compressed.modules.items()}
+    description = (
+        CheckpointConfig(modules=modules).write() if needs_plugin else describe_dense_integers(modules)
+    )
+    for name, path in sidecars(source).items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, partial / name)
+    add_files(partial)
+    # Written last: without a config no loader accepts the directory as a model.
+    write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, description))
+    write_manifest(partial, unlisted=unlisted)
+    add_reports(partial)
+    replace_export(partial, target, is_forced=is_forced)
+    return Export(target, num_bytes)
+
+
+def write_weights(
+    directory: Path, store: TensorStore, architecture: Architecture, max_shard_bytes: int
+) -> int:
+    """Write a model's tensors under their names in checkpoints; return the number of bytes written.
+
+    Args:
+        directory: An existing directory.
+        store: All tensors of the model, under the names of transformers' modules.
+        architecture: The model's architecture: gives the decoder layers, whose tensors are in one shard, and
+            the names in checkpoints.
+        max_shard_bytes: Maximum size of a safetensors file.
+    """
+    renamed = RenamedStore(store, {architecture.checkpoint_name(name): name for name in store.names()})
+    groups = _tensor_groups(store, architecture)
+    return write_sharded(
+        directory,
+        renamed,
+        [[architecture.checkpoint_name(name) for name in group] for group in groups],
+        max_shard_bytes,
+    )
+
+
+def _served_config(source: Path, dtype: str | None, description: dict[str, Any]) -> dict[str, Any]:
+    """Return the source's config.json with the description, and `dtype` if it is given."""
+    served: dict[str, Any] = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
+    if dtype is not None:
+        parts = [part for part in served.values() if isinstance(part, dict)]
+        for config in [served, *(part for part in parts if "dtype" in part or "torch_dtype" in part)]:
+            config.pop("torch_dtype", None)
+            config["dtype"] = dtype
+    served["quantization_config"] = description
+    return served
+
+
+def _tensor_groups(store: TensorStore, architecture: Architecture) -> list[list[str]]:
+    """Return groups of tensor names: first all outside the layers, then those of each layer."""
+    remaining = set(store.names())
+    groups = []
+    for layer in architecture.layers:
+        names = {name for name in remaining if name.startswith(f"{layer.prefix}.")}
+        remaining -= names
+        groups.append(sorted(names))
+    return [sorted(remaining), *groups]

@@ -1,0 +1,1 @@
+"""The layers of a compressed model in vLLM: created, loaded, multiplied."""

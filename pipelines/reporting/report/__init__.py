@@ -1,0 +1,1 @@
+"""The report: declared, collected from a run, written, read again and judged again."""

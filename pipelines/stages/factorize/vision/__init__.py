@@ -1,0 +1,1 @@
+"""Vision tower and projector: a stage of its own, whose ranks are planned."""
