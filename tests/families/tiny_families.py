@@ -60,6 +60,8 @@ DELTA_NET: dict[str, Any] = {
     "linear_key_head_dim": 128,  # as published models have it: vLLM's CPU engine has no kernel for 32
     "linear_value_head_dim": 128,
 }
+# Served in bfloat16, in which a router sends tokens elsewhere, and nothing else could be seen: here to all.
+ALL_EXPERTS: dict[str, Any] = {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 8}
 _SHARED_EXPERT = {"shared_expert_intermediate_size": 96}
 # Family, with the variant where there are several -> (model type, what its config says beside `_SHARED`).
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -198,7 +200,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     # one layer without experts
     "qwen3_next": ("qwen3_next", _GROUPED | DELTA_NET | _EXPERTS | _SHARED_EXPERT | {"mlp_only_layers": [3]}),
     "qwen3_5_text": ("qwen3_5_text", _GROUPED | DELTA_NET),
-    "qwen3_5_moe_text": ("qwen3_5_moe_text", _GROUPED | DELTA_NET | _EXPERTS | _SHARED_EXPERT),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", _GROUPED | DELTA_NET | ALL_EXPERTS | _SHARED_EXPERT),
     "llama4_text": (
         "llama4_text",
         _GROUPED

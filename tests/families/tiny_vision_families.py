@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.families.tiny_families import DELTA_NET, GEMMA4, NUM_LAYERS, WINDOW
+from tests.families.tiny_families import ALL_EXPERTS, DELTA_NET, GEMMA4, NUM_LAYERS, WINDOW
 from tests.families.vision_processors import (
     FEATURES,
     IMAGE_SIZE,
@@ -140,7 +140,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Mapping[
     "qwen3_5": ("qwen3_5", {**DELTA_NET, **_QUARTER_ROTATED}, {**_GRID, **_PLAIN_GRID}, {}),
     "qwen3_5_moe": (
         "qwen3_5_moe",
-        {**DELTA_NET, **_QUARTER_ROTATED, **_EXPERTS, "shared_expert_intermediate_size": 96},
+        {**DELTA_NET, **_QUARTER_ROTATED, **ALL_EXPERTS, "shared_expert_intermediate_size": 96},
         {**_GRID, **_PLAIN_GRID},
         {},
     ),
