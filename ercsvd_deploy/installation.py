@@ -26,5 +26,5 @@ def install_command(*extras: str, beside: str = "") -> str:
 
 
 def where_from() -> str | None:
-    """Return how to get the wheel that `install_command` names; None if a package index has it."""
+    """Return instructions to get the wheel that `install_command` names; None if a package index has it."""
     return None if IS_PUBLISHED else f"{NAME} is in no package index yet: make its wheel with  {MAKE_WHEEL}"

@@ -80,6 +80,16 @@ def wait_until_ready(server: subprocess.Popen[bytes], port: int) -> bool:
         print()
 
 
+def stop_server(server: subprocess.Popen[bytes]) -> None:
+    """End the server with all its processes, by force if it takes half a minute."""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
 def first_exception(log: str) -> str | None:
     """Return the exception of the process that failed first; those of the others only follow from it."""
     lines = [LOG_PREFIX.sub("", line) for line in log.splitlines()]
@@ -175,12 +185,7 @@ def serve_and_ask(arguments: argparse.Namespace) -> int:
         tell_failure(log, f"the server did not answer ({error})")
         return 1
     finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGTERM)
-            try:
-                server.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
+        stop_server(server)
         if is_answered:
             shutil.rmtree(scratch)
 

@@ -1,4 +1,4 @@
-"""Train the embedded vision-language model: a small CLIP-style tower in front of the embedded Llama.
+"""Train a tiny vision-language model: a small tower in front of the embedded Llama.
 
 As LLaVA was made from parts that could already see and read, so is this one. First the tower learns
 alone, from scratch, to say what each patch of a picture shows and where it lies. Then it is frozen, and
@@ -6,7 +6,11 @@ projector and language model learn to answer questions and to describe (see `mak
 source mixed in so that the model can still read. Loss is taken on the answers only. No held-out scene is
 drawn for training.
 
-Run `python examples/train_tiny_llava.py --minutes 50`; the learning rate follows the clock.
+Run `python examples/train_tiny_llava.py --minutes 50` for the embedded one, with a tower like CLIP's; the
+learning rate follows the clock. Another tower in front of the embedded one's language model, which knows how
+to answer already, takes minutes: tower and projector then also learn to give what the embedded ones give.
+
+    python examples/train_tiny_llava.py --tower siglip --start examples/tiny-llava --minutes 8 --output DIR
 """
 
 from __future__ import annotations
@@ -20,117 +24,31 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
-from make_pictures import COLORS, PICTURE_DIR, SHAPES, SIDE, Scene, ask, describe, draw, random_scene
+from make_pictures import COLORS, PICTURE_DIR, SHAPES, Scene, ask, describe, draw, random_scene
 from make_texts import training_documents
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from tiny_llava_model import EXAMPLES, IMAGE_TOKEN, PATCHES, TOWERS, Tower, build, make_tokenizer, save
 from torch import nn
 from torch.nn import functional
-from train_tiny_llama import EXAMPLES, tokenize
-from transformers import (
-    AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from train_tiny_llama import tokenize
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-MODEL_DIR = Path(__file__).parent / "tiny-llava"
-PATCH = 32  # one cell of the pictures' grid
-PATCHES = (SIDE // PATCH) ** 2
-IMAGE_TOKEN = "<image>"
 TURNS = 5
 DESCRIBED = 0.5  # share of the conversations that have a full description as their first or last turn
-TOWER_SHARE = 0.04  # of the minutes
 TOWER_BATCH = 128
 BATCH_SIZE = 16  # conversations in a step
 # Rows are padded to one length: on a CPU every new shape of a matrix product costs more than the product.
 LENGTH = 192
 TEXT_ROWS = 2  # rows of Python source in a step
 TEXT_LENGTH = 128
-PEAK_LEARNING_RATE = 6e-4
 TOWER_LEARNING_RATE = 1e-3
+# Share of the minutes for the tower, and the peak of the learning rate behind it: of a language model that
+# never saw a picture, and of one that answers already.
+FROM_A_READER = (0.04, 6e-4)
+FROM_A_SEER = (0.4, 3e-4)
 SEED = 5
 IGNORED = -100
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message.role == 'assistant' %}{{ ' ASSISTANT: ' }}"
-    "{% else %}{{ message.role | upper + ': ' }}{% endif %}"
-    "{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{% if part.type == 'image' %}{{ '<image>\n' }}{% endif %}{% endfor %}"
-    "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
-    "{% endif %}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
-
-
-def image_processor() -> CLIPImageProcessorPil:
-    """CLIP's preprocessing, at the pictures' own size."""
-    size = {"shortest_edge": SIDE}
-    return CLIPImageProcessorPil(size=size, crop_size={"height": SIDE, "width": SIDE})
-
-
-def pixels(pictures: list[Image.Image], processor: CLIPImageProcessorPil) -> torch.Tensor:
-    """Return what the processor would, [n, 3, SIDE, SIDE], without its per-call cost."""
-    raw = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
-    mean = torch.tensor(processor.image_mean)[:, None, None]
-    return (raw / 255 - mean) / torch.tensor(processor.image_std)[:, None, None]
-
-
-def build(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """Return tower and projector at random, the language model with the embedded Llama's weights."""
-    text = LlamaConfig.from_pretrained(EXAMPLES / "tiny-llama")
-    text.tie_word_embeddings = False
-    text.vocab_size = len(tokenizer)
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=PATCH,
-        projection_dim=128,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=PATCHES,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlavaForConditionalGeneration(config)
-    state = model.state_dict()
-    for name, tensor in load_file(EXAMPLES / "tiny-llama" / "model.safetensors").items():
-        own = state[name.replace("model.", "model.language_model.", 1)]
-        own[: len(tensor)].copy_(tensor)
-        if name == "model.embed_tokens.weight":
-            state["lm_head.weight"][: len(tensor)].copy_(tensor)
-    return model
-
-
-def checkpoint_name(name: str) -> str:
-    """Return the name under which LLaVA checkpoints hold a parameter; transformers 5 has names of its own."""
-    for inner, stored in (
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.vision_tower.", "vision_tower.vision_model."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-    ):
-        if name.startswith(inner):
-            return stored + name.removeprefix(inner)
-    raise KeyError(name)
 
 
 def patch_labels(scene: Scene) -> torch.Tensor:
@@ -175,38 +93,76 @@ def run_for(
             report(step, (last_report - started) / 60, loss.item())
 
 
-def train_tower(tower: CLIPVisionModel, minutes: float, device: str, rng: random.Random) -> None:
-    """Teach the tower to tell what each patch shows and where, from both of its last two layers."""
-    processor = image_processor()
+class Teacher:
+    """A LLaVA whose features of pictures are to be imitated."""
+
+    def __init__(self, directory: Path, device: str) -> None:
+        self.model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.bfloat16).to(device)
+        own = self.model.config.vision_config.model_type
+        self.tower = next(tower for tower in TOWERS.values() if tower.config.model_type == own)
+
+    @torch.no_grad()
+    def features(self, pictures: list[Image.Image]) -> torch.Tensor:
+        """Return what its language model gets to see, [n, PATCHES, hidden]."""
+        seen = self.tower.pixels(pictures).to(self.model.device, torch.bfloat16)
+        return torch.stack(self.model.model.get_image_features(pixel_values=seen).pooler_output).float()
+
+
+def train_tower(
+    model: LlavaForConditionalGeneration,
+    tower: Tower,
+    teacher: Teacher | None,
+    minutes: float,
+    device: str,
+    rng: random.Random,
+) -> None:
+    """Teach the tower to tell what each patch shows and where, from both of its last two layers.
+
+    Beside a teacher, tower and projector learn its features too: loss is their mean squared error, as a share
+    of the features' variance.
+    """
     kinds = (1 + len(COLORS), 1 + len(SHAPES), PATCHES)
+    seeing = model.model.vision_tower
     heads = nn.ModuleList([nn.Linear(tower.config.hidden_size, sum(kinds)) for _ in range(2)]).to(device)
+    learning = [*seeing.parameters(), *heads.parameters()]
+    if teacher is not None:
+        learning += model.model.multi_modal_projector.parameters()
 
     def step_loss() -> torch.Tensor:
         scenes = [random_scene(rng, held_out=False) for _ in range(TOWER_BATCH)]
-        seen = pixels([draw(scene, rng) for scene in scenes], processor).to(device)
+        pictures = [draw(scene, rng) for scene in scenes]
+        seen = tower.pixels(pictures).to(device)
         labels = torch.stack([patch_labels(scene) for scene in scenes]).to(device)
         with torch.autocast(device, dtype=torch.bfloat16):
-            states = tower(pixel_values=seen, output_hidden_states=True).hidden_states[-2:]
+            states = [
+                state[:, tower.num_class_tokens :]
+                for state in seeing(pixel_values=seen, output_hidden_states=True).hidden_states[-2:]
+            ]
             losses = [
                 functional.cross_entropy(logits.flatten(0, 1), labels[..., kind].flatten())
                 for head, state in zip(heads, states, strict=True)
-                for kind, logits in enumerate(head(state[:, 1:]).float().split(kinds, dim=-1))
+                for kind, logits in enumerate(head(state).float().split(kinds, dim=-1))
             ]
-        return torch.stack(losses).mean()
+            loss = torch.stack(losses).mean()
+            if teacher is not None:
+                wanted = teacher.features(pictures)
+                given = model.model.multi_modal_projector(states[0]).float()
+                loss = loss + functional.mse_loss(given, wanted) / wanted.var()
+        return loss
 
     def report(step: int, minutes: float, loss: float) -> None:
         spent = {"tower_step": step, "minutes": round(minutes, 1), "loss": round(loss, 4)}
         print(json.dumps(spent), flush=True)
 
-    run_for(minutes, TOWER_LEARNING_RATE, [*tower.parameters(), *heads.parameters()], step_loss, report)
+    run_for(minutes, TOWER_LEARNING_RATE, learning, step_loss, report)
 
 
 class Conversations:
     """Draws batches of pictures with several questions each, as the chat template lays them out."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, tower: Tower, rng: random.Random) -> None:
         self.rng = rng
-        self.processor = image_processor()
+        self.tower = tower
         image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.eos = tokenizer.eos_token_id
         self.pad = tokenizer.pad_token_id
@@ -233,7 +189,7 @@ class Conversations:
         rows = [self.row(scene, TURNS) for scene in scenes]
         tokens = torch.tensor([(t + [self.pad] * LENGTH)[:LENGTH] for t, _ in rows])
         labels = torch.tensor([(t + [IGNORED] * LENGTH)[:LENGTH] for _, t in rows])
-        return tokens, labels, pixels([draw(scene, self.rng) for scene in scenes], self.processor)
+        return tokens, labels, self.tower.pixels([draw(scene, self.rng) for scene in scenes])
 
 
 @torch.no_grad()
@@ -247,7 +203,7 @@ def held_out_accuracy(
         question = record["conversations"][0]["value"].removeprefix("<image>\n")
         answer = [*conversations.encode(f" {record['conversations'][1]['value']}"), conversations.eos]
         prompt = [*conversations.start, *conversations.encode(question), *conversations.encode(" ASSISTANT:")]
-        seen = pixels([Image.open(PICTURE_DIR / record["image"]).convert("RGB")], conversations.processor)
+        seen = conversations.tower.pixels([Image.open(PICTURE_DIR / record["image"]).convert("RGB")])
         tokens = torch.tensor([prompt + answer], device=device)
         with torch.autocast(device, dtype=torch.bfloat16):
             logits = model(input_ids=tokens, pixel_values=seen.to(device)).logits[0]
@@ -255,21 +211,21 @@ def held_out_accuracy(
     return right / len(records)
 
 
-def train(minutes: float, device: str) -> None:
-    """Train for `minutes` and write the model directory, the training log beside it."""
+def train(tower: Tower, start: Path, minutes: float, device: str, directory: Path) -> None:
+    """Train for `minutes`, starting from the language model of `start`, and write the model directory."""
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny-llama")
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    tokenizer.image_token = IMAGE_TOKEN
-    tokenizer.chat_template = CHAT_TEMPLATE
-    model = build(tokenizer).to(device)
+    tokenizer = make_tokenizer()
+    model = build(tower, start, tokenizer).to(device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    train_tower(model.model.vision_tower, TOWER_SHARE * minutes, device, rng)
+    can_see = json.loads((start / "config.json").read_text())["model_type"] == LlavaConfig.model_type
+    teacher = Teacher(start, device) if can_see else None
+    tower_share, peak = FROM_A_SEER if can_see else FROM_A_READER
+    train_tower(model, tower, teacher, tower_share * minutes, device, rng)
     model.model.vision_tower.requires_grad_(False)  # as LLaVA does: it sees well enough by now
 
     stream = tokenize(tokenizer, training_documents())
-    conversations = Conversations(tokenizer, rng)
+    conversations = Conversations(tokenizer, tower, rng)
     log: list[dict[str, float]] = []
 
     def step_loss() -> torch.Tensor:
@@ -299,53 +255,23 @@ def train(minutes: float, device: str) -> None:
         print(json.dumps(log[-1]), flush=True)
 
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    run_for((1 - TOWER_SHARE) * minutes, PEAK_LEARNING_RATE, learning, step_loss, report)
+    run_for((1 - tower_share) * minutes, peak, learning, step_loss, report)
     model.eval().to("cpu", torch.bfloat16)
     print(f"accuracy in bfloat16: {held_out_accuracy(model, conversations, 'cpu'):.4f}", flush=True)
-    save(model, tokenizer, log)
-
-
-def save(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, log: list[dict[str, float]]
-) -> None:
-    """Write the directory as LLaVA checkpoints on the hub are laid out."""
-    from transformers import LlavaProcessor
-
-    MODEL_DIR.mkdir(exist_ok=True)
-    tensors = {checkpoint_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, MODEL_DIR / "model.safetensors", metadata={"format": "pt"})
-    model.config.architectures = ["LlavaForConditionalGeneration"]
-    model.config.dtype = torch.bfloat16
-    model.config.save_pretrained(MODEL_DIR)
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    ).save_pretrained(MODEL_DIR)
-    LlavaProcessor(
-        image_processor(),
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,
-    ).save_pretrained(MODEL_DIR)
-    forget_this_machine(MODEL_DIR / "tokenizer_config.json")
-    (MODEL_DIR / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
-
-
-def forget_this_machine(tokenizer_config: Path) -> None:
-    """Remove what transformers notes about where the tokenizer was loaded from."""
-    config = json.loads(tokenizer_config.read_text())
-    for key in ("is_local", "local_files_only"):
-        config.pop(key, None)
-    tokenizer_config.write_text(json.dumps(config, indent=2) + "\n")
+    save(model, tower, tokenizer, log, directory)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tower", choices=TOWERS, default="clip")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        default=EXAMPLES / "tiny-llama",
+        help="whose language model to start from, this one's or examples/tiny-llava's",
+    )
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--output", type=Path, default=EXAMPLES / "tiny-llava")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    train(arguments.minutes, arguments.device)
+    train(TOWERS[arguments.tower], arguments.start, arguments.minutes, arguments.device, arguments.output)

@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,8 @@ ModelDirectory = Callable[[str], Path]
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out GPU tests where there is no GPU, and those of all families or a real model unless asked for.
 
-    They are deselected, and the summary line counts them. Files with engines come first, then those with
-    whole runs: what takes minutes must not begin when all other workers have ended.
+    They are deselected, and the summary line counts them. Files with engines and with whole runs come
+    first: what takes minutes must not begin when all other workers have ended.
     """
     left_out = [] if torch.cuda.is_available() else ["gpu"]
     left_out += [name for name in ("real", "families") if name not in config.getoption("markexpr")]
@@ -46,7 +47,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow, engines = (
         {item.path for item in items if item.get_closest_marker(name)} for name in ("slow", "vllm")
     )
-    items.sort(key=lambda item: (item.path not in engines, item.path not in slow))
+    files = list(dict.fromkeys(item.path for item in items))
+    # Files with engines in turn with others: two engines at once wait for each other's cores.
+    turns = zip_longest(
+        [file for file in files if file in engines], [file for file in files if file in slow - engines]
+    )
+    begun = [file for turn in turns for file in turn if file is not None]
+    places = {
+        file: place for place, file in enumerate([*begun, *(file for file in files if file not in begun)])
+    }
+    items.sort(key=lambda item: places[item.path])
 
 
 @pytest.fixture(autouse=True)

@@ -91,14 +91,14 @@ def _without_wrappers(names: list[str], model_segments: set[str]) -> Naming:
 
     def read(name: str) -> str:
         parts = name.split(".")
-        kept = [
+        significant_parts = [
             part
             for position, part in enumerate(parts)
             if part in model_segments
             or position == len(parts) - 1
             or len(children[".".join(parts[:position])]) > 1
         ]
-        return ".".join(kept)
+        return ".".join(significant_parts)
 
     return {name: read(name) for name in names}
 

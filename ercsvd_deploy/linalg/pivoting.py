@@ -79,7 +79,7 @@ def to_pivoted(factors: Factors, num_blocks: int = 1) -> PivotedFactors:
     """Rewrite a product of two factors in the pivoted layout; computed in float64.
 
     Args:
-        factors: Of rank r < out.
+        factors: Factors of rank r < out.
         num_blocks: Consecutive blocks of outputs that give equally many pivots; divides out and r.
 
     Returns:
@@ -136,12 +136,12 @@ def order_rows(pivots: Tensor, num_rows: int) -> Tensor:
 
 
 def find_pivots(row_order: Tensor, rank: int) -> Tensor:
-    """Return which rows are pivots, [rank], int64, ascending; the inverse of `order_rows`."""
+    """Return the indices of the pivot rows, [rank], int64, ascending; the inverse of `order_rows`."""
     return (row_order < rank).nonzero()[:, 0]
 
 
 def row_order_problem(row_order: Tensor, rank: int, num_blocks: int) -> str | None:
-    """Return what is wrong with a stored row order; None if `order_rows` could have written it."""
+    """Return an error message about a stored row order; None if it is valid."""
     pivots = find_pivots(row_order, rank)
     if len(pivots) != rank or not torch.equal(row_order.long(), order_rows(pivots, len(row_order)).long()):
         return f"is not an order of {rank} pivot rows and {len(row_order) - rank} others"

@@ -74,10 +74,10 @@ def leading_share(gram: Tensor) -> float:
 
 def product_to_store(left: Tensor, right: Tensor, stored: torch.dtype) -> Tensor:
     """Return left @ right [m, n] in the type of `left`; large products are as exact as `stored` needs."""
-    small = min(left.shape[0], right.shape[1]) < MIXED_FROM
-    # TF32 or bfloat16 may stand in for float32, where someone allowed that.
-    coarse = torch.get_float32_matmul_precision() != "highest"
-    if small or coarse or stored.itemsize > torch.float32.itemsize:
+    is_small = min(left.shape[0], right.shape[1]) < MIXED_FROM
+    # PyTorch's settings may allow TF32 or bfloat16 in place of float32.
+    is_coarse = torch.get_float32_matmul_precision() != "highest"
+    if is_small or is_coarse or stored.itemsize > torch.float32.itemsize:
         return left @ right.to(left)
     return (left.float() @ right.float()).to(left.dtype)
 

@@ -121,8 +121,8 @@ def approximate(
         rank: Rank of the pair, 1 to min(out, in).
         gram: G [in, in], sum of x x^T, finite, at any scale; may be singular.
         output_metric: F [out, out], damped as in `decompose`; None for the identity.
-        exact: By `decompose`, or by subspace iteration, which is deterministic and off by a fraction of a per
-            cent; default exact where one side is short.
+        exact: Whether to use `decompose`; otherwise subspace iteration, which is deterministic and off by a
+            fraction of a per cent. Default: exact if one side is short.
 
     Returns:
         Factors in the matrix's dtype and on its device, balanced as in `truncate`.

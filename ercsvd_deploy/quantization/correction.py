@@ -137,8 +137,8 @@ def quantize_corrected(
     Args:
         tasks: At least one; damping and order of columns are the same in all.
         gram: Gram of their inputs, [in, in], at any scale.
-        held_out: The same tokens in two parts, on which damping and method are chosen, as in
-            `quantize_together`. The kept round is chosen on the whole Gram.
+        held_out: Grams of the same tokens in two parts, by which damping and method are chosen, see
+            `quantize_together`. The round is chosen by the whole Gram.
         factor: The Hessian factor of this Gram with the tasks' damping and order; None: it is computed.
         method: "rtn", the baseline, rounds integers and factors to nearest.
         rounds: Largest number of rounds; a Linear stops after a round that does not lower its loss.
@@ -202,7 +202,7 @@ class _Fit:
         return put_on_grid(weight, inputs.settings(self.task.settings), self.task.scale_dtype)
 
     def correct(self, integers: QuantizedWeight, inputs: _Inputs) -> Factors | FactorsTask:
-        """Return the pair for the residual of the integers; a `FactorsTask` if it is to be quantized."""
+        """Return the pair for the residual of the integers; a `FactorsTask` if the recipe quantizes it."""
         task, values = self.task, integers.dequantize()
         if not self.losses:
             self.loss_uncorrected = self.loss_of(values)

@@ -68,7 +68,7 @@ def choose_damping(
     Args:
         matrices: At least one, [out, in] each.
         grams: Grams of their inputs, in two parts.
-        desc_act: As in `factor_hessian`.
+        desc_act: Order of the columns, see `factor_hessian`.
         dampings: The candidates.
     """
     sampled = [_some_rows(matrix) for matrix in matrices]

@@ -33,7 +33,7 @@ class RowRounding:
         scale_dtype: Dtype in which the scales are stored.
         gram: Gram of the matrix's inputs, [in, in], at any scale; None for an embedding, whose rows are
             looked up.
-        held_out: The same tokens in two parts; None: none are held out.
+        held_out: Grams of the same tokens in two parts; None: no tokens are held out.
         method: "rtn": rows are rounded to nearest whatever the losses.
     """
 
@@ -62,7 +62,7 @@ class RowRounding:
         """Yield consecutive rows of a matrix [out, in], float32 on the device, and their integers.
 
         Args:
-            weight: On any device, in any floating dtype.
+            weight: The matrix, on any device and in any floating dtype.
             device: The device that computes a block.
             report: Result of `compare`, whose better method and damping are used; None: rounding to nearest.
 

@@ -150,8 +150,8 @@ class FactorsTask:
         Args:
             first: The quantized first factor.
             report: Its losses.
-            gram: Of the layer's inputs, [in, in].
-            held_out: The same tokens in two parts, see `quantize_together`.
+            gram: Gram of the layer's inputs, [in, in].
+            held_out: Grams of the same tokens in two parts, see `quantize_together`.
         """
         loss_of = LossOf(self.weight, gram)
         loss_unquantized = loss_of(_product(*self.unquantized))

@@ -72,8 +72,8 @@ class PivotedTask:
         Args:
             first: The quantized pivot rows.
             report: Its losses.
-            gram: Of the layer's inputs, [in, in].
-            held_out: The same tokens in two parts, see `quantize_together`.
+            gram: Gram of the layer's inputs, [in, in].
+            held_out: Grams of the same tokens in two parts, see `quantize_together`.
         """
         loss_of_weight = LossOf(self.weight, gram)
 
@@ -118,10 +118,10 @@ class PivotedTask:
 
         Args:
             rows: The weight's rows that are no pivots, [out - rank, in].
-            pivot_rows: As they will be served, [rank, in].
-            gram: Of the inputs, [in, in].
-            held_out: The same tokens in two parts: to fit by and to judge by. None: all serve for both, which
-                still sees what quantizing costs.
+            pivot_rows: The quantized pivot rows, dequantized, [rank, in].
+            gram: Gram of the inputs, [in, in].
+            held_out: Grams of the same tokens in two parts: one to fit, one to judge. None: `gram` is used
+                for both, which still measures the loss of quantizing.
         """
         fitting, judging = (gram, gram) if held_out is None else (held_out.fitting, held_out.held_out)
         energy = transform_gram(pivot_rows, fitting)

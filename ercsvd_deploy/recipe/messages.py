@@ -43,7 +43,7 @@ def explain(error: ValidationError, origin_of: Callable[[Location], str]) -> Rec
     """Return the error that reports all of pydantic's errors, one a line.
 
     Args:
-        error: From validating a `Recipe`.
+        error: pydantic's error from validating a `Recipe`.
         origin_of: Field location -> `file:line:column` or the override it comes from.
     """
     lines = []

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 PLAIN_EMBEDDINGS = frozenset(
     {
         *("bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "granitemoe", "gptj", "mixtral"),
-        *("glm4_moe", "gpt_oss", "nemotron", "opt"),
+        *("glm4_moe", "gpt_oss", "nemotron", "opt", "qwen3_next"),
+        *("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
     }
 )
-PLAIN_OUTPUT_LAYERS = frozenset({"bloom", "gpt_oss", "opt"})
+PLAIN_OUTPUT_LAYERS = frozenset({"bloom", "gpt_oss", "opt", "qwen3_next"})
 
 
 def find_unservable_vocabulary(names: Iterable[str], architecture: Architecture) -> list[str]:

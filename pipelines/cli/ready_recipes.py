@@ -26,15 +26,15 @@ def recipes(
         if action == "show":
             sys.stdout.write(find_ready(name).read_text(encoding="utf-8"))
             return
-        ready = ready_recipes()
+        recipes = ready_recipes()
         if as_json:
             print_json(
-                [{"name": recipe.name, "about": recipe.about, "kind": recipe.kind} for recipe in ready]
+                [{"name": recipe.name, "about": recipe.about, "kind": recipe.kind} for recipe in recipes]
             )
             return
         console = result_console()
-        width = max(len(recipe.name) for recipe in ready)
-        for recipe in ready:
+        width = max(len(recipe.name) for recipe in recipes)
+        for recipe in recipes:
             console.print(f"{recipe.name:{width}}  {recipe.about}", highlight=False)
-        file_name = Path(f"{ready[0].name}.yaml").name
-        console.print(f"\nercsvd recipes show {ready[0].name} > {file_name}", highlight=False)
+        file_name = Path(f"{recipes[0].name}.yaml").name
+        console.print(f"\nercsvd recipes show {recipes[0].name} > {file_name}", highlight=False)

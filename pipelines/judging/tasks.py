@@ -59,7 +59,7 @@ class TaskMetric:
     """One metric of one task.
 
     Attributes:
-        value: As lm-eval aggregates it.
+        value: The value that lm-eval aggregates over documents.
         standard_error: lm-eval's standard error; None if it gives none.
         num_documents: Number of documents measured.
         is_higher_better: Whether a higher value is better; None where lm-eval does not say.

@@ -31,7 +31,7 @@ _TIMEOUT = 24 * 3600.0  # seconds; whole suites of tasks take hours
 def run_tasks_in_vllm(
     directory: Path, settings: TaskSettings, size: int, log: Path, *, eager: bool = False
 ) -> TaskResults:
-    """Return what lm-eval measures on a model that vLLM serves; a task that fails does not stop the others.
+    """Return lm-eval's results of a model that vLLM serves; a failing task does not stop the others.
 
     Args:
         directory: The model, compressed or not.

@@ -83,18 +83,20 @@ def share_of(verdicts: Sequence[bool], unit: str) -> Estimate:
     return Estimate(share, max(0.0, centre - margin), min(1.0, centre + margin), count, unit)
 
 
-def share_drop(before: Sequence[bool], after: Sequence[bool], unit: str) -> Estimate:
-    """Return how much a share has fallen, from both models' verdicts on the same items."""
-    count = len(before)
-    lost = sum(old and not new for old, new in zip(before, after, strict=True))
-    won = sum(new and not old for old, new in zip(before, after, strict=True))
+def share_drop(verdicts: Sequence[bool], new_verdicts: Sequence[bool], unit: str) -> Estimate:
+    """Return the decrease of a share, from both models' verdicts on the same items."""
+    count = len(verdicts)
+    num_lost = sum(old and not new for old, new in zip(verdicts, new_verdicts, strict=True))
+    num_won = sum(new and not old for old, new in zip(verdicts, new_verdicts, strict=True))
     if not count:
         return Estimate(math.nan, math.nan, math.nan, 0, unit)
     # One more item of either kind keeps the interval wider than zero where no verdict changed.
-    lost_share, won_share = (lost + 1) / (count + 2), (won + 1) / (count + 2)
+    lost_share, won_share = (num_lost + 1) / (count + 2), (num_won + 1) / (count + 2)
     centre = lost_share - won_share
     margin = _NORMAL * math.sqrt((lost_share + won_share - centre**2) / (count + 2))
-    return Estimate((lost - won) / count, max(-1.0, centre - margin), min(1.0, centre + margin), count, unit)
+    return Estimate(
+        (num_lost - num_won) / count, max(-1.0, centre - margin), min(1.0, centre + margin), count, unit
+    )
 
 
 def with_standard_error(value: float, standard_error: float | None, count: int, unit: str) -> Estimate:

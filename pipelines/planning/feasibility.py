@@ -37,7 +37,8 @@ class Estimate:
         peak_host_bytes: Peak resident memory of the process.
         peak_device_bytes: Peak GPU memory; 0 without a GPU.
         scratch_bytes: Peak size of the work directory beside the output, including the unfinished export.
-        least_scratch_bytes: The same if the search takes the candidate with the smallest files.
+        least_scratch_bytes: Peak size of that directory if the search chooses the candidate with the smallest
+            files.
         flops: Lower bound of the floating-point operations of all stages.
         least_seconds: Lower bound of the time, at the machine's peak FLOP/s; None if that is unknown.
         final_bytes: Bytes of the finished export's tensors, for the largest candidate.

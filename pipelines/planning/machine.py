@@ -196,12 +196,12 @@ def _available_on_host() -> int | None:
 
 
 def _available_in_cgroup() -> int | None:
-    for limit, used in _CGROUP_FILES:
+    for limit_file, usage_file in _CGROUP_FILES:
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max": no limit
-            limit_bytes = int((_CGROUP / limit).read_text(encoding="ascii"))
+            limit_bytes = int((_CGROUP / limit_file).read_text(encoding="ascii"))
             # The page cache counts as used, but the kernel frees it when memory is needed.
-            used_bytes = int((_CGROUP / used).read_text(encoding="ascii")) - _file_pages(
-                (_CGROUP / limit).parent
+            used_bytes = int((_CGROUP / usage_file).read_text(encoding="ascii")) - _file_pages(
+                (_CGROUP / limit_file).parent
             )
             return max(0, limit_bytes - used_bytes)
     return None

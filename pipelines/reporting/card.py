@@ -223,7 +223,7 @@ def _serving(report: Report, path: Path) -> str:
 
 
 def _origin() -> str:
-    """Return how to install the package while it is not on a package index; empty once it is."""
+    """Return instructions to install the package from a wheel; empty if a package index has it."""
     instructions = where_from()
     return "" if instructions is None else f" {instructions.replace('  ', ' `')}`."
 

@@ -48,7 +48,7 @@ def is_vision_model(report: Report) -> bool:
 
 
 def hub_kind(report: Report) -> tuple[str, str]:
-    """Return what the hub calls such models (`pipeline_tag`), and transformers' class that loads one."""
+    """Return the hub's `pipeline_tag` of such models, and transformers' class that loads one."""
     if report.task == "embed":
         return "feature-extraction", "AutoModel"
     if report.task == "classify":
@@ -123,7 +123,7 @@ def _vocabulary(quantized: QuantizeOutcome) -> Iterator[str]:
 
 
 def rounding_method(report: Report) -> str | None:
-    """Return how integers were found: by GPTQ or by rounding to nearest; None if there are none.
+    """Return the quantization method, GPTQ or rounding to nearest; None without integers.
 
     GPTQ counts as GPTQ even where rounding to nearest loses less on single matrices and is kept there.
     """

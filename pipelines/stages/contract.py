@@ -56,16 +56,16 @@ class PlanningContext:
         """Refuse fields of the recipe that need predictions of tokens, if the model makes none.
 
         Args:
-            fields: Those that are set.
+            fields: Names of such fields that are set.
             remedy: What can be used instead.
 
         Raises:
             PlanError: there are some, and the model embeds or scores texts.
         """
         if fields and not self.architecture.predicts_tokens:
-            made = "embeds" if self.architecture.task == "embed" else "scores"
+            verb = "embeds" if self.architecture.task == "embed" else "scores"
             raise PlanError(
-                f"{' and '.join(fields)}: {self.recipe.model.path} {made} texts and predicts no tokens: "
+                f"{' and '.join(fields)}: {self.recipe.model.path} {verb} texts and predicts no tokens: "
                 f"remove it; {remedy}"
             )
 

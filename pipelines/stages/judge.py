@@ -54,14 +54,14 @@ class JudgeOriginalStage(Stage):
         """Return the stage; None if the recipe has no texts or questions to judge on.
 
         Raises:
-            PlanError: predictions are to be judged of a model that makes none.
+            PlanError: the recipe judges predictions, and the model makes none.
         """
         gates = context.recipe.gates
-        asked = ["evaluation.perplexity"] if context.recipe.evaluation.perplexity else []
-        asked += [
+        fields = ["evaluation.perplexity"] if context.recipe.evaluation.perplexity else []
+        fields += [
             f"gates.{name}" for name in _GATES_OF_PREDICTIONS if gates and getattr(gates, name) is not None
         ]
-        context.check_predictions(asked, "gates.final_layer_error compares the outputs of the last layer")
+        context.check_predictions(fields, "gates.final_layer_error compares the outputs of the last layer")
         return cls() if _is_judging(context) else None
 
     @property

@@ -77,9 +77,9 @@ class MeasuredExportStage(Stage):
         if recipe.export.path is None or (recipe.evaluation.lm_eval is None and not is_served):
             return None
         tasks = recipe.evaluation.lm_eval
-        asked = ["evaluation.lm_eval"] if tasks is not None else []
+        fields = ["evaluation.lm_eval"] if tasks is not None else []
         context.check_predictions(
-            [*asked, *(["gates.serving_parity"] if is_served else [])],
+            [*fields, *(["gates.serving_parity"] if is_served else [])],
             "its vectors or scores are those of vllm.LLM(DIRECTORY, runner='pooling')",
         )
         if tasks is not None and tasks.engine == "vllm" and context.architecture.reads_images:
@@ -177,5 +177,5 @@ class MeasuredExportStage(Stage):
         )
 
     def warnings(self, result: MeasuredExport) -> Iterable[str]:
-        """Say what could not be measured."""
+        """Return a message about the measurements that failed."""
         return result.problems

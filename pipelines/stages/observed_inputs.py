@@ -62,9 +62,9 @@ class ObservedInputs:
         if len(statistics) == 1:
             return cls(statistics[0])
         fitting, held_out = statistics
-        whole = fitting + held_out
+        total = fitting + held_out
         # At one scale, so that both parts add up to the whole.
-        return cls(whole, (fitting.products * whole.energy_scale, held_out.products * whole.energy_scale))
+        return cls(total, (fitting.products * total.energy_scale, held_out.products * total.energy_scale))
 
 
 def num_not_held_out(num_samples: int) -> int:

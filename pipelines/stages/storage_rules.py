@@ -44,7 +44,7 @@ class StorageRules:
         quantization: WeightQuantization | None = None,
         correction: Correction | None = None,
     ) -> Storage:
-        """Return how a Linear is stored.
+        """Return the storage of a Linear.
 
         Args:
             linear: Name and shape of the Linear.

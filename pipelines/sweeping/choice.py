@@ -44,7 +44,7 @@ def pick_point(pick: Pick | None, results: Sequence[PointResult]) -> tuple[str |
     """Return the best point's name, or None if there is none, and the reason.
 
     Args:
-        pick: The sweep's criterion; None if no point is to be picked.
+        pick: The sweep's criterion; None if it picks no point.
         results: All points, the original first.
     """
     original, compressed = results[0], [point for point in results if point.recipe is not None]

@@ -53,7 +53,7 @@ def plan_points(
 
 
 def sweep_needs(plans: Mapping[str, Plan]) -> SweepNeeds:
-    """Return what the points of a sweep need together."""
+    """Return the needs of all points of a sweep together."""
     scratch = [
         max((stage.shared_bytes for stage in plan.estimate.stages if stage.stage != "export"), default=0)
         for plan in plans.values()
@@ -63,7 +63,7 @@ def sweep_needs(plans: Mapping[str, Plan]) -> SweepNeeds:
 
 
 def affordable_jobs(needs: SweepNeeds, num_points: int, device: torch.device) -> int:
-    """Return how many points can run side by side, limited by cores and memory; one on a GPU."""
+    """Return the number of points that can run in parallel, limited by cores and memory; 1 on a GPU."""
     available = available_memory()
     if device.type == "cuda" or available is None:
         return 1
@@ -77,7 +77,7 @@ def check_needs(needs: SweepNeeds, output: Path, jobs: int, reusable_bytes: int 
     """Return a warning for each resource that this machine seems to lack for a sweep.
 
     Args:
-        needs: From `sweep_needs`.
+        needs: The needs of the sweep, see `sweep_needs`.
         output: The sweep's output.
         jobs: Points at a time.
         reusable_bytes: Bytes on disk from an earlier sweep, which this one reuses.

@@ -78,7 +78,7 @@ def run_sweep(
     """Run all points, plain GPTQ among them, pick the best, and export it if wanted.
 
     Args:
-        sweep: From `load_sweep`.
+        sweep: The sweep, see `load_sweep`.
         output: Receives `sweep.json` and the points' reports.
         options: Options beside the file.
         progress: Receives the steps of long work.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,18 @@ from tests.recipe_runs import RecipeWriter
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:
-    directory = save_tiny_family(tmp_path, family)
+    assert_streamed_like_transformers(save_tiny_family(tmp_path, family))
+
+
+def test_attention_within_chunks_is_streamed(tmp_path: Path) -> None:
+    """Llama 4's layers with rotary positions attend within chunks, here shorter than the sequences."""
+    directory = save_tiny_family(tmp_path, "llama4_text")
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(raw | {"attention_chunk_size": 16}))
+    assert_streamed_like_transformers(directory)
+
+
+def assert_streamed_like_transformers(directory: Path) -> None:
     tokens = torch.randint(3, 250, (3, 40), generator=torch.Generator().manual_seed(1))
     attention = attention_implementation(load_config(str(directory)))
     model = AutoModelForCausalLM.from_pretrained(

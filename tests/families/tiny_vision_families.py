@@ -202,7 +202,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Mapping[
             "num_local_experts": 8,
             "interleave_moe_layer_step": 2,
             "no_rope_layers": [1, 0, 1, 0],
-            "attention_chunk_size": 2 * WINDOW,
+            "attention_chunk_size": 128,  # vLLM takes no smaller one
             **_HEADS_OF_32,
         },
         _LLAMA4_TOWER,

@@ -108,3 +108,16 @@ PUBLIC_MODELS |= {
     "Llama-4-Scout": _llama_4(16),
     "Llama-4-Maverick": _llama_4(128),
 }
+
+# Hub id that a ready recipe names -> config; of a vision-language model, whose vision parts are of no account
+# here, with those that its class has by default.
+RECIPES_OF_INTEGERS: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen3-32B": PUBLIC_MODELS["Qwen3-32B"],
+    "meta-llama/Llama-3.3-70B-Instruct": PUBLIC_MODELS["Llama-3-70B"],
+    "mistralai/Mistral-Small-3.2-24B-Instruct-2506": {
+        "model_type": "mistral3",
+        "torch_dtype": "bfloat16",
+        "text_config": PUBLIC_MODELS["Mistral-Small"],
+    },
+    "microsoft/phi-4": text_config("phi3", 5120, 17920, 40, 40, 10, 100352, pad_token_id=100349),
+}

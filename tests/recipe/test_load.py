@@ -14,6 +14,7 @@ from ercsvd_deploy.recipe.load import check_files, load_recipe, recipe_json_sche
 from tests.recipe.written import MINIMAL, ROOT, VISION, missing_files, problems_of, written
 
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+INTEGERS_ALONE = ["demo-real", "qwen3-30b-a3b", "qwen3-32b", "llama-3.3-70b", "mistral-small-3.2", "phi-4"]
 
 
 def test_many_problems_are_reported_together(tmp_path: Path) -> None:
@@ -139,8 +140,8 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe = load_recipe(path)
     jsonschema.Draft202012Validator(recipe_json_schema()).validate(yaml.safe_load(text))
     assert recipe.export.path is not None
-    # any low rank costs the real model more than integers do, and experts have none
-    assert (recipe.factorize is None) == (path.stem in ("demo-real", "qwen3-30b-a3b"))
+    # any low rank costs a real model more than integers do, and experts have none
+    assert recipe.may_factorize == (path.stem not in INTEGERS_ALONE)
     if recipe.factorize is not None:
         assert recipe.factorize.method == ("erc_svd" if recipe.target is None else "svd_llm")
     assert recipe.calibration is not None
@@ -150,7 +151,8 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
 def test_the_recipes_we_promise_are_shipped() -> None:
     promised = (
         "demo demo-3bit llama-2-7b llama-2-13b llama-3-8b llama-3-8b-3bit mistral-7b opt-6.7b qwen2.5-7b "
-        "qwen3-8b qwen3-30b-a3b vicuna-7b gemma-3-12b llava-onevision-7b qwen2.5-vl-7b qwen3-vl-8b"
+        "qwen3-8b qwen3-30b-a3b vicuna-7b gemma-3-12b llava-onevision-7b qwen2.5-vl-7b qwen3-vl-8b "
+        "qwen3-32b llama-3.3-70b mistral-small-3.2 phi-4"
     )
     assert set(promised.split()) <= {path.stem for path in SHIPPED}
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ercsvd_deploy.exporters.vllm.layers.layer_plan import share_out_outputs
+from ercsvd_deploy.exporters.vllm.layers.layer_plan import match_projections
 from ercsvd_deploy.exporters.vllm.plugin import register
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError, Storage, WeightQuantization
 from ercsvd_deploy.models.description.tensor_parallel import output_blocks
@@ -171,13 +171,13 @@ def test_three_projections_in_one_matrix_beside_a_fourth(
 
 def test_which_of_vllms_projections_a_linear_is() -> None:
     apart = tuple(slice(start, start + 1) for start in range(3))
-    assert share_out_outputs([4, 2, 2], [None, 2, None]) == apart
-    assert share_out_outputs([4, 2, 2], [8]) == (slice(0, 3),)
-    assert share_out_outputs([2, 2, 4, 4], [None, 4]) == (slice(0, 3), slice(3, 4))
-    assert share_out_outputs([2, 2, 4, 4], [8, None]) == (slice(0, 3), slice(3, 4))
-    assert share_out_outputs([2, 2, 4, 4], [None, None]) is None  # nothing says where to cut
-    assert share_out_outputs([2, 2, 4, 4], [9, None]) is None
-    assert share_out_outputs([2, 2], [2, 1, 1]) is None
+    assert match_projections([4, 2, 2], [None, 2, None]) == apart
+    assert match_projections([4, 2, 2], [8]) == (slice(0, 3),)
+    assert match_projections([2, 2, 4, 4], [None, 4]) == (slice(0, 3), slice(3, 4))
+    assert match_projections([2, 2, 4, 4], [8, None]) == (slice(0, 3), slice(3, 4))
+    assert match_projections([2, 2, 4, 4], [None, None]) is None  # nothing says where to cut
+    assert match_projections([2, 2, 4, 4], [9, None]) is None
+    assert match_projections([2, 2], [2, 1, 1]) is None
 
 
 def test_pivoted_ones_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:

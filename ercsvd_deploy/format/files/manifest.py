@@ -96,7 +96,7 @@ def record_reports(directory: Path, names: Iterable[str]) -> None:
 
 
 def exported_files(directory: Path) -> frozenset[str]:
-    """Return the paths of an export's files within it; any other file was added by somebody.
+    """Return the relative paths of all files that an export has written.
 
     Raises:
         ManifestError: there is no manifest, or it cannot be read.

@@ -1,6 +1,6 @@
-"""Matrices that a checkpoint holds one behind the other in a tensor of three dimensions: apart, and together.
+"""Stores that split tensors of stacked matrices into these, and that stack them again.
 
-The two stores are inverse to each other: one reads a tensor as its matrices, the other makes it of them.
+The two stores are inverse to each other. A stacked tensor has three dimensions.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ercsvd_deploy.format.files.tensor_store import TensorInfo, TensorStore, tor
 
 @dataclass(frozen=True)
 class Place:
-    """Where a matrix [rows, columns] lies in a tensor [matrices, ..., ...].
+    """The place of a matrix [rows, columns] in a stacked tensor [matrices, ..., ...].
 
     Attributes:
         tensor: Name of the tensor.
-        index: Which of its matrices this one is, or is a part of.
-        rows: Its rows, among those of that matrix.
+        index: Index in the first dimension.
+        rows: Rows of this matrix within the tensor's matrix of that index.
         is_transposed: Whether the tensor is [matrices, columns, rows], and not [matrices, rows, columns].
     """
 
@@ -32,7 +32,7 @@ class Place:
 
     @property
     def num_rows(self) -> int:
-        """How many rows the matrix has."""
+        """Number of rows of the matrix."""
         return int(self.rows.stop) - int(self.rows.start)
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -42,10 +42,10 @@ class Place:
 
 
 class UnstackedStore:
-    """A store some of whose tensors are read as the matrices that lie in them."""
+    """A store that reads stacked tensors of another store as separate matrices."""
 
     def __init__(self, base: TensorStore, places: Mapping[str, Place]) -> None:
-        """Read tensors of `base` apart: `places` has a place for every matrix of each of them."""
+        """Split tensors of `base`; `places` has the place of every matrix in these tensors, by name."""
         self._base, self._places = base, dict(places)
         self._names = base.names() - {place.tensor for place in places.values()} | places.keys()
 
@@ -58,33 +58,33 @@ class UnstackedStore:
         place = self._places.get(name)
         if place is None:
             return self._base.info(name)
-        whole = self._base.info(place.tensor)
-        columns = whole.shape[1 if place.is_transposed else 2]
-        return _info((place.num_rows, columns), whole.dtype)
+        stacked = self._base.info(place.tensor)
+        columns = stacked.shape[1 if place.is_transposed else 2]
+        return _info((place.num_rows, columns), stacked.dtype)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Return the named tensors on the CPU, as stored; a tensor of several of them is read once."""
-        by_tensor: dict[str, list[str]] = {}
+        """Return the named tensors on the CPU, as stored; a stacked tensor is read once for all of them."""
+        matrices_by_tensor: dict[str, list[str]] = {}
         plain = []
         for name in names:
             if name in self._places:
-                by_tensor.setdefault(self._places[name].tensor, []).append(name)
+                matrices_by_tensor.setdefault(self._places[name].tensor, []).append(name)
             else:
                 plain.append(name)
         tensors = self._base.read(plain)
-        for stored, matrices in by_tensor.items():
-            whole = self._base.read([stored])[stored]
+        for stored, matrices in matrices_by_tensor.items():
+            stacked = self._base.read([stored])[stored]
             for name in matrices:
                 # a copy, since a view would keep the whole tensor in memory
-                tensors[name] = self._places[name].view(whole).clone(memory_format=torch.contiguous_format)
+                tensors[name] = self._places[name].view(stacked).clone(memory_format=torch.contiguous_format)
         return tensors
 
 
 class StackedStore:
-    """A store some of whose matrices are read as the tensors in which they lie one behind the other."""
+    """A store that reads matrices of another store as stacked tensors."""
 
     def __init__(self, base: TensorStore, places: Mapping[str, Place]) -> None:
-        """Put matrices of `base` together: `places` has a place for every matrix of each tensor."""
+        """Stack matrices of `base`; `places` has the place of every matrix in the new tensors, by name."""
         self._base = base
         self._matrices: dict[str, dict[str, Place]] = {}
         for name, place in places.items():
@@ -101,10 +101,11 @@ class StackedStore:
         if places is None:
             return self._base.info(name)
         matrix, place = next(iter(places.items()))
-        of_matrix = self._base.info(matrix)
-        rows = max(int(each.rows.stop) for each in places.values())
-        sides = (of_matrix.shape[1], rows) if place.is_transposed else (rows, of_matrix.shape[1])
-        return _info((1 + max(each.index for each in places.values()), *sides), of_matrix.dtype)
+        matrix_info = self._base.info(matrix)
+        rows = max(int(other.rows.stop) for other in places.values())
+        columns, count = matrix_info.shape[1], 1 + max(other.index for other in places.values())
+        sides = (columns, rows) if place.is_transposed else (rows, columns)
+        return _info((count, *sides), matrix_info.dtype)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return the named tensors on the CPU, as stored."""
@@ -114,10 +115,10 @@ class StackedStore:
             if name not in self._matrices:
                 continue
             info, places = self.info(name), self._matrices[name]
-            whole = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+            stacked = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
             for matrix, values in self._base.read(places).items():
-                places[matrix].view(whole).copy_(values)
-            tensors[name] = whole
+                places[matrix].view(stacked).copy_(values)
+            tensors[name] = stacked
         return tensors
 
 

@@ -1,7 +1,8 @@
-"""Find a model's tensors in a checkpoint, and refuse one that is another model than its config says.
+"""Find a model's tensors in a checkpoint, and refuse a checkpoint that contradicts its config.
 
-Some of what a library would leave out in silence changes the model: another output layer of a tied one, or a
-bias that the config switches off. Rotary frequencies, or layers behind the last, do not.
+Libraries ignore surplus tensors in silence. Some of these would change the model: a separate output layer of
+a tied model, or a bias that the config switches off. Others would not: rotary frequencies, or layers after
+the last one.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from ercsvd_deploy.format.stored_names import match_names
 from ercsvd_deploy.models.experts.stacked import unstack_experts
 
 _FLOATS = ("F32", "F16", "BF16")
-_MOST_TOLD = 5
-_MOST_COMPARED = 2**22  # elements of a surplus tensor that is read to see whether it is zero
+_MAX_LISTED = 5
+_MAX_COMPARED = 2**22  # larger surplus tensors are not read to see whether they are zero; elements
 
 
 def fit_store(
@@ -29,56 +30,58 @@ def fit_store(
     """Compare names, shapes and dtypes of a model's tensors with a store's before anything is loaded.
 
     Args:
-        model: Built from the config, without weights.
-        store: The checkpoint, under its own names.
-        translate: Turns a name of a layout that the family is known for into the model's.
+        model: The model of the config, without weights.
+        store: The checkpoint under its own names.
+        translate: Turns a stored name of the family's layout into the model's name.
 
     Returns:
-        The model's tensors under the model's names, without a tied output layer; and the names of what the
-        model has no use for.
+        The model's tensors under the model's names, without a tied output layer; and the stored names of
+        surplus tensors.
 
     Raises:
-        CheckpointError: tensors are missing, of another shape, quantized, or contradict the config.
+        CheckpointError: tensors are missing, have another shape, are quantized, or contradict the config.
     """
     expected = model.state_dict()
     prefix = f"{getattr(model, 'base_model_prefix', 'model')}."
-    named = dict(match_names(store.names(), frozenset(expected), base_prefix=prefix, translate=translate))
-    store, named = unstack_experts(model, store, named)
+    stored_names = dict(
+        match_names(store.names(), frozenset(expected), base_prefix=prefix, translate=translate)
+    )
+    store, stored_names = unstack_experts(model, store, stored_names)
     tied = _tied_names(model)
     output, embedding = _output_and_embedding(model)
-    if output in tied and output in named and embedding not in named:
-        named[embedding] = named.pop(output)  # the two are one tensor, saved under either name
-    if _is_tied_somewhere(model.config) and output in named and embedding in named:
-        _check_same(store, named[output], named[embedding])
-    present = RenamedStore(store, named)
+    if output in tied and output in stored_names and embedding not in stored_names:
+        stored_names[embedding] = stored_names.pop(output)  # the two are one tensor, saved under either name
+    if _is_tied_somewhere(model.config) and output in stored_names and embedding in stored_names:
+        _check_same(store, stored_names[output], stored_names[embedding])
+    present = RenamedStore(store, stored_names)
     problems = [
         *_wrong_shapes(model, expected, present, tied),
         *_ignored(model, expected, present),
     ]
     if problems:
         raise CheckpointError(f"weights and config.json disagree: {_first(problems)}")
-    kept = expected.keys() - tied
-    surplus = tuple(sorted(named[name] for name in named.keys() - kept))
-    return RenamedStore(store, {name: named[name] for name in kept}), surplus
+    needed = expected.keys() - tied
+    surplus = tuple(sorted(stored_names[name] for name in stored_names.keys() - needed))
+    return RenamedStore(store, {name: stored_names[name] for name in needed}), surplus
 
 
 def _tied_names(model: nn.Module) -> frozenset[str]:
-    """Return the name of the output layer's weight, if the config says that it is the embedding."""
+    """Return the name of the output layer's weight if the config ties it to the embedding."""
     output = _output_and_embedding(model)[0]
     is_tied = bool(getattr(model.config, "tie_word_embeddings", False))
     return frozenset({output} if is_tied and output is not None else ())
 
 
 def _is_tied_somewhere(config: Any) -> bool:
-    """Whether the config of the model or of its language model says so: of the two vLLM reads the second.
+    """Whether the config of the model or of its language model, which vLLM reads, ties the output layer.
 
-    What a language model's class says where config.json says nothing does not count: some classes of
-    transformers tie by default, although the models that they are parts of are not tied (Qwen3-VL's mixture).
+    The default of a language model's config class is ignored: some classes of transformers tie by default,
+    although the vision-language models that contain them are not tied (Qwen3-VL's mixture).
     """
     text_config = config.get_text_config()
     is_default = text_config is not config and getattr(type(text_config), "tie_word_embeddings", False)
-    parts = (config,) if is_default else (config, text_config)
-    return any(getattr(each, "tie_word_embeddings", False) for each in parts)
+    configs = (config,) if is_default else (config, text_config)
+    return any(getattr(tied_config, "tie_word_embeddings", False) for tied_config in configs)
 
 
 def _output_and_embedding(model: nn.Module) -> tuple[str | None, str]:
@@ -89,16 +92,16 @@ def _output_and_embedding(model: nn.Module) -> tuple[str | None, str]:
 
 
 def _check_same(store: TensorStore, output: str, embedding: str) -> None:
-    """Refuse another output layer than the embedding.
+    """Refuse an output layer that differs from the embedding.
 
     Raises:
         CheckpointError: the two differ.
     """
-    same = store.info(output).shape == store.info(embedding).shape
-    if same:
+    is_same = store.info(output).shape == store.info(embedding).shape
+    if is_same:
         tensors = store.read([output, embedding])
-        same = torch.equal(tensors[output], tensors[embedding].to(tensors[output].dtype))
-    if not same:
+        is_same = torch.equal(tensors[output], tensors[embedding].to(tensors[output].dtype))
+    if not is_same:
         raise CheckpointError(
             f"config.json says tie_word_embeddings: true, but {output} is stored and is not {embedding}: set "
             "tie_word_embeddings to false if that is the output layer, or remove the tensor if it is not"
@@ -108,10 +111,10 @@ def _check_same(store: TensorStore, output: str, embedding: str) -> None:
 def _wrong_shapes(
     model: nn.Module, expected: Mapping[str, torch.Tensor], store: TensorStore, tied: frozenset[str]
 ) -> list[str]:
-    """Return what is missing, of another shape or quantized; a vocabulary of another size first."""
+    """Return messages about missing, wrongly shaped or quantized tensors; a wrong vocabulary size first."""
     stored = store.names()
     output, embedding = _output_and_embedding(model)
-    vocabulary, others, missing = [], [], []
+    vocabulary_problems, other_problems, missing = [], [], []
     for name, tensor in expected.items():
         if name in tied:
             continue
@@ -120,30 +123,32 @@ def _wrong_shapes(
             continue
         info, shape = store.info(name), tuple(tensor.shape)
         if name in (output, embedding) and info.shape[1:] == shape[1:] and info.shape != shape:
-            vocabulary.append(
+            vocabulary_problems.append(
                 f"vocab_size is {shape[0]}, but {name} has {info.shape[0]} rows: set vocab_size to "
                 f"{info.shape[0]}"
             )
         elif info.shape != shape:
-            others.append(f"{name} has shape {list(info.shape)}, the config asks for {list(shape)}")
+            other_problems.append(f"{name} has shape {list(info.shape)}, the config asks for {list(shape)}")
         elif tensor.is_floating_point() and info.dtype not in _FLOATS:
             remedy = (
                 "set model.dtype"
                 if info.dtype == "F64"
                 else "such weights are quantized already: start from the original ones"
             )
-            others.append(f"{name} is stored as {info.dtype}; only {', '.join(_FLOATS)} will do: {remedy}")
-    absent = [f"{name} is missing" for name in missing]
+            supported = ", ".join(_FLOATS)
+            other_problems.append(f"{name} is stored as {info.dtype}; only {supported} will do: {remedy}")
+    missing_problems = [f"{name} is missing" for name in missing]
     if missing == [output]:
-        absent = [f"{output} is missing: set tie_word_embeddings to true if it is the embedding"]
+        missing_problems = [f"{output} is missing: set tie_word_embeddings to true if it is the embedding"]
     elif 2 * len(missing) > len(expected):
         other_names = enumerate_names(stored - expected.keys(), most=3)
-        absent[:0] = [f"the checkpoint has other names, such as {other_names}"] if other_names else []
-    return vocabulary + absent + others
+        if other_names:
+            missing_problems.insert(0, f"the checkpoint has other names, such as {other_names}")
+    return vocabulary_problems + missing_problems + other_problems
 
 
 def _ignored(model: nn.Module, expected: Mapping[str, torch.Tensor], store: TensorStore) -> Iterator[str]:
-    """Yield stored tensors of a Linear, norm or embedding of the model that has no place for them."""
+    """Yield messages about surplus tensors of a Linear, norm or embedding that the model has."""
     modules = dict(model.named_modules())
     for name in sorted(store.names() - expected.keys()):
         owner, _, leaf = name.rpartition(".")
@@ -153,12 +158,12 @@ def _ignored(model: nn.Module, expected: Mapping[str, torch.Tensor], store: Tens
         is_leaf = not any(module.children()) and any(True for _ in module.parameters(recurse=False))
         if not owner or not is_leaf or leaf in dict(module.named_buffers(recurse=False)):
             continue
-        small = math.prod(store.info(name).shape) <= _MOST_COMPARED
-        if leaf == "bias" and small and not bool(store.read([name])[name].any()):
+        is_small = math.prod(store.info(name).shape) <= _MAX_COMPARED
+        if leaf == "bias" and is_small and not bool(store.read([name])[name].any()):
             continue  # some tools store biases of zero
         yield f"{name} is stored, but the model that config.json describes has no such tensor"
 
 
 def _first(problems: list[str]) -> str:
-    rest = len(problems) - _MOST_TOLD
-    return "; ".join(problems[:_MOST_TOLD]) + (f"; and {rest} more" if rest > 0 else "")
+    rest = len(problems) - _MAX_LISTED
+    return "; ".join(problems[:_MAX_LISTED]) + (f"; and {rest} more" if rest > 0 else "")

@@ -45,7 +45,7 @@ from ercsvd_deploy.format.schema import (
 from ercsvd_deploy.models.compressed.modules import PackedLinear, PivotedLinear
 from ercsvd_deploy.models.compressed.packed_embedding import PackedEmbedding, TiedOutputLayer
 from ercsvd_deploy.models.compressed.replacement import canonical_name, replace_linears
-from ercsvd_deploy.models.experts.routed import are_separate, puts_together, separate_experts
+from ercsvd_deploy.models.experts.routed import are_separate, separate_experts, stacks_experts
 
 _PACKED_LEAVES = (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SHAPE, WEIGHT_ZERO_POINT)
 # Matches tensor names of the compressed format, and captures the module's name.
@@ -128,7 +128,7 @@ class ErcSvdQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         """Return transformers' conversions of loaded tensors without those that stack separate experts."""
         if not self._has_separate_experts:
             return weight_conversions
-        return [conversion for conversion in weight_conversions if not puts_together(conversion)]
+        return [conversion for conversion in weight_conversions if not stacks_experts(conversion)]
 
     @property
     def _has_separate_experts(self) -> bool:

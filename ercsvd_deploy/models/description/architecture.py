@@ -1,7 +1,7 @@
-"""What is known of a model without its weights: its Linears layer by layer, and the sizes of all the rest.
+"""Description of a model without its weights: its Linears by layer, and the shapes of its other tensors.
 
-Names here are those of transformers' modules. Checkpoints of text models use the same names, those of most
-vision-language models do not: `checkpoint_names` translates where files are read and written, nowhere else.
+Names are those of transformers' modules. Checkpoints of text models use the same names, those of most
+vision-language models do not: `checkpoints.names` translates when files are read and written.
 """
 
 from __future__ import annotations
@@ -28,14 +28,19 @@ LANGUAGE_PART, TOWER_PART, PROJECTOR_PART = "language model", "vision tower", "p
 
 
 class ArchitectureError(ValueError):
-    """The model's config names no architecture that can be compressed, or cannot be read."""
+    """The model's architecture cannot be compressed, or its config cannot be read."""
 
 
 @dataclass(frozen=True)
 class LayerLinears:
-    """The Linears of one layer, grouped by shared input, and the layer's tensor-name prefix.
+    """The Linears of one layer, grouped by shared input.
 
-    Those of routed experts are apart: nobody knows before a run which tokens they read.
+    Attributes:
+        index: Index of the layer.
+        prefix: Name of the layer's module.
+        groups: Linears that read the same input, group by group, without those of routed experts, whose
+            input tokens are known only when the model runs.
+        experts: The routed experts of the layer, if it has any.
     """
 
     index: int
@@ -45,7 +50,7 @@ class LayerLinears:
 
     @cached_property
     def linears(self) -> tuple[LinearShape, ...]:
-        """Every Linear of the layer, group by group, each group where its input is read first."""
+        """Every Linear of the layer but those of routed experts, in the order of `groups`."""
         return tuple(linear for group in self.groups for linear in group)
 
     @property
@@ -55,20 +60,20 @@ class LayerLinears:
 
     @cached_property
     def parameters(self) -> int:
-        """Weights of its Linears and routed experts."""
+        """Number of weights of all Linears, those of routed experts included."""
         routed = 0 if self.experts is None else self.experts.parameters
         return sum(linear.parameters for linear in self.linears) + routed
 
     @property
     def parameters_per_token(self) -> int:
-        """The weights that one token is multiplied by."""
+        """Number of weights that one token is multiplied by."""
         experts = self.experts
         routed = 0 if experts is None else experts.parameters * experts.per_token // experts.count
         return sum(linear.parameters for linear in self.linears) + routed
 
     @property
     def stacks(self) -> tuple[tuple[LinearShape, ...], ...]:
-        """The Linears that vLLM multiplies as one matrix: they share an input and belong to one module."""
+        """The Linears that vLLM stacks into one matrix: they share an input and belong to one module."""
         stacks: dict[tuple[int, str], list[LinearShape]] = {}
         for number, group in enumerate(self.groups):
             for linear in group:
@@ -82,27 +87,27 @@ class LayerLinears:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The compressible part of a model, and the size of the rest."""
+    """The compressible Linears of a model, and the shapes of its other tensors."""
 
     model_type: str
-    text_model_type: str  # of the decoder; another one where that is part of a vision-language model
+    text_model_type: str  # model type of the decoder; in vision-language models another one
     task: Task
     layers_prefix: str  # module name of the stack of decoder layers
     layers: tuple[LayerLinears, ...]
-    num_layer_outputs: int  # of the tuple, hidden states first, that a layer returns; 0: these alone
-    other_tensors: Mapping[str, tuple[int, ...]]  # all but weights of `linears`; tied ones once
+    num_layer_outputs: int  # length of the tuple that a layer returns, hidden states first; 0: no tuple
+    other_tensors: Mapping[str, tuple[int, ...]]  # shapes of all but weights of `linears`; tied ones once
     num_attention_heads: int
     num_key_value_heads: int
-    other_key_value_heads: Mapping[str, int]  # layer -> its own number, where that is another
-    linear_key_size: int  # outputs of all keys of a layer of linear attention; 0: there is none
+    other_key_value_heads: Mapping[str, int]  # layer -> number of key-value heads, where it differs
+    linear_key_size: int  # number of outputs of all keys of a linear attention layer; 0: no such layer
     vocab_size: int
     vocabulary: Vocabulary  # input embedding and output layer
-    stored_prefixes: Mapping[str, str]  # module -> what checkpoints call it, where that differs
-    stored_parts: Mapping[str, str]  # the same of parts within a name, dots included
-    image_token_id: int | None  # marks the places of image features; None: the model reads text only
-    # Module or tensor beside the decoder -> its part (`TOWER_PART`, `PROJECTOR_PART`); none in text models.
+    stored_prefixes: Mapping[str, str]  # module -> its name in checkpoints, where it differs
+    stored_parts: Mapping[str, str]  # part within a name, with dots -> its form in checkpoints
+    image_token_id: int | None  # token that is replaced by image features; None: a text model
+    # Module or tensor outside the decoder -> its part (`TOWER_PART`, `PROJECTOR_PART`); empty in text models.
     vision_parts: Mapping[str, str]
-    # Part -> its layers that are run, where it can be compressed.
+    # Part -> its layers that run; only of parts that can be compressed.
     vision_layers: Mapping[str, tuple[LayerLinears, ...]]
 
     @property
@@ -112,14 +117,14 @@ class Architecture:
 
     @cached_property
     def linears(self) -> tuple[LinearShape, ...]:
-        """Every decoder Linear, layer by layer, those of routed experts left out."""
+        """Every decoder Linear, layer by layer, without those of routed experts."""
         return tuple(linear for layer in self.layers for linear in layer.linears)
 
     @property
     def expert_linears(self) -> tuple[LinearShape, ...]:
         """Every Linear of a routed expert, layer by layer."""
-        experts = (layer.experts for layer in self.layers)
-        return tuple(linear for each in experts if each is not None for linear in each.linears)
+        all_experts = (layer.experts for layer in self.layers if layer.experts is not None)
+        return tuple(linear for experts in all_experts for linear in experts.linears)
 
     @property
     def all_linears(self) -> tuple[LinearShape, ...]:
@@ -128,7 +133,7 @@ class Architecture:
 
     @property
     def predicts_tokens(self) -> bool:
-        """Whether there are logits of next tokens; a model that embeds or scores texts has none."""
+        """Whether the model gives logits of next tokens; one that embeds or classifies texts does not."""
         return self.task == "generate"
 
     def is_row_parallel(self, name: str) -> bool:
@@ -136,7 +141,7 @@ class Architecture:
         return cuts_inputs(name)
 
     def output_blocks(self, name: str, out_features: int) -> tuple[OutputBlock, ...]:
-        """Return the parts of a column-parallel Linear's outputs that tensor parallelism cuts apart."""
+        """Return the blocks of a column-parallel Linear's outputs; tensor parallelism cuts each block."""
         if self.component_of(name) != LANGUAGE_PART:
             return (OutputBlock(out_features),)
         heads = self.num_attention_heads, self.key_value_heads_of(name)
@@ -144,33 +149,33 @@ class Architecture:
 
     def key_value_heads_of(self, name: str) -> int:
         """Return the number of key-value heads of the decoder layer that a Linear belongs to."""
-        others = (
+        head_counts = (
             heads for layer, heads in self.other_key_value_heads.items() if name.startswith(f"{layer}.")
         )
-        return next(others, self.num_key_value_heads)
+        return next(head_counts, self.num_key_value_heads)
 
     def num_output_shards(self, name: str, tensor_parallel_size: int) -> int:
-        """Return into how many different parts a column-parallel Linear's output is cut.
+        """Return the number of different parts into which a column-parallel Linear's outputs are cut.
 
-        Key-value heads are repeated rather than cut when there are fewer of them than ranks.
+        Key-value heads are repeated instead of cut if there are fewer heads than ranks.
         """
         if self.component_of(name) == LANGUAGE_PART and holds_key_values(name):
             return min(tensor_parallel_size, self.key_value_heads_of(name))
         return tensor_parallel_size
 
     def outputs_on_rank(self, name: str, rows: int, tensor_parallel_size: int) -> int | None:
-        """Return how many of a column-parallel Linear's outputs a rank holds; None: no even cut."""
-        held = 0
+        """Return the number of a column-parallel Linear's outputs on a rank; None if no even cut exists."""
+        num_outputs = 0
         for block in self.output_blocks(name, rows):
             heads = self.key_value_heads_of(name) if block.is_key_value else tensor_parallel_size
             parts = min(tensor_parallel_size, heads)
             if block.size % parts:
                 return None
-            held += block.size // parts
-        return held
+            num_outputs += block.size // parts
+        return num_outputs
 
     def checkpoint_name(self, name: str) -> str:
-        """Return the name under which checkpoints hold a module or tensor of this model."""
+        """Return the name of a module or tensor of this model in checkpoints."""
         name = stored_name(name, self.stored_prefixes)
         for part, stored in self.stored_parts.items():
             name = name.replace(part, stored)
@@ -185,7 +190,7 @@ class Architecture:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The parts that the model has: the language model, and behind it those that see."""
+        """The parts of the model: the language model, then vision tower and projector if it has them."""
         return (LANGUAGE_PART, *dict.fromkeys(self.vision_parts.values()))
 
     @property
@@ -195,45 +200,47 @@ class Architecture:
 
     @property
     def vision_linears(self) -> tuple[LinearShape, ...]:
-        """Every Linear of vision tower and projector that can be compressed, in the order they are run."""
+        """Every compressible Linear of vision tower and projector, in the order in which they run."""
         return tuple(
             linear for layers in self.vision_layers.values() for layer in layers for linear in layer.linears
         )
 
     @property
     def total_parameters(self) -> int:
-        """Parameters of the whole model, tied embeddings counted once."""
+        """Number of parameters of the whole model, tied embeddings counted once."""
         return self.linear_parameters + sum(math.prod(shape) for shape in self.other_tensors.values())
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of all decoder Linears, biases and routed experts not counted."""
+        """Number of weights of all decoder Linears, without biases and routed experts."""
         return sum(linear.parameters for linear in self.linears)
 
     @cached_property
     def without_experts(self) -> Architecture:
-        """The same without routed experts, of which there may be ten thousands."""
+        """The same architecture without routed experts, of which there may be ten thousands."""
         names = {layer.experts.name for layer in self.layers if layer.experts is not None}
         if not names:
             return self
-        others = {name: shape for name, shape in self.other_tensors.items() if experts_of(name) not in names}
+        other_tensors = {
+            name: shape for name, shape in self.other_tensors.items() if experts_of(name) not in names
+        }
         layers = tuple(replace(layer, experts=None) for layer in self.layers)
-        return replace(self, layers=layers, other_tensors=others)
+        return replace(self, layers=layers, other_tensors=other_tensors)
 
     @property
     def expert_parameters(self) -> int:
-        """Weights of all routed experts."""
+        """Number of weights of all routed experts."""
         return sum(layer.experts.parameters for layer in self.layers if layer.experts is not None)
 
 
 def experts_of(name: str) -> str:
-    """Return the name of the module of routed experts that a tensor would belong to; else any other name."""
-    before, found, _ = name.partition(f".{EXPERTS}.")
-    return before + found.removesuffix(".")
+    """Return the name of a tensor's module of routed experts; for other tensors an unrelated name."""
+    prefix, experts, _ = name.partition(f".{EXPERTS}.")
+    return prefix + experts.removesuffix(".")
 
 
 def dense_descriptions(architecture: Architecture) -> dict[str, Storage]:
-    """Return the storage of every Linear of decoder, experts, vision tower and projector in the original."""
+    """Return the original storage of every Linear of decoder, experts, vision tower and projector."""
     return {
         linear.name: Storage.dense((linear.out_features, linear.in_features))
         for linear in (*architecture.all_linears, *architecture.vision_linears)

@@ -1,7 +1,7 @@
 """Refuse sizes in a config.json that no model has, before a library allocates memory for them.
 
-On the way to the meta device transformers allocates memory for some parameters, and makes lists as long as
-the model has layers. A config from a stranger may have 10**9 in the place of such a size.
+Before the model is on the meta device, transformers allocates memory for some parameters, and creates lists
+with one item per layer. An untrusted config may give 10**9 for such a size.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _LARGEST = {
     "patch_size": 2**14,
     "image_seq_length": 2**20,
 }
-# The same of mixtures of experts; 0 stands for none.
+# Sizes of mixtures of experts; 0 means none.
 _LARGEST_OF_EXPERTS = {
     "moe_intermediate_size": 2**20,
     "shared_expert_intermediate_size": 2**20,
@@ -58,16 +58,16 @@ _LARGEST_OF_EXPERTS = {
     "num_experts_per_tok": 2**12,
     "top_k_experts": 2**12,
 }
-_MOST_PATCHES = 2**20  # CLIP numbers them in a real tensor
+_MAX_PATCHES = 2**20  # CLIP has a real tensor with one index per patch
 
 
 def impossible_sizes(config: Mapping[str, Any]) -> list[str]:
-    """Return one text for each impossible size in a config.
+    """Return one error message for each impossible size in a config.
 
     Values that are not integers are left to the config's own class.
 
     Args:
-        config: Contents of config.json; parts of it (`text_config`, `vision_config`) are configs themselves.
+        config: Contents of config.json, with nested configs such as `text_config` and `vision_config`.
     """
     return list(_problems(config, ""))
 
@@ -78,16 +78,16 @@ def _problems(config: Mapping[str, Any], prefix: str) -> Iterator[str]:
             yield from _problems(value, f"{key}.")
         elif key in _LARGEST and isinstance(value, int) and not 1 <= value <= _LARGEST[key]:
             yield f"{prefix}{key} is {_as_text(value)}; it must be from 1 to {_LARGEST[key]:,}"
-        most = _LARGEST_OF_EXPERTS.get(key)
-        if most is not None and isinstance(value, int) and not 0 <= value <= most:
-            yield f"{prefix}{key} is {_as_text(value)}; it must be from 0 to {most:,}"
+        largest = _LARGEST_OF_EXPERTS.get(key)
+        if largest is not None and isinstance(value, int) and not 0 <= value <= largest:
+            yield f"{prefix}{key} is {_as_text(value)}; it must be from 0 to {largest:,}"
     image, patch = config.get("image_size"), config.get("patch_size")
     if not isinstance(image, int) or not isinstance(patch, int) or patch < 1:
         return
-    if (image // patch) ** 2 > _MOST_PATCHES:
-        yield f"{prefix}image_size {_as_text(image)} has more than {_MOST_PATCHES:,} patches of {patch}"
+    if (image // patch) ** 2 > _MAX_PATCHES:
+        yield f"{prefix}image_size {_as_text(image)} has more than {_MAX_PATCHES:,} patches of {patch}"
 
 
 def _as_text(value: int) -> str:
-    """Return a number as text; Python refuses to print thousands of digits, so a huge one by its length."""
+    """Return a number as text; for a huge one, which Python refuses to print, its number of bits."""
     return f"{value:,}" if abs(value) < 10**30 else f"a number of {value.bit_length()} bits"

@@ -1,7 +1,7 @@
-"""Which models can be compressed, and what a config says of one: found in the model itself, see `discovery`.
+"""Check whether a model can be compressed, and describe it; most is found in the model, see `discovery`.
 
-Any decoder that transformers builds will do, if its layers' weights are Linears. Written down here is only
-where a family differs from what its modules tell.
+Any decoder that transformers builds is supported if its layers' weights are Linears. This module only lists
+differences of families that cannot be found in their modules.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ _ATTENTION_LAYERS = frozenset(
     {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
 )
 _LINEAR_ATTENTION = "linear_attention"
-# Of linear attention: an output or two for each head, which say how much of its state is kept and written.
+# Gates of linear attention: one or two outputs for each head, which control how its state changes.
 _GATES_OF_STATES = frozenset({"linear_attn.in_proj_ba", "linear_attn.in_proj_b", "linear_attn.in_proj_a"})
-# Model type -> module -> what checkpoints call it.
+# Model type -> module -> its name in checkpoints.
 _STORED_PREFIXES: Mapping[str, Mapping[str, str]] = {"gpt_neox": {"lm_head": "embed_out"}}
 
 
 def check_supported(config: Any) -> None:
-    """Refuse a config whose model cannot be compressed here, before anything is built from it.
+    """Refuse a config whose model cannot be compressed, before the model is built.
 
     Raises:
-        ArchitectureError: it is no decoder, nor a vision-language model around one, or has other layers.
+        ArchitectureError: the model is neither a decoder nor a vision-language model with one, or has
+            unsupported layers.
     """
     text_config = config.get_text_config()
     if reads_images(config):
-        image_token_id(config)  # refuses a config that names none
+        image_token_id(config)  # raises if the config names none
     elif text_config is not config:
         raise _unsupported(config, "a decoder among other parts, which are not those of a model that sees")
     if not getattr(config, "is_causal", True):
@@ -66,8 +67,8 @@ def describe(model: nn.Module, config: Any) -> Architecture:
     """
     text_config = config.get_text_config()
     model = on_meta(model)
-    sees = reads_images(config)
-    if not sees and any(not getattr(each, "is_causal", True) for each in model.modules()):
+    is_vision_model = reads_images(config)
+    if not is_vision_model and any(not getattr(module, "is_causal", True) for module in model.modules()):
         raise _unsupported(config, _BOTH_DIRECTIONS)
     try:
         stand_in_for_experts(model)
@@ -95,18 +96,20 @@ def describe(model: nn.Module, config: Any) -> Architecture:
         linear_key_size=_linear_key_size(text_config),
         vocab_size=text_config.vocab_size,
         vocabulary=find_vocabulary(model, len(decoder.layers)),
-        stored_prefixes=(stored_prefixes(model) if sees else _STORED_PREFIXES.get(config.model_type, {})),
+        stored_prefixes=(
+            stored_prefixes(model) if is_vision_model else _STORED_PREFIXES.get(config.model_type, {})
+        ),
         stored_parts=renamed_parts(config),
-        image_token_id=image_token_id(config) if sees else None,
-        vision_parts=find_vision_parts(model) if sees else {},
-        vision_layers=describe_vision(model, config) if sees else {},
+        image_token_id=image_token_id(config) if is_vision_model else None,
+        vision_parts=find_vision_parts(model) if is_vision_model else {},
+        vision_layers=describe_vision(model, config) if is_vision_model else {},
     )
 
 
 def module_tensors(model: nn.Module, config: Any) -> Callable[[str], str]:
-    """Return the function that gives the name that transformers' modules have for a checkpoint's tensor.
+    """Return a function that turns the name of a checkpoint's tensor into that of transformers' modules.
 
-    The inverse of `Architecture.checkpoint_name`.
+    It is the inverse of `Architecture.checkpoint_name`.
     """
     if reads_images(config):
         return module_names(model)
@@ -126,9 +129,9 @@ def module_tensors(model: nn.Module, config: Any) -> Callable[[str], str]:
 
 
 def attention_implementation(config: Any) -> str:
-    """Return transformers' implementation of attention that computes all that a config asks for.
+    """Return the fastest implementation of attention in transformers that is correct for a config.
 
-    Its sdpa leaves out the soft-capping of attention scores, and says nothing.
+    Its sdpa ignores the soft-capping of attention scores.
     """
     has_sdpa = getattr(_model_class(config), "_supports_sdpa", True)
     is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
@@ -141,14 +144,15 @@ def _model_class(config: Any) -> Any:
 
 
 def _obstacles(text_config: Any) -> Iterator[str]:
-    """Yield what of a decoder's layers cannot be compressed, streamed or served here."""
-    taken = _ATTENTION_LAYERS | ({_LINEAR_ATTENTION} if _linear_key_size(text_config) else set())
-    others = sorted(set(getattr(text_config, "layer_types", None) or ()) - taken)
-    if others:
-        named = (
-            f"{each} without keys, such as Mamba" if each == _LINEAR_ATTENTION else each for each in others
+    """Yield descriptions of layers that cannot be compressed, streamed or served."""
+    supported = _ATTENTION_LAYERS | ({_LINEAR_ATTENTION} if _linear_key_size(text_config) else set())
+    unsupported = sorted(set(getattr(text_config, "layer_types", None) or ()) - supported)
+    if unsupported:
+        kinds = (
+            f"{kind} without keys, such as Mamba" if kind == _LINEAR_ATTENTION else kind
+            for kind in unsupported
         )
-        yield f"it has layers of another kind than attention: {', '.join(named)}"
+        yield f"it has layers of another kind than attention: {', '.join(kinds)}"
     if getattr(text_config, "cross_attention_layers", None):
         yield (
             "layers that attend to the features of pictures, beside those that attend to tokens; vLLM has "
@@ -163,10 +167,10 @@ def _obstacles(text_config: Any) -> Iterator[str]:
 
 
 def _left_alone(text_config: Any) -> frozenset[str]:
-    """Return modules of a layer that stay as they are, most because vLLM does more than load them.
+    """Return the modules of a layer that stay unchanged.
 
-    It multiplies the matrices of latent attention with each other, and sorts rows of Llama 4's. Gates of a
-    linear attention's states stay as well: they are small, and an error in them adds up from token to token.
+    vLLM multiplies the matrices of latent attention with each other, and sorts rows of Llama 4's. Gates of
+    linear attention are small, and their errors accumulate from token to token.
     """
     if text_config.model_type == "llama4_text":
         return frozenset({"self_attn.q_proj", "self_attn.k_proj"})
@@ -174,29 +178,30 @@ def _left_alone(text_config: Any) -> frozenset[str]:
 
 
 def _other_tensors(model: nn.Module, layers: Sequence[LayerLinears]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor but the weights of Linears; experts are as checkpoints have them."""
+    """Return the shapes of all tensors but the weights of Linears; experts as checkpoints store them."""
     weights = {f"{linear.name}.weight" for layer in layers for linear in layer.linears}
     separate = {
         layer.experts.name: layer.experts.linears
         for layer in layers
         if layer.experts is not None and layer.experts.groups
     }
-    others: dict[str, tuple[int, ...]] = {}
+    shape_by_name: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
         if owner in separate:
             shapes = {
-                f"{each.name}.weight": (each.out_features, each.in_features) for each in separate[owner]
+                f"{linear.name}.weight": (linear.out_features, linear.in_features)
+                for linear in separate[owner]
             }
-            others |= shapes
-            separate[owner] = ()  # its other parameters are in these, too
+            shape_by_name |= shapes
+            separate[owner] = ()  # the module's other parameters are included
         elif name not in weights:
-            others[name] = tuple(parameter.shape)
-    return others
+            shape_by_name[name] = tuple(parameter.shape)
+    return shape_by_name
 
 
 def _num_key_value_heads(text_config: Any, layer: int) -> int:
-    if getattr(text_config, "is_heterogeneous", False):  # and refuses to tell a number for all layers
+    if getattr(text_config, "is_heterogeneous", False):  # without a number for all layers
         text_config = text_config.per_layer_config[layer]
     if text_config.model_type == "falcon" and not text_config.new_decoder_architecture:
         return 1 if text_config.multi_query else int(text_config.num_attention_heads)
@@ -207,7 +212,7 @@ def _num_key_value_heads(text_config: Any, layer: int) -> int:
 
 
 def _linear_key_size(text_config: Any) -> int:
-    """Return the outputs of all keys of a gated delta net; of Mamba, which has no keys, 0."""
+    """Return the number of outputs of all keys of a gated delta net; 0 for Mamba, which has no keys."""
     if _LINEAR_ATTENTION not in (getattr(text_config, "layer_types", None) or ()):
         return 0
     heads, size = (getattr(text_config, f"linear_{key}", 0) for key in ("num_key_heads", "key_head_dim"))

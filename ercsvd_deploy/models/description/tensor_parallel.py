@@ -1,30 +1,30 @@
-"""Which side of a Linear tensor parallelism cuts, by what the Linear is called.
+"""Which side of a Linear tensor parallelism cuts, by the Linear's name.
 
-A plan is made where vLLM need not be installed, so it goes by the names that transformers' decoders share.
-Serving asks vLLM's own layer; tests compare the two for every family.
+A plan does not need vLLM, so it uses the names that transformers' decoders have in common. Serving uses
+vLLM's own layer; tests compare the two for every family.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The Linears that end an attention or an MLP: their inputs lie on several ranks, their outputs are summed.
+# Last Linears of an attention or an MLP: their inputs are divided among ranks, their outputs are summed.
 _ENDS_OF_ATTENTION = frozenset({"o_proj", "out_proj", "dense", "wo", "c_proj"})
 _ENDS_OF_MLP = frozenset({"down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out", "c_proj", "linear_2"})
 _KEY_VALUES = frozenset({"k_proj", "v_proj"})
-# Several projections that transformers keep as one Linear.
+# Several projections that transformers has as one Linear.
 _FUSED_ATTENTION = frozenset({"qkv_proj", "query_key_value", "Wqkv", "wqkv"})
-_FUSED_DELTA_NET = frozenset({"in_proj_qkv"})  # of a linear attention: its queries, keys and values
-_SORTED_WHEN_LOADED = frozenset({"query_key_value"})  # files have the heads' queries, keys and values mixed
+_FUSED_DELTA_NET = frozenset({"in_proj_qkv"})  # queries, keys and values of a linear attention
+_SORTED_WHEN_LOADED = frozenset({"query_key_value"})  # in files queries, keys and values alternate by head
 _FUSED_GATE = frozenset({"gate_up_proj"})
 
 
 @dataclass(frozen=True)
 class OutputBlock:
-    """Outputs of a Linear that are cut by themselves: each rank gets its share of every block."""
+    """A block of a Linear's outputs: each rank gets an equal part of every block."""
 
     size: int
-    is_key_value: bool = False  # repeated, not cut, where there are fewer key-value heads than ranks
+    is_key_value: bool = False  # repeated, not cut, if there are fewer key-value heads than ranks
 
 
 def cuts_inputs(name: str) -> bool:
@@ -33,12 +33,12 @@ def cuts_inputs(name: str) -> bool:
 
 
 def holds_key_values(name: str) -> bool:
-    """Whether a Linear's outputs are keys or values, and nothing else."""
+    """Whether all outputs of a Linear are keys or values."""
     return _leaf(name) in _KEY_VALUES
 
 
 def is_sorted_when_loaded(name: str) -> bool:
-    """Whether vLLM puts a Linear's outputs into another order than files have."""
+    """Whether vLLM changes the order of a Linear's outputs when it loads them."""
     return _leaf(name) in _SORTED_WHEN_LOADED
 
 
@@ -48,11 +48,11 @@ def output_blocks(
     """Return the blocks of outputs of a decoder's column-parallel Linear, in vLLM's order.
 
     Args:
-        name: Of the Linear.
-        out_features: Its outputs.
-        num_heads: Query heads of the decoder's attention.
-        num_key_value_heads: Key-value heads of it.
-        linear_key_size: Outputs of all keys of its linear attention, and of all queries, if it has such.
+        name: Name of the Linear.
+        out_features: Number of its outputs.
+        num_heads: Number of query heads of the decoder's attention.
+        num_key_value_heads: Number of its key-value heads.
+        linear_key_size: Number of outputs of all keys of a linear attention layer; all queries have as many.
     """
     leaf = _leaf(name)
     if leaf in _FUSED_DELTA_NET:

@@ -1,1 +1,1 @@
-"""Routed experts of a mixture: found, taken apart into Linears, put together again."""
+"""Routed experts of a mixture: find them, split them into Linears, and stack them again."""

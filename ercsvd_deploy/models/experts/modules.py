@@ -1,6 +1,6 @@
-"""The experts of a layer as modules, each with Linears of its own, in the place of transformers' module.
+"""Modules that replace transformers' module of experts: every expert has its own Linears.
 
-They take the calls of that module, so that the layer around them stays as it is.
+They have the signature of that module, so that the layer around them needs no change.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import nn
 
 
 class Expert(nn.Module):
-    """One expert: down(act(gate(x)) * up(x)), its Linears called as in checkpoints.
+    """One expert: down(act(gate(x)) * up(x)); its Linears are named as in checkpoints.
 
     Args:
-        names: Of gate, up and down.
-        hidden_size: Inputs and outputs.
-        intermediate_size: Outputs of gate and up.
-        act_fn: What is applied to the gate.
-        device: Of the weights.
-        dtype: Of the weights.
+        names: Names of gate, up and down.
+        hidden_size: Number of inputs and of outputs.
+        intermediate_size: Number of outputs of gate and of up.
+        act_fn: Activation function of the gate.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
     """
 
     def __init__(
@@ -46,77 +46,78 @@ class Expert(nn.Module):
         return output
 
     def shape_of(self, name: str) -> tuple[int, int]:
-        """Return outputs and inputs of one of its Linears."""
+        """Return the shape [out, in] of one of its Linears."""
         out_features, in_features = self.get_submodule(name).get_parameter("weight").shape
         return out_features, in_features
 
     def intermediate(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Map [tokens, hidden] to what the last Linear reads, [tokens, intermediate]."""
+        """Return the last Linear's input [tokens, intermediate] for inputs [tokens, hidden]."""
         gate, up = (self.get_submodule(name)(inputs) for name in self.names[:2])
         gated: torch.Tensor = self.act_fn(gate) * up
         return gated
 
 
 class SeparateExperts(nn.ModuleList):
-    """The experts of a layer, each a module of its own; takes the calls of transformers' module."""
+    """The experts of a layer as separate modules; has the signature of transformers' module."""
 
     def experts(self) -> list[Expert]:
-        """Return all of them."""
+        """Return all experts."""
         return [cast(Expert, expert) for expert in self]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Return the weighted sum [tokens, hidden] of what each token's experts make of it.
+        """Return the weighted sum [tokens, hidden] of the outputs of each token's experts.
 
         Args:
             hidden_states: [tokens, hidden].
-            top_k_index: Numbers of each token's experts, [tokens, k].
-            top_k_weights: What their outputs are multiplied by, [tokens, k].
+            top_k_index: Indices of each token's experts, [tokens, k].
+            top_k_weights: Weights of their outputs, [tokens, k].
         """
         output = torch.zeros_like(hidden_states)
-        chosen, weights = top_k_index.flatten(), top_k_weights.flatten()
-        order = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=len(self)).tolist()
-        places = torch.split(order, counts)
-        for expert, place in zip(self, places, strict=False):  # a place beyond the last is for no expert
-            if not len(place):
+        expert_ids, weights = top_k_index.flatten(), top_k_weights.flatten()
+        order = expert_ids.argsort(stable=True)
+        counts = torch.bincount(expert_ids, minlength=len(self)).tolist()
+        positions_by_expert = torch.split(order, counts)
+        # an index beyond the last expert means none
+        for expert, positions in zip(self, positions_by_expert, strict=False):
+            if not len(positions):
                 continue
-            token = place // top_k_index.shape[-1]
-            result = expert(hidden_states[token]) * weights[place, None]
-            output.index_add_(0, token, result.to(output.dtype))
+            tokens = positions // top_k_index.shape[-1]
+            result = expert(hidden_states[tokens]) * weights[positions, None]
+            output.index_add_(0, tokens, result.to(output.dtype))
         return output
 
     def tokens_and_experts(self, arguments: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tokens [tokens, hidden] of a call and the numbers of their experts, [tokens, k]."""
+        """Return the tokens [tokens, hidden] of a call and the indices of their experts, [tokens, k]."""
         hidden_states, top_k_index, *_ = arguments
         return hidden_states, top_k_index
 
 
 class ExpertsOfScaledTokens(SeparateExperts):
-    """The experts of Llama 4: every one is given all tokens, those of others multiplied by zero.
+    """The experts of Llama 4: each gets all tokens, and tokens of other experts are zero.
 
-    A token has one expert, and what that reads is multiplied by its score.
+    A token has one expert, whose input is multiplied by the token's score.
     """
 
     def forward(self, routed: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Map [experts * tokens, hidden] to the same shape; what is zero stays zero."""
+        """Map [experts * tokens, hidden] to the same shape; zero rows stay zero."""
         inputs = routed.view(len(self), -1, routed.shape[-1])
         outputs = torch.zeros_like(inputs)
-        for number, expert in enumerate(self):
-            read = inputs[number].any(-1)
-            if read.any():
-                outputs[number, read] = expert(inputs[number, read]).to(outputs.dtype)
+        for index, expert in enumerate(self):
+            is_routed = inputs[index].any(-1)
+            if is_routed.any():
+                outputs[index, is_routed] = expert(inputs[index, is_routed]).to(outputs.dtype)
         return outputs.view_as(routed)
 
     def tokens_and_experts(self, arguments: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tokens of a call, multiplied by their scores, and the number of each one's expert."""
+        """Return the tokens of a call, multiplied by their scores, and the index of each one's expert."""
         inputs = arguments[0].view(len(self), -1, arguments[0].shape[-1])
         return inputs.sum(0), inputs.any(-1).int().argmax(0)[:, None]
 
 
 class _UnfilledLinear(nn.Linear):
-    """A Linear that takes its weight from a checkpoint: thousands of them are not initialised first."""
+    """A Linear without initialisation: its weight is loaded, and initialising thousands is slow."""
 
     def reset_parameters(self) -> None:
-        """Leave the weight as it is."""
+        """Do nothing."""

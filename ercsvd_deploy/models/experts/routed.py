@@ -1,9 +1,8 @@
-"""Routed experts of a mixture: where a layer has them, and how they become Linears of their own.
+"""Routed experts of a mixture: find them in a layer, and give every expert its own Linears.
 
-transformers keeps all experts of a layer in two parameters of three dimensions, which it puts together while
-it loads; most checkpoints hold a matrix for each projection of each expert. Here every expert has Linears of
-its own, under the names that checkpoints have for them, so that whatever reads, observes or stores a Linear
-does so with those of an expert.
+transformers has all experts of a layer in two parameters of three dimensions, which it stacks while it loads;
+most checkpoints have a matrix for each projection of each expert. Here every expert has its own Linears under
+the names in checkpoints, so that the code for Linears also works for those of experts.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ from torch import nn
 from ercsvd_deploy.budget.ranks import LinearShape
 from ercsvd_deploy.models.experts.modules import Expert, ExpertsOfScaledTokens, SeparateExperts
 
-EXPERTS = "experts"  # what every family calls the module
-GATE_UP, DOWN = "gate_up_proj", "down_proj"  # and its parameters
+EXPERTS = "experts"  # name of the module in every family
+GATE_UP, DOWN = "gate_up_proj", "down_proj"  # names of its parameters
 _USUAL_NAMES = ("gate_proj", "up_proj", "down_proj")
-_KEPT_TOGETHER = frozenset({"granitemoe", "gpt_oss", "llama4_text"})
+_ALWAYS_STACKED = frozenset({"granitemoe", "gpt_oss", "llama4_text"})
 _STORED_LINEAR = re.compile(r"experts\.\*\.(\w+)\.weight$")
 
 
 class UnknownExpertsError(ValueError):
-    """The experts of a layer have another form than those that are known here."""
+    """The experts of a layer have an unsupported form."""
 
 
 @dataclass(frozen=True)
 class Stacking:
-    """How checkpoints hold all experts of a layer in two tensors; vLLM reads them one by one as well.
+    """Form of checkpoints with all experts of a layer in two tensors; vLLM also reads separate experts.
 
     Attributes:
-        names: By which vLLM reads gate, up and down of an expert.
-        is_transposed: Whether files have matrices [in, out], not [out, in].
-        is_transposed_in_module: Whether transformers' module has.
-        scales_inputs: Whether what an expert reads, and not what it makes, is multiplied by a token's score.
+        names: vLLM's names of gate, up and down of a separate expert.
+        is_transposed: Whether matrices in files are [in, out], not [out, in].
+        is_transposed_in_module: The same for transformers' module.
+        scales_inputs: Whether an expert's inputs, not its outputs, are multiplied by a token's score.
     """
 
     names: tuple[str, str, str] = _USUAL_NAMES
@@ -59,13 +58,13 @@ class RoutedExperts:
     """The routed experts of one layer.
 
     Attributes:
-        name: Of their module.
-        count: How many there are.
-        per_token: How many of them a token passes through.
-        parameters: Weights of all of them.
-        groups: Their Linears, expert by expert, grouped by shared input: gate and up, then down. Empty where
-            checkpoints hold all experts of a layer in one tensor, and vLLM takes them no other way.
-        stacking: How checkpoints hold them in two tensors, if they do and vLLM takes them one by one as well.
+        name: Name of their module.
+        count: Number of experts.
+        per_token: Number of experts that a token passes through.
+        parameters: Number of weights of all experts.
+        groups: Their Linears, expert by expert, grouped by shared input: gate and up, then down. Empty if
+            checkpoints have all experts of a layer in one tensor, and vLLM reads no other form.
+        stacking: Form of checkpoints with stacked experts, if vLLM also reads separate ones; else None.
     """
 
     name: str
@@ -82,23 +81,23 @@ class RoutedExperts:
 
 
 def find_experts(prefix: str, layer: nn.Module, index: int, config: Any) -> RoutedExperts | None:
-    """Return the routed experts of a decoder layer as transformers builds it; None: it has none.
+    """Return the routed experts of a decoder layer that transformers has built; None if it has none.
 
     Args:
         prefix: Name of the layer.
         layer: The layer.
-        index: Its number.
-        config: Of the language model.
+        index: Index of the layer.
+        config: Config of the language model.
 
     Raises:
-        UnknownExpertsError: it has experts of another form than those known here.
+        UnknownExpertsError: its experts have an unsupported form.
     """
-    together = dict(_kept_together(layer))
-    if not together:
+    modules = dict(_stacked_modules(layer))
+    if not modules:
         return None
-    if len(together) > 1:
-        raise UnknownExpertsError(f"{prefix} has several sets of routed experts: {', '.join(together)}")
-    [(local, module)] = together.items()
+    if len(modules) > 1:
+        raise UnknownExpertsError(f"{prefix} has several sets of routed experts: {', '.join(modules)}")
+    [(local, module)] = modules.items()
     name = f"{prefix}.{local}"
     names = _linear_names(module, config)
     shapes = [parameter.shape for parameter in module.parameters()]
@@ -106,12 +105,12 @@ def find_experts(prefix: str, layer: nn.Module, index: int, config: Any) -> Rout
     groups: list[tuple[LinearShape, ...]] = []
     if names is not None:
         _, hidden, intermediate = _sides(module, config)
-        for number in range(count):
-            gate, up, down = (f"{name}.{number}.{leaf}" for leaf in names)
+        for expert in range(count):
+            gate, up, down = (f"{name}.{expert}.{leaf}" for leaf in names)
             sides = index, intermediate, hidden
             groups.append((LinearShape(gate, *sides), LinearShape(up, *sides)))
             groups.append((LinearShape(down, index, hidden, intermediate),))
-    elif config.model_type not in _KEPT_TOGETHER:
+    elif config.model_type not in _ALWAYS_STACKED:
         raise UnknownExpertsError(
             f"{name} is a {type(module).__name__}, whose checkpoints are not known here"
         )
@@ -126,30 +125,30 @@ def find_experts(prefix: str, layer: nn.Module, index: int, config: Any) -> Rout
 
 
 def routers_beside(layer: nn.Module) -> frozenset[str]:
-    """Return the Linears of a layer that choose among its routed experts or weigh shared ones.
+    """Return the names of a layer's Linears that choose routed experts or weight shared ones.
 
-    They stand beside the experts, and have no more outputs than there are experts.
+    They are in the same module as the experts, and have at most as many outputs as there are experts.
     """
-    found = set()
-    for name, module in _kept_together(layer):
+    routers = set()
+    for name, module in _stacked_modules(layer):
         block_name = name.rpartition(".")[0]
         count = next(module.parameters()).shape[0]
-        found |= {
-            f"{block_name}.{local}".lstrip(".")
-            for local, each in layer.get_submodule(block_name).named_modules()
-            if isinstance(each, nn.Linear) and each.out_features <= count
+        routers |= {
+            f"{block_name}.{local_name}".lstrip(".")
+            for local_name, child in layer.get_submodule(block_name).named_modules()
+            if isinstance(child, nn.Linear) and child.out_features <= count
         }
-    return frozenset(found)
+    return frozenset(routers)
 
 
 def separate_experts(model: nn.Module) -> None:
-    """Give every expert of a model Linears of its own, where checkpoints have them; their weights are unset.
+    """Replace stacked experts of a model by separate ones with unset weights, where checkpoints allow it.
 
     Args:
-        model: As transformers builds it.
+        model: A model that transformers has built; changed in place.
     """
     config = cast(Any, model).config.get_text_config()
-    for name, module in list(_kept_together(model)):
+    for name, module in list(_stacked_modules(model)):
         names = _linear_names(module, config)
         if names is None:
             continue
@@ -157,8 +156,10 @@ def separate_experts(model: nn.Module) -> None:
         weight = cast(torch.Tensor, module.down_proj)
         act_fn = cast(nn.Module, module.act_fn)
         stacking = stacking_of(config)
-        kind = ExpertsOfScaledTokens if stacking is not None and stacking.scales_inputs else SeparateExperts
-        experts = kind(
+        experts_class = (
+            ExpertsOfScaledTokens if stacking is not None and stacking.scales_inputs else SeparateExperts
+        )
+        experts = experts_class(
             Expert(names, hidden, intermediate, act_fn, device=weight.device, dtype=weight.dtype)
             for _ in range(count)
         )
@@ -166,43 +167,44 @@ def separate_experts(model: nn.Module) -> None:
 
 
 def are_separate(module_names: Iterable[str]) -> bool:
-    """Whether Linears of single experts are among some modules."""
+    """Whether some of the modules are Linears of separate experts."""
     return any(f".{EXPERTS}." in name for name in module_names)
 
 
-def puts_together(conversion: Any) -> bool:
-    """Whether one of transformers' conversions of weights makes one parameter of those of several experts."""
+def stacks_experts(conversion: Any) -> bool:
+    """Whether one of transformers' weight conversions stacks the matrices of separate experts."""
     return any(_STORED_LINEAR.search(source) for source in conversion.source_patterns)
 
 
 def stand_in_for_experts(model: nn.Module) -> None:
-    """Let experts return zeros for what they are given: without values nobody knows who gets which token."""
-    for _, module in _kept_together(model):
+    """Make experts return zeros for any input: without values there is no routing."""
+    for _, module in _stacked_modules(model):
         vars(module)["forward"] = lambda hidden_states, *_, **__: torch.zeros_like(hidden_states)
 
 
 def renamed_parts(config: Any) -> dict[str, str]:
-    """Return part of a name in a mixture of experts -> what stands there in checkpoints, where that differs.
+    """Return part of a name in a mixture of experts -> its form in checkpoints, where it differs.
 
-    Taken from how transformers renames what it loads.
+    They are taken from transformers' renamings.
     """
     if getattr(config, "num_experts_per_tok", None) is None:
         return {}
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import PrefixChange, WeightRenaming
 
-    renamed = {}
-    for each in get_checkpoint_conversion_mapping(config.model_type) or ():
-        if isinstance(each, WeightRenaming) and not isinstance(each, PrefixChange):
+    stored_parts = {}
+    for renaming in get_checkpoint_conversion_mapping(config.model_type) or ():
+        if isinstance(renaming, WeightRenaming) and not isinstance(renaming, PrefixChange):
             stored, part = (
-                side[0].replace("\\.", ".") for side in (each.source_patterns, each.target_patterns)
+                patterns[0].replace("\\.", ".")
+                for patterns in (renaming.source_patterns, renaming.target_patterns)
             )
-            renamed[part] = stored
-    return renamed
+            stored_parts[part] = stored
+    return stored_parts
 
 
-def _kept_together(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module whose parameters hold several experts each, with its name."""
+def _stacked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module for every module whose parameters stack several experts."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == EXPERTS and any(
             parameter.ndim == 3 for parameter in module.parameters(recurse=False)
@@ -211,9 +213,9 @@ def _kept_together(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _linear_names(module: nn.Module, config: Any) -> tuple[str, str, str] | None:
-    """Return what checkpoints call gate, up and down of an expert; None: they do not hold them apart.
+    """Return checkpoints' names of gate, up and down of an expert; None if experts cannot be separated.
 
-    Experts that compute anything else than `Expert` are not taken apart either.
+    Experts with another computation than `Expert` cannot be separated.
     """
     from transformers.integrations.moe import _default_apply_gate
 
@@ -232,12 +234,12 @@ def _linear_names(module: nn.Module, config: Any) -> tuple[str, str, str] | None
 
 
 def stacking_of(config: Any) -> Stacking | None:
-    """Return how checkpoints of a language model hold experts in two tensors; None: they do not."""
+    """Return the form of a language model's checkpoints with stacked experts; None if they have none."""
     return _STACKED.get(config.model_type)
 
 
 def _sides(module: nn.Module, config: Any) -> tuple[int, int, int]:
-    """Return the number of experts in transformers' module, their inputs, and the inputs of down."""
+    """Return the number of experts in transformers' module, of their inputs, and of the inputs of down."""
     count, hidden, intermediate = module.get_parameter(DOWN).shape
     stacking = stacking_of(config)
     if stacking is not None and stacking.is_transposed_in_module:
@@ -247,19 +249,19 @@ def _sides(module: nn.Module, config: Any) -> tuple[int, int, int]:
 
 def _num_per_token(config: Any) -> int:
     keys = ("num_experts_per_tok", "top_k_experts")
-    return next((int(found) for key in keys if (found := getattr(config, key, None))), 1)
+    return next((int(count) for key in keys if (count := getattr(config, key, None))), 1)
 
 
 def _stored_names(model_type: str) -> tuple[str, str, str] | None:
-    """Return names of gate, up and down in checkpoints of a family, from how transformers loads them."""
+    """Return the names of gate, up and down in a family's checkpoints, by transformers' conversions."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    by_target: dict[str, list[str]] = {}
-    for each in get_checkpoint_conversion_mapping(model_type) or ():
-        found = [match[1] for source in each.source_patterns if (match := _STORED_LINEAR.search(source))]
-        if found:
-            by_target[str(each.target_patterns[0]).rpartition(".")[2]] = found
-    if by_target.keys() != {GATE_UP, DOWN} or len(by_target[GATE_UP]) != 2:
+    names_by_parameter: dict[str, list[str]] = {}
+    for conversion in get_checkpoint_conversion_mapping(model_type) or ():
+        matches = map(_STORED_LINEAR.search, conversion.source_patterns)
+        if names := [match[1] for match in matches if match]:
+            names_by_parameter[str(conversion.target_patterns[0]).rpartition(".")[2]] = names
+    if names_by_parameter.keys() != {GATE_UP, DOWN} or len(names_by_parameter[GATE_UP]) != 2:
         return None
-    gate, up = by_target[GATE_UP]
-    return gate, up, by_target[DOWN][0]
+    gate, up = names_by_parameter[GATE_UP]
+    return gate, up, names_by_parameter[DOWN][0]

@@ -1,7 +1,7 @@
-"""Checkpoints that hold all experts of a layer in two tensors, as transformers' modules do.
+"""Checkpoints with all experts of a layer in two tensors, as in transformers' modules.
 
-They are read expert by expert, in whichever order of dimensions they are stored. An export whose experts all
-are as they were holds the two tensors again.
+They are read expert by expert, whatever the order of their dimensions. An export with unchanged experts has
+the two tensors again.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
     from ercsvd_deploy.format.files.tensor_store import TensorStore
     from ercsvd_deploy.models.description.architecture import Architecture
 
-# Name, outputs and inputs of the matrices that lie in one tensor, expert by expert.
+# Name, outputs and inputs of the matrices in one tensor, expert by expert.
 _Linears = list[list[tuple[str, int, int]]]
 
 
 def unstack_experts(
     model: nn.Module, store: TensorStore, stored_names: Mapping[str, str]
 ) -> tuple[TensorStore, dict[str, str]]:
-    """Return a store with a tensor for each matrix of each expert, and by what names it has the model's.
+    """Return a store with a tensor for each matrix of each expert, and model name -> name in that store.
 
     Args:
-        model: Its experts have Linears of their own.
+        model: A model whose experts have their own Linears.
         store: The checkpoint.
-        stored_names: Name that a tensor has, or would have, in the model -> its name in the store.
+        stored_names: Name of a tensor in the model or in transformers' stacked module -> name in `store`.
 
     Raises:
-        CheckpointError: such a tensor has another shape than the model's experts make.
+        CheckpointError: the shape of such a tensor does not fit the model's experts.
     """
     places: dict[str, Place] = {}
-    named = dict(stored_names)
+    names = dict(stored_names)
     stacking = stacking_of(cast(Any, model).config.get_text_config())
-    is_turned = stacking is not None and stacking.is_transposed_in_module
+    expects_transposed = stacking is not None and stacking.is_transposed_in_module
     for name, experts in model.named_modules():
-        if not isinstance(experts, SeparateExperts) or f"{name}.{DOWN}" not in named:
+        if not isinstance(experts, SeparateExperts) or f"{name}.{DOWN}" not in names:
             continue
         for tensor, projections in ((GATE_UP, slice(0, 2)), (DOWN, slice(2, 3))):
-            stored = named.pop(f"{name}.{tensor}", None)
+            stored = names.pop(f"{name}.{tensor}", None)
             if stored is None:
                 continue
             linears = [
@@ -56,21 +56,22 @@ def unstack_experts(
                 for number, expert in enumerate(experts.experts())
             ]
             shape = store.info(stored).shape
-            is_transposed = _is_transposed(f"{name}.{tensor}", shape, linears, is_turned=is_turned)
+            is_transposed = _is_transposed(
+                f"{name}.{tensor}", shape, linears, expects_transposed=expects_transposed
+            )
             places |= _places(linears, stored, is_transposed=is_transposed)
-    return (UnstackedStore(store, places) if places else store), named | {each: each for each in places}
+    return (UnstackedStore(store, places) if places else store), names | {matrix: matrix for matrix in places}
 
 
 def stack_experts(
     store: TensorStore, architecture: Architecture, altered: Container[str] = ()
 ) -> TensorStore:
-    """Return a store with the tensors that checkpoints hold instead of a matrix for each expert.
+    """Return a store with the stacked tensors of checkpoints instead of a matrix for each expert.
 
     Args:
-        store: Of the model, under the names of its modules.
-        architecture: Says which experts are stored so.
-        altered: Linears with other tensors than the original's; with one of an expert among them, all
-            experts stay apart.
+        store: The model's tensors under the names of its modules.
+        architecture: The model's architecture, which says which experts are stored stacked.
+        altered: Names of altered Linears; if one belongs to an expert, all experts stay separate.
     """
     places: dict[str, Place] = {}
     for layer in architecture.layers:
@@ -80,7 +81,7 @@ def stack_experts(
         if any(linear.name in altered for linear in experts.linears):
             return store
         linears = [
-            [(f"{each.name}.weight", each.out_features, each.in_features) for each in group]
+            [(f"{linear.name}.weight", linear.out_features, linear.in_features) for linear in group]
             for group in experts.groups
         ]
         is_transposed = experts.stacking.is_transposed
@@ -89,23 +90,25 @@ def stack_experts(
     return StackedStore(store, places) if places else store
 
 
-def _is_transposed(tensor: str, shape: tuple[int, ...], linears: _Linears, *, is_turned: bool) -> bool:
-    """Whether a tensor has inputs before outputs; a square one has them as transformers' module does.
+def _is_transposed(
+    tensor: str, shape: tuple[int, ...], linears: _Linears, *, expects_transposed: bool
+) -> bool:
+    """Whether a stacked tensor is [experts, in, out]; a square one has the order of transformers' module.
 
-    As transformers does it: what has another shape than the module's parameter is turned.
+    This is transformers' rule: a tensor is transposed if its shape differs from the module's parameter.
 
     Raises:
-        CheckpointError: it fits neither way.
+        CheckpointError: the shape fits neither order.
     """
     rows, columns = sum(rows for _, rows, _ in linears[0]), linears[0][0][2]
-    plain, turned = (len(linears), rows, columns), (len(linears), columns, rows)
-    expected = turned if is_turned else plain
-    if shape not in (plain, turned):
+    plain, transposed = (len(linears), rows, columns), (len(linears), columns, rows)
+    expected = transposed if expects_transposed else plain
+    if shape not in (plain, transposed):
         raise CheckpointError(
             f"weights and config.json disagree: {tensor} has shape {list(shape)}, the config asks for "
             f"{list(expected)}"
         )
-    return is_turned ^ (shape != expected)
+    return expects_transposed ^ (shape != expected)
 
 
 def _places(linears: _Linears, tensor: str, *, is_transposed: bool) -> dict[str, Place]:

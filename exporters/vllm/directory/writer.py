@@ -1,7 +1,7 @@
-"""Write a compressed model as the directory that vLLM serves and transformers loads.
+"""Write a compressed model into a directory that vLLM serves and transformers loads.
 
-Everything is written in a hidden directory beside the target and renamed when it is complete, so a
-directory under the target's name is always a finished one.
+The export is written into a hidden directory beside the target, which is renamed when it is complete. So a
+directory with the target's name is always complete.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Export:
-    """A finished directory."""
+    """A finished export.
+
+    Attributes:
+        directory: The directory.
+        num_bytes: Bytes of all weight files.
+    """
 
     directory: Path
     num_bytes: int
@@ -53,34 +58,34 @@ def write_export(
     unlisted: frozenset[str] = frozenset(),
     is_forced: bool = False,
 ) -> Export:
-    """Write the directory, in the place of an earlier export of that name; what else is in that is kept.
+    """Write an export; an earlier export is replaced, but other files in its directory are kept.
 
     Args:
-        target: The directory to appear.
+        target: The directory to create or replace.
         work: An empty directory on the target's disk, in which the export is built.
-        source: The original model's directory, from which tokenizer and chat template are carried over.
-        dtype: Precision of the stored tensors if it is not the original model's, for config.json.
+        source: The original model's directory, from which tokenizer and chat template are copied.
+        dtype: Precision of the stored tensors, for config.json; None: that of the original model.
         store: All tensors of the compressed model, under the names of transformers' modules.
-        architecture: Tells which tensors belong to one decoder layer, and so into one shard, and what
-            checkpoints call them.
+        architecture: The model's architecture: gives the decoder layers, whose tensors are in one shard, and
+            the names in checkpoints.
         compressed: Description of every altered module.
-        max_shard_bytes: Upper size of a safetensors file.
-        needs_plugin: Whether the directory is in our own format; else it is in compressed-tensors', which can
-            hold dense integers alone.
-        add_files: Writes further files, which the manifest lists, into the directory before it appears.
-        add_reports: Writes those of `unlisted` into it, which may name the weights by the manifest.
+        max_shard_bytes: Maximum size of a safetensors file.
+        needs_plugin: Whether to use our own format; otherwise that of compressed-tensors, which supports only
+            dense integers.
+        add_files: Writes further files into the directory; the manifest lists them.
+        add_reports: Writes the files in `unlisted` after the manifest, which they may refer to.
         unlisted: Names of files that may be written again later, and are not verified.
-        is_forced: Whether files are replaced that somebody has changed, or has put where new ones go.
+        is_forced: Whether to replace files that somebody has changed, or that have the names of new ones.
 
     Raises:
         ExportError: the target exists and is not an earlier export, or somebody has changed it since.
-        OSError: the disk is full or not writable; nothing appears at the target.
+        OSError: the disk is full or not writable; the target is unchanged.
     """
     check_target(target, source)
     if not is_forced:
         check_unchanged(target, with_weights=False)
     partial = work / "export"
-    shutil.rmtree(partial, ignore_errors=True)  # half an export of a run that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # an incomplete export of a killed run
     partial.mkdir()
     if not needs_plugin:
         store = RenamedStore(store, {name: name for name in store.names() - guards_of(compressed.modules)})
@@ -94,7 +99,7 @@ def write_export(
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, partial / name)
     add_files(partial)
-    # Last: without a config no loader takes the directory for a model.
+    # Written last: without a config no loader accepts the directory as a model.
     write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, description))
     write_manifest(partial, unlisted=unlisted)
     add_reports(partial)
@@ -105,14 +110,14 @@ def write_export(
 def write_weights(
     directory: Path, store: TensorStore, architecture: Architecture, max_shard_bytes: int
 ) -> int:
-    """Write a model's tensors under the names that checkpoints have for them; return bytes written.
+    """Write a model's tensors under their names in checkpoints; return the number of bytes written.
 
     Args:
         directory: An existing directory.
         store: All tensors of the model, under the names of transformers' modules.
-        architecture: Tells which tensors belong to one decoder layer, and so into one shard, and what
-            checkpoints call them.
-        max_shard_bytes: Upper size of a safetensors file.
+        architecture: The model's architecture: gives the decoder layers, whose tensors are in one shard, and
+            the names in checkpoints.
+        max_shard_bytes: Maximum size of a safetensors file.
     """
     renamed = RenamedStore(store, {architecture.checkpoint_name(name): name for name in store.names()})
     groups = _tensor_groups(store, architecture)
@@ -125,7 +130,7 @@ def write_weights(
 
 
 def _served_config(source: Path, dtype: str | None, description: dict[str, Any]) -> dict[str, Any]:
-    """Return the source's own config.json with the description added; nothing else is rewritten."""
+    """Return the source's config.json with the description, and `dtype` if it is given."""
     served: dict[str, Any] = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
     if dtype is not None:
         parts = [part for part in served.values() if isinstance(part, dict)]
@@ -137,7 +142,7 @@ def _served_config(source: Path, dtype: str | None, description: dict[str, Any])
 
 
 def _tensor_groups(store: TensorStore, architecture: Architecture) -> list[list[str]]:
-    """Return tensor names grouped as: before the layers and after them, then layer by layer."""
+    """Return groups of tensor names: first all outside the layers, then those of each layer."""
     remaining = set(store.names())
     groups = []
     for layer in architecture.layers:

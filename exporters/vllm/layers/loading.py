@@ -1,13 +1,13 @@
-"""How checkpoint tensors reach the matrices of a layer, and how it is known that all of them did.
+"""Load checkpoint tensors into the matrices of a layer, and check that all were loaded.
 
 vLLM finds a parameter by the tensor's name and calls its `weight_loader(param, tensor, shard_id)`. The real
-storage of a layer is split by projection and stacked by kernel, which no such name says. So a layer carries
-*gates*: empty parameters under the checkpoint's names, whose loader hands each tensor to the
+storage of a layer is split by projection and stacked by kernel, and does not have these names. Therefore a
+layer has *gates*: empty parameters under the checkpoint's names, whose loader passes each tensor to the
 `ProjectionLoader` of its projection.
 
-vLLM does not notice tensors that a quantized model lacks. A `ProjectionLoader` therefore keeps account, and
-reports instead of raising, so that one error can name everything that is wrong with a model. It compares full
-shapes before it slices: a description whose rank is smaller than the stored one would otherwise load a slice.
+vLLM does not check for missing tensors of a quantized model. Therefore a `ProjectionLoader` records problems
+instead of raising, so that one error can name all of them. It compares full shapes before it slices:
+otherwise a slice would be loaded if the described rank is smaller than the stored one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.exporters.vllm.layers.layer_plan import Projection
     from ercsvd_deploy.exporters.vllm.layers.rows import RowsMatrix
 
-# vLLM's names of the projections in a fused layer: numbers, except for query, key and value
+# vLLM's ids of the projections in a fused layer are indices, except for query, key and value
 _ATTENTION_SHARDS = {"q": 0, "k": 1, "v": 2}
 ShardId = int | str | tuple[int, ...] | None
 _OUTPUT_PARTS = ("", FACTOR_B)  # a row of their matrices is an output of the projection
@@ -46,7 +46,7 @@ _OUTPUT_PARTS = ("", FACTOR_B)  # a row of their matrices is an output of the pr
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a part of a projection goes: the block [rows, columns] of it, to `first_row` of `matrix`."""
+    """The block [rows, columns] of a projection's part, and its place in `matrix`: from `first_row` on."""
 
     matrix: Matrix | RowsMatrix
     rows: slice
@@ -56,12 +56,12 @@ class Placement:
 
 @dataclass(frozen=True)
 class OrderPlacement:
-    """Where a projection's outputs come from, in what the matrices of its layer give side by side.
+    """The sources of a pivoted projection's outputs among the concatenated outputs of its layer's matrices.
 
     Attributes:
-        order: [outputs of the layer on this rank]; a view of the projection's part.
-        pivots_start: place of the first pivot output.
-        others_start: place of the first other output of this rank.
+        order: view of the projection's part of the layer's `order`, [outputs on this rank].
+        pivots_start: index of the first pivot output.
+        others_start: index of the first other output of this rank.
     """
 
     order: torch.Tensor
@@ -70,7 +70,7 @@ class OrderPlacement:
 
 
 class ProjectionLoader:
-    """Checks the tensors of one projection, copies this rank's blocks, and remembers what came."""
+    """Checks the tensors of one projection, copies this rank's blocks, and records problems."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class ProjectionLoader:
         self._refused: list[str] = []
 
     def load(self, leaf: str, tensor: torch.Tensor) -> None:
-        """Take the tensor `<projection>.<leaf>` of the checkpoint; what does not fit becomes a problem."""
+        """Load the tensor `<projection>.<leaf>` of the checkpoint; one that does not fit is a problem."""
         expected = self._expected.get(leaf)
         if expected is None:
             self._refused.append(f"surplus: {self._name}.{leaf} {list(tensor.shape)}")
@@ -104,12 +104,12 @@ class ProjectionLoader:
         if kind == WEIGHT_SHAPE:
             self._check_stated_shape(leaf, tensor.tolist(), self._full_shapes[part])
         elif leaf == ROW_ORDER:
-            self._take_row_order(tensor)
+            self._load_row_order(tensor)
         elif tensor.numel():  # the guard is empty
-            to = self._placements[part]
+            placement = self._placements[part]
             if self._projection.gathered and part in _OUTPUT_PARTS:
                 tensor = self._gather(part, kind, tensor)
-            to.matrix.load(kind, tensor, to.rows, to.columns, to.first_row)
+            placement.matrix.load(kind, tensor, placement.rows, placement.columns, placement.first_row)
 
     def problems(self) -> list[str]:
         """Return a line for each tensor that was missing, surplus or mis-shaped."""
@@ -121,27 +121,29 @@ class ProjectionLoader:
         return missing + self._refused
 
     def _gather(self, part: str, kind: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the rows of a part's tensor that this rank keeps, stored as the whole of it is."""
+        """Return this rank's rows of a part's tensor, in the same packing."""
         (num_rows, _), quantization = self._projection.description.parts[part]
         if kind != WEIGHT_ZERO_POINT or quantization is None:
             return torch.cat([tensor[block] for block in self._projection.gathered])
-        rows = unpack_rows(tensor, quantization.bits, num_rows)  # several share a word
-        kept = torch.cat([rows[block] for block in self._projection.gathered])
-        return pack_rows(kept, quantization.bits)
+        rows = unpack_rows(tensor, quantization.bits, num_rows)  # several rows share a word
+        local_rows = torch.cat([rows[block] for block in self._projection.gathered])
+        return pack_rows(local_rows, quantization.bits)
 
-    def _take_row_order(self, row_order: torch.Tensor) -> None:
-        description, to = self._projection.description, self._order
-        assert to is not None
+    def _load_row_order(self, row_order: torch.Tensor) -> None:
+        description, placement = self._projection.description, self._order
+        assert placement is not None
         assert description.rank is not None
         assert description.pivot_blocks is not None
         problem = row_order_problem(row_order, description.rank, description.pivot_blocks)
         if problem:
             self._refused.append(f"damaged: {self._name}.{ROW_ORDER} {problem}")
             return
-        local = row_order[self._projection.rows].to(to.order)
+        local_order = row_order[self._projection.rows].to(placement.order)
         first_other = description.rank + self._projection.second_rows.start
-        is_pivot = local < description.rank
-        to.order.copy_(torch.where(is_pivot, local + to.pivots_start, local - first_other + to.others_start))
+        is_pivot = local_order < description.rank
+        pivot_sources = local_order + placement.pivots_start
+        other_sources = local_order - first_other + placement.others_start
+        placement.order.copy_(torch.where(is_pivot, pivot_sources, other_sources))
 
     def _check_stated_shape(self, leaf: str, stated: list[int], expected: tuple[int, int]) -> None:
         if tuple(stated) != expected:
@@ -157,15 +159,15 @@ def add_gates(
     *,
     outputs_may_move: bool = False,
 ) -> None:
-    """Give `layer` a gate for every tensor name that the format knows, so that surplus tensors are seen too.
+    """Add a gate to `layer` for every tensor name of the format, so that surplus tensors are detected too.
 
     Args:
         layer: the vLLM layer.
-        dtype: of the plain weights and the scales; loaders warn if a gate's dtype differs from the tensor's.
+        dtype: dtype of plain weights and scales; vLLM warns if a gate's dtype differs from the tensor's.
         load: called with (name relative to the layer, tensor, shard id).
-        outputs_may_move: whether the model's own loader may bring the outputs into another order first: it
-            does so where a checkpoint mixes the heads of queries, keys and values (Falcon), and asks
-            parameters for their `output_dim`.
+        outputs_may_move: whether the model's own loader may reorder the outputs first: it does so if queries,
+            keys and values alternate by head in the checkpoint (Falcon), and reads `output_dim` of
+            parameters.
     """
     dtypes = {
         WEIGHT: dtype,
@@ -191,22 +193,22 @@ def add_gates(
 
 
 def shard_index(shard_id: ShardId, names: Sequence[str], runs: Sequence[slice] = ()) -> int:
-    """Return which of a layer's projections vLLM means.
+    """Return the index of a layer's projection in the checkpoint, given vLLM's id.
 
     Args:
-        shard_id: vLLM's name of a projection, or of several that are one in the checkpoint.
-        names: Of the projections in the checkpoint.
-        runs: Which of vLLM's projections each of them is; empty: as many as there are names.
+        shard_id: vLLM's id of a projection, or of several that are one in the checkpoint.
+        names: Names of the projections in the checkpoint.
+        runs: vLLM's projections in each of these; empty: one in each.
 
     Raises:
-        ValueError: the checkpoint stores a fused matrix that the description names apart.
+        ValueError: the checkpoint stores one fused matrix, config.json describes separate ones.
     """
     if shard_id is not None:
-        first = shard_id[0] if isinstance(shard_id, tuple) else shard_id
-        number = _ATTENTION_SHARDS[first] if isinstance(first, str) else first
+        first_id = shard_id[0] if isinstance(shard_id, tuple) else shard_id
+        index_in_vllm = _ATTENTION_SHARDS[first_id] if isinstance(first_id, str) else first_id
         if len(runs) > 1:
-            return next(index for index, run in enumerate(runs) if run.start <= number < run.stop)
-        return number
+            return next(index for index, run in enumerate(runs) if run.start <= index_in_vllm < run.stop)
+        return index_in_vllm
     if len(names) == 1:
         return 0
     raise ValueError(

@@ -1,9 +1,9 @@
-"""How vLLM creates, loads and applies the linear layers of a compressed model.
+"""vLLM methods that create, load and apply the linear layers of a compressed model.
 
 One instance serves one layer: fused QKV, fused gate and up, column-parallel, row-parallel or replicated.
-`LowRankLinearMethod` takes the layers of which at least one projection is altered; each projection has its
-own layout (see `checkpoint_schema`): dense, low-rank, pivoted or corrected, plain or integer, in any mix.
-`UnalteredLinearMethod` takes the others.
+`LowRankLinearMethod` is for layers with at least one altered projection; each projection has its own layout
+(see `format.schema`): dense, low-rank, pivoted or corrected, plain or integer, in any combination.
+`UnalteredLinearMethod` is for all other layers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
 from ercsvd_deploy.exporters.vllm.layers.layer import StackedLinear
 from ercsvd_deploy.exporters.vllm.layers.layer_plan import (
     Projection,
-    keep_of_fused,
-    keep_of_rank,
-    share_out_outputs,
+    block_of_rank,
+    blocks_of_fused,
+    match_projections,
 )
 from ercsvd_deploy.exporters.vllm.layers.loading import (
     ProjectionLoader,
@@ -45,9 +45,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
     """Creates, loads and applies the weights of one vLLM linear layer.
 
     Args:
-        projections: checkpoint prefix and description (None: as the original model stores it) of each of the
-            layer's projections, in output order.
-        record: of the model's kernels.
+        projections: checkpoint name and storage (None: that of the original model) of each of the layer's
+            projections, in output order.
+        record: the record of the model's kernels.
         check_model: called before the first weight is processed, when all tensors have been loaded; raises if
             any layer of the model lacks one.
         tell_ready: called when the layer's matrices are in their kernels' layouts.
@@ -66,7 +66,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
         self._record = record
         self._check_model = check_model
         self._tell_ready = tell_ready
-        self._runs: tuple[slice, ...] = ()  # of vLLM's projections that are one of ours
+        self._runs: tuple[slice, ...] = ()  # vLLM's projections in each of ours
         self._loaders: list[ProjectionLoader] = []
         self._stacked: StackedLinear | None = None
 
@@ -89,31 +89,31 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
         """
         full_sizes, local_sizes = _full_output_sizes(layer, output_size), output_partition_sizes
         names = [name for name, _ in self._described]
-        rows = [None if storage is None else storage.shape[0] for _, storage in self._described]
-        runs = share_out_outputs(full_sizes, rows)
+        num_rows = [None if storage is None else storage.shape[0] for _, storage in self._described]
+        runs = match_projections(full_sizes, num_rows)
         if runs is None or len(full_sizes) != len(local_sizes):
             raise CheckpointFormatError(
                 f"{', '.join(names)}: vLLM computes {len(full_sizes)} projections here, the checkpoint "
                 f"describes {len(names)}; all of them have to be stored apart, or as one matrix"
             )
         self._runs = runs
-        columns = keep_of_rank(input_size, input_size_per_partition, layer.tp_rank, layer.tp_size)
+        columns = block_of_rank(input_size, input_size_per_partition, layer.tp_rank, layer.tp_size)
         projections = []
         for (name, described), run in zip(self._described, runs, strict=True):
-            full, local = sum(full_sizes[run]), sum(local_sizes[run])
-            description = described or Storage(layout="dense", shape=(full, input_size))
-            if description.shape != (full, input_size):
+            full_size, local_size = sum(full_sizes[run]), sum(local_sizes[run])
+            description = described or Storage(layout="dense", shape=(full_size, input_size))
+            if description.shape != (full_size, input_size):
                 raise CheckpointFormatError(
                     f"{name}: config.json describes shape {list(description.shape)}, "
-                    f"the model has {[full, input_size]}"
+                    f"the model has {[full_size, input_size]}"
                 )
-            kept = slice(0, local)
+            rows_on_rank = slice(0, local_size)
             gathered: tuple[slice, ...] = ()
             if len(full_sizes[run]) == 1:
-                kept = keep_of_rank(full, local, layer.tp_rank, layer.tp_size)
-            elif local != full:
-                gathered = keep_of_fused(full_sizes[run], local_sizes[run], layer.tp_rank, layer.tp_size)
-            projection = Projection(name, description, kept, columns, gathered)
+                rows_on_rank = block_of_rank(full_size, local_size, layer.tp_rank, layer.tp_size)
+            elif local_size != full_size:
+                gathered = blocks_of_fused(full_sizes[run], local_sizes[run], layer.tp_rank, layer.tp_size)
+            projection = Projection(name, description, rows_on_rank, columns, gathered)
             projection.check_pivots()
             projections.append(projection)
         # one matrix in the checkpoint (Phi-3, Falcon)
@@ -127,14 +127,14 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
 
     def problems(self) -> list[str]:
         """Return a line for each tensor of the layer that was missing, surplus or mis-shaped."""
-        # vLLM builds what it will not run without storage, and loads nothing into it: tower and projector
-        # of a vision-language model that is started with an image limit of zero
+        # vLLM builds layers that it will not run on the meta device, and does not load them: tower and
+        # projector of a vision-language model that is started with an image limit of zero
         if self._stacked is not None and all(tensor.is_meta for tensor in self._stacked.parameters()):
             return []
         return [problem for loader in self._loaders for problem in loader.problems()]
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check the whole model once, then bring this layer's matrices into their kernels' layouts."""
+        """Check the whole model once, then convert this layer's matrices into their kernels' layouts."""
         self._check_model()
         getattr(layer, _STACKED).finalize()
         self._stacked, self._loaders = None, []
@@ -158,9 +158,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
 
 @register_weight_loader_v2_supported_method  # as vLLM registers the base class, by name
 class UnalteredLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]  # vLLM's classes are Any to mypy
-    """vLLM's own method, which also notices tensors of a compressed Linear that config.json leaves out.
+    """vLLM's own method with a check for tensors of a compressed Linear that config.json does not describe.
 
-    Without it they end in an error deep inside vLLM that names one tensor at most.
+    Without it they would raise an error deep inside vLLM that names one tensor at most.
 
     Args:
         names: checkpoint prefixes of the layer's projections, in output order.
@@ -171,17 +171,17 @@ class UnalteredLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]  # v
         super().__init__()
         self._names = list(names)
         self._check_model = check_model
-        self._num_projections = len(names)  # of vLLM's, which may be more
+        self._num_projections = len(names)  # number of vLLM's projections, which may be more
         self._surplus: list[str] = []
 
     def create_weights(
         self, layer: Any, *sizes: Any, weight_loader: Callable[..., None], **options: Any
     ) -> None:
-        """Create vLLM's weight, and gates for the tensors that should not come."""
+        """Create vLLM's weight, and gates for surplus tensors."""
 
         def load_unless_guard(param: torch.Tensor, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
             if tuple(tensor.shape) == GUARD_SHAPE:
-                self._note(GUARD, tensor, shard_id)
+                self._record_surplus(GUARD, tensor, shard_id)
             elif shard_id is None:  # not every stock loader takes one
                 weight_loader(param, tensor)
             else:
@@ -189,26 +189,26 @@ class UnalteredLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]  # v
 
         self._num_projections = len(getattr(layer, "output_sizes", self._names))
         super().create_weights(layer, *sizes, weight_loader=load_unless_guard, **options)
-        add_gates(layer, layer.params_dtype, self._note)
+        add_gates(layer, layer.params_dtype, self._record_surplus)
 
     def problems(self) -> list[str]:
-        """Return a line for each tensor that came although config.json does not describe it."""
+        """Return a line for each surplus tensor, which config.json does not describe."""
         return self._surplus
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check the whole model once, then do as vLLM does."""
+        """Check the whole model once, then process the weight with vLLM's method."""
         self._check_model()
         super().process_weights_after_loading(layer)
 
-    def _note(self, leaf: str, tensor: torch.Tensor, shard_id: ShardId) -> None:
+    def _record_surplus(self, leaf: str, tensor: torch.Tensor, shard_id: ShardId) -> None:
         is_whole = shard_id is None or len(self._names) != self._num_projections
         name = ", ".join(self._names) if is_whole else self._names[shard_index(shard_id, self._names)]
         self._surplus.append(f"surplus: {name}.{leaf} {list(tensor.shape)}, not described in config.json")
 
 
 def _full_output_sizes(layer: Any, output_size: int) -> list[int]:
-    """Return the projections' out-dimensions as the checkpoint has them."""
-    # QKV's own `output_sizes` count a replicated head as often as it is held
+    """Return the projections' numbers of outputs in the checkpoint."""
+    # QKV's own `output_sizes` count a head that is repeated on several ranks several times
     if isinstance(layer, QKVParallelLinear):
         value_size = getattr(layer, "v_head_size", layer.head_size)
         return [

@@ -250,12 +250,12 @@ Matrix = PlainMatrix | PackedMatrix
 
 
 def cut_group(columns: int, quantization: WeightQuantization) -> str | None:
-    """Say if a rank's share of columns cuts a scale group or a packed word (not every kernel checks)."""
-    whole = values_in_whole_words(quantization.bits)
+    """Return an error message if a rank's columns cut a scale group or a packed word, otherwise None."""
+    multiple = values_in_whole_words(quantization.bits)
     size = quantization.group_size
-    if (size != -1 and columns % size) or columns % whole:
+    if (size != -1 and columns % size) or columns % multiple:
         return (
-            f"{columns} columns on a rank are not whole groups of {size if size != -1 else whole}: "
+            f"{columns} columns on a rank are not whole groups of {size if size != -1 else multiple}: "
             "serve with a smaller tensor_parallel_size or quantize with a smaller group_size"
         )
     return None

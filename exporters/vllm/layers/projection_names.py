@@ -1,4 +1,4 @@
-"""By what names a checkpoint has the projections that one of vLLM's layers computes."""
+"""Names in a checkpoint of the projections that one of vLLM's layers computes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ercsvd_deploy.exporters.vllm.compatibility import get_current_vllm_config_or_none
 
 _QUERIES_KEYS_VALUES = "qkv_proj"
-# for models that do not publish how they fuse
+# for model classes that do not say how they fuse
 _USUAL_FUSIONS = {
     _QUERIES_KEYS_VALUES: ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
@@ -21,8 +21,8 @@ def projection_names(prefix: str, published: Sequence[str] | None) -> list[str]:
     """Return the names of the projections in a layer of vLLM's, in its order.
 
     Args:
-        prefix: Name of the layer.
-        published: Last parts of the names, as the model's class has them; None: it does not say.
+        prefix: Name of vLLM's layer.
+        published: Last parts of the names by the model's class; None if it does not have them.
     """
     parent, _, leaf = prefix.rpartition(".")
     leaves = published or _USUAL_FUSIONS.get(leaf, [leaf])
@@ -33,7 +33,7 @@ def projection_names(prefix: str, published: Sequence[str] | None) -> list[str]:
 
 
 def _values_are_keys(prefix: str) -> bool:
-    """Whether vLLM loads a layer's keys into the place of its values, too (Gemma 4's full attention)."""
+    """Whether vLLM loads a layer's keys also as its values (Gemma 4's full attention)."""
     engine = get_current_vllm_config_or_none()
     number = _LAYER_NUMBER.search(prefix)
     config: Any = (

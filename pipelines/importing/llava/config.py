@@ -125,7 +125,7 @@ class OriginalLlava:
 
 
 def padded_vocab_size(num_tokens: int) -> int:
-    """Return how many rows embedding and output layer of a converted model have."""
+    """Return the number of rows of embedding and output layer in a converted model."""
     return -(-num_tokens // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 
 
@@ -179,11 +179,11 @@ def read_original(directory: Path) -> OriginalLlava:
 
 
 def interpret(config: Mapping[str, Any], path: Path) -> OriginalLlava:
-    """Return what the contents of an original checkpoint's config.json say; see `read_original`.
+    """Return the description of an original checkpoint by its config.json; see `read_original`.
 
     Args:
         config: The contents.
-        path: Of the file, for messages.
+        path: Path of the file, for error messages.
 
     Raises:
         LlavaImportError: as `read_original` does.

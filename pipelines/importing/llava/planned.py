@@ -28,11 +28,11 @@ _MARK = "planned_before_import"  # attribute of a config that no file has
 
 
 def expected_config(raw: Mapping[str, Any], path: Path) -> Any | None:
-    """Return the config of the converted model; None: its vision tower is not among those known here.
+    """Return the config of the converted model; None if its vision tower is not supported.
 
     Args:
         raw: Contents of the original's config.json.
-        path: Of that file, for messages.
+        path: Path of that file, for error messages.
 
     Raises:
         LlavaImportError: something in it cannot be converted.
@@ -57,7 +57,7 @@ def expected_config(raw: Mapping[str, Any], path: Path) -> Any | None:
 
 
 def import_note(config: Any, source: str) -> tuple[str, ...]:
-    """Return what has to be done before a run of a model planned by `expected_config`; else nothing."""
+    """Return a note on how to convert a model planned by `expected_config` before a run; else none."""
     if not getattr(config, _MARK, False):
         return ()
     return (

@@ -77,7 +77,7 @@ class _Judged:
 
 
 def misread_prompt(prompts: Sequence[ParityPrompt], served: Sequence[Served]) -> str | None:
-    """Return how vLLM tokenized a prompt differently from this package; None if all are equal.
+    """Return a message if vLLM and this package tokenize a prompt differently; None if all are equal.
 
     vLLM expands image tokens itself, so a processor that does not fit the model shows here.
     """

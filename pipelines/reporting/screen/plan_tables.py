@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def render(plan: Plan) -> RenderableType:
-    """Return what `ercsvd plan` prints."""
+    """Return the output of `ercsvd plan`."""
     head = Text(
         f"{plan.model} ({plan.model_type}, {plan.dtype}): {plan.num_layers} layers, "
         f"{plan.model_parameters:,} parameters, {plan.linear_parameters:,} of them in decoder Linears, "

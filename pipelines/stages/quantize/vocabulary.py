@@ -208,7 +208,7 @@ def row_rounding(
         integers: Quantization of the matrix.
         scale_dtype: Dtype in which scales are stored.
         gram: Gram of the matrix's inputs; None for an embedding, whose scales are searched at all bits.
-        held_out: The same tokens in two parts.
+        held_out: Grams of the same tokens in two parts.
     """
     settings = quantization_settings(stage, integers)
     if gram is None:

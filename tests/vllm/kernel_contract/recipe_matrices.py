@@ -1,14 +1,16 @@
 """The integer matrices of every shipped recipe, from the published sizes of the models that they name.
 
 A recipe without a quantize stage is taken with int4 in the largest groups that its model allows at the
-tensor-parallel sizes it names: nothing else would be left of it here.
+tensor-parallel sizes it names: nothing else would be left of it here. Where a target chooses the bits of
+dense matrices, each of them is taken with all that are on offer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.quantize import Quantize
 from ercsvd_deploy.recipe.sections import Recipe
 from tests.planning.llava_configs import MISTRAL_7B, MODELS, VICUNA_13B
-from tests.planning.public_configs import text_config
+from tests.planning.public_configs import RECIPES_OF_INTEGERS, text_config
 
 REPOSITORY = Path(__file__).parents[3]
 RECIPES = sorted(path.stem for path in (REPOSITORY / "recipes").glob("*.yaml"))
@@ -83,6 +85,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    **RECIPES_OF_INTEGERS,
 } | {f"llava-hf/{name}-hf": config for name, (config, *_) in MODELS.items()}
 
 
@@ -108,15 +111,30 @@ def integer_matrices(
     architecture = describe(build_meta_model(config), config)
     plans = rank_plans(loaded, architecture, 2)
     served = loaded.serving.tensor_parallel_sizes
-    storage = _storage(loaded, plans, architecture)
+    storages = list(_storages(loaded, plans, architecture))
     candidates = [plan.ranks for plan in plans.values()] or [{}]  # no ranks: every matrix stays dense
     return tuple(
         use
+        for storage in storages
         for ranks in candidates
         for use in plan_matrices(storage.describe(ranks, architecture), architecture, tensor_parallel_sizes)
         if use.quantization is not None
         and (use.tensor_parallel_size in served or use.columns % max(use.quantization["group_size"], 32) == 0)
     )
+
+
+def _storages(
+    recipe: Recipe, plans: Mapping[int, RankPlan], architecture: Architecture
+) -> Iterator[QuantizePlan]:
+    plan = _storage(recipe, plans, architecture)
+    yield plan
+    if recipe.target is not None and recipe.factorize is None:
+        for bits in recipe.target.bits:
+            integers = {
+                name: quantization and quantization.model_copy(update={"bits": bits})
+                for name, quantization in plan.integers.items()
+            }
+            yield replace(plan, integers=integers)
 
 
 def _storage(recipe: Recipe, plans: Mapping[int, RankPlan], architecture: Architecture) -> QuantizePlan:

@@ -96,7 +96,7 @@ def _of_layer(
 
 
 def _of_vocabulary(work: Factorization, offer: Offer, quantize: Quantize | None) -> MeasuredDamages:
-    """Return the damages of input embedding and output layer, if their bits are to be chosen."""
+    """Return the damages of input embedding and output layer; none if their bits are not chosen."""
     vocabulary_names = work.model.architecture.vocabulary.names
     names = [name for name in offer if name in vocabulary_names]
     if not names:
@@ -114,7 +114,7 @@ def _of_vocabulary(work: Factorization, offer: Offer, quantize: Quantize | None)
 
 
 def _of_experts(work: Factorization, offer: Offer, quantize: Quantize | None) -> MeasuredDamages:
-    """Return the damages of routed experts, if their bits are to be chosen."""
+    """Return the damages of routed experts; none if their bits are not chosen."""
     experts = {linear.name for linear in work.model.architecture.expert_linears}
     of_experts = {name: storages for name, storages in offer.items() if name in experts}
     if not of_experts:

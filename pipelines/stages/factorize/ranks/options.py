@@ -182,7 +182,7 @@ class _GpuBits:
 
 
 def _vocabulary_storages(quantize_plan: QuantizePlan, target: Target | None) -> dict[str, list[Storage]]:
-    """Return the storages of input embedding and output layer, if their bits are to be chosen."""
+    """Return the storages of input embedding and output layer; none if their bits are not chosen."""
     if target is None or target.vocabulary_bits is None:
         return {}
     storages = {}

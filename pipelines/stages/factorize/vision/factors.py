@@ -41,7 +41,7 @@ def factorize_vision(work: Factorization, ranks: Mapping[str, int]) -> VisionOut
 
     Args:
         work: The stage's run; only its samples with pictures are used.
-        ranks: From `plan_vision_ranks`.
+        ranks: Linear -> rank, see `plan_vision_ranks`.
 
     Raises:
         FactorizationError: a weight or its inputs cannot be factorized.

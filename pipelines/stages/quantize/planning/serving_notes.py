@@ -81,7 +81,7 @@ def gpu_warnings(
 
     Args:
         dense: Tensor parallel size -> bytes of the dense model's weights on each GPU.
-        candidates: The same for the compressed model, for every candidate.
+        candidates: For every candidate: tensor parallel size -> bytes of its weights on each GPU.
         is_quantized: Whether the recipe quantizes.
     """
     heavier = []
