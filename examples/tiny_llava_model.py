@@ -109,6 +109,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def build(tower: Tower, start: Path, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """Return tower and projector at random, the language model with the weights of `start`."""
     text = LlamaConfig.from_pretrained(EXAMPLES / "tiny-llama")
+    text.dtype = torch.float32  # small steps of training would be lost in bfloat16
     text.tie_word_embeddings = False
     text.vocab_size = len(tokenizer)
     config = LlavaConfig(

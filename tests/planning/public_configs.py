@@ -117,6 +117,7 @@ RECIPES_OF_INTEGERS: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-Small-3.2-24B-Instruct-2506": {
         "model_type": "mistral3",
         "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
         "text_config": PUBLIC_MODELS["Mistral-Small"],
     },
     "microsoft/phi-4": text_config("phi3", 5120, 17920, 40, 40, 10, 100352, pad_token_id=100349),
