@@ -20,6 +20,8 @@ from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
 from ercsvd_deploy.models.streaming.recording import capture_arguments
 from tests.families.tiny_families import save_tiny_family, tiny_config
 from tests.models.streamed import CPU
+from tests.peak_memory import growth
+from tests.planning.public_configs import PUBLIC_MODELS
 
 SEPARATE = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "ernie4_5_moe")
 
@@ -121,3 +123,14 @@ def test_absurd_numbers_of_experts_are_refused_before_anything_is_built(key: str
 def _router_buffers(config: Any) -> list[tuple[str, torch.Tensor]]:
     model = build_meta_model(config)
     return [(name, each) for name, each in model.named_buffers() if name.endswith("e_score_correction_bias")]
+
+
+def test_a_model_of_large_experts_is_built_without_memory(tmp_path: Path) -> None:
+    """Llama 4 makes 43 GB of zeros for the experts of one layer before a library could move them away."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLIC_MODELS["Llama-4-Maverick"]))
+    config = load_config(str(tmp_path))
+    with growth() as grown:
+        model = build_meta_model(config)
+    assert grown() < 1_000_000_000
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.models.compressed.packed_embedding import TiedOutputLayer
@@ -18,6 +19,9 @@ from ercsvd_deploy.models.description.architecture import Architecture, Architec
 from ercsvd_deploy.models.description.config_sizes import impossible_sizes
 from ercsvd_deploy.models.description.families import attention_implementation, check_supported, describe
 from ercsvd_deploy.models.description.tasks import auto_class, mark_embedding_model
+
+_FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn})
+_LARGEST_BUFFER = 2**26  # elements
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -84,8 +88,29 @@ def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Modu
     """
     from accelerate import init_empty_weights
 
-    without_weights = init_empty_weights(include_buffers=False)
-    return _build(config, without_weights, trust_remote_code=trust_remote_code)
+    with _LargeOnMeta():
+        without_weights = init_empty_weights(include_buffers=False)
+        return _build(config, without_weights, trust_remote_code=trust_remote_code)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Create tensors that are larger than any buffer on the meta device.
+
+    `init_empty_weights` moves a parameter away after a module has made it, and the experts of one layer of
+    Llama 4 would take 43 GB until then.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call a factory on the meta device first, to see how large its tensor is."""
+        del types
+        kwargs = kwargs or {}
+        if func in _FACTORIES and kwargs.get("device") is None:
+            on_meta = func(*args, **{**kwargs, "device": "meta"})
+            if on_meta.numel() > _LARGEST_BUFFER:
+                return on_meta
+        return func(*args, **kwargs)
 
 
 def _build(
