@@ -8,7 +8,8 @@ drawn for training.
 
 Run `python examples/train_tiny_llava.py --minutes 50` for the embedded one, with a tower like CLIP's; the
 learning rate follows the clock. Another tower in front of the embedded one's language model, which knows how
-to answer already, takes minutes: tower and projector then also learn to give what the embedded ones give.
+to answer already, needs less: tower and projector then also learn to give what the embedded ones give. How
+many minutes that takes has not been measured yet.
 
     python examples/train_tiny_llava.py --tower siglip --start examples/tiny-llava --minutes 8 --output DIR
 """
