@@ -125,7 +125,7 @@ def bound_to(cores: range) -> dict[str, str]:
 
 
 class Engine:
-    """A `latency_engine.py` process."""
+    """A `latency_engine.py` process that serves one model on some cores."""
 
     def __init__(self, directory: Path, *, eager: bool, cores: range) -> None:
         arguments = {

@@ -1,9 +1,9 @@
 """One offline vLLM engine in a process of its own, which times what it is asked on standard input.
 
-`latency.py` starts it: `python benchmarks/latency_engine.py JSON`, where JSON holds keyword arguments of
-`vllm.LLM`. It prints a line when it is ready and then one JSON line for each JSON line it reads:
-`{"batch", "prompt_tokens", "output_tokens"}` gives `{"seconds"}`; with `"profile": true` also
-`{"milliseconds": {operator: self time}}`. End of input ends it.
+`latency.py` and `gpu_serving.py` start it: `python benchmarks/latency_engine.py JSON`, where JSON holds
+keyword arguments of `vllm.LLM`. It prints a line when it is ready, with the bytes of the model's tensors, and
+then one JSON line for each JSON line it reads: `{"batch", "prompt_tokens", "output_tokens"}` gives
+`{"seconds"}`; with `"profile": true` also `{"milliseconds": {operator: self time}}`. End of input ends it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,26 @@ def main() -> None:
     # vLLM logs to standard output; the answers keep that stream for themselves.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    os.sched_setaffinity(0, {int(core) for core in os.environ["GOMP_CPU_AFFINITY"].split()})
+    if cores := os.environ.get("GOMP_CPU_AFFINITY"):
+        os.sched_setaffinity(0, {int(core) for core in cores.split()})
     # In this very process, so that a profile sees the operators.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
     started = time.monotonic()
     engine = LLM(**json.loads(sys.argv[1]))
-    print(json.dumps({"ready": round(time.monotonic() - started, 1)}), file=answers, flush=True)
+    ready = {"ready": round(time.monotonic() - started, 1), "bytes": engine.apply_model(_stored_bytes)[0]}
+    print(json.dumps(ready), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         answer = _profile(engine, request) if request.pop("profile", False) else _time(engine, request)
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _stored_bytes(model: Any) -> int:
+    """Return the bytes of all tensors of a loaded model."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def _time(engine: Any, request: dict[str, int]) -> dict[str, float]:

@@ -32,7 +32,7 @@ def environment(command: str, *, threads: int) -> dict[str, str]:
         "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "machine": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores ({threads} used), "
-        f"{_memory_gib():.0f} GiB of memory, {platform.system()}",
+        f"{_memory_gib():.0f} GiB of memory, {platform.system()}{_gpu()}",
         "libraries": ", ".join(f"{name} {version}" for name, version in _versions().items()),
         "command": command,
     }
@@ -88,6 +88,16 @@ def _cpu_model() -> str:
 
 def _memory_gib() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _gpu() -> str:
+    """Return the GPU that torch would use, as the end of a sentence; nothing without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    properties = torch.cuda.get_device_properties(0)
+    return f"; {properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
 
 def _versions() -> dict[str, str]:

@@ -47,7 +47,7 @@ def main() -> None:
         nsamples=len(job.tokens),
         iters=options["iterations"],
         batch_size=options["batch_size"],
-        device_map="cpu",
+        device_map="cuda" if torch.cuda.is_available() else "cpu",
         enable_torch_compile=False,
         **chosen,
     )

@@ -28,6 +28,7 @@ PYTHON = os.environ.get("ERCSVD_VLLM_PYTHON", sys.executable)
 PROMPTS = [[1, 5, 9, 33, 200, 17], [1, 100, 101, 102], list(range(10, 50))]
 MAX_TOKENS = 12
 TOP = 10
+GPU_SHARE = 0.08
 
 
 def environment(num_ranks: int = 1) -> dict[str, str]:
@@ -58,8 +59,9 @@ def _cores() -> str:
 
 
 def engine(directory: Path, dtype: str, *, num_ranks: int = 1, eager: bool = True) -> dict[str, Any]:
-    """Return the arguments of an engine that serves `directory`."""
-    return {
+    """Return the arguments of an engine that serves `directory`; on a GPU it leaves room for others."""
+    memory = {"gpu_memory_utilization": GPU_SHARE} if torch.cuda.is_available() else {}
+    return memory | {
         "model": str(directory),
         "dtype": dtype,
         "enforce_eager": eager,
