@@ -108,7 +108,7 @@ def measure(tokens: int) -> Row:
         def run() -> None:
             for layer in copies:
                 for (first, seconds, ranks), x in zip(layer, inputs, strict=True):
-                    torch.ops.ercsvd.lowrank_linear(x, first, seconds, ranks)
+                    torch.ops.ercsvd.lowrank_linear(x, first, seconds, ranks, None)
 
         return run
 
@@ -127,7 +127,7 @@ def measure(tokens: int) -> Row:
 def relative_error(layer: tuple[torch.Tensor, list[torch.Tensor], list[int]], x: torch.Tensor) -> float:
     """Return how far the operator is from float64 with the same factors, relative to the outputs' norm."""
     first, seconds, ranks = layer
-    output = torch.ops.ercsvd.lowrank_linear(x, first, seconds, ranks).double()
+    output = torch.ops.ercsvd.lowrank_linear(x, first, seconds, ranks, None).double()
     hidden = (x.double() @ first.double().T).split(ranks, dim=1)
     exact = torch.cat([part @ second.double().T for part, second in zip(hidden, seconds, strict=True)], dim=1)
     return float((output - exact).norm() / exact.norm())
