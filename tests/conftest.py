@@ -12,7 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 _TEXT = Path(__file__).parents[1] / "examples" / "text"
 _EXCERPT = 60_000  # characters, many times what the runs here read; all of a text takes a tokenizer longer
+# Workers side by side keep to a core each, and so does what they start: those that share cores wait.
+ALL_CORES = os.sched_getaffinity(0)
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.sched_setaffinity(0, {sorted(ALL_CORES)[int(worker.removeprefix("gw")) % len(ALL_CORES)]})
 ModelDirectory = Callable[[str], Path]
 
 
@@ -64,6 +69,24 @@ def _only_vllm_tests_ask_vllm(request: pytest.FixtureRequest, monkeypatch: pytes
     """Let `ercsvd plan` find no vLLM: asking it for kernels costs its import, ten seconds of a core."""
     if request.node.get_closest_marker("vllm") is None:
         monkeypatch.setattr("ercsvd_deploy.exporters.vllm.kernels.choice.find_spec", lambda _name: None)
+
+
+@pytest.fixture(autouse=True)
+def _runs_fork_their_engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run's engines be forks of a process that has imported vLLM, which takes ten seconds of a core."""
+    if request.node.get_closest_marker("vllm") is None:
+        return
+    from tests.vllm.engines import run_in_fork
+
+    def run(command: Sequence[str], variables: Mapping[str, str], output: int, timeout: float) -> int | None:
+        module, *arguments = command[command.index("-m") + 1 :]
+        log = Path(f"/proc/{os.getpid()}/fd/{output}")
+        try:
+            return run_in_fork({"module": module, "arguments": arguments}, log, variables, timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    monkeypatch.setattr("ercsvd_deploy.exporters.vllm.engines.process._run", run)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +26,26 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ercsvd_deploy.exporters.vllm.engines.machine import find_machine
+
 REPOSITORY = Path(__file__).parents[2]
 PYTHON = os.environ.get("ERCSVD_VLLM_PYTHON", sys.executable)
 PROMPTS = [[1, 5, 9, 33, 200, 17], [1, 100, 101, 102], list(range(10, 50))]
 MAX_TOKENS = 12
 TOP = 10
 GPU_CACHE_BYTES = 2**28
+# Of an engine that is not eager: traced and split as ever, but not compiled by g++, forty seconds of a core.
+TRACED: dict[str, Any] = {"compilation_config": {"mode": 2, "backend": "eager"}}
 
 
 def environment(num_ranks: int = 1) -> dict[str, str]:
     """Return the variables that a vLLM process of `num_ranks` CPU workers needs here."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    cores = _cores() if num_ranks == 1 else "|".join("0123"[:num_ranks])
+    cores = _cores() if num_ranks == 1 else "|".join([_cores()] * num_ranks)
     return inherited | {
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1" if cores.isdigit() else "2",
+        # More threads than a worker has cores spin in every operator until the scheduler takes one away.
+        "OMP_NUM_THREADS": "1" if num_ranks > 1 or cores.isdigit() else "2",
         "VLLM_CPU_INT4_W4A8": "0",  # else CPUs with AMX round the activations to int8 as well
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": cores,
@@ -105,10 +112,60 @@ def run_engines(
         "scores_prompts": scores_prompts,
         "answer": str(answer),
     }
-    command, log = [PYTHON, "tests/vllm/engine_process.py"], answer.with_suffix(".log")
-    with process(command, log, num_ranks, **variables) as engine_process:
-        engine_process.communicate(json.dumps(request).encode(), timeout=400 + 60 * len(engines) * goes_on)
-    return engine_process.returncode, answer.with_suffix(".log").read_text()
+    log, timeout = answer.with_suffix(".log"), 400 + 60 * len(engines) * goes_on
+    if sys.executable == PYTHON and variables.get("PYTHONPATH") in (None, _fork_variables()["PYTHONPATH"]):
+        status = run_in_fork({"request": request}, log, environment(num_ranks) | variables, timeout)
+        return status, log.read_text()
+    with process([PYTHON, "tests/vllm/engine_process.py"], log, num_ranks, **variables) as engine_process:
+        engine_process.communicate(json.dumps(request).encode(), timeout=timeout)
+    return engine_process.returncode, log.read_text()
+
+
+@cache
+def _fork_variables() -> dict[str, str]:
+    """Return the environment in which vLLM is imported: that of a run, which has a torchvision of no use."""
+    variables = find_machine().environment(1, environment())
+    return variables | {"PYTHONPATH": variables.get("PYTHONPATH", "")}
+
+
+@cache
+def _process_of_forks() -> subprocess.Popen[bytes]:
+    """Return a process that has imported vLLM and runs tasks in forks; it ends with this one."""
+    return subprocess.Popen(
+        [PYTHON, "tests/vllm/engine_process.py", "--forks"],
+        env=_fork_variables(),
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,  # else a line could wait here unseen, while `run_in_fork` waits for the pipe
+    )
+
+
+def run_in_fork(task: Mapping[str, Any], log: Path, variables: Mapping[str, str], timeout: float) -> int:
+    """Run a task of `engine_process.answer_in_forks`; return its exit status.
+
+    Args:
+        task: The request, or the module and its arguments.
+        log: Where what it prints is appended.
+        variables: Its environment.
+        timeout: Seconds after which it is killed.
+
+    Raises:
+        TimeoutExpired: It was.
+    """
+    forks = _process_of_forks()
+    assert forks.stdin is not None
+    assert forks.stdout is not None
+    line = json.dumps({**task, "log": str(log), "environment": dict(variables)}) + "\n"
+    os.write(forks.stdin.fileno(), line.encode())
+    number = int(forks.stdout.readline())
+    ended, _, _ = select.select([forks.stdout], [], [], timeout)
+    with contextlib.suppress(ProcessLookupError):  # the group is gone when every worker has ended
+        os.killpg(number, signal.SIGKILL)
+    status = int(forks.stdout.readline())
+    if not ended:
+        raise subprocess.TimeoutExpired(str(task), timeout)
+    return status
 
 
 @contextlib.contextmanager

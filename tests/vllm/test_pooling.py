@@ -15,7 +15,7 @@ from tests.tiny_pooling import KINDS, last_hidden_states, save_tiny_pooling_mode
 from tests.vllm.engines import PROMPTS, engine, generate
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-_GATES = {"evaluation": {}, "gates": {"final_layer_error": 1.0}}
+_GATES = {"evaluation": {"max_sequences": 2}, "gates": {"final_layer_error": 1.0}}
 _TOLERANCES = {"float32": 1e-4, "float16": 0.01}  # of vectors of length one, and of probabilities
 Exports = dict[tuple[str, str], Path]
 

@@ -18,7 +18,17 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import ModelDirectory
 from tests.tiny_models import FAMILIES, compress_at_random
-from tests.vllm.engines import MAX_TOKENS, PROMPTS, TOP, deviation, engine, generate, run_engines, serving
+from tests.vllm.engines import (
+    MAX_TOKENS,
+    PROMPTS,
+    TOP,
+    TRACED,
+    deviation,
+    engine,
+    generate,
+    run_engines,
+    serving,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -45,7 +55,7 @@ def single_rank(
     engines = {family: engine(low_rank_model(family), "float32") for family in FAMILIES}
     engines["int4"] = engine(mixed_model("llama"), "float16")
     engines["compiled"] = engine(low_rank_model("qwen2"), "float32", eager=False)
-    engines["corrected"] = engine(corrected_model, "float16", eager=False)
+    engines["corrected"] = engine(corrected_model, "float16", eager=False) | TRACED
     answers = generate(list(engines.values()), tmp_path_factory.mktemp("engines") / "answer.json")
     return dict(zip(engines, answers, strict=True))
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import ModelDirectory
 from tests.vllm.adapters import RANK, merge, write_adapter
-from tests.vllm.engines import MAX_TOKENS, PROMPTS, deviation, engine, generate
+from tests.vllm.engines import MAX_TOKENS, PROMPTS, TRACED, deviation, engine, generate
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -190,13 +190,9 @@ def test_adapters_need_a_slot_to_spare_on_cpus_whatever_the_model(
 
 
 def test_pipeline_of_two(exports: Exports, materialised: Materialised, tmp_path: Path) -> None:
-    # Compiled, if by no backend to speak of: without a warm-up, which eager engines skip on CPUs, vLLM 0.32
+    # Traced: without a warm-up, which eager engines skip on CPUs, vLLM 0.32
     # fails at the first request, whatever the model.
-    pipeline = {
-        "pipeline_parallel_size": 2,
-        "distributed_executor_backend": "mp",
-        "compilation_config": {"mode": 2, "backend": "eager"},
-    }
+    pipeline = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", **TRACED}
     (answer,) = generate([engine(exports.mixed, "float16", eager=False) | pipeline], tmp_path / "answer.json")
     found = deviation(materialised(exports.mixed), answer["outputs"])
     assert found.largest <= 0.03

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_models import WEIGHTS_FILE, compress_at_random, materialise, save_tiny_model
-from tests.vllm.engines import deviation, engine, generate
+from tests.vllm.engines import TRACED, deviation, engine, generate
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -54,10 +54,8 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Compressed:
 def served(compressed: Compressed, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Any]:
     """Return what engines generated: model and number of ranks -> answer."""
     engines = {(name, 1): engine(compressed(name), "float16", eager=name != "both") for name in MODELS}
-    engines |= {
-        (name, 2): engine(compressed(name), "float16", num_ranks=2, eager=name != "tied")
-        for name in ("both", "tied")
-    }
+    engines["both", 2] = engine(compressed("both"), "float16", num_ranks=2)
+    engines["tied", 2] = engine(compressed("tied"), "float16", num_ranks=2, eager=False) | TRACED
     folder = tmp_path_factory.mktemp("engines")
     answers = generate([each for (_, ranks), each in engines.items() if ranks == 1], folder / "one.json")
     answers += generate([each for (_, ranks), each in engines.items() if ranks == 2], folder / "two.json")
