@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+_is_fork = False
 # What an engine imports, and that of this package which vLLM's plugin does.
 _IMPORTED = (
     "vllm",
@@ -157,13 +158,17 @@ def _num_accepted(llm: Any) -> int:
 
 
 def _fork_workers() -> None:
-    """Fork workers off a process that has imported vLLM once; spawned, each would import it for itself."""
+    """Fork workers; spawned, each would import vLLM for itself.
+
+    Off this process if it is a fork that has computed nothing, off one that has imported vLLM if it is not.
+    """
     from vllm.v1.executor import multiproc_executor
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["vllm", "vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker"]
-    )
+    context: Any = multiprocessing.get_context("fork" if _is_fork else "forkserver")
+    if not _is_fork:
+        context.set_forkserver_preload(
+            ["vllm", "vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker"]
+        )
     multiproc_executor.get_mp_context = lambda: context
 
 
@@ -189,7 +194,8 @@ def answer_in_forks() -> None:
 
 def _run_task(task: dict[str, Any]) -> NoReturn:
     """Run a task in this process, a fork, as if it were a new one; end it."""
-    status = 1
+    global _is_fork
+    _is_fork, status = True, 1
     try:
         os.setsid()
         for descriptor, path, flags in (

@@ -26,7 +26,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ercsvd_deploy.exporters.vllm.engines.machine import find_machine
+from ercsvd_deploy.exporters.vllm.engines.machine import ServingMachine
 
 REPOSITORY = Path(__file__).parents[2]
 PYTHON = os.environ.get("ERCSVD_VLLM_PYTHON", sys.executable)
@@ -34,6 +34,7 @@ PROMPTS = [[1, 5, 9, 33, 200, 17], [1, 100, 101, 102], list(range(10, 50))]
 MAX_TOKENS = 12
 TOP = 10
 GPU_CACHE_BYTES = 2**28
+READ_AT_IMPORT = ("PYTHONPATH", "ERCSVD_TEST_CPU")  # variables that a fork cannot be given afterwards
 # Of an engine that is not eager: traced and split as ever, but not compiled by g++, forty seconds of a core.
 TRACED: dict[str, Any] = {"compilation_config": {"mode": 2, "backend": "eager"}}
 
@@ -41,6 +42,8 @@ TRACED: dict[str, Any] = {"compilation_config": {"mode": 2, "backend": "eager"}}
 def environment(num_ranks: int = 1) -> dict[str, str]:
     """Return the variables that a vLLM process of `num_ranks` CPU workers needs here."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    # As in a run, so that both are forks of one process.
+    inherited = ServingMachine(0, (0,)).environment(1, inherited)
     cores = _cores() if num_ranks == 1 else "|".join([_cores()] * num_ranks)
     return inherited | {
         "HF_HUB_OFFLINE": "1",
@@ -113,7 +116,7 @@ def run_engines(
         "answer": str(answer),
     }
     log, timeout = answer.with_suffix(".log"), 400 + 60 * len(engines) * goes_on
-    if sys.executable == PYTHON and variables.get("PYTHONPATH") in (None, _fork_variables()["PYTHONPATH"]):
+    if sys.executable == PYTHON:
         status = run_in_fork({"request": request}, log, environment(num_ranks) | variables, timeout)
         return status, log.read_text()
     with process([PYTHON, "tests/vllm/engine_process.py"], log, num_ranks, **variables) as engine_process:
@@ -122,18 +125,16 @@ def run_engines(
 
 
 @cache
-def _fork_variables() -> dict[str, str]:
-    """Return the environment in which vLLM is imported: that of a run, which has a torchvision of no use."""
-    variables = find_machine().environment(1, environment())
-    return variables | {"PYTHONPATH": variables.get("PYTHONPATH", "")}
+def _process_of_forks(*read_at_import: str | None) -> subprocess.Popen[bytes]:
+    """Return a process that has imported vLLM and runs tasks in forks; it ends with this one.
 
-
-@cache
-def _process_of_forks() -> subprocess.Popen[bytes]:
-    """Return a process that has imported vLLM and runs tasks in forks; it ends with this one."""
+    Args:
+        read_at_import: values of `READ_AT_IMPORT`.
+    """
+    given = {name: value for name, value in zip(READ_AT_IMPORT, read_at_import, strict=True) if value}
     return subprocess.Popen(
         [PYTHON, "tests/vllm/engine_process.py", "--forks"],
-        env=_fork_variables(),
+        env=environment() | given,
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -153,7 +154,7 @@ def run_in_fork(task: Mapping[str, Any], log: Path, variables: Mapping[str, str]
     Raises:
         TimeoutExpired: It was.
     """
-    forks = _process_of_forks()
+    forks = _process_of_forks(*map(variables.get, READ_AT_IMPORT))
     assert forks.stdin is not None
     assert forks.stdout is not None
     line = json.dumps({**task, "log": str(log), "environment": dict(variables)}) + "\n"
