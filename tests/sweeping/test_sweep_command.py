@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 
 from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE
 from ercsvd_deploy.pipelines.sweeping.results import DENSE
-from tests.recipe_runs import RecipeWriter, factorize, invoke
+from tests.recipe_runs import RecipeWriter, factorize, invoke, recipe_writer
 from tests.state.interrupted_runs import hashes
 from tests.sweeping.sweep_files import RATIO, written
 
@@ -29,14 +30,42 @@ NAMES = ["plain GPTQ-4", "plain GPTQ-8", "compression_ratio 0.2", "compression_r
 DONE = re.compile(r"^\((.*?)\) (\S+: \S+) is done$", re.MULTILINE)
 
 
-@pytest.fixture
-def sweep_file(write_recipe: RecipeWriter, tmp_path: Path) -> Path:
+@dataclass(frozen=True)
+class Undisturbed:
+    """What a sweep gives that nothing ends.
+
+    Attributes:
+        file: The sweep's, to be run again; what it writes goes to `folder / "sweep"`, which is not there.
+        folder: Where the file is.
+        results: The contents of its `sweep.json`.
+        exported: File of the export -> hash.
+    """
+
+    file: Path
+    folder: Path
+    results: dict[str, Any]
+    exported: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, llama: Path, excerpts: Path) -> Undisturbed:
+    folder = tmp_path_factory.mktemp("sweeps")
+    file = swept(recipe_writer(folder, llama, excerpts), folder)
+    code, _, err = invoke("sweep", file, "--jobs", 1, "--export", folder / "expected")
+    assert code == 0, err
+    found = Undisturbed(file, folder, results(folder), hashes(folder / "expected"))
+    (folder / "sweep").rename(folder / "undisturbed")
+    return found
+
+
+def swept(write_recipe: RecipeWriter, folder: Path) -> Path:
+    """Write a sweep over two ratios; return its file."""
     return written(
-        tmp_path,
+        folder,
         write_recipe(*STAGES, gates=GATES),
         set={"calibration.num_samples": 24},
         grid={RATIO: [0.2, 0.3]},
-        output=str(tmp_path / "sweep"),
+        output=str(folder / "sweep"),
         pick={"smallest": True},
     )
 
@@ -95,9 +124,8 @@ def test_a_point_fails_alone_and_the_export_uses_the_sweeps_stages(
     assert results(tmp_path) == found
 
 
-def test_the_same_command_has_nothing_left_to_compute(
-    sweep_file: Path, write_recipe: RecipeWriter, tmp_path: Path
-) -> None:
+def test_the_same_command_has_nothing_left_to_compute(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    sweep_file = swept(write_recipe, tmp_path)
     code, _, err = invoke("sweep", sweep_file, "--jobs", 2, "-v")
     assert code == 0, err
     assert {name for name, _ in DONE.findall(err)} == set(NAMES)
@@ -142,13 +170,12 @@ WAYS: dict[str, tuple[Callable[[subprocess.Popen[str], list[int]], None], set[in
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_whatever_ends_it_the_same_command_goes_on(way: str, sweep_file: Path, tmp_path: Path) -> None:
+def test_whatever_ends_it_the_same_command_goes_on(
+    way: str, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     """Identical results in the end, and no piece of a stage computed twice."""
     end, codes, times = WAYS[way]
-    code, _, err = invoke("sweep", sweep_file, "--jobs", 1, "--export", tmp_path / "expected")
-    assert code == 0, err
-    expected = results(tmp_path)
-    (tmp_path / "sweep").rename(tmp_path / "undisturbed")
+    sweep_file, output = undisturbed.file, undisturbed.folder / "sweep"
     log, ended = "", 0
     for attempt in range(times):
         process = start("sweep", sweep_file, "--jobs", 1, "-v", "--keep-work", "--log-file", tmp_path / "log")
@@ -163,8 +190,8 @@ def test_whatever_ends_it_the_same_command_goes_on(way: str, sweep_file: Path, t
         for worker in workers:
             assert is_gone(worker)
         log = (tmp_path / "log").read_text()
-        if (tmp_path / "sweep" / "sweep.json").exists() and process.returncode != 0:
-            status = json.loads(invoke("status", tmp_path / "sweep", "--json")[1])["sweep"]
+        if (output / "sweep.json").exists() and process.returncode != 0:
+            status = json.loads(invoke("status", output, "--json")[1])["sweep"]
             assert not status["running"]
             assert set(status["finished"]) | set(status["failed"]) | set(status["unfinished"]) == set(NAMES)
             if way == "a killed worker":
@@ -183,8 +210,9 @@ def test_whatever_ends_it_the_same_command_goes_on(way: str, sweep_file: Path, t
     )
     assert code == 0, err
     assert ended >= 2
-    assert results(tmp_path) == expected
-    assert hashes(tmp_path / "picked") == hashes(tmp_path / "expected")
+    assert results(undisturbed.folder) == undisturbed.results
+    assert hashes(tmp_path / "picked") == undisturbed.exported
+    output.rename(tmp_path / "sweep")
     log = (tmp_path / "log").read_text()
     # The last stage of each point, and all that points share; the export found all of them.
     done = Counter(re.findall(r"\((.*?)\) judge-\S*: outcome is done$", log, re.MULTILINE))
