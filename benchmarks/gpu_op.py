@@ -18,6 +18,7 @@ from results_file import environment, markdown_table, write_results
 from torch.nn import functional
 
 import ercsvd_deploy.exporters.vllm.kernels.lowrank_linear  # noqa: F401 - registers the operator
+from ercsvd_deploy.budget.ranks import LinearShape
 
 HIDDEN, INTERMEDIATE, KEYS = 4096, 14336, 1024
 # vLLM's layer -> inputs, and outputs of each projection in it
@@ -62,9 +63,9 @@ def low_rank_layer(removed: float) -> list[tuple[torch.Tensor, list[torch.Tensor
 
 
 def rank_of(rows: int, columns: int, removed: float) -> int:
-    """Return the rank at which factors have that share of the parameters less, rounded as a recipe does."""
-    exact = (1 - removed) * rows * columns / (rows + columns)
-    return max(RANK_MULTIPLE, int(exact // RANK_MULTIPLE) * RANK_MULTIPLE)
+    """Return the largest multiple at which factors have at least that share of the parameters less."""
+    shape = LinearShape("", 0, rows, columns)
+    return shape.rank_within(int((1 - removed) * shape.parameters)) // RANK_MULTIPLE * RANK_MULTIPLE
 
 
 def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:

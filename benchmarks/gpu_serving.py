@@ -10,10 +10,7 @@ with CUDA graphs.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine_process import EngineEndedError, EngineProcess
 from random_llama import write_dense, write_integers, write_low_rank
 from results_file import environment, markdown_table, write_results
 
@@ -44,62 +42,21 @@ WORKLOADS = {
 }
 
 
-class Engine:
-    """A `latency_engine.py` process on the GPU; what it logs is kept in `log`."""
-
-    def __init__(self, directory: Path, log: Path, *, eager: bool) -> None:
-        arguments = {
-            "model": str(directory),
-            "dtype": "bfloat16",
-            "skip_tokenizer_init": True,
-            "max_model_len": 2048,
-            "max_num_seqs": 64,
-            "max_num_batched_tokens": 8192,
-            "enable_prefix_caching": False,
-            "enforce_eager": eager,
-            "gpu_memory_utilization": 0.02,  # the cache's size is given; engines share the GPU
-            "kv_cache_memory_bytes": 2 * 2**30,
-        }
-        self.log = log
-        with log.open("w") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("latency_engine.py")), json.dumps(arguments)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                text=True,
-                env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
-            )
-
-    def ready(self) -> dict[str, Any]:
-        """Wait until it is loaded; return what it says of itself."""
-        return self._read()
-
-    def ask(self, request: Mapping[str, Any]) -> float:
-        """Have one request timed; return seconds."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return float(self._read()["seconds"])
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            lines = self.log.read_text(errors="replace").splitlines()
-            causes = [text for text in lines if "Error" in text] or lines[-1:]
-            raise RuntimeError(f"the engine ended with status {self._process.wait()}: {causes[-1][-300:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+def start(directory: Path, log: Path, *, eager: bool) -> EngineProcess:
+    """Start an engine that shares the GPU with others."""
+    arguments = {
+        "model": str(directory),
+        "dtype": "bfloat16",
+        "skip_tokenizer_init": True,
+        "max_model_len": 2048,
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 8192,
+        "enable_prefix_caching": False,
+        "enforce_eager": eager,
+        "gpu_memory_utilization": 0.02,  # the cache's size is given
+        "kv_cache_memory_bytes": 2 * 2**30,
+    }
+    return EngineProcess(arguments, {"HF_HUB_OFFLINE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}, log)
 
 
 def write_models(directory: Path, wanted: Iterable[str]) -> dict[str, Path]:
@@ -181,14 +138,14 @@ def main() -> None:
         models = write_models(Path(scratch), arguments.models)
         print(f"written after {time.monotonic() - started:.0f} s", flush=True)
         engines = {
-            name: Engine(path, logs / f"{path.name}.log", eager=arguments.eager)
+            name: start(path, logs / f"{path.name}.log", eager=arguments.eager)
             for name, path in models.items()
         }
         ready: dict[str, Any] = {}
         for name, engine in engines.items():
             try:
                 ready[name] = engine.ready()
-            except RuntimeError as error:
+            except EngineEndedError as error:
                 ready[name] = {"error": str(error)}
             print(f"{time.monotonic() - started:.0f} s", name, ready[name], flush=True)
         serving = {name: engine for name, engine in engines.items() if "error" not in ready[name]}
@@ -199,7 +156,7 @@ def main() -> None:
             seconds[workload] = {name: [] for name in serving}
             for _ in range(arguments.turns):
                 for name, engine in serving.items():
-                    seconds[workload][name].append(engine.ask(request))
+                    seconds[workload][name].append(engine.ask(request)["seconds"])
             medians = {name: round(statistics.median(v), 4) for name, v in seconds[workload].items()}
             print(workload, medians, flush=True)
         for engine in serving.values():

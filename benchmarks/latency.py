@@ -13,10 +13,8 @@ where each spends its time.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from engine_process import EngineProcess
 from random_llama import write_dense, write_low_rank
 from results_file import environment, markdown_table, write_results
 
@@ -124,8 +123,8 @@ def bound_to(cores: range) -> dict[str, str]:
     }
 
 
-class Engine:
-    """A `latency_engine.py` process that serves one model on some cores."""
+class Engine(EngineProcess):
+    """An engine that serves one model on some cores."""
 
     def __init__(self, directory: Path, *, eager: bool, cores: range) -> None:
         arguments = {
@@ -138,40 +137,13 @@ class Engine:
             "enable_prefix_caching": False,
             "enforce_eager": eager,
         }
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("latency_engine.py")), json.dumps(arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | bound_to(cores) | {"VLLM_CPU_KVCACHE_SPACE": "1"},
-        )
-        self.started = self._read()
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Have one request timed, or profiled."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read()
+        super().__init__(arguments, bound_to(cores) | {"VLLM_CPU_KVCACHE_SPACE": "1"})
+        self.started = self.ready()
 
     def clock_ticks(self) -> tuple[int, int]:
         """Return the processor time the process has used: user, system."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return int(fields[11]), int(fields[12])
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"the engine ended with status {self._process.wait()}; its messages are above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 def take_turns(

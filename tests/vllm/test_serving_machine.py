@@ -79,10 +79,7 @@ def test_every_gpu_holds_its_part_of_the_weights() -> None:
 
 
 def test_a_cpu_has_no_share() -> None:
-    assert ServingMachine(0, (0, 1)).engine_arguments(1, 10**12) == {
-        "tensor_parallel_size": 1,
-        "distributed_executor_backend": "uni",
-    }
+    assert ServingMachine(0, (0, 1)).engine_arguments(1, 10**12) == {"tensor_parallel_size": 1}
 
 
 def test_sizes_that_cannot_run_are_told_with_what_there_is() -> None:

@@ -55,9 +55,9 @@ class ServingMachine:
         Raises:
             NotServableHereError: other work occupies the GPUs.
         """
-        # On a CPU vLLM would start a process even for a single worker.
-        backend = "mp" if size > 1 else "uni"
-        arguments: dict[str, Any] = {"tensor_parallel_size": size, "distributed_executor_backend": backend}
+        arguments: dict[str, Any] = {"tensor_parallel_size": size}
+        if size > 1:
+            arguments["distributed_executor_backend"] = "mp"
         if self.num_gpus:
             memory_of = memory_of or torch.cuda.mem_get_info
             arguments["gpu_memory_utilization"] = min(
@@ -74,7 +74,8 @@ class ServingMachine:
             inherited: This process's variables; the user's settings for vLLM are kept if they fit.
         """
         variables = dict(inherited)
-        # The engine in the process that asks it: another one would import vLLM again, ten seconds of a core.
+        # The engine in the process that asks it, and on a CPU a single worker too: each further process would
+        # import vLLM again, ten seconds of a core.
         variables.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if find_spec("torchvision") is None:
             folders = [str(WITHOUT_TORCHVISION), variables.get("PYTHONPATH", "")]
