@@ -82,7 +82,7 @@ def _runs_fork_their_engines(request: pytest.FixtureRequest, monkeypatch: pytest
         module, *arguments = command[command.index("-m") + 1 :]
         log = Path(f"/proc/{os.getpid()}/fd/{output}")
         try:
-            return run_in_fork({"module": module, "arguments": arguments}, log, variables, timeout)
+            return run_in_fork(module, *arguments, log=log, variables=variables, timeout=timeout)
         except subprocess.TimeoutExpired:
             return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from ercsvd_deploy.format.schema import CheckpointConfig, Storage
 from ercsvd_deploy.pipelines.cli.app import app
+from tests.forks import Fork, Forks
 
 TEXT = Path(__file__).parents[1] / "examples" / "text"
 FACTORIZE = {"method": "svd_llm", "compression_ratio": 0.3, "num_search_samples": 4}
@@ -55,6 +57,28 @@ def invoke(*arguments: object) -> tuple[int, str, str]:
     """Call `ercsvd`; return its exit code, standard output and standard error."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     return result.exit_code, result.stdout, result.stderr
+
+
+def start(*arguments: object, memory: int | None = None) -> Fork:
+    """Start `ercsvd` in a process of its own.
+
+    Args:
+        arguments: Its command line.
+        memory: Bytes of addresses that it may have.
+    """
+    return _forks().start("ercsvd_deploy.pipelines.cli.app", *arguments, memory=memory)
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Do as `invoke` in a process of its own, where what the command starts is a fork, too."""
+    started = start(*arguments)
+    output, errors = started.communicate(timeout=400)
+    return started.wait(0), output, errors
+
+
+@cache
+def _forks() -> Forks:
+    return Forks("tests.quick_commands")
 
 
 def modules_of(directory: Path) -> Mapping[str, Storage]:

@@ -34,6 +34,7 @@ _RUNNING = frozenset(
 )
 
 
+@functools.cache
 def code_version(module: str) -> str:
     """Return a digest of a module of this package and of all it imports from the rooms that compute.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipe_runs import RecipeWriter, factorize, invoke
+from tests.recipe_runs import RecipeWriter, factorize, invoke, start
 
 pytestmark = pytest.mark.usefixtures("heeded_interrupts")
 
@@ -88,14 +88,14 @@ def test_a_run_that_is_told_to_end_can_be_resumed(
     tmp_path: Path,
 ) -> None:
     recipe = write_recipe(factorize(method="erc_svd"))
-    with started("-m", "ercsvd_deploy.pipelines.cli.app", "run", str(recipe), "-q") as process:
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob(".out.work/factorize/*.entry.json")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(number)
-        output, error = process.communicate(timeout=60)
+    process = start("run", recipe, "-q")
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.work/factorize/*.entry.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    output, error = process.communicate(timeout=60)
     assert process.returncode == code
     assert output == ""
     assert error.startswith(f"error: {word}; what is finished is kept: the same command goes on")

@@ -21,8 +21,9 @@ from ercsvd_deploy.models.description.vision import reads_images
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.families.dense import materialise
+from tests.forks import REPOSITORY
 from tests.recipe_runs import TEXT, factorize
-from tests.vllm.engines import PROMPTS, REPOSITORY, compare, engine, run_engines
+from tests.vllm.engines import PROMPTS, compare, engine, run_engines
 
 TOLERANCES = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.24}  # which rounds by eight times as much
 # Factors of all Linears; or int4, in half of the layers of factors, in the others of dense matrices.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from tests.conftest import ModelDirectory
 from tests.fuzz.strategies import listing
 from tests.importing.original_llava import convert, original_writer
 from tests.peak_memory import growth
-from tests.recipe_runs import RecipeWriter, factorize, invoke
+from tests.recipe_runs import RecipeWriter, factorize, invoke, start
 from tests.state.interrupted_runs import hashes
 from tests.tiny_models import WEIGHTS_FILE
 
@@ -44,18 +43,6 @@ Change = Callable[[Path], None]
 def model(llama: Path, tmp_path: Path) -> Path:
     """A copy of a model that a test may damage."""
     return shutil.copytree(llama, tmp_path / "model")
-
-
-def in_a_process(*arguments: object, memory: int = MEMORY) -> subprocess.CompletedProcess[str]:
-    """Run a command line in a process of its own, with bounded memory and time."""
-    return subprocess.run(
-        [sys.executable, "-m", "ercsvd_deploy.pipelines.cli.app", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (memory, memory)),
-    )
 
 
 def change_config(part: str | None = None, **values: Any) -> Change:
@@ -207,10 +194,11 @@ def test_absurd_sizes_are_refused_without_memory_or_time(
     bare.mkdir()
     shutil.copy(tiny_model(family) / "config.json", bare)
     change_config(part, **sizes)(bare)
-    found = in_a_process("plan", write_recipe(QUANTIZE, model={"path": str(bare)}))
+    found = start("plan", write_recipe(QUANTIZE, model={"path": str(bare)}), memory=MEMORY)
+    _, errors = found.communicate(timeout=120)
     assert found.returncode == 1
-    assert all(size in found.stderr for size in sizes if size != "patch_size")
-    assert "Traceback" not in found.stderr
+    assert all(size in errors for size in sizes if size != "patch_size")
+    assert "Traceback" not in errors
 
 
 def test_sizes_of_real_models_are_possible(tiny_model: ModelDirectory) -> None:

@@ -21,6 +21,11 @@ JUDGE = "ercsvd_deploy.pipelines.stages.judge"
 ALL = {FACTORIZE, QUANTIZE, JUDGE}
 
 
+def forget() -> None:
+    versions._parsed.cache_clear()
+    code_version.cache_clear()
+
+
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the package whose files may be changed."""
@@ -28,9 +33,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     copy = tmp_path / "ercsvd_deploy"
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", "*.txt"))
     monkeypatch.setattr(ercsvd_deploy, "__file__", str(copy / "__init__.py"))
-    versions._parsed.cache_clear()
+    forget()
     yield copy
-    versions._parsed.cache_clear()
+    forget()
 
 
 CHANGES = {
@@ -58,7 +63,7 @@ def test_code_counts_where_it_computes(file: str, package: Path) -> None:
     assert all(before.values())
     with (package / file).open("a") as source:
         source.write("\nSOMETHING_NEW = 1\n")
-    versions._parsed.cache_clear()
+    forget()
     changed = {stage for stage in ALL if code_version(stage) != before[stage]}
     expected = CHANGES[file]
     assert changed == expected if expected is not None else NEEDS[file] in changed
@@ -69,7 +74,7 @@ def test_prose_does_not_count(package: Path) -> None:
     for file in package.rglob("*.py"):
         text = file.read_text()
         file.write_text("# another comment\n\n" + text.replace('"""Return', '"""Give back', 1))
-    versions._parsed.cache_clear()
+    forget()
     assert {stage: code_version(stage) for stage in ALL} == before
 
 

@@ -26,7 +26,7 @@ from ercsvd_deploy.pipelines.state.lock import (
     work_directory,
     work_path,
 )
-from tests.recipe_runs import RecipeWriter, factorize, invoke
+from tests.recipe_runs import RecipeWriter, factorize, invoke, start
 from tests.state.interrupted_runs import hashes
 
 HOLD = """
@@ -157,15 +157,10 @@ def test_an_exclusive_lock_loses_no_update(tmp_path: Path) -> None:
     assert number.read_text() == "60"
 
 
-def ercsvd(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ercsvd_deploy.pipelines.cli.app", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 def test_two_runs_contend_for_one_output(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     recipe = write_recipe(factorize())
-    first = ercsvd("run", recipe)
+    first = start("run", recipe)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out.work/factorize/*.entry.json")):
         assert first.poll() is None
@@ -183,7 +178,7 @@ def test_two_runs_contend_for_one_output(write_recipe: RecipeWriter, tmp_path: P
 def test_two_runs_contend_for_a_shared_stage(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     """Each piece is computed by one of them, once."""
     recipe, cache = write_recipe(factorize()), tmp_path / "cache"
-    runs = [ercsvd("run", recipe, "--cache", cache, "-v", "--output", tmp_path / name) for name in ("a", "b")]
+    runs = [start("run", recipe, "--cache", cache, "-v", "--output", tmp_path / name) for name in ("a", "b")]
     told = [run.communicate(timeout=240)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], told
     done = Counter(re.findall(r"^(\S+: \S+) is done$", "\n".join(told), re.MULTILINE))

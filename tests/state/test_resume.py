@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,86 +19,53 @@ from ercsvd_deploy.pipelines.stages import export
 from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.pipelines.state.lock import resumable_directory
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.recipe_runs import RecipeWriter, invoke
+from tests.forks import Fork
+from tests.recipe_runs import RecipeWriter, invoke, start
 from tests.state.interrupted_runs import STAGES, Stop, half_run, hashes, whole_run
 
 pytestmark = pytest.mark.slow  # whole runs
 
-REPOSITORY = Path(__file__).parents[2]
 KILLS = 20
 
 
-class Runner:
-    """Starts runs of one recipe and kills them."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def run(self, kill_after: float | None = None) -> int:
-        """Return the wait status of one run, killed after some seconds if it takes that long."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write("run\n")
-        self._process.stdin.flush()
-        child = int(self._process.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with contextlib.suppress(ProcessLookupError):  # it was quicker
-                os.kill(child, signal.SIGKILL)
-        return int(self._process.stdout.readline())
-
-
-@pytest.fixture
-def runner(tmp_path: Path) -> Iterator[Callable[[Path, Path], Runner]]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start(recipe: Path, output: Path) -> Runner:
-        command = [sys.executable, "-m", "tests.state.killable_runs", str(recipe), str(output)]
-        log = (tmp_path / "runs.log").open("a")
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-        )
-        started.append(process)
-        return Runner(process)
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
+def run(recipe: Path, output: Path, kill_after: float | None = None) -> Fork:
+    """Return a run that has ended, killed after some seconds if it takes that long."""
+    started = start("run", recipe, "--output", output)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        started.kill()
+    started.wait(120)
+    return started
 
 
 def test_a_run_killed_twenty_times_writes_what_an_undisturbed_one_writes(
-    write_recipe: RecipeWriter,
-    tmp_path: Path,
-    runner: Callable[[Path, Path], Runner],
+    write_recipe: RecipeWriter, tmp_path: Path
 ) -> None:
     recipe = write_recipe(*STAGES)
-    undisturbed = runner(recipe, tmp_path / "undisturbed")
-    assert undisturbed.run() == 0, (tmp_path / "runs.log").read_text()
-    # A finished output has nothing to do: the run that is timed starts without one.
-    subprocess.run(["rm", "-r", str(tmp_path / "undisturbed")], check=True)
+    start("version").wait(120)  # libraries are imported before the run that is timed
     started = time.monotonic()
-    assert undisturbed.run() == 0
+    undisturbed = run(recipe, tmp_path / "undisturbed")
     duration = time.monotonic() - started
+    assert undisturbed.returncode == 0, undisturbed.errors.read_text()
     expected = hashes(tmp_path / "undisturbed")
     assert "model.safetensors" in expected
 
     rng = random.Random(20)
     output = tmp_path / "disturbed"
-    disturbed = runner(recipe, output)
     kills = completed = 0
     while kills < KILLS:
-        status = disturbed.run(kill_after=rng.uniform(0.02, 0.9) * duration)
-        if status == signal.SIGKILL:
+        disturbed = run(recipe, output, kill_after=rng.uniform(0.02, 0.9) * duration)
+        if disturbed.returncode == -signal.SIGKILL:
             kills += 1
             continue
-        assert status == 0, (tmp_path / "runs.log").read_text()
+        assert disturbed.returncode == 0, disturbed.errors.read_text()
         completed += 1
         assert hashes(output) == expected
         assert completed < KILLS
         # The next attempts start from nothing again.
         subprocess.run(["rm", "-r", str(output)], check=True)
-    assert disturbed.run() == 0, (tmp_path / "runs.log").read_text()
+    disturbed = run(recipe, output)
+    assert disturbed.returncode == 0, disturbed.errors.read_text()
     assert hashes(output) == expected
     assert not (tmp_path / ".disturbed.work").exists()
 

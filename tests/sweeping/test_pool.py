@@ -73,6 +73,26 @@ def test_processes_end_with_their_parent(how: str) -> None:
     assert time.monotonic() - start < 60
 
 
+def tell_and_wait(told: Path | None) -> None:
+    if told is not None:
+        LOG.info("half of it is done")
+        told.touch()
+        time.sleep(300)
+
+
+def test_what_a_process_said_before_it_was_ended_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = tmp_path / "told"
+    with caplog.at_level(logging.INFO, "ercsvd_deploy"):
+        found = run_in_processes(tell_and_wait, {"short": (None,), "long": (told,)}, 2)
+        next(found)
+        while not told.exists():
+            time.sleep(0.01)
+        found.close()  # type: ignore[attr-defined]  # a generator
+    assert "(long) half of it is done" in caplog.messages
+
+
 def tell_much() -> None:
     for _ in range(10**6):
         LOG.error("y" * 5000)

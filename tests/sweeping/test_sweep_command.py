@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +17,8 @@ import pytest
 
 from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE
 from ercsvd_deploy.pipelines.sweeping.results import DENSE
-from tests.recipe_runs import RecipeWriter, factorize, invoke, recipe_writer
+from tests.forks import Fork
+from tests.recipe_runs import RecipeWriter, factorize, invoke, recipe_writer, run, start
 from tests.state.interrupted_runs import hashes
 from tests.sweeping.sweep_files import RATIO, written
 
@@ -51,7 +50,7 @@ class Undisturbed:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, llama: Path, excerpts: Path) -> Undisturbed:
     folder = tmp_path_factory.mktemp("sweeps")
     file = swept(recipe_writer(folder, llama, excerpts), folder)
-    code, _, err = invoke("sweep", file, "--jobs", 1, "--export", folder / "expected")
+    code, _, err = run("sweep", file, "--jobs", 1, "--export", folder / "expected")
     assert code == 0, err
     found = Undisturbed(file, folder, results(folder), hashes(folder / "expected"))
     (folder / "sweep").rename(folder / "undisturbed")
@@ -75,13 +74,6 @@ def results(tmp_path: Path) -> dict[str, Any]:
     return found
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ercsvd_deploy.pipelines.cli.app", *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
 def test_a_point_fails_alone_and_the_export_uses_the_sweeps_stages(
     write_recipe: RecipeWriter, tmp_path: Path
 ) -> None:
@@ -97,7 +89,7 @@ def test_a_point_fails_alone_and_the_export_uses_the_sweeps_stages(
         output=str(tmp_path / "sweep"),
         pick={"smallest": True},
     )
-    code, out, err = invoke("sweep", file, "--jobs", 1, "--export", tmp_path / "picked", "--json", "-v")
+    code, out, err = run("sweep", file, "--jobs", 1, "--export", tmp_path / "picked", "--json", "-v")
     assert code == 1  # of the failed points
     found = json.loads(out)
     assert [point["name"] for point in found["points"]] == [DENSE, *NAMES[:2], "the recipe"]
@@ -126,42 +118,42 @@ def test_a_point_fails_alone_and_the_export_uses_the_sweeps_stages(
 
 def test_the_same_command_has_nothing_left_to_compute(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     sweep_file = swept(write_recipe, tmp_path)
-    code, _, err = invoke("sweep", sweep_file, "--jobs", 2, "-v")
+    code, _, err = run("sweep", sweep_file, "--jobs", 2, "-v")
     assert code == 0, err
     assert {name for name, _ in DONE.findall(err)} == set(NAMES)
     assert not (tmp_path / "sweep" / ".sweep.work").exists()
     before = results(tmp_path)
-    code, _, err = invoke("sweep", sweep_file, "--jobs", 1, "-v")
+    code, _, err = run("sweep", sweep_file, "--jobs", 1, "-v")
     assert code == 0, err
     assert DONE.findall(err) == []
     assert results(tmp_path) == before
     # Other gates are judged on the reports of the points.
     write_recipe(*STAGES, gates=GATES | {"logprob_kl": 0.0})
-    code, _, err = invoke("sweep", sweep_file, "--jobs", 1, "-v")
+    code, _, err = run("sweep", sweep_file, "--jobs", 1, "-v")
     assert code == 3, err
     assert DONE.findall(err) == []
     assert "no point passes the gates" in err
     assert len(list((tmp_path / "sweep" / "points").glob(f"*/{REPORT_FILE}"))) == len(NAMES)
 
 
-def interrupt_sweep(process: subprocess.Popen[str], _workers: list[int]) -> None:
+def interrupt_sweep(process: Fork, _workers: list[int]) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it, too
 
 
-def terminate_sweep(process: subprocess.Popen[str], _workers: list[int]) -> None:
+def terminate_sweep(process: Fork, _workers: list[int]) -> None:
     process.terminate()
 
 
-def kill_worker(_process: subprocess.Popen[str], workers: list[int]) -> None:
+def kill_worker(_process: Fork, workers: list[int]) -> None:
     os.kill(workers[0], signal.SIGKILL)
 
 
-def kill_sweep(process: subprocess.Popen[str], _workers: list[int]) -> None:
+def kill_sweep(process: Fork, _workers: list[int]) -> None:
     process.kill()
 
 
 # Way -> what does it, the exit codes, how many times one sweep has to bear it.
-WAYS: dict[str, tuple[Callable[[subprocess.Popen[str], list[int]], None], set[int], int]] = {
+WAYS: dict[str, tuple[Callable[[Fork, list[int]], None], set[int], int]] = {
     "Ctrl-C": (interrupt_sweep, {130, 0}, 5),
     "SIGTERM": (terminate_sweep, {143, 0}, 3),
     "a killed worker": (kill_worker, {1, 0}, 5),
@@ -197,7 +189,7 @@ def test_whatever_ends_it_the_same_command_goes_on(
             if way == "a killed worker":
                 assert len(status["failed"]) == 1  # its own point, and no other
                 assert "SIGKILL" in next(iter(status["failed"].values()))
-    code, _, err = invoke(
+    code, _, err = run(
         "sweep",
         sweep_file,
         "--jobs",
@@ -228,7 +220,7 @@ def test_whatever_ends_it_the_same_command_goes_on(
     assert done
 
 
-def wait_for_workers(process: subprocess.Popen[str]) -> list[int]:
+def wait_for_workers(process: Fork) -> list[int]:
     """Return a sweep's workers; between two points there is none for a moment."""
     while process.poll() is None:
         if workers := children(process.pid):
@@ -237,7 +229,7 @@ def wait_for_workers(process: subprocess.Popen[str]) -> list[int]:
     return []
 
 
-def wait_for_more(process: subprocess.Popen[str], log: Path, pieces: int) -> None:
+def wait_for_more(process: Fork, log: Path, pieces: int) -> None:
     """Wait until so many pieces are done."""
     deadline = time.monotonic() + 120
     before = log.read_text().count(" is done") if log.exists() else 0

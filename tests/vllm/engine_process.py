@@ -2,7 +2,6 @@
 
 The request lists engines, built one after the other, and what each is to read, all the same unless an engine
 has `prompts` of its own; one whose `runner` is pooling pools them. The answer is written to a file as JSON.
-With `--forks` the process imports vLLM, which takes ten seconds, and then runs whatever it is sent in forks.
 Only the standard library, vLLM and, for pictures, PIL are imported here, so that the interpreter of another
 environment (another vLLM release) can run it too.
 """
@@ -13,28 +12,11 @@ import gc
 import json
 import multiprocessing
 import os
-import runpy
 import sys
-import traceback
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-_is_fork = False
-# What an engine imports, and that of this package which vLLM's plugin does.
-_IMPORTED = (
-    "vllm",
-    "vllm.entrypoints.llm",
-    "vllm.v1.engine.llm_engine",
-    "vllm.v1.engine.core",
-    "vllm.v1.executor.uniproc_executor",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.v1.attention.backends.cpu_attn",
-    "vllm.model_executor.models.llama",
-    "vllm.model_executor.models.transformers",
-    "ercsvd_deploy.exporters.vllm.plugin",
-    "ercsvd_deploy.exporters.vllm.layers.method",
-)
+_IS_FORK = "vllm" in sys.modules  # of `tests.forks`, where it was imported
 
 
 def generate(
@@ -164,70 +146,17 @@ def _fork_workers() -> None:
     """
     from vllm.v1.executor import multiproc_executor
 
-    context: Any = multiprocessing.get_context("fork" if _is_fork else "forkserver")
-    if not _is_fork:
+    context: Any = multiprocessing.get_context("fork" if _IS_FORK else "forkserver")
+    if not _IS_FORK:
         context.set_forkserver_preload(
             ["vllm", "vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker"]
         )
     multiproc_executor.get_mp_context = lambda: context
 
 
-def answer_in_forks() -> None:
-    """Import vLLM once and run every task on stdin, a JSON line each, in a fork; until stdin ends.
-
-    A task is {"request": see `answer`, or "module" and "arguments": what `python -m` would run; "log": file
-    to append to; "environment": all variables}. The number of the fork, which leads a process group of its
-    own, is printed when it starts, and its exit status when it has ended.
-    """
-    for module in _IMPORTED:
-        import_module(module)
-    gc.freeze()
-    for line in sys.stdin:
-        task = json.loads(line)
-        fork = os.fork()
-        if fork == 0:
-            _run_task(task)
-        print(fork, flush=True)  # noqa: T201 - the answer
-        _, status = os.waitpid(fork, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)  # noqa: T201
-
-
-def _run_task(task: dict[str, Any]) -> NoReturn:
-    """Run a task in this process, a fork, as if it were a new one; end it."""
-    global _is_fork
-    _is_fork, status = True, 1
-    try:
-        os.setsid()
-        for descriptor, path, flags in (
-            (0, os.devnull, os.O_RDONLY),
-            (1, task["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT),
-            (2, task["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT),
-        ):
-            os.dup2(os.open(path, flags, 0o644), descriptor)
-        os.environ.clear()
-        os.environ.update(task["environment"])
-        if "request" in task:
-            answer(task["request"])
-        else:
-            sys.argv[1:] = task["arguments"]
-            runpy.run_module(task["module"], run_name="__main__", alter_sys=True)
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # noqa: BLE001 - as the interpreter would
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
 def main() -> None:
-    """Answer the request on stdin, or many."""
-    if sys.argv[1:] == ["--forks"]:
-        answer_in_forks()
-    else:
-        answer(json.load(sys.stdin))
+    """Answer the request on stdin."""
+    answer(json.load(sys.stdin))
 
 
 def answer(request: dict[str, Any]) -> NoReturn:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -27,8 +26,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ercsvd_deploy.exporters.vllm.engines.machine import ServingMachine
+from tests.forks import REPOSITORY, Forks
 
-REPOSITORY = Path(__file__).parents[2]
 PYTHON = os.environ.get("ERCSVD_VLLM_PYTHON", sys.executable)
 PROMPTS = [[1, 5, 9, 33, 200, 17], [1, 100, 101, 102], list(range(10, 50))]
 MAX_TOKENS = 12
@@ -117,56 +116,60 @@ def run_engines(
     }
     log, timeout = answer.with_suffix(".log"), 400 + 60 * len(engines) * goes_on
     if sys.executable == PYTHON:
-        status = run_in_fork({"request": request}, log, environment(num_ranks) | variables, timeout)
-        return status, log.read_text()
+        variables = environment(num_ranks) | variables
+        return run_in_fork(
+            "tests.vllm.engine_process",
+            stdin=json.dumps(request),
+            log=log,
+            variables=variables,
+            timeout=timeout,
+        ), log.read_text()
     with process([PYTHON, "tests/vllm/engine_process.py"], log, num_ranks, **variables) as engine_process:
         engine_process.communicate(json.dumps(request).encode(), timeout=timeout)
     return engine_process.returncode, log.read_text()
 
 
 @cache
-def _process_of_forks(*read_at_import: str | None) -> subprocess.Popen[bytes]:
-    """Return a process that has imported vLLM and runs tasks in forks; it ends with this one.
+def _forks(*read_at_import: str | None) -> Forks:
+    """Return a process that has imported vLLM and runs engines in forks.
 
     Args:
         read_at_import: values of `READ_AT_IMPORT`.
     """
     given = {name: value for name, value in zip(READ_AT_IMPORT, read_at_import, strict=True) if value}
-    return subprocess.Popen(
-        [PYTHON, "tests/vllm/engine_process.py", "--forks"],
-        env=environment() | given,
-        cwd=REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        bufsize=0,  # else a line could wait here unseen, while `run_in_fork` waits for the pipe
-    )
+    return Forks("tests.vllm.quick_engines", environment=environment() | given)
 
 
-def run_in_fork(task: Mapping[str, Any], log: Path, variables: Mapping[str, str], timeout: float) -> int:
-    """Run a task of `engine_process.answer_in_forks`; return its exit status.
+def run_in_fork(
+    module: str,
+    *arguments: str,
+    log: Path,
+    variables: Mapping[str, str],
+    timeout: float,
+    stdin: str = "",
+) -> int:
+    """Run what `python -m MODULE ARGUMENT...` would, in a fork of a process that has imported vLLM.
 
     Args:
-        task: The request, or the module and its arguments.
+        module: The module.
+        arguments: Its arguments.
         log: Where what it prints is appended.
         variables: Its environment.
         timeout: Seconds after which it is killed.
+        stdin: What it reads.
+
+    Returns:
+        Its exit status.
 
     Raises:
-        TimeoutExpired: It was.
+        TimeoutExpired: It was killed.
     """
-    forks = _process_of_forks(*map(variables.get, READ_AT_IMPORT))
-    assert forks.stdin is not None
-    assert forks.stdout is not None
-    line = json.dumps({**task, "log": str(log), "environment": dict(variables)}) + "\n"
-    os.write(forks.stdin.fileno(), line.encode())
-    number = int(forks.stdout.readline())
-    ended, _, _ = select.select([forks.stdout], [], [], timeout)
-    with contextlib.suppress(ProcessLookupError):  # the group is gone when every worker has ended
-        os.killpg(number, signal.SIGKILL)
-    status = int(forks.stdout.readline())
-    if not ended:
-        raise subprocess.TimeoutExpired(str(task), timeout)
-    return status
+    forks = _forks(*map(variables.get, READ_AT_IMPORT))
+    fork = forks.start(module, *arguments, stdin=stdin, log=log, environment=variables, directory=REPOSITORY)
+    try:
+        return fork.wait(timeout)
+    finally:
+        fork.end()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ import pytest
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of the reference
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.vllm.engines import REPOSITORY, Deviation, deviation, engine, generate
+from tests.forks import REPOSITORY
+from tests.vllm.engines import Deviation, deviation, engine, generate
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

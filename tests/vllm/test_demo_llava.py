@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of the reference
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.vllm.engines import REPOSITORY, serving
+from tests.forks import REPOSITORY
+from tests.vllm.engines import serving
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from tests.conftest import ModelDirectory
+from tests.forks import REPOSITORY
 from tests.tiny_models import compress_at_random
-from tests.vllm.engines import REPOSITORY, deviation, engine, run_engines
+from tests.vllm.engines import deviation, engine, run_engines
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -18,8 +18,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of the reference
 from tests.conftest import ModelDirectory
+from tests.forks import REPOSITORY
 from tests.tiny_models import VISION_FAMILIES, compress_at_random
-from tests.vllm.engines import REPOSITORY, Deviation, compare, engine, generate
+from tests.vllm.engines import Deviation, compare, engine, generate
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

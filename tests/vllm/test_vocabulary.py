@@ -53,7 +53,8 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Compressed:
 @pytest.fixture(scope="module")
 def served(compressed: Compressed, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Any]:
     """Return what engines generated: model and number of ranks -> answer."""
-    engines = {(name, 1): engine(compressed(name), "float16", eager=name != "both") for name in MODELS}
+    engines = {(name, 1): engine(compressed(name), "float16") for name in MODELS}
+    engines["both", 1] = engine(compressed("both"), "float16", eager=False) | TRACED
     engines["both", 2] = engine(compressed("both"), "float16", num_ranks=2)
     engines["tied", 2] = engine(compressed("tied"), "float16", num_ranks=2, eager=False) | TRACED
     folder = tmp_path_factory.mktemp("engines")
