@@ -270,6 +270,12 @@ def architecture_of(directory: Path) -> Architecture:
     return describe(build_meta_model(config), config)
 
 
+@pytest.fixture(scope="module")
+def described() -> dict[str, Architecture]:
+    """Architectures by name, described once for all examples."""
+    return {}
+
+
 NEIGHBOURS = {
     "SmolLM2-135M": (SMOLLM2_135M | {"num_hidden_layers": 6}, (1,)),
     "hidden 96": (text_config("llama", 96, 256, 8, 8, 4, 1000, head_dim=12), (1, 2, 4, 8)),
@@ -375,11 +381,15 @@ def recipes_without_ranks(draw: st.DrawFn) -> tuple[str, dict[str, Any], Any, tu
     )
 )
 def test_recipe_without_ranks_is_planned_if_its_ratio_is_possible(
-    drawn: tuple[str, dict[str, Any], Any, tuple[int, ...]], tmp_path: Path
+    drawn: tuple[str, dict[str, Any], Any, tuple[int, ...]],
+    tmp_path: Path,
+    described: dict[str, Architecture],
 ) -> None:
     name, factorize, quantize, sizes = drawn
     (tmp_path / "config.json").write_text(json.dumps(NEIGHBOURS[name][0]))
-    architecture = architecture_of(tmp_path)
+    if name not in described:
+        described[name] = architecture_of(tmp_path)
+    architecture = described[name]
     stages = [{"factorize": factorize}] + ([] if quantize is None else [{"quantize": quantize}])
     recipe = Recipe.model_validate(raw_recipe(tmp_path, *stages, sizes=sizes))
     if not is_possible(factorize, architecture, sizes):

@@ -32,7 +32,7 @@ PYTHON = os.environ.get("ERCSVD_VLLM_PYTHON", sys.executable)
 PROMPTS = [[1, 5, 9, 33, 200, 17], [1, 100, 101, 102], list(range(10, 50))]
 MAX_TOKENS = 12
 TOP = 10
-GPU_CACHE_BYTES = 2**28
+CACHE_BYTES = 2**26
 READ_AT_IMPORT = ("PYTHONPATH", "ERCSVD_TEST_CPU")  # variables that a fork cannot be given afterwards
 # Of an engine that is not eager: traced and split as ever, but not compiled by g++, forty seconds of a core.
 TRACED: dict[str, Any] = {"compilation_config": {"mode": 2, "backend": "eager"}}
@@ -76,8 +76,9 @@ def engine(directory: Path, dtype: str, *, num_ranks: int = 1, eager: bool = Tru
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if 0 < num_gpus < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs, this machine has {num_gpus}")
-    memory = {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": GPU_CACHE_BYTES} if num_gpus else {}
+    memory = {"gpu_memory_utilization": 0.02} if num_gpus else {}
     return memory | {
+        "kv_cache_memory_bytes": CACHE_BYTES,
         "model": str(directory),
         "dtype": dtype,
         "enforce_eager": eager,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of the reference
-from ercsvd_deploy.pipelines.flow import run_recipe
+from ercsvd_deploy.pipelines.flow import RunOptions, run_recipe
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.forks import REPOSITORY
 from tests.vllm.engines import Deviation, deviation, engine, generate
@@ -17,7 +17,7 @@ from tests.vllm.engines import Deviation, deviation, engine, generate
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 # The demo's own settings but for its length: less calibration, one candidate, no judgement.
-SHORTER = ("calibration.num_samples=32", "evaluation={}", "gates=null")
+SHORTER = ("calibration.num_samples=16", "evaluation={}", "gates=null")
 FACTORS = ("stages.0.factorize.num_compressed_layers=6",)
 DENSE_INT4 = ("stages=[{quantize: {method: gptq, bits: 4, group_size: 32}}]",)
 # Factors of the last six layers as integers, some of them and of the dense layers left in bfloat16.
@@ -36,7 +36,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     for name, (recipe, overrides) in recipes.items():
         loaded = load_recipe(REPOSITORY / f"recipes/{recipe}.yaml", [*SHORTER, *overrides], root / name)
-        report, _ = run_recipe(loaded)
+        report, _ = run_recipe(loaded, options=RunOptions(cache=root / "shared"))
         for matrix in report.results["quantize"].matrices if "quantize" in report.results else ():
             assert matrix.gptq_loss < matrix.rtn_loss, matrix  # on every matrix of a trained model
     return {name: root / name for name in recipes}

@@ -40,7 +40,9 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Compressed:
         if name not in made:
             family, is_tied, integers = MODELS[name]
             folder = tmp_path_factory.mktemp("vocabulary")
-            source = save_tiny_model(folder / "source", family, tie_word_embeddings=is_tied, vocab_size=282)
+            source = save_tiny_model(
+                folder / "source", family, seed=1, tie_word_embeddings=is_tied, vocab_size=282
+            )
             if is_tied:
                 _shrink_embedding(source)
             compress_at_random(source, folder / "compressed", quantization=FOUR, vocabulary=integers)

@@ -71,7 +71,7 @@ class LayerLinears:
         routed = 0 if experts is None else experts.parameters * experts.per_token // experts.count
         return sum(linear.parameters for linear in self.linears) + routed
 
-    @property
+    @cached_property
     def stacks(self) -> tuple[tuple[LinearShape, ...], ...]:
         """The Linears that vLLM stacks into one matrix: they share an input and belong to one module."""
         stacks: dict[tuple[int, str], list[LinearShape]] = {}

@@ -96,14 +96,16 @@ def plan_matrices(
     The kernels are not filled in.
     """
     uses: dict[tuple[Any, ...], KernelUse] = {}
+    kinds = _kinds_of_layers(described, architecture)
     for size in sorted(set(tensor_parallel_sizes)):
         matrices = [
-            matrix
-            for layer in architecture.layers
+            (matrix, number)
+            for layer, number in kinds
             for stack in layer.stacks
             for matrix in _matrices(layer, stack, described, architecture, size)
         ]
-        for matrix in [*matrices, *_output_layer(described, architecture, size)]:
+        matrices += [(matrix, 1) for matrix in _output_layer(described, architecture, size)]
+        for matrix, number in matrices:
             key = (size, matrix)
             quantization = matrix.quantization
             use = uses.get(key) or KernelUse(
@@ -115,7 +117,7 @@ def plan_matrices(
                 None if quantization is None else quantization.model_dump(),
                 layers=0,
             )
-            uses[key] = replace(use, layers=use.layers + 1)
+            uses[key] = replace(use, layers=use.layers + number)
     return tuple(uses.values())
 
 
@@ -171,6 +173,23 @@ def columns_that_agree(uses: Sequence[KernelUse]) -> dict[str, str]:
 def without_shape(kernel: str) -> str:
     """Return a kernel's description without the shape that it pads to."""
     return kernel.split(" to ", maxsplit=1)[0]
+
+
+def _kinds_of_layers(
+    described: Mapping[str, Storage], architecture: Architecture
+) -> list[tuple[LayerLinears, int]]:
+    """Return a layer of every kind, and how many there are: layers of a kind have the same matrices."""
+    kinds: dict[tuple[Any, ...], list[LayerLinears]] = {}
+    for layer in architecture.layers:
+        stacks = (
+            tuple(
+                (layer.local_name(each), each.out_features, each.in_features, described.get(each.name))
+                for each in stack
+            )
+            for stack in layer.stacks
+        )
+        kinds.setdefault((architecture.key_value_heads_of(f"{layer.prefix}."), *stacks), []).append(layer)
+    return [(layers[0], len(layers)) for layers in kinds.values()]
 
 
 def _matrices(

@@ -26,15 +26,15 @@ def pack_last(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_last(words: Tensor, bits: int) -> Tensor:
-    """Unpack int32 words [..., m] into unsigned values [..., m * 32 / bits], int64."""
+    """Unpack int32 words [..., m] into unsigned values [..., m * 32 / bits], int32."""
     if 32 % bits:  # values go on in the next word: every bit by itself, in as few bytes as that takes
         octets = words.contiguous().view(torch.uint8)
         single = (octets[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
         values = single.reshape(*words.shape[:-1], -1, bits) << torch.arange(bits, dtype=torch.uint8)
-        together: Tensor = values.sum(-1)
+        together: Tensor = values.sum(-1, dtype=torch.int32)
         return together
-    shifts = torch.arange(32 // bits, dtype=torch.int64, device=words.device) * bits
-    values = (words.long()[..., None] >> shifts) & (2**bits - 1)
+    shifts = torch.arange(32 // bits, dtype=torch.int32, device=words.device) * bits
+    values = (words[..., None] >> shifts) & (2**bits - 1)
     unpacked: Tensor = values.reshape(*words.shape[:-1], -1)
     return unpacked
 
@@ -72,8 +72,8 @@ def uninterleave(values: Tensor, bits: int) -> Tensor:
 def multiply(x: Tensor, centred: Tensor, scales: Tensor) -> Tensor:
     """Return x [m, K] times (centred integers [K, N] times their groups' scales [groups, N]), as x is."""
     columns, width = centred.shape
-    weight = centred.double().reshape(len(scales), -1, width) * scales.double()[:, None]
-    return (x.double() @ weight.reshape(columns, width)).to(x.dtype)
+    weight = centred.float().reshape(len(scales), -1, width) * scales.float()[:, None]
+    return (x.float() @ weight.reshape(columns, width)).to(x.dtype)
 
 
 def centre(values: Tensor, zeros: Tensor) -> Tensor:
