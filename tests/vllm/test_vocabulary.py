@@ -41,7 +41,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Compressed:
             family, is_tied, integers = MODELS[name]
             folder = tmp_path_factory.mktemp("vocabulary")
             source = save_tiny_model(
-                folder / "source", family, seed=1, tie_word_embeddings=is_tied, vocab_size=282
+                folder / "source", family, seed=2, tie_word_embeddings=is_tied, vocab_size=282
             )
             if is_tied:
                 _shrink_embedding(source)
