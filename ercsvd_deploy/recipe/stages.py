@@ -213,6 +213,20 @@ class Recover(Section):
         "are rounded (AdaRound, started at GPTQ's integers). It takes about 24 bytes of memory for every "
         "weight of a layer.",
     )
+    lookahead: int = Field(
+        default=0,
+        ge=0,
+        le=8,
+        description="Compare outputs so many of the original's layers further on, instead of right behind "
+        "the layer that is trained: errors then count by what following layers make of them. With 1 a step "
+        "takes twice as long, with 2 three times.",
+    )
+    end_to_end_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Afterwards train factors or scales of all layers together for so many steps, on the "
+        "original's predictions. The whole model is then in memory.",
+    )
 
     @property
     def calibration_need(self) -> str:

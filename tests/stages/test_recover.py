@@ -87,12 +87,12 @@ def test_factors_alone_change_and_outputs_come_nearer(
 PARTS = {"low_rank": ("factor_a", "factor_b"), "pivoted": ("pivot_rows", "other_rows")}
 
 
-@pytest.mark.parametrize("replaced_tokens", [0.0, 0.5])
+@pytest.mark.parametrize(("replaced_tokens", "lookahead"), [(0.0, 0), (0.5, 0), (0.0, 1), (0.0, 3)])
 def test_reported_errors_are_those_of_the_models(
-    replaced_tokens: float, write_recipe: RecipeWriter, llama: Path
+    replaced_tokens: float, lookahead: int, write_recipe: RecipeWriter, llama: Path
 ) -> None:
-    """The last layer's error after training, from both whole models' hidden states on the held-out batch."""
-    stage = recover(replaced_tokens=replaced_tokens)
+    """The first layer's error that reaches the end, from both whole models' hidden states."""
+    stage = recover(replaced_tokens=replaced_tokens, lookahead=lookahead)
     recipe = load_recipe(write_recipe(HARD, stage, calibration=CALIBRATION))
     report, directory = run_recipe(recipe)
     assert recipe.calibration is not None
@@ -102,14 +102,20 @@ def test_reported_errors_are_those_of_the_models(
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
     tokens = batches[order[-1]].tokens
     last: list[torch.Tensor] = []
+    original = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    trained = max(1, 3 - lookahead)  # the first layer is not compressed
     for path in (llama, directory):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        model.model.layers[-1].register_forward_hook(lambda _m, _i, output: last.append(output))
+        for index in range(trained + 1, 4):  # layers that are compressed later
+            model.model.layers[index] = original.model.layers[index]
+        hook = model.model.layers[-1].register_forward_hook(lambda _m, _i, output: last.append(output))
         with torch.no_grad():
             model(tokens)
+        hook.remove()
     target, output = last
     expected = ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
-    assert report.results["recover"].layers[-1].error_after == pytest.approx(float(expected), rel=1e-3)
+    [layer] = [each for each in report.results["recover"].layers if each.layer == trained]
+    assert layer.error_after == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_a_layer_that_gets_worse_keeps_its_factors(write_recipe: RecipeWriter, tmp_path: Path) -> None:

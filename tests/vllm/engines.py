@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ercsvd_deploy.exporters.vllm.engines.machine import ServingMachine
-from tests.forks import REPOSITORY, Forks
+from tests.forks import REPOSITORY, Fork, Forks
 
 PYTHON = os.environ.get("ERCSVD_VLLM_PYTHON", sys.executable)
 PROMPTS = [[1, 5, 9, 33, 200, 17], [1, 100, 101, 102], list(range(10, 50))]
@@ -272,11 +272,8 @@ def serving(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    # the CPU build's `vllm serve` fails in its command line; this is the server that it starts
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += options
-    with process(command, log, 1, VLLM_ENABLE_V1_MULTIPROCESSING="1", **variables) as server:
+    arguments = ["--model", str(directory), "--host", "127.0.0.1", "--port", str(port), *options]
+    with _server(arguments, log, VLLM_ENABLE_V1_MULTIPROCESSING="1", **variables) as server:
         deadline = time.monotonic() + 300
         while not _answers(f"{address}/health"):
             assert server.poll() is None, log.read_text()[-8000:]
@@ -291,6 +288,27 @@ def serving(
                 return choice
 
         yield post
+
+
+@contextlib.contextmanager
+def _server(
+    arguments: Sequence[str], log: Path, **variables: str
+) -> Iterator[Fork | subprocess.Popen[bytes]]:
+    """Start the OpenAI server, in a fork if it is this environment's; end it with all its workers."""
+    # the CPU build's `vllm serve` fails in its command line; this is the server that it starts
+    module = "vllm.entrypoints.openai.api_server"
+    if sys.executable != PYTHON:
+        with process([PYTHON, "-m", module, *arguments], log, 1, **variables) as server:
+            yield server
+        return
+    given = environment() | variables
+    fork = _forks(*map(given.get, READ_AT_IMPORT)).start(
+        module, *arguments, log=log, environment=given, directory=REPOSITORY
+    )
+    try:
+        yield fork
+    finally:
+        fork.end()
 
 
 def _answers(url: str) -> bool:

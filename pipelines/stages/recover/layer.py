@@ -1,9 +1,9 @@
-"""Train the floating-point parameters of a compressed decoder layer on the original layer's outputs."""
+"""Train the floating-point parameters of a compressed decoder layer on the original model's states."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,16 +12,17 @@ from torch import nn
 
 from ercsvd_deploy.data.samples import Batch
 from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
+from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
 from ercsvd_deploy.recipe.stages import Recover
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.data.samples import Batch
+    from ercsvd_deploy.budget.ranks import LinearShape
+    from ercsvd_deploy.format.schema import Storage
     from ercsvd_deploy.models.description.architecture import LayerLinears
-    from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
 
 _WARM_UP_SHARE = 1 / 20  # of the steps
 _PENALTY = 1.0  # weight of the penalty on soft roundings beside the loss, which is relative to the energy
-_GRADIENT_NORM = 1.0  # the gradient of all parameters together is clipped to this norm
+GRADIENT_NORM = 1.0  # the gradient of all parameters together is clipped to this norm
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,87 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Following:
+    """The original's layers behind the one that is trained, through which its outputs pass.
+
+    Attributes:
+        model: The original model.
+        layers: Index of a layer -> the loaded layer.
+    """
+
+    model: LayerwiseModel
+    layers: Mapping[int, nn.Module]
+
+    def run(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
+        """Return the last layer's outputs, given the inputs of the first."""
+        for index, module in self.layers.items():
+            states = self.model.run_layer(module, index, batch, states)
+        return states
+
+
+@dataclass(frozen=True)
+class LoadedLayer:
+    """A loaded layer of the compressed model.
+
+    Attributes:
+        model: The compressed model.
+        storages: Name -> storage of every changed module of the model.
+        layer: The layer's Linears.
+        module: The loaded layer.
+    """
+
+    model: LayerwiseModel
+    storages: Mapping[str, Storage]
+    layer: LayerLinears
+    module: nn.Module
+
+    def trained(self) -> TrainedParameters:
+        """Return the parameters of its compressed Linears; see `TrainedParameters.find`."""
+        names = map(self.layer.local_name, compressed_linears(self.layer, self.storages))
+        found = [TrainedParameters.find(self.module.get_submodule(name)) for name in names]
+        return TrainedParameters.of_all(found)
+
+    def round(self, trained: TrainedParameters) -> None:
+        """Round trained parameters to the files' dtype, and convert them back to the compute dtype."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        for parameter in trained.floating_point:
+            stored_dtype = self.model.stored_dtype(f"{self.layer.prefix}.{names[id(parameter)]}")
+            parameter.data = parameter.data.to(stored_dtype).to(self.model.dtype)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that store its compressed Linears."""
+        names = [
+            f"{linear.name}.{leaf}"
+            for linear in compressed_linears(self.layer, self.storages)
+            for leaf in self.storages[linear.name].tensor_shapes
+        ]
+        state = self.module.state_dict()
+        return {
+            name: state[name.removeprefix(f"{self.layer.prefix}.")].to("cpu", self.model.stored_dtype(name))
+            for name in names
+        }
+
+
+def compressed_linears(layer: LayerLinears, storages: Mapping[str, Storage]) -> list[LinearShape]:
+    """Return a layer's Linears that have something to train."""
+    return [
+        linear for linear in layer.linears if linear.name in storages and storages[linear.name].is_altered
+    ]
+
+
+@dataclass(frozen=True)
 class LayerTraining:
     """The training of one loaded layer.
 
     Attributes:
-        model: The compressed model.
+        loaded: The layer.
         settings: The recipe's stage.
-        layer: The layer's Linears.
-        module: The loaded layer with its compressed Linears.
+        following: The layers between its outputs and the targets.
     """
 
-    model: LayerwiseModel
+    loaded: LoadedLayer
     settings: Recover
-    layer: LayerLinears
-    module: nn.Module
+    following: Following
 
     def train(self, trained: TrainedParameters, examples: Sequence[Example]) -> None:
         """Train the layer's parameters, which become float32; stop early if a gradient is not finite."""
@@ -55,9 +123,9 @@ class LayerTraining:
             parameter.data = parameter.data.to(torch.float32, copy=True)  # the caller keeps the old values
             parameter.requires_grad_()
         optimizers = trained.optimizers(self.settings.learning_rate)
-        schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate) for optimizer in optimizers]
+        schedules = falling_rates(optimizers, self.settings.steps)
         optimizers += trained.rounding_optimizers()
-        generator = torch.Generator().manual_seed(self.layer.index)
+        generator = torch.Generator().manual_seed(self.loaded.layer.index)
         order: list[int] = []
         for step in range(self.settings.steps):
             order = order or torch.randperm(len(examples), generator=generator).tolist()
@@ -66,9 +134,9 @@ class LayerTraining:
                 for rounding in trained.roundings:
                     penalty = rounding.indecision((step + 1) / self.settings.steps)
                     loss = loss + _PENALTY * penalty / len(trained.roundings)
-            self.module.zero_grad()
+            self.loaded.module.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(trained.floating_point, _GRADIENT_NORM)
+            norm = nn.utils.clip_grad_norm_(trained.floating_point, GRADIENT_NORM)
             if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(norm)):
                 break  # the error on held-out sequences then decides
             for optimizer in optimizers:
@@ -78,24 +146,12 @@ class LayerTraining:
         for parameter in trained.parameters:
             parameter.requires_grad_(False)
 
-    def round(self, trained: TrainedParameters) -> None:
-        """Round the trained parameters to the files' dtype, and convert them back to the compute dtype."""
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        for parameter in trained.floating_point:
-            stored_dtype = self.model.stored_dtype(f"{self.layer.prefix}.{names[id(parameter)]}")
-            parameter.data = parameter.data.to(stored_dtype).to(self.model.dtype)
-
-    def _rate(self, step: int) -> float:
-        """Return a step's fraction of the learning rate: a short linear rise, then half a cosine to zero."""
-        rise = max(1, round(self.settings.steps * _WARM_UP_SHARE))
-        return min(1.0, (step + 1) / rise) * (1 + math.cos(math.pi * step / self.settings.steps)) / 2
-
     def _loss(self, example: Example) -> torch.Tensor:
         """Return the mean over a batch's tokens of |o - t|^2 / |t|^2."""
-        device = self.model.device
-        # Trained parameters are float32; if the rest is not, products are computed in 16 bits.
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.model.dtype != torch.float32):
-            outputs = self.model.run_layer(self.module, self.layer.index, example.batch, example.inputs)
+        model, index = self.loaded.model, self.loaded.layer.index
+        with computing_in(model):
+            outputs = model.run_layer(self.loaded.module, index, example.batch, example.inputs)
+            outputs = self.following.run(example.batch, outputs)
         targets = example.targets.float()
         energy = targets.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         errors = (outputs.float() - targets).square().sum(-1) / energy
@@ -109,3 +165,20 @@ class LayerTraining:
         """Return the mean loss over batches."""
         losses = [float(self._loss(example)) for example in examples]
         return sum(losses) / len(losses)
+
+
+def computing_in(model: LayerwiseModel) -> torch.autocast:
+    """Compute in 16 bits, unless the model does in 32; trained parameters are float32 in any case."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype != torch.float32)
+
+
+def falling_rates(
+    optimizers: Sequence[torch.optim.Optimizer], steps: int
+) -> list[torch.optim.lr_scheduler.LambdaLR]:
+    """Return schedules of learning rates: a short linear rise, then half a cosine to zero."""
+    rise = max(1, round(steps * _WARM_UP_SHARE))
+
+    def share(step: int) -> float:
+        return min(1.0, (step + 1) / rise) * (1 + math.cos(math.pi * step / steps)) / 2
+
+    return [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]

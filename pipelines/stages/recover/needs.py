@@ -10,6 +10,7 @@ from ercsvd_deploy.pipelines.stages.sizes import module_bytes
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, Workload
 
 if TYPE_CHECKING:
+    from ercsvd_deploy.pipelines.stages.workload import Sequences
     from ercsvd_deploy.recipe.stages import Recover
 
 
@@ -23,7 +24,16 @@ def recover_needs(settings: Recover, work: Workload, candidates: Sequence[Candid
     # their gradients, and Adam's two moments.
     copies = 6 if settings.rounding else 2
     largest = max(trained + integers * copies // 4 for values in layers for trained, integers in values)
-    training = work.layer_weights + 4 * FLOAT32 * largest + work.training_pass(batch)
+    passed = 1 + settings.lookahead  # layers that a step goes through
+    training = passed * (work.layer_weights + work.training_pass(batch)) + 4 * FLOAT32 * largest
+    flops = work.forward_flops(work.calibrating) + (
+        4.0 * passed * settings.steps * batch.tokens * min(sum(map(sum, values)) for values in layers)
+    )
+    if settings.end_to_end_steps:
+        floating = max(sum(trained for trained, _ in values) for values in layers)
+        training = max(training, _end_to_end_bytes(work, batch, floating))
+        # Forward twice, because only the inputs of layers are kept, and back once.
+        flops += settings.end_to_end_steps * (3 * work.forward_flops(batch) + 2 * work.head_flops(batch))
     written_bytes = max(_written_bytes(work, candidate) for candidate in candidates)
     return Needs(
         working_bytes=states + max(training, work.layer_load, work.embedding([work.calibrating])),
@@ -31,9 +41,15 @@ def recover_needs(settings: Recover, work: Workload, candidates: Sequence[Candid
         scratch_bytes=written_bytes,
         kept_bytes=written_bytes,
         # The original passes once; a step goes forward and back through the matrices of a layer.
-        flops=work.forward_flops(work.calibrating)
-        + 4.0 * settings.steps * batch.tokens * min(sum(map(sum, values)) for values in layers),
+        flops=flops,
     )
+
+
+def _end_to_end_bytes(work: Workload, batch: Sequences, floating: int) -> int:
+    """Return the bytes of a step through the whole model, which trains so many values and some scales."""
+    decoder = work.architecture.num_layers * (work.layer_weights + work.activations(batch))
+    heads = 2 * work.outside_weights + work.logits(batch, parts=2) * 2
+    return decoder + heads + 4 * FLOAT32 * floating + work.training_pass(batch)
 
 
 def _layers(work: Workload, candidate: Candidate) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,15 @@ class TrainedParameters:
             [matrix.rounding for matrix in packed if matrix.rounding is not None],
         )
 
+    @classmethod
+    def of_all(cls, several: Sequence[TrainedParameters]) -> TrainedParameters:
+        """Return the parameters of several together."""
+        return cls(
+            [matrix for parameters in several for matrix in parameters.matrices],
+            [scale for parameters in several for scale in parameters.scales],
+            [rounding for parameters in several for rounding in parameters.roundings],
+        )
+
     @property
     def floating_point(self) -> list[nn.Parameter]:
         """Factors and scales, which the files store directly."""
@@ -49,6 +59,11 @@ class TrainedParameters:
     def parameters(self) -> list[nn.Parameter]:
         """All trained parameters."""
         return [*self.floating_point, *(rounding.choice for rounding in self.roundings)]
+
+    def restore(self, data: Sequence[torch.Tensor]) -> None:
+        """Give factors and scales, in the order of `floating_point`, the values that they had."""
+        for parameter, values in zip(self.floating_point, data, strict=True):
+            parameter.data = values
 
     def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
         """Return Muon for factors and Adam for scales, at rates relative to the scales' mean."""

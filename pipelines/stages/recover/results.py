@@ -33,6 +33,25 @@ class RecoveredLayer:
 
 
 @dataclass(frozen=True)
+class EndToEnd:
+    """Result of training all layers together."""
+
+    steps: Annotated[Count, Field(description="Steps of the optimizers.")]
+    divergence_before: Annotated[
+        Measured,
+        Field(
+            description="Mean over held-out tokens of KL(original || compressed) of next-token predictions, "
+            "in nats, after the training of single layers."
+        ),
+    ]
+    divergence_after: Annotated[
+        Measured,
+        Field(description="The divergence at the end, in the files' dtype; null if training diverged."),
+    ]
+    is_kept: Annotated[bool, Field(description="Whether the trained parameters are used.")]
+
+
+@dataclass(frozen=True)
 class RecoverOutcome:
     """Result of the recovery; the trained tensors are in its files."""
 
@@ -40,11 +59,19 @@ class RecoverOutcome:
     # Name -> storage of the Linears whose tensors are in the files.
     modules: NotReported[dict[str, Storage]] = field(default_factory=dict)
     files: NotReported[list[Path]] = field(default_factory=list)
+    end_to_end: Annotated[
+        EndToEnd | None, Field(description="The training of all layers together; null without it.")
+    ] = None
 
     def warnings(self) -> list[str]:
-        """Return a warning that names the layers that training did not improve."""
-        not_improved = [str(layer.layer) for layer in self.layers if not layer.is_kept]
-        if not not_improved:
-            return []
-        named = f"layer{'s' if len(not_improved) > 1 else ''} {', '.join(not_improved)}"
-        return [f"recovery did not improve {named}, left as it was; try a lower learning_rate"]
+        """Return warnings about what training did not improve: layers by number, or all of them together."""
+        warnings = []
+        if not_improved := [str(layer.layer) for layer in self.layers if not layer.is_kept]:
+            named = f"layer{'s' if len(not_improved) > 1 else ''} {', '.join(not_improved)}"
+            warnings.append(f"recovery did not improve {named}, left as it was; try a lower learning_rate")
+        if self.end_to_end is not None and not self.end_to_end.is_kept:
+            warnings.append(
+                "end-to-end recovery did not improve the predictions, and its result is not used; try a "
+                "lower learning_rate or more calibration"
+            )
+        return warnings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
@@ -35,7 +35,11 @@ class RecoverStage(Stage):
     def plan(cls, context: PlanningContext) -> Self | None:
         """Return the stage; None if the recipe has no recovery at this place."""
         settings = cls.settings_of(context.recipe)
-        return None if settings is None else cls(settings)
+        if settings is None:
+            return None
+        if settings.end_to_end_steps:
+            context.check_predictions(["end_to_end_steps"], "recover without it trains on layers' outputs")
+        return cls(settings)
 
     @classmethod
     def settings_of(cls, recipe: Recipe) -> Recover | None:
@@ -51,7 +55,7 @@ class RecoverStage(Stage):
         return recover_needs(self.recover, work, candidates)
 
     def run(self, run: StageRun) -> RecoverOutcome:
-        """Train every layer, from the first to the last."""
+        """Train every layer, from the first to the last, and then all together if the recipe asks for it."""
         from ercsvd_deploy.pipelines.stages.recover.training import recover_decoder
 
         model = run.model.stream()
@@ -60,7 +64,23 @@ class RecoverStage(Stage):
                 run.model.original, model, run.samples, self.recover, run.model.modules, run.cache, on_layer
             )
         run.model.overlay(outcome.files, outcome.modules)
-        return outcome
+        return self._train_end_to_end(run, outcome) if self.recover.end_to_end_steps else outcome
+
+    def _train_end_to_end(self, run: StageRun, outcome: RecoverOutcome) -> RecoverOutcome:
+        from ercsvd_deploy.pipelines.stages.recover.end_to_end import train_end_to_end
+
+        with run.progress(f"{self.title}, end to end", self.recover.end_to_end_steps) as on_step:
+            gained, file = train_end_to_end(
+                run.model.original,
+                run.model.stream(),
+                run.samples,
+                self.recover,
+                run.model.modules,
+                run.cache,
+                on_step,
+            )
+        run.model.overlay([file], outcome.modules)
+        return replace(outcome, end_to_end=gained, files=[file])
 
     def tables(self, result: RecoverOutcome) -> Iterable[Table]:
         """Yield a table with the errors of every layer before and after training."""
@@ -79,6 +99,15 @@ class RecoverStage(Stage):
         )
         trained = f"{self.trained} and rounding" if self.recover.rounding else self.trained
         yield Table(f"Recovery of {trained}", columns, rows, columns[:-1])
+        if (gained := result.end_to_end) is not None:
+            row = (
+                str(gained.steps),
+                f"{gained.divergence_before:.5f}",
+                f"{gained.divergence_after:.5f}",
+                "" if gained.is_kept else "left as it was",
+            )
+            columns = ("steps", "KL before", "KL after", "")
+            yield Table(f"End-to-end recovery of {self.trained}", columns, (row,), columns[:-1])
 
     def warnings(self, result: RecoverOutcome) -> Iterable[str]:
         """Return a warning that names the layers that training did not improve."""

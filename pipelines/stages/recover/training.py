@@ -1,12 +1,13 @@
 """Recovery: the floating-point parameters of each layer are trained on the original layer's outputs.
 
-No labels and no gradient through more than one layer are needed. Layer by layer, from the first to the last,
+No labels and no gradient through the whole model are needed. Layer by layer, from the first to the last,
 
     X   the original model's activations before the layer, with targets t = layer(X)
     X'  the activations after the layers recovered so far
     o   the compressed layer's output for X'; it is trained to approximate t
 
-so that a layer also compensates errors of the layers before it. The loss is the squared error of a token
+so that a layer also compensates errors of the layers before it. With `lookahead` both pass through some more
+of the original's layers before they are compared. The loss is the squared error of a token
 relative to its target's energy, so that the few tokens with huge activations count like all others. The last
 batches are held out: a layer whose error there does not fall stays as it was. Training batches may have
 tokens replaced at random, since the original gives targets for any text.
@@ -20,7 +21,8 @@ optimizer of the factors Muon (arXiv 2502.16982). docs/decisions/0010 has the me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +36,18 @@ from ercsvd_deploy.format.integer_words import unpack_columns
 from ercsvd_deploy.format.schema import Storage
 from ercsvd_deploy.models.compressed.modules import PackedLinear
 from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
-from ercsvd_deploy.pipelines.stages.recover.layer import Example, LayerTraining
-from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
+from ercsvd_deploy.pipelines.stages.recover.layer import (
+    Example,
+    Following,
+    LayerTraining,
+    LoadedLayer,
+    compressed_linears,
+)
 from ercsvd_deploy.pipelines.stages.recover.results import RecoveredLayer, RecoverOutcome
 from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.recipe.stages import Recover
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.budget.ranks import LinearShape
     from ercsvd_deploy.models.description.architecture import LayerLinears
 
 _HELD_OUT_SHARE = 1 / 16  # of the batches, at least one
@@ -71,13 +77,17 @@ def recover_decoder(
         on_layer: Called after every decoder layer.
     """
     stage = _RecoverStage(original, compressed, settings, modules, work)
-    trained = [layer for layer in compressed.architecture.layers if stage.trainable(layer)]
+    trained = [layer for layer in compressed.architecture.layers if compressed_linears(layer, modules)]
     results = {layer.index: work.entry(_piece(layer.index)) for layer in trained}
     if None in results.values():
         results = stage.train(samples, on_layer)
     return RecoverOutcome(
         [_LAYER.validate_python(results[layer.index]) for layer in trained],
-        {linear.name: modules[linear.name] for layer in trained for linear in stage.trainable(layer)},
+        {
+            linear.name: modules[linear.name]
+            for layer in trained
+            for linear in compressed_linears(layer, modules)
+        },
         [work.tensors_file(_piece(layer.index)) for layer in trained],
     )
 
@@ -96,23 +106,18 @@ class _RecoverStage:
     modules: Mapping[str, Storage]
     work: CacheFolder
 
-    def trainable(self, layer: LayerLinears) -> list[LinearShape]:
-        """Return the compressed Linears of a layer."""
-        return [
-            linear
-            for linear in layer.linears
-            if linear.name in self.modules and self.modules[linear.name].is_altered
-        ]
-
     def train(self, samples: Sequence[Sample], on_layer: Callable[[], None]) -> dict[int, Any]:
         """Pass once through both models; return layer index -> result of every compressed layer."""
-        batches = self._shuffled_batches(samples)
+        batches = shuffled_batches(samples, self.settings, self.original.architecture.vocab_size)
         targets, inputs = self.original.embed(batches), self.compressed.embed(batches)
         results = {}
+        num_advanced = 0  # of the original's layers, which have made the targets
         for layer in self.compressed.architecture.layers:
-            self.original.advance(layer.index, batches, targets)
+            while num_advanced <= self._last_compared(layer.index):
+                self.original.advance(num_advanced, batches, targets)
+                num_advanced += 1
             with self.compressed.layer(layer.index) as module:
-                if self.trainable(layer):
+                if compressed_linears(layer, self.modules):
                     result = self.work.entry(_piece(layer.index))
                     if result is None:
                         result = self._finish_layer(layer, module, _examples(batches, inputs, targets))
@@ -123,58 +128,56 @@ class _RecoverStage:
             on_layer()
         return results
 
-    def _shuffled_batches(self, samples: Sequence[Sample]) -> list[Batch]:
-        """Return batches in a random order, so that the held-out ones at the end are of every kind."""
-        longest = max(len(sample.tokens) for sample in samples)
-        batches = make_batches(samples, self.settings.batch_size * longest)
-        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
-        shuffled = [batches[index] for index in order]
-        training = len(shuffled) - _num_held_out(len(shuffled))
-        vocab_size = self.original.architecture.vocab_size
-        replaced = _with_replaced_tokens(shuffled[:training], self.settings.replaced_tokens, vocab_size)
-        return replaced + shuffled[training:]
+    def _last_compared(self, index: int) -> int:
+        """Return the layer whose outputs are compared when layer `index` is trained."""
+        return min(index + self.settings.lookahead, self.original.num_layers - 1)
+
+    @contextmanager
+    def _following(self, index: int) -> Iterator[Following]:
+        """Load the original's layers between layer `index` and the targets while the context lasts."""
+        with ExitStack() as loaded:
+            layers = {
+                after: loaded.enter_context(self.original.layer(after)).requires_grad_(False)
+                for after in range(index + 1, self._last_compared(index) + 1)
+            }
+            yield Following(self.original, layers)
 
     def _finish_layer(self, layer: LayerLinears, module: nn.Module, examples: list[Example]) -> Any:
         """Train a loaded layer, restore it if it did not improve, and write its tensors."""
-        held_out = _num_held_out(len(examples))
-        training, judging = examples[:-held_out], examples[-held_out:]
-        trainer = LayerTraining(self.compressed, self.settings, layer, module)
-        error_before = trainer.error(judging)
-        rounded = self._start_rounding(layer, module) if self.settings.rounding else []
-        by_linear = [
-            TrainedParameters.find(module.get_submodule(layer.local_name(linear)))
-            for linear in self.trainable(layer)
-        ]
-        trained = TrainedParameters(
-            [matrix for parameters in by_linear for matrix in parameters.matrices],
-            [scale for parameters in by_linear for scale in parameters.scales],
-            [rounding for parameters in by_linear for rounding in parameters.roundings],
-        )
+        loaded = LoadedLayer(self.compressed, self.modules, layer, module)
+        with self._following(layer.index) as following:
+            recovered = self._train_layer(LayerTraining(loaded, self.settings, following), examples)
+        entry = _LAYER.dump_python(recovered)
+        self.work.write(_piece(layer.index), entry, loaded.tensors())
+        return entry
+
+    def _train_layer(self, training: LayerTraining, examples: list[Example]) -> RecoveredLayer:
+        """Train a loaded layer, and restore it if it did not improve."""
+        loaded, held_out = training.loaded, num_held_out(len(examples))
+        error_before = training.error(examples[-held_out:])
+        rounded = self._start_rounding(loaded.layer, loaded.module) if self.settings.rounding else []
+        trained = loaded.trained()
         original_data = [parameter.data for parameter in trained.floating_point]
         integers = [matrix.weight_packed for matrix in rounded]
-        trainer.train(trained, training)
+        training.train(trained, examples[:-held_out])
         for matrix in rounded:
             matrix.keep_rounding()
-        trainer.round(trained)
-        error_after = trainer.error(judging)
+        loaded.round(trained)
+        error_after = training.error(examples[-held_out:])
         is_kept = error_after < error_before
         if not is_kept:
-            for parameter, data in zip(trained.floating_point, original_data, strict=True):
-                parameter.data = data
+            trained.restore(original_data)
             for matrix, words in zip(rounded, integers, strict=True):
                 matrix.weight_packed = words
-        recovered = RecoveredLayer(
-            layer.index, error_before, error_after, is_kept, _count_changed(rounded, integers)
+        return RecoveredLayer(
+            loaded.layer.index, error_before, error_after, is_kept, _count_changed(rounded, integers)
         )
-        entry = _LAYER.dump_python(recovered)
-        self.work.write(_piece(layer.index), entry, self._tensors(layer, module))
-        return entry
 
     def _start_rounding(self, layer: LayerLinears, module: nn.Module) -> list[PackedLinear]:
         """Make the rounding of a loaded layer's integer matrices trainable; return these matrices."""
         rounded = []
         with self.original.layer(layer.index) as dense:
-            for linear in self.trainable(layer):
+            for linear in compressed_linears(layer, self.modules):
                 name = layer.local_name(linear)
                 compressed = module.get_submodule(name)
                 # The unquantized factors are gone, so the rounding of their integers cannot be trained.
@@ -182,19 +185,6 @@ class _RecoverStage:
                     compressed.train_rounding(dense.get_submodule(name).get_parameter("weight").data)
                     rounded.append(compressed)
         return rounded
-
-    def _tensors(self, layer: LayerLinears, module: nn.Module) -> dict[str, torch.Tensor]:
-        """Return the tensors that store a layer's compressed Linears."""
-        names = [
-            f"{linear.name}.{leaf}"
-            for linear in self.trainable(layer)
-            for leaf in self.modules[linear.name].tensor_shapes
-        ]
-        state = module.state_dict()
-        return {
-            name: state[name.removeprefix(f"{layer.prefix}.")].to("cpu", self.compressed.stored_dtype(name))
-            for name in names
-        }
 
     def _load(self, layer: LayerLinears, module: nn.Module) -> None:
         """Load the tensors that an earlier run trained into a loaded layer."""
@@ -214,7 +204,18 @@ def _count_changed(matrices: Sequence[PackedLinear], words_before: Sequence[torc
     return count
 
 
-def _num_held_out(batches: int) -> int:
+def shuffled_batches(samples: Sequence[Sample], settings: Recover, vocab_size: int) -> list[Batch]:
+    """Return batches in a random order, so that the held-out ones at the end are of every kind."""
+    longest = max(len(sample.tokens) for sample in samples)
+    batches = make_batches(samples, settings.batch_size * longest)
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = [batches[index] for index in order]
+    training = len(shuffled) - num_held_out(len(shuffled))
+    replaced = _with_replaced_tokens(shuffled[:training], settings.replaced_tokens, vocab_size)
+    return replaced + shuffled[training:]
+
+
+def num_held_out(batches: int) -> int:
     """Return the number of batches at the end that are held out."""
     return max(1, round(batches * _HELD_OUT_SHARE))
 

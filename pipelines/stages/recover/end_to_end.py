@@ -1,0 +1,205 @@
+"""End-to-end recovery: factors and scales of all layers are trained together on the original's predictions.
+
+It follows the training of single layers, and all layers are in memory. The loss is the Kullback-Leibler
+divergence of the next-token predictions from the original's, in nats a token; a step goes back through the
+whole model, of which only the inputs of layers are kept. Batches that are held out decide whether the result
+is used. Source: the second phase of EfficientQAT (arXiv 2407.11062), with predictions instead of labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ercsvd_deploy.pipelines.stages.recover.layer import (
+    GRADIENT_NORM,
+    LoadedLayer,
+    compressed_linears,
+    computing_in,
+    falling_rates,
+)
+from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
+from ercsvd_deploy.pipelines.stages.recover.results import EndToEnd
+from ercsvd_deploy.pipelines.stages.recover.training import num_held_out, shuffled_batches
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from ercsvd_deploy.data.samples import Batch, Sample
+    from ercsvd_deploy.format.schema import Storage
+    from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
+    from ercsvd_deploy.pipelines.state.cache import CacheFolder
+    from ercsvd_deploy.recipe.stages import Recover
+
+PIECE = "end-to-end"
+_RATE = 0.25  # of the layers' learning rate: they are near their best already
+_RESULT = TypeAdapter(EndToEnd)
+
+
+def train_end_to_end(
+    original: LayerwiseModel,
+    compressed: LayerwiseModel,
+    samples: Sequence[Sample],
+    settings: Recover,
+    modules: Mapping[str, Storage],
+    work: CacheFolder,
+    on_step: Callable[[], None] = lambda: None,
+) -> tuple[EndToEnd, Path]:
+    """Train all layers together, unless `work` has the result of an earlier run.
+
+    Args:
+        original: The original model.
+        compressed: The model after the training of its layers.
+        samples: Calibration sequences, at least two batches of them.
+        settings: The recipe's stage.
+        modules: Name -> storage of every changed module of `compressed`.
+        work: Receives `end-to-end`, the compressed Linears of all layers.
+        on_step: Called after every step.
+
+    Returns:
+        What was gained, and the file with the tensors.
+    """
+    entry = work.entry(PIECE)
+    if entry is None:
+        batches = shuffled_batches(samples, settings, original.architecture.vocab_size)
+        with ExitStack() as loaded:
+            layers = [
+                LoadedLayer(compressed, modules, layer, loaded.enter_context(compressed.layer(layer.index)))
+                for layer in compressed.architecture.layers
+            ]
+            result = _train(original, layers, batches, settings, on_step)
+            tensors = {name: tensor for layer in layers for name, tensor in layer.tensors().items()}
+        entry = _RESULT.dump_python(result)
+        work.write(PIECE, entry, tensors)
+    return _RESULT.validate_python(entry), work.tensors_file(PIECE)
+
+
+def _train(
+    original: LayerwiseModel,
+    layers: Sequence[LoadedLayer],
+    batches: Sequence[Batch],
+    settings: Recover,
+    on_step: Callable[[], None],
+) -> EndToEnd:
+    """Train loaded layers; restore all of them if predictions on the held-out batches did not improve."""
+    compressed = layers[0].model
+    targets, inputs = original.embed(batches), compressed.embed(batches)
+    for layer in layers:
+        original.advance(layer.layer.index, batches, targets)
+        layer.module.requires_grad_(False)
+    examples = [_Example(*values) for values in zip(batches, inputs, targets, strict=True)]
+    held_out = num_held_out(len(examples))
+    training, judging = examples[:-held_out], examples[-held_out:]
+    by_layer = [layer.trained() for layer in layers if compressed_linears(layer.layer, layer.storages)]
+    trained = TrainedParameters.of_all(by_layer)
+    original_data = [parameter.data for parameter in trained.floating_point]
+    with original.with_head(), compressed.with_head():
+        model = _Whole(original, compressed, [layer.module for layer in layers])
+        before = model.mean_divergence(judging)
+        _descend(model, trained, training, settings, on_step)
+        for layer, parameters in zip(
+            (layer for layer in layers if compressed_linears(layer.layer, layer.storages)),
+            by_layer,
+            strict=True,
+        ):
+            layer.round(parameters)
+        after = model.mean_divergence(judging)
+    is_kept = after < before
+    if not is_kept:
+        trained.restore(original_data)
+    return EndToEnd(settings.end_to_end_steps, before, after, is_kept)
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A batch with the compressed model's inputs of the first layer and the original's last outputs."""
+
+    batch: Batch
+    inputs: torch.Tensor  # [rows, tokens, hidden]
+    targets: torch.Tensor  # the same shape
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Both models while their heads are loaded, and all layers of the compressed one."""
+
+    original: LayerwiseModel
+    compressed: LayerwiseModel
+    modules: Sequence[nn.Module]
+
+    def outputs(self, example: _Example) -> torch.Tensor:
+        """Return the last layer's outputs; with gradients, only the inputs of layers are kept for them."""
+        states = example.inputs
+        for index, module in enumerate(self.modules):
+            run = partial(self.compressed.run_layer, module, index, example.batch)
+            with computing_in(self.compressed):
+                if torch.is_grad_enabled():
+                    states = checkpoint(run, states, use_reentrant=False)
+                else:
+                    states = run(states)
+        return states
+
+    @torch.no_grad()
+    def mean_divergence(self, examples: Sequence[_Example]) -> float:
+        """Return the mean divergence over batches, in nats a token."""
+        return sum(self._divergence(example, self.outputs(example))[0] for example in examples) / len(
+            examples
+        )
+
+    def backward(self, example: _Example) -> float:
+        """Add a batch's gradients to those of the trained parameters; return its divergence."""
+        with torch.enable_grad():
+            outputs = self.outputs(example)
+        divergence, gradient = self._divergence(example, outputs)
+        outputs.backward(gradient.to(outputs.dtype))  # type: ignore[no-untyped-call]
+        return divergence
+
+    def _divergence(self, example: _Example, outputs: torch.Tensor) -> tuple[float, torch.Tensor]:
+        return self.compressed.divergence_from(self.original, example.batch, outputs, example.targets)
+
+
+def _descend(
+    model: _Whole,
+    trained: TrainedParameters,
+    examples: Sequence[_Example],
+    settings: Recover,
+    on_step: Callable[[], None],
+) -> None:
+    """Train parameters, which become float32; stop early if a gradient is not finite."""
+    for parameter in trained.floating_point:
+        parameter.data = parameter.data.to(torch.float32, copy=True)  # the caller keeps the old values
+        parameter.requires_grad_()
+    optimizers = trained.optimizers(_RATE * settings.learning_rate)
+    schedules = falling_rates(optimizers, settings.end_to_end_steps)
+    for example in _in_random_order(examples, settings.end_to_end_steps):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        divergence = torch.tensor(model.backward(example))
+        norm = nn.utils.clip_grad_norm_(trained.floating_point, GRADIENT_NORM)
+        if not bool(torch.isfinite(divergence)) or not bool(torch.isfinite(norm)):
+            break  # the divergence on held-out sequences then decides
+        for optimizer in optimizers:
+            optimizer.step()
+        for schedule in schedules:
+            schedule.step()
+        on_step()
+    for parameter in trained.floating_point:
+        parameter.requires_grad_(False)
+
+
+def _in_random_order(examples: Sequence[_Example], steps: int) -> Iterator[_Example]:
+    """Yield so many examples, all of them before one comes again."""
+    generator = torch.Generator().manual_seed(0)
+    order: list[int] = []
+    for _ in range(steps):
+        order = order or torch.randperm(len(examples), generator=generator).tolist()
+        yield examples[order.pop()]
