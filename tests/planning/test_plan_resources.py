@@ -94,9 +94,10 @@ GPTQ = {"quantize": {"bits": 4, "group_size": 32}}
         ([{"factorize": ERC_SVD | {"beta": "auto", "compressed_prefix_inputs": True}}], {}),
         # So little that every kind of Linear gets a rank: writing factors takes what the widest does.
         ([{"factorize": FISHER}, GPTQ], {"target": {"overall_bits": 2.5}}),
-        ([GPTQ, {"recover": {"steps": 8}}], {}),
+        ([GPTQ, {"recover": {"steps": 8, "lookahead": 1}}], {}),
+        ([GPTQ, {"recover": {"steps": 2, "end_to_end_steps": 2}}], {}),
     ],
-    ids=["search, recover, gptq", "two trajectories", "error control", "gptq, recover"],
+    ids=["search, recover, gptq", "two trajectories", "error control", "gptq, recover", "end to end"],
 )
 def test_stages_take_what_they_declare(
     stages: list[dict[str, Any]],

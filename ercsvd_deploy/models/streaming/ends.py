@@ -201,34 +201,35 @@ class ModelEnds:
         batch: Batch,
         last_states: torch.Tensor,
         original_states: torch.Tensor,
-    ) -> tuple[float, torch.Tensor]:
+    ) -> float:
         """Return how far predictions are from another model's; both are loaded `with_head`.
 
         Args:
             original: The other model, p.
             batch: The sequences.
-            last_states: The last layer's outputs of this model, q, [rows, tokens, hidden].
+            last_states: The last layer's outputs of this model, q, [rows, tokens, hidden]. If they require
+                gradients, those of the result are added to them.
             original_states: Those of the other one.
 
         Returns:
-            KL(p || q) in nats, its mean over the batch's tokens, weighted if they have weights; and its
-            gradient [rows, tokens, hidden] with respect to `last_states`.
+            KL(p || q) in nats, its mean over the batch's tokens, weighted if they have weights.
         """
         weights = torch.ones(batch.tokens.shape) if batch.token_weights is None else batch.token_weights
         shares = weights.to(self.device, torch.float32)
         shares = shares / shares.sum().clamp(min=torch.finfo(torch.float32).tiny)
-        gradient, total = torch.empty_like(last_states), 0.0
+        total = 0.0
         for row_slice in self._row_slices(batch):
-            tokens, states = batch.tokens[row_slice], last_states[row_slice].detach().requires_grad_()
+            tokens = batch.tokens[row_slice]
             with torch.no_grad():
                 expected = original._head(tokens, original_states[row_slice]).log_softmax(-1)
-            with torch.enable_grad():
-                found = self._head(tokens, states).log_softmax(-1)
-                divergence = (expected.exp() * (expected - found)).sum(-1)
-                loss = (shares[row_slice] * divergence).sum()
-                [gradient[row_slice]] = torch.autograd.grad(loss, states)
+            with torch.set_grad_enabled(last_states.requires_grad):
+                found = self._head(tokens, last_states[row_slice]).log_softmax(-1)
+                divergence = functional.kl_div(found, expected, reduction="none", log_target=True)
+                loss = (shares[row_slice] * divergence.sum(-1)).sum()
+                if last_states.requires_grad:
+                    loss.backward(inputs=[last_states])  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-        return total, gradient
+        return total
 
     def _row_slices(self, batch: Batch) -> Iterator[slice]:
         """Yield slices of a batch's rows whose logits fit into memory."""

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.recipe.stages import Recover
 
 PIECE = "end-to-end"
-_RATE = 0.25  # of the layers' learning rate: they are near their best already
+_RATE_OF_FACTORS = 0.1  # of the layers' learning rate; scales have the whole of it
 _RESULT = TypeAdapter(EndToEnd)
 
 
@@ -151,19 +151,19 @@ class _Whole:
     @torch.no_grad()
     def mean_divergence(self, examples: Sequence[_Example]) -> float:
         """Return the mean divergence over batches, in nats a token."""
-        return sum(self._divergence(example, self.outputs(example))[0] for example in examples) / len(
-            examples
-        )
+        divergences = [self._divergence(example, self.outputs(example)) for example in examples]
+        return sum(divergences) / len(divergences)
 
     def backward(self, example: _Example) -> float:
         """Add a batch's gradients to those of the trained parameters; return its divergence."""
         with torch.enable_grad():
             outputs = self.outputs(example)
-        divergence, gradient = self._divergence(example, outputs)
-        outputs.backward(gradient.to(outputs.dtype))  # type: ignore[no-untyped-call]
+        states = outputs.detach().requires_grad_()
+        divergence = self._divergence(example, states)
+        outputs.backward(states.grad)  # type: ignore[no-untyped-call]
         return divergence
 
-    def _divergence(self, example: _Example, outputs: torch.Tensor) -> tuple[float, torch.Tensor]:
+    def _divergence(self, example: _Example, outputs: torch.Tensor) -> float:
         return self.compressed.divergence_from(self.original, example.batch, outputs, example.targets)
 
 
@@ -178,7 +178,7 @@ def _descend(
     for parameter in trained.floating_point:
         parameter.data = parameter.data.to(torch.float32, copy=True)  # the caller keeps the old values
         parameter.requires_grad_()
-    optimizers = trained.optimizers(_RATE * settings.learning_rate)
+    optimizers = trained.optimizers(_RATE_OF_FACTORS * settings.learning_rate, settings.learning_rate)
     schedules = falling_rates(optimizers, settings.end_to_end_steps)
     for example in _in_random_order(examples, settings.end_to_end_steps):
         for optimizer in optimizers:

@@ -24,11 +24,17 @@ def recover_needs(settings: Recover, work: Workload, candidates: Sequence[Candid
     # their gradients, and Adam's two moments.
     copies = 6 if settings.rounding else 2
     largest = max(trained + integers * copies // 4 for values in layers for trained, integers in values)
-    passed = 1 + settings.lookahead  # layers that a step goes through
-    training = passed * (work.layer_weights + work.training_pass(batch)) + 4 * FLOAT32 * largest
-    flops = work.forward_flops(work.calibrating) + (
-        4.0 * passed * settings.steps * batch.tokens * min(sum(map(sum, values)) for values in layers)
+    # Layers whose weights are not trained keep less for the pass back.
+    following = settings.lookahead * (work.layer_weights + 3 * work.passing(batch) // 2)
+    training = work.layer_weights + 4 * FLOAT32 * largest + work.training_pass(batch) + following
+    # The original passes once; a step goes forward and back through a layer and those that it looks ahead to.
+    last = len(work.architecture.layers) - 1
+    passed = [1 + min(settings.lookahead, last - index) for index in range(last + 1)]
+    values_passed = min(
+        sum(count * sum(values) for count, values in zip(passed, by_layer, strict=True))
+        for by_layer in layers
     )
+    flops = work.forward_flops(work.calibrating) + 4.0 * settings.steps * batch.tokens * values_passed
     if settings.end_to_end_steps:
         floating = max(sum(trained for trained, _ in values) for values in layers)
         training = max(training, _end_to_end_bytes(work, batch, floating))
@@ -40,7 +46,6 @@ def recover_needs(settings: Recover, work: Workload, candidates: Sequence[Candid
         beside_bytes=2 * work.layer_weights,
         scratch_bytes=written_bytes,
         kept_bytes=written_bytes,
-        # The original passes once; a step goes forward and back through the matrices of a layer.
         flops=flops,
     )
 
@@ -48,7 +53,8 @@ def recover_needs(settings: Recover, work: Workload, candidates: Sequence[Candid
 def _end_to_end_bytes(work: Workload, batch: Sequences, floating: int) -> int:
     """Return the bytes of a step through the whole model, which trains so many values and some scales."""
     decoder = work.architecture.num_layers * (work.layer_weights + work.activations(batch))
-    heads = 2 * work.outside_weights + work.logits(batch, parts=2) * 2
+    # Logits and logarithms of both models, their divergence, and gradients of two of them.
+    heads = 2 * work.outside_weights + 7 * work.logits(batch, parts=1)
     return decoder + heads + 4 * FLOAT32 * floating + work.training_pass(batch)
 
 

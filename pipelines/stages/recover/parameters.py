@@ -65,8 +65,16 @@ class TrainedParameters:
         for parameter, values in zip(self.floating_point, data, strict=True):
             parameter.data = values
 
-    def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
-        """Return Muon for factors and Adam for scales, at rates relative to the scales' mean."""
+    def optimizers(
+        self, learning_rate: float, rate_of_scales: float | None = None
+    ) -> list[torch.optim.Optimizer]:
+        """Return Muon for factors and Adam for scales.
+
+        Args:
+            learning_rate: Of Muon.
+            rate_of_scales: Of Adam, as a share of the scales' mean; the same if none is given.
+        """
+        rate_of_scales = learning_rate if rate_of_scales is None else rate_of_scales
         optimizers: list[torch.optim.Optimizer] = []
         if self.matrices:
             optimizers.append(
@@ -78,7 +86,7 @@ class TrainedParameters:
             optimizers.append(
                 torch.optim.Adam(
                     [
-                        {"params": [scale], "lr": learning_rate * float(scale.data.abs().mean())}
+                        {"params": [scale], "lr": rate_of_scales * float(scale.data.abs().mean())}
                         for scale in self.scales
                     ]
                 )
