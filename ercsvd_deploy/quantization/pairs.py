@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ercsvd_deploy.format.described import Measured
 from ercsvd_deploy.format.packing import QuantizedWeight
-from ercsvd_deploy.linalg.decomposition import metric_factor
 from ercsvd_deploy.quantization.gptq import (
     MatrixReport,
     RoundingMethod,
@@ -103,31 +102,23 @@ def refit_second_factor(
     return start + correction
 
 
-def rotate_factors(
-    factor_a: Tensor, factor_b: Tensor, output_metric: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def rotate_factors(factor_a: Tensor, factor_b: Tensor) -> tuple[Tensor, Tensor]:
     """Return factors of the same product whose second factor is easier to quantize.
 
-    B A = (B T) (T^-1 A) for any invertible T. T makes the columns of B orthonormal, B^T F B = I, and then
-    turns them by a fixed random rotation. In the basis of a truncated SVD the inputs of B are nearly
-    uncorrelated, so GPTQ has no correlation to use there; rotated, they are correlated as strongly as their
-    energies differ. Rows of A have their own scales and lose nothing; their errors then add up to those of
-    the outputs in the metric F.
+    B A = (B T) (T^-1 A) for any invertible T. T makes the columns of B orthonormal and then turns them by a
+    fixed random rotation. In the basis of a truncated SVD the inputs of B are nearly uncorrelated, so GPTQ
+    has no correlation to use there; rotated, they are correlated as strongly as their energies differ. Rows
+    of A have their own scales and lose nothing.
 
     Args:
         factor_a: [rank, in].
         factor_b: [out, rank], rank at most out.
-        output_metric: F [out, out], how much errors of the outputs matter; None for the identity.
 
     Returns:
         The new factor_a and factor_b, float32.
     """
     rank = factor_a.shape[0]
-    factor_b = factor_b.detach().double()
-    lower = None if output_metric is None else metric_factor(output_metric.double())
-    orthonormal, triangular = torch.linalg.qr(factor_b if lower is None else lower.T @ factor_b)
-    if lower is not None:
-        orthonormal = torch.linalg.solve_triangular(lower.T, orthonormal, upper=True)
+    orthonormal, triangular = torch.linalg.qr(factor_b.detach().double())
     # A generator of our own on the CPU: the result depends neither on global state nor on the device.
     noise = torch.randn(rank, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rotation = torch.linalg.qr(noise).Q.to(factor_b.device)
@@ -210,7 +201,6 @@ def start_factors(
     scale_dtype: torch.dtype,
     refit: bool = True,
     rotate: bool = True,
-    output_metric: Tensor | None = None,
     method: RoundingMethod = "gptq",
 ) -> FactorsTask:
     """Check a pair of factors, rotate it, and put the first factor on its grid.
@@ -226,7 +216,6 @@ def start_factors(
         scale_dtype: dtype in which the scales are stored.
         refit: whether to re-fit B; without it B is still quantized under A_q G A_q^T.
         rotate: whether to rotate the rank dimension first (`rotate_factors`).
-        output_metric: [out, out], in which the rotated B is orthonormal; None for the identity.
         method: "rtn", the baseline, rounds both factors to nearest.
 
     Raises:
@@ -246,7 +235,7 @@ def start_factors(
     settings_b.resolve_group_size(rank)
     unquantized = factor_a, factor_b
     if rotate:
-        factor_a, factor_b = rotate_factors(factor_a, factor_b, output_metric)
+        factor_a, factor_b = rotate_factors(factor_a, factor_b)
     first = put_on_grid(factor_a, settings_a, scale_dtype)
     return FactorsTask(weight, unquantized, first, factor_b, settings_b, refit, method)
 

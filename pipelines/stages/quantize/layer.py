@@ -98,7 +98,7 @@ class LayerQuantizer:
                     corrected.append((linear, storage, submodule))
                     continue
                 with naming(linear):
-                    started.append(self._start(layer, linear, storage, submodule))
+                    started.append(self._start(linear, storage, submodule))
             if corrected:
                 with naming(corrected[0][0]):
                     self._quantize_corrected(layer, corrected, gram, held_out, result)
@@ -175,9 +175,7 @@ class LayerQuantizer:
         """Return the dtype of the original weight, in which scales and unquantized matrices are stored."""
         return torch_dtype(self.original.info(f"{linear.name}.{WEIGHT}").dtype)
 
-    def _start(
-        self, layer: LayerLinears, linear: LinearShape, storage: Storage, module: nn.Module
-    ) -> _StartedLinear:
+    def _start(self, linear: LinearShape, storage: Storage, module: nn.Module) -> _StartedLinear:
         """Put the weight, or the first matrix of a pair, on its grid."""
         dtype = self.stored_dtype(linear)
         if isinstance(module, LowRankLinear | PivotedLinear):
@@ -185,8 +183,7 @@ class LayerQuantizer:
             first, second = (quantization for _, quantization in storage.parts.values())
             assert first is not None
             assert second is not None
-            metric = self._metric(layer, linear)
-            pair = start_pair(self.settings, target, _pair_of(module), (first, second), dtype, metric)
+            pair = start_pair(self.settings, target, _pair_of(module), (first, second), dtype)
             return _StartedLinear(linear, storage, module, dtype, pair.first, pair)
         assert isinstance(module, nn.Linear)
         assert storage.weight is not None

@@ -37,7 +37,6 @@ def start_pair(
     pair: Factors | PivotedFactors,
     integers: tuple[WeightQuantization, WeightQuantization],
     scale_dtype: torch.dtype,
-    output_metric: torch.Tensor | None = None,
 ) -> FactorsTask | PivotedTask:
     """Prepare both matrices to be quantized in the order in which their errors arise.
 
@@ -47,7 +46,6 @@ def start_pair(
         pair: The two matrices that approximate it.
         integers: Quantization of the first and of the second matrix.
         scale_dtype: Dtype in which scales are stored.
-        output_metric: [out, out], weights of output errors; None for the identity.
 
     Returns:
         The task that quantizes the second matrix after the first is quantized together with others.
@@ -73,7 +71,6 @@ def start_pair(
         scale_dtype=scale_dtype,
         refit=stage.refit_second_factor and uses_gptq,
         rotate=stage.rotate_factors and uses_gptq,
-        output_metric=output_metric,
         method=stage.method,
     )
 
