@@ -99,18 +99,15 @@ def _train(
     examples = [_Example(*values) for values in zip(batches, inputs, targets, strict=True)]
     held_out = num_held_out(len(examples))
     training, judging = examples[:-held_out], examples[-held_out:]
-    by_layer = [layer.trained() for layer in layers if compressed_linears(layer.layer, layer.storages)]
+    changed = [layer for layer in layers if compressed_linears(layer.layer, layer.storages)]
+    by_layer = [layer.trained() for layer in changed]
     trained = TrainedParameters.of_all(by_layer)
     original_data = [parameter.data for parameter in trained.floating_point]
     with original.with_head(), compressed.with_head():
         model = _Whole(original, compressed, [layer.module for layer in layers])
         before = model.mean_divergence(judging)
         _descend(model, trained, training, settings, on_step)
-        for layer, parameters in zip(
-            (layer for layer in layers if compressed_linears(layer.layer, layer.storages)),
-            by_layer,
-            strict=True,
-        ):
+        for layer, parameters in zip(changed, by_layer, strict=True):
             layer.round(parameters)
         after = model.mean_divergence(judging)
     is_kept = after < before

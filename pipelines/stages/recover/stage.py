@@ -64,7 +64,8 @@ class RecoverStage(Stage):
                 run.model.original, model, run.samples, self.recover, run.model.modules, run.cache, on_layer
             )
         run.model.overlay(outcome.files, outcome.modules)
-        return self._train_end_to_end(run, outcome) if self.recover.end_to_end_steps else outcome
+        goes_on = self.recover.end_to_end_steps and outcome.layers
+        return self._train_end_to_end(run, outcome) if goes_on else outcome
 
     def _train_end_to_end(self, run: StageRun, outcome: RecoverOutcome) -> RecoverOutcome:
         from ercsvd_deploy.pipelines.stages.recover.end_to_end import train_end_to_end
