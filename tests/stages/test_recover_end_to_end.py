@@ -17,6 +17,7 @@ from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 from ercsvd_deploy.pipelines.reporting.report.document import Report
 from ercsvd_deploy.recipe.load import load_recipe
+from ercsvd_deploy.recipe.sections import Recipe
 from tests.conftest import ModelDirectory
 from tests.recipe_runs import TEXT, RecipeWriter, factorize, invoke
 from tests.state.interrupted_runs import half_run, hashes, whole_run
@@ -47,6 +48,16 @@ def divergence(original: Path, compressed: Path, tokens: torch.Tensor) -> float:
     return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
+def held_out(recipe: Recipe, model: Path) -> torch.Tensor:
+    """Return the tokens [rows, tokens] of the batch that decides."""
+    assert recipe.calibration is not None
+    windows = calibration_windows(recipe.calibration, load_tokenizer(str(model)), 256)[0]
+    batches = make_batches(text_samples(windows), 4 * 32)
+    last = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()[-1]
+    tokens: torch.Tensor = batches[last].tokens
+    return tokens
+
+
 @pytest.mark.parametrize("layout", ["low_rank", "pivoted"])
 def test_reported_divergence_is_that_of_the_models(
     layout: str, write_recipe: RecipeWriter, llama: Path, tmp_path: Path
@@ -56,16 +67,12 @@ def test_reported_divergence_is_that_of_the_models(
     export = {"path": str(tmp_path / "end-to-end")}
     recipe = load_recipe(write_recipe(hard, recover(), calibration=CALIBRATION, export=export))
     report, directory = run_recipe(recipe)
-    assert recipe.calibration is not None
-    windows = calibration_windows(recipe.calibration, load_tokenizer(str(llama)), 256)[0]
-    batches = make_batches(text_samples(windows), 4 * 32)
-    held_out = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()[-1]
     gained = report.results["recover"].end_to_end
     assert gained.steps == 8
     assert gained.is_kept
     assert gained.divergence_after < gained.divergence_before
     for path, told in ((layers_alone, gained.divergence_before), (directory, gained.divergence_after)):
-        assert told == pytest.approx(divergence(llama, path, batches[held_out].tokens), rel=1e-3)
+        assert told == pytest.approx(divergence(llama, path, held_out(recipe, llama)), rel=1e-3)
 
 
 def test_scales_of_all_layers_alone_change(write_recipe: RecipeWriter, llama: Path, tmp_path: Path) -> None:
@@ -74,13 +81,16 @@ def test_scales_of_all_layers_alone_change(write_recipe: RecipeWriter, llama: Pa
     run(write_recipe(INT4, recover(end_to_end_steps=0, **careful), calibration=CALIBRATION))
     before = load_file(layers_alone / "model.safetensors")
     export = {"path": str(tmp_path / "end-to-end")}
-    report, directory = run(write_recipe(INT4, recover(**careful), calibration=CALIBRATION, export=export))
+    recipe = load_recipe(write_recipe(INT4, recover(**careful), calibration=CALIBRATION, export=export))
+    report, directory = run_recipe(recipe)
     after = load_file(directory / "model.safetensors")
-    assert report.results["recover_quantized"].end_to_end.is_kept
+    gained = report.results["recover_quantized"].end_to_end
+    assert gained.is_kept
+    found = divergence(llama, directory, held_out(recipe, llama))
+    assert gained.divergence_after == pytest.approx(found, rel=1e-3)
+    assert found < divergence(llama, layers_alone, held_out(recipe, llama))
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in after if name.endswith("weight_scale")}
-    tokens = torch.arange(3, 35)[None]
-    assert divergence(llama, directory, tokens) < divergence(llama, layers_alone, tokens)
 
 
 def test_predictions_that_get_worse_are_not_kept(write_recipe: RecipeWriter, tmp_path: Path) -> None:
