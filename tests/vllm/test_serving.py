@@ -33,7 +33,7 @@ from tests.vllm.engines import (
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 INT4 = {"bits": 4, "group_size": 32, "sym": True}
-SEED = 1
+SEED = 35  # of a model whose greedy tokens all lead by more than float16 can change
 Materialised = Callable[[Path], Path]
 
 
@@ -107,7 +107,7 @@ def test_tensor_parallel_engines(
     materialised: Materialised,
     tmp_path: Path,
 ) -> None:
-    mixed = tmp_path / "mixed"  # whose tokens have no near ties in float16
+    mixed = tmp_path / "mixed"
     compress_at_random(tiny_model("llama"), mixed, seed=SEED, quantization=INT4)
     engines = [
         engine(low_rank_model("qwen2"), "float32", num_ranks=2),
