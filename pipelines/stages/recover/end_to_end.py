@@ -8,7 +8,7 @@ is used. Source: the second phase of EfficientQAT (arXiv 2407.11062), with predi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,16 +19,16 @@ from pydantic import TypeAdapter
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ercsvd_deploy.pipelines.stages.recover.descent import descend
 from ercsvd_deploy.pipelines.stages.recover.layer import (
-    GRADIENT_NORM,
+    Example,
     LoadedLayer,
     compressed_linears,
     computing_in,
-    falling_rates,
 )
 from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
 from ercsvd_deploy.pipelines.stages.recover.results import EndToEnd
-from ercsvd_deploy.pipelines.stages.recover.training import num_held_out, shuffled_batches
+from ercsvd_deploy.pipelines.stages.recover.training import num_held_out, paired, shuffled_batches
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.state.cache import CacheFolder
     from ercsvd_deploy.recipe.stages import Recover
 
-PIECE = "end-to-end"
+_PIECE = "end-to-end"
 _RATE_OF_FACTORS = 0.1  # of the layers' learning rate; scales have the whole of it
 _RESULT = TypeAdapter(EndToEnd)
 
@@ -68,7 +68,7 @@ def train_end_to_end(
     Returns:
         What was gained, and the file with the tensors.
     """
-    entry = work.entry(PIECE)
+    entry = work.entry(_PIECE)
     if entry is None:
         batches = shuffled_batches(samples, settings, original.architecture.vocab_size)
         with ExitStack() as loaded:
@@ -79,8 +79,8 @@ def train_end_to_end(
             result = _train(original, layers, batches, settings, on_step)
             tensors = {name: tensor for layer in layers for name, tensor in layer.tensors().items()}
         entry = _RESULT.dump_python(result)
-        work.write(PIECE, entry, tensors)
-    return _RESULT.validate_python(entry), work.tensors_file(PIECE)
+        work.write(_PIECE, entry, tensors)
+    return _RESULT.validate_python(entry), work.tensors_file(_PIECE)
 
 
 def _train(
@@ -96,7 +96,7 @@ def _train(
     for layer in layers:
         original.advance(layer.layer.index, batches, targets)
         layer.module.requires_grad_(False)
-    examples = [_Example(*values) for values in zip(batches, inputs, targets, strict=True)]
+    examples = paired(batches, inputs, targets)
     held_out = num_held_out(len(examples))
     training, judging = examples[:-held_out], examples[-held_out:]
     changed = [layer for layer in layers if compressed_linears(layer.layer, layer.storages)]
@@ -106,7 +106,16 @@ def _train(
     with original.with_head(), compressed.with_head():
         model = _Whole(original, compressed, [layer.module for layer in layers])
         before = model.mean_divergence(judging)
-        _descend(model, trained, training, settings, on_step)
+        rate = settings.learning_rate
+        descend(
+            trained,
+            training,
+            model.backward,
+            steps=settings.end_to_end_steps,
+            rates=(_RATE_OF_FACTORS * rate, rate),
+            seed=0,
+            on_step=on_step,
+        )
         for layer, parameters in zip(changed, by_layer, strict=True):
             layer.round(parameters)
         after = model.mean_divergence(judging)
@@ -117,15 +126,6 @@ def _train(
 
 
 @dataclass(frozen=True)
-class _Example:
-    """A batch with the compressed model's inputs of the first layer and the original's last outputs."""
-
-    batch: Batch
-    inputs: torch.Tensor  # [rows, tokens, hidden]
-    targets: torch.Tensor  # the same shape
-
-
-@dataclass(frozen=True)
 class _Whole:
     """Both models while their heads are loaded, and all layers of the compressed one."""
 
@@ -133,7 +133,7 @@ class _Whole:
     compressed: LayerwiseModel
     modules: Sequence[nn.Module]
 
-    def outputs(self, example: _Example) -> torch.Tensor:
+    def outputs(self, example: Example) -> torch.Tensor:
         """Return the last layer's outputs; with gradients, only the inputs of layers are kept for them."""
         states = example.inputs
         for index, module in enumerate(self.modules):
@@ -146,12 +146,12 @@ class _Whole:
         return states
 
     @torch.no_grad()
-    def mean_divergence(self, examples: Sequence[_Example]) -> float:
+    def mean_divergence(self, examples: Sequence[Example]) -> float:
         """Return the mean divergence over batches, in nats a token."""
         divergences = [self._divergence(example, self.outputs(example)) for example in examples]
         return sum(divergences) / len(divergences)
 
-    def backward(self, example: _Example) -> float:
+    def backward(self, example: Example, _share_done: float) -> float:
         """Add a batch's gradients to those of the trained parameters; return its divergence."""
         with torch.enable_grad():
             outputs = self.outputs(example)
@@ -160,43 +160,5 @@ class _Whole:
         outputs.backward(states.grad)  # type: ignore[no-untyped-call]
         return divergence
 
-    def _divergence(self, example: _Example, outputs: torch.Tensor) -> float:
+    def _divergence(self, example: Example, outputs: torch.Tensor) -> float:
         return self.compressed.divergence_from(self.original, example.batch, outputs, example.targets)
-
-
-def _descend(
-    model: _Whole,
-    trained: TrainedParameters,
-    examples: Sequence[_Example],
-    settings: Recover,
-    on_step: Callable[[], None],
-) -> None:
-    """Train parameters, which become float32; stop early if a gradient is not finite."""
-    for parameter in trained.floating_point:
-        parameter.data = parameter.data.to(torch.float32, copy=True)  # the caller keeps the old values
-        parameter.requires_grad_()
-    optimizers = trained.optimizers(_RATE_OF_FACTORS * settings.learning_rate, settings.learning_rate)
-    schedules = falling_rates(optimizers, settings.end_to_end_steps)
-    for example in _in_random_order(examples, settings.end_to_end_steps):
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        divergence = torch.tensor(model.backward(example))
-        norm = nn.utils.clip_grad_norm_(trained.floating_point, GRADIENT_NORM)
-        if not bool(torch.isfinite(divergence)) or not bool(torch.isfinite(norm)):
-            break  # the divergence on held-out sequences then decides
-        for optimizer in optimizers:
-            optimizer.step()
-        for schedule in schedules:
-            schedule.step()
-        on_step()
-    for parameter in trained.floating_point:
-        parameter.requires_grad_(False)
-
-
-def _in_random_order(examples: Sequence[_Example], steps: int) -> Iterator[_Example]:
-    """Yield so many examples, all of them before one comes again."""
-    generator = torch.Generator().manual_seed(0)
-    order: list[int] = []
-    for _ in range(steps):
-        order = order or torch.randperm(len(examples), generator=generator).tolist()
-        yield examples[order.pop()]

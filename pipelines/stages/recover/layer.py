@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from torch import nn
 
 from ercsvd_deploy.data.samples import Batch
 from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
+from ercsvd_deploy.pipelines.stages.recover.descent import descend
 from ercsvd_deploy.pipelines.stages.recover.parameters import TrainedParameters
 from ercsvd_deploy.recipe.stages import Recover
 
@@ -20,14 +20,12 @@ if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
     from ercsvd_deploy.models.description.architecture import LayerLinears
 
-_WARM_UP_SHARE = 1 / 20  # of the steps
 _PENALTY = 1.0  # weight of the penalty on soft roundings beside the loss, which is relative to the energy
-GRADIENT_NORM = 1.0  # the gradient of all parameters together is clipped to this norm
 
 
 @dataclass(frozen=True)
 class Example:
-    """One batch of a layer's inputs and targets."""
+    """One batch with the inputs and the targets of what is trained, a layer or all of them."""
 
     batch: Batch
     inputs: torch.Tensor  # X' [rows, tokens, hidden]
@@ -118,33 +116,19 @@ class LayerTraining:
     following: Following
 
     def train(self, trained: TrainedParameters, examples: Sequence[Example]) -> None:
-        """Train the layer's parameters, which become float32; stop early if a gradient is not finite."""
-        for parameter in trained.parameters:
-            parameter.data = parameter.data.to(torch.float32, copy=True)  # the caller keeps the old values
-            parameter.requires_grad_()
-        optimizers = trained.optimizers(self.settings.learning_rate)
-        schedules = falling_rates(optimizers, self.settings.steps)
-        optimizers += trained.rounding_optimizers()
-        generator = torch.Generator().manual_seed(self.loaded.layer.index)
-        order: list[int] = []
-        for step in range(self.settings.steps):
-            order = order or torch.randperm(len(examples), generator=generator).tolist()
+        """Train the layer's parameters, see `descend`."""
+
+        def backward(example: Example, share_done: float) -> float:
             with torch.enable_grad():
-                loss = self._loss(examples[order.pop()])
+                loss = self._loss(example)
                 for rounding in trained.roundings:
-                    penalty = rounding.indecision((step + 1) / self.settings.steps)
-                    loss = loss + _PENALTY * penalty / len(trained.roundings)
-            self.loaded.module.zero_grad()
+                    loss = loss + _PENALTY * rounding.indecision(share_done) / len(trained.roundings)
             loss.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(trained.floating_point, GRADIENT_NORM)
-            if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(norm)):
-                break  # the error on held-out sequences then decides
-            for optimizer in optimizers:
-                optimizer.step()
-            for schedule in schedules:
-                schedule.step()
-        for parameter in trained.parameters:
-            parameter.requires_grad_(False)
+            return float(loss.detach())
+
+        rate = self.settings.learning_rate
+        seed = self.loaded.layer.index
+        descend(trained, examples, backward, steps=self.settings.steps, rates=(rate, rate), seed=seed)
 
     def _loss(self, example: Example) -> torch.Tensor:
         """Return the mean over a batch's tokens of |o - t|^2 / |t|^2."""
@@ -170,15 +154,3 @@ class LayerTraining:
 def computing_in(model: LayerwiseModel) -> torch.autocast:
     """Compute in 16 bits, unless the model does in 32; trained parameters are float32 in any case."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype != torch.float32)
-
-
-def falling_rates(
-    optimizers: Sequence[torch.optim.Optimizer], steps: int
-) -> list[torch.optim.lr_scheduler.LambdaLR]:
-    """Return schedules of learning rates: a short linear rise, then half a cosine to zero."""
-    rise = max(1, round(steps * _WARM_UP_SHARE))
-
-    def share(step: int) -> float:
-        return min(1.0, (step + 1) / rise) * (1 + math.cos(math.pi * step / steps)) / 2
-
-    return [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]

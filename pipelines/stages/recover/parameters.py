@@ -65,21 +65,13 @@ class TrainedParameters:
         for parameter, values in zip(self.floating_point, data, strict=True):
             parameter.data = values
 
-    def optimizers(
-        self, learning_rate: float, rate_of_scales: float | None = None
-    ) -> list[torch.optim.Optimizer]:
-        """Return Muon for factors and Adam for scales.
-
-        Args:
-            learning_rate: Of Muon.
-            rate_of_scales: Of Adam, as a share of the scales' mean; the same if none is given.
-        """
-        rate_of_scales = learning_rate if rate_of_scales is None else rate_of_scales
+    def optimizers(self, rate_of_factors: float, rate_of_scales: float) -> list[torch.optim.Optimizer]:
+        """Return Muon for factors and Adam for scales, whose rate is a share of each one's mean."""
         optimizers: list[torch.optim.Optimizer] = []
         if self.matrices:
             optimizers.append(
                 torch.optim.Muon(
-                    self.matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+                    self.matrices, lr=rate_of_factors, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
                 )
             )
         if self.scales:

@@ -120,7 +120,7 @@ class _RecoverStage:
                 if compressed_linears(layer, self.modules):
                     result = self.work.entry(_piece(layer.index))
                     if result is None:
-                        result = self._finish_layer(layer, module, _examples(batches, inputs, targets))
+                        result = self._finish_layer(layer, module, paired(batches, inputs, targets))
                     else:
                         self._load(layer, module)
                     results[layer.index] = result
@@ -235,9 +235,10 @@ def _with_replaced_tokens(batches: Sequence[Batch], share: float, vocab_size: in
     return replaced_batches
 
 
-def _examples(
+def paired(
     batches: Sequence[Batch], inputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
 ) -> list[Example]:
+    """Return every batch with its inputs and targets."""
     return [
         Example(batch, batch_inputs, batch_targets)
         for batch, batch_inputs, batch_targets in zip(batches, inputs, targets, strict=True)
