@@ -125,16 +125,10 @@ class _Worker:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
-        self._hear_the_rest()
+        # What it has finished belongs in the log.
+        while not self.is_gone and self.connection.poll():
+            self.receive()
         self.connection.close()
-
-    def _hear_the_rest(self) -> None:
-        """Handle the log messages of a process that was ended; what it has finished belongs in the log."""
-        with suppress(Exception):  # the last one may be cut off
-            while not self.connection.closed and self.connection.poll():
-                kind, value = self.connection.recv()
-                if kind == _LOG:
-                    logging.getLogger(value.name).handle(value)
 
 
 def _start_worker(workers: list[_Worker], work: Callable[..., Any]) -> _Worker:
