@@ -98,18 +98,13 @@ class Forks:
 
     Args:
         modules: What it imports.
-        interpreter: The Python that runs it.
         environment: All its variables; those that a library reads at import hold for commands too.
     """
 
-    def __init__(
-        self,
-        *modules: str,
-        interpreter: str = sys.executable,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, *modules: str, environment: Mapping[str, str] | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="forks-")
         self._process = subprocess.Popen(
-            [interpreter, "-m", "tests.forks", *modules],
+            [sys.executable, "-m", "tests.forks", *modules],
             env=environment,
             cwd=REPOSITORY,
             stdin=subprocess.PIPE,
@@ -145,7 +140,7 @@ class Forks:
             directory: The directory that it starts in; this process's if none is given.
             memory: Bytes of addresses that it may have.
         """
-        folder = Path(tempfile.mkdtemp(prefix="fork-"))
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
         (folder / "input").write_text(stdin)
         output, errors = (log, log) if log is not None else (folder / "output", folder / "errors")
         task = {
@@ -163,10 +158,10 @@ class Forks:
         return Fork(self, self._started.pop(), output, errors)
 
     def status(self, pid: int, timeout: float = 0.0) -> int | None:
-        """Return the exit status of a command; None if it runs, or if within `timeout` seconds none ends."""
+        """Return the exit status of a command once; None if it runs, or if in `timeout` seconds none ends."""
         if pid not in self._statuses:
             self._read(timeout)
-        return self._statuses.get(pid)
+        return self._statuses.pop(pid, None)  # a later process may have the number again
 
     def _read(self, timeout: float | None) -> None:
         """Wait for what the process says, and note it."""

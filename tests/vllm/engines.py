@@ -141,6 +141,19 @@ def _forks(*read_at_import: str | None) -> Forks:
     return Forks("tests.vllm.quick_engines", environment=environment() | given)
 
 
+@contextlib.contextmanager
+def _fork(
+    module: str, *arguments: str, log: Path, variables: Mapping[str, str], stdin: str = ""
+) -> Iterator[Fork]:
+    """Start a module in a fork of a process that has imported vLLM; end it with all its workers."""
+    forks = _forks(*map(variables.get, READ_AT_IMPORT))
+    fork = forks.start(module, *arguments, stdin=stdin, log=log, environment=variables, directory=REPOSITORY)
+    try:
+        yield fork
+    finally:
+        fork.end()
+
+
 def run_in_fork(
     module: str,
     *arguments: str,
@@ -165,12 +178,8 @@ def run_in_fork(
     Raises:
         TimeoutExpired: It was killed.
     """
-    forks = _forks(*map(variables.get, READ_AT_IMPORT))
-    fork = forks.start(module, *arguments, stdin=stdin, log=log, environment=variables, directory=REPOSITORY)
-    try:
+    with _fork(module, *arguments, log=log, variables=variables, stdin=stdin) as fork:
         return fork.wait(timeout)
-    finally:
-        fork.end()
 
 
 @contextlib.contextmanager
@@ -297,18 +306,12 @@ def _server(
     """Start the OpenAI server, in a fork if it is this environment's; end it with all its workers."""
     # the CPU build's `vllm serve` fails in its command line; this is the server that it starts
     module = "vllm.entrypoints.openai.api_server"
-    if sys.executable != PYTHON:
+    if sys.executable == PYTHON:
+        with _fork(module, *arguments, log=log, variables=environment() | variables) as fork:
+            yield fork
+    else:
         with process([PYTHON, "-m", module, *arguments], log, 1, **variables) as server:
             yield server
-        return
-    given = environment() | variables
-    fork = _forks(*map(given.get, READ_AT_IMPORT)).start(
-        module, *arguments, log=log, environment=given, directory=REPOSITORY
-    )
-    try:
-        yield fork
-    finally:
-        fork.end()
 
 
 def _answers(url: str) -> bool:

@@ -193,8 +193,7 @@ def test_pipeline_of_two(exports: Exports, materialised: Materialised, tmp_path:
     # Traced: without a warm-up, which eager engines skip on CPUs, vLLM 0.32
     # fails at the first request, whatever the model.
     pipeline = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", **TRACED}
-    traced = engine(exports.mixed, "float16", eager=False) | TRACED
-    (answer,) = generate([traced | pipeline], tmp_path / "answer.json")
+    (answer,) = generate([engine(exports.mixed, "float16", eager=False) | pipeline], tmp_path / "answer.json")
     found = deviation(materialised(exports.mixed), answer["outputs"])
     assert found.largest <= 0.03
     assert found.same_tokens
