@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _TEXT = Path(__file__).parents[1] / "examples" / "text"
 _EXCERPT = 60_000  # characters, many times what the runs here read; all of a text takes a tokenizer longer
+# Hundreds of thousands of objects of imported libraries are searched for garbage otherwise, again and again.
+gc.set_threshold(10_000)
 # Workers side by side keep to a core each, and so does what they start: those that share cores wait.
 ALL_CORES = os.sched_getaffinity(0)
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
@@ -101,6 +104,28 @@ def _disks_need_not_settle() -> Iterator[None]:
     """Do not wait for disks: no test cuts the power, and a run writes a hundred files."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda _file: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _texts_are_tokenized_once() -> Iterator[None]:
+    """Remember the tokens of long texts: most runs here read the same ones, which takes half a second."""
+    from ercsvd_deploy.data import texts
+
+    tokenized = texts.tokenize
+    remembered: dict[tuple[str, str, bool], list[int]] = {}
+
+    def tokenize(text: str, tokenizer: Any, *, add_special_tokens: bool = True) -> list[int]:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or len(text) < _EXCERPT:
+            return tokenized(text, tokenizer, add_special_tokens=add_special_tokens)
+        key = (text, backend.to_str(), add_special_tokens)
+        if key not in remembered:
+            remembered[key] = tokenized(text, tokenizer, add_special_tokens=add_special_tokens)
+        return remembered[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(texts, "tokenize", tokenize)
         yield
 
 

@@ -24,6 +24,7 @@ from ercsvd_deploy.format.schema import Bits, WeightQuantization
 
 _SEARCH_EXPONENT = 2.4  # of the |error| that the scale search minimises; GPTQ's own choice
 _SEARCH_SHRINKS = tuple(1 - step / 100 for step in range(80))
+_ROUNDED_DOWN = 1 - 1e-4
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ def choose_grid(
         ValueError: a scale is too large for `scale_dtype`.
     """
     groups = weight.reshape(weight.shape[0], -1, group_size)
-    low, high = groups.amin(2, keepdim=True).clamp(max=0), groups.amax(2, keepdim=True).clamp(min=0)
+    smallest, largest = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    low, high = smallest.clamp(max=0), largest.clamp(min=0)
     if sym:
         high = torch.maximum(-low, high)
         low = -high
@@ -226,7 +228,10 @@ def choose_grid(
     if mse:
         least = torch.full_like(low, torch.inf)
         for shrink in _SEARCH_SHRINKS:
-            for scale_tried, zero_tried in _spans(low * shrink, high * shrink, lowest, sym, scale_dtype):
+            spans = _spans(low * shrink, high * shrink, lowest, sym, scale_dtype)
+            if bool((_least_error(smallest, largest, spans[0][0], lowest, sym) >= least).all()):
+                break  # smaller ranges cut off more
+            for scale_tried, zero_tried in spans:
                 level = _level(groups, scale_tried, zero_tried, lowest, -1 - lowest)
                 rounded = level.sub_(zero_tried).mul_(scale_tried)
                 error = rounded.sub_(groups).abs_().pow_(_SEARCH_EXPONENT).sum(2, keepdim=True)
@@ -236,6 +241,19 @@ def choose_grid(
                 zero_point = torch.where(better, zero_tried, zero_point)
     row_lowest = torch.full_like(weight[:, :1], lowest)
     return Grid(scale.squeeze(2), zero_point.squeeze(2), row_lowest)
+
+
+def _least_error(smallest: Tensor, largest: Tensor, scale: Tensor, lowest: int, sym: bool) -> Tensor:
+    """Return what cutting off a group's extremes costs the scale search at least, [rows, groups, 1].
+
+    It grows as the scale shrinks, wherever the zero point is then.
+    """
+    if sym:
+        cut_off = torch.maximum(lowest * scale - smallest, largest - (-1 - lowest) * scale)
+    else:
+        cut_off = (largest - smallest - (-1 - 2 * lowest) * scale) / 2  # of one end or of both
+    # Sums of errors that are this very one may be rounded to less.
+    return cut_off.clamp_(min=0).pow_(_SEARCH_EXPONENT).mul_(_ROUNDED_DOWN)
 
 
 def _level(

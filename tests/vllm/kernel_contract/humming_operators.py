@@ -23,9 +23,9 @@ from torch import Tensor
 from tests.vllm.kernel_contract.integer_layouts import (
     channel_order,
     grouped_order,
-    multiply,
     pack_last,
     require,
+    scaled,
     unpack_last,
     unpermute,
 )
@@ -232,20 +232,38 @@ def _humming_gemm(
     width = rows - config.pad_shape_n
     if inputs.is_meta:
         return inputs.new_empty(len(inputs), width)
+    padded = torch.nn.functional.pad(inputs, (0, config.pad_shape_k))
+    tensors = [tensor for tensor in (weight, weight_scale, zero_point) if tensor is not None]
+    key = (layer_config, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+    if key not in _MULTIPLIED:
+        if len(_MULTIPLIED) == _MOST_MULTIPLIED:
+            _MULTIPLIED.clear()
+        zeros = zero_point if config.has_zero_point else None
+        _MULTIPLIED[key] = _dense(config, weight, weight_scale, zeros), tensors
+    product = padded.float() @ _MULTIPLIED[key][0]
+    return product.to(inputs.dtype)[:, :width].contiguous()
+
+
+# Plain matrices of what was multiplied last, with their tensors: a layer's are tried before they are used.
+_MULTIPLIED: dict[tuple[object, ...], tuple[Tensor, list[Tensor]]] = {}
+_MOST_MULTIPLIED = 16
+
+
+def _dense(config: Any, weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Return the matrix [K, N] that the tensors of a kernel stand for."""
+    rows, columns, bits = config.shape_n, config.shape_k, config.b_dtype.num_bits
     values = unpack_last(weight.reshape(rows, -1), bits)
     order = channel_order() if config.should_apply_bs_on_c else grouped_order()
     scales = unpermute(weight_scale, order)
-    if config.has_zero_point:
-        assert zero_point is not None
-        zeros = unpermute(unpack_last(zero_point, zero_bits), grouped_order())
-        centred = values - zeros.T.repeat_interleave(size, dim=1)
+    if zero_point is not None:
+        zeros = unpermute(unpack_last(zero_point, 4 if bits <= 4 else 8), grouped_order())
+        centred = values - zeros.T.repeat_interleave(columns // len(scales), dim=1)
     elif config.b_dtype.is_floating_point_type:  # sign and magnitude
         magnitude = values & (2 ** (bits - 1) - 1)
         centred = torch.where(values >> (bits - 1) == 1, -magnitude, magnitude)
     else:
         centred = values - 2 ** (bits - 1)
-    padded = torch.nn.functional.pad(inputs, (0, config.pad_shape_k))
-    return multiply(padded, centred.T.contiguous(), scales)[:, :width].contiguous()
+    return scaled(centred.T.contiguous(), scales)
 
 
 _COUNTS = ("top_k", "valid_shape_m")

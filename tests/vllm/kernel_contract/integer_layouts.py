@@ -69,11 +69,16 @@ def uninterleave(values: Tensor, bits: int) -> Tensor:
     return unpermute(values, _FOUR_BIT_INTERLEAVE if bits == 4 else _EIGHT_BIT_INTERLEAVE)
 
 
-def multiply(x: Tensor, centred: Tensor, scales: Tensor) -> Tensor:
-    """Return x [m, K] times (centred integers [K, N] times their groups' scales [groups, N]), as x is."""
+def scaled(centred: Tensor, scales: Tensor) -> Tensor:
+    """Return centred integers [K, N] times their groups' scales [groups, N], float32."""
     columns, width = centred.shape
     weight = centred.float().reshape(len(scales), -1, width) * scales.float()[:, None]
-    return (x.float() @ weight.reshape(columns, width)).to(x.dtype)
+    return weight.reshape(columns, width)
+
+
+def multiply(x: Tensor, centred: Tensor, scales: Tensor) -> Tensor:
+    """Return x [m, K] times (centred integers [K, N] times their groups' scales [groups, N]), as x is."""
+    return (x.float() @ scaled(centred, scales)).to(x.dtype)
 
 
 def centre(values: Tensor, zeros: Tensor) -> Tensor:
