@@ -108,7 +108,7 @@ class Workload:
         """Values of one token between layers."""
         return self.largest_layer.linears[0].in_features
 
-    @property
+    @cached_property
     def outside_parameters(self) -> int:
         """Parameters outside the decoder layers: embeddings, output layer if it has its own, vision."""
         prefix = f"{self.architecture.layers_prefix}."
@@ -139,12 +139,12 @@ class Workload:
         converting = 0 if self.stored == self.computed else self.layer_weights * self.stored // self.computed
         return self.layer_weights + converting
 
-    @property
+    @cached_property
     def layer_grams(self) -> int:
         """Bytes of the Grams of a layer's inputs, one for each group of Linears that share an input."""
         return FLOAT32 * sum(group[0].in_features ** 2 for group in self.largest_layer.groups)
 
-    @property
+    @cached_property
     def layer_metrics(self) -> int:
         """Bytes of the Fisher information of a layer's outputs, one for each Linear."""
         return FLOAT32 * sum(linear.out_features**2 for linear in self.largest_layer.linears)
@@ -163,7 +163,7 @@ class Workload:
         pictures = sum(sequences.pictures for sequences in (*calibrating, *self.judged))
         return pictures * self.tower.most_tiles * self.tower.pixels * FLOAT32
 
-    @property
+    @cached_property
     def largest_tensor(self) -> int:
         """Bytes of the largest tensor in the files."""
         shapes = [*self.architecture.other_tensors.values()]

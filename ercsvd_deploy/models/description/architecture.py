@@ -53,7 +53,7 @@ class LayerLinears:
         """Every Linear of the layer but those of routed experts, in the order of `groups`."""
         return tuple(linear for group in self.groups for linear in group)
 
-    @property
+    @cached_property
     def all_linears(self) -> tuple[LinearShape, ...]:
         """Every Linear of the layer, those of its routed experts included."""
         return self.linears + (() if self.experts is None else self.experts.linears)
@@ -120,13 +120,13 @@ class Architecture:
         """Every decoder Linear, layer by layer, without those of routed experts."""
         return tuple(linear for layer in self.layers for linear in layer.linears)
 
-    @property
+    @cached_property
     def expert_linears(self) -> tuple[LinearShape, ...]:
         """Every Linear of a routed expert, layer by layer."""
         all_experts = (layer.experts for layer in self.layers if layer.experts is not None)
         return tuple(linear for experts in all_experts for linear in experts.linears)
 
-    @property
+    @cached_property
     def all_linears(self) -> tuple[LinearShape, ...]:
         """Every decoder Linear, layer by layer, those of routed experts included."""
         return tuple(linear for layer in self.layers for linear in layer.all_linears)
@@ -198,19 +198,19 @@ class Architecture:
         """Whether this is a vision-language model."""
         return self.image_token_id is not None
 
-    @property
+    @cached_property
     def vision_linears(self) -> tuple[LinearShape, ...]:
         """Every compressible Linear of vision tower and projector, in the order in which they run."""
         return tuple(
             linear for layers in self.vision_layers.values() for layer in layers for linear in layer.linears
         )
 
-    @property
+    @cached_property
     def total_parameters(self) -> int:
         """Number of parameters of the whole model, tied embeddings counted once."""
         return self.linear_parameters + sum(math.prod(shape) for shape in self.other_tensors.values())
 
-    @property
+    @cached_property
     def linear_parameters(self) -> int:
         """Number of weights of all decoder Linears, without biases and routed experts."""
         return sum(linear.parameters for linear in self.linears)
@@ -227,7 +227,7 @@ class Architecture:
         layers = tuple(replace(layer, experts=None) for layer in self.layers)
         return replace(self, layers=layers, other_tensors=other_tensors)
 
-    @property
+    @cached_property
     def expert_parameters(self) -> int:
         """Number of weights of all routed experts."""
         return sum(layer.experts.parameters for layer in self.layers if layer.experts is not None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -74,7 +75,7 @@ class RoutedExperts:
     groups: tuple[tuple[LinearShape, ...], ...]
     stacking: Stacking | None = None
 
-    @property
+    @cached_property
     def linears(self) -> tuple[LinearShape, ...]:
         """Every Linear of every expert."""
         return tuple(linear for group in self.groups for linear in group)

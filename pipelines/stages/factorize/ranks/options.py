@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unaligned, find_unservable
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
@@ -78,26 +78,7 @@ def allocation_task(
     assert settings is not None
     rules = StorageRules(architecture, settings.layout, quantize_plan.fitted_to)
     gpu_bits = _GpuBits(architecture, element, min(recipe.serving.tensor_parallel_sizes))
-    costs: dict[str, dict[Storage, int]] = {}
-    for linear in architecture.linears:
-        integers = quantize_plan.integers[linear.name]
-        dense = [
-            rules.storage(linear, None, quantization, correction)
-            for quantization in _dense_integers(linear, integers, target)
-            for correction in _corrections(linear, target)
-        ]
-        ranks = rank_steps.ranks_on_offer(linear, settings.layout) if recipe.may_factorize else []
-        factorized = [
-            rules.storage(linear, rank, quantization)
-            for rank in ranks
-            for quantization in _factor_integers(integers, target)
-        ]
-        storages = _servable(recipe, rules, rank_steps, linear, dense, factorized)
-        cost_of = {
-            storage: storage.num_parameters if target is None else gpu_bits.by_module(linear.name, storage)
-            for storage in storages
-        }
-        costs[linear.name] = _cheapest_first(cost_of)
+    costs = _linear_costs(recipe, rules, quantize_plan, rank_steps, gpu_bits)
     for name, storages in _vocabulary_storages(quantize_plan, target).items():
         costs[name] = _cheapest_first({storage: gpu_bits.by_module(name, storage) for storage in storages})
     costs |= _expert_costs(recipe, rules, quantize_plan, gpu_bits)
@@ -116,6 +97,63 @@ def allocation_task(
         budget = _bits_of_model(target, architecture) - (gpu_bits.by_model(described) - chosen_bits)
     likeness = math.inf if recipe.export.format == "compressed-tensors" else _LIKENESS
     return AllocationTask(costs, budget, target is not None, rules, likeness if target is not None else 0.0)
+
+
+def _linear_costs(
+    recipe: Recipe,
+    rules: StorageRules,
+    quantize_plan: QuantizePlan,
+    rank_steps: RankSteps,
+    gpu_bits: _GpuBits,
+) -> dict[str, dict[Storage, int]]:
+    """Return the costs of all Linears' storages, but for those of routed experts.
+
+    Most layers of a model are alike, so each kind of Linear is computed once.
+    """
+    target, architecture = recipe.target, rules.architecture
+    costs_by_kind: dict[tuple[Any, ...], dict[Storage, int]] = {}
+    costs = {}
+    for layer in architecture.layers:
+        key_value_heads = architecture.key_value_heads_of(f"{layer.prefix}.")
+        for linear in layer.linears:
+            integers = quantize_plan.integers[linear.name]
+            steps = rank_steps.preferred[linear.name], rank_steps.finest[linear.name]
+            shape = linear.out_features, linear.in_features
+            kind = (layer.local_name(linear), shape, key_value_heads, integers, steps)
+            if kind not in costs_by_kind:
+                costs_by_kind[kind] = _cheapest_first(
+                    {
+                        storage: storage.num_parameters
+                        if target is None
+                        else gpu_bits.by_module(linear.name, storage)
+                        for storage in _storages(recipe, rules, rank_steps, linear, integers)
+                    }
+                )
+            costs[linear.name] = costs_by_kind[kind]
+    return costs
+
+
+def _storages(
+    recipe: Recipe,
+    rules: StorageRules,
+    rank_steps: RankSteps,
+    linear: LinearShape,
+    integers: WeightQuantization | None,
+) -> list[Storage]:
+    """Return the storages to choose from for a Linear."""
+    target = recipe.target
+    dense = [
+        rules.storage(linear, None, quantization, correction)
+        for quantization in _dense_integers(linear, integers, target)
+        for correction in _corrections(linear, target)
+    ]
+    ranks = rank_steps.ranks_on_offer(linear, rules.layout) if recipe.may_factorize else []
+    factorized = [
+        rules.storage(linear, rank, quantization)
+        for rank in ranks
+        for quantization in _factor_integers(integers, target)
+    ]
+    return _servable(recipe, rules, rank_steps, linear, dense, factorized)
 
 
 def _expert_costs(
