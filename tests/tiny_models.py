@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,7 +158,7 @@ def compress_at_random(
     target: Path,
     *,
     seed: int = 0,
-    quantization: Mapping[str, Any] | None = None,
+    quantization: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     include_vision: bool = False,
     pivoted_layers: frozenset[str] = frozenset({"1"}),
     corrected: Literal["some", "all"] | None = None,
@@ -172,7 +173,8 @@ def compress_at_random(
         source: a directory that `save_tiny_model` wrote.
         target: the directory to write.
         seed: of every choice.
-        quantization: keys of `WeightQuantization`; None leaves every matrix in floating point.
+        quantization: keys of `WeightQuantization`, or several which the Linears have in turn; None leaves
+            every matrix in floating point.
         include_vision: treat the Linears of projector and vision tower too, as far as the tower is run; they
             stay in floating point.
         pivoted_layers: in these, Linears that would be low-rank are pivoted, all but value projections.
@@ -181,11 +183,12 @@ def compress_at_random(
         vocabulary: name of the embedding or the output layer -> keys of `WeightQuantization`.
     """
     generator = torch.Generator().manual_seed(seed)
-    weight_quantization = None if quantization is None else WeightQuantization(**quantization)
+    in_turn = [quantization] if isinstance(quantization, Mapping) else quantization
+    kinds: Iterator[WeightQuantization | None] = repeat(None)
+    if in_turn is not None:
+        kinds = cycle([WeightQuantization(**kind) for kind in in_turn])
     tensors = load_file(source / WEIGHTS_FILE)
-    linears = [
-        (match, weight_quantization) for name in sorted(tensors) if (match := _DECODER_LINEAR.match(name))
-    ]
+    linears = [(match, next(kinds)) for name in sorted(tensors) if (match := _DECODER_LINEAR.match(name))]
     if include_vision:
         linears += [(match, None) for match in tiny_vision.match_linears(source, tensors)]
     descriptions = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +43,9 @@ _PATHS = [*_WITHOUT_TORCHVISION, *filter(None, [os.environ.get("PYTHONPATH")])]
 _VARIABLES: dict[str, Any] = {} if find_spec("torchvision") else {"PYTHONPATH": os.pathsep.join(_PATHS)}
 # What vLLM says of a few families' dtypes -> one that it runs them in.
 _OTHER_DTYPES = {"does not support float16": "float32", "CPU GDN attention requires BF16": "bfloat16"}
+# How vLLM tells of an error in a worker of tensor parallelism.
+_IN_WORKER = re.compile(r"^\(Worker\S* pid=\d+\) ERROR .*?\] ")
+_OF_WORKER = re.compile(r"^RuntimeError: Worker failed with error '(.*)', please check")
 _TEXTS = tuple(Sample(torch.tensor(tokens)) for tokens in PROMPTS)
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -126,38 +130,52 @@ def largest_difference(directory: Path, answer: Mapping[str, Any], asked: Sequen
 def judge(
     dense: Path,
     export: Path,
-    dtype: str,
     answer: Mapping[str, Any],
     work: Path,
     options: Mapping[str, Any] | None = None,
     asked: Sequence[Sample] = _TEXTS,
+    num_ranks: int = 1,
 ) -> str:
     """Return in a word how vLLM serves an export: `same`, or what vLLM makes of the original itself.
 
     Args:
-        dense: The original model; or the uncompressed one that the export stands for, where float16 is far
-            from float32 with some weights and not with others (routers send tokens elsewhere).
+        dense: The uncompressed model that the export stands for, since float16 is far from float32 with
+            some weights and not with others (routers send tokens elsewhere).
         export: What was made of it.
-        dtype: In which it was served.
-        answer: Of its engine.
+        answer: Of its engine, with the dtype in which it was served.
         work: An empty directory.
         options: Of the engine, beside those of `engine`.
         asked: What it has read.
+        num_ranks: Its tensor parallel size.
 
     Raises:
         AssertionError: vLLM serves the original as transformers does, but not the export.
     """
+    dtype = answer["dtype"]
     if "error" not in answer:
         largest = largest_difference(materialise(export, work / "dense"), answer, asked)
         if largest <= TOLERANCES[dtype]:
             return "same"
-    [original] = run_all({"original": engine(dense, dtype) | dict(options or {})}, work / "original").values()
+    of_dense = engine(dense, dtype, num_ranks=num_ranks) | dict(options or {})
+    [original] = run_all({"original": of_dense}, work / "original").values()
     if "error" in original:
-        return f"{NOT_RUN}: {original['error']}"[:160]
+        return f"{NOT_RUN}: {_as_on_one_rank(original['error'])}"[:160]
     assert "error" not in answer, answer["error"]
     of_original = largest_difference(dense, original, asked)
     assert largest <= 2 * of_original, f"off by {largest:.2g}, and by {of_original:.2g} with the original"
     return "as far from transformers as the original"
+
+
+def in_dtype(verdict: str, dtype: str, answer: Mapping[str, Any]) -> str:
+    """Return a verdict, with the dtype in which an export was served if that is not its own `dtype`."""
+    return verdict if answer["dtype"] == dtype else f"{verdict} in {answer['dtype']}"
+
+
+def _as_on_one_rank(error: str) -> str:
+    """Return an error without what tensor parallelism puts around it."""
+    error = _IN_WORKER.sub("", error)
+    told = _OF_WORKER.match(error)
+    return error if told is None else f"RuntimeError: {told[1]}"
 
 
 def _last_error(printed: str) -> str:

@@ -11,9 +11,20 @@ from tests.families import tiny_families, tiny_vision_families
 
 README = Path(__file__).parents[2] / "README.md"
 RESULTS = README.with_name("ercsvd_deploy") / "models" / "description" / tested_families.FILE
-# What a verdict is about -> the heading of its column.
-_ON_TEXTS = {"float32": "low rank in float32", "float16": "int4 in float16"}
-_WITH_PICTURES = {f"{dtype} with pictures": f"{title}, pictures" for dtype, title in _ON_TEXTS.items()}
+NUM_RANKS = (1, 2)  # tensor parallel sizes
+
+
+def kind_of_export(dtype: str, num_ranks: int = 1, *, pictures: bool = False) -> str:
+    """Return what a verdict is about."""
+    return dtype + " with pictures" * pictures + tested_families.TWO_RANKS * (num_ranks == 2)
+
+
+# Kind of export, at any number of ranks -> heading of its column.
+_TITLES = {"float32": "low rank in float32", "float16": "int4 in float16"}
+_ON_TEXTS = {kind_of_export(dtype): title for dtype, title in _TITLES.items()}
+_WITH_PICTURES = {
+    kind_of_export(dtype, pictures=True): f"{title}, pictures" for dtype, title in _TITLES.items()
+}
 
 
 def table(
@@ -23,13 +34,20 @@ def table(
     names: dict[tuple[str, ...], list[str]] = {}
     for family in families:
         if family in results:
-            names.setdefault(tuple(results[family][key] for key in columns), []).append(f"`{family}`")
+            cells = tuple(_cell(results[family], kind) for kind in columns)
+            names.setdefault(cells, []).append(f"`{family}`")
     lines = [
         " | ".join(["| model type (and variant)", *columns.values()]) + " |",
         "|---" * (1 + len(columns)) + "|",
     ]
     lines += [f"| {', '.join(each)} | {' | '.join(verdicts)} |" for verdicts, each in names.items()]
     return "\n".join(lines) + "\n"
+
+
+def _cell(verdicts: Mapping[str, str], kind: str) -> str:
+    """Return the verdict on a kind of export, and that at two ranks if it is another."""
+    one, two = verdicts[kind], verdicts[f"{kind}{tested_families.TWO_RANKS}"]
+    return one if one == two else f"{one}; at two ranks: {two}"
 
 
 def with_tables(readme: str) -> str:

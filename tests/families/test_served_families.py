@@ -27,21 +27,19 @@ from ercsvd_deploy.models.description.tensor_parallel import cuts_inputs
 from tests.families.dense import materialise
 from tests.families.served import (
     STAGES,
-    TOLERANCES,
     compress,
+    in_dtype,
     judge,
-    largest_difference,
     reference,
-    run_all,
     run_in_their_dtypes,
 )
-from tests.families.table import RESULTS
+from tests.families.table import NUM_RANKS, RESULTS, kind_of_export
 from tests.families.tiny_families import FAMILIES, save_tiny_family
 from tests.vllm.engines import engine
 
 pytestmark = [pytest.mark.families, pytest.mark.slow, pytest.mark.timeout(3600)]
 Exports = Callable[[str], dict[str, Path]]
-Answers = dict[tuple[str, str], dict[str, Any]]
+Answers = dict[tuple[str, str, int], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +63,18 @@ def exports(originals: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 def answers(
     request: pytest.FixtureRequest, exports: Exports, tmp_path_factory: pytest.TempPathFactory
 ) -> Answers:
-    """Return (family, dtype of its export) -> what vLLM generated, for the families that were asked for."""
+    """Return (family, dtype of its export, ranks) -> what vLLM generated, for the families asked for."""
     families = {item.callspec.params["family"] for item in request.session.items if hasattr(item, "callspec")}
-    asked = [family for family in FAMILIES if family in families]
+    keys = [(family, dtype) for family in FAMILIES if family in families for dtype in STAGES]
     work = tmp_path_factory.mktemp("engines")
-    jobs = {
-        (family, dtype): engine(directory, dtype)
-        for family in asked
-        for dtype, directory in exports(family).items()
-    }
-    return run_in_their_dtypes(jobs, work)
+    found: Answers = {}
+    for num_ranks in NUM_RANKS:
+        jobs = {
+            (family, dtype, num_ranks): engine(exports(family)[dtype], dtype, num_ranks=num_ranks)
+            for family, dtype in keys
+        }
+        found |= run_in_their_dtypes(jobs, work / f"{num_ranks}")
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,29 +98,20 @@ def test_transformers_loads_what_was_written(family: str, exports: Exports, tmp_
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_routed_experts_are_cut_for_tensor_parallelism(family: str, exports: Exports, tmp_path: Path) -> None:
-    for dtype, directory in exports(family).items():
-        [answer] = run_all({dtype: engine(directory, dtype, num_ranks=2)}, tmp_path / dtype).values()
-        assert "error" not in answer, answer["error"]
-        largest = largest_difference(materialise(directory, tmp_path / f"{dtype}-dense"), answer)
-        assert largest <= TOLERANCES[dtype]
-
-
-@pytest.mark.vllm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vllm_serves_it_with_the_same_numbers(
     family: str, exports: Exports, answers: Answers, tmp_path: Path
 ) -> None:
     verdicts = {}
     for dtype, directory in exports(family).items():
-        answer = answers[family, dtype]
-        served_in = answer["dtype"]
         dense = materialise(directory, tmp_path / f"{dtype}-dense")
-        verdict = judge(dense, directory, served_in, answer, tmp_path / dtype)
-        verdicts[dtype] = verdict + (f" in {served_in}" if served_in != dtype else "")
-        for name, kind in answer.get("cut", {}).items():
-            assert cuts_inputs(name) == (kind == "RowParallelLinear"), f"{name} is a {kind}"
+        for num_ranks in NUM_RANKS:
+            answer = answers[family, dtype, num_ranks]
+            work = tmp_path / f"{dtype}-{num_ranks}"
+            verdict = judge(dense, directory, answer, work, num_ranks=num_ranks)
+            verdicts[kind_of_export(dtype, num_ranks)] = in_dtype(verdict, dtype, answer)
+            for name, kind in answer.get("cut", {}).items():
+                assert cuts_inputs(name) == (kind == "RowParallelLinear"), f"{name} is a {kind}"
     results = json.loads(RESULTS.read_text())
     if os.environ.get("ERCSVD_UPDATE_FAMILIES"):
         results[family] = verdicts

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from ercsvd_deploy.models.description.families import attention_implementation
 from ercsvd_deploy.models.description.meta import load_config
 from ercsvd_deploy.models.description.tensor_parallel import cuts_inputs
 from tests.families.dense import materialise
-from tests.families.served import STAGES, compress, judge, reference, run_in_their_dtypes
+from tests.families.served import STAGES, compress, in_dtype, judge, reference, run_in_their_dtypes
 from tests.families.shown import Questions, conversation_file, samples
-from tests.families.table import RESULTS
+from tests.families.table import NUM_RANKS, RESULTS, kind_of_export
 from tests.families.tiny_vision_families import FAMILIES, save_tiny_family
 from tests.families.vision_processors import make_processor
 from tests.families.without_videos import leave_out_videos
@@ -35,6 +36,7 @@ from tests.vllm.engines import engine
 
 pytestmark = [pytest.mark.families, pytest.mark.slow, pytest.mark.timeout(3600)]
 Exports = Callable[[str], dict[str, Path]]
+Answers = dict[tuple[str, str, int, bool], dict[str, Any]]
 TEXT_ALONE = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
 SHOWN = {"limit_mm_per_prompt": {"image": 2, "video": 0}, "max_model_len": 256}
 
@@ -87,22 +89,21 @@ def answers(
     exports: Exports,
     questions: Callable[[str], Questions],
     tmp_path_factory: pytest.TempPathFactory,
-) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Return (family, dtype of its export, `texts` or `pictures`) -> what vLLM generated."""
+) -> Answers:
+    """Return (family, dtype of its export, ranks, whether pictures are shown) -> what vLLM generated."""
     families = {item.callspec.params["family"] for item in request.session.items if hasattr(item, "callspec")}
     keys = [(family, dtype) for family in FAMILIES if family in families for dtype in STAGES]
     work = tmp_path_factory.mktemp("engines")
-    jobs = {
-        (family, dtype, "texts"): engine(exports(family)[dtype], dtype) | TEXT_ALONE for family, dtype in keys
-    }
-    jobs |= {
-        (family, dtype, "pictures"): engine(exports(family)[dtype], dtype)
-        | SHOWN
-        | {"prompts": questions(family).prompts}
-        for family, dtype in keys
-        if questions(family).prompts
-    }
-    return run_in_their_dtypes(jobs, work)
+    found: Answers = {}
+    for num_ranks in NUM_RANKS:
+        jobs = {}
+        for family, dtype in keys:
+            served = engine(exports(family)[dtype], dtype, num_ranks=num_ranks)
+            jobs[family, dtype, num_ranks, False] = served | TEXT_ALONE
+            if prompts := questions(family).prompts:
+                jobs[family, dtype, num_ranks, True] = served | SHOWN | {"prompts": prompts}
+        found |= run_in_their_dtypes(jobs, work / f"{num_ranks}")
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -158,38 +159,39 @@ def samples_are_the_same(one: list[Sample], other: list[Sample]) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vllm_serves_it_with_the_same_numbers(
     family: str,
-    originals: Callable[[str], Path],
     exports: Exports,
     questions: Callable[[str], Questions],
-    answers: Mapping[tuple[str, str, str], dict[str, Any]],
+    answers: Answers,
     tmp_path: Path,
 ) -> None:
     verdicts = {}
-    for dtype, directory in exports(family).items():
-        answer = answers[family, dtype, "texts"]
-        served_in = answer["dtype"]
-        verdict = judge(
-            originals(family), directory, served_in, answer, tmp_path / f"{dtype}-texts", TEXT_ALONE
-        )
-        verdicts[dtype] = verdict + (f" in {served_in}" if served_in != dtype else "")
+    asked = questions(family)
+    dense = {
+        dtype: materialise(directory, tmp_path / f"{dtype}-dense")
+        for dtype, directory in exports(family).items()
+    }
+    for (dtype, directory), num_ranks in product(exports(family).items(), NUM_RANKS):
+        work = tmp_path / f"{dtype}-{num_ranks}"
+        answer = answers[family, dtype, num_ranks, False]
+        verdict = judge(dense[dtype], directory, answer, work / "texts", TEXT_ALONE, num_ranks=num_ranks)
+        verdicts[kind_of_export(dtype, num_ranks)] = in_dtype(verdict, dtype, answer)
         for name, kind in answer.get("cut", {}).items():
             assert cuts_inputs(name) == (kind == "RowParallelLinear"), f"{name} is a {kind}"
-        asked = questions(family)
+        verdict = "not tried"
         if asked.prompts:
-            shown = answers[family, dtype, "pictures"]
+            answer = answers[family, dtype, num_ranks, True]
+            options = SHOWN | {"prompts": asked.prompts}
             verdict = judge(
-                originals(family),
+                dense[dtype],
                 directory,
-                shown["dtype"],
-                shown,
-                tmp_path / f"{dtype}-pictures",
-                SHOWN | {"prompts": asked.prompts},
+                answer,
+                work / "pictures",
+                options,
                 asked.samples,
+                num_ranks=num_ranks,
             )
-            verdict += f" in {shown['dtype']}" if shown["dtype"] != dtype else ""
-        else:
-            verdict = "not tried"
-        verdicts[f"{dtype} with pictures"] = verdict
+            verdict = in_dtype(verdict, dtype, answer)
+        verdicts[kind_of_export(dtype, num_ranks, pictures=True)] = verdict
     results = json.loads(RESULTS.read_text())
     if os.environ.get("ERCSVD_UPDATE_FAMILIES"):
         results[family] = verdicts

@@ -62,7 +62,7 @@ DELTA_NET: dict[str, Any] = {
 }
 # Served in bfloat16, in which a router sends tokens elsewhere, and nothing else could be seen: here to all.
 ALL_EXPERTS: dict[str, Any] = {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 8}
-_SHARED_EXPERT = {"shared_expert_intermediate_size": 96}
+_SHARED_EXPERT = {"shared_expert_intermediate_size": 192}
 # Family, with the variant where there are several -> (model type, what its config says beside `_SHARED`).
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma": ("gemma", _GROUPED | {"head_dim": 32, "tie_word_embeddings": True}),
@@ -198,7 +198,10 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
     # one layer without experts
-    "qwen3_next": ("qwen3_next", _GROUPED | DELTA_NET | _EXPERTS | _SHARED_EXPERT | {"mlp_only_layers": [3]}),
+    "qwen3_next": (
+        "qwen3_next",
+        _GROUPED | DELTA_NET | ALL_EXPERTS | _SHARED_EXPERT | {"mlp_only_layers": [3]},
+    ),
     "qwen3_5_text": ("qwen3_5_text", _GROUPED | DELTA_NET),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", _GROUPED | DELTA_NET | ALL_EXPERTS | _SHARED_EXPERT),
     "llama4_text": (

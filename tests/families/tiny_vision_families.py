@@ -140,7 +140,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Mapping[
     "qwen3_5": ("qwen3_5", {**DELTA_NET, **_QUARTER_ROTATED}, {**_GRID, **_PLAIN_GRID}, {}),
     "qwen3_5_moe": (
         "qwen3_5_moe",
-        {**DELTA_NET, **_QUARTER_ROTATED, **ALL_EXPERTS, "shared_expert_intermediate_size": 96},
+        {**DELTA_NET, **_QUARTER_ROTATED, **ALL_EXPERTS, "shared_expert_intermediate_size": 192},
         {**_GRID, **_PLAIN_GRID},
         {},
     ),
@@ -197,7 +197,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Mapping[
         "llama4",
         {
             "model_type": "llama4_text",
-            "intermediate_size": 96,
+            "intermediate_size": 192,
             "intermediate_size_mlp": 256,
             "num_local_experts": 8,
             "interleave_moe_layer_step": 2,

@@ -8,11 +8,13 @@ environment (another vLLM release) can run it too.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,10 +48,9 @@ def generate(
         "tokens": the generated ids, "logprobs": for each position of prompt, if scored, and output but the
         first, token id -> log-probability}}.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     gc.freeze()  # an engine collects garbage seven times: what is there before it need not be searched
-    llm = LLM(**{"max_model_len": 128, "max_num_seqs": 8, "disable_log_stats": True} | engine)
     sampling = SamplingParams(
         temperature=0.0,
         max_tokens=max_tokens,
@@ -58,29 +59,31 @@ def generate(
         prompt_logprobs=top if scores_prompts else None,
         detokenize=False,
     )
-    outputs = llm.generate(
-        [_request(prompt) for prompt in prompts], sampling, use_tqdm=False, lora_request=_adapters(prompts)
-    )
-    parallel = llm.llm_engine.vllm_config.parallel_config
-    answer = {
-        "compiled": int(llm.llm_engine.vllm_config.compilation_config.mode or 0) > 0,
-        "cut": llm.apply_model(_classes_of_linears)[0] if parallel.world_size == 1 else {},
-        "accepted": None if engine.get("disable_log_stats", True) else _num_accepted(llm),
-        "outputs": [
-            {
-                "prompt": list(output.prompt_token_ids),
-                "cached": output.num_cached_tokens,
-                "tokens": list(output.outputs[0].token_ids),
-                "logprobs": [
-                    {str(token): entry.logprob for token, entry in position.items()}
-                    for position in [*(output.prompt_logprobs or [])[1:], *output.outputs[0].logprobs]
-                ],
-            }
-            for output in outputs
-        ],
-    }
-    llm.llm_engine.engine_core.shutdown()
-    return answer
+    with _started(engine) as llm:
+        outputs = llm.generate(
+            [_request(prompt) for prompt in prompts],
+            sampling,
+            use_tqdm=False,
+            lora_request=_adapters(prompts),
+        )
+        parallel = llm.llm_engine.vllm_config.parallel_config
+        return {
+            "compiled": int(llm.llm_engine.vllm_config.compilation_config.mode or 0) > 0,
+            "cut": llm.apply_model(_classes_of_linears)[0] if parallel.world_size == 1 else {},
+            "accepted": None if engine.get("disable_log_stats", True) else _num_accepted(llm),
+            "outputs": [
+                {
+                    "prompt": list(output.prompt_token_ids),
+                    "cached": output.num_cached_tokens,
+                    "tokens": list(output.outputs[0].token_ids),
+                    "logprobs": [
+                        {str(token): entry.logprob for token, entry in position.items()}
+                        for position in [*(output.prompt_logprobs or [])[1:], *output.outputs[0].logprobs]
+                    ],
+                }
+                for output in outputs
+            ],
+        }
 
 
 def pool(engine: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
@@ -90,14 +93,22 @@ def pool(engine: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
         engine: keyword arguments of `vllm.LLM`.
         prompts: token ids.
     """
+    with _started(engine) as llm:
+        task = "embed" if "embed" in llm.supported_tasks else "classify"
+        outputs = llm.encode([_request(prompt) for prompt in prompts], pooling_task=task, use_tqdm=False)
+        return {"outputs": [output.outputs.data.float().tolist() for output in outputs]}
+
+
+@contextlib.contextmanager
+def _started(engine: dict[str, Any]) -> Iterator[Any]:
+    """Build an engine, and shut it down, with the processes of its workers, whatever happens."""
     from vllm import LLM
 
     llm = LLM(**{"max_model_len": 128, "max_num_seqs": 8, "disable_log_stats": True} | engine)
-    task = "embed" if "embed" in llm.supported_tasks else "classify"
-    outputs = llm.encode([_request(prompt) for prompt in prompts], pooling_task=task, use_tqdm=False)
-    answer = {"outputs": [output.outputs.data.float().tolist() for output in outputs]}
-    llm.llm_engine.engine_core.shutdown()
-    return answer
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
 def _classes_of_linears(model: Any) -> dict[str, str]:

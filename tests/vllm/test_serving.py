@@ -33,6 +33,7 @@ from tests.vllm.engines import (
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 INT4 = {"bits": 4, "group_size": 32, "sym": True}
+OTHER_BITS = [INT4 | {"bits": bits, "sym": bits % 2 == 0} for bits in (2, 3, 5, 6, 8)]
 SEED = 35  # of a model whose greedy tokens all lead by more than float16 can change
 Materialised = Callable[[Path], Path]
 
@@ -46,15 +47,25 @@ def corrected_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: ModelD
 
 
 @pytest.fixture(scope="module")
+def other_bits(tmp_path_factory: pytest.TempPathFactory, tiny_model: ModelDirectory) -> Path:
+    """Return a model of integers for which no kernel of a CPU is made, mixed in fused layers too."""
+    directory = tmp_path_factory.mktemp("other-bits")
+    compress_at_random(tiny_model("llama"), directory, quantization=OTHER_BITS)
+    return directory
+
+
+@pytest.fixture(scope="module")
 def single_rank(
     tmp_path_factory: pytest.TempPathFactory,
     low_rank_model: ModelDirectory,
     mixed_model: ModelDirectory,
     corrected_model: Path,
+    other_bits: Path,
 ) -> dict[str, dict[str, Any]]:
     """Return what engines of one rank generated: families in float32, int4 in float16, two compiled."""
     engines = {family: engine(low_rank_model(family), "float32") for family in FAMILIES}
     engines["int4"] = engine(mixed_model("llama"), "float16")
+    engines["other bits"] = engine(other_bits, "float16")
     engines["compiled"] = engine(low_rank_model("qwen2"), "float32", eager=False)
     engines["corrected"] = engine(corrected_model, "float16", eager=False) | TRACED
     answers = generate(list(engines.values()), tmp_path_factory.mktemp("engines") / "answer.json")
@@ -81,6 +92,13 @@ def test_float16_int4_mixed_with_dense_and_low_rank(
     assert found.same_tokens
 
 
+def test_float16_integers_of_other_bits(
+    single_rank: dict[str, dict[str, Any]], other_bits: Path, materialised: Materialised
+) -> None:
+    found = deviation(materialised(other_bits), single_rank["other bits"]["outputs"])
+    assert found.largest <= 0.03
+
+
 def test_float16_integers_with_corrections_compiled(
     single_rank: dict[str, dict[str, Any]], corrected_model: Path, materialised: Materialised
 ) -> None:
@@ -104,6 +122,7 @@ def test_tensor_parallel_engines(
     tiny_model: ModelDirectory,
     low_rank_model: ModelDirectory,
     corrected_model: Path,
+    other_bits: Path,
     materialised: Materialised,
     tmp_path: Path,
 ) -> None:
@@ -113,8 +132,9 @@ def test_tensor_parallel_engines(
         engine(low_rank_model("qwen2"), "float32", num_ranks=2),
         engine(mixed, "float16", num_ranks=2, eager=False) | TRACED,
         engine(corrected_model, "float16", num_ranks=2),
+        engine(other_bits, "float16", num_ranks=2),
     ]
-    float32, int4, corrected = generate(engines, tmp_path / "answer.json")
+    float32, int4, corrected, others = generate(engines, tmp_path / "answer.json")
     found = deviation(materialised(low_rank_model("qwen2")), float32["outputs"])
     assert found.largest <= 1e-4
     assert found.same_tokens
@@ -123,6 +143,7 @@ def test_tensor_parallel_engines(
         found = deviation(materialised(directory), answer["outputs"])
         assert found.largest <= 0.03
         assert found.same_tokens
+    assert deviation(materialised(other_bits), others["outputs"]).largest <= 0.03
 
 
 def test_engine_refuses_a_damaged_checkpoint(low_rank_model: ModelDirectory, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from importlib.resources import files
 
 FILE = "tested_families.json"
 NOT_RUN = "vLLM does not run the original"  # beginning of a result that is no fault of the export
+TWO_RANKS = " at two ranks"  # end of a kind of export that was served with tensor parallelism
 # Served by the tests in `tests/vllm`, at several tensor parallel sizes and with every storage.
 _ELSEWHERE = frozenset({"llama", "mistral", "qwen2", "qwen3", "opt", "llava", "llava_next"})
 
@@ -18,7 +19,8 @@ _ELSEWHERE = frozenset({"llama", "mistral", "qwen2", "qwen3", "opt", "llava", "l
 def read_results() -> Mapping[str, Mapping[str, str]]:
     """Return the result of every export, by family (`TYPE` or `TYPE-VARIANT`) and kind of export.
 
-    A kind of export is a dtype; for vision-language models also a dtype `with pictures`.
+    A kind of export is a dtype; for vision-language models also a dtype `with pictures`; each of these also
+    `at two ranks` of tensor parallelism.
     """
     text = files("ercsvd_deploy.models.description").joinpath(FILE).read_text(encoding="utf-8")
     results: Mapping[str, Mapping[str, str]] = json.loads(text)
@@ -41,10 +43,16 @@ def family_warnings(model_type: str) -> list[str]:
         ]
     verdicts = sorted(
         {
-            f"{model_type}{' with pictures' * export.endswith('with pictures')}: {verdict}"
+            f"{' '.join([model_type, *export.split()[1:]])}: {verdict}"
             for result_by_export in results
             for export, verdict in result_by_export.items()
-            if verdict.startswith(NOT_RUN)
+            if verdict.startswith(NOT_RUN) and not _is_known_of_one_rank(export, result_by_export)
         }
     )
     return [f"models of type {verdict}" for verdict in verdicts]
+
+
+def _is_known_of_one_rank(export: str, results: Mapping[str, str]) -> bool:
+    """Whether a result is about two ranks, and vLLM does not run the original on one either."""
+    one_rank = export.removesuffix(TWO_RANKS)
+    return one_rank != export and results.get(one_rank, "").startswith(NOT_RUN)
