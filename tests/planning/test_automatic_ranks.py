@@ -26,8 +26,6 @@ from ercsvd_deploy.models.description.architecture import Architecture
 from ercsvd_deploy.models.description.families import describe
 from ercsvd_deploy.models.description.meta import build_meta_model, load_config
 from ercsvd_deploy.pipelines.cli.app import app
-from ercsvd_deploy.pipelines.planning import feasibility
-from ercsvd_deploy.pipelines.planning.machine import Machine
 from ercsvd_deploy.pipelines.planning.plan import make_plan, plan_stages
 from ercsvd_deploy.pipelines.reporting.screen.plan_tables import render
 from ercsvd_deploy.pipelines.stages.factorize.stage import FactorizeStage
@@ -164,31 +162,6 @@ def test_number_of_the_recipe_is_never_made_finer() -> None:
 
 
 # Public models
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PUBLIC_MODELS)
-def test_natural_recipe_is_planned_for_public_models(
-    name: str, write_config: Callable[[Mapping[str, Any]], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = write_config(PUBLIC_MODELS[name])
-    sizes = [1, 2, 4] if name != "Qwen2.5-1.5B" else [1, 2]
-    (directory / "recipe.yaml").write_text(json.dumps(raw_recipe(directory, *NATURAL, INT4, sizes=sizes)))
-    monkeypatch.setattr(feasibility, "inspect_machine", lambda *_: Machine(None, None, None))  # large enough
-    result = CliRunner().invoke(app, ["plan", str(directory / "recipe.yaml"), "--json"])
-    assert result.exit_code == 0, result.stderr
-    plan = json.loads(result.stdout)
-    config = load_config(str(directory))
-    layers = describe(build_meta_model(config), config).layers
-    linears = {(layer.index, layer.local_name(each)): each for layer in layers for each in layer.linears}
-    for candidate in plan["candidates"]:
-        assert 5 * candidate["linear_parameters"] <= 4 * plan["linear_parameters"]
-        for layer in candidate["layers"]:
-            for local_name, rank in layer["ranks"].items():
-                linear = linears[layer["index"], local_name]
-                best = 128 if linear.break_even_rank >= 768 else 64
-                assert rank is None or rank % best == 0, (linear, rank)
-    assert not any("no multiple" in warning for warning in plan["warnings"])
 
 
 def test_groups_fit_what_a_gpu_holds(write_config: Callable[[Mapping[str, Any]], Path]) -> None:
