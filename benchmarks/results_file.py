@@ -31,7 +31,7 @@ def environment(command: str, *, threads: int) -> dict[str, str]:
     return {
         "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
-        "machine": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores ({threads} used), "
+        "machine": f"{_cpu_model()}, {os.cpu_count()} cores ({threads} used), "
         f"{_memory_gib():.0f} GiB of memory, {platform.system()}{_gpu()}",
         "libraries": ", ".join(f"{name} {version}" for name, version in _versions().items()),
         "command": command,
