@@ -207,14 +207,13 @@ class Runner:
         """Whether a layer is given numbers here.
 
         Kernels arrange and multiply a matrix alike at every capability, so once is enough, at the first that
-        comes. Humming does not: it also gets them at every third capability, other ones for the next layer.
+        comes. Humming does not, and is given them at all.
         """
-        key = (small.number, case.dtype, case.kernels)
+        is_arranged_anew = "HummingLinearKernel" in case.kernels
+        key = (small.number, case.dtype, case.kernels, is_arranged_anew and case.capability)
         is_first = key not in self._multiplied
         self._multiplied.add(key)
-        if "HummingLinearKernel" not in case.kernels:
-            return is_first
-        return is_first or (small.number + CAPABILITIES.index(case.capability)) % 3 == 0
+        return is_first
 
     def _load_and_multiply(self, case: Case, small: Any) -> None:
         from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord

@@ -88,10 +88,10 @@ def test_chosen_kernels_multiply_what_is_stored(
     chosen = [c for c in cases if c["group"] == "chosen" and tuple(c["capability"]) == capability]
     assert len(chosen) > 900
     assert all(case["kernels"] for case in chosen)
-    multiplied = [case for case in chosen if case["multiplied"]]
-    assert {case["rank"][1] for case in multiplied} == set(TENSOR_PARALLEL_SIZES)
-    assert {case["layer"].split()[1] for case in multiplied} == {"low_rank", "dense", "pivoted", "mixed"}
-    assert len({case["storage"] for case in multiplied}) == NUM_STORAGES
+    for some in (chosen, [case for case in chosen if case["multiplied"]]):
+        assert {case["rank"][1] for case in some} == set(TENSOR_PARALLEL_SIZES)
+        assert {case["layer"].split()[1] for case in some} == {"low_rank", "dense", "pivoted", "mixed"}
+        assert len({case["storage"] for case in some}) == NUM_STORAGES
     assert_none_failed(chosen)
 
 
@@ -103,6 +103,7 @@ def test_every_layer_is_multiplied_by_every_class_that_is_chosen_for_it(cases: l
         return {(*(case[key] for key in keys), *case["rank"], *case["kernels"]) for case in some}
 
     assert layers([case for case in chosen if case["multiplied"]]) == layers(chosen)
+    assert all(case["multiplied"] for case in chosen if "HummingLinearKernel" in case["kernels"])
 
 
 def test_every_class_of_the_cuda_list_multiplies_what_it_takes(cases: list[dict[str, Any]]) -> None:
