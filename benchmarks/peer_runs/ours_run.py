@@ -18,7 +18,8 @@ from ercsvd_deploy.recipe.load import load_recipe
 def main() -> None:
     """Run the recipe and multiply the served matrices with the identity."""
     job = read_job()
-    linears = linear_names(AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16))
+    original = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16)
+    linears = linear_names(original)
     file = job.folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe_of(job)))
     with job.timed():
@@ -28,19 +29,10 @@ def main() -> None:
     dense = {}
     with torch.no_grad():
         for name in linears:
-            module = loaded.get_submodule(name)
-            dense[name] = module(torch.eye(in_features_of(loaded, name))).T
+            module, width = loaded.get_submodule(name), original.get_submodule(name).in_features
+            bias = module(torch.zeros(1, width))
+            dense[name] = (module(torch.eye(width)) - bias).T
     answer(job, "ercsvd-deploy", dense, stored_bytes(job.checkpoint, linears), job.options.get("note", ""))
-
-
-def in_features_of(model: Any, name: str) -> int:
-    """Return the width of a Linear's input."""
-    config = model.config
-    if name.endswith("down_proj"):
-        return int(config.intermediate_size)
-    if name.endswith("o_proj"):
-        return int(config.num_attention_heads * config.head_dim)
-    return int(config.hidden_size)
 
 
 def recipe_of(job: Job) -> dict[str, Any]:
