@@ -178,8 +178,11 @@ class _Task:
         ranks = [self._aligned_rank(shape) for shape in shapes]
         remaining = self.budget - sum(map(self._kept, shapes, ranks))
 
-        def kept_share(index: int) -> Fraction:
-            return Fraction(self._kept(shapes[index], ranks[index]), shapes[index].parameters)
+        # Shares as integers: heaps compare them a hundred thousand times.
+        whole = math.lcm(*(shape.parameters for shape in shapes))
+
+        def kept_share(index: int) -> int:
+            return self._kept(shapes[index], ranks[index]) * (whole // shapes[index].parameters)
 
         # Ties: earlier layers, whose errors travel further, give last and take first.
         order = [(shape.layer, index) for index, shape in enumerate(shapes)]

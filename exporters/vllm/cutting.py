@@ -13,7 +13,7 @@ pivoted layout are padded to whole blocks when they are loaded, so any number of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,24 +86,16 @@ def find_unservable(
 ) -> list[str]:
     """Return one line for every matrix that cannot be loaded at one of the tensor parallel sizes."""
     problems = []
-    tensor_parallel_sizes = sorted(set(tensor_parallel_sizes))
+    sizes = sorted(set(tensor_parallel_sizes))
+    servable = set()  # kinds of matrices and storages
     for name, description in modules.items():
-        uncuttable = _uncuttable_pivots(name, description, architecture, tensor_parallel_sizes)
-        problems += uncuttable
-        for part, ((rows, columns), storage) in description.parts.items():
-            if uncuttable and part == OTHER_ROWS:
-                continue
-            for size in tensor_parallel_sizes:
-                local = local_shape(name, part, rows, columns, architecture, size)
-                reason = (
-                    f"{rows} x {columns} cannot be cut into {size} equal parts"
-                    if local is None
-                    else _refusal(local[1], part, storage)
-                )
-                if reason:
-                    where = f"{name}.{part}" if part else name
-                    problems.append(f"{where} at tensor parallel size {size}: {reason}")
-                    break
+        kind = (architecture.cut_kind(name), id(description))
+        if kind in servable:
+            continue
+        found = _unservable(name, description, architecture, sizes)
+        problems += found
+        if not found:
+            servable.add(kind)
     return problems
 
 
@@ -143,6 +135,29 @@ def local_shape(
         return rows, columns
     local_rows = architecture.outputs_on_rank(name, rows, size)
     return None if local_rows is None else (local_rows, columns)
+
+
+def _unservable(
+    name: str, description: Storage, architecture: Architecture, tensor_parallel_sizes: Sequence[int]
+) -> list[str]:
+    """Return one line for every part of one Linear that cannot be loaded at one of the sizes, ascending."""
+    uncuttable = _uncuttable_pivots(name, description, architecture, tensor_parallel_sizes)
+    problems = list(uncuttable)
+    for part, ((rows, columns), storage) in description.parts.items():
+        if uncuttable and part == OTHER_ROWS:
+            continue
+        for size in tensor_parallel_sizes:
+            local = local_shape(name, part, rows, columns, architecture, size)
+            reason = (
+                f"{rows} x {columns} cannot be cut into {size} equal parts"
+                if local is None
+                else _refusal(local[1], part, storage)
+            )
+            if reason:
+                where = f"{name}.{part}" if part else name
+                problems.append(f"{where} at tensor parallel size {size}: {reason}")
+                break
+    return problems
 
 
 def _uncuttable_pivots(

@@ -22,7 +22,6 @@ from ercsvd_deploy.models.description.architecture import (
     PROJECTOR_PART,
     TOWER_PART,
     Architecture,
-    dense_descriptions,
     experts_of,
 )
 
@@ -41,10 +40,14 @@ def planned_bytes(
 ) -> dict[str, int]:
     """Return tensor name -> bytes of a model with these storages; unquantized values have `element` bytes."""
     sizes = {name: math.prod(shape) * element for name, shape in architecture.other_tensors.items()}
-    everything = dense_descriptions(architecture) | dict(described)
-    for module, description in everything.items():
-        for leaf, shape in description.tensor_shapes.items():
-            sizes[f"{module}.{leaf}"] = math.prod(shape) * _element(leaf, element)
+    leaves: dict[int, list[tuple[str, int]]] = {}  # by identity: most Linears share a few storages
+    for module, description in {**architecture.dense_storages, **described}.items():
+        if id(description) not in leaves:
+            shapes = description.tensor_shapes.items()
+            leaves[id(description)] = [
+                (leaf, math.prod(shape) * _element(leaf, element)) for leaf, shape in shapes
+            ]
+        sizes.update((f"{module}.{leaf}", num_bytes) for leaf, num_bytes in leaves[id(description)])
     return sizes
 
 
@@ -106,7 +109,7 @@ def bytes_on_rank(
     every rank holds everything else. Padding and workspace of kernels and the KV cache are not counted.
     """
     total = 0
-    matrices = dense_descriptions(architecture) | dict(described)
+    matrices = {**architecture.dense_storages, **described}
     experts = {layer.experts.name for layer in architecture.layers if layer.experts is not None}
     for name, shape in architecture.other_tensors.items():
         if name.removesuffix(".weight") in matrices:
@@ -114,10 +117,15 @@ def bytes_on_rank(
         is_outside = not name.startswith(f"{architecture.layers_prefix}.")
         is_cut = (is_outside and shape[0] == architecture.vocab_size) or experts_of(name) in experts
         total += math.prod(shape) * element // (tensor_parallel_size if is_cut else 1)
-    return total + sum(
-        module_bytes_on_rank(name, description, architecture, element, tensor_parallel_size)
-        for name, description in matrices.items()
-    )
+    by_kind: dict[tuple[tuple[str, str, int], int], int] = {}
+    for name, description in matrices.items():
+        kind = (architecture.cut_kind(name), id(description))
+        if kind not in by_kind:
+            by_kind[kind] = module_bytes_on_rank(
+                name, description, architecture, element, tensor_parallel_size
+            )
+        total += by_kind[kind]
+    return total
 
 
 def module_bytes_on_rank(

@@ -174,6 +174,11 @@ class Architecture:
             num_outputs += block.size // parts
         return num_outputs
 
+    def cut_kind(self, name: str) -> tuple[str, str, int]:
+        """Return the kind of a matrix: tensor parallelism cuts those of one kind and shape alike."""
+        whole = name if self.vocabulary.has(name) else name.rpartition(".")[2]
+        return whole, self.component_of(name), self.key_value_heads_of(name)
+
     def checkpoint_name(self, name: str) -> str:
         """Return the name of a module or tensor of this model in checkpoints."""
         name = stored_name(name, self.stored_prefixes)
@@ -204,6 +209,14 @@ class Architecture:
         return tuple(
             linear for layers in self.vision_layers.values() for layer in layers for linear in layer.linears
         )
+
+    @cached_property
+    def dense_storages(self) -> Mapping[str, Storage]:
+        """Name -> original storage of every Linear of decoder, experts, vision tower and projector."""
+        return {
+            linear.name: Storage.dense((linear.out_features, linear.in_features))
+            for linear in (*self.all_linears, *self.vision_linears)
+        }
 
     @cached_property
     def total_parameters(self) -> int:
@@ -237,11 +250,3 @@ def experts_of(name: str) -> str:
     """Return the name of a tensor's module of routed experts; for other tensors an unrelated name."""
     prefix, experts, _ = name.partition(f".{EXPERTS}.")
     return prefix + experts.removesuffix(".")
-
-
-def dense_descriptions(architecture: Architecture) -> dict[str, Storage]:
-    """Return the original storage of every Linear of decoder, experts, vision tower and projector."""
-    return {
-        linear.name: Storage.dense((linear.out_features, linear.in_features))
-        for linear in (*architecture.all_linears, *architecture.vision_linears)
-    }

@@ -20,14 +20,14 @@ from ercsvd_deploy.pipelines.stages.sizes import module_bytes
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 
 if TYPE_CHECKING:
-    from ercsvd_deploy.budget.ranks import LinearShape, RankPlan
+    from ercsvd_deploy.budget.ranks import LinearShape
     from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
     from ercsvd_deploy.recipe.stages import Factorize
 
 
 def factorize_needs(
     settings: Factorize,
-    ranks_by_k: Mapping[int, RankPlan],
+    largest_ranks: Mapping[str, int],
     task: AllocationTask | None,
     work: Workload,
     candidates: Sequence[Candidate],
@@ -36,13 +36,13 @@ def factorize_needs(
 
     Args:
         settings: The recipe's stage.
-        ranks_by_k: Number of compressed layers -> its ranks, for every number that is tried.
+        largest_ranks: Linear -> its largest rank among all numbers of layers that are tried; 0: always dense.
         task: The options of error control; None without it.
         work: The amount of work.
         candidates: The candidates after the stage.
     """
     if task is None:
-        needs = _last_layers_needs(settings, ranks_by_k, work, candidates)
+        needs = _last_layers_needs(settings, largest_ranks, work, candidates)
     else:
         needs = _chosen_needs(settings, task, work, candidates)
     if not settings.compressed_prefix_inputs or not needs.working_bytes:
@@ -56,16 +56,11 @@ def factorize_needs(
 
 def _last_layers_needs(
     settings: Factorize,
-    ranks_by_k: Mapping[int, RankPlan],
+    ranks: Mapping[str, int],
     work: Workload,
     candidates: Sequence[Candidate],
 ) -> Needs:
     """Return the needs of `last_k`: a pass with Grams, decompositions on disk, and factors."""
-    linears = work.architecture.linears
-    ranks = {
-        linear.name: max((plan.ranks.get(linear.name) or 0 for plan in ranks_by_k.values()), default=0)
-        for linear in linears
-    }
     layers = [
         layer for layer in work.architecture.layers if any(ranks[linear.name] for linear in layer.linears)
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from ercsvd_deploy.budget.ranks import RankPlan
@@ -134,7 +135,17 @@ class FactorizeStage(Stage):
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
         """Return the peak needs of observing, trying and writing."""
-        return factorize_needs(self.factorize, self.ranks_by_k, self.allocation, work, candidates)
+        return factorize_needs(self.factorize, self.largest_ranks, self.allocation, work, candidates)
+
+    @cached_property
+    def largest_ranks(self) -> Mapping[str, int]:
+        """Linear -> its largest rank among all numbers of layers that are tried; 0: always dense."""
+        largest = dict.fromkeys((linear.name for linear in self.architecture.linears), 0)
+        for plan in self.ranks_by_k.values():
+            for name, rank in plan.ranks.items():
+                if rank is not None and rank > largest[name]:
+                    largest[name] = rank
+        return largest
 
     def run(self, run: StageRun) -> FactorizeOutcome:
         """Decompose if no stage before has, choose, and write the factors."""

@@ -105,8 +105,7 @@ class QuantizeStage(Stage):
         check_expert_shapes(experts, self.architecture, self.tensor_parallel_sizes)
         for candidate in candidates:
             ranks = {name: storage.truncated_rank for name, storage in candidate.modules.items()}
-            check_shapes(self.storing, ranks, self.architecture, self.tensor_parallel_sizes)
-            described = self.storing.describe(ranks, self.architecture)
+            described = check_shapes(self.storing, ranks, self.architecture, self.tensor_parallel_sizes)
             quantized_candidates.append(
                 replace(candidate, modules={**candidate.modules, **described}, experts=experts)
             )

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unaligned, find_unservable
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
-from ercsvd_deploy.models.description.architecture import dense_descriptions
 from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank, module_bytes_on_rank
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.recipe.fields import parse_size
@@ -92,7 +91,7 @@ def allocation_task(
         budget = math.floor(target.overall_bits * weights)
     else:
         described = {**vision, **quantize_plan.vocabulary}
-        planned = dense_descriptions(architecture) | described
+        planned = {**architecture.dense_storages, **described}
         chosen_bits = sum(gpu_bits.by_module(name, planned[name]) for name in costs)
         budget = _bits_of_model(target, architecture) - (gpu_bits.by_model(described) - chosen_bits)
     likeness = math.inf if recipe.export.format == "compressed-tensors" else _LIKENESS

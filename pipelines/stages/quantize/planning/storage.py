@@ -217,16 +217,16 @@ def check_shapes(
     ranks: Mapping[str, int | None],
     architecture: Architecture,
     tensor_parallel_sizes: Iterable[int],
-) -> None:
-    """Refuse shapes that cannot be stored, or that cannot be loaded at some tensor parallel size.
+) -> dict[str, Storage]:
+    """Return what `plan.describe` does, unless a shape cannot be stored, or not loaded at some size.
 
     Raises:
         QuantizePlanError: names the matrices, the reason, and the nearest group size or rank that works.
     """
-    _refuse(
-        _find_idle_corrections(plan, ranks, architecture)
-        or find_unservable(plan.describe(ranks, architecture), architecture, tensor_parallel_sizes)
-    )
+    _refuse(_find_idle_corrections(plan, ranks, architecture))
+    described = plan.describe(ranks, architecture)
+    _refuse(find_unservable(described, architecture, tensor_parallel_sizes))
+    return described
 
 
 def check_expert_shapes(
