@@ -23,10 +23,10 @@ from ercsvd_deploy.pipelines.stages import measured_export as after_export
 from ercsvd_deploy.recipe.fields import parse_size
 from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT, Gates
 from ercsvd_deploy.recipe.load import RecipeError, load_recipe
+from tests.conftest import ModelDirectory
 from tests.recipe.written import MINIMAL, problems_of, written
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 
-MODEL = str(Path(__file__).parents[2] / "examples" / "tiny-llama")
 SIZES = {"bytes_by_part": {}, "linear_bits_per_weight": 4.0, "parameters": 9, "linear_parameters": 8}
 REPORT: dict[str, Any] = {
     "report_version": 2,
@@ -269,10 +269,11 @@ def test_parity_that_cannot_be_measured_is_a_missed_gate_beside_a_finished_expor
 
 
 @pytest.mark.vllm
-def test_real_vllm_agrees_with_the_reference(write_recipe: RecipeWriter, tmp_path: Path) -> None:
-    recipe = write_recipe(
-        factorize(), gates={"serving_parity": 0.05}, model={"path": MODEL, "dtype": "bfloat16"}
-    )
+def test_real_vllm_agrees_with_the_reference(
+    write_recipe: RecipeWriter, tmp_path: Path, tiny_model: ModelDirectory
+) -> None:
+    two_layers = {"path": str(tiny_model("llama")), "dtype": "bfloat16"}  # each takes g++ ten seconds
+    recipe = write_recipe(factorize(), gates={"serving_parity": 0.05}, model=two_layers)
     ran = subprocess.run(
         [sys.executable, "-m", "ercsvd_deploy.pipelines.cli.app", "run", str(recipe)],
         capture_output=True,
