@@ -61,8 +61,16 @@ def _auto_round() -> list[Contender]:
         Contender(f"AutoRound {bits} bits", "auto-round", "auto_round_run.py", shared | {"bits": bits})
         for bits in (4, 3, 2)
     ]
-    mixed = shared | {"mixed_bits": [2, 3, 4, 8], "average_bits": 3.5}
-    return [*plain, Contender("AutoRound mixed, 3.5 bits", "auto-round", "auto_round_run.py", mixed)]
+    mixed = [
+        Contender(
+            f"AutoRound mixed, {average} bits",
+            "auto-round",
+            "auto_round_run.py",
+            shared | {"mixed_bits": [2, 3, 4, 8], "average_bits": average},
+        )
+        for average in (3.5, 3.0)
+    ]
+    return [*plain, *mixed]
 
 
 def _ours(calibration: dict[str, Any]) -> list[Contender]:
