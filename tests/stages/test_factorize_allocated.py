@@ -18,7 +18,7 @@ import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed check
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.stages.cached import StageCache
-from ercsvd_deploy.pipelines.stages.factorize.damages.linears import interpolate, spread
+from ercsvd_deploy.pipelines.stages.factorize.damages.probing import interpolate, spread
 from ercsvd_deploy.pipelines.stages.quantize import decoder
 from ercsvd_deploy.pipelines.stages.sensitivity import measure
 from ercsvd_deploy.recipe.load import load_recipe

@@ -2,13 +2,11 @@
 
 E is the storage's error, F the Fisher information of the Linear's outputs and G the mean of x x^T over its
 inputs (`sensitivity`). The damage of a rank follows from the spectrum alone. The damage that quantization
-adds is measured, with the quantize stage's own code, at a few ranks and interpolated between them, because it
-varies slowly with the rank.
+adds is measured, with the quantize stage's own code, and for most storages interpolated (`probing`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -22,6 +20,12 @@ from ercsvd_deploy.linalg.decomposition import Decomposition
 from ercsvd_deploy.linalg.errors import output_error
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, to_pivoted
 from ercsvd_deploy.linalg.truncation import Factors
+from ercsvd_deploy.pipelines.stages.factorize.damages.probing import (
+    by_correction,
+    fitted_corrections,
+    interpolate,
+    spread,
+)
 from ercsvd_deploy.pipelines.stages.factorize.decompositions.kept import read_decomposed
 from ercsvd_deploy.pipelines.stages.factorize.linear import (
     linear_of,
@@ -119,7 +123,7 @@ class DamagePrediction:
         """Return storage -> damage; `factor` is `hessian_factor` of these inputs."""
         of_ranks = self._truncation_damages()
         added = self._quantization_damages(storages, of_ranks, factor)
-        added |= self._correction_damages(storages, factor)
+        added |= self._correction_damages(storages, added, factor)
         return {
             storage: (0.0 if storage.truncated_rank is None else of_ranks[storage.truncated_rank])
             + added.get(storage, 0.0)
@@ -127,10 +131,37 @@ class DamagePrediction:
         }
 
     def _correction_damages(
-        self, storages: Collection[Storage], factor: HessianFactor | None
+        self, storages: Collection[Storage], of_plain: Mapping[Storage, float], factor: HessianFactor | None
+    ) -> dict[Storage, float]:
+        """Return storage -> damage of integers with corrections.
+
+        Args:
+            storages: All storages.
+            of_plain: Damages, those of plain integers among them.
+            factor: See `damages`.
+        """
+        fitted = self._fit_corrections(fitted_corrections(storages), factor)
+        if not fitted:
+            return {}
+        plain = {storage.weight: damage for storage, damage in of_plain.items() if storage.layout == "dense"}
+        damages = {}
+        for by_integers in by_correction(storages):
+            shares: dict[int, float] = {
+                integers.bits: fitted[storage] / plain[integers] if plain[integers] else 0.0
+                for integers, storage in by_integers.items()
+                if storage in fitted and integers in plain
+            }
+            for integers, storage in by_integers.items():
+                is_fitted = storage in fitted
+                damages[storage] = (
+                    fitted[storage] if is_fitted else plain[integers] * interpolate(shares, integers.bits)
+                )
+        return damages
+
+    def _fit_corrections(
+        self, corrected: Sequence[Storage], factor: HessianFactor | None
     ) -> dict[Storage, float]:
         """Return storage -> damage of integers with corrections, fitted as the quantize stage fits them."""
-        corrected = [storage for storage in storages if storage.layout == "corrected"]
         if self.quantize is None or not corrected:
             return {}
         tasks = [
@@ -238,22 +269,3 @@ class DamagePrediction:
         assert second is not None
         task = start_pair(quantize, self.weight, pair, (first, second), self.scale_dtype)
         return _Probe(storage, pair, task)
-
-
-def spread(ranks: Sequence[int], count: int) -> list[int]:
-    """Return about `count` ranks at even distances of the logarithm, including both ends."""
-    ordered = sorted(ranks)
-    low, high = math.log(ordered[0]), math.log(ordered[-1])
-    targets = [low + (high - low) * step / max(1, count - 1) for step in range(count)]
-    return sorted({min(ordered, key=lambda rank: abs(math.log(rank) - target)) for target in targets})
-
-
-def interpolate(values: Mapping[int, float], rank: int) -> float:
-    """Return a value at `rank`, interpolated linearly in the logarithm of the rank."""
-    ranks = sorted(values)
-    below = max((measured for measured in ranks if measured <= rank), default=ranks[0])
-    above = min((measured for measured in ranks if measured >= rank), default=ranks[-1])
-    if below == above:
-        return values[below]
-    share = math.log(rank / below) / math.log(above / below)
-    return (1 - share) * values[below] + share * values[above]

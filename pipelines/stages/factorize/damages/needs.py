@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.pipelines.stages.contract import Needs
+from ercsvd_deploy.pipelines.stages.factorize.damages.probing import fitted_corrections
 from ercsvd_deploy.pipelines.stages.factorize.decompositions.needs import (
     ENTRY_OF_LINEAR,
     decomposing_flops,
@@ -80,8 +81,9 @@ def _vocabulary_bytes(work: Workload, task: AllocationTask) -> int:
 def _probed_rows(task: AllocationTask, linear: LinearShape, ranks: Mapping[str, int]) -> int:
     """Return the number of rows that are quantized at once to try a Linear's storages."""
     storages = [storage for storage in task.costs[linear.name] if storage.is_quantized]
-    full_rank = [storage for storage in storages if storage.truncated_rank is None]
-    corrections = sum(storage.rank or 0 for storage in full_rank)
+    corrected = fitted_corrections(storages)
+    full_rank = [storage for storage in storages if storage.layout == "dense"] + corrected
+    corrections = sum(storage.rank or 0 for storage in corrected)
     first_matrices = {
         next(iter(storage.parts.values()))[1] for storage in storages if storage.truncated_rank is not None
     }
