@@ -68,7 +68,10 @@ class RecoverOutcome:
         warnings = []
         if not_improved := [str(layer.layer) for layer in self.layers if not layer.is_kept]:
             named = f"layer{'s' if len(not_improved) > 1 else ''} {', '.join(not_improved)}"
-            warnings.append(f"recovery did not improve {named}, left as it was; try a lower learning_rate")
+            warnings.append(
+                f"recovery did not improve {named}, left as it was; try more calibration or a lower "
+                "learning_rate"
+            )
         if self.end_to_end is not None and not self.end_to_end.is_kept:
             warnings.append(
                 "end-to-end recovery did not improve the predictions, and its result is not used; try a "
