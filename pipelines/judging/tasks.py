@@ -266,13 +266,19 @@ def open_for_lm_eval(
     )
 
 
-@lru_cache(maxsize=2)
 def _task_manager(include_path: Path | None) -> Any:
-    """Return lm-eval's tasks with those of a folder; reading them takes it five seconds, thrice a run.
+    """Return lm-eval's tasks with those of a folder, read again if a file there has changed.
 
     Raises:
         EvaluationError: lm-eval is not installed.
     """
+    files = [] if include_path is None else [path for path in include_path.rglob("*") if path.is_file()]
+    return _read_tasks(include_path, frozenset((path, path.stat().st_mtime_ns) for path in files))
+
+
+@lru_cache(maxsize=2)
+def _read_tasks(include_path: Path | None, _versions: frozenset[tuple[Path, int]]) -> Any:
+    """Read all task files, which takes lm-eval five seconds; a run asks before and after its work."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,27 @@ def test_a_run_judges_tasks_paired_and_by_their_filters(
     assert f"{NUM_DOCUMENTS} documents" in out
     strict = Gates.model_validate({"task_drop": {"next_word/exact_match,flexible-extract": 1.0}})
     assert judge_gates(strict, report)[0].value is not None
+
+
+def test_tasks_are_read_again_if_their_folder_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[str]] = []
+
+    class Manager:
+        def __init__(self, include_path: str) -> None:
+            self.all_tasks = sorted(path.stem for path in Path(include_path).iterdir())
+            read.append(self.all_tasks)
+
+        def load(self, _names: list[str]) -> dict[str, Any]:
+            return {"tasks": {}}
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
+    (tmp_path / "first.yaml").touch()
+    for _ in range(2):
+        check_tasks(TaskSettings(["first"], include_path=tmp_path))
+    (tmp_path / "second.yaml").touch()
+    check_tasks(TaskSettings(["second"], include_path=tmp_path))
+    os.utime(tmp_path / "first.yaml", ns=(0, 0))
+    check_tasks(TaskSettings(["first"], include_path=tmp_path))
+    assert read == [["first"], ["first", "second"], ["first", "second"]]
