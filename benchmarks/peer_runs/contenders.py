@@ -57,20 +57,13 @@ def contenders(calibration: dict[str, Any], gguf: Path) -> list[Contender]:
 
 def _auto_round() -> list[Contender]:
     shared = {"group_size": GROUP_SIZE, "iterations": ITERATIONS, "batch_size": BATCH}
-    plain = [
-        Contender(f"AutoRound {bits} bits", "auto-round", "auto_round_run.py", shared | {"bits": bits})
-        for bits in (4, 3, 2)
+    schemes: dict[str, dict[str, Any]] = {f"{bits} bits": {"bits": bits} for bits in (4, 3, 2)}
+    for average in (3.5, 3.0):
+        schemes[f"mixed, {average} bits"] = {"mixed_bits": [2, 3, 4, 8], "average_bits": average}
+    return [
+        Contender(f"AutoRound {name}", "auto-round", "auto_round_run.py", shared | scheme)
+        for name, scheme in schemes.items()
     ]
-    mixed = [
-        Contender(
-            f"AutoRound mixed, {average} bits",
-            "auto-round",
-            "auto_round_run.py",
-            shared | {"mixed_bits": [2, 3, 4, 8], "average_bits": average},
-        )
-        for average in (3.5, 3.0)
-    ]
-    return [*plain, *mixed]
 
 
 def _ours(calibration: dict[str, Any]) -> list[Contender]:

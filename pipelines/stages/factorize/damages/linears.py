@@ -131,31 +131,25 @@ class DamagePrediction:
         }
 
     def _correction_damages(
-        self, storages: Collection[Storage], of_plain: Mapping[Storage, float], factor: HessianFactor | None
+        self, storages: Collection[Storage], added: Mapping[Storage, float], factor: HessianFactor | None
     ) -> dict[Storage, float]:
-        """Return storage -> damage of integers with corrections.
-
-        Args:
-            storages: All storages.
-            of_plain: Damages, those of plain integers among them.
-            factor: See `damages`.
-        """
+        """Return storage -> damage of integers with corrections, given those of all other integers."""
         fitted = self._fit_corrections(fitted_corrections(storages), factor)
         if not fitted:
             return {}
-        plain = {storage.weight: damage for storage, damage in of_plain.items() if storage.layout == "dense"}
-        damages = {}
+        plain = {storage.weight: damage for storage, damage in added.items() if storage.layout == "dense"}
+        damages = dict(fitted)
         for by_integers in by_correction(storages):
             shares: dict[int, float] = {
                 integers.bits: fitted[storage] / plain[integers] if plain[integers] else 0.0
                 for integers, storage in by_integers.items()
                 if storage in fitted and integers in plain
             }
-            for integers, storage in by_integers.items():
-                is_fitted = storage in fitted
-                damages[storage] = (
-                    fitted[storage] if is_fitted else plain[integers] * interpolate(shares, integers.bits)
-                )
+            damages |= {
+                storage: plain[integers] * interpolate(shares, integers.bits)
+                for integers, storage in by_integers.items()
+                if storage not in fitted
+            }
         return damages
 
     def _fit_corrections(
