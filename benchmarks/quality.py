@@ -372,7 +372,7 @@ error_controlled`, "prefix" with `compressed_prefix_inputs`, "recovered" with a 
 4 sequences and everything calibrated on {RECOVERY_SAMPLES} sequences, "longer" with 1024 steps, "tokens
 replaced" with `replaced_tokens: 0.3` in that stage. Where
 bits are compared there is a `target`, and factors are int4; scales count as bits, embeddings do not.
-"textbook" is GPTQ by a plain implementation in this benchmark, since the pipeline writes 4 and 8 bits only;
+"textbook" is GPTQ by a plain implementation in this benchmark, since the pipeline wrote 4 and 8 bits then;
 its levels lie half a step beside zero, which whole zero points cannot express. vLLM has kernels for 2- and
 3-bit weights on NVIDIA GPUs from compute capability 7.5, and none on CPUs and AMD GPUs
 (docs/decisions/0004-integers-through-vllms-kernels.md).

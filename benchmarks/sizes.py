@@ -18,7 +18,15 @@ from typing import Any
 
 import torch
 from peer_runs.judge import Judge, paired
-from peer_runs.size_contenders import ALL, METHODS, MIXED, RECOVERED, size_contenders
+from peer_runs.size_contenders import (
+    ALL,
+    GGUF,
+    METHODS,
+    MIXED,
+    RECOVERED,
+    gguf_contenders,
+    size_contenders,
+)
 from peers import DENSE, LENGTH, TEXTS, WINDOWS, append, calibration_section, measure, read_tokens
 from results_file import environment, markdown_table, write_results
 
@@ -58,14 +66,26 @@ def comparison(rows: Mapping[tuple[str, float], Mapping[str, Any]], method: str,
     return markdown_table([f"{method}, against {other}", *(f"{size} bits" for size in SIZES)], cells)
 
 
+def gguf_table(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> str:
+    """Return what llama.cpp's types lose, the smallest first."""
+    cells = []
+    for row in sorted((row for row in rows if "losses" in row), key=lambda row: float(row["bits"])):
+        lost = [paired(row["losses"][text], dense[text]) for text in TEXTS]
+        cells.append(
+            [row["name"], f"{row['bits']:.2f}", *(f"{mean:.3f} ± {half:.3f}" for mean, half in lost)]
+        )
+    return markdown_table(["", "bits per weight", *TEXTS], cells) if cells else "Not run yet."
+
+
 def write_report(
     rows: Mapping[tuple[str, float], Mapping[str, Any]],
+    gguf: Sequence[Mapping[str, Any]],
     dense: Mapping[str, Any],
     unmeasured: Sequence[str],
     arguments: argparse.Namespace,
 ) -> None:
     """Write the results files."""
-    errors = [f"- {row['name']}: {row['error']}" for row in rows.values() if "error" in row]
+    errors = [f"- {row['name']}: {row['error']}" for row in (*rows.values(), *gguf) if "error" in row]
     errors += [f"- {name}: not run yet" for name in unmeasured]
     spread = [abs(row["bits"] - size) for (_, size), row in rows.items() if "bits" in row]
     tables = "\n\n".join(f"On {text}:\n\n{table(rows, dense, text)}" for text in TEXTS)
@@ -80,7 +100,11 @@ AutoRound too.
 
 {tables}
 
-The same, paired by window:
+llama.cpp's types have sizes of their own, and read no calibration tokens:
+
+{gguf_table(gguf, dense)}
+
+Paired by window:
 
 {comparison(rows, ALL, MIXED)}
 
@@ -92,7 +116,7 @@ The same, paired by window:
 """
     command = f".venv/bin/python benchmarks/sizes.py --environments out/peers --model {arguments.model}"
     made_by = environment(command, threads=arguments.threads)
-    figures = [{"name": DENSE, "losses": dense}, *rows.values()]
+    figures = [{"name": DENSE, "losses": dense}, *rows.values(), *gguf]
     write_results(f"sizes-{arguments.model.name.lower()}", made_by=made_by, figures=figures, text=text)
 
 
@@ -106,7 +130,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, GGUF), default=METHODS)
     parser.add_argument("--rows", type=Path, help="rows measured so far; default out/sizes-MODEL.jsonl")
     arguments = parser.parse_args()
     arguments.rows = arguments.rows or Path(f"out/sizes-{arguments.model.name.lower()}.jsonl")
@@ -124,6 +148,13 @@ def main() -> None:
         measured[DENSE] = {"name": DENSE, "losses": judge.losses(None)}
         append(measured[DENSE], arguments.rows)
     cache = arguments.rows.with_suffix(".stages").resolve()
+    if GGUF in arguments.methods:
+        for contender in gguf_contenders():
+            if contender.name not in measured:
+                print(f"{contender.name} ...", flush=True)
+                measured[contender.name] = measure(contender, arguments, judge, tokens)
+                append(measured[contender.name], arguments.rows)
+    gguf = [measured[contender.name] for contender in gguf_contenders() if contender.name in measured]
     wanted = list(size_contenders(section, SIZES, arguments.correction_ranks, cache))
     for method, size, contender in wanted:
         is_asked = method in arguments.methods and size in arguments.sizes
@@ -137,7 +168,7 @@ def main() -> None:
         if contender.name in measured
     }
     unmeasured = [contender.name for _, _, contender in wanted if contender.name not in measured]
-    write_report(rows, measured[DENSE]["losses"], unmeasured, arguments)
+    write_report(rows, gguf, measured[DENSE]["losses"], unmeasured, arguments)
 
 
 if __name__ == "__main__":

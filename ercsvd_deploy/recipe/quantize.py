@@ -42,9 +42,11 @@ class VocabularyIntegers(Section):
 
 
 class QuantizeOverride(Section):
-    """What differs for some modules; a key left out keeps the stage's value."""
+    """What differs for some modules; a key left out keeps the stage's value, or leaves it to a target."""
 
-    bits: Bits | None = Field(default=None, description="Bits of one stored value.")
+    bits: Bits | None = Field(
+        default=None, description="Bits of one stored value, whatever `target.bits` offers to other modules."
+    )
     group_size: Literal[32, 64, 128, -1] | None = Field(
         default=None, description="Input columns that share a scale; -1 for one scale per row."
     )

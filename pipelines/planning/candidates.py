@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Ranks, parameters and bytes of one decoder layer in one candidate."""
+    """Ranks, bits, parameters and bytes of one decoder layer in one candidate."""
 
     index: int
     ranks: Mapping[str, int | None]  # Linear's name within the layer -> rank, None for dense
+    bits: Mapping[str, int]  # Linear's name -> bits of the integers of its one matrix, if it has integers
     correction_ranks: Mapping[str, int]  # Linear's name -> rank of its low-rank correction, if any
     parameters: int
     num_bytes: int
@@ -124,12 +125,15 @@ def _bytes_by_layer(sizes: Mapping[str, int], architecture: Architecture) -> Cou
 
 def _plan_layer(layer: LayerLinears, described: Mapping[str, Storage], num_bytes: int) -> LayerPlan:
     ranks: dict[str, int | None] = {}
+    bits: dict[str, int] = {}
     correction_ranks: dict[str, int] = {}
     parameters = 0
     for linear in layer.linears:
         name, storage = layer.local_name(linear), described.get(linear.name)
         parameters += linear.parameters if storage is None else storage.num_parameters
         ranks[name] = None if storage is None else storage.truncated_rank
+        if storage is not None and storage.weight is not None:
+            bits[name] = storage.weight.bits
         if storage is not None and storage.layout == "corrected" and storage.rank is not None:
             correction_ranks[name] = storage.rank
-    return LayerPlan(layer.index, ranks, correction_ranks, parameters, num_bytes)
+    return LayerPlan(layer.index, ranks, bits, correction_ranks, parameters, num_bytes)

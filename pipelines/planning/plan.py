@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ from ercsvd_deploy.pipelines.planning.measured_workload import measure_workload
 from ercsvd_deploy.pipelines.planning.needs import PlannedStage
 from ercsvd_deploy.pipelines.stages import STAGES
 from ercsvd_deploy.pipelines.stages.contract import Candidate, PlanningContext, Stage
+from ercsvd_deploy.pipelines.stages.factorize.damages.stage import DamagesStage
 from ercsvd_deploy.pipelines.stages.quantize.planning.serving_notes import gpu_warnings, serving_warnings
-from ercsvd_deploy.pipelines.stages.quantize.planning.storage import quantize_plan_of
+from ercsvd_deploy.pipelines.stages.quantize.planning.storage import QuantizePlan, quantize_plan_of
 from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
 from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank
 from ercsvd_deploy.recipe.fields import PlanError
@@ -192,7 +193,7 @@ def make_plan(
         notes=(
             *import_note(config, recipe.model.path),
             *_allocation_note(recipe),
-            *_expert_notes(recipe, architecture),
+            *_expert_notes(recipe, quantize_plan, architecture),
         ),
         warnings=(
             *serving_warnings(
@@ -202,6 +203,7 @@ def make_plan(
                 sizes,
                 dtype,
                 has_plugin=recipe.export.format == "vllm",
+                bits_on_offer=_bits_on_offer(planned),
             ),
             *family_warnings(architecture.model_type),
             *gpu_warnings(
@@ -234,11 +236,29 @@ def plan_stages(
     return tuple(planned.values())
 
 
+def _bits_on_offer(planned: Iterable[PlannedStage]) -> set[int]:
+    """Return the bits of all integers of which error control chooses; empty without it."""
+    tasks = [
+        planned_stage.stage.task for planned_stage in planned if isinstance(planned_stage.stage, DamagesStage)
+    ]
+    offers = {id(costs): costs for task in tasks for costs in task.costs.values()}  # most are shared
+    return {
+        integers.bits
+        for costs in offers.values()
+        for storage in costs
+        for _, integers in storage.parts.values()
+        if integers is not None
+    }
+
+
 def _allocation_note(recipe: Recipe) -> tuple[str, ...]:
     if recipe.factorize is None or recipe.factorize.allocation != "error_controlled":
         return ()
     if not recipe.may_factorize:
-        return ("the bits of every matrix are chosen by measurement when the recipe runs",)
+        return (
+            "the bits of every matrix are chosen by measurement when the recipe runs, under the same budget; "
+            "what is shown here spends it evenly",
+        )
     subject = "ranks" if recipe.target is None else "ranks, and which matrices stay dense,"
     return (
         f"{subject} are chosen by measurement when the recipe runs, under the same budget; "
@@ -246,21 +266,27 @@ def _allocation_note(recipe: Recipe) -> tuple[str, ...]:
     )
 
 
-def _expert_notes(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+def _expert_notes(recipe: Recipe, quantize_plan: QuantizePlan, architecture: Architecture) -> Iterator[str]:
     """Yield notes on routed experts, which some stages do not treat like other Linears."""
     if not architecture.expert_parameters:
         return
     gib = architecture.expert_parameters / 2**30
-    if recipe.factorize is not None:
+    recoveries = (recipe.recover, recipe.recover_quantized)
+    if recipe.may_factorize:
         yield (
             f"factorize leaves the {gib:.1f} Gi weights of routed experts as they are: vLLM's fused experts "
             "multiply no factors"
         )
-    if recipe.target is not None and architecture.expert_linears:
+    has_integers = any(quantize_plan.integers.get(linear.name) for linear in architecture.expert_linears)
+    if recipe.target is not None and has_integers:
         yield (
             "target chooses bits expert by expert; of a layer whose experts differ in the end vLLM holds all "
             "experts in 16 bits"
         )
+    if has_integers and (quantize_plan.corrections or (recipe.target and recipe.target.corrections)):
+        yield "routed experts get no low-rank corrections: vLLM's fused experts multiply no factors"
+    if has_integers and any(stage is not None and stage.rounding for stage in recoveries):
+        yield "recover trains no rounding of routed experts; theirs stays as the quantize stage chooses it"
     if recipe.quantize is not None and not architecture.expert_linears:
         yield (
             f"quantize leaves the {gib:.1f} Gi weights of routed experts as they are: checkpoints of "

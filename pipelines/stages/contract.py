@@ -79,12 +79,15 @@ class Candidate:
         experts: Name -> storage of the routed experts' Linears; the same in all candidates.
         num_compressed_layers: Number of factorized decoder layers, counted from the last.
         layer_ratio: Fraction of the parameters removed in each of these layers.
+        presumed: Name -> final storage of all that a target chooses, as even as its budget allows; empty
+            without a target.
     """
 
     modules: Mapping[str, Storage] = field(default_factory=dict)
     experts: Mapping[str, Storage] = field(default_factory=dict)
     num_compressed_layers: int = 0
     layer_ratio: float = 0.0
+    presumed: Mapping[str, Storage] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ercsvd_deploy.models.experts.routed import EXPERTS
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.planning.storage import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import expert_bytes, planned_bytes
-from ercsvd_deploy.recipe.fields import PlanError
+from ercsvd_deploy.recipe.fields import PlanError, listed
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun
@@ -120,19 +120,22 @@ def _check_readable(context: PlanningContext) -> None:
             "export.format compressed-tensors is for language models: vision-language models have other "
             "names in checkpoints than in memory; set vllm"
         )
-    modules = quantize_plan_of(context.recipe, architecture).describe({}, architecture)
-    if quantize_plan_of(context.recipe, architecture).describe_experts(architecture):
+    quantize_plan = quantize_plan_of(context.recipe, architecture)
+    if quantize_plan.describe_experts(architecture):
         raise PlanError(
             "export.format compressed-tensors: routed experts of integers are read with this package alone, "
             f"since transformers keeps a layer's in one tensor: ignore '{EXPERTS}.*' in quantize, or set vllm"
         )
+    modules = quantize_plan.describe({}, architecture)
+    if "factorize" in context.planned:  # a target chooses the bits
+        [candidate] = context.planned["factorize"].store([Candidate()])
+        modules = {**modules, **candidate.presumed}
+    modules = {name: storage for name, storage in modules.items() if storage.is_altered}
     fused = [[linear.name for linear in stack] for layer in architecture.layers for stack in layer.stacks]
     embedding = architecture.vocabulary.embedding
     problems = find_unreadable(modules, fused, None if embedding is None else embedding.name)
     if problems:
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise PlanError(
-            "export.format compressed-tensors cannot hold this model; change quantize, or set vllm:\n  "
-            + "\n  ".join(problems[:8])
-            + more
+            "export.format compressed-tensors cannot hold this model; change quantize, or set vllm:"
+            + listed(problems)
         )

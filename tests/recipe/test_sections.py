@@ -195,6 +195,28 @@ def test_beta_auto_takes_any_ratio_and_needs_sequences_to_hold_out(tmp_path: Pat
             "has 3, 6, and compressed-tensors and vLLM agree on words of 2, 4 and 8 bits only",
         ),
         (
+            "quantize: {lm_head: {bits: 8}}",
+            "target: {model_bits: 5, vocabulary_bits: [5, 8]}\nexport: {format: compressed-tensors}",
+            "'target.vocabulary_bits' has 5, and compressed-tensors",
+        ),
+        (
+            "quantize: {bits: 3}",
+            "target: {overall_bits: 3, bits: [2, 4]}",
+            "'stages.0.quantize.bits' is 3, but target.bits is [2, 4], of which every matrix gets one",
+        ),
+        (
+            "quantize: {group_size: 64}",
+            "target: {overall_bits: 3, group_sizes: [32, 128]}",
+            "'stages.0.quantize.group_size' is 64, but target.group_sizes is [32, 128]",
+        ),
+        (
+            "quantize: {overrides: {q_proj: {correction: {rank: 8}}}}",
+            "target: {overall_bits: 3}",
+            "'stages.0.quantize.overrides.q_proj.correction' is given beside a target",
+        ),
+        ("quantize: {}", "target: {overall_bits: 3, group_sizes: []}", "a list with at least 1 entry"),
+        ("quantize: {}", "target: {overall_bits: 3, bits: []}", "a list with at least 1 entry"),
+        (
             "quantize: {}",
             "target: {overall_bits: 3, corrections: [{rank: 8}]}\nexport: {format: compressed-tensors}",
             "'target.corrections' are low-rank",

@@ -112,7 +112,7 @@ def test_report_page_and_card_tell_of_corrections(write_recipe: RecipeWriter) ->
 def test_the_plan_shows_ranks_of_corrections(write_recipe: RecipeWriter) -> None:
     code, shown, _ = invoke("plan", write_recipe(quantize(), calibration=CALIBRATION))
     assert code == 0
-    assert "dense + 16" in " ".join(shown.split())
+    assert "int3 + 16" in " ".join(shown.split())
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ercsvd_deploy.format.compressed_tensors import READABLE_BITS
 from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT
+from ercsvd_deploy.recipe.quantize import Correction
 from ercsvd_deploy.recipe.stages import (
     FEWEST_SAMPLES_TO_HOLD_OUT,
     FactorizeStage,
@@ -40,6 +41,7 @@ def find_contradictions(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     yield from _find_idle_target(recipe)
     yield from _find_unreadable_export(recipe)
     yield from _find_unused_correction(recipe)
+    yield from _find_idle_integers(recipe)
     if recipe.judged_texts and recipe.evaluation_sequence_length is None:
         yield (
             ("evaluation", "sequence_length"),
@@ -210,13 +212,15 @@ def _find_unreadable_export(recipe: Recipe) -> Iterator[tuple[Location, str]]:
             ("target", "corrections"),
             "are low-rank, which export.format compressed-tensors cannot hold; remove them, or set vllm",
         )
-    if recipe.target is not None and (unreadable := set(recipe.target.bits) - set(READABLE_BITS)):
-        listed = ", ".join(map(str, sorted(unreadable)))
-        yield (
-            ("target", "bits"),
-            f"has {listed}, and compressed-tensors and vLLM agree on words of 2, 4 and 8 bits only; remove "
-            "the others, or set export.format: vllm",
-        )
+    for key in ("bits", "vocabulary_bits"):
+        unreadable = set(getattr(recipe.target, key, None) or ()) - set(READABLE_BITS)
+        if unreadable:
+            listed = ", ".join(map(str, sorted(unreadable)))
+            yield (
+                ("target", key),
+                f"has {listed}, and compressed-tensors and vLLM agree on words of 2, 4 and 8 bits only; "
+                "remove the others, or set export.format: vllm",
+            )
 
 
 def _find_unused_correction(recipe: Recipe) -> Iterator[tuple[Location, str]]:
@@ -226,12 +230,44 @@ def _find_unused_correction(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         return
     chooser = "factorize.allocation error_controlled" if recipe.may_factorize else "a target"
     for number, stage in enumerate(recipe.stages):
-        if isinstance(stage, QuantizeStage) and stage.quantize.corrections:
-            yield (
-                ("stages", number, "quantize", "correction"),
-                f"is given beside {chooser}, which chooses how every matrix is stored; remove it, and name "
-                "it in target.corrections",
-            )
+        if not isinstance(stage, QuantizeStage):
+            continue
+        where: Location = ("stages", number, "quantize")
+        corrections = {(*where, "correction"): stage.quantize.correction} | {
+            (*where, "overrides", pattern, "correction"): change.correction
+            for pattern, change in stage.quantize.overrides.items()
+        }
+        for key, correction in corrections.items():
+            if isinstance(correction, Correction):
+                yield (
+                    key,
+                    f"is given beside {chooser}, which chooses how every matrix is stored; remove it, and "
+                    "name it in target.corrections",
+                )
+
+
+def _find_idle_integers(recipe: Recipe) -> Iterator[tuple[Location, str]]:
+    """Yield bits and group sizes of the quantize stage that a target's own leave nothing to."""
+    target = recipe.target
+    if target is None:
+        return
+    uses_bits_for_factors = recipe.may_factorize and target.factor_bits is None
+    offers: dict[str, tuple[str, Collection[int] | None]] = {
+        "bits": ("bits", None if uses_bits_for_factors else target.bits),
+        "group_size": ("group_sizes", None if recipe.may_factorize else target.group_sizes),
+    }
+    for number, stage in enumerate(recipe.stages):
+        if not isinstance(stage, QuantizeStage):
+            continue
+        for key, (offer, offered) in offers.items():
+            value = getattr(stage.quantize, key)
+            if offered is not None and key in stage.quantize.model_fields_set and value not in offered:
+                listed = ", ".join(map(str, offered))
+                yield (
+                    ("stages", number, "quantize", key),
+                    f"is {value}, but target.{offer} is [{listed}], of which every matrix gets one; add "
+                    f"{value} there, or remove the key here",
+                )
 
 
 def _find_disorder(stages: tuple[Stage, ...]) -> Iterator[tuple[Location, str]]:

@@ -135,11 +135,12 @@ class Target(Section):
         description="Stored bits of all tensors per original weight of the whole model: embeddings, output "
         "layer, norms and vision parts included.",
     )
-    bits: ListWithoutRepetition[Bits] = Field(
-        default=(4,),
+    bits: ListWithoutRepetition[Bits] | None = Field(
+        default=None,
         min_length=1,
-        description="Bits that a quantized dense matrix may have. vLLM has kernels for others than 4 on "
-        "NVIDIA GPUs only; elsewhere such a matrix takes 16.",
+        description="Bits that a quantized dense matrix may have, beside 16; null: the stage's own. vLLM has "
+        "kernels for others than 4 on NVIDIA GPUs only; elsewhere such a matrix takes 16. Matrices to which "
+        "`quantize.overrides` gives bits have those.",
     )
     factor_bits: ListWithoutRepetition[Bits] | None = Field(
         default=None,
@@ -148,7 +149,9 @@ class Target(Section):
         "tried, which takes time.",
     )
     group_sizes: ListWithoutRepetition[Literal[32, 64, 128, -1]] | None = Field(
-        default=None, description="Group sizes that a dense quantized matrix may have; null: the stage's own."
+        default=None,
+        min_length=1,
+        description="Group sizes that a dense quantized matrix may have; null: the stage's own.",
     )
     corrections: ListWithoutRepetition[Correction] = Field(
         default=(),

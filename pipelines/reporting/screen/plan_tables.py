@@ -123,8 +123,10 @@ def _pattern_table(patterns: tuple[PatternMatch, ...]) -> Table:
 
 
 def _rank_table(candidate: CandidatePlan) -> Table:
-    """Ranks, weights and size of each layer; equal neighbours share a row."""
-    table = Table(title=f"Ranks with k = {candidate.num_compressed_layers}", title_justify="left")
+    """Ranks or bits, weights and size of each layer; equal neighbours share a row."""
+    has_ranks = any(rank is not None for layer in candidate.layers for rank in layer.ranks.values())
+    title = f"Ranks with k = {candidate.num_compressed_layers}" if has_ranks else "Layers"
+    table = Table(title=title, title_justify="left")
     labels = label_columns(name for layer in candidate.layers for name in layer.ranks)
     names = [label.removesuffix("_proj") for label in labels.values()]
     for column in ("layer", *names, "weights", "size"):
@@ -139,14 +141,15 @@ def _rank_table(candidate: CandidatePlan) -> Table:
 
 
 def _rank_cells(layer: LayerPlan, names: Iterable[str]) -> Iterator[str]:
-    """Yield the cell of every Linear of a layer: its rank or `dense`, plus the rank of its correction.
+    """Yield the cell of every Linear of a layer: its rank, `int4` or `dense`, plus its correction's rank.
 
     The cell is empty for a name that the layer does not have.
     """
     for name in names:
         rank = layer.ranks.get(name)
+        one_matrix = f"int{layer.bits[name]}" if name in layer.bits else "dense"
         corrected = f" + {layer.correction_ranks[name]}" if name in layer.correction_ranks else ""
-        yield f"{'dense' if rank is None else rank}{corrected}" if name in layer.ranks else ""
+        yield f"{one_matrix if rank is None else rank}{corrected}" if name in layer.ranks else ""
 
 
 def _kernel_table(plan: Plan) -> Table:

@@ -9,7 +9,7 @@ measured (`damages`). Vision tower and projector are another stage, whose ranks 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
@@ -31,6 +31,7 @@ from ercsvd_deploy.pipelines.stages.factorize.outcome import (
 )
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import rank_plans
+from ercsvd_deploy.pipelines.stages.factorize.ranks.presumed import presumed_storages
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
 from ercsvd_deploy.pipelines.stages.quantize.planning.storage import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
@@ -39,6 +40,7 @@ from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.stages import Factorize
 
 if TYPE_CHECKING:
+    from ercsvd_deploy.format.schema import Storage
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun
     from ercsvd_deploy.pipelines.stages.workload import Workload
 
@@ -129,9 +131,15 @@ class FactorizeStage(Stage):
                 {**before.modules, **rules.factorized(linears, ranks.ranks)},
                 num_compressed_layers=ranks.num_compressed_layers,
                 layer_ratio=ranks.layer_ratio,
+                presumed=self._presumed(ranks.ranks),
             )
             for ranks in self.ranks_by_k.values()
-        ] or [before]
+        ] or [replace(before, presumed=self._presumed({}))]
+
+    def _presumed(self, ranks: Mapping[str, int | None]) -> dict[str, Storage]:
+        """Return name -> final storage, if a target chooses it."""
+        task = self.allocation
+        return {} if task is None or not task.is_in_bits else presumed_storages(task, ranks)
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
         """Return the peak needs of observing, trying and writing."""

@@ -103,12 +103,15 @@ class QuantizeStage(Stage):
         quantized_candidates = []
         experts = self.storing.describe_experts(self.architecture)
         check_expert_shapes(experts, self.architecture, self.tensor_parallel_sizes)
+        routed_names = {linear.name for linear in self.architecture.expert_linears}
         for candidate in candidates:
             ranks = {name: storage.truncated_rank for name, storage in candidate.modules.items()}
             described = check_shapes(self.storing, ranks, self.architecture, self.tensor_parallel_sizes)
-            quantized_candidates.append(
-                replace(candidate, modules={**candidate.modules, **described}, experts=experts)
-            )
+            # A target may leave a matrix as it is, which then is no changed one.
+            stored = {**candidate.modules, **described, **experts, **candidate.presumed}
+            altered = {name: storage for name, storage in stored.items() if storage.is_altered}
+            routed = {name: altered.pop(name) for name in stored if name in routed_names & altered.keys()}
+            quantized_candidates.append(replace(candidate, modules=altered, experts=routed))
         return quantized_candidates
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:

@@ -128,8 +128,8 @@ def _storages(
 ) -> Iterator[QuantizePlan]:
     plan = _storage(recipe, plans, architecture)
     yield plan
-    if recipe.target is not None and recipe.factorize is None:
-        for bits in recipe.target.bits:
+    if recipe.target is not None and not recipe.may_factorize:
+        for bits in recipe.target.bits or ():
             integers = {
                 name: quantization and quantization.model_copy(update={"bits": bits})
                 for name, quantization in plan.integers.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from ercsvd_deploy.exporters.vllm.cutting import find_unaligned, find_unservable
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
 from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank, module_bytes_on_rank
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
-from ercsvd_deploy.recipe.fields import parse_size
+from ercsvd_deploy.recipe.fields import PlanError, listed, parse_size
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.rank_steps import RankSteps
@@ -81,6 +81,10 @@ def allocation_task(
     for name, storages in _vocabulary_storages(quantize_plan, target).items():
         costs[name] = _cheapest_first({storage: gpu_bits.by_module(name, storage) for storage in storages})
     costs |= _expert_costs(recipe, rules, quantize_plan, gpu_bits)
+    likeness = 0.0 if target is None else _LIKENESS
+    if recipe.export.format == "compressed-tensors":
+        likeness = math.inf
+        costs |= _costs_alike(costs, architecture)
     chosen_experts = [linear for linear in architecture.expert_linears if linear.name in costs]
     weights = architecture.linear_parameters + sum(linear.parameters for linear in chosen_experts)
     if target is None:
@@ -94,8 +98,34 @@ def allocation_task(
         planned = {**architecture.dense_storages, **described}
         chosen_bits = sum(gpu_bits.by_module(name, planned[name]) for name in costs)
         budget = _bits_of_model(target, architecture) - (gpu_bits.by_model(described) - chosen_bits)
-    likeness = math.inf if recipe.export.format == "compressed-tensors" else _LIKENESS
-    return AllocationTask(costs, budget, target is not None, rules, likeness if target is not None else 0.0)
+    return AllocationTask(costs, budget, target is not None, rules, likeness)
+
+
+def _costs_alike(
+    costs: Mapping[str, Mapping[Storage, int]], architecture: Architecture
+) -> dict[str, dict[Storage, int]]:
+    """Return the costs of the storages that all Linears can have which vLLM multiplies as one.
+
+    Raises:
+        PlanError: they have no integers in common, since overrides give them different ones.
+    """
+    alike = {}
+    for layer in architecture.layers:
+        for stack in layer.stacks:
+            names = [linear.name for linear in stack]
+            integers = [{storage.kind for storage in costs[name] if storage.is_quantized} for name in names]
+            shared = set.intersection(*({storage.kind for storage in costs[name]} for name in names))
+            if any(integers) and not set.intersection(*integers):
+                raise PlanError(
+                    f"quantize.overrides leave {', '.join(names)} no integers that all of them can have: "
+                    "vLLM stacks them into one layer, which compressed-tensors stores in one way; give all "
+                    "of them the same bits, group_size and sym, or set export.format: vllm"
+                )
+            for name in names:
+                alike[name] = {
+                    storage: cost for storage, cost in costs[name].items() if storage.kind in shared
+                }
+    return alike
 
 
 def _linear_costs(
@@ -115,7 +145,7 @@ def _linear_costs(
     for layer in architecture.layers:
         key_value_heads = architecture.key_value_heads_of(f"{layer.prefix}.")
         for linear in layer.linears:
-            integers = quantize_plan.integers[linear.name]
+            integers = _Integers.of(linear, quantize_plan)
             steps = rank_steps.preferred[linear.name], rank_steps.finest[linear.name]
             shape = linear.out_features, linear.in_features
             kind = (layer.local_name(linear), shape, key_value_heads, integers, steps)
@@ -137,14 +167,14 @@ def _storages(
     rules: StorageRules,
     rank_steps: RankSteps,
     linear: LinearShape,
-    integers: WeightQuantization | None,
+    integers: _Integers,
 ) -> list[Storage]:
     """Return the storages to choose from for a Linear."""
     target = recipe.target
     dense = [
         rules.storage(linear, None, quantization, correction)
         for quantization in _dense_integers(linear, integers, target)
-        for correction in _corrections(linear, target)
+        for correction in _corrections(linear, integers, target)
     ]
     ranks = rank_steps.ranks_on_offer(linear, rules.layout) if recipe.may_factorize else []
     factorized = [
@@ -165,24 +195,23 @@ def _expert_costs(
     target = recipe.target
     if target is None or recipe.quantize is None:
         return {}
-    costs_by_kind: dict[tuple[int, int, WeightQuantization], dict[Storage, int]] = {}
+    costs_by_kind: dict[tuple[int, int, _Integers], dict[Storage, int]] = {}
     costs = {}
     for linear in rules.architecture.expert_linears:
-        integers = quantize_plan.integers.get(linear.name)
-        if integers is None:
+        integers = _Integers.of(linear, quantize_plan)
+        if integers.planned is None:
             continue
         key = (linear.out_features, linear.in_features, integers)
         if key not in costs_by_kind:
-            storages = dict.fromkeys(
+            storages = [
                 rules.storage(linear, None, quantization)
                 for quantization in _dense_integers(linear, integers, target)
-            )
+            ]
             sizes = recipe.serving.tensor_parallel_sizes
             costs_by_kind[key] = _cheapest_first(
                 {
                     storage: gpu_bits.by_module(linear.name, storage)
-                    for storage in storages
-                    if not find_unservable({linear.name: storage}, rules.architecture, sizes)
+                    for storage in _without_unservable(linear, storages, rules, sizes)
                 }
             )
         costs[linear.name] = costs_by_kind[key]
@@ -238,38 +267,60 @@ def _bits_of_model(target: Target, architecture: Architecture) -> int:
     return 8 * parse_size(target.bytes)
 
 
+@dataclass(frozen=True)
+class _Integers:
+    """The quantization of a Linear in a recipe's stage, and what of it a target does not choose.
+
+    Attributes:
+        planned: The stage's quantization of each of its matrices; None: it is not quantized.
+        pinned: Fields that an override of the recipe sets.
+    """
+
+    planned: WeightQuantization | None
+    pinned: frozenset[str]
+
+    @classmethod
+    def of(cls, linear: LinearShape, quantize_plan: QuantizePlan) -> _Integers:
+        """Return those of a Linear."""
+        pinned = quantize_plan.pinned.get(linear.name, frozenset())
+        return cls(quantize_plan.integers.get(linear.name), pinned)
+
+
 def _dense_integers(
-    linear: LinearShape, integers: WeightQuantization | None, target: Target | None
+    linear: LinearShape, integers: _Integers, target: Target | None
 ) -> list[WeightQuantization | None]:
     """Return the quantizations to choose from for a Linear that keeps one matrix; None: unquantized."""
-    if target is None or integers is None:
-        return [integers]
-    groups = target.group_sizes or (integers.group_size,)
+    planned, pinned = integers.planned, integers.pinned
+    if target is None or planned is None:
+        return [planned]
+    bits = (planned.bits,) if target.bits is None or "bits" in pinned else target.bits
+    groups: tuple[int, ...] = (planned.group_size,)
+    if target.group_sizes is not None and "group_size" not in pinned:
+        groups = target.group_sizes
     fitting = [group for group in groups if group == -1 or linear.in_features % group == 0]
     return [
-        None,
+        *([] if "bits" in pinned else [None]),
         *(
-            WeightQuantization(bits=bits, group_size=group, sym=integers.sym)
-            for bits in target.bits
+            WeightQuantization(bits=each, group_size=group, sym=planned.sym)
+            for each in bits
             for group in fitting or groups
         ),
     ]
 
 
-def _corrections(linear: LinearShape, target: Target | None) -> list[Correction | None]:
+def _corrections(linear: LinearShape, integers: _Integers, target: Target | None) -> list[Correction | None]:
     """Return the corrections to choose from for a Linear that keeps one matrix; None: no correction."""
-    on_offer = () if target is None else target.corrections
+    on_offer = () if target is None or "correction" in integers.pinned else target.corrections
     sides = linear.out_features + linear.in_features
     return [None, *(correction for correction in on_offer if correction.rank * sides < linear.parameters)]
 
 
-def _factor_integers(
-    integers: WeightQuantization | None, target: Target | None
-) -> list[WeightQuantization | None]:
+def _factor_integers(integers: _Integers, target: Target | None) -> list[WeightQuantization | None]:
     """Return the quantizations to choose from for the matrices of a Linear with a rank."""
-    if target is None or integers is None or target.factor_bits is None:
-        return [integers]
-    return [integers.model_copy(update={"bits": bits}) for bits in target.factor_bits]
+    planned = integers.planned
+    if target is None or planned is None or target.factor_bits is None or "bits" in integers.pinned:
+        return [planned]
+    return [planned.model_copy(update={"bits": bits}) for bits in target.factor_bits]
 
 
 def _servable(
@@ -292,8 +343,24 @@ def _servable(
             if not find_unaligned({linear.name: storage}, rules.architecture, sizes)
         ]
         factorized = aligned or factorized
-    return [
-        storage
-        for storage in dict.fromkeys([*dense, *factorized])
-        if not find_unservable({linear.name: storage}, rules.architecture, sizes)
-    ]
+    return _without_unservable(linear, [*dense, *factorized], rules, sizes)
+
+
+def _without_unservable(
+    linear: LinearShape, storages: Iterable[Storage], rules: StorageRules, sizes: Sequence[int]
+) -> list[Storage]:
+    """Return the storages that vLLM can serve, each once.
+
+    Raises:
+        PlanError: there are none.
+    """
+    problems: list[str] = []
+    servable = []
+    for storage in dict.fromkeys(storages):
+        found = find_unservable({linear.name: storage}, rules.architecture, sizes)
+        problems += found
+        if not found:
+            servable.append(storage)
+    if not servable:
+        raise PlanError(f"no storage on offer can be served:{listed(problems)}")
+    return servable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.budget.equal_shares import admissible_num_compressed_layers, allocate_ranks
@@ -10,7 +11,7 @@ from ercsvd_deploy.models.description.architecture import PROJECTOR_PART, TOWER_
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask, allocation_task
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
 from ercsvd_deploy.pipelines.stages.quantize.planning.storage import quantize_plan_of
-from ercsvd_deploy.recipe.fields import PlanError
+from ercsvd_deploy.recipe.fields import PlanError, parse_size
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.rank_steps import RankSteps
@@ -121,17 +122,39 @@ def plan_allocation(recipe: Recipe, architecture: Architecture, element: int) ->
         task = allocation_task(recipe, architecture, quantize_plan, {}, rank_steps=steps, element=element)
         if task.least <= task.budget:
             return task
-    unit = "bits" if task.is_in_bits else "parameters"
     assert recipe.factorize is not None
     remedy = "" if recipe.factorize.rank_multiple == "auto" else ", or a smaller rank_multiple"
     if not recipe.may_factorize:
         remedy = ", fewer bits in target.bits, or ranks by a factorize stage"
     if recipe.target is not None and recipe.target.overall_bits is None and not quantize_plan.vocabulary:
         remedy += ", or fewer bits for what is outside the layers (quantize.lm_head, quantize.embeddings)"
-    raise PlanError(
-        f"the budget is {task.budget:,} {unit} for all decoder Linears, and the least that is possible "
-        f"is {task.least:,}: allow more{remedy}"
-    )
+    raise PlanError(f"{_shortage(recipe, task, architecture)}: allow more{remedy}")
+
+
+def _shortage(recipe: Recipe, task: AllocationTask, architecture: Architecture) -> str:
+    """Return what the recipe asks for and the least that is possible, in the recipe's unit."""
+    target, missing = recipe.target, task.least - task.budget
+    if target is None:
+        assert recipe.factorize is not None
+        removed = 1 - task.least / architecture.linear_parameters
+        return (
+            f"factorize.compression_ratio is {recipe.factorize.compression_ratio:g}, and the least that is "
+            f"possible leaves {task.least:,} parameters, a ratio of {math.floor(1000 * removed) / 1000:g}"
+        )
+    if target.bytes is not None:
+        least = math.ceil((8 * parse_size(target.bytes) + missing) / 8 / 2**20)
+        return f"target.bytes is {target.bytes}, and the least that is possible is {least}MiB"
+    if target.model_bits is not None:
+        bits = target.model_bits + missing / architecture.total_parameters
+        return f"target.model_bits is {target.model_bits:g}, and the least that is possible is {_up(bits)}"
+    assert target.overall_bits is not None
+    bits = target.overall_bits * task.least / task.budget
+    return f"target.overall_bits is {target.overall_bits:g}, and the least that is possible is {_up(bits)}"
+
+
+def _up(bits: float) -> str:
+    """Return bits a weight, rounded up so that a recipe can ask for them."""
+    return f"{math.ceil(1000 * bits) / 1000:g}"
 
 
 def plan_vision_ranks(

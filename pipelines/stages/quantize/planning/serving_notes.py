@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.exporters.vllm.cutting import BLOCK, find_unaligned
@@ -23,6 +23,7 @@ def serving_warnings(
     dtype: str,
     *,
     has_plugin: bool = True,
+    bits_on_offer: Iterable[int] = (),
 ) -> list[str]:
     """Return warnings about a quantized model that is served differently from what its recipe suggests.
 
@@ -33,6 +34,7 @@ def serving_warnings(
         tensor_parallel_sizes: The sizes at which it will be served.
         dtype: Name of the dtype of unquantized tensors, such as "bfloat16".
         has_plugin: Whether our plugin serves the model; it dequantizes matrices that no kernel multiplies.
+        bits_on_offer: Bits of which a target chooses.
     """
     multiplied = _multiplied(described, architecture)
     integers = [
@@ -41,10 +43,12 @@ def serving_warnings(
         for _, quantization in storage.parts.values()
         if quantization
     ]
-    warnings = _fitting_notes(plan, described, tensor_parallel_sizes)
+    ranks = {name: storage.truncated_rank for name, storage in described.items()}
+    by_the_stage = plan.describe(ranks, architecture) | plan.describe_experts(architecture)
+    warnings = _fitting_notes(plan, by_the_stage, tensor_parallel_sizes)
     warnings += expert_notes(described, architecture) if has_plugin else []
     warnings += describe_tied(described, architecture)
-    without_cpu_kernel = sorted({quantization.bits for quantization in integers} - {4})
+    without_cpu_kernel = sorted({*(quantization.bits for quantization in integers), *bits_on_offer} - {4})
     if without_cpu_kernel:
         kinds = ", ".join(f"{bits}-bit" for bits in without_cpu_kernel)
         without = "it would hold these matrices in 16 bits" if has_plugin else "it would not start there"

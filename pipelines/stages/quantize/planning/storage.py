@@ -19,7 +19,7 @@ from ercsvd_deploy.models.experts.routed import EXPERTS
 from ercsvd_deploy.pipelines.stages.quantize.planning.vocabulary import plan_vocabulary
 from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
-from ercsvd_deploy.recipe.fields import PlanError
+from ercsvd_deploy.recipe.fields import PlanError, listed
 from ercsvd_deploy.recipe.quantize import Correction, Quantize
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class QuantizePlan:
         layout: Layout of the Linears that have a rank.
         fitted_to: Tensor parallel sizes that groups must fit; None: groups stay as the recipe says.
         corrections: Linear -> low-rank correction of its integers if it has no rank; no entry: none.
+        pinned: Linear -> fields that an override of the recipe sets, and no target therefore chooses.
         vocabulary: Name -> storage of input embedding and output layer, if they are quantized.
     """
 
@@ -52,6 +53,7 @@ class QuantizePlan:
     layout: LowRankLayout = "low_rank"
     fitted_to: tuple[int, ...] | None = None
     corrections: Mapping[str, Correction] = field(default_factory=dict)
+    pinned: Mapping[str, frozenset[str]] = field(default_factory=dict)
     vocabulary: Mapping[str, Storage] = field(default_factory=dict)
 
     def describe(self, ranks: Mapping[str, int | None], architecture: Architecture) -> dict[str, Storage]:
@@ -140,8 +142,10 @@ def plan_quantization(
         names, WeightQuantization(bits=settings.bits, group_size=settings.group_size, sym=settings.sym)
     )
     corrections: dict[str, Correction | None] = dict.fromkeys(names, settings.correction)
+    pinned: dict[str, frozenset[str]] = {}
     for match, change in overrides:
         for name in match.modules:
+            pinned[name] = pinned.get(name, frozenset()).union(change.model_dump(exclude_none=True))
             previous = integers[name]
             assert previous is not None
             changed = change.model_dump(exclude_none=True, exclude={"correction"})
@@ -161,6 +165,7 @@ def plan_quantization(
         corrections={
             name: correction for name, correction in corrections.items() if correction and integers[name]
         },
+        pinned=pinned,
     )
 
 
@@ -242,10 +247,7 @@ def check_expert_shapes(
 
 def _refuse(problems: list[str]) -> None:
     if problems:
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise QuantizePlanError(
-            f"{len(problems)} matrices cannot be served:\n  " + "\n  ".join(problems[:8]) + more
-        )
+        raise QuantizePlanError(f"{len(problems)} matrices cannot be served:{listed(problems)}")
 
 
 def _find_idle_corrections(
