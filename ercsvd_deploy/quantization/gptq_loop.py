@@ -28,7 +28,14 @@ from ercsvd_deploy.quantization.grid import Grid, GriddedWeight, stack_grids
 if TYPE_CHECKING:
     from ercsvd_deploy.format.packing import QuantizedWeight
 
-__all__ = ["HessianFactor", "factor_hessian", "round_columns", "round_together"]
+__all__ = [
+    "HessianFactor",
+    "factor_hessian",
+    "round_columns",
+    "round_columns_by_each",
+    "round_together",
+    "round_together_by_each",
+]
 
 _BLOCK = 128  # columns whose sums over earlier blocks are made at once
 
@@ -82,44 +89,77 @@ def factor_hessian(hessian: Tensor, *, damping: float, desc_act: bool) -> Hessia
 
 
 def round_columns(weight: Tensor, grid: Grid, factor: HessianFactor) -> Tensor:
-    """Return the integers of GPTQ for matrices that share a Hessian.
+    """Return the integers [rows, in] of GPTQ by one factor, see `round_columns_by_each`."""
+    return round_columns_by_each(weight, grid, [factor])[0]
+
+
+def round_columns_by_each(weight: Tensor, grid: Grid, factors: Sequence[HessianFactor]) -> Tensor:
+    """Return the integers of GPTQ for matrices that share a Hessian, by each of some factors of it.
 
     Args:
         weight: [rows, in], the rows of all matrices; computed in float32.
         grid: the grid of each row (`grid.stack_grids`).
-        factor: of the Hessian of their inputs, on the same device.
+        factors: of the Hessian of their inputs, on the same device: with different dampings, but one order.
 
     Returns:
-        [rows, in], int8, signed as in `packing.QuantizedWeight`.
+        [factors, rows, in], int8, signed as in `packing.QuantizedWeight`.
     """
-    rows, columns = weight.shape
-    # Transposed, so that the memory of one step is contiguous.
-    target = weight.detach().float().T[factor.order].contiguous()
-    error = torch.empty_like(target)
-    levels = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
-    group_of_column = factor.order // (columns // grid.scale.shape[1])
+    (rows, columns), count, order = weight.shape, len(factors), factors[0].order
+    # Transposed, so that the memory of one step, [factors, rows], is contiguous.
+    target = weight.detach().float().T[order].contiguous().unsqueeze(1).expand(-1, count, -1)
+    feedback = torch.stack([factor.feedback for factor in factors])
+    error = torch.empty(columns, count, rows, device=weight.device)
+    levels = torch.empty(columns, count, rows, dtype=torch.int8, device=weight.device)
+    group_of_column = order // (columns // grid.scale.shape[1])
     groups = group_of_column.tolist()
     scale, zero_point = grid.scale.T.contiguous(), grid.zero_point.T.contiguous()
     lowest, highest = (grid.lowest.T - zero_point).unbind(), (grid.highest.T - zero_point).unbind()
-    scales = scale.unbind()
+    scales, only_feedback, only_error = scale.unbind(), feedback[0], error[:, 0].T
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        block = torch.addmm(target[start:stop], factor.feedback[start:stop, :start], error[:start])
+        # [factors, columns, rows] for the products, which is but a view of the other order.
+        block = torch.baddbmm(
+            target[start:stop].transpose(0, 1),
+            feedback[:, start:stop, :start],
+            error[:start].transpose(0, 1),
+        )
+        block = block.transpose(0, 1).contiguous()
         for column in range(start, stop):
             # In place: first the value to be rounded, then its number of steps from zero.
             steps, group = block[column - start], groups[column]
-            steps.addmv_(error[start:column].T, factor.feedback[column, start:column])
+            if count == 1:
+                steps[0].addmv_(only_error[:, start:column], only_feedback[column, start:column])
+            else:
+                share = feedback[:, column, start:column].unsqueeze(1)
+                steps.unsqueeze(1).baddbmm_(share, error[start:column].transpose(0, 1))
             steps.div_(scales[group]).round_().clamp_(lowest[group], highest[group])
             torch.addcmul(target[column], steps, scales[group], value=-1, out=error[column])
-        levels[start:stop] = block.add_(zero_point[group_of_column[start:stop]])
-    restored = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
-    restored[:, factor.order] = levels.T
+        levels[start:stop] = block.add_(zero_point[group_of_column[start:stop]].unsqueeze(1))
+    restored = torch.empty(count, rows, columns, dtype=torch.int8, device=weight.device)
+    restored[:, :, order] = levels.permute(1, 2, 0)
     return restored
 
 
 def round_together(matrices: Sequence[GriddedWeight], factor: HessianFactor) -> list[QuantizedWeight]:
     """Run the loop once over matrices [out, in] with the same inputs; return each one's integers."""
+    return round_together_by_each(matrices, [factor])[0]
+
+
+def round_together_by_each(
+    matrices: Sequence[GriddedWeight], factors: Sequence[HessianFactor]
+) -> list[list[QuantizedWeight]]:
+    """Run the loop once over matrices [out, in] with the same inputs.
+
+    Returns:
+        For each factor the integers of every matrix.
+    """
     grid = stack_grids([matrix.grid for matrix in matrices])
-    values = round_columns(torch.cat([matrix.dense for matrix in matrices]), grid, factor)
-    values_of_matrices = torch.split(values, [len(matrix.dense) for matrix in matrices])
-    return [matrix.with_values(part) for matrix, part in zip(matrices, values_of_matrices, strict=True)]
+    rows = [len(matrix.dense) for matrix in matrices]
+    values = round_columns_by_each(torch.cat([matrix.dense for matrix in matrices]), grid, factors)
+    return [
+        [
+            matrix.with_values(part)
+            for matrix, part in zip(matrices, torch.split(of_factor, rows), strict=True)
+        ]
+        for of_factor in values
+    ]

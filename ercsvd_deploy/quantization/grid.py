@@ -25,6 +25,8 @@ from ercsvd_deploy.format.schema import Bits, WeightQuantization
 _SEARCH_EXPONENT = 2.4  # of the |error| that the scale search minimises; GPTQ's own choice
 _SEARCH_SHRINKS = tuple(1 - step / 100 for step in range(80))
 _ROUNDED_DOWN = 1 - 1e-4
+_FEWER = 0.8  # share of the searched groups; if fewer are open, only they are searched on
+_MOST_AT_ONCE, _VALUES_AT_ONCE = 8, 2**17  # ranges of a small matrix that are tried in one pass
 
 
 @dataclass(frozen=True)
@@ -217,34 +219,79 @@ def choose_grid(
     Raises:
         ValueError: a scale is too large for `scale_dtype`.
     """
-    groups = weight.reshape(weight.shape[0], -1, group_size)
-    smallest, largest = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-    low, high = smallest.clamp(max=0), largest.clamp(min=0)
+    groups = weight.reshape(-1, group_size)
+    low, high = groups.amin(1, keepdim=True).clamp(max=0), groups.amax(1, keepdim=True).clamp(min=0)
     if sym:
         high = torch.maximum(-low, high)
         low = -high
     lowest = -(2 ** (bits - 1))
-    [(scale, zero_point), *_] = _spans(low, high, lowest, sym, scale_dtype)
     if mse:
-        least = torch.full_like(low, torch.inf)
-        for shrink in _SEARCH_SHRINKS:
-            spans = _spans(low * shrink, high * shrink, lowest, sym, scale_dtype)
-            if bool((_least_error(smallest, largest, spans[0][0], lowest, sym) >= least).all()):
-                break  # smaller ranges cut off more
-            for scale_tried, zero_tried in spans:
-                level = _level(groups, scale_tried, zero_tried, lowest, -1 - lowest)
-                rounded = level.sub_(zero_tried).mul_(scale_tried)
-                error = rounded.sub_(groups).abs_().pow_(_SEARCH_EXPONENT).sum(2, keepdim=True)
-                better = error < least
-                least = torch.where(better, error, least)
-                scale = torch.where(better, scale_tried, scale)
-                zero_point = torch.where(better, zero_tried, zero_point)
+        scale, zero_point = _search_spans(groups, low, high, lowest, sym, scale_dtype)
+    else:
+        [(scale, zero_point), *_] = _spans(low, high, lowest, sym, scale_dtype)
     row_lowest = torch.full_like(weight[:, :1], lowest)
-    return Grid(scale.squeeze(2), zero_point.squeeze(2), row_lowest)
+    return Grid(scale.reshape(len(weight), -1), zero_point.reshape(len(weight), -1), row_lowest)
+
+
+def _search_spans(
+    groups: Tensor,
+    low: Tensor,
+    high: Tensor,
+    lowest: int,
+    sym: bool,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points of the shrunken range with the least sum of |error|^2.4, [groups, 1].
+
+    Args:
+        groups: [groups, group_size].
+        low: what a group's levels cover before they are shrunk, at least, [groups, 1].
+        high: the same at most, [groups, 1].
+        lowest: the lowest level.
+        sym: no zero points.
+        scale_dtype: dtype in which the scales are stored.
+    """
+    scale, zero_point = torch.empty_like(low), torch.empty_like(low)
+    smallest, largest = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    best_scale, best_zero, least = (
+        torch.empty_like(low),
+        torch.empty_like(low),
+        torch.full_like(low, torch.inf),
+    )
+    places = torch.arange(len(groups), device=groups.device)  # of the groups that are still searched
+    shrinks = torch.tensor(_SEARCH_SHRINKS, device=groups.device).reshape(-1, 1, 1)
+    at_once = max(1, min(_MOST_AT_ONCE, _VALUES_AT_ONCE // groups.numel()))
+    for tried in torch.split(shrinks, at_once):
+        spans = _spans(low * tried, high * tried, lowest, sym, scale_dtype)
+        scales, zeros = (torch.stack(tensors, 1).flatten(0, 1) for tensors in zip(*spans, strict=True))
+        is_open = (_least_error(smallest, largest, scales[0], lowest, sym) < least).squeeze(1)
+        num_open = int(is_open.count_nonzero())
+        if num_open < _FEWER * len(places):  # the others are done: smaller ranges cut off more
+            scale[places], zero_point[places] = best_scale, best_zero
+            places, groups, low, high, smallest, largest, best_scale, best_zero, least = (
+                tensor[is_open]
+                for tensor in (places, groups, low, high, smallest, largest, best_scale, best_zero, least)
+            )
+            scales, zeros = scales[:, is_open], zeros[:, is_open]
+        if num_open == 0:
+            break
+        rounded = _level(groups, scales, zeros, lowest, -1 - lowest).sub_(zeros).mul_(scales)
+        error, best = _raised(rounded.sub_(groups).abs_()).sum(2, keepdim=True).min(0, keepdim=True)
+        better = error[0] < least
+        least = torch.where(better, error[0], least)
+        best_scale = torch.where(better, scales.gather(0, best)[0], best_scale)
+        best_zero = torch.where(better, zeros.gather(0, best)[0], best_zero)
+    scale[places], zero_point[places] = best_scale, best_zero
+    return scale, zero_point
+
+
+def _raised(error: Tensor) -> Tensor:
+    """Return |error|^2.4, in place; twice as fast as `pow_`, and equal to it but for the last bits."""
+    return error.log2_().mul_(_SEARCH_EXPONENT).exp2_()
 
 
 def _least_error(smallest: Tensor, largest: Tensor, scale: Tensor, lowest: int, sym: bool) -> Tensor:
-    """Return what cutting off a group's extremes costs the scale search at least, [rows, groups, 1].
+    """Return what cutting off a group's extremes costs the scale search at least, [groups, 1].
 
     It grows as the scale shrinks, wherever the zero point is then.
     """
@@ -253,20 +300,20 @@ def _least_error(smallest: Tensor, largest: Tensor, scale: Tensor, lowest: int, 
     else:
         cut_off = (largest - smallest - (-1 - 2 * lowest) * scale) / 2  # of one end or of both
     # Sums of errors that are this very one may be rounded to less.
-    return cut_off.clamp_(min=0).pow_(_SEARCH_EXPONENT).mul_(_ROUNDED_DOWN)
+    return _raised(cut_off.clamp_(min=0)).mul_(_ROUNDED_DOWN)
 
 
 def _level(
     groups: Tensor, scale: Tensor, zero_point: Tensor, lowest: float | Tensor, highest: float | Tensor
 ) -> Tensor:
-    """Return the nearest levels for values [rows, groups, group_size], as floats."""
+    """Return the nearest levels for values [..., group_size], as floats."""
     return (groups / scale).round_().add_(zero_point).clamp_(lowest, highest)  # type: ignore[arg-type]
 
 
 def _spans(
     low: Tensor, high: Tensor, lowest: int, sym: bool, scale_dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return scales and zero points that cover `low` to `high`, [rows, groups, 1] each; the nearest first."""
+    """Return scales and zero points that cover `low` to `high`, [groups, 1] each; the nearest first."""
     exact = (high - low) / (-2 * lowest - 1)
     limits = torch.finfo(scale_dtype)
     # A smaller scale would round to zero or be flushed to it; float16 may use its subnormals. A group of

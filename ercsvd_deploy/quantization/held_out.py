@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_together
+from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_together_by_each
 from ercsvd_deploy.quantization.losses import LossOf
 
 if TYPE_CHECKING:
@@ -73,12 +73,11 @@ def choose_damping(
     """
     sampled = [_some_rows(matrix) for matrix in matrices]
     judges = [LossOf(matrix.dense, grams.held_out) for matrix in sampled]
-    losses_by_damping = {}
-    for damping in dampings:
-        rounded = round_together(sampled, factor_hessian(grams.fitting, damping=damping, desc_act=desc_act))
-        losses_by_damping[damping] = tuple(
-            loss_of(quantized.dequantize()) for loss_of, quantized in zip(judges, rounded, strict=True)
-        )
+    factors = [factor_hessian(grams.fitting, damping=damping, desc_act=desc_act) for damping in dampings]
+    losses_by_damping = {
+        damping: tuple(loss_of(matrix.dequantize()) for loss_of, matrix in zip(judges, rounded, strict=True))
+        for damping, rounded in zip(dampings, round_together_by_each(sampled, factors), strict=True)
+    }
     best = min(losses_by_damping, key=lambda damping: sum(losses_by_damping[damping]))
     rtn = tuple(
         loss_of(matrix.round_to_nearest().dequantize())

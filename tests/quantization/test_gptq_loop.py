@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ercsvd_deploy.quantization.gptq import quantize_together
-from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_columns
+from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_columns, round_columns_by_each
 from ercsvd_deploy.quantization.grid import Grid, QuantizationSettings, choose_grid, put_on_grid, stack_grids
 from ercsvd_deploy.quantization.losses import proxy_loss
 from tests.quantization.gptqmodel_reference import import_gptqmodel, run_gptqmodel
@@ -168,6 +168,29 @@ def test_scale_search_lowers_the_error_it_is_made_for(sym: bool, bits: int) -> N
     assert (errors[1] <= errors[0]).all()
     if bits <= 6:  # with more levels, a hundredth less range costs more than finer steps give
         assert errors[1].sum() < 0.99 * errors[0].sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("sym", [True, False])
+def test_the_scale_search_looks_at_each_group_by_itself(sym: bool, bits: int) -> None:
+    """Small matrices are searched in fewer steps than large ones, and groups that are done are left out."""
+    weights = [layer("ordinary", 64, 128, seed=seed)[0] * 10**-seed for seed in range(20)]
+    weights[3][:5] = 0
+    together, *alone = (
+        choose_grid(weight, bits=bits, group_size=32, sym=sym, mse=True, scale_dtype=torch.bfloat16)
+        for weight in (torch.cat(weights), *weights)
+    )
+    assert torch.equal(together.scale, torch.cat([grid.scale for grid in alone]))
+    assert torch.equal(together.zero_point, torch.cat([grid.zero_point for grid in alone]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_dampings_at_once_round_as_each_alone(kind: str) -> None:
+    weight, hessian = layer(kind, 24, 160)
+    grid = choose_grid(weight, bits=3, group_size=32, sym=True, mse=False, scale_dtype=torch.bfloat16)
+    factors = [factor_hessian(hessian, damping=damping, desc_act=True) for damping in (0.01, 0.1, 0.3)]
+    for levels, factor in zip(round_columns_by_each(weight, grid, factors), factors, strict=True):
+        assert same_or_as_good(levels, round_columns(weight, grid, factor), weight, hessian, grid)
 
 
 def test_stacked_matrices_come_out_as_they_would_alone() -> None:
