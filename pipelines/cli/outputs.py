@@ -158,6 +158,8 @@ def end_with_gates(results: list[GateResult], directory: Path, junit: Path | Non
     """Write the verdicts as JUnit XML if a file is given, and exit with code 3 if a gate was missed."""
     from ercsvd_deploy.format.files.atomic_files import write_text_atomically
     from ercsvd_deploy.pipelines.judging.junit import junit_xml
+    from ercsvd_deploy.pipelines.judging.remedies import suggest_remedy
+    from ercsvd_deploy.pipelines.reporting.report.document import load_report
 
     if junit is not None:
         write_text_atomically(junit, junit_xml(results, str(directory)))
@@ -166,7 +168,11 @@ def end_with_gates(results: list[GateResult], directory: Path, junit: Path | Non
         lines = "\n  ".join(result.explain() for result in failing)
         undecided = sum(result.verdict == "undecided" for result in failing)
         of_these = f" ({undecided} undecided, with a value above the limit)" if undecided else ""
-        complain(f"{len(failing)} of {len(results)} gates missed{of_these} in {directory}:\n  {lines}")
+        remedy = suggest_remedy(results, load_report(directory).recipe)
+        advice = f"\n{remedy}" if remedy else ""
+        complain(
+            f"{len(failing)} of {len(results)} gates missed{of_these} in {directory}:\n  {lines}{advice}"
+        )
         raise typer.Exit(EXIT_GATE_MISSED)
 
 
