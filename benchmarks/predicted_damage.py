@@ -23,7 +23,7 @@ from results_file import environment, markdown_table, write_results
 TEXT = Path("examples/text")
 GROUP = 64
 FACTORIZE = {"factorize": {"method": "svd_llm", "allocation": "error_controlled", "output_metric": "fisher"}}
-QUANTIZE = {"quantize": {"bits": 4, "group_size": GROUP}}
+QUANTIZE = {"quantize": {"group_size": GROUP}}
 ALL_BITS = [2, 3, 4, 5, 6, 8]
 CORRECTIONS = [{"rank": 16, "bits": 4}, {"rank": 32, "bits": 4}]
 

@@ -6,7 +6,7 @@ name all of them. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ercsvd_deploy.format.schema import GUARD, Storage, WeightQuantization
@@ -18,39 +18,22 @@ _OUTPUT_LAYER = "lm_head"
 READABLE_BITS = (2, 4, 8)
 
 
-def find_unreadable(
-    modules: Mapping[str, Storage], fused: Iterable[Iterable[str]], embedding: str | None = None
-) -> list[str]:
-    """Return one line for each matrix that compressed-tensors or vLLM's loader of its format cannot read.
-
-    Args:
-        modules: Name of every changed matrix -> its storage.
-        fused: Names of Linears that vLLM stacks into one layer, for each such layer.
-        embedding: Name of the input embedding.
-    """
-    problems = []
-    for name, storage in modules.items():
-        if name == embedding:
-            problems.append(
-                f"{name} is the input embedding: vLLM looks up integers of this format in few models, on "
-                "GPUs alone, and never where an output layer is tied to it"
-            )
-        elif storage.layout != "dense":
-            problems.append(f"{name} is {storage.label}: the format has no low-rank matrices")
-        elif storage.weight is not None and storage.weight.bits not in READABLE_BITS:
-            problems.append(
-                f"{name} has {storage.weight.bits} bits: compressed-tensors and vLLM agree on words of 2, 4 "
-                "and 8 bits only"
-            )
-    for layer in fused:
-        names = list(layer)
-        kinds = [modules[name].weight if name in modules else None for name in names]
-        if len(set(kinds)) > 1:
-            problems.append(
-                f"{', '.join(names)} are stored in {len(set(kinds))} ways: vLLM stacks them into one layer, "
-                "which the format stores in one way"
-            )
-    return problems
+def why_unreadable(storage: Storage, *, is_embedding: bool, is_output_layer: bool) -> str | None:
+    """Return why compressed-tensors or vLLM's loader cannot read a matrix; None if they can."""
+    del is_output_layer  # is read like others
+    if is_embedding:
+        return (
+            "is the input embedding: vLLM looks up integers of this format in few models, on GPUs alone, and "
+            "never where an output layer is tied to it"
+        )
+    if storage.layout != "dense":
+        return f"is {storage.label}: the format has no low-rank matrices"
+    if storage.weight is not None and storage.weight.bits not in READABLE_BITS:
+        return (
+            f"has {storage.weight.bits} bits: compressed-tensors and vLLM agree on words of 2, 4 and 8 bits "
+            "only"
+        )
+    return None
 
 
 def guards_of(modules: Iterable[str]) -> set[str]:
@@ -58,12 +41,14 @@ def guards_of(modules: Iterable[str]) -> set[str]:
     return {f"{module}.{GUARD}" for module in modules}
 
 
-def describe_dense_integers(modules: Mapping[str, Storage]) -> dict[str, Any]:
+def describe(modules: Mapping[str, Storage], plain: Collection[str]) -> dict[str, Any]:
     """Return the `quantization_config` of config.json.
 
     Args:
         modules: Checkpoint name of every changed Linear -> its storage; all of them readable.
+        plain: Checkpoint names of the layers' other Linears.
     """
+    del plain  # what no group names is left alone
     targets: dict[WeightQuantization, list[str]] = {}
     for name, storage in modules.items():
         assert storage.weight is not None

@@ -26,6 +26,7 @@ from ercsvd_deploy.pipelines.reporting.description import (
     needs_plugin,
     rounding_method,
     serve_commands,
+    stock_format,
     tensor_parallel_sizes,
 )
 from ercsvd_deploy.pipelines.reporting.numbers import encodable
@@ -239,11 +240,10 @@ def _loading(report: Report, path: Path) -> str:
     registering = (
         "import ercsvd_deploy.hf  # registers the format; without it transformers refuses the directory\n"
     )
-    package = (
-        install_command("compress") if needs_plugin(report) else "pip install transformers compressed-tensors"
-    )
+    stock = stock_format(report)
+    package = install_command("compress") if stock is None else f"pip install transformers {stock.package}"
     code = (
-        f"{registering if needs_plugin(report) else ''}"
+        f"{registering if stock is None else ''}"
         f"from transformers import {model_class}\n\n"
         f"model = {model_class}.from_pretrained({quoted_path})"
     )

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from ercsvd_deploy.format.stock_formats import STOCK_FORMATS
 from ercsvd_deploy.installation import install_command
 
 if TYPE_CHECKING:
+    from ercsvd_deploy.format.stock_formats import StockFormat
     from ercsvd_deploy.pipelines.judging.gates import GateResult
     from ercsvd_deploy.pipelines.reporting.report.document import Report
     from ercsvd_deploy.pipelines.stages.factorize.outcome import Factorized
@@ -192,7 +194,12 @@ def serve_commands(report: Report, path: str) -> list[str]:
 
 def needs_plugin(report: Report) -> bool:
     """Whether the export is in our own format."""
-    return bool(_section(report.recipe, "export").get("format", "vllm") == "vllm")
+    return stock_format(report) is None
+
+
+def stock_format(report: Report) -> StockFormat | None:
+    """Return the format of the export that vLLM reads without this package; None: it is our own."""
+    return STOCK_FORMATS.get(_section(report.recipe, "export").get("format", "vllm"))
 
 
 def tensor_parallel_sizes(report: Report) -> list[int]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ercsvd_deploy.exporters.vllm.directory.writer import Export, write_export
-from ercsvd_deploy.format.compressed_tensors import find_unreadable
 from ercsvd_deploy.format.files.manifest import REPORT_SUMS_FILE
 from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.format.stock_formats import STOCK_FORMATS, StockFormat
 from ercsvd_deploy.models.experts.routed import EXPERTS
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.planning.storage import quantize_plan_of
@@ -38,12 +38,12 @@ class ExportStage(Stage):
     Attributes:
         target: Absolute path of the directory to write.
         max_shard_bytes: Largest size of a shard, in bytes.
-        needs_plugin: Whether the format is our own, which vLLM reads with the plugin.
+        format: Its name in the recipe.
     """
 
     target: Path
     max_shard_bytes: int
-    needs_plugin: bool
+    format: str
 
     name = "export"
     memory_remedy = "lower export.max_shard_size"
@@ -56,16 +56,16 @@ class ExportStage(Stage):
             PlanError: the format cannot hold what the recipe asks for.
         """
         export = context.recipe.export
-        needs_plugin = export.format == "vllm"
-        if not needs_plugin:
-            _check_readable(context)
+        stock = STOCK_FORMATS.get(export.format)
+        if stock is not None:
+            _check_readable(context, stock)
         if export.path is None:
             return None
-        return cls(export.path.absolute(), export.max_shard_bytes, needs_plugin)
+        return cls(export.path.absolute(), export.max_shard_bytes, export.format)
 
     def settings(self) -> Any:
         """Return the settings that change the files; their directory does not."""
-        return {"max_shard_bytes": self.max_shard_bytes, "needs_plugin": self.needs_plugin}
+        return {"max_shard_bytes": self.max_shard_bytes, "format": self.format}
 
     def fingerprint(self, before: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
         """Return the model's fingerprint, with digests of the sidecar files that are copied."""
@@ -93,7 +93,7 @@ class ExportStage(Stage):
             architecture=run.model.original.architecture,
             compressed=CheckpointConfig(modules=run.model.modules),
             max_shard_bytes=self.max_shard_bytes,
-            needs_plugin=self.needs_plugin,
+            stock=STOCK_FORMATS.get(self.format),
             add_files=partial(carry_over_card, run.model.opened.directory),
             add_reports=run.write_report,
             unlisted=REPORT_FILES,
@@ -108,7 +108,7 @@ def carry_over_card(source: Path, directory: Path) -> None:
         shutil.copyfile(card, directory / ORIGINAL_CARD_FILE)
 
 
-def _check_readable(context: PlanningContext) -> None:
+def _check_readable(context: PlanningContext, stock: StockFormat) -> None:
     """Refuse storage that vLLM and transformers cannot read without this package.
 
     Raises:
@@ -117,13 +117,13 @@ def _check_readable(context: PlanningContext) -> None:
     architecture = context.architecture
     if architecture.reads_images:
         raise PlanError(
-            "export.format compressed-tensors is for language models: vision-language models have other "
+            f"export.format {stock.name} is for language models: vision-language models have other "
             "names in checkpoints than in memory; set vllm"
         )
     quantize_plan = quantize_plan_of(context.recipe, architecture)
     if quantize_plan.describe_experts(architecture):
         raise PlanError(
-            "export.format compressed-tensors: routed experts of integers are read with this package alone, "
+            f"export.format {stock.name}: routed experts of integers are read with this package alone, "
             f"since transformers keeps a layer's in one tensor: ignore '{EXPERTS}.*' in quantize, or set vllm"
         )
     modules = quantize_plan.describe({}, architecture)
@@ -132,10 +132,15 @@ def _check_readable(context: PlanningContext) -> None:
         modules = {**modules, **candidate.presumed}
     modules = {name: storage for name, storage in modules.items() if storage.is_altered}
     fused = [[linear.name for linear in stack] for layer in architecture.layers for stack in layer.stacks]
-    embedding = architecture.vocabulary.embedding
-    problems = find_unreadable(modules, fused, None if embedding is None else embedding.name)
+    embedding, output_layer = architecture.vocabulary.embedding, architecture.vocabulary.multiplied
+    problems = stock.find_unreadable(
+        modules,
+        fused,
+        embedding=None if embedding is None else embedding.name,
+        output_layer=None if output_layer is None else output_layer.name,
+    )
     if problems:
         raise PlanError(
-            "export.format compressed-tensors cannot hold this model; change quantize, or set vllm:"
+            f"export.format {stock.name} cannot hold this model; change quantize, or set vllm:"
             + listed(problems)
         )

@@ -1,4 +1,4 @@
-"""Exports in compressed-tensors' format: loaded by transformers and served by vLLM without this package."""
+"""Exports in the formats of others: loaded by transformers and served by vLLM without this package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ercsvd_deploy.format.files.manifest import verify_export
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.stages.export import REPORT_FILE, REPORT_FILES
-from ercsvd_deploy.recipe.fields import PlanError
+from ercsvd_deploy.recipe.fields import PlanError, RecipeError
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.recipe_runs import RecipeWriter, invoke
 
@@ -65,8 +65,11 @@ def test_transformers_reads_it_without_this_package(write_recipe: RecipeWriter, 
     torch.testing.assert_close(torch.load(result), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_it_is_verified_and_replaced_like_any_export(write_recipe: RecipeWriter, tmp_path: Path) -> None:
-    recipe = load_recipe(write_recipe(quantize(), export=exported(tmp_path / "out", "compressed-tensors")))
+@pytest.mark.parametrize("output_format", ["compressed-tensors", "auto-round"])
+def test_it_is_verified_and_replaced_like_any_export(
+    output_format: str, write_recipe: RecipeWriter, tmp_path: Path
+) -> None:
+    recipe = load_recipe(write_recipe(quantize(), export=exported(tmp_path / "out", output_format)))
     _, directory = run_recipe(recipe)
     assert not verify_export(directory, unlisted=REPORT_FILES).problems
     assert is_export(directory)
@@ -77,47 +80,97 @@ def test_it_is_verified_and_replaced_like_any_export(write_recipe: RecipeWriter,
     card = (directory / "README.md").read_text()
     assert "import ercsvd_deploy" not in card
     assert "refuse the directory" not in card
+    assert f"pip install transformers {output_format}" in card
     (directory / "ercsvd_manifest.json").unlink()
     assert not is_export(directory)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("output_format", "settings", "message"),
     [
-        ({"*.down_proj": {"bits": 3}}, "down_proj has 3 bits: compressed-tensors and vLLM agree"),
-        ({"*.k_proj": {"bits": 8}}, "v_proj are stored in 2 ways: vLLM stacks them into one layer"),
+        (
+            "compressed-tensors",
+            {"overrides": {"*.down_proj": {"bits": 3}}},
+            "down_proj has 3 bits: compressed-tensors and vLLM agree",
+        ),
+        (
+            "compressed-tensors",
+            {"overrides": {"*.k_proj": {"bits": 8}}},
+            "v_proj are stored in 2 ways: vLLM stacks them into one layer",
+        ),
+        (
+            "compressed-tensors",
+            {"embeddings": {"bits": 8}},
+            "embed_tokens is the input embedding: vLLM looks up integers of",
+        ),
+        ("auto-round", {"overrides": {"*.k_proj": {"bits": 8}}}, "v_proj are stored in 2 ways"),
+        ("auto-round", {"sym": False}, "q_proj is asymmetric: vLLM reads symmetric"),
+        ("auto-round", {"lm_head": {"bits": 8}}, "lm_head is outside the layers"),
+        ("auto-round", {"embeddings": {"bits": 8}}, "embed_tokens is outside the layers"),
+        ("auto-round", {"bits": 3, "group_size": -1}, "q_proj has one scale a row: .* 3 bits in groups"),
+        ("auto-round", {"correction": {"rank": 8}}, "has no low-rank matrices"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused(
-    overrides: dict[str, Any], message: str, write_recipe: RecipeWriter, tmp_path: Path
+    output_format: str,
+    settings: dict[str, Any],
+    message: str,
+    write_recipe: RecipeWriter,
+    tmp_path: Path,
 ) -> None:
-    recipe = write_recipe(
-        quantize(overrides=overrides), export=exported(tmp_path / "out", "compressed-tensors")
-    )
-    with pytest.raises(PlanError, match=message):
-        make_plan(load_recipe(recipe))
-
-
-def test_an_embedding_of_integers_is_refused(write_recipe: RecipeWriter, tmp_path: Path) -> None:
-    recipe = write_recipe(
-        quantize(embeddings={"bits": 8}), export=exported(tmp_path / "out", "compressed-tensors")
-    )
-    with pytest.raises(PlanError, match="embed_tokens is the input embedding: vLLM looks up integers of"):
+    recipe = write_recipe(quantize(**settings), export=exported(tmp_path / "out", output_format))
+    with pytest.raises((PlanError, RecipeError), match=message):
         make_plan(load_recipe(recipe))
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("lm_head", [None, {"bits": 4}])
+def test_auto_rounds_description_names_every_linear(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    """Asked by vLLM's own reader of it, a stack of Linears at a time."""
+    stage = quantize(ignore=["layers.1.self_attn.[qkv]_proj"], overrides={"*.down_proj": {"bits": 6}})
+    target = {"overall_bits": 12.0, "bits": [2, 3, 4, 8]}
+    recipe = write_recipe(stage, target=target, export=exported(tmp_path / "out", "auto-round"))
+    _, directory = run_recipe(load_recipe(recipe))
+    described = json.loads((directory / "config.json").read_text())["quantization_config"]
+    tensors = {name for path in directory.glob("*.safetensors") for name in load_file(path)}
+    from vllm.model_executor.layers.quantization.inc.inc import INCConfig
+
+    config = INCConfig.from_config(described)
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "up": ["up_proj"]}
+    other = torch.nn.Linear(1, 1)
+    for layer in range(4):
+        prefix = f"model.layers.{layer}"
+        assert config.config_parser.resolve(other, f"{prefix}.mlp.down_proj").bits == 6
+        for name, part in (("self_attn.qkv_proj", "self_attn.v_proj"), ("mlp.up_proj", "mlp.up_proj")):
+            scheme = config.config_parser.resolve(other, f"{prefix}.{name}")
+            assert scheme.quantized == (f"{prefix}.{part}.qweight" in tensors)
+            assert scheme.bits in (2, 3, 4, 8, 16)
+    assert not config.config_parser.resolve(other, "model.layers.1.self_attn.qkv_proj").quantized
+    assert not config.config_parser.resolve(other, "lm_head").quantized
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("output_format", "settings"),
+    [
+        ("compressed-tensors", {"overrides": {"layers.0.mlp.*": {"sym": False}}}),
+        (
+            "compressed-tensors",
+            {"overrides": {"layers.0.mlp.*": {"sym": False}}, "lm_head": {"bits": 4}},
+        ),
+        ("auto-round", {"ignore": ["layers.1.self_attn.[qkv]_proj", "layers.2.mlp.down_proj"]}),
+    ],
+)
 def test_stock_vllm_serves_it(
-    lm_head: dict[str, Any] | None,
+    output_format: str,
+    settings: dict[str, Any],
     write_recipe: RecipeWriter,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "none")
     recipe = write_recipe(
-        quantize(overrides={"layers.0.mlp.*": {"sym": False}}, lm_head=lm_head),
-        export=exported(tmp_path / "out", "compressed-tensors"),
+        quantize(**settings),
+        export=exported(tmp_path / "out", output_format),
         gates={"serving_parity": {"mean_difference": 0.05, "eager": True}},
     )
     code, _, err = invoke("run", recipe)

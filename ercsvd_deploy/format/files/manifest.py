@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from ercsvd_deploy import __version__
-from ercsvd_deploy.format import compressed_tensors
 from ercsvd_deploy.format.files.atomic_files import read_json, write_json_atomically, write_text_atomically
 from ercsvd_deploy.format.files.tensor_store import INDEX_FILE, CheckpointError, FileStore
 from ercsvd_deploy.format.files.weight_files import open_directory
 from ercsvd_deploy.format.schema import CheckpointConfig, CheckpointFormatError
+from ercsvd_deploy.format.stock_formats import STOCK_FORMATS
 
 MANIFEST_FILE = "ercsvd_manifest.json"
 REPORT_SUMS_FILE = "ercsvd_report.sha256"
@@ -212,7 +212,7 @@ def _config_problems(directory: Path) -> list[str]:
     description = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(description, dict):
         return ["config.json: cannot be read, or describes no compressed model"]
-    if description.get("quant_method") == compressed_tensors.QUANT_METHOD:
+    if description.get("quant_method") in STOCK_FORMATS:
         return []
     try:
         CheckpointConfig.read(description)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from ercsvd_deploy.format.compressed_tensors import READABLE_BITS
+from ercsvd_deploy.format.stock_formats import STOCK_FORMATS
 from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT
 from ercsvd_deploy.recipe.quantize import Correction
 from ercsvd_deploy.recipe.stages import (
@@ -193,34 +193,41 @@ def _find_idle_gates(recipe: Recipe) -> Iterator[tuple[Location, str]]:
 
 def _find_unreadable_export(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     """Yield an export format that cannot store the stages' results."""
-    if recipe.export.format != "compressed-tensors":
+    stock = STOCK_FORMATS.get(recipe.export.format)
+    if stock is None:
         return
     if recipe.may_factorize:
         yield (
             ("export", "format"),
-            "is compressed-tensors, which has no low-rank matrices; set vllm, or remove the factorize stage",
+            f"is {stock.name}, which has no low-rank matrices; set vllm, or remove the factorize stage",
         )
     elif recipe.quantize is None:
-        yield ("export", "format"), "is compressed-tensors, which holds integers; add a quantize stage"
+        yield ("export", "format"), f"is {stock.name}, which holds integers; add a quantize stage"
     elif recipe.quantize.corrections:
         yield (
             ("export", "format"),
-            "is compressed-tensors, which has no low-rank matrices; set vllm, or remove quantize.correction",
+            f"is {stock.name}, which has no low-rank matrices; set vllm, or remove quantize.correction",
         )
     if recipe.target is not None and recipe.target.corrections:
         yield (
             ("target", "corrections"),
-            "are low-rank, which export.format compressed-tensors cannot hold; remove them, or set vllm",
+            f"are low-rank, which export.format {stock.name} cannot hold; remove them, or set vllm",
         )
     for key in ("bits", "vocabulary_bits"):
-        unreadable = set(getattr(recipe.target, key, None) or ()) - set(READABLE_BITS)
+        unreadable = set(getattr(recipe.target, key, None) or ()) - set(stock.bits)
         if unreadable:
             listed = ", ".join(map(str, sorted(unreadable)))
             yield (
                 ("target", key),
-                f"has {listed}, and compressed-tensors and vLLM agree on words of 2, 4 and 8 bits only; "
-                "remove the others, or set export.format: vllm",
+                f"has {listed}, and {stock.name} and vLLM agree on words of {_enumerated(stock.bits)} bits "
+                "only; remove the others, or set export.format: vllm",
             )
+
+
+def _enumerated(numbers: Collection[int]) -> str:
+    """Return numbers as prose has them, such as "2, 4 and 8"."""
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}"
 
 
 def _find_unused_correction(recipe: Recipe) -> Iterator[tuple[Location, str]]:

@@ -94,10 +94,11 @@ class Serving(Section):
 class Export(Section):
     """The directory to write."""
 
-    format: Literal["vllm", "compressed-tensors"] = Field(
+    format: Literal["vllm", "compressed-tensors", "auto-round"] = Field(
         default="vllm",
-        description="Kind of directory to write. `compressed-tensors` is read by vLLM and transformers "
-        "without this package, but holds no low-rank matrices, and integers of 2, 4 and 8 bits only.",
+        description="Kind of directory to write. The other two are read by vLLM without this package and by "
+        "transformers with the package of that name, and hold no low-rank matrices. `compressed-tensors` has "
+        "integers of 2, 4 and 8 bits, `auto-round` all bits on NVIDIA GPUs, symmetric, in the layers alone.",
     )
     path: LocalPath | None = Field(
         default=None, description="Directory to write; the command line's `--output` comes first."

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ercsvd_deploy.format import compressed_tensors
 from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.format.stock_formats import STOCK_FORMATS
 
 CONFIG_FILE = "config.json"
 _MAX_LISTED = 5
@@ -87,7 +87,7 @@ def is_export(directory: Path) -> bool:
         return True
     try:
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        if config["quantization_config"]["quant_method"] == compressed_tensors.QUANT_METHOD:
+        if config["quantization_config"]["quant_method"] in STOCK_FORMATS:
             from ercsvd_deploy.format.files.manifest import MANIFEST_FILE  # needs torch
 
             return (directory / MANIFEST_FILE).is_file()  # others write this format too

@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.exporters.vllm.directory.replacement import replace_export
 from ercsvd_deploy.exporters.vllm.directory.target import CONFIG_FILE, check_target, check_unchanged
-from ercsvd_deploy.format.compressed_tensors import describe_dense_integers, guards_of
+from ercsvd_deploy.format.compressed_tensors import guards_of
 from ercsvd_deploy.format.files.atomic_files import write_json_atomically
+from ercsvd_deploy.format.files.gptq_store import GptqStore
 from ercsvd_deploy.format.files.manifest import write_manifest
 from ercsvd_deploy.format.files.shards import write_sharded
 from ercsvd_deploy.format.files.sidecars import sidecars
 from ercsvd_deploy.format.files.store_views import RenamedStore
 from ercsvd_deploy.format.schema import CheckpointConfig
+from ercsvd_deploy.format.stock_formats import AUTO_ROUND
 from ercsvd_deploy.models.experts.stacked import stack_experts
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.files.tensor_store import TensorStore
+    from ercsvd_deploy.format.stock_formats import StockFormat
     from ercsvd_deploy.models.description.architecture import Architecture
 
 
@@ -52,7 +55,7 @@ def write_export(
     architecture: Architecture,
     compressed: CheckpointConfig,
     max_shard_bytes: int,
-    needs_plugin: bool = True,
+    stock: StockFormat | None = None,
     add_files: Callable[[Path], None] = lambda _directory: None,
     add_reports: Callable[[Path], None] = lambda _directory: None,
     unlisted: frozenset[str] = frozenset(),
@@ -70,8 +73,7 @@ def write_export(
             the names in checkpoints.
         compressed: Description of every altered module.
         max_shard_bytes: Maximum size of a safetensors file.
-        needs_plugin: Whether to use our own format; otherwise that of compressed-tensors, which supports only
-            dense integers.
+        stock: A format that vLLM reads without this package, for dense integers; None: our own.
         add_files: Writes further files into the directory; the manifest lists them.
         add_reports: Writes the files in `unlisted` after the manifest, which they may refer to.
         unlisted: Names of files that may be written again later, and are not verified.
@@ -87,14 +89,18 @@ def write_export(
     partial = work / "export"
     shutil.rmtree(partial, ignore_errors=True)  # an incomplete export of a killed run
     partial.mkdir()
-    if not needs_plugin:
+    if stock is AUTO_ROUND:
+        store = GptqStore(store, compressed.modules)
+    elif stock is not None:
         store = RenamedStore(store, {name: name for name in store.names() - guards_of(compressed.modules)})
     store = stack_experts(store, architecture, compressed.modules)
     num_bytes = write_weights(partial, store, architecture, max_shard_bytes)
     modules = {architecture.checkpoint_name(name): module for name, module in compressed.modules.items()}
-    description = (
-        CheckpointConfig(modules=modules).write() if needs_plugin else describe_dense_integers(modules)
-    )
+    if stock is None:
+        description = CheckpointConfig(modules=modules).write()
+    else:
+        linears = {architecture.checkpoint_name(linear.name) for linear in architecture.all_linears}
+        description = stock.describe(modules, sorted(linears - modules.keys()))
     for name, path in sidecars(source).items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, partial / name)

@@ -34,7 +34,8 @@ class Case:
 
     Attributes:
         group: "chosen" by vLLM, "forced" to one kernel class, or "damaged" on
-            the way to it, or "recipe": a recipe's shapes, without numbers.
+            the way to it, "recipe": a recipe's shapes, without numbers, or
+            "auto-round": vLLM's own Linear.
         layer: kinds of Linears, layout and ranks.
         storage: bits, group size and symmetry.
         rank: tensor-parallel rank and size.
@@ -74,6 +75,7 @@ def main() -> None:
         *runner.small_layers(),
         *runner.damaged_layers(),
         *runner.recipe_matrices(asked["recipe_matrices"]),
+        *runner.auto_round_layers(),
     ]
     told = {"vllm": runner.release, "cases": [asdict(case) for case in cases]}
     answer.write_text(json.dumps(told), encoding="utf-8")
@@ -88,6 +90,16 @@ class Runner:
         import vllm
         from vllm.model_executor import parameter
         from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
+
+        # What asks for operators when it is imported is imported without an accelerator.
+        from vllm.model_executor.layers.quantization import auto_gptq, humming  # noqa: F401
+        from vllm.model_executor.layers.quantization.inc.schemes import (  # noqa: F401
+            inc_fp8_scheme,
+            inc_mxfp4_scheme,
+            inc_mxfp8_scheme,
+            inc_wna16_linear,
+        )
+        from vllm.model_executor.layers.quantization.online import fp8  # noqa: F401
         from vllm.platforms import PlatformEnum
 
         from ercsvd_deploy.exporters.vllm.kernels.stubbed_platform import Accelerator, StubbedPlatform
@@ -148,6 +160,30 @@ class Runner:
                 "float16" if capability == (7, 5) else "bfloat16",
             )
             yield self._run(case, partial(self._hand_over, case, matrix))
+
+    def auto_round_layers(self) -> Iterator[Case]:
+        """Run vLLM's own Linear on the export in AutoRound's format, at all bits."""
+        from tests.vllm.kernel_contract.auto_round_layers import BITS
+
+        for bits, capability in itertools.product(BITS, CAPABILITIES):
+            dtype = "float16" if capability == (7, 5) else "bfloat16"
+            case = Case("auto-round", "dense", f"int{bits} groups 64 sym", (0, 1), capability, dtype)
+            yield self._run(case, partial(self._multiply_auto_round, case, bits))
+
+    def _multiply_auto_round(self, case: Case, bits: int) -> None:
+        from tests.vllm.kernel_contract.auto_round_layers import quantized_weight, stock_linear
+
+        dtype = getattr(torch, case.dtype)
+        weight = quantized_weight(bits, dtype)
+        linear = stock_linear(weight, dtype)
+        case.kernels = (type(linear.quant_method).__name__,)
+        x = torch.randn(3, linear.input_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+        with torch.inference_mode():
+            product = linear.quant_method.apply(linear, x).double()
+        case.multiplied = True
+        expected = x.double() @ weight.dequantize(dtype).double().T
+        difference = (product - expected).abs().max() / expected.abs().max()
+        assert difference <= _TOLERANCE, f"off by {difference:.1%} of the largest output"
 
     def _run(self, case: Case, work: Callable[[], None]) -> Case:
         self._platform.become(self._accelerator("CUDA", case.capability))

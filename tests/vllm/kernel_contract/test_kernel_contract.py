@@ -142,6 +142,16 @@ def test_matrices_of_every_recipe_have_kernels(
     assert_none_failed(recipe)
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_stock_vllm_multiplies_all_bits_in_auto_rounds_format(
+    capability: tuple[int, int], cases: list[dict[str, Any]]
+) -> None:
+    stock = [c for c in cases if c["group"] == "auto-round" and tuple(c["capability"]) == capability]
+    assert len(stock) == 6
+    assert all(case["multiplied"] for case in stock if not case["error"])
+    assert_none_failed(stock)
+
+
 def test_wrongly_loaded_layers_are_noticed(cases: list[dict[str, Any]]) -> None:
     damaged = [case for case in cases if case["group"] == "damaged"]
     assert len(damaged) > 50

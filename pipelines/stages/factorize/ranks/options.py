@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unaligned, find_unservable
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
+from ercsvd_deploy.format.stock_formats import STOCK_FORMATS
 from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank, module_bytes_on_rank
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.recipe.fields import PlanError, listed, parse_size
@@ -82,7 +83,7 @@ def allocation_task(
         costs[name] = _cheapest_first({storage: gpu_bits.by_module(name, storage) for storage in storages})
     costs |= _expert_costs(recipe, rules, quantize_plan, gpu_bits)
     likeness = 0.0 if target is None else _LIKENESS
-    if recipe.export.format == "compressed-tensors":
+    if recipe.export.format in STOCK_FORMATS:
         likeness = math.inf
         costs |= _costs_alike(costs, architecture)
     chosen_experts = [linear for linear in architecture.expert_linears if linear.name in costs]
@@ -118,8 +119,8 @@ def _costs_alike(
             if any(integers) and not set.intersection(*integers):
                 raise PlanError(
                     f"quantize.overrides leave {', '.join(names)} no integers that all of them can have: "
-                    "vLLM stacks them into one layer, which compressed-tensors stores in one way; give all "
-                    "of them the same bits, group_size and sym, or set export.format: vllm"
+                    "vLLM stacks them into one layer, which the export's format stores in one way; give "
+                    "all of them the same bits, group_size and sym, or set export.format: vllm"
                 )
             for name in names:
                 alike[name] = {
