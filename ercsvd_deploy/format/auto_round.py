@@ -43,7 +43,7 @@ def describe(modules: Mapping[str, Storage], plain: Collection[str]) -> dict[str
 
     Args:
         modules: Checkpoint name of every changed Linear -> its storage; all of them readable.
-        plain: Checkpoint names of the layers' other Linears.
+        plain: Checkpoint names of the layers' other modules with matrices.
     """
     integers = {name: storage.weight for name, storage in modules.items() if storage.weight is not None}
     [(usual, _)] = Counter(integers.values()).most_common(1)

@@ -46,7 +46,7 @@ def describe(modules: Mapping[str, Storage], plain: Collection[str]) -> dict[str
 
     Args:
         modules: Checkpoint name of every changed Linear -> its storage; all of them readable.
-        plain: Checkpoint names of the layers' other Linears.
+        plain: Checkpoint names of the layers' other modules with matrices.
     """
     del plain  # what no group names is left alone
     targets: dict[WeightQuantization, list[str]] = {}

@@ -21,6 +21,7 @@ from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.stages.export import REPORT_FILE, REPORT_FILES
 from ercsvd_deploy.recipe.fields import PlanError, RecipeError
 from ercsvd_deploy.recipe.load import load_recipe
+from tests.families.tiny_families import save_tiny_family
 from tests.recipe_runs import RecipeWriter, invoke
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -177,3 +178,21 @@ def test_stock_vllm_serves_it(
     assert code == 0, err
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert 0 < report["serving"]["mean_difference"] < 0.05
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_stock_vllm_serves_experts_that_were_left_alone(
+    family: str, write_recipe: RecipeWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither they nor their router are taken for integers, which they would be if they were not named."""
+    monkeypatch.setenv("VLLM_PLUGINS", "none")
+    model = save_tiny_family(tmp_path / "model", family)
+    recipe = write_recipe(
+        quantize(ignore=["experts.*"]),
+        model={"path": str(model)},
+        export=exported(tmp_path / "out", "auto-round"),
+        gates={"serving_parity": {"mean_difference": 0.05, "eager": True}},
+    )
+    code, _, err = invoke("run", recipe)
+    assert code == 0, err

@@ -99,8 +99,8 @@ def write_export(
     if stock is None:
         description = CheckpointConfig(modules=modules).write()
     else:
-        linears = {architecture.checkpoint_name(linear.name) for linear in architecture.all_linears}
-        description = stock.describe(modules, sorted(linears - modules.keys()))
+        plain = {architecture.checkpoint_name(name) for name in _layers_modules(architecture)}
+        description = stock.describe(modules, sorted(plain - modules.keys()))
     for name, path in sidecars(source).items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, partial / name)
@@ -133,6 +133,20 @@ def write_weights(
         [[architecture.checkpoint_name(name) for name in group] for group in groups],
         max_shard_bytes,
     )
+
+
+def _layers_modules(architecture: Architecture) -> set[str]:
+    """Return the names of all modules of the layers that loaders could take for Linears of integers.
+
+    Beside the Linears these are routed experts as a whole, and whatever else has a matrix, such as routers.
+    """
+    names = {linear.name for linear in architecture.all_linears}
+    names |= {layer.experts.name for layer in architecture.layers if layer.experts is not None}
+    return names | {
+        name.removesuffix(".weight")
+        for name, shape in architecture.other_tensors.items()
+        if name.startswith(f"{architecture.layers_prefix}.") and name.endswith(".weight") and len(shape) == 2
+    }
 
 
 def _served_config(source: Path, dtype: str | None, description: dict[str, Any]) -> dict[str, Any]:
