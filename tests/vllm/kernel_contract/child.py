@@ -35,7 +35,7 @@ class Case:
     Attributes:
         group: "chosen" by vLLM, "forced" to one kernel class, or "damaged" on
             the way to it, "recipe": a recipe's shapes, without numbers, or
-            "auto-round": vLLM's own Linear.
+            "stock": vLLM's own Linear.
         layer: kinds of Linears, layout and ranks.
         storage: bits, group size and symmetry.
         rank: tensor-parallel rank and size.
@@ -75,7 +75,7 @@ def main() -> None:
         *runner.small_layers(),
         *runner.damaged_layers(),
         *runner.recipe_matrices(asked["recipe_matrices"]),
-        *runner.auto_round_layers(),
+        *runner.stock_layers(),
     ]
     told = {"vllm": runner.release, "cases": [asdict(case) for case in cases]}
     answer.write_text(json.dumps(told), encoding="utf-8")
@@ -161,21 +161,21 @@ class Runner:
             )
             yield self._run(case, partial(self._hand_over, case, matrix))
 
-    def auto_round_layers(self) -> Iterator[Case]:
-        """Run vLLM's own Linear on the export in AutoRound's format, at all bits."""
-        from tests.vllm.kernel_contract.auto_round_layers import BITS
+    def stock_layers(self) -> Iterator[Case]:
+        """Run vLLM's own Linear on exports in the formats of others, at all bits that they hold."""
+        from tests.vllm.kernel_contract.stock_layers import CASES
 
-        for bits, capability in itertools.product(BITS, CAPABILITIES):
+        for (name, bits), capability in itertools.product(CASES, CAPABILITIES):
             dtype = "float16" if capability == (7, 5) else "bfloat16"
-            case = Case("auto-round", "dense", f"int{bits} groups 64 sym", (0, 1), capability, dtype)
-            yield self._run(case, partial(self._multiply_auto_round, case, bits))
+            case = Case("stock", name, f"int{bits} groups 64 sym", (0, 1), capability, dtype)
+            yield self._run(case, partial(self._multiply_stock, case, name, bits))
 
-    def _multiply_auto_round(self, case: Case, bits: int) -> None:
-        from tests.vllm.kernel_contract.auto_round_layers import quantized_weight, stock_linear
+    def _multiply_stock(self, case: Case, name: str, bits: int) -> None:
+        from tests.vllm.kernel_contract.stock_layers import quantized_weight, stock_linear
 
         dtype = getattr(torch, case.dtype)
         weight = quantized_weight(bits, dtype)
-        linear = stock_linear(weight, dtype)
+        linear = stock_linear(name, weight, dtype)
         case.kernels = (type(linear.quant_method).__name__,)
         x = torch.randn(3, linear.input_size, generator=torch.Generator().manual_seed(1)).to(dtype)
         with torch.inference_mode():
