@@ -110,7 +110,7 @@ class QuantizeStage(Stage):
             # A target may leave a matrix as it is, which then is no changed one.
             stored = {**candidate.modules, **described, **experts, **candidate.presumed}
             altered = {name: storage for name, storage in stored.items() if storage.is_altered}
-            routed = {name: altered.pop(name) for name in stored if name in routed_names & altered.keys()}
+            routed = {name: altered.pop(name) for name in stored if name in routed_names and name in altered}
             quantized_candidates.append(replace(candidate, modules=altered, experts=routed))
         return quantized_candidates
 

@@ -23,21 +23,34 @@ def presumed_storages(task: AllocationTask, ranks: Mapping[str, int | None]) -> 
         task: The storages on offer and the budget.
         ranks: Linear -> its rank in equal shares of the budget; empty if it is met by integers of one matrix.
     """
-    offers = {name: _of_rank(costs, ranks.get(name)) for name, costs in task.costs.items()}
-    levels = sorted({_bits(storage) for costs in offers.values() for storage in costs})
-    chosen, spent = {}, 0
-    for name, costs in offers.items():
-        chosen[name] = _at_level(costs, levels[0])
-        spent += costs[chosen[name]]
-    for level in levels[1:]:
+    offers = _offers(task, ranks)
+    kinds = {id(offer): offer for offer in offers.values()}
+    levels = sorted({_bits(storage) for offer in kinds.values() for storage in offer})
+    # Most matrices of a model share their offer, so each is searched once a level.
+    at_level = [{kind: _at_level(offer, level) for kind, offer in kinds.items()} for level in levels]
+    chosen = {name: at_level[0][id(offer)] for name, offer in offers.items()}
+    spent = sum(offers[name][storage] for name, storage in chosen.items())
+    for storages in at_level[1:]:
         for names in _layers(task):
-            raised = {name: _at_level(offers[name], level) for name in names}
+            raised = {name: storages[id(offers[name])] for name in names}
             added = sum(offers[name][raised[name]] - offers[name][chosen[name]] for name in names)
             if spent + added > task.budget:
                 return chosen
             chosen |= raised
             spent += added
     return chosen
+
+
+def _offers(task: AllocationTask, ranks: Mapping[str, int | None]) -> dict[str, dict[Storage, int]]:
+    """Return name -> costs of the storages of the planned rank, one mapping for all with the same offer."""
+    by_kind: dict[tuple[int, int | None], dict[Storage, int]] = {}
+    offers = {}
+    for name, costs in task.costs.items():
+        kind = (id(costs), ranks.get(name))
+        if kind not in by_kind:
+            by_kind[kind] = _of_rank(costs, ranks.get(name))
+        offers[name] = by_kind[kind]
+    return offers
 
 
 def _of_rank(costs: Mapping[Storage, int], rank: int | None) -> dict[Storage, int]:
