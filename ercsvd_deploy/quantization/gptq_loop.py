@@ -107,7 +107,8 @@ def round_columns_by_each(weight: Tensor, grid: Grid, factors: Sequence[HessianF
     (rows, columns), count, order = weight.shape, len(factors), factors[0].order
     # Transposed, so that the memory of one step, [factors, rows], is contiguous.
     target = weight.detach().float().T[order].contiguous().unsqueeze(1).expand(-1, count, -1)
-    feedback = torch.stack([factor.feedback for factor in factors])
+    feedbacks = [factor.feedback for factor in factors]
+    feedback = torch.stack(feedbacks) if count > 1 else feedbacks[0].unsqueeze(0)  # no copy of a single one
     error = torch.empty(columns, count, rows, device=weight.device)
     levels = torch.empty(columns, count, rows, dtype=torch.int8, device=weight.device)
     group_of_column = order // (columns // grid.scale.shape[1])

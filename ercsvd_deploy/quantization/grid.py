@@ -230,7 +230,8 @@ def choose_grid(
     else:
         [(scale, zero_point), *_] = _spans(low, high, lowest, sym, scale_dtype)
     row_lowest = torch.full_like(weight[:, :1], lowest)
-    return Grid(scale.reshape(len(weight), -1), zero_point.reshape(len(weight), -1), row_lowest)
+    shape = len(weight), weight.shape[1] // group_size
+    return Grid(scale.reshape(shape), zero_point.reshape(shape), row_lowest)
 
 
 def _search_spans(
@@ -251,16 +252,12 @@ def _search_spans(
         sym: no zero points.
         scale_dtype: dtype in which the scales are stored.
     """
-    scale, zero_point = torch.empty_like(low), torch.empty_like(low)
+    [(scale, zero_point), *_] = _spans(low, high, lowest, sym, scale_dtype)
     smallest, largest = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-    best_scale, best_zero, least = (
-        torch.empty_like(low),
-        torch.empty_like(low),
-        torch.full_like(low, torch.inf),
-    )
+    best_scale, best_zero, least = scale.clone(), zero_point.clone(), torch.full_like(low, torch.inf)
     places = torch.arange(len(groups), device=groups.device)  # of the groups that are still searched
     shrinks = torch.tensor(_SEARCH_SHRINKS, device=groups.device).reshape(-1, 1, 1)
-    at_once = max(1, min(_MOST_AT_ONCE, _VALUES_AT_ONCE // groups.numel()))
+    at_once = max(1, min(_MOST_AT_ONCE, _VALUES_AT_ONCE // max(1, groups.numel())))
     for tried in torch.split(shrinks, at_once):
         spans = _spans(low * tried, high * tried, lowest, sym, scale_dtype)
         scales, zeros = (torch.stack(tensors, 1).flatten(0, 1) for tensors in zip(*spans, strict=True))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3)
 DEFAULT_DAMPING = 0.1  # used if nothing is held out
+WIDEST_TOGETHER = 2048  # inputs up to which all dampings share a loop, which then holds all their factors
 ROWS_TRIED = 128  # of each matrix; rows are independent of each other, so a sample suffices
 
 
@@ -73,11 +74,15 @@ def choose_damping(
     """
     sampled = [_some_rows(matrix) for matrix in matrices]
     judges = [LossOf(matrix.dense, grams.held_out) for matrix in sampled]
-    factors = [factor_hessian(grams.fitting, damping=damping, desc_act=desc_act) for damping in dampings]
-    losses_by_damping = {
-        damping: tuple(loss_of(matrix.dequantize()) for loss_of, matrix in zip(judges, rounded, strict=True))
-        for damping, rounded in zip(dampings, round_together_by_each(sampled, factors), strict=True)
-    }
+    at_once = len(dampings) if len(grams.fitting) <= WIDEST_TOGETHER else 1
+    losses_by_damping = {}
+    for first in range(0, len(dampings), at_once):
+        some = dampings[first : first + at_once]
+        factors = [factor_hessian(grams.fitting, damping=damping, desc_act=desc_act) for damping in some]
+        for damping, rounded in zip(some, round_together_by_each(sampled, factors), strict=True):
+            losses_by_damping[damping] = tuple(
+                loss_of(matrix.dequantize()) for loss_of, matrix in zip(judges, rounded, strict=True)
+            )
     best = min(losses_by_damping, key=lambda damping: sum(losses_by_damping[damping]))
     rtn = tuple(
         loss_of(matrix.round_to_nearest().dequantize())

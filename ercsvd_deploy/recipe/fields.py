@@ -50,7 +50,7 @@ class PlanError(ValueError):
     """The recipe cannot work on this model."""
 
 
-def listed(problems: Iterable[str], most: int = 8) -> str:
+def summarize_problems(problems: Iterable[str], most: int = 8) -> str:
     """Return problems one a line, indented; those that differ in the name of a layer's module alone once.
 
     Args:

@@ -48,7 +48,9 @@ class QuantizeOverride(Section):
         default=None, description="Bits of one stored value, whatever `target.bits` offers to other modules."
     )
     group_size: Literal[32, 64, 128, -1] | None = Field(
-        default=None, description="Input columns that share a scale; -1 for one scale per row."
+        default=None,
+        description="Input columns that share a scale, -1 for one scale per row, whatever "
+        "`target.group_sizes` offers to other modules.",
     )
     sym: bool | None = Field(default=None, description="Symmetric: no zero point is stored.")
     correction: Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ercsvd_deploy.exporters.vllm.cutting import find_uncuttable
-from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, ask_kernels, plan_matrices
+from ercsvd_deploy.exporters.vllm.kernels.choice import NO_KERNEL, KernelUse, ask_kernels, plan_matrices
 from ercsvd_deploy.models.description.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.description.meta import compressed_config, own_dtype, read_architecture
 from ercsvd_deploy.models.description.tested_families import family_warnings
@@ -57,13 +57,13 @@ class Plan:
     architecture: Architecture | None = None
     kernel_source: str | None = None  # the vLLM that chose the kernels; None: kernels are not known
     kernel_problem: str | None = None  # why vLLM did not choose kernels
+    has_plugin: bool = True  # whether this package serves the export; it unpacks what no kernel multiplies
 
     def with_kernels(self) -> Plan:
         """Return the plan with the kernels that vLLM chooses; asking takes as long as importing vLLM."""
         answers = ask_kernels(self.kernels, self.dtype)
-        return replace(
-            self, kernels=answers.uses, kernel_source=answers.source, kernel_problem=answers.problem
-        )
+        uses = answers.uses if self.has_plugin else tuple(map(_without_plugin, answers.uses))
+        return replace(self, kernels=uses, kernel_source=answers.source, kernel_problem=answers.problem)
 
     def with_peak(self) -> Plan:
         """Return the plan with a lower bound of its time, from this machine's peak in a matrix product."""
@@ -80,6 +80,15 @@ class Plan:
         plain = asdict(without_stages) | lists
         del plain["architecture"]
         return plain | {"stages": [stage.name for stage in self.stages]}
+
+
+def _without_plugin(use: KernelUse) -> KernelUse:
+    """Return the kernels of matrices that stock vLLM serves, which does not start without one."""
+    kernels = {
+        device: "none: does not start" if kernel == NO_KERNEL else kernel
+        for device, kernel in use.kernels.items()
+    }
+    return replace(use, kernels=kernels)
 
 
 def check_vision(recipe: Recipe, config: Any) -> None:
@@ -204,6 +213,7 @@ def make_plan(
                 dtype,
                 has_plugin=recipe.export.format == "vllm",
                 bits_on_offer=_bits_on_offer(planned),
+                groups_are_chosen=recipe.target is not None and recipe.target.group_sizes is not None,
             ),
             *family_warnings(architecture.model_type),
             *gpu_warnings(
@@ -214,6 +224,7 @@ def make_plan(
         ),
         stages=tuple(planned_stage.stage for planned_stage in planned),
         architecture=architecture,
+        has_plugin=recipe.export.format == "vllm",
     )
 
 
@@ -261,8 +272,8 @@ def _allocation_note(recipe: Recipe) -> tuple[str, ...]:
         )
     subject = "ranks" if recipe.target is None else "ranks, and which matrices stay dense,"
     return (
-        f"{subject} are chosen by measurement when the recipe runs, under the same budget; "
-        "what is shown here are equal shares of it",
+        f"{subject} are chosen by measurement when the recipe runs, under the budget; what is shown here are "
+        "about equal shares of it",
     )
 
 

@@ -17,7 +17,7 @@ from ercsvd_deploy.models.experts.routed import EXPERTS
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.quantize.planning.storage import quantize_plan_of
 from ercsvd_deploy.pipelines.stages.sizes import expert_bytes, planned_bytes
-from ercsvd_deploy.recipe.fields import PlanError, listed
+from ercsvd_deploy.recipe.fields import PlanError, summarize_problems
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun
@@ -142,5 +142,5 @@ def _check_readable(context: PlanningContext, stock: StockFormat) -> None:
     if problems:
         raise PlanError(
             f"export.format {stock.name} cannot hold this model; change quantize, or set vllm:"
-            + listed(problems)
+            + summarize_problems(problems)
         )

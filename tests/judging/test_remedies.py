@@ -42,8 +42,23 @@ def divergence(nats: float, limit: float = 0.1) -> GateResult:
             {"stages": [quantize(4), {"recover": {"rounding": True}}]},
             "quantize.bits: 5",
         ),
-        ([divergence(0.4)], {"stages": [quantize(4)], "target": {"overall_bits": 3.25}}, "overall_bits: 4.3"),
-        ([divergence(0.4)], {"stages": [quantize(4)], "target": {"model_bits": 4.0}}, "model_bits: 5"),
+        (
+            [divergence(0.4)],
+            {"stages": [quantize(4)], "target": {"overall_bits": 3.25, "bits": [2, 8]}},
+            "overall_bits: 4.3",
+        ),
+        (
+            [divergence(0.4)],
+            {"stages": [quantize(4)], "target": {"model_bits": 4.0, "bits": [5]}},
+            "model_bits: 5",
+        ),
+        ([divergence(9.0)], {"stages": [quantize(4)], "target": {"overall_bits": 3.0, "bits": [4]}}, None),
+        (
+            [divergence(0.4), GateResult("max_size_ratio", None, 0.3, 0.4, False)],
+            {"stages": [quantize(4)]},
+            None,
+        ),
+        ([divergence(0.4)], {"stages": [{"quantize": {"bits": 4, "overrides": {"*": {"bits": 3}}}}]}, None),
         ([divergence(0.4)], {"stages": [quantize(4)], "target": {"bytes": "3GB"}}, None),
         (
             [divergence(0.3)],

@@ -116,7 +116,8 @@ def test_bits_on_offer_without_a_kernel_are_warned_of(
             r"target\.overall_bits is 3, .* least that is possible is 5\.\d",
         ),
         ({"model_bits": 3.0, "bits": [4]}, r"target\.model_bits is 3, .* least that is possible is \d+\.\d"),
-        ({"bytes": "1KB", "bits": [4]}, r"target\.bytes is 1KB, .* least that is possible is \dMiB"),
+        ({"bytes": "1KB", "bits": [4]}, r"target\.bytes is 1KB, .* least that is possible is \d+\.?\d*KB"),
+        ({"bytes": "0.1MiB", "bits": [4]}, r"bytes is 0\.1MiB, .* least that is possible is \d\.\d{3}MiB"),
     ],
 )
 def test_an_impossible_target_is_answered_in_its_own_unit(
@@ -126,11 +127,70 @@ def test_an_impossible_target_is_answered_in_its_own_unit(
         planned(write_recipe(quantize(), target=target))
 
 
-def test_the_least_that_is_possible_is_accepted(write_recipe: RecipeWriter) -> None:
+@pytest.mark.parametrize(
+    ("measure", "asked"), [("overall_bits", 3.0), ("model_bits", 3.0), ("bytes", "0.1MiB"), ("bytes", "1KB")]
+)
+def test_the_least_that_is_possible_is_accepted(
+    measure: str, asked: float | str, write_recipe: RecipeWriter
+) -> None:
     with pytest.raises(PlanError, match="least that is possible") as refused:
-        planned(write_recipe(quantize(), target={"overall_bits": 3.0, "bits": [4]}))
-    least = float(str(refused.value).split("possible is ")[1].split(":")[0])
-    assert planned(write_recipe(quantize(), target={"overall_bits": least, "bits": [4]})).candidates
+        planned(write_recipe(quantize(), target={measure: asked, "bits": [4]}))
+    least = str(refused.value).split("possible is ")[1].split(":")[0]
+    target = {measure: least if measure == "bytes" else float(least), "bits": [4]}
+    assert planned(write_recipe(quantize(), target=target)).candidates
+
+
+@pytest.mark.parametrize(
+    ("stages", "target", "export_format", "told", "untold"),
+    [
+        ((quantize(),), {"bits": [4]}, "vllm", "target.bits or ranks by a factorize stage", "overrides"),
+        ((quantize(),), {}, "vllm", "fewer bits in quantize.bits", "target.bits"),
+        ((quantize(),), {"bits": [4]}, "auto-round", "fewer bits in target.bits", "factorize"),
+        ((quantize(overrides={"*": {"bits": 8}}),), {"bits": [4]}, "vllm", "in quantize.overrides", "ignore"),
+        ((quantize(ignore=["down_proj"]),), {"bits": [4]}, "vllm", "less in quantize.ignore", "overrides"),
+    ],
+)
+def test_remedies_of_an_impossible_target_fit_the_recipe(
+    stages: tuple[dict[str, Any], ...],
+    target: dict[str, Any],
+    export_format: str,
+    told: str,
+    untold: str,
+    write_recipe: RecipeWriter,
+    tmp_path: Path,
+) -> None:
+    export = {"format": export_format, "path": str(tmp_path / "out")}
+    with pytest.raises(PlanError, match="least that is possible") as refused:
+        planned(write_recipe(*stages, target={"overall_bits": 3.0, **target}, export=export))
+    assert told in str(refused.value)
+    assert untold not in str(refused.value)
+
+
+def test_group_sizes_of_a_target_are_not_held_against_the_stages(write_recipe: RecipeWriter) -> None:
+    """Groups of 128 would not fit the columns on a GPU, but none has them."""
+    target = {"overall_bits": 8.0, "bits": [4, 8], "group_sizes": [32]}
+    serving = {"tensor_parallel_sizes": [2]}
+    stage = {"quantize": {"bits": 4, "group_size": 128}}
+    without = {"overall_bits": 8.0, "bits": [4, 8]}
+    assert any(
+        "get groups of" in w for w in planned(write_recipe(stage, target=without, serving=serving)).warnings
+    )
+    stage = {"quantize": {"bits": 4}}
+    assert not any(
+        "get groups of" in w for w in planned(write_recipe(stage, target=target, serving=serving)).warnings
+    )
+
+
+def test_only_what_the_format_holds_is_on_offer(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    """AutoRound's has three bits in groups alone; a target may choose of the rest."""
+    for asked in (4.6, 5.5, 12.0):
+        target = {"overall_bits": asked, "bits": [3, 4], "group_sizes": [32, -1]}
+        export = {"format": "auto-round", "path": str(tmp_path / "out")}
+        recipe = load_recipe(write_recipe(quantize(), target=target, export=export))
+        task = plan_allocation(recipe, read_architecture(load_config(recipe.model.path)), 4)
+        offered = {storage.weight for costs in task.costs.values() for storage in costs}
+        assert {(w.bits, w.group_size) for w in offered if w} == {(3, 32), (4, 32), (4, -1)}
+        assert make_plan(recipe).candidates
 
 
 @pytest.mark.parametrize(
@@ -138,7 +198,7 @@ def test_the_least_that_is_possible_is_accepted(write_recipe: RecipeWriter) -> N
     [
         ({"q_proj": {"bits": 8}}, None),  # k_proj and v_proj can have 8, too
         ({"q_proj": {"bits": 8}, "k_proj": {"bits": 4}}, "no integers that all of them can have"),
-        ({"q_proj": {"sym": False}}, "no integers that all of them can have"),
+        ({"q_proj": {"sym": False}}, "overrides set model.layers.0.self_attn.q_proj apart"),
         ({"down_proj": {"bits": 3}}, "has 3 bits: compressed-tensors and vLLM agree"),
     ],
 )
@@ -156,3 +216,13 @@ def test_one_way_for_what_stock_vllm_stacks(
         return
     for layer in bits_of(planned(path)):
         assert {layer[f"self_attn.{name}_proj"] for name in "qkv"} == {8}
+
+
+def test_a_stack_with_an_ignored_part_is_refused_for_it(write_recipe: RecipeWriter, tmp_path: Path) -> None:
+    path = write_recipe(
+        quantize(ignore=["q_proj"]),
+        target={"overall_bits": 15.0, "bits": [4, 8]},
+        export={"format": "auto-round", "path": str(tmp_path / "out")},
+    )
+    with pytest.raises(PlanError, match=r"q_proj is ignored: ignore all of them, or none"):
+        planned(path)

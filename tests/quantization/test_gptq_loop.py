@@ -184,6 +184,16 @@ def test_the_scale_search_looks_at_each_group_by_itself(sym: bool, bits: int) ->
     assert torch.equal(together.zero_point, torch.cat([grid.zero_point for grid in alone]))
 
 
+@pytest.mark.parametrize("weight", [torch.randn(4, 64) * 1e17, torch.zeros(0, 64), torch.zeros(4, 64)])
+def test_the_scale_search_gives_scales_where_it_can_compare_none(weight: Tensor) -> None:
+    """Errors of huge weights overflow; the grid then covers the extremes."""
+    plain, searched = (
+        choose_grid(weight, bits=4, group_size=32, sym=True, mse=mse, scale_dtype=torch.bfloat16)
+        for mse in (False, True)
+    )
+    assert torch.equal(searched.scale, plain.scale)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_dampings_at_once_round_as_each_alone(kind: str) -> None:
     weight, hessian = layer(kind, 24, 160)

@@ -210,6 +210,11 @@ def test_beta_auto_takes_any_ratio_and_needs_sequences_to_hold_out(tmp_path: Pat
             "'stages.0.quantize.group_size' is 64, but target.group_sizes is [32, 128]",
         ),
         (
+            "quantize: {lm_head: {bits: 8}}",
+            "target: {model_bits: 5, vocabulary_bits: [4, 6]}",
+            "'stages.0.quantize.lm_head.bits' is 8, but target.vocabulary_bits is [4, 6]",
+        ),
+        (
             "quantize: {overrides: {q_proj: {correction: {rank: 8}}}}",
             "target: {overall_bits: 3}",
             "'stages.0.quantize.overrides.q_proj.correction' is given beside a target",

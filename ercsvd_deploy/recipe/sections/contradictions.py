@@ -275,6 +275,14 @@ def _find_idle_integers(recipe: Recipe) -> Iterator[tuple[Location, str]]:
                     f"is {value}, but target.{offer} is [{listed}], of which every matrix gets one; add "
                     f"{value} there, or remove the key here",
                 )
+        for key in ("lm_head", "embeddings"):
+            integers, offered = getattr(stage.quantize, key), target.vocabulary_bits
+            if integers and offered and "bits" in integers.model_fields_set and integers.bits not in offered:
+                yield (
+                    ("stages", number, "quantize", key, "bits"),
+                    f"is {integers.bits}, but target.vocabulary_bits is [{', '.join(map(str, offered))}], of "
+                    f"which it gets one; add {integers.bits} there, or remove the key here",
+                )
 
 
 def _find_disorder(stages: tuple[Stage, ...]) -> Iterator[tuple[Location, str]]:

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.exporters.vllm.directory.replacement import replace_export
-from ercsvd_deploy.exporters.vllm.directory.target import CONFIG_FILE, check_target, check_unchanged
+from ercsvd_deploy.exporters.vllm.directory.target import (
+    CONFIG_FILE,
+    ExportError,
+    check_target,
+    check_unchanged,
+)
 from ercsvd_deploy.format.compressed_tensors import guards_of
 from ercsvd_deploy.format.files.atomic_files import write_json_atomically
 from ercsvd_deploy.format.files.gptq_store import GptqStore
@@ -24,6 +29,7 @@ from ercsvd_deploy.format.files.sidecars import sidecars
 from ercsvd_deploy.format.files.store_views import RenamedStore
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.format.stock_formats import AUTO_ROUND
+from ercsvd_deploy.models.experts.routed import EXPERTS
 from ercsvd_deploy.models.experts.stacked import stack_experts
 
 if TYPE_CHECKING:
@@ -84,6 +90,8 @@ def write_export(
         OSError: the disk is full or not writable; the target is unchanged.
     """
     check_target(target, source)
+    if stock is not None:
+        _check_readable(compressed, stock, architecture)
     if not is_forced:
         check_unchanged(target, with_weights=False)
     partial = work / "export"
@@ -113,6 +121,23 @@ def write_export(
     return Export(target, num_bytes)
 
 
+def _check_readable(compressed: CheckpointConfig, stock: StockFormat, architecture: Architecture) -> None:
+    """Refuse to write what loaders of the format would not read; the plan should have refused it.
+
+    Raises:
+        ExportError: names the matrices.
+    """
+    embedding, output_layer = architecture.vocabulary.embedding, architecture.vocabulary.multiplied
+    problems = stock.find_unreadable(
+        compressed.modules,
+        [[linear.name for linear in stack] for layer in architecture.layers for stack in layer.stacks],
+        embedding=None if embedding is None else embedding.name,
+        output_layer=None if output_layer is None else output_layer.name,
+    )
+    if problems:
+        raise ExportError(f"format {stock.name} cannot hold this model: {problems[0]}")
+
+
 def write_weights(
     directory: Path, store: TensorStore, architecture: Architecture, max_shard_bytes: int
 ) -> int:
@@ -138,14 +163,18 @@ def write_weights(
 def _layers_modules(architecture: Architecture) -> set[str]:
     """Return the names of all modules of the layers that loaders could take for Linears of integers.
 
-    Beside the Linears these are routed experts as a whole, and whatever else has a matrix, such as routers.
+    Beside the Linears these are routed experts as a whole, which vLLM looks up so and of which there may be
+    ten thousands, and whatever else has a matrix, such as routers.
     """
-    names = {linear.name for linear in architecture.all_linears}
+    names = {linear.name for linear in architecture.linears}
     names |= {layer.experts.name for layer in architecture.layers if layer.experts is not None}
     return names | {
         name.removesuffix(".weight")
         for name, shape in architecture.other_tensors.items()
-        if name.startswith(f"{architecture.layers_prefix}.") and name.endswith(".weight") and len(shape) == 2
+        if name.startswith(f"{architecture.layers_prefix}.")
+        and name.endswith(".weight")
+        and len(shape) == 2
+        and f".{EXPERTS}." not in name
     }
 
 

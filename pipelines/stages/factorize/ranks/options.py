@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unaligned, find_unservable
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
-from ercsvd_deploy.format.stock_formats import STOCK_FORMATS
+from ercsvd_deploy.format.stock_formats import STOCK_FORMATS, StockFormat
 from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank, module_bytes_on_rank
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
-from ercsvd_deploy.recipe.fields import PlanError, listed, parse_size
+from ercsvd_deploy.recipe.fields import PlanError, parse_size, summarize_problems
 
 if TYPE_CHECKING:
     from ercsvd_deploy.budget.rank_steps import RankSteps
@@ -83,9 +83,11 @@ def allocation_task(
         costs[name] = _cheapest_first({storage: gpu_bits.by_module(name, storage) for storage in storages})
     costs |= _expert_costs(recipe, rules, quantize_plan, gpu_bits)
     likeness = 0.0 if target is None else _LIKENESS
-    if recipe.export.format in STOCK_FORMATS:
+    stock = STOCK_FORMATS.get(recipe.export.format)
+    if stock is not None:
         likeness = math.inf
-        costs |= _costs_alike(costs, architecture)
+        costs = _readable(costs, stock, architecture)
+        costs |= _costs_alike(costs, quantize_plan, architecture)
     chosen_experts = [linear for linear in architecture.expert_linears if linear.name in costs]
     weights = architecture.linear_parameters + sum(linear.parameters for linear in chosen_experts)
     if target is None:
@@ -102,13 +104,44 @@ def allocation_task(
     return AllocationTask(costs, budget, target is not None, rules, likeness)
 
 
+def _readable(
+    costs: Mapping[str, Mapping[Storage, int]], stock: StockFormat, architecture: Architecture
+) -> dict[str, dict[Storage, int]]:
+    """Return the costs of the storages that loaders of a format read.
+
+    Raises:
+        PlanError: they read none of a matrix's integers.
+    """
+    embedding, output_layer = architecture.vocabulary.embedding, architecture.vocabulary.multiplied
+    problems, readable = [], {}
+    for name, offered in costs.items():
+        reasons = {
+            storage: stock.why_unreadable(
+                storage,
+                is_embedding=embedding is not None and name == embedding.name,
+                is_output_layer=output_layer is not None and name == output_layer.name,
+            )
+            for storage in offered
+            if storage.is_quantized
+        }
+        if reasons and all(reasons.values()):
+            problems.append(f"{name} {next(iter(reasons.values()))}")
+        readable[name] = {storage: cost for storage, cost in offered.items() if not reasons.get(storage)}
+    if problems:
+        raise PlanError(
+            f"export.format {stock.name} cannot hold this model; change quantize, or set vllm:"
+            + summarize_problems(problems)
+        )
+    return readable
+
+
 def _costs_alike(
-    costs: Mapping[str, Mapping[Storage, int]], architecture: Architecture
+    costs: Mapping[str, Mapping[Storage, int]], quantize_plan: QuantizePlan, architecture: Architecture
 ) -> dict[str, dict[Storage, int]]:
     """Return the costs of the storages that all Linears can have which vLLM multiplies as one.
 
     Raises:
-        PlanError: they have no integers in common, since overrides give them different ones.
+        PlanError: they have no integers in common: some are ignored, or overrides give them different ones.
     """
     alike = {}
     for layer in architecture.layers:
@@ -118,15 +151,28 @@ def _costs_alike(
             shared = set.intersection(*({storage.kind for storage in costs[name]} for name in names))
             if any(integers) and not set.intersection(*integers):
                 raise PlanError(
-                    f"quantize.overrides leave {', '.join(names)} no integers that all of them can have: "
-                    "vLLM stacks them into one layer, which the export's format stores in one way; give "
-                    "all of them the same bits, group_size and sym, or set export.format: vllm"
+                    f"{', '.join(names)} have no integers that all of them can have: vLLM stacks them into "
+                    "one layer, which the export's format stores in one way. "
+                    f"{_why_unlike(names, quantize_plan)}, or set export.format: vllm"
                 )
             for name in names:
                 alike[name] = {
                     storage: cost for storage, cost in costs[name].items() if storage.kind in shared
                 }
     return alike
+
+
+def _why_unlike(names: Sequence[str], quantize_plan: QuantizePlan) -> str:
+    """Return why Linears of a stack have no integers in common, and what to do."""
+    ignored = [name for name in names if quantize_plan.integers[name] is None]
+    if ignored:
+        verb = "is" if len(ignored) == 1 else "are"
+        return f"{', '.join(ignored)} {verb} ignored: ignore all of them, or none"
+    pinned = [name for name in names if quantize_plan.pinned.get(name)]
+    return (
+        f"quantize.overrides set {', '.join(pinned)} apart: give all of them the same bits, group_size and "
+        "sym, which the target offers"
+    )
 
 
 def _linear_costs(
@@ -363,5 +409,5 @@ def _without_unservable(
         if not found:
             servable.append(storage)
     if not servable:
-        raise PlanError(f"no storage on offer can be served:{listed(problems)}")
+        raise PlanError(f"no storage on offer can be served:{summarize_problems(problems)}")
     return servable

@@ -17,7 +17,10 @@ _PLAIN_BITS = 16
 
 
 def presumed_storages(task: AllocationTask, ranks: Mapping[str, int | None]) -> dict[str, Storage]:
-    """Return name -> storage under the budget; the first layers have a step more bits than the last ones.
+    """Return name -> storage; the first layers have a step more bits than the last ones.
+
+    Without ranks the budget is kept. Ranks are equal shares of it at the fewest bits on offer, and may miss
+    it by what their steps and overrides add.
 
     Args:
         task: The storages on offer and the budget.

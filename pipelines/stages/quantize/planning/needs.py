@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs
 from ercsvd_deploy.pipelines.stages.sizes import modules_bytes
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
+from ercsvd_deploy.quantization.held_out import DAMPINGS, WIDEST_TOGETHER
 from ercsvd_deploy.quantization.many_rows import ROWS_AT_ONCE
 
 if TYPE_CHECKING:
@@ -80,10 +81,12 @@ def _output_layer_bytes(work: Workload, candidates: Sequence[Candidate]) -> int:
 def rounding_bytes(rows: int, columns: int) -> int:
     """Return the bytes of quantizing matrices with the same inputs, stacked to `rows` rows.
 
-    The peak is either the Hessian's factorization, three matrices in float64, or the loop and the losses, six
-    copies of the matrices in float32.
+    The peak is either the Hessian's factorization, three matrices in float64, beside the factors of other
+    dampings that share its loop, or the loop and the losses, six copies of the matrices in float32.
     """
-    return max(3 * FLOAT64 * columns**2, 6 * FLOAT32 * rows * columns)
+    other_factors = len(DAMPINGS) - 1 if columns <= WIDEST_TOGETHER else 0
+    factoring = (3 * FLOAT64 + other_factors * FLOAT32) * columns**2
+    return max(factoring, 6 * FLOAT32 * rows * columns)
 
 
 def rounding_flops(rows: int, columns: int) -> float:

@@ -24,6 +24,7 @@ def serving_warnings(
     *,
     has_plugin: bool = True,
     bits_on_offer: Iterable[int] = (),
+    groups_are_chosen: bool = False,
 ) -> list[str]:
     """Return warnings about a quantized model that is served differently from what its recipe suggests.
 
@@ -35,6 +36,7 @@ def serving_warnings(
         dtype: Name of the dtype of unquantized tensors, such as "bfloat16".
         has_plugin: Whether our plugin serves the model; it dequantizes matrices that no kernel multiplies.
         bits_on_offer: Bits of which a target chooses.
+        groups_are_chosen: Whether a target chooses group sizes; those of the stage then tell nothing.
     """
     multiplied = _multiplied(described, architecture)
     integers = [
@@ -43,9 +45,11 @@ def serving_warnings(
         for _, quantization in storage.parts.values()
         if quantization
     ]
-    ranks = {name: storage.truncated_rank for name, storage in described.items()}
-    by_the_stage = plan.describe(ranks, architecture) | plan.describe_experts(architecture)
-    warnings = _fitting_notes(plan, by_the_stage, tensor_parallel_sizes)
+    warnings = []
+    if not groups_are_chosen:
+        ranks = {name: storage.truncated_rank for name, storage in described.items()}
+        by_the_stage = plan.describe(ranks, architecture) | plan.describe_experts(architecture)
+        warnings += _fitting_notes(plan, by_the_stage, tensor_parallel_sizes)
     warnings += expert_notes(described, architecture) if has_plugin else []
     warnings += describe_tied(described, architecture)
     without_cpu_kernel = sorted({*(quantization.bits for quantization in integers), *bits_on_offer} - {4})

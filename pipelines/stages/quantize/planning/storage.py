@@ -19,7 +19,7 @@ from ercsvd_deploy.models.experts.routed import EXPERTS
 from ercsvd_deploy.pipelines.stages.quantize.planning.vocabulary import plan_vocabulary
 from ercsvd_deploy.pipelines.stages.quantize.results import PatternMatch
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
-from ercsvd_deploy.recipe.fields import PlanError, listed
+from ercsvd_deploy.recipe.fields import PlanError, summarize_problems
 from ercsvd_deploy.recipe.quantize import Correction, Quantize
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def check_expert_shapes(
 
 def _refuse(problems: list[str]) -> None:
     if problems:
-        raise QuantizePlanError(f"{len(problems)} matrices cannot be served:{listed(problems)}")
+        raise QuantizePlanError(f"{len(problems)} matrices cannot be served:{summarize_problems(problems)}")
 
 
 def _find_idle_corrections(
