@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ercsvd_deploy.exporters.vllm.kernels.choice import NO_KERNEL, KernelUse
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.families.tiny_families import save_tiny_family
@@ -50,3 +53,24 @@ def test_what_stages_do_not_do_to_routed_experts(
     notes = make_plan(load_recipe(write_recipe(*stages, model={"path": str(model)}, **sections))).notes
     told = {known for known in (LEAVES, CHOOSES, CORRECTS, TRAINS) if any(known in note for note in notes)}
     assert told == expected
+
+
+@pytest.mark.parametrize(
+    ("output_format", "expected"), [("vllm", NO_KERNEL), ("auto-round", "none: does not start")]
+)
+def test_a_missing_kernel_means_what_the_format_makes_of_it(
+    output_format: str,
+    expected: str,
+    tmp_path: Path,
+    write_recipe: RecipeWriter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def without_kernels(uses: tuple[KernelUse, ...], _dtype: str) -> SimpleNamespace:
+        asked = tuple(replace(use, kernels={"CPU": NO_KERNEL, "Hopper": "Machete"}) for use in uses)
+        return SimpleNamespace(uses=asked, source="vLLM", problem=None)
+
+    monkeypatch.setattr("ercsvd_deploy.pipelines.planning.plan.ask_kernels", without_kernels)
+    export = {"format": output_format, "path": str(tmp_path / "out")}
+    told = make_plan(load_recipe(write_recipe(quantize(), export=export))).with_kernels()
+    assert told.kernels
+    assert {tuple(use.kernels.values()) for use in told.kernels} == {(expected, "Machete")}
