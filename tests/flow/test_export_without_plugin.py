@@ -14,8 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of our own format, for comparison
-from ercsvd_deploy.exporters.vllm.directory.target import is_export
+from ercsvd_deploy.exporters.vllm.directory.target import ExportError, is_export
+from ercsvd_deploy.exporters.vllm.directory.writer import write_export
 from ercsvd_deploy.format.files.manifest import verify_export
+from ercsvd_deploy.format.files.weight_files import open_directory
+from ercsvd_deploy.format.schema import CheckpointConfig, Storage, WeightQuantization
+from ercsvd_deploy.format.stock_formats import AUTO_ROUND
+from ercsvd_deploy.models.description.meta import load_config, read_architecture
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.stages.export import REPORT_FILE, REPORT_FILES
@@ -196,3 +201,24 @@ def test_stock_vllm_serves_experts_that_were_left_alone(
     )
     code, _, err = invoke("run", recipe)
     assert code == 0, err
+
+
+def test_what_loaders_would_not_read_is_not_written(llama: Path, tmp_path: Path) -> None:
+    """Plans refuse it before; this is for what they may have missed."""
+    architecture = read_architecture(load_config(str(llama)))
+    linear = architecture.linears[0]
+    integers = WeightQuantization(bits=3, group_size=-1)
+    storage = Storage.dense((linear.out_features, linear.in_features), integers)
+    with pytest.raises(ExportError, match=r"format auto-round cannot hold this model: .* one scale a row"):
+        write_export(
+            tmp_path / "out",
+            work=tmp_path,
+            source=llama,
+            dtype=None,
+            store=open_directory(llama),
+            architecture=architecture,
+            compressed=CheckpointConfig(modules={linear.name: storage}),
+            max_shard_bytes=2**20,
+            stock=AUTO_ROUND,
+        )
+    assert not list(tmp_path.iterdir())
