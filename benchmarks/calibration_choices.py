@@ -10,16 +10,14 @@ there.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from peer_runs.contenders import GROUP_SIZE, Contender
-from peer_runs.judge import Judge, paired
-from peers import DENSE, LENGTH, TEXTS, WINDOWS, append, calibration_section, measure, read_tokens
+from peer_runs.judge import paired
+from peers import DENSE, LENGTH, TEXTS, WINDOWS, Measured, calibration_section
 from results_file import environment, markdown_table, write_results
 
 PROSE, CODE = Path("examples/text/calibration_prose.txt"), Path("examples/text/calibration.txt")
@@ -140,31 +138,19 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.environments = Path("out/peers")  # of which ours needs none
     arguments.rows = arguments.rows or Path(f"out/choices-{arguments.model.name.lower()}.jsonl")
-    torch.set_num_threads(arguments.threads)
     section = calibration_section(arguments.samples, PROSE)
-    calibration, texts = read_tokens(arguments.model, section)
-    tokens = arguments.rows.with_suffix(".tokens.json").resolve()
-    tokens.write_text(json.dumps(calibration.tolist()))
-    measured: dict[str, dict[str, Any]] = {}
-    if arguments.rows.exists():
-        measured = {row["name"]: row for row in map(json.loads, arguments.rows.read_text().splitlines())}
-    judge = Judge(arguments.model, texts)
-    if DENSE not in measured:
-        measured[DENSE] = {"name": DENSE, "losses": judge.losses(None)}
-        append(measured[DENSE], arguments.rows)
+    measured = Measured.resume(arguments, section)
     wanted = contenders(section, arguments.bits)
     for name, _, contender in wanted:
-        if name in arguments.only and contender.name not in measured:
-            print(f"{contender.name} ...", flush=True)
-            measured[contender.name] = measure(contender, arguments, judge, tokens)
-            append(measured[contender.name], arguments.rows)
+        if name in arguments.only:
+            measured.add(contender)
     rows = {
-        (name, bits): measured[contender.name]
+        (name, bits): measured.rows[contender.name]
         for name, bits, contender in wanted
-        if contender.name in measured
+        if contender.name in measured.rows
     }
-    unmeasured = [contender.name for _, _, contender in wanted if contender.name not in measured]
-    write_report(rows, measured[DENSE]["losses"], unmeasured, arguments)
+    unmeasured = [contender.name for _, _, contender in wanted if contender.name not in measured.rows]
+    write_report(rows, measured.rows[DENSE]["losses"], unmeasured, arguments)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -214,33 +215,56 @@ def main() -> None:
         for name in PACKAGES:
             python_of(name, arguments.environments)
         return
-    torch.set_num_threads(arguments.threads)
-    arguments.environments.mkdir(parents=True, exist_ok=True)
     section = calibration_section(arguments.samples, Path("examples/text/calibration_prose.txt"))
-    calibration, texts = read_tokens(arguments.model, section)
-    tokens = arguments.environments.resolve() / f"tokens-{arguments.samples}.json"
-    tokens.write_text(json.dumps(calibration.tolist()))
-    rows: dict[str, dict[str, Any]] = {}
-    if arguments.rows.exists():
-        rows = {row["name"]: row for row in map(json.loads, arguments.rows.read_text().splitlines())}
-    judge = Judge(arguments.model, texts)
-    if DENSE not in rows:
-        rows[DENSE] = {"name": DENSE, "losses": judge.losses(None)}
-        append(rows[DENSE], arguments.rows)
+    measured = Measured.resume(arguments, section)
     wanted = contenders(section, extract_gguf(arguments.environments.resolve()))
     for contender in wanted:
-        is_asked = arguments.only is None or contender.name.startswith(tuple(arguments.only))
-        if is_asked and (arguments.again or contender.name not in rows):
+        if arguments.only is None or contender.name.startswith(tuple(arguments.only)):
+            measured.add(contender, again=arguments.again)
+    write_report(list(measured.rows.values()), wanted, arguments)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows as they are measured, on disk as JSON lines; of rows with one name the last counts.
+
+    Attributes:
+        arguments: model, rows (file), environments, samples and threads.
+        rows: Name -> row, that of the model itself among them.
+        judge: Of all rows.
+        tokens: File of the calibration tokens.
+    """
+
+    arguments: argparse.Namespace
+    rows: dict[str, dict[str, Any]]
+    judge: Judge
+    tokens: Path
+
+    @classmethod
+    def resume(cls, arguments: argparse.Namespace, section: Mapping[str, Any]) -> Measured:
+        """Go on from the rows on disk; calibration is drawn as the recipe's section says."""
+        torch.set_num_threads(arguments.threads)
+        arguments.environments.mkdir(parents=True, exist_ok=True)
+        calibration, texts = read_tokens(arguments.model, section)
+        tokens = arguments.rows.with_suffix(".tokens.json").resolve()
+        tokens.write_text(json.dumps(calibration.tolist()))
+        lines = arguments.rows.read_text().splitlines() if arguments.rows.exists() else []
+        rows = {row["name"]: row for row in map(json.loads, lines)}
+        measured = cls(arguments, rows, Judge(arguments.model, texts), tokens)
+        if DENSE not in rows:
+            measured._keep({"name": DENSE, "losses": measured.judge.losses(None)})
+        return measured
+
+    def add(self, contender: Contender, *, again: bool = False) -> None:
+        """Measure a row, unless it is there."""
+        if again or contender.name not in self.rows:
             print(f"{contender.name} ...", flush=True)
-            rows[contender.name] = measure(contender, arguments, judge, tokens)
-            append(rows[contender.name], arguments.rows)
-    write_report(list(rows.values()), wanted, arguments)
+            self._keep(measure(contender, self.arguments, self.judge, self.tokens))
 
-
-def append(row: Mapping[str, Any], file: Path) -> None:
-    """Keep a row; of rows with one name the last counts."""
-    with file.open("a") as lines:
-        lines.write(json.dumps(row) + "\n")
+    def _keep(self, row: dict[str, Any]) -> None:
+        self.rows[row["name"]] = row
+        with self.arguments.rows.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

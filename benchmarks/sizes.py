@@ -11,13 +11,11 @@ Rows are kept as JSON lines as they are measured; a run that was stopped goes on
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from peer_runs.judge import Judge, paired
+from peer_runs.judge import paired
 from peer_runs.size_contenders import (
     ALL,
     EARLIER,
@@ -31,7 +29,7 @@ from peer_runs.size_contenders import (
     gguf_contenders,
     size_contenders,
 )
-from peers import DENSE, LENGTH, TEXTS, WINDOWS, append, calibration_section, measure, read_tokens
+from peers import DENSE, LENGTH, TEXTS, WINDOWS, Measured, calibration_section
 from results_file import environment, markdown_table, write_results
 
 SHARE = 0.75  # of mixed-bit GPTQ's loss, the aim from 2.5 to 3.5 bits
@@ -171,41 +169,26 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="rows measured so far; default out/sizes-MODEL.jsonl")
     arguments = parser.parse_args()
     arguments.rows = arguments.rows or Path(f"out/sizes-{arguments.model.name.lower()}.jsonl")
-    torch.set_num_threads(arguments.threads)
     section = calibration_section(arguments.samples, arguments.text)
-    calibration, texts = read_tokens(arguments.model, section)
-    arguments.environments.mkdir(parents=True, exist_ok=True)
-    tokens = arguments.rows.with_suffix(".tokens.json").resolve()
-    tokens.write_text(json.dumps(calibration.tolist()))
-    measured: dict[str, dict[str, Any]] = {}
-    if arguments.rows.exists():
-        measured = {row["name"]: row for row in map(json.loads, arguments.rows.read_text().splitlines())}
-    judge = Judge(arguments.model, texts)
-    if DENSE not in measured:
-        measured[DENSE] = {"name": DENSE, "losses": judge.losses(None)}
-        append(measured[DENSE], arguments.rows)
+    measured = Measured.resume(arguments, section)
     cache = arguments.rows.with_suffix(".stages").resolve()
     if GGUF in arguments.methods:
         for contender in gguf_contenders():
-            if contender.name not in measured:
-                print(f"{contender.name} ...", flush=True)
-                measured[contender.name] = measure(contender, arguments, judge, tokens)
-                append(measured[contender.name], arguments.rows)
-    gguf = [measured[contender.name] for contender in gguf_contenders() if contender.name in measured]
+            measured.add(contender)
+    gguf = [
+        measured.rows[contender.name] for contender in gguf_contenders() if contender.name in measured.rows
+    ]
     wanted = list(size_contenders(section, SIZES, arguments.correction_ranks, cache))
     for method, size, contender in wanted:
-        is_asked = method in arguments.methods and size in arguments.sizes
-        if is_asked and contender.name not in measured:
-            print(f"{contender.name} ...", flush=True)
-            measured[contender.name] = measure(contender, arguments, judge, tokens)
-            append(measured[contender.name], arguments.rows)
+        if method in arguments.methods and size in arguments.sizes:
+            measured.add(contender)
     rows = {
-        (method, size): measured[contender.name]
+        (method, size): measured.rows[contender.name]
         for method, size, contender in wanted
-        if contender.name in measured
+        if contender.name in measured.rows
     }
-    unmeasured = [contender.name for _, _, contender in wanted if contender.name not in measured]
-    write_report(rows, gguf, measured[DENSE]["losses"], unmeasured, arguments)
+    unmeasured = [contender.name for _, _, contender in wanted if contender.name not in measured.rows]
+    write_report(rows, gguf, measured.rows[DENSE]["losses"], unmeasured, arguments)
 
 
 if __name__ == "__main__":
