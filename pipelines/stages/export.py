@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ercsvd_deploy.exporters.vllm.directory.writer import Export, write_export
+from ercsvd_deploy.exporters.vllm.directory.writer import Export, find_unreadable, write_export
 from ercsvd_deploy.format.files.manifest import REPORT_SUMS_FILE
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.format.stock_formats import STOCK_FORMATS, StockFormat
@@ -131,14 +131,7 @@ def _check_readable(context: PlanningContext, stock: StockFormat) -> None:
         [candidate] = context.planned["factorize"].store([Candidate()])
         modules = {**modules, **candidate.presumed}
     modules = {name: storage for name, storage in modules.items() if storage.is_altered}
-    fused = [[linear.name for linear in stack] for layer in architecture.layers for stack in layer.stacks]
-    embedding, output_layer = architecture.vocabulary.embedding, architecture.vocabulary.multiplied
-    problems = stock.find_unreadable(
-        modules,
-        fused,
-        embedding=None if embedding is None else embedding.name,
-        output_layer=None if output_layer is None else output_layer.name,
-    )
+    problems = find_unreadable(modules, stock, architecture)
     if problems:
         raise PlanError(
             f"export.format {stock.name} cannot hold this model; change quantize, or set vllm:"

@@ -29,7 +29,6 @@ class GptqStore:
 
     def __init__(self, base: TensorStore, modules: Mapping[str, Storage]) -> None:
         """Rename and transpose the tensors of `modules`: name -> storage, dense integers all of them."""
-        self._modules = modules
         own = {
             f"{module}.{leaf}"
             for module in modules

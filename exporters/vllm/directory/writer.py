@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from ercsvd_deploy.models.experts.stacked import stack_experts
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.files.tensor_store import TensorStore
+    from ercsvd_deploy.format.schema import Storage
     from ercsvd_deploy.format.stock_formats import StockFormat
     from ercsvd_deploy.models.description.architecture import Architecture
 
@@ -90,8 +91,9 @@ def write_export(
         OSError: the disk is full or not writable; the target is unchanged.
     """
     check_target(target, source)
-    if stock is not None:
-        _check_readable(compressed, stock, architecture)
+    # Plans refuse it before; this is for what they may have missed.
+    if stock is not None and (problems := find_unreadable(compressed.modules, stock, architecture)):
+        raise ExportError(f"format {stock.name} cannot hold this model: {problems[0]}")
     if not is_forced:
         check_unchanged(target, with_weights=False)
     partial = work / "export"
@@ -121,21 +123,23 @@ def write_export(
     return Export(target, num_bytes)
 
 
-def _check_readable(compressed: CheckpointConfig, stock: StockFormat, architecture: Architecture) -> None:
-    """Refuse to write what loaders of the format would not read; the plan should have refused it.
+def find_unreadable(
+    modules: Mapping[str, Storage], stock: StockFormat, architecture: Architecture
+) -> list[str]:
+    """Return one line for each matrix, or stack of them, that loaders of a format would not read.
 
-    Raises:
-        ExportError: names the matrices.
+    Args:
+        modules: Name of every changed matrix -> its storage.
+        stock: The format.
+        architecture: The model's architecture.
     """
     embedding, output_layer = architecture.vocabulary.embedding, architecture.vocabulary.multiplied
-    problems = stock.find_unreadable(
-        compressed.modules,
+    return stock.find_unreadable(
+        modules,
         [[linear.name for linear in stack] for layer in architecture.layers for stack in layer.stacks],
         embedding=None if embedding is None else embedding.name,
         output_layer=None if output_layer is None else output_layer.name,
     )
-    if problems:
-        raise ExportError(f"format {stock.name} cannot hold this model: {problems[0]}")
 
 
 def write_weights(

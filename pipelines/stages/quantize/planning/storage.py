@@ -144,11 +144,12 @@ def plan_quantization(
     corrections: dict[str, Correction | None] = dict.fromkeys(names, settings.correction)
     pinned: dict[str, frozenset[str]] = {}
     for match, change in overrides:
+        changed = change.model_dump(exclude_none=True, exclude={"correction"})
+        fields = frozenset(change.model_dump(exclude_none=True))
         for name in match.modules:
-            pinned[name] = pinned.get(name, frozenset()).union(change.model_dump(exclude_none=True))
+            pinned[name] = pinned.get(name, frozenset()) | fields
             previous = integers[name]
             assert previous is not None
-            changed = change.model_dump(exclude_none=True, exclude={"correction"})
             integers[name] = WeightQuantization.model_validate(previous.model_dump() | changed)
             if change.correction is not None:
                 corrections[name] = None if change.correction == "none" else change.correction
