@@ -59,14 +59,21 @@ def invoke(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def start(*arguments: object, memory: int | None = None) -> Fork:
+def start(
+    *arguments: object,
+    memory: int | None = None,
+    directory: Path | None = None,
+    module: str = "ercsvd_deploy.pipelines.cli.app",
+) -> Fork:
     """Start `ercsvd` in a process of its own.
 
     Args:
         arguments: Its command line.
         memory: Bytes of addresses that it may have.
+        directory: The directory that it starts in; this process's if none is given.
+        module: What is run as the command.
     """
-    return _forks().start("ercsvd_deploy.pipelines.cli.app", *arguments, memory=memory)
+    return _forks().start(module, *arguments, memory=memory, directory=directory)
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,9 @@ import typer.main
 import yaml
 
 from ercsvd_deploy.pipelines.cli.app import app
+from tests.fork_command import fork_command
+from tests.forks import Fork
+from tests.recipe_runs import start
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = (ROOT / "docs" / "ci" / "github.yml", ROOT / "docs" / "ci" / "gitlab.yml")
@@ -134,25 +136,28 @@ def test_the_plans_of_a_template_are_green_on_a_small_runner(path: Path, tmp_pat
     for name in ("demo", "demo-lowrank", "demo-llava"):
         shutil.copy(ROOT / "recipes" / f"{name}.yaml", tmp_path / "recipes")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+
+    def start_command(arguments: list[str], directory: Path) -> Fork:
+        addresses = 8_000_000_000  # of which libraries reserve more than they use
+        return start(*arguments, memory=addresses, directory=directory, module="tests.cli.without_vllm")
+
+    def run_script() -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+        command = ["bash", "-e", "-c", plan_script(path)]
+        with fork_command(tools / "ercsvd", start_command, timeout=200):
+            return subprocess.run(
+                command,
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=400,
+                check=False,
+            )
+
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "ercsvd").write_text(
-        "#!/bin/sh\n"
-        "ulimit -v 8000000\n"  # addresses, of which libraries reserve more than they use
-        f"exec {sys.executable} -c \"import sys; sys.modules['vllm'] = None\n"
-        'from ercsvd_deploy.pipelines.cli.entry_point import main; main()" "$@"\n'
-    )
-    (tools / "ercsvd").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "-e", "-c", plan_script(path)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    done = run_script()
     assert done.returncode == 0, done.stdout + done.stderr
     plans = [json.loads(plan.read_text()) for plan in (tmp_path / "plans").glob("*.json")]
     assert len(plans) == 3
@@ -162,11 +167,5 @@ def test_the_plans_of_a_template_are_green_on_a_small_runner(path: Path, tmp_pat
     (tmp_path / "recipes" / "demo-lowrank.yaml").write_text(text.replace("ratio: 0.2", "ratio: 2"))
     for name in ("demo", "demo-llava"):
         (tmp_path / "recipes" / f"{name}.yaml").unlink()
-    again = subprocess.run(
-        ["bash", "-e", "-c", plan_script(path)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        check=False,
-    )
+    again = run_script()
     assert again.returncode == 1
