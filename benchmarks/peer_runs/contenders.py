@@ -91,7 +91,7 @@ def _ours(calibration: dict[str, Any]) -> list[Contender]:
             "stages": [{"quantize": {"bits": bits, "group_size": GROUP_SIZE}}, learned],
             "note": trained,
         }
-    for overall in (3.5, 3.0, 4.0, 2.5):
+    for overall in (3.5, 3.0):
         target = {"overall_bits": overall, "bits": [2, 3, 4, 5, 6, 8], "group_sizes": [32, 64, 128]}
         name = f"ours, mixed bits, {overall} bits"
         methods[name] = {"stages": [integers], "target": target}
@@ -109,10 +109,12 @@ def _ours(calibration: dict[str, Any]) -> list[Contender]:
             "compressed_prefix_inputs": True,
             "rank_multiple": 32,
         }
-        methods[f"ours, error control, {bits} bits"] = {
+        name = f"ours, error control, {bits} bits"
+        methods[name] = {
             "stages": [{"factorize": factorize}, integers],
             "target": {"overall_bits": bits},
         }
+        methods[f"{name}, tokens by energy"] = methods[name] | {"token_weight": "uniform"}
     for method, name in (("svd_llm", "SVD-LLM"), ("erc_svd", "ERC-SVD")):
         for ratio in (0.2, 0.4):
             factorize = {"method": method, "compression_ratio": ratio, "rank_multiple": 32}
