@@ -129,6 +129,40 @@ def _texts_are_tokenized_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _models_are_described_once() -> Iterator[None]:
+    """Remember the descriptions of models by their configs: most runs here compress one of a few.
+
+    Finding a tiny model's Linears takes a third of a second, once for a plan and once for an export.
+    """
+    from ercsvd_deploy.models.streaming import ends
+    from ercsvd_deploy.pipelines.planning import plan
+
+    read, describe = plan.read_architecture, ends.describe
+    remembered: dict[tuple[type, str], Any] = {}
+
+    def remember(config: Any, find: Callable[[], Any]) -> Any:
+        key = type(config), config.to_json_string(use_diff=False)
+        if key not in remembered:
+            remembered[key] = find()
+        return remembered[key]
+
+    def read_once(config: Any, *, trust_remote_code: bool = False) -> Any:
+        if trust_remote_code:  # the code may have changed
+            return read(config, trust_remote_code=True)
+        return remember(config, lambda: read(config))
+
+    def describe_once(model: torch.nn.Module, config: Any) -> Any:
+        if type(model).__module__.startswith("transformers."):
+            return remember(config, lambda: describe(model, config))
+        return describe(model, config)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plan, "read_architecture", read_once)
+        patched.setattr(ends, "describe", describe_once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelDirectory:
     """Return family -> directory of a random float32 model (see FAMILIES and VISION_FAMILIES)."""

@@ -32,7 +32,7 @@ PYTHON = os.environ.get("ERCSVD_VLLM_PYTHON", sys.executable)
 PROMPTS = [[1, 5, 9, 33, 200, 17], [1, 100, 101, 102], list(range(10, 50))]
 MAX_TOKENS = 12
 TOP = 10
-CACHE_BYTES = 2**26
+CACHE, CACHE_BYTES = "VLLM_CPU_KVCACHE_SPACE", 2**26
 READ_AT_IMPORT = ("PYTHONPATH", "ERCSVD_TEST_CPU")  # variables that a fork cannot be given afterwards
 # Of an engine that is not eager: traced and split as ever, but not compiled by g++, forty seconds of a core.
 TRACED: dict[str, Any] = {"compilation_config": {"mode": 2, "backend": "eager"}}
@@ -43,13 +43,13 @@ def environment(num_ranks: int = 1) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     # As in a run, so that both are forks of one process.
     inherited = ServingMachine(0, (0,)).environment(1, inherited)
+    del inherited[CACHE]  # would count for more than an engine's own bytes
     cores = _cores() if num_ranks == 1 else "|".join([_cores()] * num_ranks)
     return inherited | {
         "HF_HUB_OFFLINE": "1",
         # More threads than a worker has cores spin in every operator until the scheduler takes one away.
         "OMP_NUM_THREADS": "1" if num_ranks > 1 or cores.isdigit() else "2",
         "VLLM_CPU_INT4_W4A8": "0",  # else CPUs with AMX round the activations to int8 as well
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": cores,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_HOST_IP": "127.0.0.1",
@@ -282,7 +282,7 @@ def serving(
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     arguments = ["--model", str(directory), "--host", "127.0.0.1", "--port", str(port), *options]
-    with _server(arguments, log, VLLM_ENABLE_V1_MULTIPROCESSING="1", **variables) as server:
+    with _server(arguments, log, **{CACHE: "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, **variables) as server:
         deadline = time.monotonic() + 300
         while not _answers(f"{address}/health"):
             assert server.poll() is None, log.read_text()[-8000:]

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.platforms import current_platform
 
 # Two small functions of eager engines are compiled, too, by g++ in every process.
@@ -48,6 +49,11 @@ def _inspect(describe: Callable[[], Any]) -> Any:
     return describe()
 
 
+# Looks for references to a few kernels in everything that is imported.
+current_platform.register_triton_kernel_overrides()
+patch.object(type(current_platform), "register_triton_kernel_overrides").start()
+# Ranks of tests share a core: one that waits for another would take half of it, for a second each time.
+patch.object(SpinCondition.__init__, "__defaults__", (0.1,)).start()
 # vLLM looks at a class of models in a process that imports everything again, lest that touches a GPU.
 patch("vllm.model_executor.models.registry._run_in_subprocess", _inspect).start()
 # An engine that ends would search everything that is imported for garbage, twice.

@@ -116,9 +116,11 @@ class _LargeOnMeta(TorchFunctionMode):
 def _build(
     config: Any, without_weights: AbstractContextManager[Any], *, trust_remote_code: bool
 ) -> nn.Module:
+    from transformers.initialization import no_init_weights
+
     check_supported(config)
     try:
-        with without_weights:
+        with without_weights, no_init_weights():  # numbers for weights that are not there take a second
             model: nn.Module = auto_class(config).from_config(
                 copy.deepcopy(config),  # from_config may drop the dtype of a nested config
                 trust_remote_code=trust_remote_code,
