@@ -159,9 +159,9 @@ set -u
 mount -t tmpfs -o size=30m none "$DISK" || exit 77
 "$PYTHON" -m ercsvd_deploy.pipelines.cli.app run "$RECIPE" --output "$DISK/out" 2> "$DISK.first" &
 run=$!
-while ! ls "$DISK"/.out.work/factorize/*.entry.json > /dev/null 2>&1; do
+while ! compgen -G "$DISK/.out.work/factorize/*.entry.json" > /dev/null; do
   kill -0 $run 2> /dev/null || exit 78
-  sleep 0.01
+  sleep 0.02
 done
 cat /dev/zero > "$DISK/fill" 2> /dev/null  # until no byte is left
 wait $run; echo $? > "$DISK.code"

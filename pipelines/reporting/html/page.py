@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -36,6 +37,8 @@ from ercsvd_deploy.pipelines.reporting.screen.tables import failure_text, failur
 from ercsvd_deploy.pipelines.stages.export import PAGE_FILE
 
 if TYPE_CHECKING:
+    from jinja2 import Template
+
     from ercsvd_deploy.pipelines.judging.gates import GateResult
     from ercsvd_deploy.pipelines.reporting.report.document import Report
     from ercsvd_deploy.pipelines.stages.contract import Table
@@ -63,9 +66,15 @@ def make_page(report: Report, directory: Path) -> str:
     """
     if not can_make_page():
         raise ImportError(f"the HTML report needs matplotlib and jinja2: {PAGE_NEEDS}")
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from ercsvd_deploy.pipelines.reporting.html.plots import draw_plots
+
+    page = _template().render(**_contents(report, directory), plots=draw_plots(report))
+    return encodable(page.lstrip() + "\n")
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -74,10 +83,7 @@ def make_page(report: Report, directory: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(
-        **_contents(report, directory), plots=draw_plots(report)
-    )
-    return encodable(page.lstrip() + "\n")
+    return environment.get_template("report.html.j2")
 
 
 def _contents(report: Report, directory: Path) -> dict[str, Any]:

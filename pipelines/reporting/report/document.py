@@ -126,9 +126,9 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
-        plain = _report_adapter().dump_python(self, warnings=False)
+        plain = _adapter_of(Report).dump_python(self, warnings=False)
         for stage, reported in self.stages.items():
-            plain[stage] = TypeAdapter(type(reported)).dump_python(reported, warnings=False)
+            plain[stage] = _adapter_of(type(reported)).dump_python(reported, warnings=False)
         valid: dict[str, Any] = finite(plain)
         return valid
 
@@ -157,8 +157,8 @@ def document_adapter() -> TypeAdapter[Any]:
 
 
 @cache
-def _report_adapter() -> TypeAdapter[Report]:
-    return TypeAdapter(Report)
+def _adapter_of(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def parse_report(values: dict[str, Any], origin: str = REPORT_FILE) -> Report:
