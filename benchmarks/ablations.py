@@ -125,7 +125,7 @@ def measure(variant: Variant) -> Row:
             )
             prepared = replace(prepared, plan=replace(prepared.plan, stages=stages))
         run = start_run(prepared, Path(folder))
-        run.stages(silent)
+        run.run_stages(silent)
         report = run.report()
     ranks = report.results["factorize"].chosen.plan.ranks
     return Row(variant.key, quality.excess_of(report), dict(ranks))

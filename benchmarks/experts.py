@@ -118,7 +118,7 @@ def measure(model: Path, name: str, sections: Mapping[str, Any], shared: Path) -
         file = Path(work, "recipe.yaml")
         file.write_text(yaml.safe_dump(recipe))
         run = start_run(prepare_run(load_recipe(file), None), Path(work), shared=shared)
-        run.stages(silent)
+        run.run_stages(silent)
         report = run.report()
     before, after = report.original.perplexity, report.compressed.perplexity
     matrices = report.results["quantize"].matrices

@@ -100,7 +100,7 @@ def measure(kind: Kind, size: float, arguments: argparse.Namespace, cache: Path)
         file = Path(work, "recipe.yaml")
         file.write_text(yaml.safe_dump(recipe))
         run = start_run(prepare_run(load_recipe(file), None), Path(work), shared=cache)
-        run.stages(silent)
+        run.run_stages(silent)
         report = run.report()
     return Row(
         kind.name,

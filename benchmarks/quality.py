@@ -169,7 +169,7 @@ def measure(point: Point, shared: Path | None = None) -> Row:
         if point.textbook_bits is not None:
             return _measure_textbook(point, prepared, Path(work))
         run = start_run(prepared, Path(work), shared)
-        run.stages(silent)
+        run.run_stages(silent)
         report = run.report()
     excess = {
         text: math.log(report.compressed.perplexity[text] / report.original.perplexity[text])

@@ -97,7 +97,7 @@ def measure(point: Point, arguments: argparse.Namespace, shared: Path) -> Row:
     with tempfile.TemporaryDirectory() as work:
         run = start_run(prepare_run(recipe_of(point, arguments), None), Path(work), shared=shared)
         try:
-            run.stages(silent)
+            run.run_stages(silent)
             report = run.report()
         except Exception as error:  # noqa: BLE001 - many rows survive any one of them
             return Row(point.name, point.ratio, error=f"{type(error).__name__}: {error}")

@@ -64,7 +64,7 @@ def measure(start: Start, way: dict[str, Any] | None, shared: Path) -> dict[str,
     with tempfile.TemporaryDirectory() as work:
         run = start_run(prepared, Path(work), shared)
         begun = time.process_time()
-        run.stages(silent)
+        run.run_stages(silent)
         report = run.report()
     return {"excess": quality.excess_of(report), "core_seconds": time.process_time() - begun}
 

@@ -84,7 +84,7 @@ def measure(model: Path, kind: str, name: str, stage: Mapping[str, Any], shared:
         file = Path(work, "recipe.yaml")
         file.write_text(yaml.safe_dump(recipe))
         run = start_run(prepare_run(load_recipe(file), None), Path(work), shared=shared)
-        run.stages(silent)
+        run.run_stages(silent)
         report = run.report()
     before, after = report.original.perplexity, report.compressed.perplexity
     return Row(

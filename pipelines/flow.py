@@ -154,11 +154,11 @@ def _execute(run: Run, target: Path, progress: ProgressReporter, options: RunOpt
     if not options.is_forced:
         check_unchanged(target)
 
-    def complete_export(export: Path) -> None:
+    def write_report(export: Path) -> None:
         """Write report, page and card into an export before its directory appears."""
         write_report_files(export, run.report(), target)
 
-    run.stages(progress, complete_export, is_forced=options.is_forced)
+    run.run_stages(progress, write_report, is_forced=options.is_forced)
     report = run.report()
     report.warnings.extend(write_report_files(target, report))
     if not options.keeps_work:
@@ -221,10 +221,10 @@ class Run:
     cache: StageCache
     state: RunState
 
-    def stages(
+    def run_stages(
         self,
         progress: ProgressReporter,
-        complete_export: Callable[[Path], None] = lambda _export: None,
+        write_report: Callable[[Path], None] = lambda _export: None,
         *,
         is_forced: bool = False,
     ) -> None:
@@ -232,7 +232,7 @@ class Run:
 
         Args:
             progress: Receives the steps of long work.
-            complete_export: Writes further files into an export before it appears.
+            write_report: Writes report, page and card into an export before it appears.
             is_forced: Whether the export replaces files that somebody has changed in an earlier export.
         """
         prepared = self.prepared
@@ -243,7 +243,7 @@ class Run:
             self.state,
             self.cache,
             progress,
-            complete_export,
+            write_report,
             is_forced=is_forced,
         )
 

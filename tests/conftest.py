@@ -135,10 +135,9 @@ def _models_are_described_once() -> Iterator[None]:
 
     Finding a tiny model's Linears takes a third of a second, once for a plan and once for an export.
     """
-    from ercsvd_deploy.models.streaming import ends
-    from ercsvd_deploy.pipelines.planning import plan
+    from ercsvd_deploy.models.description.families import describe
+    from ercsvd_deploy.models.description.meta import read_architecture
 
-    read, describe = plan.read_architecture, ends.describe
     remembered: dict[tuple[type, str], Any] = {}
 
     def remember(config: Any, find: Callable[[], Any]) -> Any:
@@ -149,8 +148,8 @@ def _models_are_described_once() -> Iterator[None]:
 
     def read_once(config: Any, *, trust_remote_code: bool = False) -> Any:
         if trust_remote_code:  # the code may have changed
-            return read(config, trust_remote_code=True)
-        return remember(config, lambda: read(config))
+            return read_architecture(config, trust_remote_code=True)
+        return remember(config, lambda: read_architecture(config))
 
     def describe_once(model: torch.nn.Module, config: Any) -> Any:
         if type(model).__module__.startswith("transformers."):
@@ -158,8 +157,8 @@ def _models_are_described_once() -> Iterator[None]:
         return describe(model, config)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(plan, "read_architecture", read_once)
-        patched.setattr(ends, "describe", describe_once)
+        patched.setattr("ercsvd_deploy.pipelines.planning.plan.read_architecture", read_once)
+        patched.setattr("ercsvd_deploy.models.streaming.ends.describe", describe_once)
         yield
 
 

@@ -1,9 +1,14 @@
-"""The `gates` section of a recipe: limits on the compressed model's quality and size. No torch here."""
+"""The `gates` section of a recipe: limits on the compressed model's quality and size. No torch here.
+
+What reports, sweeps and checks of a recipe need to know of a gate stands in `GATES`; it is judged in
+`pipelines.judging.gates`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -18,6 +23,40 @@ LimitFor = Annotated[
 
 
 Difference = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class GateKind:
+    """What is known of a gate beside its limit.
+
+    Attributes:
+        label: The quantity that it limits, as reports name it.
+        unit: The unit of limit and measurement; empty for a plain number.
+        is_per_text: It has a limit for every text.
+        reads_predictions: It reads next-token predictions, which not every model makes.
+        needs_export: Only an export can be judged by it.
+    """
+
+    label: str
+    unit: Literal["percent", "points", "nats", "bytes", ""]
+    is_per_text: bool = False
+    reads_predictions: bool = False
+    needs_export: bool = False
+
+
+# Name of a field of `Gates` -> what is known of it.
+GATES: Mapping[str, GateKind] = {
+    "perplexity_increase": GateKind(
+        "Increase of perplexity", "percent", is_per_text=True, reads_predictions=True
+    ),
+    "logprob_kl": GateKind("Log-prob KL", "nats", is_per_text=True, reads_predictions=True),
+    "final_layer_error": GateKind("Final-layer error", "", is_per_text=True),
+    "exact_match_drop": GateKind("Loss of exact match", "points"),
+    "task_drop": GateKind("Loss of accuracy", "points", needs_export=True),
+    "max_size": GateKind("Size", "bytes"),
+    "max_size_ratio": GateKind("Size against the original", "percent"),
+    "serving_parity": GateKind("Difference of vLLM's log-probs", "nats", needs_export=True),
+}
 
 
 class ServingParityGate(Section):
@@ -101,15 +140,7 @@ class Gates(Section):
     @property
     def judges_texts(self) -> bool:
         """Whether a gate reads measurements on texts."""
-        return any(
-            limit is not None
-            for limit in (
-                self.perplexity_increase,
-                self.logprob_kl,
-                self.final_layer_error,
-                self.serving_parity,
-            )
-        )
+        return bool(self.text_limits) or self.serving_parity is not None
 
     @property
     def adds_built_in_text(self) -> bool:
@@ -118,17 +149,14 @@ class Gates(Section):
 
     def without_export(self) -> Gates | None:
         """Return the gates that can be judged without an export; None if there are none."""
-        judgeable = self.model_dump(exclude_none=True, exclude={"serving_parity", "task_drop"})
+        needing = {name for name, kind in GATES.items() if kind.needs_export}
+        judgeable = self.model_dump(exclude_none=True, exclude=needing)
         return Gates.model_validate(judgeable) if set(judgeable) - {"built_in_text"} else None
 
     @property
     def text_limits(self) -> dict[str, float | Mapping[str, float]]:
         """Gate -> limit, for the gates that can have a limit for each text."""
-        named = {
-            "perplexity_increase": self.perplexity_increase,
-            "logprob_kl": self.logprob_kl,
-            "final_layer_error": self.final_layer_error,
-        }
+        named = {name: getattr(self, name) for name, kind in GATES.items() if kind.is_per_text}
         return {name: limit for name, limit in named.items() if limit is not None}
 
     @model_validator(mode="after")

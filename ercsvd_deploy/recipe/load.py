@@ -161,7 +161,8 @@ def _missing_texts(recipe: Recipe) -> Iterator[str]:
     for field, dataset in datasets.items():
         if isinstance(dataset, HubDataset):
             continue
-        key, path = _named_path(dataset)
+        key = dataset.key
+        path = getattr(dataset, key)
         if not path.exists():
             yield f"field '{field}.{key}' is {quoted(str(path))}, which does not exist; give a file or folder"
             continue
@@ -176,15 +177,6 @@ def _missing_texts(recipe: Recipe) -> Iterator[str]:
             yield f"field '{field}.{key}' is {quoted(str(path))}, {lacking}; give a file or folder"
         elif path.is_file():
             yield f"field '{field}.{key}' is {quoted(str(path))}, which is a file; give a folder"
-
-
-def _named_path(dataset: TextFile | JsonLines | ParquetFile | SavedDataset) -> tuple[str, Path]:
-    """Return the key of a dataset's form, and the path under that key."""
-    if isinstance(dataset, TextFile):
-        return "text", dataset.text
-    if isinstance(dataset, JsonLines):
-        return "jsonl", dataset.jsonl
-    return ("parquet", dataset.parquet) if isinstance(dataset, ParquetFile) else ("saved", dataset.saved)
 
 
 def _missing_pictures(recipe: Recipe) -> Iterator[str]:

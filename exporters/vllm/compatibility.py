@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -82,11 +81,6 @@ def __getattr__(name: str) -> Any:
     raise ImportError(
         f"vLLM has no {name} in {' or '.join(_MODULES[name])}: {untested_release() or 'vLLM is damaged'}"
     )
-
-
-def names() -> Iterable[str]:
-    """Return every name of vLLM that this package uses."""
-    return _MODULES
 
 
 def installed_version() -> str:

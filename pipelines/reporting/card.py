@@ -32,7 +32,7 @@ from ercsvd_deploy.pipelines.reporting.description import (
 from ercsvd_deploy.pipelines.reporting.numbers import encodable
 from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, Report
 from ercsvd_deploy.pipelines.reporting.rows import Row, gate_rows, quality_rows, size_rows
-from ercsvd_deploy.pipelines.reporting.screen.tables import report_tables
+from ercsvd_deploy.pipelines.reporting.tables import report_tables
 from ercsvd_deploy.pipelines.stages.export import ORIGINAL_CARD_FILE
 
 if TYPE_CHECKING:

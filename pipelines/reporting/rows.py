@@ -20,21 +20,10 @@ from ercsvd_deploy.pipelines.reporting.numbers import (
     signed,
     with_unit,
 )
+from ercsvd_deploy.recipe.gates import GATES, GateKind
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.reporting.report.document import Report
-
-_GATES = {
-    "perplexity_increase": "Increase of perplexity",
-    "logprob_kl": "Log-prob KL",
-    "final_layer_error": "Final-layer error",
-    "exact_match_drop": "Loss of exact match",
-    "task_drop": "Loss of accuracy",
-    "max_size": "Size",
-    "max_size_ratio": "Size against the original",
-    "serving_parity": "Difference of vLLM's log-probs",
-}
-
 
 INTERVALS = "Below each figure its 95 % interval; that of a change is of both models on the same items."
 
@@ -271,9 +260,13 @@ def gate_rows(gates: Sequence[GateResult]) -> list[GateRow]:
     ]
 
 
+def _kind_of(gate: GateResult) -> GateKind:
+    return GATES.get(gate.gate, GateKind(gate.gate, ""))  # a later release's report may have others
+
+
 def _gate_name(gate: GateResult) -> str:
     """Return the quantity that a gate limits, and its subject, as text."""
-    limited = _GATES.get(gate.gate, gate.gate)
+    limited = _kind_of(gate).label
     return limited if gate.subject is None else f"{limited}, {gate.subject}"
 
 
@@ -281,13 +274,17 @@ def _gate_value(gate: GateResult, value: float | None) -> str:
     """Return a gate's limit or measurement with its unit."""
     if value is None:
         return "not measured"
-    if gate.gate == "max_size":
-        return readable_bytes(value)
-    if gate.gate in ("perplexity_increase", "max_size_ratio"):
-        return f"{number(100 * value, 1)} %"
-    if gate.gate in ("exact_match_drop", "task_drop"):
-        return f"{number(100 * value, 1)} points"
-    return f"{number(value, 4)} nats" if gate.gate in ("logprob_kl", "serving_parity") else number(value, 4)
+    match _kind_of(gate).unit:
+        case "bytes":
+            return readable_bytes(value)
+        case "percent":
+            return f"{number(100 * value, 1)} %"
+        case "points":
+            return f"{number(100 * value, 1)} points"
+        case "nats":
+            return f"{number(value, 4)} nats"
+        case "":
+            return number(value, 4)
 
 
 def _gate_interval(gate: GateResult) -> str:

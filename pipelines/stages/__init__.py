@@ -1,4 +1,16 @@
-"""The stages in the order in which they run: the only list of them."""
+"""The stages in the order in which they run: the only list of them.
+
+When a recipe has a stage, its `plan` says; in short:
+
+    judge_original, judge                   there are texts or questions to judge on
+    vision                                  a section `vision` factorizes parts of the tower or the projector
+    token_sensitivity                       `calibration: {token_weight: sensitivity}`
+    sensitivity                             what is chosen, cut off or corrected is weighed by its damage
+    damages                                 ranks or bits are chosen by damage: `target`, or error control
+    factorize                               the stage `factorize`, or a `target` without it
+    recover, quantize, recover_quantized    the stages `recover` and `quantize`, in the recipe's order
+    export, measured_export                 `export.path`; gates or tasks that need the export
+"""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class ExportStage(Stage):
             max_shard_bytes=self.max_shard_bytes,
             stock=STOCK_FORMATS.get(self.format),
             add_files=partial(carry_over_card, run.model.opened.directory),
-            add_reports=run.write_report,
+            write_report=run.write_report,
             unlisted=REPORT_FILES,
             is_forced=run.is_forced,
         )

@@ -26,13 +26,13 @@ from ercsvd_deploy.format.files.tensor_store import FileStore
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage
 from ercsvd_deploy.pipelines.stages.workload import FLOAT32, FLOAT64, Workload
 from ercsvd_deploy.pipelines.state.cache import OUTCOME, CacheFolder
+from ercsvd_deploy.recipe.gates import GATES
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.stages.stage_run import StageRun
 
 _COMPARISON = TypeAdapter(Comparison)
 _QUALITY = TypeAdapter(Quality)
-_GATES_OF_PREDICTIONS = ("perplexity_increase", "logprob_kl")
 # Keys of a fingerprint about calibration; the original's result does not depend on them.
 _CALIBRATION = frozenset({"calibration_samples", "token_weight"})
 
@@ -59,7 +59,9 @@ class JudgeOriginalStage(Stage):
         gates = context.recipe.gates
         fields = ["evaluation.perplexity"] if context.recipe.evaluation.perplexity else []
         fields += [
-            f"gates.{name}" for name in _GATES_OF_PREDICTIONS if gates and getattr(gates, name) is not None
+            f"gates.{name}"
+            for name, kind in GATES.items()
+            if kind.reads_predictions and gates and getattr(gates, name) is not None
         ]
         context.check_predictions(fields, "gates.final_layer_error compares the outputs of the last layer")
         return cls() if _is_judging(context) else None

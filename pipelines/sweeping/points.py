@@ -77,7 +77,7 @@ def run_point(
     )
     report = _existing_report(folder, run.digests())
     if report is None:
-        run.stages(log_lines)
+        run.run_stages(log_lines)
         report = run.report()
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomically(folder / REPORT_FILE, report.as_json())

@@ -71,6 +71,11 @@ def test_the_command_exists_with_its_options(command: str) -> None:
     assert problems_of(command) == []
 
 
+def test_every_command_is_documented() -> None:
+    names = {words_of(command)[0] for path in DOCUMENTS for command in commands_in(path)}
+    assert names >= typer.main.get_command(app).commands.keys()  # type: ignore[attr-defined]
+
+
 def test_commands_are_found_wherever_they_stand() -> None:
     for path in EXAMPLES:
         names = {words_of(command)[0] for command in commands_in(path)}

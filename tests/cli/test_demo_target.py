@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from ercsvd_deploy.exporters.vllm.compatibility import TESTED_RELEASES
 
 REPOSITORY = Path(__file__).parents[2]
 # What vLLM 0.32 writes when its engine cannot start: the engine's process first, then the server's.
@@ -164,3 +167,8 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
     assert capsys.readouterr().out.endswith(printed)
     assert started[0].wait(timeout=10) != 0
     assert not list(tmp_path.iterdir())
+
+
+def test_the_matrix_serves_with_every_release_that_counts_as_tested() -> None:
+    [line] = re.findall(r"^VLLM_RELEASES \?= (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    assert tuple(line.split()) == TESTED_RELEASES

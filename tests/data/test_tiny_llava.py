@@ -34,6 +34,7 @@ def questions(number: int) -> list[QuestionSample]:
     return list(found["held_out"].questions)
 
 
+@pytest.mark.slow
 def test_it_answers_nine_of_ten_questions_about_pictures_it_never_saw() -> None:
     status, output, error = invoke("eval", MODEL, "--questions", f"held_out={HELD_OUT}", "--json")
     assert status == 0, error

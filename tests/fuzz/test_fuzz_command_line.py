@@ -73,6 +73,7 @@ def test_without_damage_every_command_works(place: Path) -> None:
     shutil.rmtree(place / "out")
 
 
+@pytest.mark.slow
 @cases(120)
 @given(data=st.data())
 def test_damage_ends_in_an_exit_code_and_a_message(

@@ -19,6 +19,8 @@ from tests.judging.vllm_stand_in import StandIn
 from tests.recipe_runs import TEXT, RecipeWriter, invoke
 from tests.tiny_vision import NUM_PATCHES
 
+pytestmark = pytest.mark.slow  # whole runs
+
 GATES = {"serving_parity": 0.05, "built_in_text": False}
 
 

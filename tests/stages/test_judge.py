@@ -55,7 +55,7 @@ def test_two_pieces_find_what_both_models_together_have(write_recipe: RecipeWrit
     prepared = prepare_run(load_recipe(write_recipe(factorize())), None)
     (tmp_path / "work").mkdir()
     run = start_run(prepared, tmp_path / "work")
-    run.stages(silent)
+    run.run_stages(silent)
     found: Comparison = run.state.results["judge"]
     model = run.state.model
     assert found == compare_models(model.original, model.stream(), prepared.data.texts, {})

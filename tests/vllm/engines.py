@@ -282,7 +282,8 @@ def serving(
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     arguments = ["--model", str(directory), "--host", "127.0.0.1", "--port", str(port), *options]
-    with _server(arguments, log, **{CACHE: "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, **variables) as server:
+    own = {CACHE: "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with _server(arguments, log, **own, **variables) as server:
         deadline = time.monotonic() + 300
         while not _answers(f"{address}/health"):
             assert server.poll() is None, log.read_text()[-8000:]

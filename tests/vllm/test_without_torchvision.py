@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 FOLDER = Path(__file__).parents[2] / "examples/without_torchvision"
 TWIN_OF = "transformers.models.pixtral.image_processing_pixtral"
 HIDE_TORCHVISION = "import sys; sys.modules['torchvision'] = None; "
@@ -31,6 +33,7 @@ def run_python(code: str, *folders: Path, arguments: tuple[str, ...] = ()) -> An
     return json.loads(result.stdout)
 
 
+@pytest.mark.vllm
 def test_the_function_that_vllm_imports_is_there() -> None:
     call = "[twin.__name__, twin._num_image_tokens((33, 16), 16)]"
     code = f"{HIDE_TORCHVISION} import json, {TWIN_OF} as twin; print(json.dumps({call}))"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -42,7 +42,13 @@ class ModelSource(Section):
 
 
 class _Dataset(Section):
-    """What every form of a dataset has."""
+    """What every form of a dataset has.
+
+    Attributes:
+        key: The field that a form is told by: its path or name.
+    """
+
+    key: ClassVar[str]
 
     share: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
@@ -64,6 +70,7 @@ class _Rows(_Dataset):
 class TextFile(_Dataset):
     """A UTF-8 text file."""
 
+    key = "text"
     text: LocalPath = Field(
         description="Path of a UTF-8 text file, which may be compressed (`.txt.gz`), or of a folder of them."
     )
@@ -72,6 +79,7 @@ class TextFile(_Dataset):
 class JsonLines(_Rows):
     """A file with one JSON object a line."""
 
+    key = "jsonl"
     jsonl: LocalPath = Field(
         description="Path of a file with one JSON object a line, which may be compressed (`.jsonl.gz`), or "
         "of a folder of them."
@@ -81,12 +89,14 @@ class JsonLines(_Rows):
 class ParquetFile(_Rows):
     """A parquet file; needs the `hub` extra."""
 
+    key = "parquet"
     parquet: LocalPath = Field(description="Path of a parquet file, or of a folder of them.")
 
 
 class SavedDataset(_Rows):
     """A folder that `save_to_disk` of datasets wrote; needs the `hub` extra."""
 
+    key = "saved"
     saved: LocalPath = Field(
         description="Path of a folder that `save_to_disk` of the library datasets wrote."
     )
@@ -96,6 +106,7 @@ class SavedDataset(_Rows):
 class HubDataset(_Rows):
     """A dataset on the Hugging Face Hub; needs the `hub` extra."""
 
+    key = "hub"
     hub: Text = Field(description="Name of a dataset on the Hugging Face Hub.")
     config: Text | None = Field(default=None, description="Configuration (subset) of the dataset.")
     split: Text = Field(default="train", description="Split of the dataset.")
@@ -109,13 +120,7 @@ TextDataset = Annotated[
     | Annotated[SavedDataset, Tag("SavedDataset")]
     | Annotated[HubDataset, Tag("HubDataset")],
     *distinguished_by(
-        {
-            "text": "TextFile",
-            "jsonl": "JsonLines",
-            "parquet": "ParquetFile",
-            "saved": "SavedDataset",
-            "hub": "HubDataset",
-        },
+        {form.key: form.__name__ for form in (TextFile, JsonLines, ParquetFile, SavedDataset, HubDataset)},
         "a dataset",
     ),
 ]

@@ -64,7 +64,7 @@ def write_export(
     max_shard_bytes: int,
     stock: StockFormat | None = None,
     add_files: Callable[[Path], None] = lambda _directory: None,
-    add_reports: Callable[[Path], None] = lambda _directory: None,
+    write_report: Callable[[Path], None] = lambda _directory: None,
     unlisted: frozenset[str] = frozenset(),
     is_forced: bool = False,
 ) -> Export:
@@ -82,7 +82,7 @@ def write_export(
         max_shard_bytes: Maximum size of a safetensors file.
         stock: A format that vLLM reads without this package, for dense integers; None: our own.
         add_files: Writes further files into the directory; the manifest lists them.
-        add_reports: Writes the files in `unlisted` after the manifest, which they may refer to.
+        write_report: Writes the files in `unlisted` after the manifest, which they may refer to.
         unlisted: Names of files that may be written again later, and are not verified.
         is_forced: Whether to replace files that somebody has changed, or that have the names of new ones.
 
@@ -118,7 +118,7 @@ def write_export(
     # Written last: without a config no loader accepts the directory as a model.
     write_json_atomically(partial / CONFIG_FILE, _served_config(source, dtype, description))
     write_manifest(partial, unlisted=unlisted)
-    add_reports(partial)
+    write_report(partial)
     replace_export(partial, target, is_forced=is_forced)
     return Export(target, num_bytes)
 

@@ -33,7 +33,7 @@ from ercsvd_deploy.pipelines.reporting.rows import (
     quality_rows,
     size_rows,
 )
-from ercsvd_deploy.pipelines.reporting.screen.tables import failure_text, failure_title, report_tables
+from ercsvd_deploy.pipelines.reporting.tables import failure_text, failure_title, report_tables
 from ercsvd_deploy.pipelines.stages.export import PAGE_FILE
 
 if TYPE_CHECKING:

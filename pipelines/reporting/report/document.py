@@ -157,7 +157,7 @@ def document_adapter() -> TypeAdapter[Any]:
 
 
 @cache
-def _adapter_of(kind: type) -> TypeAdapter[Any]:
+def _adapter_of(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ercsvd_deploy.exporters.vllm.kernels.choice import KernelUse, columns_that_agree, without_shape
-from ercsvd_deploy.pipelines.reporting.screen.tables import component_table
 from ercsvd_deploy.pipelines.reporting.screen.terminal import rich_table
+from ercsvd_deploy.pipelines.reporting.tables import component_table
 from ercsvd_deploy.pipelines.stages.contract import label_columns
 
 if TYPE_CHECKING:

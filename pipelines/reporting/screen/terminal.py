@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ercsvd_deploy.pipelines.reporting.rows import INTERVALS, gate_rows, part_rows, quality_rows, size_rows
-from ercsvd_deploy.pipelines.reporting.screen.tables import failure_text, failure_title, report_tables
+from ercsvd_deploy.pipelines.reporting.tables import failure_text, failure_title, report_tables
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.judging.gates import GateResult
