@@ -128,7 +128,8 @@ class Report:
         """Return the report as plain JSON values."""
         plain = _adapter_of(Report).dump_python(self, warnings=False)
         for stage, reported in self.stages.items():
-            plain[stage] = _adapter_of(type(reported)).dump_python(reported, warnings=False)
+            kind: Any = type(reported)
+            plain[stage] = _adapter_of(kind).dump_python(reported, warnings=False)
         valid: dict[str, Any] = finite(plain)
         return valid
 
