@@ -21,7 +21,7 @@ from ercsvd_deploy.pipelines.judging.parity.measure import ServingError, Serving
 from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, Report, parse_report
 from ercsvd_deploy.pipelines.stages import measured_export as after_export
 from ercsvd_deploy.recipe.fields import parse_size
-from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT, Gates
+from ercsvd_deploy.recipe.gates import BUILT_IN_TEXT, GATES, Gates
 from ercsvd_deploy.recipe.load import RecipeError, load_recipe
 from tests.conftest import ModelDirectory
 from tests.recipe.written import MINIMAL, problems_of, written
@@ -285,6 +285,10 @@ def test_real_vllm_agrees_with_the_reference(
     # two texts, four prompts each: 47 tokens that have one before them, then those of the continuation
     assert report["serving"]["num_tokens"] == 2 * 4 * (47 + NUM_DECODED)
     assert 0 < report["serving"]["mean_difference"] < 0.05
+
+
+def test_every_gate_is_described() -> None:
+    assert GATES.keys() == Gates.model_fields.keys() - {"built_in_text"}
 
 
 def test_recipe_errors_name_the_line(tmp_path: Path) -> None:
