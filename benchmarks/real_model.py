@@ -46,11 +46,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "svd_llm, tokens alike": {"method": "svd_llm"} | ALL,
     "erc_svd, beta 0.05": {"method": "erc_svd", "beta": 0.05} | ALL,
     "erc_svd, beta auto": {"method": "erc_svd", "beta": "auto"} | ALL,
+    "erc_svd, beta auto, tokens alike": {"method": "erc_svd", "beta": "auto"} | ALL,
     "erc_svd, beta 0": {"method": "erc_svd", "beta": 0.0} | ALL,
     "svd": {"method": "svd"} | ALL,
     "asvd": {"method": "asvd"} | ALL,
 }
-COUNT_TOKENS_ALIKE = ("error control", "svd_llm, tokens alike")
+COUNT_TOKENS_ALIKE = ("error control", "svd_llm, tokens alike", "erc_svd, beta auto, tokens alike")
 RECOVER = {"recover": {"steps": 128, "batch_size": 2}}
 INTEGERS = ((8, 64), (4, 64), (4, 32))
 
