@@ -8,7 +8,7 @@ When a recipe has a stage, its `plan` says; in short:
     sensitivity                             what is chosen, cut off or corrected is weighed by its damage
     damages                                 ranks or bits are chosen by damage: `target`, or error control
     factorize                               the stage `factorize`, or a `target` without it
-    recover, quantize, recover_quantized    the stages `recover` and `quantize`, in the recipe's order
+    recover, quantize, recover_quantized    the stages `quantize`, and `recover` before and behind it
     export, measured_export                 `export.path`; gates or tasks that need the export
 """
 

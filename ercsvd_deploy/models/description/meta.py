@@ -120,7 +120,7 @@ def _build(
 
     check_supported(config)
     try:
-        with without_weights, no_init_weights():  # numbers for weights that are not there take a second
+        with without_weights, no_init_weights():  # there are no weights to draw
             model: nn.Module = auto_class(config).from_config(
                 copy.deepcopy(config),  # from_config may drop the dtype of a nested config
                 trust_remote_code=trust_remote_code,
