@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peer_runs.contenders import BATCH, ITERATIONS
 from peer_runs.judge import paired
 from peer_runs.size_contenders import (
     ALL,
@@ -26,6 +27,7 @@ from peer_runs.size_contenders import (
     PEER,
     RECOVERED,
     UNIFORM,
+    Training,
     gguf_contenders,
     size_contenders,
 )
@@ -122,8 +124,8 @@ def write_report(
 ln(perplexity / dense) on {WINDOWS} windows of {LENGTH} tokens of each held-out text, with 95 % intervals
 over windows. Sizes are bits per weight of the decoder's Linears, scales included; what was stored is within
 {max(spread, default=0):.2f} bits of its column. Calibrated on {arguments.samples} sequences of {LENGTH}
-tokens of {arguments.text.name}, the same tokens for all. What trains, trains 50 steps of 4 sequences,
-AutoRound too.
+tokens of {arguments.text.name}, the same tokens for all. What trains, trains {arguments.steps} steps of
+{arguments.batch_size} sequences, AutoRound too.
 "All options": dense matrices of 2 to 8 bits, factors of 3, 4 and 8 bits, and low-rank corrections.
 
 {tables}
@@ -149,10 +151,13 @@ All options are meant to lose less than every other row that does not train, and
 
 {chr(10).join(errors) or "Nothing."}
 """
-    command = f".venv/bin/python benchmarks/sizes.py --environments out/peers --model {arguments.model}"
+    command = f"python benchmarks/sizes.py --environments out/peers --model {arguments.model}"
+    for option, default in (("samples", 16), ("steps", ITERATIONS), ("batch_size", BATCH)):
+        if (value := getattr(arguments, option)) != default:
+            command += f" --{option.replace('_', '-')} {value}"
     made_by = environment(command, threads=arguments.threads)
     figures = [{"name": DENSE, "losses": dense}, *rows.values(), *gguf]
-    write_results(f"sizes-{arguments.model.name.lower()}", made_by=made_by, figures=figures, text=text)
+    write_results(arguments.name, made_by=made_by, figures=figures, text=text)
 
 
 def main() -> None:
@@ -163,12 +168,16 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=Path("examples/text/calibration_prose.txt"))
     parser.add_argument("--correction-ranks", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=ITERATIONS, help="of what trains")
+    parser.add_argument("--batch-size", type=int, default=BATCH, help="of what trains, in sequences")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, GGUF), default=METHODS)
-    parser.add_argument("--rows", type=Path, help="rows measured so far; default out/sizes-MODEL.jsonl")
+    parser.add_argument("--name", help="name of the results files; default sizes-MODEL")
+    parser.add_argument("--rows", type=Path, help="rows measured so far; default out/NAME.jsonl")
     arguments = parser.parse_args()
-    arguments.rows = arguments.rows or Path(f"out/sizes-{arguments.model.name.lower()}.jsonl")
+    arguments.name = arguments.name or f"sizes-{arguments.model.name.lower()}"
+    arguments.rows = arguments.rows or Path(f"out/{arguments.name}.jsonl")
     section = calibration_section(arguments.samples, arguments.text)
     measured = Measured.resume(arguments, section)
     cache = arguments.rows.with_suffix(".stages").resolve()
@@ -178,7 +187,8 @@ def main() -> None:
     gguf = [
         measured.rows[contender.name] for contender in gguf_contenders() if contender.name in measured.rows
     ]
-    wanted = list(size_contenders(section, SIZES, arguments.correction_ranks, cache))
+    training = Training(arguments.steps, arguments.batch_size)
+    wanted = list(size_contenders(section, SIZES, arguments.correction_ranks, cache, training))
     for method, size, contender in wanted:
         if method in arguments.methods and size in arguments.sizes:
             measured.add(contender)

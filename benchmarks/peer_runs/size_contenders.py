@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,32 @@ METHODS = (UNIFORM, MIXED, EARLIER, ALL, PEER, MIXED_PEER, MIXED_RECOVERED, RECO
 
 _BITS = [2, 3, 4, 5, 6, 8]
 _SCALES = 0.25  # bits of a float16 scale for every group of 64
-_RECOVER = {"recover": {"steps": ITERATIONS, "batch_size": BATCH, "rounding": True}}
-_PEER = {"group_size": GROUP_SIZE, "iterations": ITERATIONS, "batch_size": BATCH}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long whatever trains may train, ours and the peer alike."""
+
+    steps: int = ITERATIONS
+    batch_size: int = BATCH
+
+    @property
+    def stage(self) -> dict[str, Any]:
+        """Our stage of a recipe."""
+        return {"recover": {"steps": self.steps, "batch_size": self.batch_size, "rounding": True}}
+
+    @property
+    def peer(self) -> dict[str, Any]:
+        """The peer's options."""
+        return {"group_size": GROUP_SIZE, "iterations": self.steps, "batch_size": self.batch_size}
 
 
 def size_contenders(
-    calibration: dict[str, Any], sizes: Sequence[float], correction_ranks: Sequence[int], cache: Path
+    calibration: dict[str, Any],
+    sizes: Sequence[float],
+    correction_ranks: Sequence[int],
+    cache: Path,
+    training: Training,
 ) -> Iterator[tuple[str, float, Contender]]:
     """Yield method, size in bits per weight of the decoder's Linears, and contender.
 
@@ -32,16 +53,19 @@ def size_contenders(
         sizes: Bits per weight.
         correction_ranks: Ranks of low-rank corrections on offer.
         cache: Where what does not depend on the size is kept from one run to the next.
+        training: Of what trains.
     """
     for size in sizes:
         bits = round(size - _SCALES)
         if bits in _BITS and bits + _SCALES == size:
             stages: list[dict[str, Any]] = [{"quantize": {"bits": bits, "group_size": GROUP_SIZE}}]
             yield _ours(UNIFORM, size, calibration, stages)
-            yield _auto_round(PEER, size, {"bits": bits})
+            yield _auto_round(PEER, size, training.peer | {"bits": bits})
         if 2.5 <= size <= 4:
-            yield _auto_round(MIXED_PEER, size, {"mixed_bits": [2, 3, 4, 8], "average_bits": size})
-        for method, stages, target in _chosen(size, correction_ranks):
+            yield _auto_round(
+                MIXED_PEER, size, training.peer | {"mixed_bits": [2, 3, 4, 8], "average_bits": size}
+            )
+        for method, stages, target in _chosen(size, correction_ranks, training.stage):
             yield _ours(method, size, calibration, stages, target, cache)
 
 
@@ -54,7 +78,7 @@ def gguf_contenders() -> list[Contender]:
 
 
 def _chosen(
-    size: float, correction_ranks: Sequence[int]
+    size: float, correction_ranks: Sequence[int], recover: dict[str, Any]
 ) -> Iterator[tuple[str, list[dict[str, Any]], dict[str, Any]]]:
     """Yield method, stages and target of what is chosen under one budget."""
     factorize = {
@@ -76,9 +100,9 @@ def _chosen(
     }
     yield EARLIER, [factorize, integers], sizes
     yield MIXED, [integers], mixed
-    yield MIXED_RECOVERED, [integers, _RECOVER], mixed
+    yield MIXED_RECOVERED, [integers, recover], mixed
     yield ALL, [factorize, integers], everything
-    yield RECOVERED, [factorize, integers, _RECOVER], everything
+    yield RECOVERED, [factorize, integers, recover], everything
 
 
 def _ours(
@@ -97,4 +121,4 @@ def _ours(
 
 def _auto_round(method: str, size: float, options: dict[str, Any]) -> tuple[str, float, Contender]:
     name = f"{method}, {size} bits"
-    return method, size, Contender(name, "auto-round", "auto_round_run.py", _PEER | options)
+    return method, size, Contender(name, "auto-round", "auto_round_run.py", options)
