@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,6 +22,9 @@ FACTORS = ("stages.0.factorize.num_compressed_layers=6",)
 DENSE_INT4 = ("stages=[{quantize: {method: gptq, bits: 4, group_size: 32}}]",)
 # Factors of the last six layers as integers, some of them and of the dense layers left in bfloat16.
 MIXED = (*FACTORS, "stages.1.quantize.ignore=[self_attn.k_proj, mlp.up_proj, layers.0.*, layers.5.*]")
+
+
+Deviations = Callable[[int], dict[tuple[str, str], Deviation]]
 
 
 @pytest.fixture(scope="module")
@@ -43,43 +46,44 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def deviations(
-    exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str, int], Deviation]:
-    """Return (export, dtype, tensor parallel size) -> how far vLLM is from transformers in float32."""
-    wanted: dict[int, list[tuple[str, str]]] = {
-        1: [("low_rank", "float32"), ("low_rank", "bfloat16")]
-        + [(name, "float16") for name in ("low_rank_int4", "dense_int4", "mixed")]
-        + [(name, "bfloat16") for name in ("low_rank_int4", "dense_int4", "mixed")],
-        2: [("low_rank", "float32")]
-        + [(name, "float16") for name in ("low_rank_int4", "dense_int4", "mixed")],
+def deviations(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Deviations:
+    """Return a function that gives, for a tensor-parallel size, (export, dtype) -> deviation of vLLM.
+
+    That is from transformers in float32.
+    """
+    integers = ("low_rank_int4", "dense_int4", "mixed")
+    everywhere = [("low_rank", "float32"), *((name, "float16") for name in integers)]
+    wanted = {
+        1: everywhere + [(name, "bfloat16") for name in ("low_rank", *integers)],
+        2: everywhere,
     }
-    found = {}
-    for num_ranks, served in wanted.items():
-        engines: list[dict[str, Any]] = [
-            engine(exports[name], dtype, num_ranks=num_ranks) for name, dtype in served
-        ]
+
+    @cache
+    def by_ranks(num_ranks: int) -> dict[tuple[str, str], Deviation]:
+        served = wanted[num_ranks]
+        engines = [engine(exports[name], dtype, num_ranks=num_ranks) for name, dtype in served]
         answers = generate(engines, tmp_path_factory.mktemp("engines") / "answer.json")
-        for (name, dtype), answer in zip(served, answers, strict=True):
-            found[name, dtype, num_ranks] = deviation(exports[name], answer["outputs"])
-    return found
+        return {
+            (name, dtype): deviation(exports[name], answer["outputs"])
+            for (name, dtype), answer in zip(served, answers, strict=True)
+        }
+
+    return by_ranks
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_low_rank_in_float32(num_ranks: int, deviations: dict[tuple[str, str, int], Deviation]) -> None:
-    found = deviations["low_rank", "float32", num_ranks]
+def test_low_rank_in_float32(num_ranks: int, deviations: Deviations) -> None:
+    found = deviations(num_ranks)["low_rank", "float32"]
     assert found.largest <= 1e-4
     assert found.same_tokens
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("name", ["low_rank_int4", "dense_int4", "mixed"])
-def test_int4_in_float16(
-    name: str, num_ranks: int, deviations: dict[tuple[str, str, int], Deviation]
-) -> None:
-    assert deviations[name, "float16", num_ranks].largest <= 0.03
+def test_int4_in_float16(name: str, num_ranks: int, deviations: Deviations) -> None:
+    assert deviations(num_ranks)[name, "float16"].largest <= 0.03
 
 
 @pytest.mark.parametrize("name", ["low_rank", "low_rank_int4", "dense_int4", "mixed"])
-def test_bfloat16(name: str, deviations: dict[tuple[str, str, int], Deviation]) -> None:
-    assert deviations[name, "bfloat16", 1].mean <= 0.03
+def test_bfloat16(name: str, deviations: Deviations) -> None:
+    assert deviations(1)[name, "bfloat16"].mean <= 0.03
