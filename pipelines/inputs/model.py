@@ -186,6 +186,7 @@ def stream(
     *,
     token_weight: TokenWeight = "uniform",
     described: Architecture | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LayerwiseModel:
     """Return the model ready to run layer by layer.
 
@@ -195,12 +196,13 @@ def stream(
         store: Weights to use instead of the model's own.
         token_weight: How tokens are weighted in input statistics.
         described: The architecture, if the model or the original it was compressed from has been analysed.
+        dtype: Of weights and computation; default that of `compute_dtype`.
     """
     return LayerwiseModel(
         opened.config,
         store if store is not None else opened.store(),
         device,
-        compute_dtype(opened.config, device),
+        dtype or compute_dtype(opened.config, device),
         trust_remote_code=opened.source.trust_remote_code,
         token_weight=token_weight,
         described=described,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
+
 from ercsvd_deploy.pipelines.inputs.parity_prompts import make_prompts
 from ercsvd_deploy.pipelines.judging.parity.measure import (
     ServingParity,
@@ -144,7 +146,8 @@ class MeasuredExportStage(Stage):
                 measured.problems.append(f"lm-eval did not finish: {error}")
         if self.is_served:
             run.model.original.forget_inputs()  # it is not run again, and vLLM needs an empty GPU
-            compressed = run.model.stream()
+            # In float32 on a GPU too: the difference is then the rounding of one program, not of two.
+            compressed = run.model.stream(torch.float32)
             prompts = make_prompts(run.data.texts, run.data.picture_prompts, compressed.config)
             try:
                 measured.serving = measure_parity(export, compressed, prompts, run.recipe)

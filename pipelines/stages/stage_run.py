@@ -43,18 +43,24 @@ class CompressedModel:
         self.store = OverlayStore(self.store, FileStore(files), described)
         self.modules |= described
 
-    def stream(self) -> LayerwiseModel:
-        """Return the model ready to run layer by layer."""
-        if not self.modules:
+    def stream(self, dtype: torch.dtype | None = None) -> LayerwiseModel:
+        """Return the model ready to run layer by layer.
+
+        Args:
+            dtype: Of weights and computation; default that of the original's.
+        """
+        if not self.modules and dtype in (None, self.original.dtype):
             return self.original
         config = copy.deepcopy(self.opened.config)
-        config.quantization_config = CheckpointConfig(modules=self.modules).write()
+        if self.modules:
+            config.quantization_config = CheckpointConfig(modules=self.modules).write()
         return stream(
             replace(self.opened, config=config),
             self.device,
             self.store,
             token_weight=self.original.token_weight,
             described=self.original.architecture,
+            dtype=dtype,
         )
 
 

@@ -173,6 +173,23 @@ def test_a_cache_is_shared_by_several_outputs(
     assert stages_of(computed) == ALL
 
 
+@pytest.mark.parametrize("ratio", [0.01, 1.0])
+def test_gates_are_judged_where_all_stages_are_reused(
+    ratio: float, write_recipe: RecipeWriter, tmp_path: Path, computed: list[tuple[str, str]]
+) -> None:
+    gates = {"max_size_ratio": ratio, "perplexity_increase": 100.0, "built_in_text": False}
+    recipe, cache = write_recipe(*STAGES, gates=gates), tmp_path / "cache"
+    code = 0 if ratio == 1 else 3
+    run(recipe, "--cache", cache, code=code)
+    computed.clear()
+    run(recipe, "--cache", cache, "--output", tmp_path / "other", code=code)
+    assert stages_of(computed) == set()
+    verdicts = [json.loads((tmp_path / name / REPORT_FILE).read_text())["gates"] for name in ("out", "other")]
+    assert verdicts[0] == verdicts[1]
+    assert {gate["gate"] for gate in verdicts[1]} == {"max_size_ratio", "perplexity_increase"}
+    assert all(gate["passed"] for gate in verdicts[1]) == (code == 0)
+
+
 def test_an_interrupted_run_goes_on_from_a_cache(
     write_recipe: RecipeWriter,
     tmp_path: Path,

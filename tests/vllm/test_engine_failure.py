@@ -8,6 +8,7 @@ from ercsvd_deploy.exporters.vllm.engines.failure import find_failure, one_line
 
 FIRST = "KeyError: 'first'"
 TRACEBACK = "Traceback (most recent call last):"
+PASSED_ON = "The above exception was the direct cause of the following exception:"
 
 
 def record(
@@ -68,7 +69,7 @@ def test_an_earlier_record_of_the_same_process_is_another() -> None:
 @pytest.mark.parametrize(
     ("between", "expected"),
     [
-        ("The above exception was the direct cause of the following exception:", FIRST),
+        (PASSED_ON, FIRST),
         ("During handling of the above exception, another exception occurred:", "OSError: second"),
     ],
 )
@@ -86,6 +87,26 @@ def test_output_that_is_no_record() -> None:
     announced = f"Process EngineCore:\n{trace('ValueError: the cause')}\n[rank0] destroying\n"
     assert failure_in(announced)[0] == "EngineCore"
     assert failure_in(announced)[1].startswith("ValueError: the cause")
+
+
+def test_tracebacks_with_a_rank() -> None:
+    said = trace("ValueError: the cause").splitlines()
+    printed = [
+        *(f"[rank0]: {line}" for line in said),
+        "[rank0]:[W1127 22:13:39.7 x.cpp:1] Warning: not destroyed",
+    ]
+    assert failure_in("\n".join(printed)) == ("rank0", "ValueError: the cause")
+    chain = [
+        *printed[:-1],
+        "[rank0]:",
+        f"[rank0]: {PASSED_ON}",
+        "[rank0]:",
+        *printed[:-2],
+        "[rank0]: OSError: second",
+    ]
+    assert failure_in("\n".join(chain)) == ("rank0", "ValueError: the cause")
+    named = "\n".join(f"(Worker_TP1 pid=9) [rank1]: {line}" for line in said)
+    assert failure_in(named, ENGINE_FAILED) == ("Worker_TP1", "ValueError: the cause")
 
 
 def test_colors() -> None:

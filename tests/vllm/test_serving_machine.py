@@ -78,6 +78,27 @@ def test_every_gpu_holds_its_part_of_the_weights() -> None:
     assert machine.engine_arguments(2, 16 * GIB, half_free)["gpu_memory_utilization"] == 0.416
 
 
+@pytest.mark.parametrize(
+    ("free", "total", "expected"),
+    [
+        (79, 80, {"gpu_memory_utilization": 0.138, "kv_cache_memory_bytes": 2 * GIB}),  # (8 + 2 + 1) / 80
+        (20, 80, {"gpu_memory_utilization": 0.138, "kv_cache_memory_bytes": 2 * GIB}),
+        (11, 80, {"gpu_memory_utilization": 0.125}),  # all that is left: a smaller cache
+    ],
+)
+def test_an_engine_with_a_cache_of_its_own_takes_no_more_than_it_needs(
+    free: int, total: int, expected: dict[str, float]
+) -> None:
+    machine = ServingMachine(1, (0,))
+    arguments = machine.engine_arguments(
+        1, 8 * GIB, lambda _index: (free * GIB, total * GIB), cache_bytes=2 * GIB
+    )
+    assert arguments == {"tensor_parallel_size": 1, **expected}
+    assert is_accepted(arguments["gpu_memory_utilization"], (free - 1) * GIB, total * GIB)
+    on_cpus = ServingMachine(0, (0,)).engine_arguments(1, 8 * GIB, cache_bytes=2 * GIB)
+    assert on_cpus == {"tensor_parallel_size": 1}
+
+
 def test_a_cpu_has_no_share() -> None:
     assert ServingMachine(0, (0, 1)).engine_arguments(1, 10**12) == {"tensor_parallel_size": 1}
 

@@ -4,9 +4,10 @@ An engine is a tree of processes. When a worker fails, its engine core fails bec
 parent process because it has no engine core. Each prints a traceback; the last only says that another process
 has failed, the first says why.
 
-Lines have two forms: log records `(Worker_TP0 pid=7) ERROR 01-31 12:00:00 [file.py:1] text`, every line of a
-traceback with that prefix, and plain standard error, to which older releases add the prefix
-`(Worker_TP0 pid=7) `. Lines of several processes may alternate.
+Lines have three forms: log records `(Worker_TP0 pid=7) ERROR 01-31 12:00:00 [file.py:1] text`, every line of
+a traceback with that prefix; plain standard error, to which older releases add `(Worker_TP0 pid=7) `; and
+tracebacks that PyTorch prints on GPUs, with `[rank0]: ` before every line. Lines of several processes may
+alternate.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from itertools import takewhile
 
 _PREFIX = re.compile(
     r"(?:\((?P<process>[^()]+?) pid=\d+\) )?"
+    r"(?:\[(?P<rank>rank\d+)\]:(?: |$))?"
     r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) (?P<record>\d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\]) ?)?"
     r"(?P<text>.*)"
 )
@@ -105,7 +107,10 @@ def _read(line: str) -> _Line:
         return _Line("", None, is_error=True, text=line)
     level = match["level"]
     return _Line(
-        match["process"] or "", match["record"], level in (None, "ERROR", "CRITICAL"), match["text"].rstrip()
+        match["process"] or match["rank"] or "",
+        match["record"],
+        level in (None, "ERROR", "CRITICAL"),
+        match["text"].rstrip(),
     )
 
 

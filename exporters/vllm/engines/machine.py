@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ LARGEST_SHARE = 0.9  # vLLM's own default, or a little less, by release
 _WORKER_BYTES = GIB
 _NCCL_BYTES = GIB
 _FEWEST_SPARE_BYTES = GIB // 4  # besides the weights: activations and a small KV cache
+_ACTIVATION_BYTES = GIB
 _CPU_KV_CACHE = "1"  # GiB
 _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
@@ -43,7 +45,12 @@ class ServingMachine:
         return f"it takes {size} {noun}s, and this machine has {available}"
 
     def engine_arguments(
-        self, size: int, weight_bytes: int, memory_of: Callable[[int], tuple[int, int]] | None = None
+        self,
+        size: int,
+        weight_bytes: int,
+        memory_of: Callable[[int], tuple[int, int]] | None = None,
+        *,
+        cache_bytes: int | None = None,
     ) -> dict[str, Any]:
         """Return the arguments of `vllm.LLM` for a tensor-parallel size on this machine.
 
@@ -51,6 +58,9 @@ class ServingMachine:
             size: A tensor-parallel size without a `reason_against` it.
             weight_bytes: Bytes of all tensors.
             memory_of: Returns free and total bytes of a GPU, given its index; None: PyTorch's function.
+            cache_bytes: Bytes of the KV cache on each GPU, where they fit; None: all that vLLM would take. It
+                then asks for no more than it needs and measures nothing, which would fail where another
+                process takes or frees memory meanwhile.
 
         Raises:
             NotServableHereError: other work occupies the GPUs.
@@ -59,11 +69,17 @@ class ServingMachine:
         if size > 1:
             arguments["distributed_executor_backend"] = "mp"
         if self.num_gpus:
-            memory_of = memory_of or torch.cuda.mem_get_info
-            arguments["gpu_memory_utilization"] = min(
-                memory_share(*memory_of(index), weight_bytes=weight_bytes // size, num_devices=size)
-                for index in range(size)
+            memory = [(memory_of or torch.cuda.mem_get_info)(index) for index in range(size)]
+            share = min(
+                memory_share(*each, weight_bytes=weight_bytes // size, num_devices=size) for each in memory
             )
+            if cache_bytes is not None:
+                smallest = min(total for _, total in memory)
+                needed = (weight_bytes // size + cache_bytes + _ACTIVATION_BYTES) / smallest
+                if needed <= share:
+                    share = math.ceil(1000 * needed) / 1000
+                    arguments["kv_cache_memory_bytes"] = cache_bytes
+            arguments["gpu_memory_utilization"] = share
         return arguments
 
     def environment(self, size: int, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from ercsvd_deploy.exporters.vllm.engines.machine import (
+    GIB,
     NotServableHereError,
     ServingMachine,
     find_machine,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ercsvd_deploy.recipe.sections import Recipe
 
 _MAX_SEQUENCES = 8  # at once; vLLM reserves memory and captures CUDA graphs for this many
+_CACHE_BYTES = 2 * GIB  # of the KV cache on a GPU: prompts are short, and those that do not fit wait
 
 
 class ServingError(RuntimeError):
@@ -248,7 +250,7 @@ def _serve(
             "max_num_seqs": _MAX_SEQUENCES,
             "enforce_eager": recipe.gates.serving_parity.eager,
             "trust_remote_code": recipe.model.trust_remote_code,
-            **machine.engine_arguments(size, weight_bytes(directory)),
+            **machine.engine_arguments(size, weight_bytes(directory), cache_bytes=_CACHE_BYTES),
             **limits,
         }
         answer = score_with_vllm(

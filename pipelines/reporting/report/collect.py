@@ -87,7 +87,9 @@ def collect_report(
         ],
         resumed=list(resumed),
     )
-    if recipe.gates is not None and len(ran) == len(plan.stages):
+    # A stage that serves another one alone does not run again where that one's result is reused.
+    lasting = [stage.name for stage in plan.stages if stage.temporary_for is None]
+    if recipe.gates is not None and all(name in state.results for name in lasting):
         report.gates = judge_gates(recipe.gates, report)
     return report
 
