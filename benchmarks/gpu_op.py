@@ -161,12 +161,19 @@ turns. The operator's largest error against float64 with the same factors:
 """
 
 
+def gpu_name() -> str:
+    """Return the model of the GPU as part of a file's name, such as h100."""
+    name = torch.cuda.get_device_name().lower().removeprefix("nvidia ")
+    return name.partition(" ")[0]
+
+
 def main() -> None:
     """Measure and write the results."""
     torch.manual_seed(0)
     rows = [measure(tokens) for tokens in TOKENS]
     made_by = environment("python benchmarks/gpu_op.py", threads=1)
-    write_results("gpu_op", made_by=made_by, figures=[asdict(row) for row in rows], text=render(rows))
+    name = f"gpu_op-{gpu_name()}"
+    write_results(name, made_by=made_by, figures=[asdict(row) for row in rows], text=render(rows))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ def table(rows: Mapping[tuple[str, float], Mapping[str, Any]], dense: Mapping[st
 
 
 def comparison(rows: Mapping[tuple[str, float], Mapping[str, Any]], method: str, other: str) -> str:
-    """Return how a method differs from another at each size, on the same windows."""
+    """Return how a method differs from another at each size, on the same windows; if any has both."""
+    if not any({(method, size), (other, size)} <= rows.keys() for size in SIZES):
+        return f"{method}, against {other}: no size has both."
     cells = []
     for text in TEXTS:
         cell = [text]
@@ -111,12 +113,15 @@ def write_report(
     rows: Mapping[tuple[str, float], Mapping[str, Any]],
     gguf: Sequence[Mapping[str, Any]],
     dense: Mapping[str, Any],
-    unmeasured: Sequence[str],
+    unmeasured: Mapping[str, Sequence[float]],
     arguments: argparse.Namespace,
 ) -> None:
     """Write the results files."""
     errors = [f"- {row['name']}: {row['error']}" for row in (*rows.values(), *gguf) if "error" in row]
-    errors += [f"- {name}: not run yet" for name in unmeasured]
+    errors += [
+        f"- {method}: not run yet at {', '.join(map(str, sizes))} bits"
+        for method, sizes in unmeasured.items()
+    ]
     spread = [abs(row["bits"] - size) for (_, size), row in rows.items() if "bits" in row]
     tables = "\n\n".join(f"On {text}:\n\n{table(rows, dense, text)}" for text in TEXTS)
     text = f"""# Sizes: {arguments.model.name}
@@ -197,7 +202,10 @@ def main() -> None:
         for method, size, contender in wanted
         if contender.name in measured.rows
     }
-    unmeasured = [contender.name for _, _, contender in wanted if contender.name not in measured.rows]
+    unmeasured: dict[str, list[float]] = {}
+    for method, size, contender in wanted:
+        if contender.name not in measured.rows:
+            unmeasured.setdefault(method, []).append(size)
     write_report(rows, gguf, measured.rows[DENSE]["losses"], unmeasured, arguments)
 
 
