@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests.gpus import found_gpus, hidden_gpus
 from tests.recipe_runs import FACTORIZE, RecipeWriter, recipe_writer
 from tests.tiny_models import compress_at_random, materialise, save_tiny_model
 
@@ -65,6 +66,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         file: place for place, file in enumerate([*begun, *(file for file in files if file not in begun)])
     }
     items.sort(key=lambda item: places[item.path])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _runs_are_on_the_cpu() -> Iterator[None]:
+    """Let runs and the processes that they start find no GPU: what tests expect was computed on CPUs.
+
+    Tests marked `gpu` do find it, and so do those in `tests/vllm`, whose engines run there.
+    """
+    with hidden_gpus():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _tests_of_a_gpu_find_it(request: pytest.FixtureRequest) -> Iterator[None]:
+    """See `_runs_are_on_the_cpu`."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    with found_gpus():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -173,9 +173,15 @@ def parse_device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from None
 
 
-def compute_dtype(config: Any, device: torch.device) -> torch.dtype:
-    """Return the dtype to run layers in: the model's own on a GPU, float32 on a CPU."""
-    model_dtype = own_dtype(config)
+def compute_dtype(config: Any, device: torch.device, dtype: str) -> torch.dtype:
+    """Return the dtype to run layers in: that of the weights on a GPU, float32 on a CPU.
+
+    Args:
+        config: The model's configuration.
+        device: Where they run.
+        dtype: The recipe's `model.dtype`; "auto" is the model's own.
+    """
+    model_dtype = own_dtype(config) if dtype == "auto" else getattr(torch, dtype)
     return model_dtype if device.type == "cuda" and model_dtype is not None else torch.float32
 
 
@@ -202,7 +208,7 @@ def stream(
         opened.config,
         store if store is not None else opened.store(),
         device,
-        dtype or compute_dtype(opened.config, device),
+        dtype or compute_dtype(opened.config, device, opened.source.dtype),
         trust_remote_code=opened.source.trust_remote_code,
         token_weight=token_weight,
         described=described,

@@ -179,7 +179,7 @@ def make_plan(
         architecture,
         config,
         stored=element,
-        computed=compute_dtype(config, device).itemsize,
+        computed=compute_dtype(config, device, recipe.model.dtype).itemsize,
         device=device,
     )
     quantize_plan = quantize_plan_of(recipe, architecture)

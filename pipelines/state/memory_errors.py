@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 # Messages of torch's allocators and of the libraries under it; not all have their own error class.
-_ON_GPU = ("CUDA out of memory", "CUDA error: out of memory", "HIP out of memory", "STATUS_ALLOC_FAILED")
+_ON_GPU = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "HIP out of memory",
+    "STATUS_ALLOC_FAILED",
+)
 _ON_HOST = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
 

@@ -38,6 +38,7 @@ ERRORS: dict[str, tuple[Callable[[], None], str]] = {
         failing(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ...")),
         "GPU memory",
     ),
+    "driver": (failing(RuntimeError("CUDA driver error: out of memory")), "GPU memory"),
     "cuSOLVER": (failing(RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED")), "GPU memory"),
     "the host": (on_the_host, "memory"),
     "Python": (failing(MemoryError()), "memory"),

@@ -1,6 +1,6 @@
 """Whole runs on a GPU give what they give on a CPU.
 
-Where there is none, the same runs compute in bfloat16 on the CPU, as layers do on a GPU.
+Where there is none, the same runs compute in 16 bits on the CPU, as layers do on a GPU.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ TARGET = {
     "factor_bits": [8],
     "corrections": [{"rank": 8, "bits": 8}],
 }
+TRAINED = "corrections, rounding learned"
 RUNS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "residual compensation, searched": ([factorize(method="erc_svd", num_compressed_layers="auto")], {}),
     "activation-aware, asymmetric factors": (
@@ -48,10 +49,10 @@ RUNS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         [{"quantize": {"bits": 3, "group_size": 32, "embeddings": {"bits": 8, "group_size": 32}}}],
         {},
     ),
-    "corrections, rounding learned": (
+    TRAINED: (
         [
             {"quantize": {"bits": 3, "group_size": 32, "correction": {"rank": 8}}},
-            {"recover": {"steps": 4, "batch_size": 2, "rounding": True}},
+            {"recover": {"steps": 4, "batch_size": 2, "rounding": True, "end_to_end_steps": 4}},
         ],
         {},
     ),
@@ -59,19 +60,14 @@ RUNS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of a random Llama in bfloat16."""
-    directory = tmp_path_factory.mktemp("models") / "llama"
-    return save_tiny_model(directory, "llama", num_layers=2, dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.bfloat16) for name in RUNS), (TRAINED, torch.float16)]
+)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_runs_give_what_a_cpu_gives(
     device: str,
     name: str,
-    half: Path,
+    dtype: torch.dtype,
     write_recipe: RecipeWriter,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -82,9 +78,10 @@ def test_runs_give_what_a_cpu_gives(
         "num_samples": 16,
         "sequence_length": 48,
     }
-    recipe = write_recipe(*stages, **sections, model={"path": str(half)}, calibration=calibration)
+    model = save_tiny_model(tmp_path / "model", "llama", num_layers=2, dtype=dtype)
+    recipe = write_recipe(*stages, **sections, model={"path": str(model)}, calibration=calibration)
     reference, _ = run_recipe(load_recipe(recipe), device=torch.device("cpu"))
-    monkeypatch.setattr("ercsvd_deploy.pipelines.inputs.model.compute_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr("ercsvd_deploy.pipelines.inputs.model.compute_dtype", lambda *_: dtype)
     found, _ = run_recipe(load_recipe(recipe, output=tmp_path / "other"), device=torch.device(device))
     lost, expected = (report.change.logprob_kl["held_out"] for report in (found, reference))
     assert lost == pytest.approx(expected, rel=0.15)

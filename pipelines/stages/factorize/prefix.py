@@ -195,9 +195,10 @@ class _Trajectories:
         rank = self._rank(linear)
         if rank is None:
             return
-        storage = self.work.rules.storage(linear, rank)
-        weight = stored_product(linear.name, tensors, storage, self.work.model.dtype)
-        put_weight(twin, layer, linear, weight.to(self.work.model.device))
+        storage, model = self.work.rules.storage(linear, rank), self.work.model
+        # Those of an earlier run come from disk; where they are multiplied decides the last bits.
+        loaded = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+        put_weight(twin, layer, linear, stored_product(linear.name, loaded, storage, model.dtype))
 
     def _rank(self, linear: LinearShape) -> int | None:
         return self.decision.chosen.plan.ranks.get(linear.name)

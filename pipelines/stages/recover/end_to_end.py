@@ -143,6 +143,7 @@ class _Whole:
                     states = checkpoint(run, states, use_reentrant=False)
                 else:
                     states = run(states)
+            states = states.to(example.inputs.dtype)  # float16 plus autocast's bfloat16 is float32
         return states
 
     @torch.no_grad()

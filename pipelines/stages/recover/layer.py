@@ -47,7 +47,7 @@ class Following:
     def run(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         """Return the last layer's outputs, given the inputs of the first."""
         for index, module in self.layers.items():
-            states = self.model.run_layer(module, index, batch, states)
+            states = self.model.run_layer(module, index, batch, states).to(states.dtype)
         return states
 
 

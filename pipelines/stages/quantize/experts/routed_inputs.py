@@ -113,7 +113,7 @@ class RoutedInputs:
             run = partial(model.run_layer, module, layer.index, batch, states)
             arguments = capture_arguments(module, name, run)
             inputs, expert_ids = experts.tokens_and_experts(arguments)
-            weights = None if batch.token_weights is None else batch.token_weights.flatten().to(inputs)
+            weights = None if batch.token_weights is None else batch.token_weights.flatten().to(inputs.device)
             routed.append(RoutedTokens(inputs, expert_ids, weights, position >= divided.num_fitting))
         return cls(layer.experts, experts, routed, model)
 
