@@ -115,7 +115,10 @@ def measure(kind: str, sizes: Sequence[int], arguments: argparse.Namespace) -> l
             report, _ = run_recipe(load_recipe(file), options=RunOptions(cache=arguments.cache))
         except Exception as error:  # noqa: BLE001 - the other kinds survive any one of them
             return [Row(kind, size, error=f"{type(error).__name__}: {error}") for size in sizes]
-    return rows_of(kind, report.as_json()["serving"])
+    serving = report.as_json()["serving"]
+    if serving is None:
+        return [Row(kind, size, error="; ".join(report.warnings)) for size in sizes]
+    return rows_of(kind, serving)
 
 
 def rows_of(kind: str, serving: Mapping[str, Any]) -> list[Row]:
