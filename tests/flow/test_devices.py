@@ -23,11 +23,11 @@ ERROR_CONTROL = {
     "method": "svd_llm",
     "output_metric": "fisher",
     "allocation": "error_controlled",
-    "num_fisher_samples": 8,
+    "num_fisher_samples": 4,
     "compressed_prefix_inputs": True,
     "rank_multiple": 8,
 }
-RECOVER = {"recover": {"steps": 4, "batch_size": 2}}
+RECOVER = {"recover": {"steps": 2, "batch_size": 2}}
 TARGET = {
     "overall_bits": 6.0,
     "bits": [3, 8],
@@ -52,7 +52,7 @@ RUNS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     TRAINED: (
         [
             {"quantize": {"bits": 3, "group_size": 32, "correction": {"rank": 8}}},
-            {"recover": {"steps": 4, "batch_size": 2, "rounding": True, "end_to_end_steps": 4}},
+            {"recover": {"steps": 2, "batch_size": 2, "rounding": True, "end_to_end_steps": 2}},
         ],
         {},
     ),
@@ -75,7 +75,7 @@ def test_runs_give_what_a_cpu_gives(
     stages, sections = RUNS[name]
     calibration = {
         "dataset": {"text": str(Path("examples/text/calibration.txt").resolve())},
-        "num_samples": 16,
+        "num_samples": 8,
         "sequence_length": 48,
     }
     model = save_tiny_model(tmp_path / "model", "llama", num_layers=2, dtype=dtype)
