@@ -171,7 +171,9 @@ def inspect_machine(device: torch.device, target: Path | None) -> Machine:
     """
     gpu = None
     if device.type == "cuda" and torch.cuda.is_available():
-        gpu = torch.cuda.mem_get_info(device)[0]
+        # What PyTorch keeps for this process's next tensors is free for them.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        gpu = torch.cuda.mem_get_info(device)[0] + cached
     return Machine(available_memory(), gpu, None if target is None else free_disk(target))
 
 

@@ -99,3 +99,11 @@ def test_this_machine_is_this_one() -> None:
     assert here.is_this_one
     assert here.name == "this machine"
     assert parse_machine("gpu=none").name == "the machine asked about"
+
+
+def test_what_this_process_has_cached_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"mem_get_info": (10, 80), "memory_reserved": 7, "memory_allocated": 4}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, answer in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, answer=answer: answer)
+    assert inspect_machine(torch.device("cuda"), None).gpu_bytes == 10 + 3
