@@ -65,8 +65,8 @@ class ServingParityGate(Section):
     mean_difference: Difference = Field(
         description="Largest mean absolute difference, in nats, between vLLM's log-probabilities of tokens "
         "and this package's own in float32. It holds for every tensor-parallel size that is measured, for "
-        "texts and for pictures, for the prompts' tokens and for those that vLLM generates greedily behind them. A "
-        "correct program in bfloat16 differs by a few hundredths."
+        "texts and for pictures, for the prompts' tokens and for those that vLLM generates greedily behind "
+        "them. A correct program in bfloat16 differs by a few hundredths."
     )
     eager: bool = Field(
         default=False,
