@@ -13,7 +13,7 @@ import torch
 
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.recipe.load import load_recipe
-from tests.recipe_runs import RecipeWriter, factorize
+from tests.recipe_runs import TEXT, RecipeWriter, factorize
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -74,7 +74,7 @@ def test_runs_give_what_a_cpu_gives(
 ) -> None:
     stages, sections = RUNS[name]
     calibration = {
-        "dataset": {"text": str(Path("examples/text/calibration.txt").resolve())},
+        "dataset": {"text": str(TEXT / "calibration.txt")},
         "num_samples": 8,
         "sequence_length": 48,
     }
