@@ -22,19 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peer_runs.contenders import ERROR_CONTROL
 from results_file import environment, markdown_table, write_results
 
 TEXTS = {"prose": "examples/text/out_of_domain.txt", "python": "examples/text/in_domain.txt"}
 RATIOS = (0.2, 0.4, 0.3, 0.5, 0.6)  # in the order in which they are measured
 WINDOWS, LENGTH = 16, 512
 ALL = {"num_compressed_layers": "all"}
-ERROR_CONTROL = {
-    "method": "svd_llm",
-    "output_metric": "fisher",
-    "allocation": "error_controlled",
-    "num_fisher_samples": 16,
-    "compressed_prefix_inputs": True,
-}
 PUBLISHED = {"token_weight": "uniform"}  # of the calibration section: tokens count by their energy
 PIVOTED = ERROR_CONTROL | {"layout": "pivoted"}
 METHODS: dict[str, dict[str, Any]] = {

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from peer_runs.contenders import ERROR_CONTROL
 from results_file import environment, markdown_table, write_results
 
 SAMPLES, LENGTH = 16, 512
@@ -28,14 +29,6 @@ FACTORIZE = {
     "compression_ratio": 0.2,
     "rank_multiple": 32,
     "num_compressed_layers": "all",
-}
-ERROR_CONTROL = {
-    "method": "svd_llm",
-    "output_metric": "fisher",
-    "allocation": "error_controlled",
-    "num_fisher_samples": 16,
-    "compressed_prefix_inputs": True,
-    "rank_multiple": 32,
 }
 MIXED = {"bits": [2, 3, 4, 5, 6, 8], "group_sizes": [32, 64, 128]}
 EVERYTHING = MIXED | {

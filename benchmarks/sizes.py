@@ -157,7 +157,13 @@ All options are meant to lose less than every other row that does not train, and
 {chr(10).join(errors) or "Nothing."}
 """
     command = f"python benchmarks/sizes.py --environments out/peers --model {arguments.model}"
-    for option, default in (("samples", 16), ("steps", ITERATIONS), ("batch_size", BATCH)):
+    usual = {
+        "samples": 16,
+        "steps": ITERATIONS,
+        "batch_size": BATCH,
+        "name": f"sizes-{arguments.model.name.lower()}",
+    }
+    for option, default in usual.items():
         if (value := getattr(arguments, option)) != default:
             command += f" --{option.replace('_', '-')} {value}"
     made_by = environment(command, threads=arguments.threads)

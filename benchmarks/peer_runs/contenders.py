@@ -8,6 +8,14 @@ from typing import Any
 
 GROUP_SIZE = 64  # divides this model's widths; all integers have it, GGUF's aside
 ITERATIONS, BATCH = 50, 4  # AutoRound's defaults, 200 of 8, would take hours on two cores
+ERROR_CONTROL: dict[str, Any] = {  # keys of a factorize stage
+    "method": "svd_llm",
+    "output_metric": "fisher",
+    "allocation": "error_controlled",
+    "num_fisher_samples": 16,
+    "compressed_prefix_inputs": True,
+    "rank_multiple": 32,
+}
 
 
 @dataclass(frozen=True)
@@ -101,17 +109,9 @@ def _ours(calibration: dict[str, Any]) -> list[Contender]:
             "note": trained,
         }
     for bits in (4.0, 3.5, 3.0):
-        factorize = {
-            "method": "svd_llm",
-            "output_metric": "fisher",
-            "allocation": "error_controlled",
-            "num_fisher_samples": 16,
-            "compressed_prefix_inputs": True,
-            "rank_multiple": 32,
-        }
         name = f"ours, error control, {bits} bits"
         methods[name] = {
-            "stages": [{"factorize": factorize}, integers],
+            "stages": [{"factorize": ERROR_CONTROL}, integers],
             "target": {"overall_bits": bits},
         }
         methods[f"{name}, tokens by energy"] = methods[name] | {"token_weight": "uniform"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peer_runs.contenders import BATCH, GROUP_SIZE, ITERATIONS, Contender
+from peer_runs.contenders import BATCH, ERROR_CONTROL, GROUP_SIZE, ITERATIONS, Contender
 
 UNIFORM, MIXED, EARLIER = "uniform GPTQ", "mixed-bit GPTQ", "dense or factors, int4"
 ALL, RECOVERED = "all options", "all options, recovered"
@@ -81,16 +81,7 @@ def _chosen(
     size: float, correction_ranks: Sequence[int], recover: dict[str, Any]
 ) -> Iterator[tuple[str, list[dict[str, Any]], dict[str, Any]]]:
     """Yield method, stages and target of what is chosen under one budget."""
-    factorize = {
-        "factorize": {
-            "method": "svd_llm",
-            "output_metric": "fisher",
-            "allocation": "error_controlled",
-            "num_fisher_samples": 16,
-            "compressed_prefix_inputs": True,
-            "rank_multiple": 32,
-        }
-    }
+    factorize = {"factorize": ERROR_CONTROL}
     integers = {"quantize": {"bits": 4, "group_size": GROUP_SIZE}}
     sizes = {"overall_bits": size}
     mixed = sizes | {"bits": _BITS, "group_sizes": [32, 64, 128]}
