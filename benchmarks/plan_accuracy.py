@@ -208,7 +208,7 @@ def plan(recipe: Path, threads: int) -> Figures:
     command = [
         sys.executable,
         "-m",
-        "ercsvd_deploy.pipelines.cli.app",
+        "ercsvd_deploy",
         "plan",
         str(recipe),
         "--json",

@@ -7,6 +7,7 @@ from ercsvd_deploy import __version__
 # Set to true with the first release on a package index.
 IS_PUBLISHED = False
 NAME = "ercsvd-deploy"
+SERVED_BY = "vllm>=0.29"  # the oldest release that serves the exports, as a requirement
 WHEEL = f"ercsvd_deploy-{__version__}-py3-none-any.whl"
 # The command that makes the wheel from the sources.
 MAKE_WHEEL = "python -m pip wheel --no-deps --wheel-dir . PATH-OF-THE-SOURCES"

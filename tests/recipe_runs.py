@@ -63,7 +63,7 @@ def start(
     *arguments: object,
     memory: int | None = None,
     directory: Path | None = None,
-    module: str = "ercsvd_deploy.pipelines.cli.app",
+    module: str = "ercsvd_deploy",
 ) -> Fork:
     """Start `ercsvd` in a process of its own.
 

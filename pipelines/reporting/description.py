@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.format.stock_formats import STOCK_FORMATS
-from ercsvd_deploy.installation import install_command
+from ercsvd_deploy.installation import SERVED_BY, install_command
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.stock_formats import StockFormat
@@ -188,7 +188,7 @@ def serve_commands(report: Report, path: str) -> list[str]:
     smallest = min(tensor_parallel_sizes(report), default=1)
     if smallest > 1:
         words += ["--tensor-parallel-size", str(smallest)]
-    install = install_command(beside="vllm>=0.29") if needs_plugin(report) else "pip install 'vllm>=0.29'"
+    install = install_command(beside=SERVED_BY) if needs_plugin(report) else f"pip install '{SERVED_BY}'"
     return [install, shlex.join(words)]
 
 

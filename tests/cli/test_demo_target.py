@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from ercsvd_deploy.exporters.vllm.compatibility import TESTED_RELEASES
+from ercsvd_deploy.installation import SERVED_BY
 
 REPOSITORY = Path(__file__).parents[2]
 # What vLLM 0.32 writes when its engine cannot start: the engine's process first, then the server's.
@@ -172,3 +174,9 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 def test_the_matrix_serves_with_every_release_that_counts_as_tested() -> None:
     [line] = re.findall(r"^VLLM_RELEASES \?= (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     assert tuple(line.split()) == TESTED_RELEASES
+
+
+def test_the_oldest_tested_release_is_the_one_asked_for() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["optional-dependencies"]["serve"] == [SERVED_BY]
+    assert f"{SERVED_BY}.0" == f"vllm>={TESTED_RELEASES[0]}"

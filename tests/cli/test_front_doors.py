@@ -71,5 +71,5 @@ def test_status_of_an_export_imports_nothing_heavy(tmp_path: Path) -> None:
 
 def test_version_is_printed_by_both_ways() -> None:
     for arguments in (["--version"], ["version"]):
-        command = [sys.executable, "-m", "ercsvd_deploy.pipelines.cli.app", *arguments]
+        command = [sys.executable, "-m", "ercsvd_deploy", *arguments]
         assert subprocess.check_output(command, text=True, cwd=ROOT).startswith("ercsvd-deploy ")

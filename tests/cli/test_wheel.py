@@ -60,7 +60,7 @@ def test_an_installed_wheel_has_the_recipes(wheel: Path, tmp_path: Path) -> None
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-    ercsvd = [sys.executable, "-m", "ercsvd_deploy.pipelines.cli.app", "recipes"]
+    ercsvd = [sys.executable, "-m", "ercsvd_deploy", "recipes"]
 
     def output(*arguments: str) -> str:
         return subprocess.check_output([*ercsvd, *arguments], text=True, cwd=tmp_path, env=environment)

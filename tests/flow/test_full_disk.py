@@ -157,7 +157,7 @@ def test_a_full_disk_and_a_full_quota_have_a_remedy(
 REALLY_FULL = """
 set -u
 mount -t tmpfs -o size=30m none "$DISK" || exit 77
-"$PYTHON" -m ercsvd_deploy.pipelines.cli.app run "$RECIPE" --output "$DISK/out" 2> "$DISK.first" &
+"$PYTHON" -m ercsvd_deploy run "$RECIPE" --output "$DISK/out" 2> "$DISK.first" &
 run=$!
 while ! compgen -G "$DISK/.out.work/factorize/*.entry.json" > /dev/null; do
   kill -0 $run 2> /dev/null || exit 78
@@ -166,7 +166,7 @@ done
 cat /dev/zero > "$DISK/fill" 2> /dev/null  # until no byte is left
 wait $run; echo $? > "$DISK.code"
 rm "$DISK/fill"
-"$PYTHON" -m ercsvd_deploy.pipelines.cli.app run "$RECIPE" --output "$DISK/out" --json > "$DISK.second"
+"$PYTHON" -m ercsvd_deploy run "$RECIPE" --output "$DISK/out" --json > "$DISK.second"
 test $? -eq 0 || exit 79
 cp -r "$DISK/out" "$DISK.out"
 """

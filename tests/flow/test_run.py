@@ -174,7 +174,7 @@ def test_two_runs_on_one_output_exclude_each_other(write_recipe: RecipeWriter, t
 @pytest.mark.slow
 def test_killed_run_leaves_nothing_that_looks_finished(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     recipe = write_recipe()
-    command = [sys.executable, "-m", "ercsvd_deploy.pipelines.cli.app", "run", str(recipe)]
+    command = [sys.executable, "-m", "ercsvd_deploy", "run", str(recipe)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob(".out.work/factorize/*")):

@@ -275,7 +275,7 @@ def test_real_vllm_agrees_with_the_reference(
     two_layers = {"path": str(tiny_model("llama")), "dtype": "bfloat16"}  # each takes g++ ten seconds
     recipe = write_recipe(factorize(), gates={"serving_parity": 0.05}, model=two_layers)
     ran = subprocess.run(
-        [sys.executable, "-m", "ercsvd_deploy.pipelines.cli.app", "run", str(recipe)],
+        [sys.executable, "-m", "ercsvd_deploy", "run", str(recipe)],
         capture_output=True,
         text=True,
         check=False,
