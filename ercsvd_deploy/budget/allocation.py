@@ -83,7 +83,7 @@ def allocate_alike(
         if together and best <= separate_cost + tolerance * separate_cost:
             items[stack[0]] = together
             separate_names -= set(stack)
-    for name in separate_names:
+    for name in (name for name in options if name in separate_names):  # ties are broken by this order
         items[name] = [Option(option.cost, option.damage, {name: option}) for option in options[name]]
     picked: dict[str, Option[Choice]] = {}
     for item in allocate(items, budget).values():

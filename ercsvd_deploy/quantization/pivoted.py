@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
 # Shares of the mean energy of the pivot outputs that the re-fit may be damped by. Which is best depends on
 # the bits, and on how much of the energy is in few directions (docs/decisions/0029). The largest comes first:
-# it is the safest where losses are equal.
-REFIT_DAMPINGS = (1e-2, 1e-3, 1e-4, 1e-5)
+# it is the safest where losses are equal. Not to re-fit is tried, too.
+REFIT_DAMPINGS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +88,9 @@ class PivotedTask:
             is_other[self.pivoted.pivots] = False
             rows = self.weight[is_other]
             damping = self._choose_damping(rows, pivot_rows, gram, held_out)
-            other_rows = refit_other_rows(rows, pivot_rows, gram, damping=damping).float()
-            loss_refitted = loss_of(pivot_rows, other_rows)
+            if damping is not None:
+                other_rows = refit_other_rows(rows, pivot_rows, gram, damping=damping).float()
+                loss_refitted = loss_of(pivot_rows, other_rows)
         second, report_others = quantize_better(
             other_rows,
             energy,
@@ -113,8 +114,8 @@ class PivotedTask:
 
     def _choose_damping(
         self, rows: Tensor, pivot_rows: Tensor, gram: Tensor, held_out: HeldOutGrams | None
-    ) -> float:
-        """Return the damping of the re-fit with which quantized other rows lose least.
+    ) -> float | None:
+        """Return the damping of the re-fit with which quantized other rows lose least; None: no re-fit does.
 
         Args:
             rows: The weight's rows that are no pivots, [out - rank, in].
@@ -130,16 +131,20 @@ class PivotedTask:
         settings = self.settings_others
         damping_of_gptq = DEFAULT_DAMPING if settings.damping is None else settings.damping
         factor = factor_hessian(energy, damping=damping_of_gptq, desc_act=settings.desc_act)
-        some = rows[:: max(1, len(rows) // ROWS_TRIED)]
+        step = max(1, len(rows) // ROWS_TRIED)
+        some = rows[::step]
         loss_of = LossOf(some, judging)
 
-        def loss(damping: float) -> float:
-            refitted = refit_other_rows(some, pivot_rows, fitting, damping=damping).float()
-            matrix = put_on_grid(refitted, settings, self.first.scale_dtype)
+        def loss(damping: float | None) -> float:
+            if damping is None:
+                other_rows = self.pivoted.other_rows[::step]
+            else:
+                other_rows = refit_other_rows(some, pivot_rows, fitting, damping=damping).float()
+            matrix = put_on_grid(other_rows, settings, self.first.scale_dtype)
             [(quantized, _)] = quantize_together([matrix], energy, factor=factor, method=self.method)
             return loss_of(quantized.dequantize() @ pivot_rows)
 
-        return min(REFIT_DAMPINGS, key=loss)
+        return min((*REFIT_DAMPINGS, None), key=loss)
 
 
 def start_pivoted(

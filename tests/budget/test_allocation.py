@@ -136,6 +136,15 @@ def test_likeness_costs_no_more_than_is_tolerated(seed: int) -> None:
     assert num_alike[1] <= num_alike[-1]
 
 
+def test_ties_are_broken_by_the_order_of_matrices_whatever_their_names() -> None:
+    def choices(prefix: str) -> list[int]:
+        names = [f"{prefix}{number}" for number in range(24)]
+        options = {name: [Option(bits, 4.0**-bits, bits) for bits in (2, 3, 4)] for name in names}
+        return [option.choice for option in allocate_alike(options, 77, [], hash, 0.01).values()]
+
+    assert choices("a") == choices("layer.") == choices("another.") == [4] * 5 + [3] * 19
+
+
 def test_stacks_with_nothing_in_common_stay_apart() -> None:
     options = {"a": [Option(1, 1.0, "x")], "b": [Option(1, 1.0, "y")]}
     picked = allocate_alike(options, 2, [["a", "b"]], lambda choice: choice, math.inf)
