@@ -18,6 +18,7 @@ from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.stages.factorize.damages.vocabulary import VocabularyDamages
 from ercsvd_deploy.pipelines.stages.factorize.ranks.plans import plan_allocation
 from ercsvd_deploy.pipelines.stages.quantize.vocabulary import row_rounding
+from ercsvd_deploy.pipelines.stages.sensitivity import vocabulary
 from ercsvd_deploy.pipelines.stages.sensitivity.measure import measure_sensitivity
 from ercsvd_deploy.pipelines.state.cache import CacheFolder
 from ercsvd_deploy.recipe.fields import PlanError
@@ -65,6 +66,27 @@ def test_predicted_damage_is_the_divergence(is_tied: bool, tmp_path: Path) -> No
             found[bits] = damage / float((before.exp() * (before - after)).sum(-1).mean())
         assert found == pytest.approx(dict.fromkeys(found, 1.0), rel=0.35), (name, found)
     assert damages.damages(EMBEDDING, [Storage.dense((256, 128))]) == [0]
+
+
+def test_a_small_sample_of_inputs_does_not_flatter_the_output_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding fitted to fewer inputs than there are columns would lose next to nothing on them."""
+    directory = save_tiny_model(tmp_path / "model", "llama")
+    tokens = torch.randint(3, 256, (32, 48), generator=torch.Generator().manual_seed(5))
+    storage = Storage.dense((256, 128), WeightQuantization(bits=4, group_size=32))
+    found = {}
+    for most in (1536, 32):  # of 128 columns
+        monkeypatch.setattr(vocabulary, "MOST_INPUTS", most)
+        work = CacheFolder(tmp_path / str(most))
+        sensitivity = measure_sensitivity(
+            streamed(directory), text_samples(tokens), work, with_vocabulary=True
+        ).vocabulary(CPU)
+        assert len(sensitivity.inputs) == most
+        [found[most]] = VocabularyDamages(streamed(directory), Quantize(group_size=32), sensitivity).damages(
+            OUTPUT_LAYER, [storage]
+        )
+    assert found[32] == pytest.approx(found[1536], rel=0.2)
 
 
 def test_bits_are_chosen_for_the_whole_model(write_recipe: RecipeWriter) -> None:

@@ -104,6 +104,11 @@ class ModelEnds:
         self._layers = list(self._stack)
 
     @property
+    def token_weight_elsewhere(self) -> TokenWeight:
+        """Weighting of tokens where no sensitivity is measured: at all but the layers' own Linears."""
+        return "unit_norm" if self.token_weight == "sensitivity" else self.token_weight
+
+    @property
     def _stack(self) -> nn.ModuleList:
         stack = self.model.get_submodule(self.architecture.layers_prefix)
         assert isinstance(stack, nn.ModuleList)

@@ -163,8 +163,8 @@ class Calibration(Section):
         description="How tokens count in what is measured of a Linear's inputs. `unit_norm`: all alike. "
         "`uniform`: by their energy, as GPTQ and SVD-LLM were published; in trained models a few tokens, "
         "often the first of a window, then outweigh all others. `sensitivity`: by their energy times the "
-        "squared gradient of the loss at the Linear's outputs, for one more pass forward and back; in a "
-        "vision tower and projector, which that pass leaves out, all alike.",
+        "squared gradient of the loss at the Linear's outputs, for one more pass forward and back; all "
+        "alike in what that pass leaves out: routed experts, output layer, vision tower and projector.",
     )
 
     @property

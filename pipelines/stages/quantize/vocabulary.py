@@ -244,7 +244,7 @@ def _observe(
         batches = divided.batches[part]
         if not batches:
             continue
-        statistics = InputStatistics.zeros(in_features, model.device, model.token_weight)
+        statistics = InputStatistics.zeros(in_features, model.device, model.token_weight_elsewhere)
         for batch, inputs in zip(batches, model.output_layer_inputs(batches, hidden[part]), strict=True):
             statistics.add(inputs, batch.token_weights)
         statistics_of_parts.append(statistics)

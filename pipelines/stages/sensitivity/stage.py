@@ -69,7 +69,7 @@ class SensitivityStage(Stage):
         del candidates
         samples = work.calibrating.first(self.num_samples)
         outputs = sum(linear.out_features**2 for linear in work.architecture.linears)
-        ends = FLOAT32 * (work.hidden**2 + MOST_INPUTS * work.hidden + work.architecture.vocab_size)
+        ends = FLOAT32 * (2 * work.hidden**2 + MOST_INPUTS * work.hidden + work.architecture.vocab_size)
         return passes_needs(
             work,
             samples,

@@ -32,11 +32,14 @@ class VocabularySensitivity:
     Attributes:
         metric: Fisher information of the embedding's outputs, [hidden, hidden], float32.
         frequencies: Relative frequency of each token in the samples, [vocabulary].
-        inputs: A sample of the output layer's inputs, [samples, hidden], float32.
+        gram: Of the output layer's inputs, [hidden, hidden], float32; weighted as the quantize stage does.
+        inputs: A sample of the output layer's inputs, [samples, hidden], float32. It may have fewer rows than
+            columns: what is rounded must be fitted to `gram`, or nothing would be lost on the sample.
     """
 
     metric: torch.Tensor
     frequencies: torch.Tensor
+    gram: torch.Tensor
     inputs: torch.Tensor
 
     @classmethod
@@ -68,12 +71,14 @@ def measure_vocabulary(
         counts += torch.bincount(tokens, minlength=len(counts))
     num_tokens = sum(batch.tokens.numel() for batch in batches)
     step = -(-num_tokens // MOST_INPUTS)
-    inputs = [
-        batch_inputs.flatten(0, 1)[::step].float()
-        for batch_inputs in model.output_layer_inputs(batches, outputs)
-    ]
+    observed = InputStatistics.zeros(outputs[0].shape[-1], model.device, model.token_weight_elsewhere)
+    inputs = []
+    for batch, batch_inputs in zip(batches, model.output_layer_inputs(batches, outputs), strict=True):
+        observed.add(batch_inputs, batch.token_weights)
+        inputs.append(batch_inputs.flatten(0, 1)[::step].float())
     return {
         "metric": statistics.gram / (statistics.num_tokens or 1),
         "frequencies": counts / num_tokens,
+        "gram": observed.gram,
         "inputs": torch.cat(inputs),
     }

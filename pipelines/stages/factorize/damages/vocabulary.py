@@ -61,7 +61,7 @@ class VocabularyDamages:
         if storage.weight is None:
             return 0.0
         inputs, metric = self.sensitivity.inputs, self.sensitivity.metric
-        gram = None if log_sums is None else inputs.T @ inputs
+        gram = None if log_sums is None else self.sensitivity.gram
         rounding = row_rounding(self.quantize, storage.weight, weight.dtype, gram)
         report = None if gram is None else rounding.compare(weight)
         of_rows = torch.zeros((), device=inputs.device)

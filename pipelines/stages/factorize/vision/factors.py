@@ -82,12 +82,12 @@ def _observe(work: Factorization, groups: Sequence[Sequence[LinearShape]]) -> di
         return {}
     pictures = [sample for sample in work.samples if sample.images]
     num_fitting = num_fitting_samples(work.settings, len(pictures))
-    # Gradients are measured only after the embedding.
-    token_weight = "unit_norm" if work.model.token_weight == "sensitivity" else work.model.token_weight
     statistics_of_parts: list[dict[str, InputStatistics]] = []
     for part in filter(None, (pictures[:num_fitting], pictures[num_fitting:])):
         statistics = {
-            group[0].name: InputStatistics.zeros(group[0].in_features, work.model.device, token_weight)
+            group[0].name: InputStatistics.zeros(
+                group[0].in_features, work.model.device, work.model.token_weight_elsewhere
+            )
             for group in groups
         }
         work.model.embed(work.model.batches(part), observe=statistics)

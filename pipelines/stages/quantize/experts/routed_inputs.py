@@ -171,7 +171,9 @@ class RoutedInputs:
     def _observe(self, in_features: int, inputs: Iterable[_Tokens]) -> ObservedInputs:
         """Return the statistics of inputs given batch by batch."""
         by_part = {
-            is_held_out: InputStatistics.zeros(in_features, self.model.device, self.model.token_weight)
+            is_held_out: InputStatistics.zeros(
+                in_features, self.model.device, self.model.token_weight_elsewhere
+            )
             for is_held_out in sorted({batch.is_held_out for batch in self.batches})
         }
         for batch, (states, weights) in zip(self.batches, inputs, strict=True):
