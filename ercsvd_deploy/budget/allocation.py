@@ -57,6 +57,7 @@ def allocate_alike(
     stacks: Sequence[Sequence[str]],
     kind_of: Callable[[Choice], Hashable],
     tolerance: float,
+    bound: Sequence[Sequence[str]] = (),
 ) -> dict[str, Option[Choice]]:
     """Like `allocate`, but with one kind of choice for all matrices of a stack where that costs little.
 
@@ -66,13 +67,20 @@ def allocate_alike(
         stacks: Names of matrices that are multiplied as one if they are stored alike.
         kind_of: Returns the kind of a choice; a stack's choices are alike if their kinds are equal.
         tolerance: Largest relative increase of the damage; `math.inf` makes all of them alike.
+        bound: Stacks of further matrices that are alike whatever it costs, if they have a kind in common.
 
     Raises:
         AllocationError: the cheapest options cost more than the budget, or those that must be alike do.
     """
-    multiplier = _multiplier(options, budget)
-    items: dict[str, list[Option[dict[str, Option[Choice]]]]] = {}
-    separate_names = set(options)
+    items = {
+        name: [Option(option.cost, option.damage, {name: option}) for option in candidates]
+        for name, candidates in options.items()
+    }
+    for stack in bound:
+        if together := _options_together({name: options[name] for name in stack}, kind_of):
+            _join(items, stack, together)
+    apart = dict(items)
+    multiplier = _multiplier(apart, budget)
     for stack in stacks:
         together = _options_together({name: options[name] for name in stack}, kind_of)
         separate_cost = sum(
@@ -81,18 +89,24 @@ def allocate_alike(
         )
         best = min((option.damage + multiplier * option.cost for option in together), default=math.inf)
         if together and best <= separate_cost + tolerance * separate_cost:
-            items[stack[0]] = together
-            separate_names -= set(stack)
-    for name in (name for name in options if name in separate_names):  # ties are broken by this order
-        items[name] = [Option(option.cost, option.damage, {name: option}) for option in options[name]]
-    picked: dict[str, Option[Choice]] = {}
-    for item in allocate(items, budget).values():
-        picked |= item.choice
-    all_separate = allocate(options, budget)
+            _join(items, stack, together)
+    all_separate, picked = allocate(apart, budget), allocate(items, budget)
     # Stacks take larger steps, and may leave more of the budget unspent.
     if _damage(picked) > (1 + tolerance) * _damage(all_separate):
-        return all_separate
-    return {name: picked[name] for name in options}
+        picked = all_separate
+    by_name = {name: option for item in picked.values() for name, option in item.choice.items()}
+    return {name: by_name[name] for name in options}
+
+
+def _join(
+    items: dict[str, list[Option[dict[str, Option[Choice]]]]],
+    stack: Sequence[str],
+    together: list[Option[dict[str, Option[Choice]]]],
+) -> None:
+    """Put a stack's joint options in the place of its first matrix's."""
+    items[stack[0]] = together
+    for name in stack[1:]:
+        del items[name]
 
 
 def _options_together(

@@ -136,6 +136,21 @@ def test_likeness_costs_no_more_than_is_tolerated(seed: int) -> None:
     assert num_alike[1] <= num_alike[-1]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_bound_stacks_are_alike_whatever_it_costs(seed: int) -> None:
+    options, [attention, gated] = stacked_options(seed)
+    picked = allocate_alike(options, 50, [gated], lambda bits: bits, 0.0, bound=[attention])
+    assert list(picked) == list(options)
+    assert len({picked[name].choice for name in attention}) == 1
+    assert sum(option.cost for option in picked.values()) <= 50
+    unequal = allocate_alike(options, 50, [attention, gated], lambda bits: bits, 0.0)
+    damages = [sum(option.damage for option in each.values()) for each in (unequal, picked)]
+    assert damages[0] <= damages[1] * (1 + 1e-9)
+    nothing_shared = {"a": [Option(1, 1.0, "x")], "b": [Option(1, 1.0, "y")]}
+    apart = allocate_alike(nothing_shared, 2, [], lambda choice: choice, 0.0, bound=[["a", "b"]])
+    assert {name: option.choice for name, option in apart.items()} == {"a": "x", "b": "y"}
+
+
 def test_ties_are_broken_by_the_order_of_matrices_whatever_their_names() -> None:
     def choices(prefix: str) -> list[int]:
         names = [f"{prefix}{number}" for number in range(24)]

@@ -50,6 +50,34 @@ def test_ranks_are_stored_in_the_fewest_bits_on_offer(write_recipe: RecipeWriter
     assert any(rank is not None for layer in candidate.layers for rank in layer.ranks.values())
 
 
+@pytest.mark.parametrize(
+    ("bits", "multiple", "layout", "asked"),
+    [
+        (4, 24, "low_rank", 1.8),
+        (4, 32, "low_rank", 4.0),
+        (4, 32, "pivoted", 3.0),
+        (8, 20, "pivoted", 4.0),
+        (8, 32, "pivoted", 5.0),
+    ],
+)
+def test_steps_of_ranks_do_not_exceed_the_budget(
+    bits: int, multiple: int, layout: str, asked: float, write_recipe: RecipeWriter
+) -> None:
+    stage = {"factorize": FACTORIZE["factorize"] | {"rank_multiple": multiple, "layout": layout}}
+    path = write_recipe(stage, quantize(bits=bits), target={"overall_bits": asked})
+    (candidate,) = planned(path).candidates
+    assert candidate.linear_bits_per_weight <= asked
+
+
+def test_an_ignored_matrix_keeps_its_weights(write_recipe: RecipeWriter) -> None:
+    path = write_recipe(FACTORIZE, quantize(ignore=["*.o_proj"]), target={"overall_bits": 6.0})
+    recipe = load_recipe(path)
+    task = plan_allocation(recipe, read_architecture(load_config(recipe.model.path)), 2)
+    for name, costs in task.costs.items():
+        is_whole = {storage.layout == "dense" and storage.weight is None for storage in costs}
+        assert (is_whole == {True}) == name.endswith("o_proj")
+
+
 def test_a_target_above_the_fewest_bits_is_met_without_ranks(write_recipe: RecipeWriter) -> None:
     target = {"overall_bits": 6.0, "bits": [3, 4], "factor_bits": [3, 4]}
     (candidate,) = planned(write_recipe(FACTORIZE, quantize(), target=target)).candidates

@@ -163,7 +163,7 @@ def test_what_nobody_does_to_experts_is_refused(tmp_path: Path) -> None:
         make_plan(load_recipe(recipe(original, tmp_path / "corrected", 10, overrides=corrected)))
 
 
-def test_a_budget_chooses_the_bits_of_every_expert(tmp_path: Path) -> None:
+def test_a_budget_chooses_the_bits_of_the_experts_of_every_layer(tmp_path: Path) -> None:
     original = save_tiny_family(tmp_path / "model", "mixtral")
     file = recipe(original, tmp_path / "out", 40)
     budget = yaml.safe_load(file.read_text())
@@ -181,7 +181,13 @@ def test_a_budget_chooses_the_bits_of_every_expert(tmp_path: Path) -> None:
     entries = {entry.name: entry for entry in chosen.allocation}
     experts = [linear.name for linear in architecture.expert_linears]
     assert entries.keys() == {linear.name for linear in architecture.all_linears}
-    assert len({bits.get(name, 16) for name in experts}) > 1
+    of_layers = [
+        {bits.get(linear.name, 16) for linear in layer.experts.linears}
+        for layer in architecture.layers
+        if layer.experts is not None
+    ]
+    assert all(len(kinds) == 1 for kinds in of_layers)  # kernels take the experts of a layer alike
+    assert len(set.union(*of_layers)) > 1
     for name in experts:
         damages = [damage for _, _, damage in entries[name].alternatives]
         assert damages == sorted(damages, reverse=True)  # the cheapest first, the dearest does no harm

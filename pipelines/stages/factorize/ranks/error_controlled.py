@@ -70,19 +70,28 @@ class ErrorControlled(RankChoice):
         return [Option(cost, damage, storage) for (storage, cost), damage in zip(costs, damages, strict=True)]
 
     def _allocate(self, options: Mapping[str, Sequence[Option[Storage]]]) -> dict[str, Option[Storage]]:
-        """Pick a storage for every Linear, of equal kinds within a stack that vLLM fuses if that is cheap."""
+        """Pick a storage for every Linear, of equal kinds within a stack that vLLM fuses if that is cheap.
+
+        The experts of a layer are alike whatever it costs: unlike ones are held in 16 bits.
+        """
         task = self._task
         if not task.likeness:
             return allocate(options, task.budget)
         layers = self._work.model.architecture.layers
         stacks = [[linear.name for linear in stack] for layer in layers for stack in layer.stacks]
-        stacks += [
+        experts = [
             [linear.name for linear in layer.experts.linears if linear.name in options]
             for layer in layers
             if layer.experts is not None
         ]
-        together = [stack for stack in stacks if len(stack) > 1]
-        return allocate_alike(options, task.budget, together, lambda storage: storage.kind, task.likeness)
+        return allocate_alike(
+            options,
+            task.budget,
+            [stack for stack in stacks if len(stack) > 1],
+            lambda storage: storage.kind,
+            task.likeness,
+            bound=[stack for stack in experts if stack],
+        )
 
     def _residual_ranks(self, layer: LayerLinears, plan: RankPlan) -> dict[str, int | None]:
         """Return Linear of a layer -> the residual's part of its chosen rank."""

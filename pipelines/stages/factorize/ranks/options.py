@@ -89,14 +89,16 @@ def allocation_task(
         likeness = math.inf
         costs = readable_costs(costs, stock, architecture)
         costs |= costs_alike(costs, quantize_plan, architecture)
-    chosen_experts = [linear for linear in architecture.expert_linears if linear.name in costs]
-    weights = architecture.linear_parameters + sum(linear.parameters for linear in chosen_experts)
     if target is None:
         assert settings.compression_ratio is not None, "the schema asks for a ratio where there is no target"
         # As `budget.equal_shares.allocate_ranks` has it: the largest whole number within the exact share.
         budget = math.floor((1 - settings.compression_ratio) * architecture.linear_parameters + 1e-6)
     elif target.overall_bits is not None:
+        # As plan and report count: experts that nobody chooses are weights, too, and stay as they are.
+        chosen = sum(linear.parameters for linear in architecture.expert_linears if linear.name in costs)
+        weights = architecture.linear_parameters + architecture.expert_parameters
         budget = math.floor(target.overall_bits * weights)
+        budget -= 8 * element * (architecture.expert_parameters - chosen)
     else:
         described = {**vision, **quantize_plan.vocabulary}
         planned = {**architecture.dense_storages, **described}
@@ -153,7 +155,9 @@ def _storages(
         for quantization in _dense_integers(linear, integers, target)
         for correction in _corrections(linear, integers, target)
     ]
-    ranks = rank_steps.ranks_on_offer(linear, rules.layout) if recipe.may_factorize else []
+    stays = target is not None and recipe.quantize is not None and integers.planned is None  # by `ignore`
+    may_factorize = recipe.may_factorize and not stays
+    ranks = rank_steps.ranks_on_offer(linear, rules.layout) if may_factorize else []
     factorized = [
         rules.storage(linear, rank, quantization)
         for rank in ranks

@@ -19,8 +19,8 @@ _PLAIN_BITS = 16
 def presumed_storages(task: AllocationTask, ranks: Mapping[str, int | None]) -> dict[str, Storage]:
     """Return name -> storage; the first layers have a step more bits than the last ones.
 
-    Without ranks the budget is kept. Ranks are equal shares of it at the fewest bits on offer, and may miss
-    it by what their steps and overrides add.
+    Ranks are equal shares of the budget at the fewest bits on offer. Where they miss it, by what their steps
+    and overrides add, the last layers have their cheapest storages instead.
 
     Args:
         task: The storages on offer and the budget.
@@ -33,6 +33,8 @@ def presumed_storages(task: AllocationTask, ranks: Mapping[str, int | None]) -> 
     at_level = [{kind: _at_level(offer, level) for kind, offer in kinds.items()} for level in levels]
     chosen = {name: at_level[0][id(offer)] for name, offer in offers.items()}
     spent = sum(offers[name][storage] for name, storage in chosen.items())
+    if spent > task.budget:
+        return _within_budget(task, chosen, spent - task.budget)
     for storages in at_level[1:]:
         for names in _layers(task):
             raised = {name: storages[id(offers[name])] for name in names}
@@ -42,6 +44,18 @@ def presumed_storages(task: AllocationTask, ranks: Mapping[str, int | None]) -> 
             chosen |= raised
             spent += added
     return chosen
+
+
+def _within_budget(task: AllocationTask, chosen: Mapping[str, Storage], excess: int) -> dict[str, Storage]:
+    """Return storages that fit the budget: the cheapest ones for the last matrices, as far as it takes."""
+    fitting = dict(chosen)
+    for name in reversed(fitting):
+        if excess <= 0:
+            break
+        cheapest, cost = next(iter(task.costs[name].items()))
+        excess -= task.costs[name][fitting[name]] - cost
+        fitting[name] = cheapest
+    return fitting
 
 
 def _offers(task: AllocationTask, ranks: Mapping[str, int | None]) -> dict[str, dict[Storage, int]]:
