@@ -31,6 +31,7 @@ from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank
 from ercsvd_deploy.recipe.fields import PlanError
 
 if TYPE_CHECKING:
+    from ercsvd_deploy.format.schema import Storage
     from ercsvd_deploy.recipe.sections import Recipe
 
 
@@ -53,6 +54,7 @@ class Plan:
     patterns: tuple[PatternMatch, ...] = ()  # matches of the quantize stage's patterns
     notes: tuple[str, ...] = ()  # decisions that are made during the run
     warnings: tuple[str, ...] = ()
+    presumed_warnings: tuple[str, ...] = ()  # those of them that hold if a target chooses as it is presumed
     stages: tuple[Stage, ...] = ()  # in the order in which they run
     architecture: Architecture | None = None
     kernel_source: str | None = None  # the vLLM that chose the kernels; None: kernels are not known
@@ -78,7 +80,7 @@ class Plan:
         lists = {"problems": list(self.estimate.problems), "shortages": list(self.estimate.shortages)}
         without_stages = replace(self, stages=(), architecture=None)
         plain = asdict(without_stages) | lists
-        del plain["architecture"]
+        del plain["architecture"], plain["presumed_warnings"]
         return plain | {"stages": [stage.name for stage in self.stages]}
 
 
@@ -183,6 +185,14 @@ def make_plan(
         device=device,
     )
     quantize_plan = quantize_plan_of(recipe, architecture)
+    by_storage = _storage_warnings(
+        recipe,
+        quantize_plan,
+        {**candidates[-1].modules, **candidates[-1].experts},
+        architecture,
+        dtype,
+        _bits_on_offer(planned),
+    )
     return Plan(
         model=recipe.model.path,
         model_type=architecture.model_type,
@@ -205,16 +215,7 @@ def make_plan(
             *_expert_notes(recipe, quantize_plan, architecture),
         ),
         warnings=(
-            *serving_warnings(
-                quantize_plan,
-                {**candidates[-1].modules, **candidates[-1].experts},
-                architecture,
-                sizes,
-                dtype,
-                has_plugin=recipe.export.format == "vllm",
-                bits_on_offer=_bits_on_offer(planned),
-                groups_are_chosen=recipe.target is not None and recipe.target.group_sizes is not None,
-            ),
+            *by_storage,
             *family_warnings(architecture.model_type),
             *gpu_warnings(
                 dense_on_gpu,
@@ -222,9 +223,50 @@ def make_plan(
                 is_quantized=recipe.quantize is not None,
             ),
         ),
+        presumed_warnings=() if recipe.target is None else tuple(by_storage),
         stages=tuple(planned_stage.stage for planned_stage in planned),
         architecture=architecture,
         has_plugin=recipe.export.format == "vllm",
+    )
+
+
+def renew_warnings(
+    warnings: Iterable[str], recipe: Recipe, plan: Plan, described: Mapping[str, Storage]
+) -> list[str]:
+    """Return a run's warnings with those that its plan presumed replaced by what is true of the storages.
+
+    Args:
+        warnings: Of the run, the plan's among them.
+        recipe: The recipe.
+        plan: Its plan.
+        described: Name -> chosen storage of every changed Linear.
+    """
+    if recipe.target is None:
+        return list(warnings)
+    assert plan.architecture is not None, "`make_plan` sets it"
+    quantize_plan = quantize_plan_of(recipe, plan.architecture)
+    of_storages = _storage_warnings(recipe, quantize_plan, described, plan.architecture, plan.dtype)
+    return [*(each for each in warnings if each not in plan.presumed_warnings), *of_storages]
+
+
+def _storage_warnings(
+    recipe: Recipe,
+    quantize_plan: QuantizePlan,
+    described: Mapping[str, Storage],
+    architecture: Architecture,
+    dtype: str,
+    bits_on_offer: Iterable[int] = (),
+) -> list[str]:
+    """Return the warnings about how storages are served, see `serving_warnings`."""
+    return serving_warnings(
+        quantize_plan,
+        described,
+        architecture,
+        recipe.serving.tensor_parallel_sizes,
+        dtype,
+        has_plugin=recipe.export.format == "vllm",
+        bits_on_offer=bits_on_offer,
+        groups_are_chosen=recipe.target is not None and recipe.target.group_sizes is not None,
     )
 
 

@@ -18,6 +18,7 @@ from ercsvd_deploy.pipelines.judging.differences import differences, quality_est
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
 from ercsvd_deploy.pipelines.planning.components import describe_components
+from ercsvd_deploy.pipelines.planning.plan import renew_warnings
 from ercsvd_deploy.pipelines.reporting.report.document import Report
 from ercsvd_deploy.pipelines.stages.measured_export import MeasuredExport
 from ercsvd_deploy.pipelines.stages.sizes import (
@@ -64,6 +65,8 @@ def collect_report(
     model = state.model
     comparison: Comparison = state.results.get("judge") or Comparison()
     measured: MeasuredExport = state.results.get("measured_export") or MeasuredExport()
+    if "quantize" in state.results:
+        warnings = renew_warnings(warnings, recipe, plan, model.modules)
     ran = [(stage, state.results[stage.name]) for stage in plan.stages if stage.name in state.results]
     report = Report(
         recipe=canonical(recipe),
