@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field
@@ -27,14 +27,17 @@ from ercsvd_deploy.linalg.truncation import Factors, approximate
 from ercsvd_deploy.quantization.gptq import (
     MatrixReport,
     RoundingMethod,
+    SharedFactors,
     check_weight_and_gram,
     quantize_together,
 )
-from ercsvd_deploy.quantization.gptq_loop import HessianFactor, factor_hessian
 from ercsvd_deploy.quantization.grid import GriddedWeight, QuantizationSettings, put_on_grid
 from ercsvd_deploy.quantization.held_out import HeldOutGrams
 from ercsvd_deploy.quantization.losses import LossOf
 from ercsvd_deploy.quantization.pairs import FactorsTask, start_factors
+
+if TYPE_CHECKING:
+    from ercsvd_deploy.quantization.gptq_loop import HessianFactor
 
 ROUNDS = 3
 
@@ -148,7 +151,7 @@ def quantize_corrected(
     """
     for task in tasks:
         check_weight_and_gram(task.weight, gram)
-    inputs = _Inputs(gram, held_out, method, factor)
+    inputs = _Inputs(gram, held_out, method, SharedFactors(factor))
     fits = [_Fit(task, LossOf(task.weight, gram, task.output_metric)) for task in tasks]
     for _ in range(rounds):
         if open_fits := [fit for fit in fits if not fit.is_settled]:
@@ -158,24 +161,20 @@ def quantize_corrected(
 
 @dataclass(eq=False)
 class _Inputs:
-    """The input statistics that the weights share; their Hessian is factored once."""
+    """The input statistics that the weights share; each Hessian is factored once."""
 
     gram: Tensor
     held_out: HeldOutGrams | None
     method: RoundingMethod
-    factor: HessianFactor | None
+    factors: SharedFactors
     damping: float | None = None
 
     def quantize(self, matrices: Sequence[GriddedWeight]) -> list[tuple[QuantizedWeight, MatrixReport]]:
         """Quantize matrices that read these inputs; later calls reuse the damping of the first one."""
         quantized = quantize_together(
-            matrices, self.gram, held_out=self.held_out, factor=self.factor, method=self.method
+            matrices, self.gram, held_out=self.held_out, factors=self.factors, method=self.method
         )
-        if self.factor is None:
-            self.damping = quantized[0][1].damping
-            assert self.damping is not None
-            desc_act = matrices[0].settings.desc_act
-            self.factor = factor_hessian(self.gram, damping=self.damping, desc_act=desc_act)
+        self.damping = quantized[0][1].damping
         return quantized
 
     def settings(self, settings: QuantizationSettings) -> QuantizationSettings:

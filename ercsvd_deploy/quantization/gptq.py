@@ -79,12 +79,25 @@ def quantize_weight(
     return round_together([matrix], factor)[0]
 
 
+@dataclass(eq=False)
+class SharedFactors:
+    """Hessian factors of some inputs, for all that is quantized on them with one damping and order.
+
+    Attributes:
+        whole: That of the whole Gram; None until it has been computed.
+        fitting: That of the fitting tokens' Gram, where other tokens are held out; likewise.
+    """
+
+    whole: HessianFactor | None = None
+    fitting: HessianFactor | None = None
+
+
 def quantize_together(
     matrices: Sequence[GriddedWeight],
     gram: Tensor,
     *,
     held_out: HeldOutGrams | None = None,
-    factor: HessianFactor | None = None,
+    factors: SharedFactors | None = None,
     method: RoundingMethod = "gptq",
 ) -> list[tuple[QuantizedWeight, MatrixReport]]:
     """Quantize matrices with the same inputs, each by GPTQ or to nearest: whichever has the smaller loss.
@@ -99,7 +112,8 @@ def quantize_together(
             order of columns not.
         gram: of their inputs, [in, in], at any scale.
         held_out: the same tokens in two parts; None: losses are those under `gram`.
-        factor: the Hessian factor of this Gram with that damping and order; None: it is computed.
+        factors: those of these inputs with that damping and order, as far as they are known; receives the
+            others. None: they are computed and not kept.
         method: "gptq" or "rtn".
 
     Raises:
@@ -116,10 +130,20 @@ def quantize_together(
     choice = None
     if held_out is not None and method == "gptq":
         dampings = DAMPINGS if damping is None else (damping,)
-        choice = choose_damping(matrices, held_out, desc_act=desc_act, dampings=dampings)
-    if damping is None:
-        damping = choice.damping if choice is not None else DEFAULT_DAMPING
+        known = None if factors is None or damping is None else factors.fitting
+        choice, fitting = choose_damping(
+            matrices, held_out, desc_act=desc_act, dampings=dampings, factor=known
+        )
+        damping = choice.damping
+        if factors is not None:
+            factors.fitting = fitting
+        del fitting  # its memory, unless it is kept
+    elif damping is None:
+        damping = DEFAULT_DAMPING
+    factor = None if factors is None else factors.whole
     factor = factor or factor_hessian(gram, damping=damping, desc_act=desc_act)
+    if factors is not None:
+        factors.whole = factor
     quantized = []
     for position, (matrix, gptq) in enumerate(zip(matrices, round_together(matrices, factor), strict=True)):
         rtn = matrix.round_to_nearest()

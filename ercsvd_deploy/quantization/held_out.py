@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_together_by_each
+from ercsvd_deploy.quantization.gptq_loop import HessianFactor, factor_hessian, round_together_by_each
 from ercsvd_deploy.quantization.losses import LossOf
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def choose_damping(
     *,
     desc_act: bool,
     dampings: Sequence[float] = DAMPINGS,
-) -> HeldOutChoice:
+    factor: HessianFactor | None = None,
+) -> tuple[HeldOutChoice, HessianFactor]:
     """Choose a damping: round some rows of matrices with the same inputs with each, judge on held-out tokens.
 
     Args:
@@ -71,24 +72,34 @@ def choose_damping(
         grams: Grams of their inputs, in two parts.
         desc_act: Order of the columns, see `factor_hessian`.
         dampings: The candidates.
+        factor: The Hessian factor of the fitting tokens' Gram with the only candidate; None: it is computed.
+
+    Returns:
+        The best damping with its losses, and the Hessian factor of the fitting tokens' Gram with it.
     """
     sampled = [_some_rows(matrix) for matrix in matrices]
     judges = [LossOf(matrix.dense, grams.held_out) for matrix in sampled]
     at_once = len(dampings) if len(grams.fitting) <= WIDEST_TOGETHER else 1
-    losses_by_damping = {}
-    for first in range(0, len(dampings), at_once):
-        some = dampings[first : first + at_once]
-        factors = [factor_hessian(grams.fitting, damping=damping, desc_act=desc_act) for damping in some]
-        for damping, rounded in zip(some, round_together_by_each(sampled, factors), strict=True):
-            losses_by_damping[damping] = tuple(
-                loss_of(matrix.dequantize()) for loss_of, matrix in zip(judges, rounded, strict=True)
-            )
-    best = min(losses_by_damping, key=lambda damping: sum(losses_by_damping[damping]))
     rtn = tuple(
         loss_of(matrix.round_to_nearest().dequantize())
         for loss_of, matrix in zip(judges, sampled, strict=True)
     )
-    return HeldOutChoice(best, losses_by_damping[best], rtn)
+    best: tuple[HeldOutChoice, HessianFactor] | None = None
+    for first in range(0, len(dampings), at_once):
+        some = dampings[first : first + at_once]
+        factors = [
+            factor or factor_hessian(grams.fitting, damping=damping, desc_act=desc_act) for damping in some
+        ]
+        rounded_by_each = round_together_by_each(sampled, factors)
+        for damping, own_factor, rounded in zip(some, factors, rounded_by_each, strict=True):
+            losses = tuple(
+                loss_of(matrix.dequantize()) for loss_of, matrix in zip(judges, rounded, strict=True)
+            )
+            if best is None or sum(losses) < sum(best[0].gptq_losses):
+                best = HeldOutChoice(damping, losses, rtn), own_factor
+        del factors, own_factor  # their memory, before the next ones are computed
+    assert best is not None, "there is a candidate"
+    return best
 
 
 def _some_rows(matrix: GriddedWeight) -> GriddedWeight:

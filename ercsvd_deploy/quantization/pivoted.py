@@ -20,6 +20,7 @@ from ercsvd_deploy.linalg.pivoting import PivotedFactors
 from ercsvd_deploy.quantization.gptq import (
     MatrixReport,
     RoundingMethod,
+    SharedFactors,
     check_weight_and_gram,
     quantize_better,
     quantize_together,
@@ -141,7 +142,9 @@ class PivotedTask:
             else:
                 other_rows = refit_other_rows(some, pivot_rows, fitting, damping=damping).float()
             matrix = put_on_grid(other_rows, settings, self.first.scale_dtype)
-            [(quantized, _)] = quantize_together([matrix], energy, factor=factor, method=self.method)
+            [(quantized, _)] = quantize_together(
+                [matrix], energy, factors=SharedFactors(factor), method=self.method
+            )
             return loss_of(quantized.dequantize() @ pivot_rows)
 
         return min((*REFIT_DAMPINGS, None), key=loss)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor
 
 from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.linalg.truncation import approximate
+from ercsvd_deploy.quantization import correction, gptq, held_out
 from ercsvd_deploy.quantization.correction import CorrectedWeight, CorrectionTask, quantize_corrected
-from ercsvd_deploy.quantization.gptq import quantize_weight
+from ercsvd_deploy.quantization.gptq import SharedFactors, quantize_weight
+from ercsvd_deploy.quantization.gptq_loop import factor_hessian
 from ercsvd_deploy.quantization.grid import QuantizationSettings, round_to_nearest
 from ercsvd_deploy.quantization.held_out import HeldOutGrams
 from ercsvd_deploy.quantization.losses import LossOf, proxy_loss
@@ -171,6 +175,40 @@ def test_damping_is_chosen_on_held_out_tokens_once() -> None:
     report = corrected.report
     assert report.factor_a is not None
     assert report.integers.damping == report.factor_a.damping is not None
+
+
+class ForgottenFactors(SharedFactors):
+    """Factors that are not kept, so that each of them is computed again where it is needed."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, None)
+
+
+@pytest.mark.parametrize(("damping", "of_parts", "count"), [(None, True, 5), (0.1, True, 2), (0.1, False, 1)])
+def test_no_hessian_is_factored_twice(
+    damping: float | None, of_parts: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = HeldOutGrams(gram(60, 5), gram(500, 6))
+    settings = replace(INTEGERS, damping=damping)
+    tasks = [replace(task(structured(seed), EIGHT), settings=settings) for seed in (0, 1)]
+
+    def fit() -> tuple[list[CorrectedWeight], list[int]]:
+        """Return the fit, and the size of each Hessian that was factored for it."""
+        factored = Mock(side_effect=factor_hessian)
+        for module in (gptq, held_out):
+            monkeypatch.setattr(module, "factor_hessian", factored)
+        whole = parts.fitting + parts.held_out
+        fitted = quantize_corrected(tasks, whole, held_out=parts if of_parts else None)
+        return fitted, [len(call.args[0]) for call in factored.call_args_list]
+
+    shared, sizes = fit()
+    assert sizes.count(IN) == count
+    monkeypatch.setattr(correction, "SharedFactors", ForgottenFactors)
+    alone, sizes = fit()
+    assert sizes.count(IN) > count
+    for one, other in zip(shared, alone, strict=True):
+        assert torch.equal(one.dequantize(), other.dequantize())
+        assert one.report == other.report
 
 
 def test_rounding_to_nearest_is_the_baseline() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.quantization.gptq import quantize_together
+from ercsvd_deploy.quantization.gptq import SharedFactors, quantize_together
 from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_columns, round_columns_by_each
 from ercsvd_deploy.quantization.grid import Grid, QuantizationSettings, choose_grid, put_on_grid, stack_grids
 from ercsvd_deploy.quantization.losses import proxy_loss
@@ -245,7 +245,7 @@ def test_quantizing_together_is_quantizing_each() -> None:
         )
     factor = factor_hessian(gram, damping=0.01, desc_act=True)
     for (first, _), (second, _) in zip(
-        together, quantize_together(matrices, gram, factor=factor), strict=True
+        together, quantize_together(matrices, gram, factors=SharedFactors(factor)), strict=True
     ):
         assert torch.equal(first.values, second.values)
 

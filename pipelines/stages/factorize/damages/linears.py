@@ -39,7 +39,7 @@ from ercsvd_deploy.pipelines.stages.quantize.pair import (
     start_pair,
 )
 from ercsvd_deploy.quantization.correction import quantize_corrected
-from ercsvd_deploy.quantization.gptq import quantize_together
+from ercsvd_deploy.quantization.gptq import SharedFactors, quantize_together
 from ercsvd_deploy.quantization.gptq_loop import HessianFactor, factor_hessian
 from ercsvd_deploy.quantization.grid import put_on_grid
 from ercsvd_deploy.quantization.held_out import DEFAULT_DAMPING
@@ -233,7 +233,9 @@ class DamagePrediction:
         matrices += [probe.task.first for probe in probes]
         if not matrices:
             return {}
-        quantized = quantize_together(matrices, self.gram, factor=factor, method=self.quantize.method)
+        quantized = quantize_together(
+            matrices, self.gram, factors=SharedFactors(factor), method=self.quantize.method
+        )
         added = {
             storage: self._damage(weight.dequantize())
             for storage, (weight, _) in zip(dense, quantized[: len(dense)], strict=True)
