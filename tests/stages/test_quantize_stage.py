@@ -7,19 +7,22 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.format.schema import CheckpointConfig, WeightQuantization
+from ercsvd_deploy.format.files.tensor_store import TensorInfo
+from ercsvd_deploy.format.schema import CheckpointConfig, Storage, WeightQuantization
 from ercsvd_deploy.models.description.families import describe
 from ercsvd_deploy.models.description.meta import build_meta_model, load_config
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.planning.plan import make_plan
-from ercsvd_deploy.pipelines.stages.quantize.layer import QuantizationError, naming
+from ercsvd_deploy.pipelines.stages.quantize.layer import LayerQuantizer, QuantizationError, naming
 from ercsvd_deploy.pipelines.stages.quantize.planning.serving_notes import serving_warnings
 from ercsvd_deploy.pipelines.stages.quantize.planning.storage import (
     QuantizePlanError,
@@ -28,6 +31,8 @@ from ercsvd_deploy.pipelines.stages.quantize.planning.storage import (
     plan_quantization,
     unquantized,
 )
+from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLayer
+from ercsvd_deploy.quantization import grid
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.quantize import Quantize, QuantizeOverride
 from tests.recipe_runs import RecipeWriter, factorize
@@ -283,3 +288,25 @@ def test_of_linears_that_share_inputs_the_one_at_fault_is_named() -> None:
     group, own = LinearShape("q_proj", 0, 8, 8), LinearShape("v_proj", 0, 8, 8)
     with pytest.raises(QuantizationError, match=r"^v_proj: too large$"), naming(group), naming(own):
         raise ValueError("too large")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [(torch.nan, "the weight has NaN"), (1e9, "does not fit float16")], ids=str
+)
+def test_of_linears_corrected_together_the_one_at_fault_is_named_without_a_search(
+    fault: float, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = Mock()
+    monkeypatch.setattr(grid, "_search_spans", search)
+    storage = Storage.corrected((8, 8), WeightQuantization(bits=4, group_size=8), 2)
+    linears = [
+        (LinearShape(name, 0, 8, 8), storage, nn.Linear(8, 8, bias=False)) for name in ("q_proj", "v_proj")
+    ]
+    linears[1][2].weight.data[3, 5] = fault
+    original = Mock(info=lambda _name: TensorInfo((8, 8), "F16", 128))
+    quantizer = LayerQuantizer(
+        Quantize(bits=4, group_size=-1), original, {}, False, torch.device("cpu"), torch.float32
+    )
+    with pytest.raises(QuantizationError, match=f"^v_proj: .*{message}"):
+        quantizer._quantize_corrected(Mock(), linears, torch.eye(8), None, QuantizedLayer())
+    assert not search.called

@@ -159,7 +159,7 @@ class LayerQuantizer:
         ]
         for (linear, _, _), task in zip(linears, tasks, strict=True):
             with naming(linear):  # checked one by one, because an error in the joint fit names no Linear
-                put_on_grid(task.weight, task.settings, task.scale_dtype)
+                put_on_grid(task.weight, replace(task.settings, mse=False), task.scale_dtype)
         fitted = quantize_corrected(tasks, gram, held_out=held_out, method=self.settings.method)
         for (linear, storage, matrix), dtype, corrected in zip(linears, dtypes, fitted, strict=True):
             loss = proxy_loss(matrix.weight.data, corrected.dequantize(), gram)
