@@ -1,7 +1,8 @@
 """The code that a stage's result depends on: its own file, and its imports from the rooms that compute.
 
-Docstrings and comments do not count, nor do planning, reports and the command line: a better message must not
-invalidate hours of computation.
+Docstrings, comments, messages of errors and descriptions of fields do not count, nor do planning, reports and
+the command line: a better message must not invalidate hours of computation. Nor does what only decides which
+storages are on offer and what they cost: the stage that chooses has a digest of those in its settings.
 """
 
 from __future__ import annotations
@@ -9,25 +10,40 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import ercsvd_deploy
 
 _PACKAGE = "ercsvd_deploy"
-_COMPUTING = tuple(
-    f"{_PACKAGE}.{room}"
-    for room in (
-        "budget",
-        "data",
-        "evaluation",
-        "format.packing",
-        "linalg",
-        "models",
-        "quantization",
-        "pipelines.stages",
-    )
+_COMPUTING = (
+    "budget",
+    "data",
+    "evaluation",
+    # What tensors and words of integers are called and hold, and the weights that are read.
+    "format.files.stacked_matrices",
+    "format.files.store_views",
+    "format.integer_words",
+    "format.llava_names",
+    "format.packing",
+    "format.schema",
+    "format.storage",
+    "format.stored_names",
+    "linalg",
+    "models",
+    "quantization",
+    "pipelines.stages",
 )
+# Module -> what counts for it besides: how files are written, for the stage that writes an export.
+_COMPUTING_TOO = {
+    f"{_PACKAGE}.pipelines.stages.export": (
+        "exporters.vllm.directory",
+        "format.auto_round",
+        "format.compressed_tensors",
+        "format.files",
+        "format.stock_formats",
+    )
+}
 # Modules of the stages' room that only plan and run stages.
 _RUNNING = frozenset(
     f"{_PACKAGE}.pipelines.stages.{name}" for name in ("cached", "contract", "sizes", "stage_run", "workload")
@@ -51,22 +67,23 @@ def code_version(module: str) -> str:
 
 def _needed_by(module: str) -> set[str]:
     """Return a module and all computing modules that it imports, directly or indirectly."""
+    rooms = [f"{_PACKAGE}.{room}" for room in (*_COMPUTING, *_COMPUTING_TOO.get(module, ()))]
     needed, unparsed = {module}, [module]
     while unparsed:
-        imported = {name for name in _parsed(unparsed.pop())[1] if _counts(name)} - needed
+        imported = {name for name in _parsed(unparsed.pop())[1] if _counts(name, rooms)} - needed
         needed |= imported
         unparsed += imported
     return needed
 
 
-def _counts(name: str) -> bool:
-    is_computing = any(name == room or name.startswith(f"{room}.") for room in _COMPUTING)
+def _counts(name: str, rooms: Iterable[str]) -> bool:
+    is_computing = any(name == room or name.startswith(f"{room}.") for room in rooms)
     return is_computing and name not in _RUNNING and _file_of(name) is not None
 
 
 @functools.cache
 def _parsed(module: str) -> tuple[str, frozenset[str]]:
-    """Return a digest of a module's code without docstrings, and the names that it imports."""
+    """Return a digest of a module's code without prose, and the names that it imports."""
     file = _file_of(module)
     assert file is not None, "only modules of this package are read"
     tree = ast.parse(file.read_bytes())
@@ -74,6 +91,10 @@ def _parsed(module: str) -> tuple[str, frozenset[str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             _remove_docstring(node)
+        elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            node.exc.args, node.exc.keywords = [], []
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Field":
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "description"]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imported
 
 
