@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -189,6 +190,28 @@ def measured(recipe: Path, *overrides: str) -> tuple[Any, dict[str, list[Any]]]:
 def test_damages_do_not_depend_on_it(changes: list[str], write_recipe: RecipeWriter) -> None:
     recipe = recipe_of(write_recipe)
     assert measured(recipe, *changes) == measured(recipe)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"budget": 10**6}, {"likeness": 0.5}, {"costs": "one bit more each"}], ids=str
+)
+def test_the_choice_depends_on_costs_and_budget_and_damages_do_not(
+    changes: dict[str, Any], write_recipe: RecipeWriter
+) -> None:
+    [stage] = (each for each in planned(recipe_of(write_recipe)).stages if isinstance(each, FactorizeStage))
+    task = stage.allocation
+    assert task is not None
+    if "costs" in changes:
+        changes = {
+            "costs": {
+                name: {storage: cost + 1 for storage, cost in costs.items()}
+                for name, costs in task.costs.items()
+            }
+        }
+    changed = replace(task, **changes)
+    assert replace(stage, allocation=changed).settings() != stage.settings()
+    damages = damages_stage(recipe_of(write_recipe))
+    assert replace(damages, task=changed).settings() == damages.settings()
 
 
 def test_nor_on_likeness(write_recipe: RecipeWriter) -> None:

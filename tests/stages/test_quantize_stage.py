@@ -284,6 +284,28 @@ def test_groups_that_fit_other_ranks_are_another_result(write_recipe: RecipeWrit
     assert settings[0]["bits"] == settings[1]["bits"] == 4
 
 
+@pytest.mark.parametrize(
+    ("constant", "output_metric", "counts"),
+    [
+        ("sensitivity.stage.NUM_FISHER_SAMPLES", "fisher", True),
+        ("sensitivity.stage.NUM_FISHER_SAMPLES", "identity", False),
+        ("quantize.stage.FEWEST_SAMPLES_TO_HOLD_OUT", "identity", True),
+    ],
+)
+def test_other_numbers_of_samples_are_another_result(
+    constant: str,
+    output_metric: str,
+    counts: bool,
+    write_recipe: RecipeWriter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = load_recipe(write_recipe(quantize(correction={"rank": 8}, output_metric=output_metric)))
+    before = [stage.settings() for stage in make_plan(recipe).stages if stage.name == "quantize"]
+    monkeypatch.setattr(f"ercsvd_deploy.pipelines.stages.{constant}", 7)
+    after = [stage.settings() for stage in make_plan(recipe).stages if stage.name == "quantize"]
+    assert (before != after) is counts
+
+
 def test_of_linears_that_share_inputs_the_one_at_fault_is_named() -> None:
     group, own = LinearShape("q_proj", 0, 8, 8), LinearShape("v_proj", 0, 8, 8)
     with pytest.raises(QuantizationError, match=r"^v_proj: too large$"), naming(group), naming(own):

@@ -17,7 +17,7 @@ from ercsvd_deploy.budget.ranks import RankPlan
 from ercsvd_deploy.exporters.vllm.cutting import find_unservable
 from ercsvd_deploy.models.description.architecture import Architecture
 from ercsvd_deploy.pipelines.stages.contract import Candidate, Needs, PlanningContext, Stage, Table
-from ercsvd_deploy.pipelines.stages.factorize.damages.stage import DamagesStage
+from ercsvd_deploy.pipelines.stages.factorize.damages.stage import DamagesStage, digest_of_offer
 from ercsvd_deploy.pipelines.stages.factorize.needs import factorize_needs
 from ercsvd_deploy.pipelines.stages.factorize.outcome import (
     Factorized,
@@ -119,8 +119,19 @@ class FactorizeStage(Stage):
         return f"{self.factorize.method}, {count} candidate{'s' if count > 1 else ''}"
 
     def settings(self) -> Any:
-        """Return the recipe's stage, and the other settings that ranks depend on."""
-        return self.factorize.model_dump(mode="json") | dict(self.further_settings)
+        """Return the recipe's stage, and what else ranks depend on.
+
+        Error control chooses by costs and budget, which can change without a setting of the recipe.
+        """
+        settings = self.factorize.model_dump(mode="json") | dict(self.further_settings)
+        task = self.allocation
+        if task is None:
+            return settings
+        costs = [list(costs.values()) for costs in task.costs.values()]
+        return settings | {
+            "offer": digest_of_offer(task.costs),
+            "costs": digest_of([costs, task.budget, task.likeness]),
+        }
 
     def store(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Return a candidate for every number of compressed layers."""

@@ -19,7 +19,9 @@ from ercsvd_deploy.pipelines.stages.quantize.planning.storage import (
     quantize_plan_of,
 )
 from ercsvd_deploy.pipelines.stages.quantize.results import QuantizeOutcome
+from ercsvd_deploy.pipelines.stages.sensitivity.stage import SensitivityStage
 from ercsvd_deploy.recipe.quantize import Quantize
+from ercsvd_deploy.recipe.stages import FEWEST_SAMPLES_TO_HOLD_OUT
 
 if TYPE_CHECKING:
     from ercsvd_deploy.pipelines.inputs.run_data import RunData
@@ -46,7 +48,8 @@ class QuantizeStage(Stage):
         tensor_parallel_sizes: The sizes at which the model will be served.
         is_on_trained_factors: Whether factors come from recovery or were fitted to the inputs of the
             compressed prefix; they then approximate more than the original weights.
-        is_weighed: Whether corrections are fitted with the Fisher information of the Linears' outputs.
+        num_fisher_samples: Calibration samples on which the Fisher information of the Linears' outputs was
+            measured, if corrections are fitted with it.
         bits_are_chosen: Whether a target chooses the bits.
     """
 
@@ -55,7 +58,7 @@ class QuantizeStage(Stage):
     architecture: Architecture
     tensor_parallel_sizes: Sequence[int]
     is_on_trained_factors: bool
-    is_weighed: bool = False
+    num_fisher_samples: int | None = None
     bits_are_chosen: bool = False
 
     name = "quantize"
@@ -71,6 +74,10 @@ class QuantizeStage(Stage):
         recipe = context.recipe
         if recipe.quantize is None:
             return None
+        measured = context.planned.get(SensitivityStage.name)
+        num_fisher_samples = None
+        if recipe.corrects_by_sensitivity and isinstance(measured, SensitivityStage):
+            num_fisher_samples = measured.num_samples
         on_prefix = recipe.factorize is not None and recipe.factorize.compressed_prefix_inputs
         return cls(
             recipe.quantize,
@@ -78,7 +85,7 @@ class QuantizeStage(Stage):
             context.architecture,
             recipe.serving.tensor_parallel_sizes,
             is_on_trained_factors=on_prefix or recipe.recover is not None,
-            is_weighed=recipe.corrects_by_sensitivity,
+            num_fisher_samples=num_fisher_samples,
             bits_are_chosen=recipe.target is not None,
         )
 
@@ -90,9 +97,16 @@ class QuantizeStage(Stage):
         return f"{self.quantize.method}, {bits}{corrected}"
 
     def settings(self) -> Any:
-        """Return the recipe's stage, and the tensor parallel sizes that groups must fit."""
+        """Return the recipe's stage, and what else integers depend on.
+
+        Fisher information is temporary, so its settings are not among those of the stages before.
+        """
         fitted = self.storing.fitted_to
-        return self.quantize.model_dump(mode="json") | {"fitted_to": None if fitted is None else list(fitted)}
+        return self.quantize.model_dump(mode="json") | {
+            "fitted_to": None if fitted is None else list(fitted),
+            "num_fisher_samples": self.num_fisher_samples,
+            "held_out_from": FEWEST_SAMPLES_TO_HOLD_OUT,
+        }
 
     def store(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Return the candidates with the quantized storage of every decoder Linear.
@@ -147,7 +161,7 @@ class QuantizeStage(Stage):
                 on_layer,
                 refits_to_factors=self.is_on_trained_factors,
                 token_sensitivity=run.results.get("token_sensitivity"),
-                sensitivity=run.results.get("sensitivity") if self.is_weighed else None,
+                sensitivity=run.results.get("sensitivity") if self.num_fisher_samples is not None else None,
                 vocabulary=vocabulary,
             )
         integers = {name: storage for name, storage in storages.items() if storage.is_quantized}

@@ -71,7 +71,7 @@ class DamagesStage(Stage):
         return {
             "factorize": {name: value for name, value in factorize.items() if name not in _NOT_READ},
             "quantized_as": self.quantize and self.quantize.model_dump(mode="json"),
-            "offer": _digest_of_offer(self.task.costs),
+            "offer": digest_of_offer(self.task.costs),
         }
 
     def needs(self, work: Workload, candidates: Sequence[Candidate]) -> Needs:
@@ -98,14 +98,13 @@ class DamagesStage(Stage):
             return measure_damages(work, self.task.costs, self.quantize)
 
 
-def _digest_of_offer(offer: Mapping[str, Collection[Storage]]) -> str:
+def digest_of_offer(offer: Mapping[str, Collection[Storage]]) -> str:
     """Return a digest of every matrix's storages on offer.
 
     Their order counts, because it changes the rounding of products of matrices that are quantized together.
     """
-    described = {
-        storage: storage.model_dump(mode="json") for storages in offer.values() for storage in storages
-    }
+    distinct = dict.fromkeys(storage for storages in offer.values() for storage in storages)
+    described = {storage: storage.model_dump(mode="json") for storage in distinct}
     numbers = {storage: number for number, storage in enumerate(described)}
     return digest_of(
         [
