@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_columns
+from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_columns_by_each
 from ercsvd_deploy.quantization.grid import Grid, choose_grid, stack_grids
 from ercsvd_deploy.quantization.losses import proxy_loss
 from tests.quantization.gptqmodel_reference import run_gptqmodel
@@ -100,7 +100,7 @@ def measure(name: str, matrices: Sequence[tuple[int, int]], columns: int, thread
             for weight, (_, bits) in zip(weights, matrices, strict=True)
         ]
         factor = factor_hessian(gram, damping=0.01, desc_act=True)
-        levels = round_columns(torch.cat(weights), stack_grids(grids), factor)
+        [levels] = round_columns_by_each(torch.cat(weights), stack_grids(grids), [factor])
         parts = torch.split(levels, [rows for rows, _ in matrices])
         return [dequantized(part, grid) for part, grid in zip(parts, grids, strict=True)]
 

@@ -7,7 +7,9 @@ inputs go through the loop together (`quantize_together`), with one factorizatio
 low-rank factors are quantized by `pairs`, pivoted matrices by `pivoted`.
 
 Groups are static: their scales come from the original weight, so `desc_act` (columns in order of falling
-activation energy, about a third less error) changes nothing in the file and costs nothing when served.
+activation energy, about a third less error) changes nothing in the file and costs nothing when served. Input
+columns that calibration never reached (zero diagonal of the Gram) are rounded to nearest; the original
+algorithm sets their weights to zero, which a text unlike the calibration's would notice.
 """
 
 from __future__ import annotations
@@ -52,31 +54,6 @@ class MatrixReport:
     def method(self) -> Literal["gptq", "rtn"]:
         """The method with the smaller loss."""
         return "gptq" if self.gptq_loss <= self.rtn_loss else "rtn"
-
-
-def quantize_weight(
-    weight: Tensor, gram: Tensor, settings: QuantizationSettings, *, scale_dtype: torch.dtype
-) -> QuantizedWeight:
-    """Quantize a matrix by GPTQ.
-
-    Input columns that calibration never reached (zero diagonal of the Gram) are rounded to nearest; the
-    original algorithm sets their weights to zero, which a text unlike the calibration's would notice.
-
-    Args:
-        weight: [out, in], any floating dtype.
-        gram: sum of x x^T over the layer's inputs, [in, in], at any scale (a Hessian will do).
-        settings: the grid and GPTQ's damping.
-        scale_dtype: dtype in which the scales are stored; the loop runs on the scales so rounded.
-
-    Raises:
-        ValueError: shapes that do not fit, NaN or infinite entries, a Gram that is not positive
-            semi-definite, a group size that does not divide `in`, scales beyond `scale_dtype`.
-    """
-    check_weight_and_gram(weight, gram)
-    matrix = put_on_grid(weight, settings, scale_dtype)
-    damping = DEFAULT_DAMPING if settings.damping is None else settings.damping
-    factor = factor_hessian(gram, damping=damping, desc_act=settings.desc_act)
-    return round_together([matrix], factor)[0]
 
 
 @dataclass(eq=False)
@@ -171,7 +148,8 @@ def quantize_better(
         The quantized weight, and the losses of both methods.
 
     Raises:
-        ValueError: as `quantize_weight`.
+        ValueError: shapes that do not fit, NaN or infinite entries, a Gram that is not positive
+            semi-definite, a group size that does not divide `in`, scales beyond `scale_dtype`.
     """
     check_weight_and_gram(weight, gram)
     matrix = put_on_grid(weight, settings, scale_dtype)

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = [
     "HessianFactor",
     "factor_hessian",
-    "round_columns",
     "round_columns_by_each",
     "round_together",
     "round_together_by_each",
@@ -54,7 +53,7 @@ class HessianFactor:
 
 
 def factor_hessian(hessian: Tensor, *, damping: float, desc_act: bool) -> HessianFactor:
-    """Factor a Hessian for `round_columns`, in float64.
+    """Factor a Hessian for `round_columns_by_each`, in float64.
 
     Input columns that calibration never reached (zero diagonal) count as uncorrelated columns of mean energy:
     they are rounded to nearest.
@@ -86,11 +85,6 @@ def factor_hessian(hessian: Tensor, *, damping: float, desc_act: bool) -> Hessia
             return HessianFactor(order, unit.flip(0, 1).T.contiguous())
         damping *= 10
     raise ValueError("the Gram is not positive semi-definite, so it is no sum of x x^T")
-
-
-def round_columns(weight: Tensor, grid: Grid, factor: HessianFactor) -> Tensor:
-    """Return the integers [rows, in] of GPTQ by one factor, see `round_columns_by_each`."""
-    return round_columns_by_each(weight, grid, [factor])[0]
 
 
 def round_columns_by_each(weight: Tensor, grid: Grid, factors: Sequence[HessianFactor]) -> Tensor:

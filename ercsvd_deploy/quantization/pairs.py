@@ -3,6 +3,10 @@
 Factors are first rotated within the rank dimension, which costs nothing and helps GPTQ, and then quantized in
 the order in which errors arise (y = B (A x)): A under the Gram G of the inputs, then B is re-fitted in closed
 form to the original weight given the quantized A, then B under A_q G A_q^T.
+
+The optimal B leaves an error orthogonal (under G) to everything A_q can express, so what quantizing B adds to
+the loss is exactly its own proxy loss under A_q G A_q^T: the second Hessian needs no forward pass. Rows of A
+matter differently, but GPTQ treats rows independently and needs no weights for them.
 """
 
 from __future__ import annotations
@@ -16,13 +20,7 @@ from torch import Tensor
 
 from ercsvd_deploy.format.described import Measured
 from ercsvd_deploy.format.packing import QuantizedWeight
-from ercsvd_deploy.quantization.gptq import (
-    MatrixReport,
-    RoundingMethod,
-    check_weight_and_gram,
-    quantize_better,
-    quantize_together,
-)
+from ercsvd_deploy.quantization.gptq import MatrixReport, RoundingMethod, quantize_better
 from ercsvd_deploy.quantization.grid import (
     GriddedWeight,
     QuantizationSettings,
@@ -238,53 +236,3 @@ def start_factors(
         factor_a, factor_b = rotate_factors(factor_a, factor_b)
     first = put_on_grid(factor_a, settings_a, scale_dtype)
     return FactorsTask(weight, unquantized, first, factor_b, settings_b, refit, method)
-
-
-def quantize_factors(
-    weight: Tensor,
-    factor_a: Tensor,
-    factor_b: Tensor,
-    gram: Tensor,
-    *,
-    settings_a: QuantizationSettings,
-    settings_b: QuantizationSettings,
-    scale_dtype: torch.dtype,
-    refit: bool = True,
-    rotate: bool = True,
-    method: RoundingMethod = "gptq",
-) -> QuantizedFactors:
-    """Quantize a pair of factors in error-aware order: A, re-fit of B to the original weight, B.
-
-    The optimal B leaves an error orthogonal (under G) to everything A_q can express, so what quantizing B
-    adds to the loss is exactly its own proxy loss under A_q G A_q^T: the second Hessian needs no forward
-    pass. Rows of A matter differently, but GPTQ treats rows independently and needs no weights for them.
-
-    Args:
-        weight: original weight, [out, in].
-        factor_a: [rank, in].
-        factor_b: [out, rank].
-        gram: of the layer's inputs, [in, in], at any scale.
-        settings_a: for the first factor.
-        settings_b: for the second factor.
-        scale_dtype: dtype in which the scales are stored.
-        refit: whether to re-fit B.
-        rotate: whether to rotate the rank dimension first.
-        method: "rtn", the baseline, rounds both factors to nearest.
-
-    Raises:
-        ValueError: as `quantize_weight`, before any work for either factor's shape and group size.
-    """
-    check_weight_and_gram(weight, gram)
-    task = start_factors(
-        weight,
-        factor_a,
-        factor_b,
-        settings_a=settings_a,
-        settings_b=settings_b,
-        scale_dtype=scale_dtype,
-        refit=refit,
-        rotate=rotate,
-        method=method,
-    )
-    [(first, report)] = quantize_together([task.first], gram, method=method)
-    return task.finish(first, report, gram)

@@ -21,7 +21,6 @@ from ercsvd_deploy.quantization.gptq import (
     MatrixReport,
     RoundingMethod,
     SharedFactors,
-    check_weight_and_gram,
     quantize_better,
     quantize_together,
 )
@@ -194,49 +193,6 @@ def start_pivoted(
     start = pivoted.to(torch.float32)
     first = put_on_grid(start.pivot_rows, settings_pivots, scale_dtype)
     return PivotedTask(weight, start, first, settings_others, refit, method)
-
-
-def quantize_pivoted(
-    weight: Tensor,
-    pivoted: PivotedFactors,
-    gram: Tensor,
-    *,
-    settings_pivots: QuantizationSettings,
-    settings_others: QuantizationSettings,
-    scale_dtype: torch.dtype,
-    refit: bool = True,
-    method: RoundingMethod = "gptq",
-) -> QuantizedFactors:
-    """Quantize pivot rows and other rows of one Linear in error-aware order.
-
-    Args:
-        weight: original weight, [out, in].
-        pivoted: its approximation.
-        gram: of the layer's inputs, [in, in], at any scale.
-        settings_pivots: for the pivot rows.
-        settings_others: for the other rows.
-        scale_dtype: dtype in which the scales are stored.
-        refit: whether to re-fit the other rows.
-        method: "rtn", the baseline, rounds both to nearest.
-
-    Returns:
-        The pivot rows as `factor_a`, the other rows as `factor_b`; losses are those of the whole Linear.
-
-    Raises:
-        ValueError: as `gptq.quantize_weight`, before any work for either matrix's shape and group size.
-    """
-    check_weight_and_gram(weight, gram)
-    task = start_pivoted(
-        weight,
-        pivoted,
-        settings_pivots=settings_pivots,
-        settings_others=settings_others,
-        scale_dtype=scale_dtype,
-        refit=refit,
-        method=method,
-    )
-    [(first, report)] = quantize_together([task.first], gram, method=method)
-    return task.finish(first, report, gram)
 
 
 def refit_other_rows(

@@ -14,11 +14,12 @@ from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.linalg.truncation import approximate
 from ercsvd_deploy.quantization import correction, gptq, held_out
 from ercsvd_deploy.quantization.correction import CorrectedWeight, CorrectionTask, quantize_corrected
-from ercsvd_deploy.quantization.gptq import SharedFactors, quantize_weight
+from ercsvd_deploy.quantization.gptq import SharedFactors
 from ercsvd_deploy.quantization.gptq_loop import factor_hessian
 from ercsvd_deploy.quantization.grid import QuantizationSettings, round_to_nearest
 from ercsvd_deploy.quantization.held_out import HeldOutGrams
 from ercsvd_deploy.quantization.losses import LossOf, proxy_loss
+from tests.quantization.one_at_a_time import quantize_weight
 
 OUT, IN, RANK = 64, 96, 8
 INTEGERS = QuantizationSettings(bits=2, group_size=32, mse=True)

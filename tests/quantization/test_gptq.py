@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ercsvd_deploy.format.packing import QuantizedWeight
-from ercsvd_deploy.quantization.gptq import quantize_better, quantize_weight
+from ercsvd_deploy.quantization.gptq import quantize_better
 from ercsvd_deploy.quantization.grid import QuantizationSettings, round_to_nearest
 from ercsvd_deploy.quantization.held_out import DEFAULT_DAMPING
 from ercsvd_deploy.quantization.losses import proxy_loss
-from ercsvd_deploy.quantization.pairs import quantize_factors, refit_second_factor, rotate_factors
+from ercsvd_deploy.quantization.pairs import refit_second_factor, rotate_factors
+from tests.quantization.one_at_a_time import quantize_factors, quantize_weight
 
 FLOAT = torch.float32
 

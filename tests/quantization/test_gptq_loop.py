@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ercsvd_deploy.quantization.gptq import SharedFactors, quantize_together
-from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_columns, round_columns_by_each
+from ercsvd_deploy.quantization.gptq_loop import factor_hessian, round_columns_by_each
 from ercsvd_deploy.quantization.grid import Grid, QuantizationSettings, choose_grid, put_on_grid, stack_grids
 from ercsvd_deploy.quantization.losses import proxy_loss
 from tests.quantization.gptqmodel_reference import import_gptqmodel, run_gptqmodel
+from tests.quantization.one_at_a_time import round_columns
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("ordinary", "dead columns", "ill-conditioned", "few tokens")

@@ -13,16 +13,16 @@ from torch import Tensor
 from ercsvd_deploy.linalg.decomposition import decompose
 from ercsvd_deploy.linalg.pivoting import PivotedFactors, to_pivoted
 from ercsvd_deploy.linalg.truncation import truncate
-from ercsvd_deploy.quantization.gptq import quantize_together, quantize_weight
+from ercsvd_deploy.quantization.gptq import quantize_together
 from ercsvd_deploy.quantization.grid import QuantizationSettings
 from ercsvd_deploy.quantization.held_out import HeldOutGrams
 from ercsvd_deploy.quantization.pivoted import (
     REFIT_DAMPINGS,
     PivotedTask,
-    quantize_pivoted,
     refit_other_rows,
     start_pivoted,
 )
+from tests.quantization.one_at_a_time import quantize_pivoted, quantize_weight
 
 OUT, IN, RANK, TOKENS = 96, 64, 32, 512
 INT4 = QuantizationSettings(bits=4, group_size=32, sym=True)

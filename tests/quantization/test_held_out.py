@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ercsvd_deploy.quantization.gptq import quantize_together, quantize_weight
+from ercsvd_deploy.quantization.gptq import quantize_together
 from ercsvd_deploy.quantization.grid import QuantizationSettings, put_on_grid
 from ercsvd_deploy.quantization.held_out import DAMPINGS, HeldOutGrams, choose_damping
 from ercsvd_deploy.quantization.losses import proxy_loss
+from tests.quantization.one_at_a_time import quantize_weight
 
 WIDTH = 96
 OPEN = QuantizationSettings(bits=4, group_size=32, damping=None)

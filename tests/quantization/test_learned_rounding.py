@@ -7,9 +7,9 @@ import torch
 
 from ercsvd_deploy.format.packing import pack
 from ercsvd_deploy.models.compressed.modules import PackedLinear
-from ercsvd_deploy.quantization.gptq import quantize_weight
 from ercsvd_deploy.quantization.grid import QuantizationSettings
 from ercsvd_deploy.quantization.learned_rounding import LEARNING_RATE, LearnedRounding
+from tests.quantization.one_at_a_time import quantize_weight
 
 OUT, IN, TOKENS = 24, 64, 1024
 BITS = [2, 3, 4, 5, 8]

@@ -21,10 +21,10 @@ from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
 from ercsvd_deploy.pipelines.planning.plan import make_plan
 from ercsvd_deploy.pipelines.stages.quantize.planning.storage import QuantizePlanError
-from ercsvd_deploy.quantization.gptq import quantize_weight
 from ercsvd_deploy.quantization.grid import QuantizationSettings, round_to_nearest
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.families.tiny_families import save_tiny_family
+from tests.quantization.one_at_a_time import quantize_weight
 from tests.recipe_runs import TEXT
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 from tests.tiny_models import materialise
