@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from ercsvd_deploy.format.llava_names import to_checkpoint
+from tests.hub_names import to_checkpoint
 
 HIDDEN_SIZE = 64
 NUM_LAYERS = 3

@@ -21,8 +21,7 @@ LANGUAGE_MODEL = "model.language_model."
 VISION_TOWER = "model.vision_tower."
 PROJECTOR = "model.multi_modal_projector."
 
-# Module prefix -> checkpoint prefixes, the one that is written first. Longer prefixes stand before those
-# that they begin with.
+# Module prefix -> checkpoint prefixes, the hub's first.
 _PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (LANGUAGE_MODEL, ("language_model.model.", LANGUAGE_MODEL)),
     ("lm_head.", ("language_model.lm_head.", "model.language_model.lm_head.", "lm_head.")),
@@ -53,15 +52,6 @@ def to_module(name: str) -> str:
     for checkpoint_prefix, module in sorted(prefixes, key=lambda pair: -len(pair[0])):
         if name.startswith(checkpoint_prefix):
             return module + name.removeprefix(checkpoint_prefix)
-    return name
-
-
-def to_checkpoint(name: str) -> str:
-    """Return the hub's name of a tensor, or of a module, that transformers 5 calls `name`."""
-    path = f"{name}."  # a prefix may be the whole name of a module
-    for module, layouts in _PREFIXES:
-        if path.startswith(module):
-            return (layouts[0] + path.removeprefix(module)).removesuffix(".")
     return name
 
 

@@ -15,7 +15,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed checkpoints
 from ercsvd_deploy.budget.ranks import LinearShape
-from ercsvd_deploy.format.llava_names import to_checkpoint
 from ercsvd_deploy.format.schema import CheckpointConfig
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.model import open_model, stream
@@ -26,6 +25,7 @@ from ercsvd_deploy.pipelines.stages.factorize.residual import residual_ranks_on_
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.sections import ModelSource
 from tests.conftest import ModelDirectory
+from tests.hub_names import to_checkpoint
 from tests.models.streamed import picture_samples
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 from tests.tiny_models import VISION_FAMILIES

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from ercsvd_deploy.format.llava_names import from_original, to_checkpoint, to_module
+from ercsvd_deploy.format.llava_names import from_original, to_module
 from ercsvd_deploy.models.description.families import describe
 from ercsvd_deploy.models.description.meta import build_meta_model, load_config
 from tests.conftest import ModelDirectory
+from tests.hub_names import to_checkpoint
 from tests.importing.original_llava import original_name
 from tests.tiny_models import VISION_FAMILIES, WEIGHTS_FILE
 
