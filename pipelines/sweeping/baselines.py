@@ -37,13 +37,23 @@ def points_and_baselines(sweep: Sweep) -> list[Point]:
 
 
 def plain_gptq(base: Recipe) -> list[Point]:
-    """Return the baselines: a recipe's model with GPTQ only, at 4 and at 8 bits."""
-    settings = base.quantize or Quantize().model_copy(update={"group_size": _group_size(base)})
+    """Return the baselines: a recipe's model with GPTQ only, at 4 and at 8 bits.
+
+    Of the recipe's own quantize stage they have the group size alone: all Linears of the decoder are stored
+    as symmetric integers, and what is outside of it stays as it is.
+
+    Raises:
+        RecipeError: the recipe has no calibration.
+    """
+    if base.calibration is None:
+        raise RecipeError(["GPTQ measures activations, and the recipe has no calibration"])
+    group_size: Any = _group_size(base) if base.quantize is None else base.quantize.group_size
+    unchanged: dict[str, Any] = {"compress_tower": False, "compress_projector": False}
+    vision = None if base.vision is None else base.vision.model_copy(update=unchanged)
     points = []
     for bits in (4, 8):
-        changed: dict[str, Any] = {"bits": bits, "overrides": {}, "ignore": ()}
-        stage = QuantizeStage(quantize=settings.model_copy(update=changed))
-        recipe = base.model_copy(update={"stages": (stage,), "target": None})
+        stages = (QuantizeStage(quantize=Quantize(bits=bits, group_size=group_size)),)
+        recipe = base.model_copy(update={"stages": stages, "target": None, "vision": vision})
         points.append(Point(f"plain GPTQ-{bits}", {"bits": bits}, recipe))
     return points
 

@@ -28,7 +28,8 @@ from ercsvd_deploy.pipelines.sweeping.plot import draw_sweep, sweep_rows
 from ercsvd_deploy.pipelines.sweeping.points import gates_for_the_export, run_point
 from ercsvd_deploy.pipelines.sweeping.results import DENSE, PointResult
 from ercsvd_deploy.pipelines.sweeping.run import Results, hash_models, judge_points
-from ercsvd_deploy.recipe.load import Recipe, RecipeError, canonical, load_recipe
+from ercsvd_deploy.recipe.load import Quantize, Recipe, RecipeError, canonical, load_recipe
+from ercsvd_deploy.recipe.sections import Vision
 from tests.recipe_runs import RecipeWriter, factorize, invoke
 from tests.sweeping.sweep_files import RATIO, written
 
@@ -179,6 +180,30 @@ def test_baselines_are_the_recipes_model_quantized_alone(write_recipe: RecipeWri
     bare = plain_gptq(load_recipe(write_recipe(factorize())))
     assert bare[0].recipe.quantize is not None
     assert bare[0].recipe.quantize.group_size == 128  # the largest that divides every in-dimension
+
+
+def test_baselines_are_plain_gptq_whatever_the_recipes_own_stage(write_recipe: RecipeWriter) -> None:
+    own: dict[str, Any] = {
+        "method": "rtn",
+        "bits": 3,
+        "group_size": 64,
+        "sym": False,
+        "damping": 0.3,
+        "correction": {"rank": 8},
+        "output_metric": "fisher",
+        "overrides": {"down_proj": {"bits": 8}},
+        "lm_head": {"bits": 8},
+        "embeddings": {"bits": 8},
+    }
+    recipe = load_recipe(write_recipe({"quantize": own}))
+    for bits, point in zip((4, 8), plain_gptq(recipe), strict=True):
+        assert point.recipe.quantize == Quantize.model_validate({"bits": bits, "group_size": 64})
+        assert point.recipe.calibration == recipe.calibration
+        assert Recipe.model_validate_json(json.dumps(canonical(point.recipe))) == point.recipe
+    towers = recipe.model_copy(update={"vision": Vision(compress_tower=True)})
+    assert all(point.recipe.vision == Vision() for point in plain_gptq(towers))
+    with pytest.raises(RecipeError, match="has no calibration"):
+        plain_gptq(recipe.model_copy(update={"calibration": None}))
 
 
 @pytest.mark.slow
