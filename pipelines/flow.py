@@ -16,10 +16,10 @@ import torch
 
 from ercsvd_deploy.data.texts import CalibrationError
 from ercsvd_deploy.exporters.vllm.directory.replacement import finish_replacement
-from ercsvd_deploy.exporters.vllm.directory.target import check_unchanged
+from ercsvd_deploy.exporters.vllm.directory.target import check_target, check_unchanged
 from ercsvd_deploy.format.files.manifest import changed_files
 from ercsvd_deploy.models.streaming.layerwise import LayerwiseModel
-from ercsvd_deploy.pipelines.inputs.checks import check_inputs, check_weights
+from ercsvd_deploy.pipelines.inputs.checks import check_weights
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, open_model, stream
 from ercsvd_deploy.pipelines.inputs.run_data import RunData, load_run_data
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
@@ -195,7 +195,8 @@ def prepare_run(recipe: Recipe, target: Path | None, *, device: torch.device | N
     check_files(recipe)
     opened = open_model(recipe.model)
     plan = make_plan(recipe, device=device, config=opened.config)
-    check_inputs(recipe, opened, target)
+    if target is not None:
+        check_target(target, opened.directory)
     for stage in plan.stages:
         stage.check_here()
     shortages = check_resources(plan.estimate, target)

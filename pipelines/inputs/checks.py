@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ercsvd_deploy.exporters.vllm.directory.target import check_target
 from ercsvd_deploy.format.files.tensor_store import CheckpointError
 from ercsvd_deploy.pipelines.inputs.model import OpenedModel, stream
 from ercsvd_deploy.pipelines.inputs.texts import check_length
@@ -16,19 +14,16 @@ if TYPE_CHECKING:
     from ercsvd_deploy.recipe.sections import Recipe
 
 
-def check_inputs(recipe: Recipe, opened: OpenedModel, target: Path | None) -> None:
-    """Check a recipe's sequence lengths against the model, and its output directory.
+def check_lengths(recipe: Recipe, config: Any) -> None:
+    """Check a recipe's sequence lengths against the model's config.
 
     Raises:
-        ExportError: the output cannot be written to.
-        CalibrationError: sequences are longer than the model's positions.
+        PlanError: sequences are longer than the model's positions.
     """
-    if target is not None:
-        check_target(target, opened.directory)
     if recipe.calibration is not None:
-        check_length(recipe.calibration.sequence_length, opened.config, "calibration.sequence_length")
+        check_length(recipe.calibration.sequence_length, config, "calibration.sequence_length")
     if recipe.judged_texts and recipe.evaluation_sequence_length is not None:
-        check_length(recipe.evaluation_sequence_length, opened.config, "evaluation.sequence_length")
+        check_length(recipe.evaluation_sequence_length, config, "evaluation.sequence_length")
 
 
 def check_weights(opened: OpenedModel) -> None:

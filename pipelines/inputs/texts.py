@@ -20,6 +20,7 @@ from ercsvd_deploy.data.texts import (
     sample_windows,
     token_windows,
 )
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.sections import (
     Calibration,
     JsonLines,
@@ -108,11 +109,11 @@ def check_length(sequence_length: int, config: Any, field: str) -> None:
     """Refuse windows that are longer than the model's number of positions.
 
     Raises:
-        CalibrationError: the length exceeds `max_position_embeddings`.
+        PlanError: the length exceeds `max_position_embeddings`.
     """
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(most, int) and sequence_length > most:
-        raise CalibrationError(f"{field} is {sequence_length}, but the model has {most} positions: lower it")
+        raise PlanError(f"{field} is {sequence_length}, but the model has {most} positions: lower it")
 
 
 def calibration_windows(

@@ -15,6 +15,7 @@ from ercsvd_deploy.models.description.meta import compressed_config, own_dtype, 
 from ercsvd_deploy.models.description.tested_families import family_warnings
 from ercsvd_deploy.models.description.vision import lacks_conversations, reads_images
 from ercsvd_deploy.pipelines.importing.llava.planned import import_note
+from ercsvd_deploy.pipelines.inputs.checks import check_lengths
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidates
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine
@@ -165,6 +166,7 @@ def make_plan(
     config = open_config(recipe.model) if config is None else config
     refuse_compressed(config)
     check_vision(recipe, config)
+    check_lengths(recipe, config)
     architecture = read_architecture(config, trust_remote_code=recipe.model.trust_remote_code)
     check_vision_parts(recipe, architecture)
     check_tensor_parallel_sizes(recipe, architecture)

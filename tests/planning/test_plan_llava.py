@@ -70,7 +70,12 @@ def test_text_model_with_a_vision_section_is_refused(tiny_model: ModelDirectory)
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "llava-siglip"])
 def test_other_vision_parts_are_not_compressed(family: str, tmp_path: Path) -> None:
     tiny_config(family).save_pretrained(tmp_path)
-    size = ["factorize.rank_multiple=8", "factorize.num_compressed_layers=all", f"model.path={tmp_path}"]
+    size = [
+        "factorize.rank_multiple=8",
+        "factorize.num_compressed_layers=all",
+        "calibration.sequence_length=256",
+        f"model.path={tmp_path}",
+    ]
     parts = (
         make_plan(load_recipe(RECIPES / "llava-1.5-7b.yaml", [*size, "serving=null"]))
         .candidates[0]
@@ -123,13 +128,13 @@ def test_precision_that_the_language_model_names(tmp_path: Path) -> None:
     raw.pop("dtype")
     raw["text_config"]["dtype"] = "bfloat16"
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    size = ["factorize.rank_multiple=8", f"model.path={tmp_path}"]
+    size = ["factorize.rank_multiple=8", "calibration.sequence_length=256", f"model.path={tmp_path}"]
     assert make_plan(load_recipe(RECIPES / "qwen3-vl-8b.yaml", size)).dtype == "bfloat16"
 
 
 def test_conversations_of_a_model_without_a_chat_template_are_refused(tmp_path: Path) -> None:
     tiny_config("paligemma").save_pretrained(tmp_path)
-    asked = ["factorize.rank_multiple=8", f"model.path={tmp_path}"]
+    asked = ["factorize.rank_multiple=8", "calibration.sequence_length=256", f"model.path={tmp_path}"]
     with pytest.raises(PlanError, match=r"has vision, but paligemma has no conversations: .* on text"):
         make_plan(load_recipe(RECIPES / "gemma-3-12b.yaml", asked))
     make_plan(load_recipe(RECIPES / "gemma-3-12b.yaml", [*asked, "vision=null", "evaluation.lm_eval=null"]))

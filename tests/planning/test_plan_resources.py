@@ -23,6 +23,7 @@ from ercsvd_deploy.pipelines.stages.factorize import walk
 from ercsvd_deploy.pipelines.stages.factorize.context import Factorization
 from ercsvd_deploy.pipelines.stages.factorize.decompositions.kept import forget_decompositions
 from ercsvd_deploy.pipelines.state.lock import work_path
+from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.conftest import ModelDirectory
 from tests.planning.counted import declared, run_counted
@@ -57,6 +58,24 @@ def write_recipe(tmp_path: Path, tiny_model: ModelDirectory) -> RecipeWriter:
 
 def planned(recipe: Path, *overrides: str) -> Plan:
     return make_plan(load_recipe(recipe, overrides), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"num_samples": 4}, r"192 calibration tokens are too few for GPTQ; .*down_proj has 256 in"),
+        ({"sequence_length": 100000}, r"calibration.sequence_length is 100000, but the model has 256 pos"),
+        (None, r"evaluation.sequence_length is 1000, but the model has 256 positions: lower it"),
+    ],
+)
+def test_a_plan_refuses_what_no_text_can_mend(
+    overrides: dict[str, int] | None, expected: str, write_recipe: RecipeWriter
+) -> None:
+    recipe = write_recipe({"quantize": {"group_size": 32}})
+    assert planned(recipe).candidates
+    lines = [f"calibration.{key}={value}" for key, value in (overrides or {}).items()]
+    with pytest.raises(PlanError, match=expected):
+        planned(recipe, *(lines or ["evaluation.sequence_length=1000"]))
 
 
 def on_machine(plan: Plan, **found: int | None) -> Plan:

@@ -69,7 +69,8 @@ class QuantizeStage(Stage):
         """Return the stage; None if the recipe does not quantize.
 
         Raises:
-            QuantizePlanError: a pattern matches nothing, or nothing is left to quantize.
+            QuantizePlanError: a pattern matches nothing, nothing is left to quantize, or calibration draws
+                too few tokens.
         """
         recipe = context.recipe
         if recipe.quantize is None:
@@ -78,10 +79,14 @@ class QuantizeStage(Stage):
         num_fisher_samples = None
         if recipe.corrects_by_sensitivity and isinstance(measured, SensitivityStage):
             num_fisher_samples = measured.num_samples
+        storing = quantize_plan_of(recipe, context.architecture)
+        if recipe.calibration is not None:
+            most = recipe.calibration.num_samples * recipe.calibration.sequence_length
+            check_num_tokens(storing, recipe.quantize, context.architecture, most)
         on_prefix = recipe.factorize is not None and recipe.factorize.compressed_prefix_inputs
         return cls(
             recipe.quantize,
-            quantize_plan_of(recipe, context.architecture),
+            storing,
             context.architecture,
             recipe.serving.tensor_parallel_sizes,
             is_on_trained_factors=on_prefix or recipe.recover is not None,
