@@ -148,6 +148,16 @@ def test_one_mistake_gives_one_line_with_place_value_and_remedy(tmp_path: Path) 
         ("allocation: error_controlled", "target: {overall_bits: 3, bits: [7]}", "'target.bits.0' is 7"),
         ("allocation: error_controlled", "target: {overall_bits: 3, group_sizes: [32]}", "no quantize stage"),
         ("allocation: error_controlled", "target: {overall_bits: 3, factor_bits: [3]}", "no quantize stage"),
+        (
+            "allocation: error_controlled",
+            "target: {overall_bits: 8, bits: [2, 3]}",
+            "'target.bits' is set, but there is no quantize stage; add one, or remove it",
+        ),
+        (
+            "allocation: error_controlled",
+            "target: {overall_bits: 8, corrections: [{rank: 8}]}",
+            "'target.corrections' is set, but there is no quantize stage",
+        ),
         ("allocation: error_controlled", "", "compression_ratio' is missing; add it, or a target"),
         (
             "compression_ratio: 0.2, allocation: uniform, num_compressed_layers: 3",

@@ -154,7 +154,8 @@ def _find_idle_target(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         )
     if recipe.quantize is None:
         target_fields = recipe.target.model_dump(exclude_none=True)
-        for key in [key for key in ("group_sizes", "factor_bits", "corrections") if target_fields.get(key)]:
+        keys = ("bits", "group_sizes", "factor_bits", "corrections")
+        for key in [key for key in keys if target_fields.get(key)]:
             yield ("target", key), "is set, but there is no quantize stage; add one, or remove it"
 
 
