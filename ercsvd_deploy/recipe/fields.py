@@ -72,11 +72,13 @@ class Section(BaseModel):
 
 
 def quoted(value: Any) -> str:
-    """Return a value as a message quotes it: on one line, shortened, null and true spelled as in YAML."""
+    """Return a value as a message quotes it: on one line, shortened, spelled as in YAML."""
     constants = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return constants[value]
     text = repr(value)
+    if isinstance(value, BaseModel):
+        text = f"{{{', '.join(f'{name}: {quoted(entry)}' for name, entry in value)}}}"
     return text if len(text) <= LONGEST_QUOTE else f"{text[: LONGEST_QUOTE - 3]}..."
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from ercsvd_deploy.recipe.fields import REFUSAL
 from ercsvd_deploy.recipe.load import HubDataset, JsonLines, Recipe, TextFile, canonical, load_recipe
+from ercsvd_deploy.recipe.messages import EXPECTATIONS, fields_at
 from tests.recipe.written import MINIMAL, VISION, problems_of, written
 
 
@@ -318,6 +321,13 @@ def test_error_control_needs_the_inputs_metric(tmp_path: Path, method: str) -> N
             "overrides.x.bit' is unknown (value 4); did",
         ),
         ("  - ", "  - quantize: {ignore: [a, a]}\n  - ", "has 'a' twice; list each once"),
+        ("  - ", "  - quantize: {correction: {rank: 9}}\n  - ", "rank' is 9; it must be a multiple of 8"),
+        ("  - ", f"  - quantize: {{bits: {2**70}}}\n  - ", "it must be a whole number of at most 18 digits"),
+        (
+            "stages:",
+            "target: {bytes: 1GB, corrections: [{rank: 8}, {rank: 8}]}\nstages:",
+            "'target.corrections' has {rank: 8, bits: 8} twice; list each once",
+        ),
         ("some/model", "''", "'model.path' is ''; it must be text that is not empty"),
         ("some/model", "7", "'model.path' is 7; it must be text (if it is meant as text, put it in quotes)"),
         ("{path: some/model}", "some/model", "1:1: field 'model' is 'some/model'; it must be a mapping"),
@@ -363,6 +373,31 @@ def test_a_wrong_value_is_refused_with_the_remedy(tmp_path: Path, old: str, new:
     problems = problems_of(written(tmp_path, MINIMAL.replace(old, new, 1)))
     assert any(expected in problem for problem in problems), problems
     assert all(problem.startswith("recipe.yaml:") for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "value", [2**70, 9, 1.5, "inf", "\ud800", "a b", "", {1: 2}, [], [1, 1], [{"rank": 9}], {"a": None}]
+)
+def test_every_kind_of_wrong_value_is_told_in_our_words(value: Any) -> None:
+    """Whatever the field and the value, no message is pydantic's."""
+    stages = ("factorize", "quantize", "recover")
+    places: list[tuple[Any, ...]] = [
+        *((name,) for name in Recipe.model_fields),
+        *(("stages", n, k) for n, k in enumerate(stages)),
+    ]
+    places += [(*place, name) for place in places for name in fields_at(place)]
+    found = set()
+    for *sections, last in places:
+        recipe: dict[str, Any] = {"model": {"path": "m"}, "stages": [{name: {}} for name in stages]}
+        inner: Any = recipe
+        for name in sections:
+            inner = inner[name] if isinstance(inner, list) else inner.setdefault(name, {})
+        inner[last] = value
+        try:
+            Recipe.model_validate(recipe)
+        except ValidationError as error:
+            found |= {detail["type"] for detail in error.errors()}
+    assert found <= {REFUSAL, "extra_forbidden", "missing", *EXPECTATIONS}
 
 
 @pytest.mark.parametrize("layers", ["all", "3"])
