@@ -47,7 +47,7 @@ class RecipeError(ValueError):
 
 
 class PlanError(ValueError):
-    """The recipe cannot work on this model."""
+    """What is asked for cannot work on this model: the recipe has to be changed."""
 
 
 def summarize_problems(problems: Iterable[str], most: int = 8) -> str:

@@ -1,10 +1,10 @@
 """How a command ends: failures become one message and an exit code, and signals end the work cleanly.
 
-Exit codes: 0 done; 1 the work failed; 2 the command line or the recipe is wrong; 3 the work is done, but a
-quality gate was missed; 130 interrupted by Ctrl-C; 143 ended by SIGTERM, 129 by SIGHUP, which comes when a
-terminal is closed. A failure is one message on standard error that says what is wrong, where, and what to do;
-`--debug` adds the traceback. An interrupted run keeps its cache for the next one. A second signal ends the
-process at once.
+Exit codes: 0 done; 1 the work failed; 2 the command line or the recipe is wrong, the latter by itself or for
+its model; 3 the work is done, but a quality gate was missed; 130 interrupted by Ctrl-C; 143 ended by SIGTERM,
+129 by SIGHUP, which comes when a terminal is closed. A failure is one message on standard error that says
+what is wrong, where, and what to do; `--debug` adds the traceback. An interrupted run keeps its cache for the
+next one. A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def failures_explained(*, debug: bool) -> Iterator[None]:
 
 
 def _exit_code(error: Exception) -> int:
-    from ercsvd_deploy.recipe.fields import RecipeError  # imports pydantic and more
+    from ercsvd_deploy.recipe.fields import PlanError, RecipeError  # imports pydantic and more
 
-    return EXIT_USAGE if isinstance(error, RecipeError) else EXIT_FAILED
+    return EXIT_USAGE if isinstance(error, PlanError | RecipeError) else EXIT_FAILED
 
 
 def _explain(error: BaseException) -> str:

@@ -282,7 +282,7 @@ def test_a_stage_that_would_do_nothing_is_refused(write_recipe: RecipeWriter) ->
     recipe = write_recipe({"quantize": {"bits": 4, "group_size": 32, "ignore": ["*"]}})
     for command in ("plan", "run"):
         code, _, error = invoke(command, recipe)
-        assert code == 1
+        assert code == 2
         assert "leaves nothing to quantize" in error
 
 

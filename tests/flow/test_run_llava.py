@@ -266,7 +266,7 @@ def test_text_model_with_pictures_is_refused(
     write_picture_recipe: RecipeWriter, tiny_model: ModelDirectory
 ) -> None:
     code, _, error = invoke("run", write_picture_recipe(model=tiny_model("llama")))
-    assert code == 1
+    assert code == 2
     assert "has vision and evaluation.visual_questions, but" in error
     assert "is not one that reads images: remove them, or choose a vision-language model" in error
 

@@ -84,7 +84,7 @@ def test_what_needs_predictions_is_refused_in_one_line(
     recipe = write_recipe(factorize(), model={"path": str(model)}, evaluation={})
     code, _, error = invoke("plan", recipe, "--set", setting)
     told = " ".join(error.split())
-    assert code == 1, told
+    assert code == 2, told
     assert "embeds texts and predicts no tokens" in told
     assert remedy in told
     assert field in told
@@ -96,7 +96,7 @@ def test_an_output_layer_that_is_not_there_is_not_quantized(
     model = save_tiny_pooling_model(tmp_path / "model", "bare")
     stage = {"quantize": _QUANTIZE["quantize"] | {"lm_head": {"bits": 8}}}
     code, _, error = invoke("plan", write_recipe(stage, model={"path": str(model)}, evaluation={}))
-    assert code == 1
+    assert code == 2
     assert "quantize.lm_head: the output layer is missing" in " ".join(error.split())
 
 

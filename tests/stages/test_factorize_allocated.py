@@ -136,7 +136,7 @@ def test_target_in_bytes_is_met(write_recipe: RecipeWriter) -> None:
 def test_impossible_target_ends_before_any_work(write_recipe: RecipeWriter, tmp_path: Path) -> None:
     for command in ("plan", "run"):
         code, _, err = invoke(command, write_recipe(controlled(), target={"overall_bits": 0.1}))
-        assert code == 1
+        assert code == 2
         assert "the least that is possible" in err
     assert not (tmp_path / "out").exists()
 

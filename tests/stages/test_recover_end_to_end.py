@@ -124,7 +124,7 @@ def test_a_model_without_predictions_is_refused(write_recipe: RecipeWriter, tmp_
     model = save_tiny_pooling_model(tmp_path / "model", "bare")
     recipe = write_recipe(INT4, recover(), model={"path": str(model)}, evaluation={})
     code, _, error = invoke("plan", recipe)
-    assert code == 1
+    assert code == 2
     assert "end_to_end_steps" in error
     assert "predicts no tokens" in error
 
