@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,25 @@ def perplexity_by_transformers(recipe: Path, directory: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         return float(model(input_ids=tokens, labels=tokens).loss.exp())
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"lm_head": {"bits": 8}}, {OUTPUT_LAYER}),
+        ({"embeddings": {"bits": 8}}, {EMBEDDING}),
+        ({"lm_head": {"bits": 8}, "embeddings": {"bits": 8}}, {OUTPUT_LAYER, EMBEDDING}),
+    ],
+)
+def test_what_is_outside_the_layers_can_be_all_that_is_quantized(
+    keys: dict[str, Any], expected: set[str], write_recipe: RecipeWriter
+) -> None:
+    recipe = write_recipe(quantize(ignore=["*"], **keys))
+    report, directory = run_recipe(load_recipe(recipe))
+    assert set(modules_of(directory)) == expected
+    assert report.compressed.perplexity["held_out"] == pytest.approx(
+        perplexity_by_transformers(recipe, directory), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -155,7 +155,7 @@ def plan_quantization(
                 corrections[name] = None if change.correction == "none" else change.correction
     for match in matches:
         integers |= dict.fromkeys(match.modules)
-    if not any(integers.values()):
+    if not any(integers.values()) and settings.lm_head is None and settings.embeddings is None:
         raise QuantizePlanError(
             f"quantize: ignore {list(settings.ignore)} leaves nothing to quantize: "
             "remove a pattern, or the stage"
