@@ -194,6 +194,77 @@ def test_remedies_of_an_impossible_target_fit_the_recipe(
     assert untold not in str(refused.value)
 
 
+VOCABULARY = {"lm_head": {"bits": 4}, "embeddings": {"bits": 8}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "target", "export_format", "told"),
+    [
+        ({}, {"overall_bits": 1.0, "bits": [2, 4]}, "vllm", ": allow more, or ranks by a factorize stage"),
+        ({}, {"overall_bits": 1.0, "bits": [2, 4]}, "auto-round", ": allow more"),
+        (
+            {"overrides": {"q_proj": {"bits": 2}}},
+            {"overall_bits": 1.0, "bits": [2, 4]},
+            "auto-round",
+            ": allow more",
+        ),
+        (
+            {"embeddings": {"bits": 4}},
+            {"model_bits": 1.0, "bits": [2, 4]},
+            "vllm",
+            ": allow more, or ranks by a factorize stage or fewer bits for what is outside the layers "
+            "(quantize.lm_head)",
+        ),
+        (
+            {"lm_head": {"bits": 4}},
+            {"model_bits": 1.0, "bits": [2, 4]},
+            "compressed-tensors",
+            ": allow more",
+        ),
+        (
+            {"ignore": ["*"], "lm_head": {"bits": 4}, "embeddings": {"bits": 4}},
+            {"model_bits": 1.0},
+            "vllm",
+            ": allow more, or less in quantize.ignore or ranks by a factorize stage",
+        ),
+        (
+            VOCABULARY,
+            {"model_bits": 1.0, "bits": [2, 4]},
+            "vllm",
+            ": allow more, or fewer bits in quantize.embeddings or ranks by a factorize stage",
+        ),
+        (
+            {"group_size": -1},
+            {"overall_bits": 3.2, "bits": [3, 4]},
+            "auto-round",
+            ": allow more; export.format auto-round leaves out 3 bits with group_size -1, which has one "
+            "scale a row: vLLM reads this format's 3 bits in groups of columns; give group_size 128 or 64 or "
+            "32",
+        ),
+    ],
+)
+def test_remedies_can_help(
+    stage: dict[str, Any],
+    target: dict[str, Any],
+    export_format: str,
+    told: str,
+    write_recipe: RecipeWriter,
+    tmp_path: Path,
+) -> None:
+    export = {"format": export_format, "path": str(tmp_path / "out")}
+    with pytest.raises(PlanError, match="least that is possible") as refused:
+        planned(write_recipe(quantize(**stage), target=target, export=export))
+    assert str(refused.value).endswith(told)
+
+
+@pytest.mark.parametrize("asked", [1e-8, 3e-7, 1.0])
+def test_the_least_that_is_possible_does_not_depend_on_what_is_asked(
+    asked: float, write_recipe: RecipeWriter
+) -> None:
+    with pytest.raises(PlanError, match=r"the least that is possible is 3\.007:"):
+        planned(write_recipe(quantize(), target={"overall_bits": asked, "bits": [2, 4]}))
+
+
 def test_group_sizes_of_a_target_are_not_held_against_the_stages(write_recipe: RecipeWriter) -> None:
     """Groups of 128 would not fit the columns on a GPU, but none has them."""
     target = {"overall_bits": 8.0, "bits": [4, 8], "group_sizes": [32]}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.budget.equal_shares import admissible_num_compressed_layers, allocate_ranks
 from ercsvd_deploy.budget.ranks import RankError, RankPlan
-from ercsvd_deploy.format.stock_formats import STOCK_FORMATS
 from ercsvd_deploy.models.description.architecture import PROJECTOR_PART, TOWER_PART, Architecture
 from ercsvd_deploy.pipelines.stages.factorize.ranks.options import AllocationTask, allocation_task
+from ercsvd_deploy.pipelines.stages.factorize.ranks.remedies import allow_more
 from ercsvd_deploy.pipelines.stages.factorize.ranks.steps import resolve_rank_steps
-from ercsvd_deploy.pipelines.stages.quantize.planning.storage import QuantizePlan, quantize_plan_of
+from ercsvd_deploy.pipelines.stages.quantize.planning.storage import quantize_plan_of
 from ercsvd_deploy.recipe.fields import PlanError, parse_size
 
 if TYPE_CHECKING:
@@ -124,27 +123,9 @@ def plan_allocation(recipe: Recipe, architecture: Architecture, element: int) ->
         task = allocation_task(recipe, architecture, quantize_plan, {}, rank_steps=steps, element=element)
         if task.least <= task.budget:
             return task
-    remedies = " or ".join(_remedies(recipe, quantize_plan))
-    raise PlanError(f"{_shortage(recipe, task, architecture)}: allow more{remedies and f', or {remedies}'}")
-
-
-def _remedies(recipe: Recipe, quantize_plan: QuantizePlan) -> Iterator[str]:
-    """Yield what would make the least that is possible smaller, beside a larger budget."""
-    target = recipe.target
-    assert recipe.factorize is not None
-    if recipe.quantize is not None and target is not None:
-        yield f"fewer bits in {'quantize' if target.bits is None else 'target'}.bits"
-        if any("bits" in fields for fields in quantize_plan.pinned.values()):
-            yield "in quantize.overrides"
-        if any(integers is None for integers in quantize_plan.integers.values()):
-            yield "less in quantize.ignore"
-    if not recipe.may_factorize and recipe.export.format not in STOCK_FORMATS:
-        yield "ranks by a factorize stage"
-    if recipe.may_factorize and recipe.factorize.rank_multiple != "auto":
-        yield "a smaller rank_multiple"
-    counts_all = target is not None and target.overall_bits is None
-    if counts_all and not quantize_plan.vocabulary:
-        yield "fewer bits for what is outside the layers (quantize.lm_head, quantize.embeddings)"
+    raise PlanError(
+        f"{_shortage(recipe, task, architecture)}: {allow_more(recipe, task, quantize_plan, architecture)}"
+    )
 
 
 def _shortage(recipe: Recipe, task: AllocationTask, architecture: Architecture) -> str:
@@ -165,7 +146,8 @@ def _shortage(recipe: Recipe, task: AllocationTask, architecture: Architecture) 
         bits = target.model_bits + missing / architecture.total_parameters
         return f"target.model_bits is {target.model_bits:g}, and the least that is possible is {_up(bits)}"
     assert target.overall_bits is not None
-    bits = target.overall_bits * task.least / task.budget
+    experts = [linear.parameters for linear in architecture.expert_linears if linear.name in task.costs]
+    bits = task.least / (architecture.linear_parameters + sum(experts))
     return f"target.overall_bits is {target.overall_bits:g}, and the least that is possible is {_up(bits)}"
 
 
