@@ -146,8 +146,7 @@ def _shortage(recipe: Recipe, task: AllocationTask, architecture: Architecture) 
         bits = target.model_bits + missing / architecture.total_parameters
         return f"target.model_bits is {target.model_bits:g}, and the least that is possible is {_up(bits)}"
     assert target.overall_bits is not None
-    experts = [linear.parameters for linear in architecture.expert_linears if linear.name in task.costs]
-    bits = task.least / (architecture.linear_parameters + sum(experts))
+    bits = target.overall_bits + missing / (architecture.linear_parameters + architecture.expert_parameters)
     return f"target.overall_bits is {target.overall_bits:g}, and the least that is possible is {_up(bits)}"
 
 
