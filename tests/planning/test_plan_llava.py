@@ -138,3 +138,14 @@ def test_conversations_of_a_model_without_a_chat_template_are_refused(tmp_path: 
     with pytest.raises(PlanError, match=r"has vision, but paligemma has no conversations: .* on text"):
         make_plan(load_recipe(RECIPES / "gemma-3-12b.yaml", asked))
     make_plan(load_recipe(RECIPES / "gemma-3-12b.yaml", [*asked, "vision=null", "evaluation.lm_eval=null"]))
+
+
+def test_pictures_are_calibration_tokens_too(tmp_path: Path) -> None:
+    """How many a picture has is not known before it is read: with pictures a plan refuses no short text."""
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["llava-1.5-7b"][0]))
+    few = ["calibration.num_samples=16", "calibration.sequence_length=64", f"model.path={tmp_path}"]
+    few.append("stages=[{quantize: {bits: 4}}]")
+    assert make_plan(load_recipe(RECIPES / "llava-1.5-7b.yaml", few)).candidates
+    without = ["vision=null", "evaluation.visual_questions=null", "gates=null"]
+    with pytest.raises(PlanError, match="1024 calibration tokens are too few for GPTQ"):
+        make_plan(load_recipe(RECIPES / "llava-1.5-7b.yaml", [*few, *without]))

@@ -80,7 +80,8 @@ class QuantizeStage(Stage):
         if recipe.corrects_by_sensitivity and isinstance(measured, SensitivityStage):
             num_fisher_samples = measured.num_samples
         storing = quantize_plan_of(recipe, context.architecture)
-        if recipe.calibration is not None:
+        has_pictures = recipe.vision is not None and recipe.vision.calibration is not None  # more tokens
+        if recipe.calibration is not None and not has_pictures:
             most = recipe.calibration.num_samples * recipe.calibration.sequence_length
             check_num_tokens(storing, recipe.quantize, context.architecture, most)
         on_prefix = recipe.factorize is not None and recipe.factorize.compressed_prefix_inputs
