@@ -7,11 +7,12 @@ is ours transposed (`files.gptq_store`). No torch here.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ercsvd_deploy.format.storage import WORD_BITS, Storage, WeightQuantization
+from ercsvd_deploy.format.storage import WEIGHT_SHAPE, WORD_BITS, Storage, WeightQuantization
 
 _PACKING = "auto_round:auto_gptq"
 _BITS_WITH_ONE_SCALE_A_ROW = (4, 8)  # Marlin's; Humming's schema of GPTQ divides by the group size
@@ -36,6 +37,18 @@ def _problems(integers: WeightQuantization, rows: int, columns: int) -> Iterator
     for count, side in ((rows, "rows"), (columns, "columns")):
         if count * bits % WORD_BITS:
             yield f"has {count} {side}: in {bits} bits they fill no whole {WORD_BITS}-bit words"
+
+
+def bytes_beyond(storage: Storage) -> int:
+    """Return the bytes that a matrix has in this format beyond those of this project's tensors.
+
+    It has zero points, of symmetric integers too, as many bits each as the integers; and no shape.
+    """
+    if storage.weight is None:
+        return 0
+    rows, columns = storage.shape
+    shape = storage.weight.leaf_shapes(rows, columns)[WEIGHT_SHAPE]
+    return storage.weight.num_groups(columns) * rows * storage.weight.bits // 8 - 8 * math.prod(shape)
 
 
 def describe(modules: Mapping[str, Storage], plain: Collection[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class StockFormat:
         bits: Bits of integers that its loaders read.
         package: What transformers needs to load it.
         why_unreadable: Why its loaders cannot read a matrix, to be put behind its name; None if they can.
+        bytes_beyond: Bytes that a matrix has in it beyond those of this project's own tensors.
         describe: `quantization_config`, given the storage of changed Linears and the names of the others.
     """
 
@@ -30,6 +31,7 @@ class StockFormat:
     bits: tuple[int, ...]
     package: str
     why_unreadable: _WhyUnreadable
+    bytes_beyond: Callable[[Storage], int]
     describe: Callable[[Mapping[str, Storage], Collection[str]], dict[str, Any]]
 
     def find_unreadable(
@@ -70,9 +72,15 @@ COMPRESSED_TENSORS = StockFormat(
     compressed_tensors.READABLE_BITS,
     "compressed-tensors",
     compressed_tensors.why_unreadable,
+    lambda _storage: 0,
     compressed_tensors.describe,
 )
 AUTO_ROUND = StockFormat(
-    "auto-round", get_args(Bits), "auto-round", auto_round.why_unreadable, auto_round.describe
+    "auto-round",
+    get_args(Bits),
+    "auto-round",
+    auto_round.why_unreadable,
+    auto_round.bytes_beyond,
+    auto_round.describe,
 )
 STOCK_FORMATS = {each.name: each for each in (COMPRESSED_TENSORS, AUTO_ROUND)}

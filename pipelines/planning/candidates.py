@@ -11,6 +11,7 @@ from ercsvd_deploy.pipelines.planning.components import Component, describe_comp
 from ercsvd_deploy.pipelines.planning.expert_sizes import ExpertSizes, measure_experts, with_experts
 from ercsvd_deploy.pipelines.stages.sizes import (
     EXPERT_PART,
+    bytes_of_format,
     bytes_on_rank,
     linear_bits_per_weight,
     model_bits_per_weight,
@@ -20,6 +21,7 @@ from ercsvd_deploy.pipelines.stages.sizes import (
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
+    from ercsvd_deploy.format.stock_formats import StockFormat
     from ercsvd_deploy.models.description.architecture import Architecture, LayerLinears
     from ercsvd_deploy.pipelines.stages.contract import Candidate
 
@@ -60,6 +62,7 @@ def plan_candidates(
     architecture: Architecture,
     element: int,
     dense_on_gpu: Mapping[int, int],
+    stock: StockFormat | None = None,
 ) -> tuple[CandidatePlan, ...]:
     """Return the sizes of every candidate; routed experts are the same in all, and are counted once.
 
@@ -68,10 +71,12 @@ def plan_candidates(
         architecture: The original model's architecture.
         element: Bytes of an unquantized value.
         dense_on_gpu: Tensor parallel size -> bytes of the dense model's weights on each GPU.
+        stock: The foreign format of the files; None for this project's.
     """
-    experts = measure_experts(candidates[0].experts, architecture, element, dense_on_gpu)
+    experts = measure_experts(candidates[0].experts, architecture, element, dense_on_gpu, stock)
     return tuple(
-        _plan_candidate(candidate, architecture, element, dense_on_gpu, experts) for candidate in candidates
+        _plan_candidate(candidate, architecture, element, dense_on_gpu, experts, stock)
+        for candidate in candidates
     )
 
 
@@ -81,12 +86,13 @@ def _plan_candidate(
     element: int,
     dense_on_gpu: Mapping[int, int],
     experts: ExpertSizes,
+    stock: StockFormat | None,
 ) -> CandidatePlan:
     described, bare = candidate.modules, architecture.without_experts
     gpu_bytes = {
         size: bytes_on_rank(bare, described, element, size) + experts.on_rank[size] for size in dense_on_gpu
     }
-    sizes = planned_bytes(bare, described, element)
+    sizes = planned_bytes(bare, described, element) | bytes_of_format(described, stock)
     by_part = sum_by_part(sizes, bare)
     by_part[EXPERT_PART] = experts.num_bytes
     layer_bytes = _bytes_by_layer(sizes, bare)

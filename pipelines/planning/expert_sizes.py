@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from ercsvd_deploy.models.description.architecture import LANGUAGE_PART, experts_of
 from ercsvd_deploy.pipelines.planning.components import Component, count_kinds, in_words
-from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank, planned_bytes
+from ercsvd_deploy.pipelines.stages.sizes import bytes_of_format, bytes_on_rank, planned_bytes
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.schema import Storage
+    from ercsvd_deploy.format.stock_formats import StockFormat
     from ercsvd_deploy.models.description.architecture import Architecture
 
 
@@ -36,7 +37,11 @@ class ExpertSizes:
 
 
 def measure_experts(
-    described: Mapping[str, Storage], architecture: Architecture, element: int, sizes: Iterable[int]
+    described: Mapping[str, Storage],
+    architecture: Architecture,
+    element: int,
+    sizes: Iterable[int],
+    stock: StockFormat | None = None,
 ) -> ExpertSizes:
     """Return the sizes of a model's routed experts.
 
@@ -45,12 +50,14 @@ def measure_experts(
         architecture: The original model's architecture.
         element: Bytes of an unquantized value.
         sizes: Tensor parallel sizes.
+        stock: The foreign format of the files; None for this project's.
     """
     bare, layers = architecture.without_experts, architecture.layers
     prefixes = {layer.experts.name: layer.prefix for layer in layers if layer.experts is not None}
     by_layer: Counter[str] = Counter()
     if prefixes:
-        for name, num_bytes in planned_bytes(architecture, described, element).items():
+        tensors = planned_bytes(architecture, described, element) | bytes_of_format(described, stock)
+        for name, num_bytes in tensors.items():
             if prefix := prefixes.get(experts_of(name)):
                 by_layer[prefix] += num_bytes
     on_rank = {

@@ -10,6 +10,7 @@ import torch
 
 from ercsvd_deploy.exporters.vllm.cutting import find_uncuttable
 from ercsvd_deploy.exporters.vllm.kernels.choice import NO_KERNEL, KernelUse, ask_kernels, plan_matrices
+from ercsvd_deploy.format.stock_formats import STOCK_FORMATS
 from ercsvd_deploy.models.description.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.description.meta import compressed_config, own_dtype, read_architecture
 from ercsvd_deploy.models.description.tested_families import family_warnings
@@ -176,7 +177,8 @@ def make_plan(
     candidates = planned[-1].candidates if planned else (Candidate(),)
     sizes = recipe.serving.tensor_parallel_sizes
     dense_on_gpu = {size: bytes_on_rank(architecture, {}, element, size) for size in sizes}
-    candidate_plans = plan_candidates(candidates, architecture, element, dense_on_gpu)
+    stock = STOCK_FORMATS.get(recipe.export.format)
+    candidate_plans = plan_candidates(candidates, architecture, element, dense_on_gpu, stock)
     device = device or default_device()
     work = measure_workload(
         recipe,

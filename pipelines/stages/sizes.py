@@ -27,6 +27,7 @@ from ercsvd_deploy.models.description.architecture import (
 
 if TYPE_CHECKING:
     from ercsvd_deploy.format.files.tensor_store import TensorStore
+    from ercsvd_deploy.format.stock_formats import StockFormat
 
 _INTEGER_BYTES = {WEIGHT_PACKED: 4, WEIGHT_ZERO_POINT: 4, WEIGHT_SHAPE: 8, ROW_ORDER: 4}
 _SCALE_LEAVES = (WEIGHT_SCALE, WEIGHT_ZERO_POINT, WEIGHT_SHAPE)
@@ -49,6 +50,14 @@ def planned_bytes(
             ]
         sizes.update((f"{module}.{leaf}", num_bytes) for leaf, num_bytes in leaves[id(description)])
     return sizes
+
+
+def bytes_of_format(described: Mapping[str, Storage], stock: StockFormat | None) -> dict[str, int]:
+    """Return tensor name -> bytes that files of a foreign format have beyond `planned_bytes`; None: ours."""
+    if stock is None:
+        return {}
+    beyond = {name: stock.bytes_beyond(storage) for name, storage in described.items()}
+    return {f"{name}.{WEIGHT_ZERO_POINT}": num_bytes for name, num_bytes in beyond.items() if num_bytes}
 
 
 def module_bytes(description: Storage, element: int) -> int:

@@ -71,6 +71,33 @@ def test_transformers_reads_it_without_this_package(write_recipe: RecipeWriter, 
     torch.testing.assert_close(torch.load(result), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("output_format", ["vllm", "compressed-tensors", "auto-round"])
+@pytest.mark.parametrize("target", [None, {"overall_bits": 4.6}, {"bytes": "540KB"}])
+def test_plan_report_and_target_count_what_the_files_hold(
+    target: dict[str, Any] | None, output_format: str, write_recipe: RecipeWriter, tmp_path: Path
+) -> None:
+    """AutoRound's files have zero points, too, where all integers are symmetric."""
+    sections = {} if target is None else {"target": target | {"bits": [2, 4, 8]}}
+    path = write_recipe(quantize(), export=exported(tmp_path / "out", output_format), **sections)
+    recipe = load_recipe(path)
+    report, directory = run_recipe(recipe)
+    store = open_directory(directory)
+    stored = sum(store.info(name).num_bytes for name in store.names())
+    assert report.compressed.num_bytes == stored == sum(report.compressed.bytes_by_part.values())
+    assert stored == sum(component.num_bytes for component in report.components)
+    if target is None:
+        (candidate,) = make_plan(recipe).candidates
+        assert candidate.num_bytes == stored
+        assert candidate.linear_bits_per_weight == report.compressed.linear_bits_per_weight
+    elif "bytes" in target:
+        assert 510_000 < stored <= 540_000
+    else:
+        assert 4.5 < report.compressed.linear_bits_per_weight <= 4.6
+        budget = report.results["factorize"].chosen.budget
+        weights = read_architecture(load_config(recipe.model.path)).linear_parameters
+        assert budget.spent / weights == pytest.approx(report.compressed.linear_bits_per_weight)
+
+
 @pytest.mark.parametrize("output_format", ["compressed-tensors", "auto-round"])
 def test_it_is_verified_and_replaced_like_any_export(
     output_format: str, write_recipe: RecipeWriter, tmp_path: Path

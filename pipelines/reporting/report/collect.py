@@ -13,6 +13,7 @@ import torch
 
 from ercsvd_deploy import __version__
 from ercsvd_deploy.evaluation.comparison import Comparison
+from ercsvd_deploy.format.stock_formats import STOCK_FORMATS
 from ercsvd_deploy.models.description.architecture import LANGUAGE_PART
 from ercsvd_deploy.pipelines.judging.differences import differences, quality_estimates, values_of
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
@@ -22,6 +23,7 @@ from ercsvd_deploy.pipelines.planning.plan import renew_warnings
 from ercsvd_deploy.pipelines.reporting.report.document import Report
 from ercsvd_deploy.pipelines.stages.measured_export import MeasuredExport
 from ercsvd_deploy.pipelines.stages.sizes import (
+    bytes_of_format,
     linear_bits_per_weight,
     model_bits_per_weight,
     planned_bytes,
@@ -67,17 +69,27 @@ def collect_report(
     measured: MeasuredExport = state.results.get("measured_export") or MeasuredExport()
     if "quantize" in state.results:
         warnings = renew_warnings(warnings, recipe, plan, model.modules)
+    stock = STOCK_FORMATS.get(recipe.export.format)
+    sizes = stored_bytes(model.store) | bytes_of_format(model.modules, stock)
     ran = [(stage, state.results[stage.name]) for stage in plan.stages if stage.name in state.results]
     report = Report(
         recipe=canonical(recipe),
         environment=_environment(model.device),
         provenance=provenance,
-        original=_figures(model.original, {}, comparison.original, measured.original_tasks),
-        compressed=_figures(model.stream(), model.modules, comparison.compressed, measured.compressed_tasks),
+        original=_figures(
+            model.original,
+            {},
+            stored_bytes(model.original.store),
+            comparison.original,
+            measured.original_tasks,
+        ),
+        compressed=_figures(
+            model.stream(), model.modules, sizes, comparison.compressed, measured.compressed_tasks
+        ),
         change=comparison.change,
         differences=differences(comparison, measured.original_tasks, measured.compressed_tasks),
         task=model.original.architecture.task,
-        components=describe_components(stored_bytes(model.store), model.modules, model.original.architecture),
+        components=describe_components(sizes, model.modules, model.original.architecture),
         results=dict(state.results),
         stages={stage.name: stage.reported(result) for stage, result in ran if stage.reported_as},
         tables=[table for stage, result in ran for table in stage.tables(result)],
@@ -98,14 +110,18 @@ def collect_report(
 
 
 def _figures(
-    model: LayerwiseModel, modules: Mapping[str, Storage], quality: Quality, tasks: TaskMetrics
+    model: LayerwiseModel,
+    modules: Mapping[str, Storage],
+    sizes: Mapping[str, int],
+    quality: Quality,
+    tasks: TaskMetrics,
 ) -> ModelFigures:
     removed: Counter[str] = Counter()
     for name, description in modules.items():
         removed[model.architecture.component_of(name)] += (
             math.prod(description.shape) - description.num_parameters
         )
-    by_part = sum_by_part(stored_bytes(model.store), model.architecture)
+    by_part = sum_by_part(sizes, model.architecture)
     return ModelFigures(
         num_bytes=sum(by_part.values()),
         bytes_by_part=by_part,

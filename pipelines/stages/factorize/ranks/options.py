@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.exporters.vllm.cutting import find_unaligned, find_unservable
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
-from ercsvd_deploy.format.stock_formats import STOCK_FORMATS
+from ercsvd_deploy.format.stock_formats import STOCK_FORMATS, StockFormat
 from ercsvd_deploy.pipelines.stages.factorize.ranks.readable import costs_alike, readable_costs
-from ercsvd_deploy.pipelines.stages.sizes import bytes_on_rank, module_bytes_on_rank
+from ercsvd_deploy.pipelines.stages.sizes import bytes_of_format, bytes_on_rank, module_bytes_on_rank
 from ercsvd_deploy.pipelines.stages.storage_rules import StorageRules
 from ercsvd_deploy.recipe.fields import PlanError, parse_size, summarize_problems
 
@@ -78,13 +78,13 @@ def allocation_task(
     settings, target = recipe.factorize, recipe.target
     assert settings is not None
     rules = StorageRules(architecture, settings.layout, quantize_plan.fitted_to)
-    gpu_bits = _GpuBits(architecture, element, min(recipe.serving.tensor_parallel_sizes))
+    stock = STOCK_FORMATS.get(recipe.export.format)
+    gpu_bits = _GpuBits(architecture, element, min(recipe.serving.tensor_parallel_sizes), stock)
     costs = _linear_costs(recipe, rules, quantize_plan, rank_steps, gpu_bits)
     for name, storages in _vocabulary_storages(quantize_plan, target).items():
         costs[name] = _cheapest_first({storage: gpu_bits.by_module(name, storage) for storage in storages})
     costs |= _expert_costs(recipe, rules, quantize_plan, gpu_bits)
     likeness = 0.0 if target is None else _LIKENESS
-    stock = STOCK_FORMATS.get(recipe.export.format)
     if stock is not None:
         likeness = math.inf
         costs = readable_costs(costs, stock, architecture)
@@ -211,21 +211,25 @@ class _GpuBits:
         architecture: The model's architecture.
         element: Bytes of an unquantized value.
         tensor_parallel_size: Number of GPUs; with one, these are the bits in the files.
+        stock: The foreign format of the files; None for this project's.
     """
 
     architecture: Architecture
     element: int
     tensor_parallel_size: int
+    stock: StockFormat | None
 
     def by_module(self, name: str, storage: Storage) -> int:
         """Return the bits of a Linear, of the embedding or of the output layer."""
         size = self.tensor_parallel_size
-        return 8 * size * module_bytes_on_rank(name, storage, self.architecture, self.element, size)
+        num_bytes = size * module_bytes_on_rank(name, storage, self.architecture, self.element, size)
+        return 8 * (num_bytes + sum(bytes_of_format({name: storage}, self.stock).values()))
 
     def by_model(self, described: Mapping[str, Storage]) -> int:
         """Return the bits of a model."""
         size = self.tensor_parallel_size
-        return 8 * size * bytes_on_rank(self.architecture, described, self.element, size)
+        num_bytes = size * bytes_on_rank(self.architecture, described, self.element, size)
+        return 8 * (num_bytes + sum(bytes_of_format(described, self.stock).values()))
 
 
 def _vocabulary_storages(quantize_plan: QuantizePlan, target: Target | None) -> dict[str, list[Storage]]:
