@@ -35,7 +35,7 @@ def place(
     write_manifest(folder / "export", unlisted=frozenset({REPORT_FILE}))
     recipe = {
         "model": {"path": str(folder / "model")},
-        "calibration": {"dataset": {"text": str(TEXT)}, "num_samples": 8, "sequence_length": 16},
+        "calibration": {"dataset": {"text": str(TEXT)}, "num_samples": 32, "sequence_length": 16},
         "stages": [
             {"factorize": {"method": "svd", "compression_ratio": 0.3, "num_compressed_layers": "all"}}
         ],

@@ -150,7 +150,7 @@ def recipe(tmp_path: Path, tiny_model: ModelDirectory) -> Path:
     path = tmp_path / "recipe.yaml"
     described = {
         "model": {"path": str(tiny_model("llama"))},
-        "calibration": {"dataset": {"text": str(text)}, "num_samples": 8, "sequence_length": 16},
+        "calibration": {"dataset": {"text": str(text)}, "num_samples": 32, "sequence_length": 16},
         "stages": [{"quantize": {"bits": 4, "group_size": 32}}],
         "export": {"path": str(tmp_path / "out")},
     }
