@@ -24,7 +24,7 @@ from ercsvd_deploy.pipelines.inputs.model import OpenedModel, default_device, op
 from ercsvd_deploy.pipelines.inputs.run_data import RunData, load_run_data
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.planning.feasibility import check_resources
-from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan
+from ercsvd_deploy.pipelines.planning.plan import Plan, make_plan, renew_warnings
 from ercsvd_deploy.pipelines.reporting.report.collect import collect_report
 from ercsvd_deploy.pipelines.reporting.report.document import REPORT_FILE, Report, ReportError, parse_report
 from ercsvd_deploy.pipelines.reporting.report.files import write_report_files
@@ -255,7 +255,9 @@ class Run:
 
     def report(self) -> Report:
         """Return the report of the stages that have run so far."""
-        prepared = self.prepared
+        prepared, warnings = self.prepared, self.prepared.warnings
+        if "quantize" in self.state.results:
+            warnings = renew_warnings(warnings, prepared.recipe, prepared.plan, self.state.model.modules)
         return collect_report(
             prepared.recipe,
             prepared.plan,
@@ -266,7 +268,7 @@ class Run:
                     name: digest for name, digest in self.digests().items() if name in self.state.results
                 }
             },
-            warnings=prepared.warnings,
+            warnings=warnings,
             resumed=self.cache.notes,
         )
 

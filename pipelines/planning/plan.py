@@ -236,7 +236,7 @@ def make_plan(
 
 def renew_warnings(
     warnings: Iterable[str], recipe: Recipe, plan: Plan, described: Mapping[str, Storage]
-) -> list[str]:
+) -> tuple[str, ...]:
     """Return a run's warnings with those that its plan presumed replaced by what is true of the storages.
 
     Args:
@@ -246,11 +246,11 @@ def renew_warnings(
         described: Name -> chosen storage of every changed Linear.
     """
     if recipe.target is None:
-        return list(warnings)
+        return tuple(warnings)
     assert plan.architecture is not None, "`make_plan` sets it"
     quantize_plan = quantize_plan_of(recipe, plan.architecture)
     of_storages = _storage_warnings(recipe, quantize_plan, described, plan.architecture, plan.dtype)
-    return [*(each for each in warnings if each not in plan.presumed_warnings), *of_storages]
+    return (*(each for each in warnings if each not in plan.presumed_warnings), *of_storages)
 
 
 def _storage_warnings(
@@ -337,8 +337,8 @@ def _expert_notes(recipe: Recipe, quantize_plan: QuantizePlan, architecture: Arc
     has_integers = any(quantize_plan.integers.get(linear.name) for linear in architecture.expert_linears)
     if recipe.target is not None and has_integers:
         yield (
-            "target chooses bits expert by expert; of a layer whose experts differ in the end vLLM holds all "
-            "experts in 16 bits"
+            "target chooses the same integers for all experts of a layer; vLLM's fused kernels multiply "
+            "those of 4 and 8 bits, and it holds others in 16"
         )
     if has_integers and (quantize_plan.corrections or (recipe.target and recipe.target.corrections)):
         yield "routed experts get no low-rank corrections: vLLM's fused experts multiply no factors"

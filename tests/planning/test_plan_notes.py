@@ -19,7 +19,7 @@ QUANTIZE = {"bits": 4, "group_size": 32}
 FACTORIZE = {"factorize": {"method": "svd_llm", "allocation": "error_controlled", "output_metric": "fisher"}}
 TARGET = {"overall_bits": 9.0, "bits": [4, 8]}
 LEAVES = "factorize leaves"
-CHOOSES = "target chooses bits expert by expert"
+CHOOSES = "target chooses the same integers for all experts of a layer"
 CORRECTS = "routed experts get no low-rank corrections"
 TRAINS = "recover trains no rounding of routed experts"
 
@@ -33,7 +33,7 @@ def quantize(**fields: Any) -> dict[str, Any]:
     [
         ((quantize(),), {}, set()),
         ((quantize(),), {"target": TARGET}, {CHOOSES}),
-        ((quantize(ignore=["*.experts.*"]),), {"target": TARGET}, set()),
+        ((quantize(ignore=["*.experts.*"]),), {"target": TARGET | {"overall_bits": 31}}, set()),
         ((FACTORIZE, quantize()), {"target": TARGET}, {CHOOSES, LEAVES}),
         ((quantize(correction={"rank": 8}),), {}, {CORRECTS}),
         ((quantize(correction={"rank": 8}, ignore=["*.experts.*"]),), {}, set()),

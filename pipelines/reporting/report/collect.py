@@ -19,7 +19,6 @@ from ercsvd_deploy.pipelines.judging.differences import differences, quality_est
 from ercsvd_deploy.pipelines.judging.gates import judge_gates
 from ercsvd_deploy.pipelines.judging.measurements import ModelFigures
 from ercsvd_deploy.pipelines.planning.components import describe_components
-from ercsvd_deploy.pipelines.planning.plan import renew_warnings
 from ercsvd_deploy.pipelines.reporting.report.document import Report
 from ercsvd_deploy.pipelines.stages.measured_export import MeasuredExport
 from ercsvd_deploy.pipelines.stages.sizes import (
@@ -61,14 +60,12 @@ def collect_report(
         plan: The plan that the run executes.
         state: The model and the stages' results.
         provenance: Hashes of the run's inputs.
-        warnings: Warnings raised before the first stage.
+        warnings: Warnings of what was planned, and of how what was chosen is served.
         resumed: One line for each result reused from an earlier run.
     """
     model = state.model
     comparison: Comparison = state.results.get("judge") or Comparison()
     measured: MeasuredExport = state.results.get("measured_export") or MeasuredExport()
-    if "quantize" in state.results:
-        warnings = renew_warnings(warnings, recipe, plan, model.modules)
     stock = STOCK_FORMATS.get(recipe.export.format)
     sizes = stored_bytes(model.store) | bytes_of_format(model.modules, stock)
     ran = [(stage, state.results[stage.name]) for stage in plan.stages if stage.name in state.results]
