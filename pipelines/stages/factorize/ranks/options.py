@@ -223,7 +223,7 @@ class _GpuBits:
         """Return the bits of a Linear, of the embedding or of the output layer."""
         size = self.tensor_parallel_size
         num_bytes = size * module_bytes_on_rank(name, storage, self.architecture, self.element, size)
-        return 8 * (num_bytes + sum(bytes_of_format({name: storage}, self.stock).values()))
+        return 8 * (num_bytes + (0 if self.stock is None else self.stock.bytes_beyond(storage)))
 
     def by_model(self, described: Mapping[str, Storage]) -> int:
         """Return the bits of a model."""
