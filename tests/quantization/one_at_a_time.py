@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ercsvd_deploy.format.packing import QuantizedWeight
 from ercsvd_deploy.linalg.pivoting import PivotedFactors
-from ercsvd_deploy.quantization.gptq import RoundingMethod, check_weight_and_gram, quantize_together
+from ercsvd_deploy.quantization.gptq import check_weight_and_gram, quantize_together
 from ercsvd_deploy.quantization.gptq_loop import (
     HessianFactor,
     factor_hessian,
@@ -16,8 +18,8 @@ from ercsvd_deploy.quantization.gptq_loop import (
 )
 from ercsvd_deploy.quantization.grid import Grid, QuantizationSettings, put_on_grid
 from ercsvd_deploy.quantization.held_out import DEFAULT_DAMPING
-from ercsvd_deploy.quantization.pairs import QuantizedFactors, start_factors
-from ercsvd_deploy.quantization.pivoted import start_pivoted
+from ercsvd_deploy.quantization.pairs import FactorsTask, QuantizedFactors, start_factors
+from ercsvd_deploy.quantization.pivoted import PivotedTask, start_pivoted
 
 
 def round_columns(weight: Tensor, grid: Grid, factor: HessianFactor) -> Tensor:
@@ -47,17 +49,7 @@ def quantize_weight(
 
 
 def quantize_factors(
-    weight: Tensor,
-    factor_a: Tensor,
-    factor_b: Tensor,
-    gram: Tensor,
-    *,
-    settings_a: QuantizationSettings,
-    settings_b: QuantizationSettings,
-    scale_dtype: torch.dtype,
-    refit: bool = True,
-    rotate: bool = True,
-    method: RoundingMethod = "gptq",
+    weight: Tensor, factor_a: Tensor, factor_b: Tensor, gram: Tensor, **settings: Any
 ) -> QuantizedFactors:
     """Quantize a pair of factors in error-aware order: A, re-fit of B to the original weight, B.
 
@@ -66,42 +58,17 @@ def quantize_factors(
         factor_a: [rank, in].
         factor_b: [out, rank].
         gram: of the layer's inputs, [in, in], at any scale.
-        settings_a: for the first factor.
-        settings_b: for the second factor.
-        scale_dtype: dtype in which the scales are stored.
-        refit: whether to re-fit B.
-        rotate: whether to rotate the rank dimension first.
-        method: "rtn", the baseline, rounds both factors to nearest.
+        settings: as `pairs.start_factors` has them.
 
     Raises:
         ValueError: as `gptq.quantize_better`, before any work for either factor's shape and group size.
     """
     check_weight_and_gram(weight, gram)
-    task = start_factors(
-        weight,
-        factor_a,
-        factor_b,
-        settings_a=settings_a,
-        settings_b=settings_b,
-        scale_dtype=scale_dtype,
-        refit=refit,
-        rotate=rotate,
-        method=method,
-    )
-    [(first, report)] = quantize_together([task.first], gram, method=method)
-    return task.finish(first, report, gram)
+    return _finish(start_factors(weight, factor_a, factor_b, **settings), gram)
 
 
 def quantize_pivoted(
-    weight: Tensor,
-    pivoted: PivotedFactors,
-    gram: Tensor,
-    *,
-    settings_pivots: QuantizationSettings,
-    settings_others: QuantizationSettings,
-    scale_dtype: torch.dtype,
-    refit: bool = True,
-    method: RoundingMethod = "gptq",
+    weight: Tensor, pivoted: PivotedFactors, gram: Tensor, **settings: Any
 ) -> QuantizedFactors:
     """Quantize pivot rows and other rows of one Linear in error-aware order.
 
@@ -109,11 +76,7 @@ def quantize_pivoted(
         weight: original weight, [out, in].
         pivoted: its approximation.
         gram: of the layer's inputs, [in, in], at any scale.
-        settings_pivots: for the pivot rows.
-        settings_others: for the other rows.
-        scale_dtype: dtype in which the scales are stored.
-        refit: whether to re-fit the other rows.
-        method: "rtn", the baseline, rounds both to nearest.
+        settings: as `pivoted.start_pivoted` has them.
 
     Returns:
         The pivot rows as `factor_a`, the other rows as `factor_b`; losses are those of the whole Linear.
@@ -122,14 +85,10 @@ def quantize_pivoted(
         ValueError: as `gptq.quantize_better`, before any work for either matrix's shape and group size.
     """
     check_weight_and_gram(weight, gram)
-    task = start_pivoted(
-        weight,
-        pivoted,
-        settings_pivots=settings_pivots,
-        settings_others=settings_others,
-        scale_dtype=scale_dtype,
-        refit=refit,
-        method=method,
-    )
-    [(first, report)] = quantize_together([task.first], gram, method=method)
+    return _finish(start_pivoted(weight, pivoted, **settings), gram)
+
+
+def _finish(task: FactorsTask | PivotedTask, gram: Tensor) -> QuantizedFactors:
+    """Quantize what a task begins with, alone, and then the rest."""
+    [(first, report)] = quantize_together([task.first], gram, method=task.method)
     return task.finish(first, report, gram)

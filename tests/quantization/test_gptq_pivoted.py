@@ -213,9 +213,9 @@ def test_bad_shapes_are_refused() -> None:
     weight, inputs, pivoted = layer()
     options = {"settings_others": INT4, "scale_dtype": torch.float32}
     with pytest.raises(ValueError, match="do not make a weight of shape"):
-        quantize_pivoted(weight[:-1], pivoted, inputs.T @ inputs, settings_pivots=INT4, **options)  # type: ignore[arg-type]
+        quantize_pivoted(weight[:-1], pivoted, inputs.T @ inputs, settings_pivots=INT4, **options)
     with pytest.raises(ValueError, match="the Gram has shape"):
-        quantize_pivoted(weight, pivoted, torch.eye(IN - 1), settings_pivots=INT4, **options)  # type: ignore[arg-type]
+        quantize_pivoted(weight, pivoted, torch.eye(IN - 1), settings_pivots=INT4, **options)
     coarse = QuantizationSettings(bits=4, group_size=128, sym=True)
     with pytest.raises(ValueError, match="128"):
-        quantize_pivoted(weight, pivoted, inputs.T @ inputs, settings_pivots=coarse, **options)  # type: ignore[arg-type]
+        quantize_pivoted(weight, pivoted, inputs.T @ inputs, settings_pivots=coarse, **options)
