@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ercsvd_deploy.exporters.vllm.cutting import find_uncuttable
-from ercsvd_deploy.exporters.vllm.kernels.choice import NO_KERNEL, KernelUse, ask_kernels, plan_matrices
+from ercsvd_deploy.exporters.vllm.kernels.choice import (
+    DOES_NOT_START,
+    KernelUse,
+    ask_kernels,
+    plan_matrices,
+)
 from ercsvd_deploy.format.stock_formats import STOCK_FORMATS
 from ercsvd_deploy.models.description.architecture import Architecture, ArchitectureError
 from ercsvd_deploy.models.description.meta import compressed_config, own_dtype, read_architecture
@@ -65,9 +70,25 @@ class Plan:
 
     def with_kernels(self) -> Plan:
         """Return the plan with the kernels that vLLM chooses; asking takes as long as importing vLLM."""
-        answers = ask_kernels(self.kernels, self.dtype)
-        uses = answers.uses if self.has_plugin else tuple(map(_without_plugin, answers.uses))
-        return replace(self, kernels=uses, kernel_source=answers.source, kernel_problem=answers.problem)
+        answers = ask_kernels(self.kernels, self.dtype, has_plugin=self.has_plugin)
+        return replace(
+            self, kernels=answers.uses, kernel_source=answers.source, kernel_problem=answers.problem
+        )
+
+    def held_bytes(self, tensor_parallel_size: int) -> dict[str, int]:
+        """Return accelerator -> bytes of weights that one device holds once kernels have arranged them.
+
+        Of the candidate with the most compressed layers; without accelerators on which it does not start, and
+        empty without `with_kernels`. Routed experts and a tied output layer are counted as they are stored.
+        """
+        uses = [use for use in self.kernels if use.tensor_parallel_size == tensor_parallel_size]
+        devices = uses[0].kernels if uses and self.kernel_source else {}
+        stored = self.candidates[-1].gpu_bytes[tensor_parallel_size]
+        return {
+            device: stored + sum(use.layers * use.extra_bytes[device] for use in uses)
+            for device in devices
+            if all(use.kernels[device] != DOES_NOT_START for use in uses)
+        }
 
     def with_peak(self) -> Plan:
         """Return the plan with a lower bound of its time, from this machine's peak in a matrix product."""
@@ -83,16 +104,8 @@ class Plan:
         without_stages = replace(self, stages=(), architecture=None)
         plain = asdict(without_stages) | lists
         del plain["architecture"], plain["presumed_warnings"]
-        return plain | {"stages": [stage.name for stage in self.stages]}
-
-
-def _without_plugin(use: KernelUse) -> KernelUse:
-    """Return the kernels of matrices that stock vLLM serves, which does not start without one."""
-    kernels = {
-        device: "none: does not start" if kernel == NO_KERNEL else kernel
-        for device, kernel in use.kernels.items()
-    }
-    return replace(use, kernels=kernels)
+        held = {size: self.held_bytes(size) for size in self.gpu_bytes}
+        return plain | {"held_bytes": held, "stages": [stage.name for stage in self.stages]}
 
 
 def check_vision(recipe: Recipe, config: Any) -> None:

@@ -461,9 +461,9 @@ def test_a_narrow_terminal_shows_a_large_model_whole(
     directory = write_config(QWEN2_5_72B)
     plan = make_plan(Recipe.model_validate(raw_recipe(directory, *NATURAL, INT4, sizes=[1, 2, 4])))
     kernels = dict.fromkeys(ACCELERATORS, "Marlin") | {"Hopper": "Machete", "CPU": "CPUWNA16"}
-    plan = replace(
-        plan, kernels=tuple(replace(use, kernels=kernels) for use in plan.kernels), kernel_source="vLLM"
-    )
+    extra = dict.fromkeys(ACCELERATORS, 10**9) | {"Hopper": 0}
+    uses = tuple(replace(use, kernels=kernels, extra_bytes=extra) for use in plan.kernels)
+    plan = replace(plan, kernels=uses, kernel_source="vLLM")
     printed = io.StringIO()
     Console(width=80, file=printed).print(render(plan))
     shown = printed.getvalue()[printed.getvalue().index("Ranks with k") :]

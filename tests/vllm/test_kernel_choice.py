@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 from ercsvd_deploy.exporters.vllm.kernels import choice as kernel_choice
 from ercsvd_deploy.exporters.vllm.kernels.choice import (
     ACCELERATORS,
+    DOES_NOT_START,
     NO_KERNEL,
     PLAIN,
+    SMALLER_PLAIN,
     KernelUse,
     ask_kernels,
     columns_that_agree,
@@ -73,13 +75,47 @@ def test_gpus_are_told_apart(answers: dict[tuple[Any, ...], KernelUse]) -> None:
         assert aligned[name] == "Marlin"
         assert odd[name] == "Marlin, padded to 128 x 4096"
     # 8 bits with zero points are nothing for Marlin, and no reason to serve a plain matrix
-    wide = answers[96, 4096, 8, 32, False].kernels
-    assert {wide[name] for name in GPUS} == {"Humming, padded to 256 x 4096"}
+    wide = answers[4096, 96, 8, 32, False].kernels
+    assert {wide[name] for name in GPUS} == {"Humming, padded to 4096 x 128"}
     for bits in (2, 3, 5, 6):
         for sym in (True, False):
-            few = answers[96, 4096, bits, 64, sym].kernels
-            assert {few[name] for name in GPUS} == {"Humming, padded to 256 x 4096"}
+            few = answers[4096, 96, bits, 32, sym].kernels
+            assert {few[name] for name in GPUS} == {"Humming, padded to 4096 x 128"}
             assert few["CPU"] == NO_KERNEL
+    # of 96 rows padded to 256, integers take as much as plain values from 6 bits up
+    narrow = {bits: answers[96, 4096, bits, 64, False].kernels["Hopper"] for bits in (5, 6)}
+    assert narrow == {5: "Humming, padded to 256 x 4096", 6: SMALLER_PLAIN}
+
+
+@pytest.mark.vllm
+def test_our_plugin_holds_in_16_bits_what_padding_would_double() -> None:
+    second_factor = use(4096, 16, WeightQuantization(bits=4, group_size=-1))
+    [ours] = ask_kernels([second_factor], "bfloat16").uses
+    assert {ours.kernels[name] for name in GPUS} == {SMALLER_PLAIN}
+    stored = 4096 * (16 // 2 + 2)
+    assert {ours.extra_bytes[name] for name in GPUS} == {2 * 4096 * 16 - stored}
+    [stock] = ask_kernels([second_factor], "bfloat16", has_plugin=False).uses
+    assert stock.kernels["Ampere"] == "Marlin, padded to 4096 x 64"
+    assert stock.extra_bytes["Ampere"] == 4096 * (64 // 2 + 2) - stored
+
+
+@pytest.mark.vllm
+def test_stock_vllm_does_not_start_without_a_kernel() -> None:
+    few = use(256, 4096, WeightQuantization(bits=3, group_size=64))
+    [ours], [stock] = (ask_kernels([few], "bfloat16", has_plugin=plugin).uses for plugin in (True, False))
+    assert (ours.kernels["CPU"], stock.kernels["CPU"]) == (NO_KERNEL, DOES_NOT_START)
+    assert ours.kernels["Hopper"] == stock.kernels["Hopper"] == "Humming"
+
+
+@pytest.mark.vllm
+def test_padding_and_matrices_without_a_kernel_take_more(answers: dict[tuple[Any, ...], KernelUse]) -> None:
+    odd, few = answers[96, 4096, 4, 128, True], answers[96, 4096, 3, 64, False]
+    int4_row, int3_row = 4096 // 2 + 2 * 32, (3 * 4096 + 64 * (16 + 3)) // 8
+    assert odd.extra_bytes["Hopper"] == (256 - 96) * int4_row
+    assert odd.extra_bytes["Ampere"] == (128 - 96) * int4_row
+    assert {few.extra_bytes[name] for name in GPUS} == {(256 - 96) * int3_row}
+    assert few.extra_bytes["CPU"] == 96 * (2 * 4096 - int3_row)
+    assert answers[128, 4096, 4, 128, True].extra_bytes["Ampere"] == 0
 
 
 @pytest.mark.vllm
@@ -131,6 +167,7 @@ def test_plain_matrices_need_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     answered = ask_kernels([use(96, 40, None)], "float16")
     assert (answered.source, answered.problem) == (None, None)
     assert set(answered.uses[0].kernels.values()) == {PLAIN}
+    assert set(answered.uses[0].extra_bytes.values()) == {0}
 
 
 def test_columns_that_agree_are_one() -> None:

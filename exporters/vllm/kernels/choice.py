@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.exporters.vllm.cutting import local_shape
+from ercsvd_deploy.exporters.vllm.kernels.padding import integer_bytes, is_smaller_plain, plain_bytes
 from ercsvd_deploy.exporters.vllm.layers.layer_plan import PlannedMatrix, Projection, plan_second, plan_stacks
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 PLAIN = "plain"
 NO_KERNEL = "none: served as plain 16-bit"
+SMALLER_PLAIN = "plain 16-bit: smaller"  # than what the kernel pads
+DOES_NOT_START = "none: does not start"
 _SOURCE = "ercsvd_deploy.exporters.vllm.kernels.answers"
 _TIMEOUT = 300.0  # seconds; importing vLLM takes about ten
 _KERNEL_SUFFIX = "LinearKernel"
@@ -56,7 +59,9 @@ class KernelUse:
         storage: Description of its storage, such as "int4, groups of 128".
         quantization: Bits, group size and symmetry; None for a plain matrix.
         layers: Number of layers with such a matrix; an output layer counts as one.
-        kernels: Accelerator -> kernel, "plain", or the reason for none; empty if vLLM was not asked.
+        kernels: Accelerator -> kernel, or why there is none; empty if vLLM was not asked.
+        extra_bytes: Accelerator -> bytes that a device holds of one such matrix beyond the stored ones: its
+            kernel's padding, or those of 16-bit values.
     """
 
     tensor_parallel_size: int
@@ -69,6 +74,7 @@ class KernelUse:
     quantization: Mapping[str, Any] | None
     layers: int
     kernels: Mapping[str, str] = field(default_factory=dict)
+    extra_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,17 +127,18 @@ def plan_matrices(
     return tuple(uses.values())
 
 
-def ask_kernels(uses: Sequence[KernelUse], dtype: str) -> KernelAnswers:
+def ask_kernels(uses: Sequence[KernelUse], dtype: str, *, has_plugin: bool = True) -> KernelAnswers:
     """Return vLLM's answers about the matrices; it is not asked if all are plain.
 
     Args:
         uses: The matrices, see `plan_matrices`.
         dtype: Dtype of the activations; vLLM serves float32 checkpoints in bfloat16.
+        has_plugin: Whether our plugin serves the model, which holds in 16 bits what no kernel takes, or what
+            takes no more so; stock vLLM does not start without a kernel.
     """
     packed_matrices = list({_question_about(use): None for use in uses if use.quantization is not None})
     if not packed_matrices:
-        plain = dict.fromkeys(ACCELERATORS, PLAIN)
-        return KernelAnswers(tuple(replace(use, kernels=plain) for use in uses))
+        return KernelAnswers(tuple(map(_plain, uses)))
     if find_spec("vllm") is None:
         return KernelAnswers(tuple(uses), problem="it is not installed here")
     served_dtype = "bfloat16" if dtype == "float32" else dtype
@@ -143,22 +150,51 @@ def ask_kernels(uses: Sequence[KernelUse], dtype: str) -> KernelAnswers:
         reply = _ask_vllm(request)
     except _NoAnswerError as error:
         return KernelAnswers(tuple(uses), problem=f"it gave no answer: {error}")
-    kernels_by_matrix: dict[str | None, dict[str, str]] = {None: dict.fromkeys(ACCELERATORS, PLAIN)}
-    for index, matrix in enumerate(packed_matrices):
-        kernels_by_matrix[matrix] = {
-            name: _kernel_description(answers[index])
-            for name, answers in zip(ACCELERATORS, reply["answers"], strict=True)
-        }
+    answers_by_matrix = {
+        matrix: {name: answers[index] for name, answers in zip(ACCELERATORS, reply["answers"], strict=True)}
+        for index, matrix in enumerate(packed_matrices)
+    }
     source = f"vLLM {reply['vllm']}" + (", on a CPU: this one" if reply["is_cpu_build"] else "")
-    return KernelAnswers(
-        tuple(
-            replace(
-                use, kernels=kernels_by_matrix[None if use.quantization is None else _question_about(use)]
-            )
-            for use in uses
-        ),
-        source=source,
+    answered = (_answered(use, answers_by_matrix, has_plugin=has_plugin) for use in uses)
+    return KernelAnswers(tuple(answered), source=source)
+
+
+def _answered(
+    use: KernelUse, answers_by_matrix: Mapping[str, Mapping[str, Mapping[str, Any]]], *, has_plugin: bool
+) -> KernelUse:
+    """Return a use with the kernel of each accelerator, and what each holds beyond the stored bytes."""
+    if use.quantization is None:
+        return _plain(use)
+    told = {
+        accelerator: _describe(use, answer, has_plugin=has_plugin)
+        for accelerator, answer in answers_by_matrix[_question_about(use)].items()
+    }
+    return replace(
+        use,
+        kernels={accelerator: kernel for accelerator, (kernel, _) in told.items()},
+        extra_bytes={accelerator: extra_bytes for accelerator, (_, extra_bytes) in told.items()},
     )
+
+
+def _plain(use: KernelUse) -> KernelUse:
+    return replace(
+        use, kernels=dict.fromkeys(ACCELERATORS, PLAIN), extra_bytes=dict.fromkeys(ACCELERATORS, 0)
+    )
+
+
+def _describe(use: KernelUse, answer: Mapping[str, Any], *, has_plugin: bool) -> tuple[str, int]:
+    """Return an accelerator's kernel for an integer matrix, and the bytes that it holds beyond the stored."""
+    quantization = WeightQuantization.model_validate(use.quantization)
+    shape = (use.rows, use.columns)
+    stored, in_half = integer_bytes(shape, quantization), plain_bytes(shape)
+    if answer["kernel"] is None:
+        return (NO_KERNEL, in_half - stored) if has_plugin else (DOES_NOT_START, 0)
+    rows, columns = answer["padded"] or shape
+    if has_plugin and is_smaller_plain(shape, (rows, columns), quantization):
+        return SMALLER_PLAIN, in_half - stored
+    name = str(answer["kernel"]).removesuffix(_KERNEL_SUFFIX)
+    told = name if answer["padded"] is None else f"{name}, padded to {rows} x {columns}"
+    return told, integer_bytes((rows, columns), quantization) - stored
 
 
 def columns_that_agree(uses: Sequence[KernelUse]) -> dict[str, str]:
@@ -251,13 +287,6 @@ def _question_about(use: KernelUse) -> str:
         **use.quantization,
     }
     return json.dumps(question, sort_keys=True)
-
-
-def _kernel_description(answer: Mapping[str, Any]) -> str:
-    if answer["kernel"] is None:
-        return NO_KERNEL
-    name = str(answer["kernel"]).removesuffix(_KERNEL_SUFFIX)
-    return name if answer["padded"] is None else "{}, padded to {} x {}".format(name, *answer["padded"])
 
 
 class _NoAnswerError(RuntimeError):

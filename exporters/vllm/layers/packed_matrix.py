@@ -6,6 +6,7 @@ vLLM chooses, or returns a plain matrix of the same numbers if there is no kerne
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ from ercsvd_deploy.exporters.vllm.compatibility import (
     PackedvLLMParameter,
     choose_mp_linear_kernel,
     kernel_config,
+    padded_shape,
 )
+from ercsvd_deploy.exporters.vllm.kernels.padding import is_smaller_plain
 from ercsvd_deploy.exporters.vllm.layers.plain_matrix import PlainMatrix, copy_rows, refuse_stock_loading
 from ercsvd_deploy.format.integer_words import dequantize, pack_rows, unpack_rows
 from ercsvd_deploy.format.schema import (
@@ -43,7 +46,8 @@ class PackedMatrix(nn.Module):
     """An integer matrix [rows, columns], multiplied by the mixed-precision kernel that vLLM chooses.
 
     Where vLLM has no kernel for it, or one that does not work in this build, `finalize` returns a
-    `PlainMatrix` of the same numbers instead, unless kernels are required.
+    `PlainMatrix` of the same numbers instead, unless kernels are required. It does so in any case
+    where the kernel's padding takes as much memory as plain values.
 
     Args:
         name: name of the matrix in the checkpoint, for error messages.
@@ -77,8 +81,12 @@ class PackedMatrix(nn.Module):
         if problem:
             raise ValueError(self._describe(problem))
         self._reason, self._kernel = self._choose_kernel()
+        self._is_smaller_plain = False
         if self._kernel is None:
             record.require(self._describe(self._reason))
+        else:
+            padded = padded_shape(type(self._kernel).__name__, shape, quantization.group_size)
+            self._is_smaller_plain = is_smaller_plain(shape, padded, quantization)
         # attributes of a layer that kernels read, as vLLM's own WNA16 scheme sets them
         self.input_size = self.input_size_per_partition = columns
         self.output_size = self.output_size_per_partition = rows
@@ -130,6 +138,8 @@ class PackedMatrix(nn.Module):
         """
         if self.weight_packed.is_meta:  # vLLM builds layers that it will not run on the meta device
             return self
+        if self._is_smaller_plain:
+            return self._dequantized()
         if self._kernel is not None:
             kind = (type(self._kernel), self._shape, self._full_shape, self._quantization, self._dtype)
             if not self._record.was_tried(kind):
@@ -144,7 +154,10 @@ class PackedMatrix(nn.Module):
             self._record.served_by_kernel()
             return self
         self._record.require(self._describe(self._reason))
-        return self._as_plain_matrix()
+        extra_bytes = self._dtype.itemsize * math.prod(self._shape)
+        extra_bytes -= self.weight_packed.nbytes + self.weight_scale.nbytes
+        self._record.served_plain(self._reason, str(self._dtype).removeprefix("torch."), extra_bytes)
+        return self._dequantized()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., columns] times the transposed matrix: [..., rows]."""
@@ -223,7 +236,7 @@ class PackedMatrix(nn.Module):
         zero_points = None if self._zero_points is None else self._zero_points.clone()
         return _copy_parameter(self.weight_packed), _copy_parameter(self.weight_scale), zero_points
 
-    def _as_plain_matrix(self) -> PlainMatrix:
+    def _dequantized(self) -> PlainMatrix:
         rows, columns = self._shape
         words, scale = self.weight_packed.data, self.weight_scale.data
         with words.device:
@@ -233,9 +246,6 @@ class PackedMatrix(nn.Module):
             offsets = None if self._zero_points is None else self._zero_points[block]
             matrix = dequantize(words[block], scale[block], offsets, self._quantization.bits, columns)
             plain.load(WEIGHT, matrix, slice(None), slice(None), start)
-        extra_bytes = rows * columns * self._dtype.itemsize - words.nbytes - scale.nbytes
-        assert self._reason is not None
-        self._record.served_plain(self._reason, str(self._dtype).removeprefix("torch."), extra_bytes)
         plain.finalize()
         return plain
 

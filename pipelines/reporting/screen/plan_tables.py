@@ -40,6 +40,8 @@ def render(plan: Plan) -> RenderableType:
     if plan.patterns:
         renderables.append(_pattern_table(plan.patterns))
     renderables.append(_kernel_table(plan))
+    if held := _held_table(plan):
+        renderables.append(held)
     if plan.kernel_problem:
         renderables.append(Text(f"vLLM is needed to say which kernels multiply them: {plan.kernel_problem}"))
     renderables += [_resource_table(plan), *map(Text, filter(None, (_time_line(plan), _machine_line(plan))))]
@@ -170,6 +172,26 @@ def _kernel_table(plan: Plan) -> Table:
         count = sum(use.layers for use in uses)
         shapes = (f"{rows} x {columns}" for _, rows, columns in (smallest, largest))
         table.add_row(str(size), str(count), *shapes, storage, *(kernel_names if plan.kernel_source else ()))
+    return table
+
+
+def _held_table(plan: Plan) -> Table | None:
+    """Bytes on each device once kernels have arranged the matrices; None where that changes nothing."""
+    by_size = {size: plan.held_bytes(size) for size in plan.gpu_bytes}
+    stored = plan.candidates[-1].gpu_bytes
+    if all(held == stored[size] for size, by_device in by_size.items() for held in by_device.values()):
+        return None
+    devices_by_column: dict[tuple[int | None, ...], list[str]] = {}
+    for device in plan.kernels[0].kernels:
+        column = tuple(by_device.get(device) for by_device in by_size.values())
+        devices_by_column.setdefault(column, []).append(device)
+    title = "Weights on each device as its kernels hold them: padded, or in 16 bits where there is none"
+    table = Table(title=title, title_justify="left")
+    for heading in ("TP", *(", ".join(devices) for devices in devices_by_column.values())):
+        table.add_column(heading, justify="right", overflow="fold")
+    for index, size in enumerate(by_size):
+        cells = (column[index] for column in devices_by_column)
+        table.add_row(str(size), *("does not start" if cell is None else _size(cell) for cell in cells))
     return table
 
 

@@ -34,8 +34,9 @@ class Case:
 
     Attributes:
         group: "chosen" by vLLM, "forced" to one kernel class, or "damaged" on
-            the way to it, "recipe": a recipe's shapes, without numbers, or
-            "stock": vLLM's own Linear.
+            the way to it, "recipe": a recipe's shapes, without numbers,
+            "corrected": layers with factors of small rank, or "stock": vLLM's
+            own Linear.
         layer: kinds of Linears, layout and ranks.
         storage: bits, group size and symmetry.
         rank: tensor-parallel rank and size.
@@ -75,6 +76,7 @@ def main() -> None:
         *runner.small_layers(),
         *runner.damaged_layers(),
         *runner.recipe_matrices(asked["recipe_matrices"]),
+        *runner.corrections(),
         *runner.stock_layers(),
     ]
     told = {"vllm": runner.release, "cases": [asdict(case) for case in cases]}
@@ -170,6 +172,15 @@ class Runner:
             case = Case("stock", name, f"int{bits} groups 64 sym", (0, 1), capability, dtype)
             yield self._run(case, partial(self._multiply_stock, case, name, bits))
 
+    def corrections(self) -> Iterator[Case]:
+        """Run layers with factors of small rank, which are held as the plugin decides."""
+        from tests.vllm.kernel_contract.small_layers import small_corrections
+
+        for small, capability in itertools.product(small_corrections(), CAPABILITIES):
+            dtype = "float16" if capability == (7, 5) else "bfloat16"
+            case = Case("corrected", small.name, small.storage_name, small.rank, capability, dtype)
+            yield self._run(case, partial(self._load_and_multiply, case, small))
+
     def _multiply_stock(self, case: Case, name: str, bits: int) -> None:
         from tests.vllm.kernel_contract.stock_layers import quantized_weight, stock_linear
 
@@ -199,6 +210,7 @@ class Runner:
 
     def _hand_over(self, case: Case, matrix: dict[str, Any]) -> None:
         from ercsvd_deploy.exporters.vllm.compatibility import padded_shape
+        from ercsvd_deploy.exporters.vllm.kernels.padding import integer_bytes
         from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
         from ercsvd_deploy.exporters.vllm.layers.packed_matrix import PackedMatrix
         from ercsvd_deploy.format.schema import WeightQuantization
@@ -219,6 +231,8 @@ class Runner:
         assert product.shape == (3, shape[0]), f"{product.shape} is not {(3, shape[0])}"
         told = padded_shape(case.kernels[0], shape, storage.group_size)
         assert _padded_to(packed, storage.bits, shape) == told, f"`plan` says that it is padded to {told}"
+        held = sum(tensor.nbytes for tensor in itertools.chain(packed.parameters(), packed.buffers()))
+        assert held == integer_bytes(told, storage), f"it holds {held} bytes"
 
     def _takes(self, case: Case, projections: list[Any], dtype: torch.dtype) -> bool:
         """Whether the one class that may be chosen says that it takes every integer matrix of the layer."""
@@ -255,6 +269,7 @@ class Runner:
         from ercsvd_deploy.exporters.vllm.kernels.record import KernelRecord
         from ercsvd_deploy.exporters.vllm.layers.layer import StackedLinear
         from ercsvd_deploy.exporters.vllm.layers.layer_plan import Projection
+        from ercsvd_deploy.exporters.vllm.layers.packed_matrix import PackedMatrix
         from tests.vllm.kernel_contract.layers import StoredLayer
 
         dtype = getattr(torch, case.dtype)
@@ -272,6 +287,10 @@ class Runner:
             case.refused = True
             return
         stacked = StackedLinear(projections, dtype, KernelRecord(), allow_op=False)
+        if case.group != "corrected":
+            for matrix in stacked.matrices:
+                if isinstance(matrix, PackedMatrix):
+                    matrix._is_smaller_plain = False  # kernels are the subject, whatever they pad
         case.kernels = tuple(
             sorted(
                 {type(matrix._kernel).__name__ for matrix in stacked.matrices if hasattr(matrix, "_kernel")}
@@ -285,6 +304,8 @@ class Runner:
                 loader.load(leaf, _damage(tensor) if case.damaged in leaf.split(".") else tensor)
             assert not loader.problems(), loader.problems()
         stacked.finalize()
+        if case.group == "corrected":
+            _check_held(projections, stacked.matrices, dtype)
         columns = projections[0].columns
         x = torch.randn(3, columns.stop - columns.start, generator=torch.Generator().manual_seed(1)).to(dtype)
         with torch.inference_mode():
@@ -293,6 +314,29 @@ class Runner:
         assert product.shape == expected.shape, f"{product.shape} is not {expected.shape}"
         difference = (product - expected).abs().max() / expected.abs().max()
         assert difference <= _TOLERANCE, f"off by {difference:.1%} of the largest output"
+
+
+def _check_held(projections: list[Any], matrices: Any, dtype: torch.dtype) -> None:
+    """Check that every matrix takes what `plan` says: padded integers, or 16 bits if that is no more."""
+    from ercsvd_deploy.exporters.vllm.compatibility import (
+        choose_mp_linear_kernel,
+        kernel_config,
+        padded_shape,
+    )
+    from ercsvd_deploy.exporters.vllm.kernels.padding import integer_bytes
+    from ercsvd_deploy.exporters.vllm.layers.layer_plan import plan_second, plan_stacks
+
+    planned = [stack.matrix for stack in plan_stacks(projections)]
+    planned += [second for second in map(plan_second, projections) if second is not None]
+    for matrix, held in zip(planned, matrices, strict=True):
+        storage, (rows, columns) = matrix.quantization, matrix.shape
+        assert storage is not None
+        config = kernel_config(matrix.shape, matrix.full_shape, **storage.model_dump(), act_dtype=dtype)
+        kernel = choose_mp_linear_kernel(config).__name__
+        padded = padded_shape(kernel, matrix.shape, storage.group_size)
+        expected = min(integer_bytes(padded, storage), 2 * rows * columns)
+        num_bytes = sum(tensor.nbytes for tensor in itertools.chain(held.parameters(), held.buffers()))
+        assert num_bytes == expected, f"{matrix.name} takes {num_bytes} bytes, and {expected} are enough"
 
 
 def _padded_to(packed: Any, bits: int, shape: tuple[int, int]) -> tuple[int, int]:

@@ -100,6 +100,9 @@ class StoredLayer:
             elif description.layout == "low_rank":
                 hidden = x.double() @ dense["factor_a"][:, columns].T
                 outputs.append(hidden @ dense["factor_b"][rows].T)
+            elif description.layout == "corrected":
+                hidden = x.double() @ dense["factor_a"][:, columns].T
+                outputs.append(x.double() @ dense[""][rows, columns].T + hidden @ dense["factor_b"][rows].T)
             else:
                 pivots = x.double() @ dense["pivot_rows"][:, columns].T
                 others = pivots @ dense["other_rows"].T
@@ -116,6 +119,7 @@ def describe(
         by_layout: dict[str, dict[str, Any]] = {
             "dense": {"weight": storage},
             "low_rank": {"rank": rank, "factor_a": storage, "factor_b": storage},
+            "corrected": {"weight": storage, "rank": rank, "factor_a": storage, "factor_b": storage},
             "pivoted": {
                 "rank": rank,
                 "pivot_blocks": pivot_blocks,

@@ -86,6 +86,16 @@ def small_layers(tensor_parallel_sizes: Iterable[int]) -> Iterator[SmallLayer]:
         )
 
 
+def small_corrections() -> Iterator[SmallLayer]:
+    """Yield layers with corrections of few dozens, whose factors kernels pad to several times their bytes."""
+    kinds = itertools.product((4, 8), (16, 64, 128), _WHOLE, (1, 2))
+    for number, (bits, rank, layer, size) in enumerate(kinds):
+        storage = WeightQuantization(bits=bits, group_size=-1)
+        descriptions = describe(layer, "corrected", rank, storage)
+        name = f"{layer.name} corrected by {rank}"
+        yield SmallLayer(number, name, f"int{bits}", layer, descriptions, (size - 1, size), least=0)
+
+
 def _describe(layer: Layer, layout: str, rank: int, storage: WeightQuantization) -> tuple[Storage, ...]:
     if layout != "mixed":
         return describe(layer, layout, rank, storage)

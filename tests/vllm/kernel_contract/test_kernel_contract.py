@@ -133,6 +133,14 @@ def test_hopper_is_served_by_humming_where_machete_refuses(cases: list[dict[str,
     assert (9, 0) not in by_kernel["MarlinLinearKernel"]
 
 
+def test_factors_that_kernels_would_pad_to_more_than_16_bits_take_16_bits(
+    cases: list[dict[str, Any]],
+) -> None:
+    corrected = [case for case in cases if case["group"] == "corrected"]
+    assert_none_failed(corrected)
+    assert {tuple(case["capability"]) for case in corrected if case["multiplied"]} == set(CAPABILITIES)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_matrices_of_every_recipe_have_kernels(
     capability: tuple[int, int], cases: list[dict[str, Any]]
