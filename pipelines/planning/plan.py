@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from ercsvd_deploy.pipelines.inputs.checks import check_lengths
 from ercsvd_deploy.pipelines.inputs.model import compute_dtype, default_device, open_config
 from ercsvd_deploy.pipelines.planning.candidates import CandidatePlan, plan_candidates
 from ercsvd_deploy.pipelines.planning.feasibility import Estimate, estimate, on_machine
+from ercsvd_deploy.pipelines.planning.held_in_16_bits import extra_bytes_in_16_bits
 from ercsvd_deploy.pipelines.planning.machine import Machine, measure_flops
 from ercsvd_deploy.pipelines.planning.measured_workload import measure_workload
 from ercsvd_deploy.pipelines.planning.needs import PlannedStage
@@ -58,6 +59,8 @@ class Plan:
     estimate: Estimate  # memory, disk and time, and what a machine lacks
     kernels: tuple[KernelUse, ...]  # matrices of the candidate with the most compressed layers
     output: str | None  # the recipe's export directory
+    # tensor parallel size -> accelerator -> bytes beyond the stored ones of experts and a tied output layer
+    in_16_bits: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     patterns: tuple[PatternMatch, ...] = ()  # matches of the quantize stage's patterns
     notes: tuple[str, ...] = ()  # decisions that are made during the run
     warnings: tuple[str, ...] = ()
@@ -79,13 +82,16 @@ class Plan:
         """Return accelerator -> bytes of weights that one device holds once kernels have arranged them.
 
         Of the candidate with the most compressed layers; without accelerators on which it does not start, and
-        empty without `with_kernels`. Routed experts and a tied output layer are counted as they are stored.
+        empty without `with_kernels`.
         """
         uses = [use for use in self.kernels if use.tensor_parallel_size == tensor_parallel_size]
         devices = uses[0].kernels if uses and self.kernel_source else {}
         stored = self.candidates[-1].gpu_bytes[tensor_parallel_size]
+        in_16_bits = self.in_16_bits.get(tensor_parallel_size, {})
         return {
-            device: stored + sum(use.layers * use.extra_bytes[device] for use in uses)
+            device: stored
+            + in_16_bits.get(device, 0)
+            + sum(use.layers * use.extra_bytes[device] for use in uses)
             for device in devices
             if all(use.kernels[device] != DOES_NOT_START for use in uses)
         }
@@ -103,7 +109,8 @@ class Plan:
         lists = {"problems": list(self.estimate.problems), "shortages": list(self.estimate.shortages)}
         without_stages = replace(self, stages=(), architecture=None)
         plain = asdict(without_stages) | lists
-        del plain["architecture"], plain["presumed_warnings"]
+        for internal in ("architecture", "presumed_warnings", "in_16_bits"):
+            del plain[internal]
         held = {size: self.held_bytes(size) for size in self.gpu_bytes}
         return plain | {"held_bytes": held, "stages": [stage.name for stage in self.stages]}
 
@@ -202,10 +209,12 @@ def make_plan(
         device=device,
     )
     quantize_plan = quantize_plan_of(recipe, architecture)
+    has_plugin = recipe.export.format == "vllm"
+    largest = {**candidates[-1].modules, **candidates[-1].experts}
     by_storage = _storage_warnings(
         recipe,
         quantize_plan,
-        {**candidates[-1].modules, **candidates[-1].experts},
+        largest,
         architecture,
         dtype,
         _bits_on_offer(planned),
@@ -224,6 +233,9 @@ def make_plan(
             work, planned, [candidate.num_bytes for candidate in candidate_plans], device, machine
         ),
         kernels=plan_matrices(candidates[-1].modules, architecture, sizes),
+        in_16_bits={
+            size: extra_bytes_in_16_bits(largest, architecture, element, size) for size in sizes if has_plugin
+        },
         output=None if recipe.export.path is None else str(recipe.export.path.absolute()),
         patterns=quantize_plan.matches,
         notes=(
@@ -243,7 +255,7 @@ def make_plan(
         presumed_warnings=() if recipe.target is None else tuple(by_storage),
         stages=tuple(planned_stage.stage for planned_stage in planned),
         architecture=architecture,
-        has_plugin=recipe.export.format == "vllm",
+        has_plugin=has_plugin,
     )
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-from ercsvd_deploy.exporters.vllm.kernels.choice import NO_KERNEL, KernelUse
 from ercsvd_deploy.pipelines.planning.plan import make_plan
-from ercsvd_deploy.pipelines.reporting.screen.plan_tables import render
 from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.families.tiny_families import save_tiny_family
@@ -67,21 +61,3 @@ def test_experts_that_are_ignored_count_in_a_target(tmp_path: Path, write_recipe
     least = r"overall_bits is 9, and the least that is possible is 15\.\d+: .*less in quantize\.ignore"
     with pytest.raises(PlanError, match=least):
         make_plan(recipe)
-
-
-def test_a_device_holds_what_its_kernels_pad(
-    write_recipe: RecipeWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def with_extra_bytes(uses: tuple[KernelUse, ...], _dtype: str, **_: bool) -> SimpleNamespace:
-        kernels, extra = {"CPU": NO_KERNEL, "Hopper": "Machete"}, {"CPU": 5, "Hopper": 0}
-        answered = tuple(replace(use, kernels=kernels, extra_bytes=extra) for use in uses)
-        return SimpleNamespace(uses=answered, source="vLLM", problem=None)
-
-    monkeypatch.setattr("ercsvd_deploy.pipelines.planning.plan.ask_kernels", with_extra_bytes)
-    plan = make_plan(load_recipe(write_recipe(quantize()))).with_kernels()
-    stored, num_matrices = plan.candidates[-1].gpu_bytes[1], sum(use.layers for use in plan.kernels)
-    held = {"CPU": stored + 5 * num_matrices, "Hopper": stored}
-    assert plan.held_bytes(1) == plan.as_json()["held_bytes"][1] == held
-    printed = StringIO()
-    Console(width=200, file=printed).print(render(plan))
-    assert "as its kernels hold them" in " ".join(printed.getvalue().split())

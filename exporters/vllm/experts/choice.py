@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ercsvd_deploy.exporters.vllm.compatibility import current_platform
-from ercsvd_deploy.exporters.vllm.experts.fused_kinds import find_obstacle
+from ercsvd_deploy.exporters.vllm.experts.fused_kinds import find_cut_groups, find_obstacle
 from ercsvd_deploy.exporters.vllm.experts.methods import PackedExpertsMethod, PlainExpertsMethod
 
 if TYPE_CHECKING:
@@ -74,7 +74,4 @@ def _obstacle_here(
         return "fused kernels of integer experts are used on NVIDIA GPUs only"
     if dtype not in (torch.float16, torch.bfloat16):
         return "fused kernels compute in 16 bits"
-    size = quantization.group_size
-    if size != -1 and intermediate_size % size:
-        return f"groups of {size} do not divide the {intermediate_size} inputs that a rank has of an expert"
-    return None
+    return find_cut_groups(quantization, intermediate_size)

@@ -32,6 +32,19 @@ def find_obstacle(quantization: WeightQuantization | None) -> str | None:
     return None
 
 
+def find_cut_groups(quantization: WeightQuantization, intermediate_size: int) -> str | None:
+    """Return why fused kernels cannot take the columns that a rank has of an expert; None if they can.
+
+    Args:
+        quantization: Common quantization of a layer's experts.
+        intermediate_size: Number of inputs of the last projection on a rank.
+    """
+    size = quantization.group_size
+    if size != -1 and intermediate_size % size:
+        return f"groups of {size} do not divide the {intermediate_size} inputs that a rank has of an expert"
+    return None
+
+
 def serving_notes(described: Mapping[str, Storage], architecture: Architecture) -> list[str]:
     """Return notes about integer experts that vLLM holds in 16 bits, in more memory than the files take.
 

@@ -34,6 +34,7 @@ DOES_NOT_START = "none: does not start"
 _SOURCE = "ercsvd_deploy.exporters.vllm.kernels.answers"
 _TIMEOUT = 300.0  # seconds; importing vLLM takes about ten
 _KERNEL_SUFFIX = "LinearKernel"
+CPU = "CPU"
 # name -> question for the child process; Turing has no bfloat16
 ACCELERATORS: Mapping[str, Mapping[str, Any]] = {
     "Hopper": {"kind": "CUDA", "capability": (9, 0)},
@@ -41,7 +42,7 @@ ACCELERATORS: Mapping[str, Mapping[str, Any]] = {
     "Ada": {"kind": "CUDA", "capability": (8, 9)},
     "Ampere": {"kind": "CUDA", "capability": (8, 0)},
     "Turing": {"kind": "CUDA", "capability": (7, 5), "dtype": "float16"},
-    "CPU": {"kind": "CPU", "capability": None},
+    CPU: {"kind": "CPU", "capability": None},
 }
 
 
