@@ -48,26 +48,31 @@ EXPECTATIONS = {
 }
 
 
-def explain(error: ValidationError, origin_of: Callable[[Location], str]) -> RecipeError:
+def explain(
+    error: ValidationError, origin_of: Callable[[Location], str], whole: type[Section] = Recipe
+) -> RecipeError:
     """Return the error that reports all of pydantic's errors, one a line.
 
     Args:
-        error: pydantic's error from validating a `Recipe`.
+        error: pydantic's error from validating a `whole`.
         origin_of: Field location -> `file:line:column` or the override it comes from.
+        whole: The model of the whole file.
     """
     lines = []
     for detail in error.errors(include_url=False):
         if _is_echo(detail):
             continue
-        location, _ = _resolve(detail["loc"])
-        field = quoted(".".join(str(part) for part in location)) if location else "'recipe'"
-        lines.append(f"{origin_of(location)}: field {field} {_describe(detail, field)}")
+        location, _ = _resolve(detail["loc"], whole)
+        field = (
+            quoted(".".join(str(part) for part in location)) if location else f"'{whole.__name__.lower()}'"
+        )
+        lines.append(f"{origin_of(location)}: field {field} {_describe(detail, field, whole)}")
     return RecipeError(lines)
 
 
-def fields_at(location: Iterable[str | int]) -> dict[str, FieldInfo]:
+def fields_at(location: Iterable[str | int], whole: type[Section] = Recipe) -> dict[str, FieldInfo]:
     """Return the fields that a mapping at this location may have; empty if it is not a section."""
-    _, annotations = _resolve(location)
+    _, annotations = _resolve(location, whole)
     sections = [annotation for annotation in annotations if _is_section(annotation)]
     return {name: field for section in sections for name, field in section.model_fields.items()}
 
@@ -77,7 +82,7 @@ def _is_echo(detail: ErrorDetails) -> bool:
     return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
 
 
-def _describe(detail: ErrorDetails, field: str) -> str:
+def _describe(detail: ErrorDetails, field: str, whole: type[Section]) -> str:
     """Return the problem with a field's value, and the remedy."""
     kind, value = detail["type"], detail["input"]
     context = detail.get("ctx", {})
@@ -85,12 +90,12 @@ def _describe(detail: ErrorDetails, field: str) -> str:
     if kind == REFUSAL:
         return str(context["text"]).replace("{field}", field.strip("'"))
     if kind == "extra_forbidden":
-        valid = fields_at(parent)
+        valid = fields_at(parent, whole)
         close = did_you_mean(name, valid)
         remedy = f"did you mean {close!r}?" if close else f"known here: {', '.join(valid)}"
         return f"is unknown (value {quoted(value)}); {remedy}"
     if kind == "missing":
-        description = fields_at(parent)[name].description
+        description = fields_at(parent, whole)[name].description
         return f"is missing; add it: {description}"
     expectation = EXPECTATIONS.get(kind)
     if expectation is None:
@@ -104,14 +109,14 @@ def _describe(detail: ErrorDetails, field: str) -> str:
     return text
 
 
-def _resolve(location: Iterable[str | int]) -> tuple[Location, list[Any]]:
+def _resolve(location: Iterable[str | int], whole: type[Section]) -> tuple[Location, list[Any]]:
     """Return the location as the user wrote it, and the types that are valid there.
 
     Pydantic adds the tag of the union member it chose, which is a model's name here, and `[key]`
     after a refused key.
     """
     user_location: list[str | int] = []
-    candidates: list[Any] = [Recipe]
+    candidates: list[Any] = [whole]
     for part in location:
         members = [annotation for annotation in candidates if _is_section(annotation)]
         tagged = [member for member in members if member.__name__ == part]

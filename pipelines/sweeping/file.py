@@ -28,6 +28,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ercsvd_deploy.recipe.fields import ListOf, LocalPath, Section, Size, Text, refusal
 from ercsvd_deploy.recipe.load import RecipeError, canonical, load_recipe
+from ercsvd_deploy.recipe.messages import explain
 from ercsvd_deploy.recipe.sections import Recipe
 from ercsvd_deploy.recipe.yaml_source import read_yaml_file
 
@@ -110,16 +111,7 @@ def load_sweep(path: Path) -> Sweep:
     try:
         return Sweep.model_validate(root.plain())
     except ValidationError as error:
-        raise RecipeError(
-            [
-                f"{root.origin_of(tuple(detail['loc']))}: {_field_name(detail['loc'])}: {detail['msg']}"
-                for detail in error.errors()
-            ]
-        ) from error
-
-
-def _field_name(location: tuple[str | int, ...]) -> str:
-    return f"field '{'.'.join(map(str, location))}'" if location else "the sweep"
+        raise explain(error, root.origin_of, Sweep) from error
 
 
 def sweep_points(sweep: Sweep) -> list[Point]:

@@ -95,11 +95,15 @@ def test_equal_points_are_run_once(write_recipe: RecipeWriter, tmp_path: Path) -
     ("entries", "said"),
     [
         ({}, "varies nothing"),
-        ({"grid": {RATIO: []}}, f"field 'grid.{RATIO}'"),
-        ({"grid": {RATIO: 0.2}}, f"field 'grid.{RATIO}'"),
+        ({"grid": {RATIO: []}}, f"field 'grid.{RATIO}' is []; it must be a list with at least 1 entry"),
+        ({"grid": {RATIO: 0.2}}, f"field 'grid.{RATIO}' is 0.2; it must be a list"),
+        ({"also": [{"nam": "one", "set": {RATIO: 0.2}}]}, "field 'also.0.name' is missing; add it: What"),
+        ({"also": [{"nam": "one", "set": {RATIO: 0.2}}]}, "did you mean 'name'?"),
+        ({"grid": {RATIO: [0.2]}, "pick": 3}, "field 'pick' is 3; it must be a mapping"),
         ({"grid": {RATIO: [0.2]}, "pick": {}}, "exactly one of smallest: true and best_under"),
         ({"grid": {RATIO: [0.2]}, "pick": {"best_under": "3"}}, "field 'pick.best_under'"),
-        ({"gird": {RATIO: [0.2]}}, "field 'gird'"),
+        ({"gird": {RATIO: [0.2]}}, "field 'gird' is unknown (value "),
+        ({"gird": {RATIO: [0.2]}}, "did you mean 'grid'?"),
         ({"grid": {RATIO: [0.2]}, "pick": {"smallest": True}}, "its recipe has no gates: give one on texts"),
         (
             {"grid": {RATIO: [0.2]}, "set": {"gates": {"serving_parity": 0.1}}, "pick": {"smallest": True}},
