@@ -26,6 +26,7 @@ from ercsvd_deploy.recipe.fields import PlanError
 from ercsvd_deploy.recipe.load import load_recipe
 from ercsvd_deploy.recipe.quantize import Quantize, VocabularyIntegers
 from tests.families import tiny_vision_families
+from tests.families.tiny_families import save_tiny_family
 from tests.recipe_runs import RecipeWriter, factorize, modules_of, recipe_writer
 from tests.stages.naive_factors import inputs_of
 from tests.stages.vocabulary_runs import EMBEDDING, OUTPUT_LAYER, quantize
@@ -73,6 +74,16 @@ def test_what_is_outside_the_layers_can_be_all_that_is_quantized(
     recipe = write_recipe(quantize(ignore=["*"], **keys))
     report, directory = run_recipe(load_recipe(recipe))
     assert set(modules_of(directory)) == expected
+    assert report.compressed.perplexity["held_out"] == pytest.approx(
+        perplexity_by_transformers(recipe, directory), rel=1e-3
+    )
+
+
+def test_an_output_layer_with_another_name_in_checkpoints_is_found(tmp_path: Path, excerpts: Path) -> None:
+    write = recipe_writer(tmp_path, save_tiny_family(tmp_path / "gpt-neox", "gpt_neox"), excerpts)
+    recipe = write(quantize(bits=4, lm_head={"bits": 5}, embeddings={"bits": 8}))
+    report, directory = run_recipe(load_recipe(recipe))
+    assert {"embed_out", "gpt_neox.embed_in"} <= modules_of(directory).keys()
     assert report.compressed.perplexity["held_out"] == pytest.approx(
         perplexity_by_transformers(recipe, directory), rel=1e-3
     )

@@ -23,7 +23,8 @@ from ercsvd_deploy.models.compressed.packed_embedding import PackedEmbedding, Ti
 # in transformers 5, `model.layers` is `layers` in a model without a head, and CLIP's `vision_model` is gone.
 _WITHIN_TOWER = "vision_model"
 _MOVABLE_PARTS = frozenset({"model", "language_model", _WITHIN_TOWER})
-_RENAMED_PARTS = {"block_sparse_moe": "mlp"}  # of Mixtral's checkpoints, in transformers
+# Parts of checkpoints' names, and what transformers calls them: of Mixtral, and of GPT-NeoX.
+_RENAMED_PARTS = {"block_sparse_moe": "mlp", "embed_out": "lm_head"}
 
 
 def canonical_name(name: str) -> str:
