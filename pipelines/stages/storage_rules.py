@@ -3,20 +3,21 @@
 A recipe names one group size for all matrices, and not every matrix can have it: a second factor has as many
 columns as its rank, and tensor parallelism cuts the inputs of row-parallel Linears, but must not cut a group
 or a 32-bit word of integers. If groups must fit, such a matrix gets smaller groups; if none fit, one scale
-per row; if not even whole words fit, it stays unquantized.
+per row; if not even whole words fit, it stays unquantized. Groups of routed experts fit all matrices of their
+layer's experts: vLLM's fused kernels take one kind of integers for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.budget.rank_steps import SMALLEST_GROUP
 from ercsvd_deploy.budget.ranks import LinearShape, count_pivot_blocks
 from ercsvd_deploy.format.schema import LowRankLayout, Storage, WeightQuantization, values_in_whole_words
-from ercsvd_deploy.models.description.architecture import Architecture
+from ercsvd_deploy.models.description.architecture import Architecture, experts_of
 
 if TYPE_CHECKING:
     from ercsvd_deploy.recipe.quantize import Correction
@@ -100,6 +101,27 @@ class StorageRules:
         return 1 if is_whole else count_pivot_blocks(linear.out_features, rank)
 
     def _columns_on_ranks(self, linear: LinearShape) -> tuple[int, ...]:
+        """Return the numbers of inputs on one rank that the groups of a Linear must fit."""
+        of_experts = self._columns_of_experts.get(experts_of(linear.name))
+        return self._columns_of(linear) if of_experts is None else of_experts
+
+    @cached_property
+    def _columns_of_experts(self) -> Mapping[str, tuple[int, ...]]:
+        """Module of a layer's routed experts -> the inputs on one rank of all of their Linears."""
+        return {
+            experts.name: tuple(
+                dict.fromkeys(
+                    count
+                    for group in experts.groups[:2]  # all experts of a layer have the same shapes
+                    for linear in group
+                    for count in self._columns_of(linear)
+                )
+            )
+            for layer in self.architecture.layers
+            if (experts := layer.experts) is not None
+        }
+
+    def _columns_of(self, linear: LinearShape) -> tuple[int, ...]:
         """Return the number of inputs of a Linear on one rank, for every tensor parallel size."""
         if not self.architecture.is_row_parallel(linear.name):
             return (linear.in_features,)

@@ -16,6 +16,7 @@ import ercsvd_deploy.hf  # noqa: F401 - registers the loader of compressed check
 from ercsvd_deploy.data.texts import load_tokenizer
 from ercsvd_deploy.format.files.weight_files import open_directory
 from ercsvd_deploy.format.packing import unpack
+from ercsvd_deploy.format.schema import WeightQuantization
 from ercsvd_deploy.models.description.meta import load_config, read_architecture
 from ercsvd_deploy.pipelines.flow import run_recipe
 from ercsvd_deploy.pipelines.inputs.texts import calibration_windows
@@ -25,7 +26,7 @@ from ercsvd_deploy.quantization.grid import QuantizationSettings, round_to_neare
 from ercsvd_deploy.recipe.load import load_recipe
 from tests.families.tiny_families import save_tiny_family
 from tests.quantization.one_at_a_time import quantize_weight
-from tests.recipe_runs import TEXT
+from tests.recipe_runs import TEXT, modules_of
 from tests.state.interrupted_runs import half_run, hashes, whole_run
 from tests.tiny_models import materialise
 
@@ -194,6 +195,51 @@ def test_a_budget_chooses_the_bits_of_the_experts_of_every_layer(tmp_path: Path)
         assert damages[-1] == 0
     stored = open_directory(export)
     assert report.compressed.num_bytes == sum(stored.info(name).num_bytes for name in stored.names())
+
+
+def kinds_of_experts(export: Path) -> list[set[WeightQuantization | None]]:
+    """Return the kinds of integers that the experts of each layer have."""
+    kinds: dict[str, set[WeightQuantization | None]] = {}
+    for name, storage in modules_of(export).items():
+        layer, _, expert = name.partition(".experts.")
+        if expert:
+            kinds.setdefault(layer, set()).add(storage.weight)
+    return list(kinds.values())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])  # of the latter all matrices have one shape
+@pytest.mark.parametrize("target", [None, {"overall_bits": 4.8, "bits": [4, 8]}])
+def test_groups_fit_all_matrices_of_a_layers_experts(
+    family: str, target: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """Tensor parallelism cuts the columns of the last matrix, and fused kernels take all of them alike."""
+    original = save_tiny_family(tmp_path / "model", family)
+    file = recipe(original, tmp_path / "out", 40, group_size=128)
+    serving = {"tensor_parallel_sizes": [1, 2 if family == "qwen3_moe" else 4]}
+    values = yaml.safe_load(file.read_text()) | {"serving": serving, "target": target}
+    file.write_text(yaml.safe_dump(values))
+    report, export = run_recipe(load_recipe(file))
+    kinds = kinds_of_experts(export)
+    assert all(len(of_layer) == 1 for of_layer in kinds)
+    assert {integers.group_size for of_layer in kinds for integers in of_layer if integers} == {64}
+    assert any("those of other matrices of the same experts" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "override"), [("experts.7.*", {"bits": 8}), ("experts.*.w2", {"group_size": 64})]
+)
+def test_experts_that_overrides_set_apart_are_chosen_one_by_one(
+    pattern: str, override: dict[str, int], tmp_path: Path
+) -> None:
+    """They cannot be alike within the budget, or would be so in 16 bits alone."""
+    original = save_tiny_family(tmp_path / "model", "mixtral")
+    file = recipe(original, tmp_path / "out", 40, overrides={pattern: override})
+    values = yaml.safe_load(file.read_text()) | {"target": {"overall_bits": 5.8, "bits": [4, 8]}}
+    file.write_text(yaml.safe_dump(values))
+    report, export = run_recipe(load_recipe(file))
+    assert 5.7 < report.compressed.linear_bits_per_weight <= 5.8
+    assert max(map(len, kinds_of_experts(export))) > 1
+    assert any("the experts of a layer are stored in several ways" in warning for warning in report.warnings)
 
 
 def test_a_run_warns_of_what_was_chosen_not_of_what_was_on_offer(tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ class ErrorControlled(RankChoice):
     def _allocate(self, options: Mapping[str, Sequence[Option[Storage]]]) -> dict[str, Option[Storage]]:
         """Pick a storage for every Linear, of equal kinds within a stack that vLLM fuses if that is cheap.
 
-        The experts of a layer are alike whatever it costs: unlike ones are held in 16 bits.
+        The experts of a layer are alike whatever it costs: unlike ones are held in 16 bits. Where the recipe
+        offers some of them other storages than others, they are unlike already, and each is chosen alone.
         """
         task = self._task
         if not task.likeness:
@@ -90,7 +91,7 @@ class ErrorControlled(RankChoice):
             [stack for stack in stacks if len(stack) > 1],
             lambda storage: storage.kind,
             task.likeness,
-            bound=[stack for stack in experts if stack],
+            bound=[stack for stack in experts if stack and _have_the_same_kinds(stack, options)],
         )
 
     def _residual_ranks(self, layer: LayerLinears, plan: RankPlan) -> dict[str, int | None]:
@@ -158,3 +159,9 @@ class ErrorControlled(RankChoice):
             chosen = rows[picked[linear.name].choice]
             allocated.append(AllocatedLinear(linear.name, *chosen, alternatives=tuple(rows.values())))
         return allocated
+
+
+def _have_the_same_kinds(stack: Sequence[str], options: Mapping[str, Sequence[Option[Storage]]]) -> bool:
+    """Whether the same kinds of storages are on offer for all of these matrices."""
+    kinds = {frozenset(option.choice.kind for option in options[name]) for name in stack}
+    return len(kinds) == 1

@@ -171,18 +171,20 @@ def _expert_costs(
 ) -> dict[str, dict[Storage, int]]:
     """Return the costs of routed experts' storages; empty without a target, or if they are ignored.
 
-    The experts of a model have the same few shapes and kinds, so each kind is computed once.
+    The experts of a model have the same few shapes and kinds, so each kind is computed once. Matrices of one
+    shape are of two kinds if tensor parallelism cuts the rows of one and the columns of the other.
     """
     target = recipe.target
     if target is None or recipe.quantize is None:
         return {}
-    costs_by_kind: dict[tuple[int, int, _Integers], dict[Storage, int]] = {}
+    costs_by_kind: dict[tuple[bool, int, int, _Integers], dict[Storage, int]] = {}
     costs = {}
     for linear in rules.architecture.expert_linears:
         integers = _Integers.of(linear, quantize_plan)
         if integers.planned is None:
             continue
-        key = (linear.out_features, linear.in_features, integers)
+        is_cut_by_columns = rules.architecture.is_row_parallel(linear.name)
+        key = (is_cut_by_columns, linear.out_features, linear.in_features, integers)
         if key not in costs_by_kind:
             storages = [
                 rules.storage(linear, None, quantization)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 from ercsvd_deploy.exporters.vllm.cutting import BLOCK, find_unaligned
@@ -49,7 +49,8 @@ def serving_warnings(
     if not groups_are_chosen:
         ranks = {name: storage.truncated_rank for name, storage in described.items()}
         by_the_stage = plan.describe(ranks, architecture) | plan.describe_experts(architecture)
-        warnings += _fitting_notes(plan, by_the_stage, tensor_parallel_sizes)
+        experts = {linear.name for linear in architecture.expert_linears}
+        warnings += _fitting_notes(plan, by_the_stage, tensor_parallel_sizes, experts)
     warnings += expert_notes(described, architecture) if has_plugin else []
     warnings += describe_tied(described, architecture)
     without_cpu_kernel = sorted({*(quantization.bits for quantization in integers), *bits_on_offer} - {4})
@@ -110,9 +111,19 @@ def gpu_warnings(
 
 
 def _fitting_notes(
-    plan: QuantizePlan, described: Mapping[str, Storage], tensor_parallel_sizes: Sequence[int]
+    plan: QuantizePlan,
+    described: Mapping[str, Storage],
+    tensor_parallel_sizes: Sequence[int],
+    experts: Set[str],
 ) -> list[str]:
-    """Return notes on the matrices whose groups differ from the recipe's, with the reason."""
+    """Return notes on the matrices whose groups differ from the recipe's, with the reason.
+
+    Args:
+        plan: The plan of the quantize stage.
+        described: Name -> storage by the stage alone.
+        tensor_parallel_sizes: The sizes at which the model will be served.
+        experts: Names of the Linears of routed experts.
+    """
     changed: dict[tuple[WeightQuantization, WeightQuantization | None], list[str]] = {}
     for name, planned in plan.integers.items():
         if planned is None:
@@ -125,6 +136,9 @@ def _fitting_notes(
     notes = []
     for (planned, integers), names in changed.items():
         which = f"{len(names)} matrices ({names[0]}, say)"
+        whose = "their columns"
+        if not experts.isdisjoint(names):
+            whose += ", or those of other matrices of the same experts,"
         if integers is None:
             notes.append(
                 f"quantize: {which} stay plain: columns on a GPU, or the rank, are no whole {WORD_BITS}-bit "
@@ -135,7 +149,7 @@ def _fitting_notes(
         if integers.group_size != -1:
             groups = f"groups of {integers.group_size}"
         notes.append(
-            f"quantize: {which} get {groups}: groups of {planned.group_size} do not divide their columns on "
+            f"quantize: {which} get {groups}: groups of {planned.group_size} do not divide {whose} on "
             f"a rank at tensor parallel sizes {sizes}"
         )
     return notes
