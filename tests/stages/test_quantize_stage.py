@@ -34,7 +34,7 @@ from ercsvd_deploy.pipelines.stages.quantize.planning.storage import (
 from ercsvd_deploy.pipelines.stages.quantize.results import QuantizedLayer
 from ercsvd_deploy.quantization import grid
 from ercsvd_deploy.recipe.load import load_recipe
-from ercsvd_deploy.recipe.quantize import Quantize, QuantizeOverride
+from ercsvd_deploy.recipe.quantize import Quantize, QuantizeOverride, VocabularyIntegers
 from tests.recipe_runs import RecipeWriter, factorize
 from tests.stages.naive_factors import gram, inputs_of
 
@@ -147,6 +147,9 @@ def test_too_little_calibration_is_refused_and_little_warned_of(llama: Path) -> 
     narrow = Quantize(group_size=32, ignore=("mlp.down_proj",))
     assert check_num_tokens(plan_quantization(narrow, names), narrow, architecture, 600) == []
     assert check_num_tokens(plan, Quantize(method="rtn"), architecture, 200) == []
+    head_alone = Quantize(group_size=32, ignore=("*",), lm_head=VocabularyIntegers())
+    with pytest.raises(QuantizePlanError, match="too few for GPTQ; lm_head has 128 inputs"):
+        check_num_tokens(plan_quantization(head_alone, names), head_alone, architecture, 100)
 
 
 def test_pivots_that_cannot_be_dealt_to_the_ranks_are_refused(llama: Path) -> None:

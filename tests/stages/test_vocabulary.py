@@ -203,6 +203,8 @@ def test_plan_counts_them_and_says_what_a_tied_one_costs(
 def test_what_cannot_be_is_refused(write_tied: RecipeWriter, tmp_path: Path, excerpts: Path) -> None:
     with pytest.raises(PlanError, match="are one matrix; remove one of the two keys"):
         make_plan(load_recipe(write_tied(quantize(lm_head={"bits": 8}, embeddings={"bits": 4}))))
+    written_out = quantize(group_size=32, lm_head={}, embeddings={"bits": 8, "group_size": 32})
+    assert make_plan(load_recipe(write_tied(written_out))).candidates
     write_opt = recipe_writer(tmp_path, save_tiny_model(tmp_path / "opt", "opt"), excerpts)
     with pytest.raises(PlanError, match="no integers for the input embeddings of opt models"):
         make_plan(load_recipe(write_opt(quantize(embeddings={"bits": 8}))))
@@ -213,6 +215,13 @@ def test_the_decoder_in_a_vision_language_model_decides() -> None:
     architecture = read_architecture(tiny_vision_families.tiny_config("paligemma"))
     with pytest.raises(PlanError, match="no integers for the input embeddings of gemma models"):
         plan_vocabulary(Quantize(embeddings=VocabularyIntegers()), StorageRules(architecture, fitted_to=(1,)))
+
+
+def test_recovery_says_that_it_has_nothing_to_train(write_recipe: RecipeWriter) -> None:
+    stage = quantize(group_size=32, ignore=["*"], lm_head={"bits": 8})
+    recover = {"recover": {"rounding": True, "steps": 4, "batch_size": 2, "end_to_end_steps": 2}}
+    report, _ = run_recipe(load_recipe(write_recipe(stage, recover)))
+    assert [warning for warning in report.warnings if "recovery had nothing to train" in warning]
 
 
 def test_recovery_leaves_them_as_they_are(write_recipe: RecipeWriter) -> None:

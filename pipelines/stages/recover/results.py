@@ -64,8 +64,13 @@ class RecoverOutcome:
     ] = None
 
     def warnings(self) -> list[str]:
-        """Return warnings about what training did not improve: layers by number, or all of them together."""
+        """Return warnings about what training did not improve: layers by number, or all together."""
         warnings = []
+        if not self.layers:
+            warnings.append(
+                "recovery had nothing to train: it trains compressed Linears of the decoder, but for routed "
+                "experts, and there are none; remove the stage"
+            )
         if not_improved := [str(layer.layer) for layer in self.layers if not layer.is_kept]:
             named = f"layer{'s' if len(not_improved) > 1 else ''} {', '.join(not_improved)}"
             warnings.append(

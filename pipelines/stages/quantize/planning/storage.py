@@ -276,6 +276,10 @@ def check_num_tokens(
             GPTQ worse than rounding.
     """
     quantized = [linear for linear in architecture.linears if plan.integers[linear.name] is not None]
+    vocabulary = architecture.vocabulary
+    is_quantized = settings.lm_head or (vocabulary.is_tied and settings.embeddings)
+    if vocabulary.multiplied is not None and is_quantized:
+        quantized.append(vocabulary.multiplied)
     if settings.method == "rtn" or not quantized:
         return []
     widest = max(quantized, key=lambda linear: linear.in_features)

@@ -28,7 +28,7 @@ def plan_vocabulary(settings: Quantize, rules: StorageRules) -> dict[str, Storag
     """
     architecture, vocabulary = rules.architecture, rules.architecture.vocabulary
     if vocabulary.is_tied and settings.lm_head and settings.embeddings:
-        _check_same(settings.lm_head, settings.embeddings)
+        _check_same(settings.lm_head, settings.embeddings, settings.group_size)
     lacks_head = "output layer is no Linear" if architecture.predicts_tokens else "output layer is missing"
     storages = {}
     for key, reason, matrix, integers in (
@@ -62,8 +62,14 @@ def describe_tied(storages: Mapping[str, Storage], architecture: Architecture) -
     ]
 
 
-def _check_same(lm_head: VocabularyIntegers, embeddings: VocabularyIntegers) -> None:
-    if lm_head != embeddings:
+def _check_same(lm_head: VocabularyIntegers, embeddings: VocabularyIntegers, group_size: int) -> None:
+    """Refuse two settings of one matrix; `group_size` is that of the stage, which they have by default.
+
+    Raises:
+        PlanError: they differ.
+    """
+    written_out = ((each.bits, each.group_size or group_size) for each in (lm_head, embeddings))
+    if len(set(written_out)) > 1:
         raise PlanError(
             "quantize.lm_head and quantize.embeddings differ, but the model ties its output layer to the "
             "input embedding (tie_word_embeddings): they are one matrix; remove one of the two keys"
