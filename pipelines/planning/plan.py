@@ -85,7 +85,7 @@ class Plan:
         empty without `with_kernels`.
         """
         uses = [use for use in self.kernels if use.tensor_parallel_size == tensor_parallel_size]
-        devices = uses[0].kernels if uses and self.kernel_source else {}
+        devices = uses[0].kernels if uses else {}
         stored = self.candidates[-1].gpu_bytes[tensor_parallel_size]
         in_16_bits = self.in_16_bits.get(tensor_parallel_size, {})
         return {

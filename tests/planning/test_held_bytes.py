@@ -66,6 +66,14 @@ def test_gpus_hold_experts_as_integers_where_fused_kernels_take_them(bits: int, 
         assert [held[name] for name in GPUS] == pytest.approx([stored + extra] * len(GPUS), rel=NOTED)
 
 
+def test_experts_alone_are_counted_too(tmp_path: Path) -> None:
+    """No Linear is integers then, and vLLM is not asked."""
+    plan = planned(tmp_path, MIXTRAL, bits=4, ignore=["self_attn.*"]).with_kernels()
+    stored, held = plan.candidates[-1].gpu_bytes[1], plan.held_bytes(1)
+    assert {held[name] for name in GPUS} == {stored}
+    assert held["CPU"] == pytest.approx(plan.gpu_bytes[1], rel=NOTED)
+
+
 def test_kernels_of_each_device_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def with_extra_bytes(uses: tuple[KernelUse, ...], _dtype: str, **_: bool) -> SimpleNamespace:
         kernels, extra = {"CPU": NO_KERNEL, "Hopper": "Machete"}, {"CPU": 5, "Hopper": 0}
