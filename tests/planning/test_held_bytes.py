@@ -94,6 +94,15 @@ def test_kernels_of_each_device_count(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.vllm
-def test_stock_vllm_holds_nothing_where_it_does_not_start(tmp_path: Path) -> None:
-    plan = planned(tmp_path, UNTIED, export_format="auto-round", bits=3).with_kernels()
-    assert set(plan.held_bytes(1)) == set(GPUS)
+@pytest.mark.parametrize(
+    ("export_format", "expected", "devices"),
+    [("vllm", NO_KERNEL, set(ACCELERATORS)), ("auto-round", "none: does not start", set(GPUS))],
+)
+def test_a_missing_kernel_means_what_the_format_makes_of_it(
+    export_format: str, expected: str, devices: set[str], tmp_path: Path
+) -> None:
+    """Stock vLLM holds nothing where it does not start."""
+    plan = planned(tmp_path, UNTIED, export_format=export_format, bits=3).with_kernels()
+    assert {use.kernels["CPU"] for use in plan.kernels} == {expected}
+    assert {use.kernels["Hopper"] for use in plan.kernels} == {"Humming"}
+    assert set(plan.held_bytes(1)) == devices

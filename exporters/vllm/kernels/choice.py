@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ercsvd_deploy.exporters.vllm.cutting import local_shape
 from ercsvd_deploy.exporters.vllm.kernels.padding import integer_bytes, is_smaller_plain, plain_bytes
-from ercsvd_deploy.exporters.vllm.layers.layer_plan import PlannedMatrix, Projection, plan_second, plan_stacks
+from ercsvd_deploy.exporters.vllm.layers.layer_plan import PlannedMatrix, Projection, plan_matrices_of
 from ercsvd_deploy.format.schema import Storage, WeightQuantization
 
 if TYPE_CHECKING:
@@ -247,10 +247,7 @@ def _matrices(
             rows = architecture.outputs_on_rank(linear.name, rows, size) or rows
         name = layer.local_name(linear)
         projections.append(Projection(name, description, slice(0, rows), slice(0, columns)))
-    seconds = [plan_second(projection) for projection in projections]
-    return [stack.matrix for stack in plan_stacks(projections)] + [
-        second for second in seconds if second is not None
-    ]
+    return plan_matrices_of(projections)
 
 
 def _output_layer(

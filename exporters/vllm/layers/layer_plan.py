@@ -183,6 +183,14 @@ def plan_second(projection: Projection) -> PlannedMatrix | None:
     return PlannedMatrix((f"{projection.name}.{part}",), (width, columns), (full_rows, columns), quantization)
 
 
+def plan_matrices_of(projections: Sequence[Projection]) -> list[PlannedMatrix]:
+    """Return every matrix of a layer: the stacked first ones, then the second ones."""
+    seconds = map(plan_second, projections)
+    return [stack.matrix for stack in plan_stacks(projections)] + [
+        second for second in seconds if second is not None
+    ]
+
+
 def block_of_rank(full: int, local: int, tp_rank: int, tp_size: int) -> slice:
     """Return the block of a dimension on a tensor-parallel rank.
 

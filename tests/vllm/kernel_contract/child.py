@@ -237,16 +237,14 @@ class Runner:
     def _takes(self, case: Case, projections: list[Any], dtype: torch.dtype) -> bool:
         """Whether the one class that may be chosen says that it takes every integer matrix of the layer."""
         from ercsvd_deploy.exporters.vllm.compatibility import kernel_config
-        from ercsvd_deploy.exporters.vllm.layers.layer_plan import plan_second, plan_stacks
+        from ercsvd_deploy.exporters.vllm.layers.layer_plan import plan_matrices_of
 
         kernel = self._classes[case.forced]
-        matrices = [stack.matrix for stack in plan_stacks(projections)]
-        matrices += [second for second in map(plan_second, projections) if second is not None]
         configs = [
             kernel_config(
                 matrix.shape, matrix.full_shape, **matrix.quantization.model_dump(), act_dtype=dtype
             )
-            for matrix in matrices
+            for matrix in plan_matrices_of(projections)
             if matrix.quantization is not None
         ]
         least = kernel.get_min_capability()
@@ -324,11 +322,9 @@ def _check_held(projections: list[Any], matrices: Any, dtype: torch.dtype) -> No
         padded_shape,
     )
     from ercsvd_deploy.exporters.vllm.kernels.padding import integer_bytes
-    from ercsvd_deploy.exporters.vllm.layers.layer_plan import plan_second, plan_stacks
+    from ercsvd_deploy.exporters.vllm.layers.layer_plan import plan_matrices_of
 
-    planned = [stack.matrix for stack in plan_stacks(projections)]
-    planned += [second for second in map(plan_second, projections) if second is not None]
-    for matrix, held in zip(planned, matrices, strict=True):
+    for matrix, held in zip(plan_matrices_of(projections), matrices, strict=True):
         storage, (rows, columns) = matrix.quantization, matrix.shape
         assert storage is not None
         config = kernel_config(matrix.shape, matrix.full_shape, **storage.model_dump(), act_dtype=dtype)
